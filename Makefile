@@ -1,0 +1,69 @@
+# Everything a fresh machine needs is Python 3.11 or newer and make: each target makes .venv and installs first.
+#
+#   make demo      trains retnet-tiny on the standard library's source and shows what it learnt
+#   make test      the tests that a small CPU machine runs in minutes
+#   make test-all  every test that this machine can run; says what was skipped and why
+#
+# Settings: PYTHON (the interpreter of a new .venv), TORCH_INDEX (another index for torch alone, such as PyTorch's
+# CPU index), PIP_FLAGS and pip's own PIP_* variables and configuration files, TEST_JOBS, TEST_ARGS.
+
+PYTHON ?= python3
+VENV ?= .venv
+TEST_JOBS ?= 2
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) $(TEST_ARGS)
+
+.PHONY: help venv install demo test test-all test-matrix lint format hooks clean
+
+help:
+	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
+
+# One stamp for what users run, one for what developers add. Both are older than their inputs only when
+# pyproject.toml or constraints.txt changed since the last installation.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "retnet needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+ifneq ($(TORCH_INDEX),)
+	$(PIP) install $(PIP_FLAGS) --index-url $(TORCH_INDEX) -c constraints.txt torch
+endif
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+venv install: $(VENV)/.installed-dev
+
+test: $(VENV)/.installed-dev
+	$(PYTEST) -m "not gpu and not slow"
+
+test-all: $(VENV)/.installed-dev
+	$(PYTEST) -rs
+	$(MAKE) test-matrix
+
+# The oldest transformers that pyproject.toml admits, with the tests that touch it.
+test-matrix: $(VENV)/.installed-dev
+	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed-dev
+	.venv-oldest/bin/python -m pip install $(PIP_FLAGS) "transformers==5.17.*" "huggingface_hub<3"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(TEST_JOBS) -m "not gpu" tests/models tests/train tests/cli
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: $(VENV)/.installed-dev
+	$(BIN)/pre-commit install
+
+clean:
+	rm -rf out dist build .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,42 @@
+"""Retentive Network (Sun et al. 2023, arXiv 2307.08621): one retention operator, language models built on it.
+
+Importing this package does nothing but define names: what is listed in `_EXPORTS` is imported on first use (PEP 562),
+so `import retnet` costs no torch, and the command line starts fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_EXPORTS = {
+    "retention": "retnet.ops.retention",
+    "retention_step_": "retnet.ops.retention",
+    "retention_plan": "retnet.ops.retention",
+    "ModelConfig": "retnet.models.config",
+    "LanguageModel": "retnet.models.lm",
+}
+
+if TYPE_CHECKING:
+    from retnet.models.config import ModelConfig as ModelConfig
+    from retnet.models.lm import LanguageModel as LanguageModel
+    from retnet.ops.retention import retention as retention
+    from retnet.ops.retention import retention_plan as retention_plan
+    from retnet.ops.retention import retention_step_ as retention_step_
+
+__all__ = ["LanguageModel", "ModelConfig", "__version__", "retention", "retention_plan", "retention_step_"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'retnet' has no attribute {name!r}; it exports {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
