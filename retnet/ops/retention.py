@@ -1,0 +1,381 @@
+"""The retention operator: one definition (Sun et al. 2023, arXiv 2307.08621, Eq. 6), three orders of summation.
+
+    S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t        out_t = scale q_t S_t
+
+This file checks arguments, chooses a form, and registers the torch.library operators `retnet::retention`,
+`retnet::retention_backward` and `retnet::retention_step_`, which dispatch to the CPU's streamed chunks
+(`ops/chunkwise.py`, `ops/recurrent.py`) or to the GPU kernels (`retnet/kernels`). No normaliser lives here: the paper's
+are invariances of the head norm that follows, or a layer's option (`decay_norm`).
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from retnet.ops import chunkwise, recurrent, reference
+from retnet.ops.ragged import Compaction
+
+Mode = Literal["auto", "parallel", "recurrent", "chunkwise"]
+Backend = Literal["auto", "torch", "triton", "aten"]
+
+
+@dataclass(frozen=True)
+class RetentionPlan:
+    """What will run for a set of arguments: the form, the tokens a chunk, the code, and the kernels' own detail."""
+
+    mode: str
+    chunk_size: int
+    backend: str
+    detail: dict[str, object]
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    mode: Mode = "auto",
+    chunk_size: int | None = None,
+    state_dtype: torch.dtype | None = None,
+    return_state: bool = True,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Retention of T tokens in any of its forms, which agree up to rounding in outputs, states and gradients.
+
+    Args:
+        q, k: [B, T, G, K] queries and keys, already rotated. G divides H; head h reads group h // (H // G).
+        v: [B, T, H, V] values.
+        log_decay: [H] (fixed) or [B, T, H] (per token), natural log, <= 0, float32 (float64 for float64 inputs). -inf is
+            a hard reset.
+        scale: multiplies q; K ** -0.5 if None.
+        state: [N, H, K, V] before the first token (zeros if None); N is B, or the number of packed sequences.
+        mask: [B, T] bool; a False token neither decays nor writes, and its output is 0.
+        cu_seqlens: [N + 1] int32 or int64 bounds of the sequences packed into one row (B = 1): 0, ..., T.
+        mode: "parallel" (Eq. 5), "recurrent" (Eq. 6), "chunkwise" (Eq. 7), or "auto": recurrent for one token, parallel
+            while T fits into one chunk, else chunkwise.
+        chunk_size: tokens a chunk; never changes the result beyond rounding.
+        state_dtype: of the returned state; float32 (float64 for float64) if None.
+        return_state: False returns None in the state's place.
+        backend: "torch" (CPU), "triton" (CUDA), "aten" (plain operators, exportable), or "auto" by device.
+
+    Returns:
+        out [B, T, H, V] in v's dtype, and the state [N, H, K, V] after the last token.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or values that do not fit; the message names what was given and accepted.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check(q, k, v, log_decay, state, mask, cu_seqlens)
+    plan = retention_plan(q, v, mode=mode, chunk_size=chunk_size, backend=backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    wide = _wide(v.dtype)
+    if plan.backend == "aten":
+        out, final = _aten(plan, q, k, v, log_decay, scale, state, mask, cu_seqlens)
+        return out, final.to(state_dtype or wide) if return_state else None
+    out, final = torch.ops.retnet.retention(
+        q, k, v, log_decay, scale, state, mask, cu_seqlens, plan.mode, plan.chunk_size, state_dtype or wide
+    )
+    return out, final if return_state else None
+
+
+def retention_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One or a few tokens, T, read recurrently with the state [B, H, K, V] updated in place. No gradients.
+
+    Arguments as for `retention`; the state may be narrower than float32 and is then rounded once a call.
+    Returns out [B, T, H, V] in v's dtype.
+    """
+    _check(q, k, v, log_decay, state, mask, None)
+    return torch.ops.retnet.retention_step_(
+        q, k, v, log_decay, state, q.shape[-1] ** -0.5 if scale is None else float(scale), mask
+    )
+
+
+def retention_plan(
+    q: Tensor, v: Tensor, *, mode: Mode = "auto", chunk_size: int | None = None, backend: Backend = "auto"
+) -> RetentionPlan:
+    """What `retention` will run for q [B, T, G, K] and v [B, T, H, V]: a forced mode or backend is never replaced."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode is {mode!r}; accepted: {', '.join(get_args(Mode))}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; accepted: {', '.join(get_args(Backend))}")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size is {chunk_size!r}; accepted: a positive integer or None")
+    num_tokens, on_gpu = q.shape[1], q.device.type == "cuda"
+    if backend == "auto":
+        backend = "triton" if on_gpu and v.dtype != torch.float64 else "torch" if not on_gpu else "aten"
+    if (backend == "triton") != on_gpu and backend != "aten":
+        raise ValueError(f"backend is {backend!r} for tensors on {q.device}; accepted there: {'triton' if on_gpu else 'torch'}, aten")
+    chunk = chunk_size or _default_chunk_size(q.shape[-1], v.shape[-1])
+    if mode == "auto":
+        mode = "recurrent" if num_tokens == 1 else "parallel" if num_tokens <= chunk else "chunkwise"
+    if mode != "chunkwise":
+        chunk = 1 if mode == "recurrent" else max(1, num_tokens)
+    detail: dict[str, object] = {}
+    if backend == "triton":
+        from retnet.kernels.chunkwise import plan
+
+        detail = plan(q, v, mode, chunk)
+    return RetentionPlan(mode, chunk, backend, detail)
+
+
+def _default_chunk_size(key_dim: int, value_dim: int) -> int:
+    """Measured on the CPU (benchmarks/bench_cpu.py): the wider the state, the less a chunk may spend on C (K + V)."""
+    return 64 if key_dim * value_dim >= 256 * 256 else 128
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v in the autocast dtype where autocast is on; decay and state always stay wide."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """Shapes, dtypes and devices. Values are checked where the kernel reads them."""
+    for name, x, sizes in (("q", q, "[B, T, G, K]"), ("k", k, "[B, T, G, K]"), ("v", v, "[B, T, H, V]")):
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {list(x.shape)}; accepted: {sizes}")
+        if not x.is_floating_point() or x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype} and q is {q.dtype}; accepted: q, k and v of one floating-point dtype")
+    B, T, G, K = q.shape
+    H, V = v.shape[2:]
+    if k.shape != q.shape or v.shape[:2] != (B, T) or G == 0 or H % G or K == 0 or V == 0:
+        raise ValueError(
+            f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; accepted: q and k [B, T, G, K], v [B, T, H, V] "
+            "with the same B and T, G dividing H, and no empty head"
+        )
+    wide = _wide(q.dtype)
+    if log_decay.shape not in ((H,), (B, T, H)) or log_decay.dtype != wide:
+        raise ValueError(
+            f"log_decay is {log_decay.dtype} of shape {list(log_decay.shape)}; accepted for these inputs: {wide} of shape "
+            f"[{H}] or [{B}, {T}, {H}]"
+        )
+    N = B
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or B != 1:
+            raise ValueError(
+                f"cu_seqlens is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)} with B = {B}; accepted: int32 or int64 "
+                "[N + 1] with B = 1"
+            )
+        N = cu_seqlens.shape[0] - 1
+    if state is not None and (state.shape != (N, H, K, V) or not state.is_floating_point()):
+        raise ValueError(f"state is {state.dtype} of shape {list(state.shape)}; accepted: floating point [{N}, {H}, {K}, {V}]")
+    if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
+        raise ValueError(f"mask is {mask.dtype} of shape {list(mask.shape)}; accepted: bool [{B}, {T}]")
+    for name, x in (("k", k), ("v", v), ("log_decay", log_decay), ("state", state), ("mask", mask), ("cu_seqlens", cu_seqlens)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} and q on {q.device}; accepted: one device")
+    if q.device.type == "cuda" and os.environ.get("RETNET_DEBUG") == "1":
+        _check_values(log_decay, cu_seqlens, T)
+
+
+def _check_values(log_decay: Tensor, cu_seqlens: Tensor | None, num_tokens: int) -> list[int] | None:
+    """The bounds in cu_seqlens as a list. Reads the tensors, so on a GPU it waits for them."""
+    if log_decay.numel() and not bool((log_decay <= 0).all()):
+        raise ValueError(f"log_decay reaches {log_decay.max().item()}; accepted: the log of a decay, <= 0 and no NaN")
+    if cu_seqlens is None:
+        return None
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_tokens or any(a > b for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(f"cu_seqlens is {bounds}; accepted: rising from 0 to T = {num_tokens}")
+    return bounds
+
+
+def _aten(
+    plan: RetentionPlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The reference forms in float32 or wider: plain operators that torch.export and ONNX take."""
+    wide = _wide(v.dtype)
+    options = {"chunk_size": plan.chunk_size} if plan.mode == "chunkwise" else {}
+    form = {"parallel": reference.parallel, "recurrent": reference.recurrent, "chunkwise": reference.chunkwise}[plan.mode]
+    out, final = form(
+        q.to(wide),
+        k.to(wide),
+        v.to(wide),
+        log_decay,
+        scale=scale,
+        state=None if state is None else state.to(wide),
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        **options,
+    )
+    return out.to(v.dtype), final
+
+
+@torch.library.custom_op("retnet::retention", mutates_args=(), device_types="cpu")
+def _retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mode: str,
+    chunk_size: int,
+    state_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    bounds = _check_values(log_decay, cu_seqlens, q.shape[1])
+    compaction = None if mask is None else Compaction.of(mask, cu_seqlens)
+    if compaction is not None:
+        bounds = compaction.bounds
+        q, k, v = (compaction.gather(x) for x in (q, k, v))
+        log_decay = log_decay if log_decay.dim() == 1 else compaction.gather(log_decay)
+    if mode == "recurrent":
+        out, final = recurrent.forward(q, k, v, log_decay, scale, state, bounds, state_dtype)
+    else:
+        out, final = chunkwise.forward(q, k, v, log_decay, scale, state, bounds, chunk_size, state_dtype)
+    return out if compaction is None else compaction.scatter(out), final
+
+
+@torch.library.custom_op("retnet::retention_backward", mutates_args=(), device_types="cpu")
+def _retention_backward(
+    dout: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mode: str,
+    chunk_size: int,
+    need_dlog_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    compaction = None if mask is None else Compaction.of(mask, cu_seqlens)
+    per_token = log_decay.dim() == 3
+    if compaction is not None:
+        bounds = compaction.bounds
+        dout, q, k, v = (compaction.gather(x) for x in (dout, q, k, v))
+        log_decay = compaction.gather(log_decay) if per_token else log_decay
+    dq, dk, dv, dlog, dstate = chunkwise.backward(
+        dout, dfinal, q, k, v, log_decay, scale, state, bounds, chunk_size, need_dlog_decay
+    )
+    if compaction is not None:
+        dq, dk, dv = (compaction.scatter(x) for x in (dq, dk, dv))
+        dlog = compaction.scatter(dlog) if dlog is not None and per_token else dlog
+    return dq, dk, dv, log_decay.new_empty(0) if dlog is None else dlog, dstate
+
+
+@torch.library.custom_op("retnet::retention_step_", mutates_args=("state",), device_types="cpu")
+def _retention_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float, mask: Tensor | None
+) -> Tensor:
+    _check_values(log_decay, None, q.shape[1])
+    return recurrent.step_(q, k, v, log_decay, state, scale, mask)
+
+
+@_retention.register_kernel("cuda")
+def _retention_cuda(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype):
+    from retnet.kernels.chunkwise import retention_forward
+
+    return retention_forward(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size, state_dtype)
+
+
+@_retention_backward.register_kernel("cuda")
+def _retention_backward_cuda(
+    dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, need_dlog_decay
+):
+    from retnet.kernels.chunkwise import retention_backward
+
+    dq, dk, dv, dlog, dstate = retention_backward(
+        dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size, need_dlog_decay
+    )
+    return dq, dk, dv, log_decay.new_empty(0) if dlog is None else dlog, dstate
+
+
+@_retention_step.register_kernel("cuda")
+def _retention_step_cuda(q, k, v, log_decay, state, scale, mask):
+    from retnet.kernels.step import retention_step
+
+    return retention_step(q, k, v, log_decay, state, scale, mask)
+
+
+@_retention.register_fake
+def _(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype):
+    num_sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = v.new_empty((num_sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=state_dtype)
+    return v.new_empty(v.shape), final
+
+
+@_retention_backward.register_fake
+def _(dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, need_dlog_decay):
+    num_sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dstate = v.new_empty((num_sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=_wide(v.dtype))
+    dlog = log_decay.new_empty(log_decay.shape if need_dlog_decay else 0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlog, dstate
+
+
+@_retention_step.register_fake
+def _(q, k, v, log_decay, state, scale, mask):
+    return v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, log_decay, state, mask, cu_seqlens)
+    ctx.scale, ctx.mode, ctx.chunk_size = scale, mode, chunk_size
+
+
+def _autograd_backward(ctx, dout: Tensor | None, dfinal: Tensor | None):
+    q, k, v, log_decay, state, mask, cu_seqlens = ctx.saved_tensors
+    dout = torch.zeros_like(v) if dout is None else dout
+    dq, dk, dv, dlog, dstate = torch.ops.retnet.retention_backward(
+        dout,
+        dfinal,
+        q,
+        k,
+        v,
+        log_decay,
+        ctx.scale,
+        state,
+        mask,
+        cu_seqlens,
+        ctx.mode,
+        ctx.chunk_size,
+        ctx.needs_input_grad[3],
+    )
+    dlog = dlog if ctx.needs_input_grad[3] else None
+    dstate = dstate.to(state.dtype) if ctx.needs_input_grad[5] else None
+    return dq, dk, dv, dlog, None, dstate, None, None, None, None, None
+
+
+_retention.register_autograd(_autograd_backward, setup_context=_setup_context)
