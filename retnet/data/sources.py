@@ -1,0 +1,142 @@
+"""Where documents come from: files of text, found in a fixed order, and their split into training and validation.
+
+A document is a file. Only its path and size are kept here; its bytes are read when a batch needs them, so a folder
+larger than memory is fine. Nothing is decoded: any encoding is bytes. Formats that hold many documents in a file
+(jsonl, parquet) are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+STDLIB = "stdlib"
+SNIFF_BYTES = 8192
+# Installed packages and tests, which differ from one distribution to the next, and one generated 700 KB file of prose.
+_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A run of bytes in a file: the whole file, or the part of it that a split gives to one side.
+
+    name: path relative to the source, with forward slashes: the same on every machine.
+    """
+
+    name: str
+    path: Path
+    size: int
+    offset: int = 0
+
+    def read(self, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes [start, start + length) of the document.
+
+        Raises ValueError if the file has become shorter since it was found.
+        """
+        length = self.size - start if length is None else length
+        with open(self.path, "rb") as file:
+            file.seek(self.offset + start)
+            data = file.read(length)
+        if len(data) != length:
+            raise ValueError(
+                f"{self.path} changed while in use: wanted {length} bytes at {self.offset + start}, got {len(data)}"
+            )
+        return data
+
+
+@dataclass(frozen=True)
+class Split:
+    """The two sides of a source."""
+
+    train: tuple[Document, ...]
+    valid: tuple[Document, ...]
+
+
+def find_documents(source: str | os.PathLike[str]) -> tuple[Document, ...]:
+    """The documents of a source, sorted by name.
+
+    source: `stdlib` (the Python standard library's own source, found through sysconfig, without its tests,
+        generated documentation and installed packages), a file, or a folder, searched to any depth.
+
+    In a folder, names that start with a dot and `__pycache__` are not looked at, and links to folders are not
+    followed. Empty files are skipped, and so are binary ones: those with a zero byte in their first 8 KiB (the rule
+    that git uses; text in UTF-16 counts as binary).
+
+    Raises FileNotFoundError if there is no such path, ValueError if it holds no text.
+    """
+    if os.fspath(source) == STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        candidates = (path for path in _walk(root, _STDLIB_SKIPPED) if path.suffix == ".py")
+    else:
+        root = Path(source)
+        if not root.exists():
+            raise FileNotFoundError(f"no such file or folder: {root} (data is a file, a folder, or {STDLIB!r})")
+        candidates = _walk(root, set()) if root.is_dir() else iter([root])
+    return _keep_text(root, candidates)
+
+
+def split_documents(documents: Sequence[Document], valid_fraction: float = 0.05) -> Split:
+    """A fixed split: a document is validation if the hash of its name falls into the first `valid_fraction`.
+
+    Adding or removing files moves no other file across. Where that leaves one side empty (few files), the last
+    `valid_fraction` of every document's bytes is validation instead.
+
+    Raises ValueError if the fraction is not between 0 and 1, or if there is too little text for both sides.
+    """
+    if not 0 < valid_fraction < 1:
+        raise ValueError(f"valid_fraction lies between 0 and 1, got {valid_fraction}")
+    valid = [document for document in documents if _hash_fraction(document.name) < valid_fraction]
+    if 0 < len(valid) < len(documents):
+        chosen = set(valid)
+        return Split(tuple(d for d in documents if d not in chosen), tuple(valid))
+    parts = [_cut(document, valid_fraction) for document in documents if document.size > 1]
+    if not parts:
+        total = sum(document.size for document in documents)
+        raise ValueError(f"too little text for a training and a validation side: {total} bytes in all")
+    return Split(tuple(head for head, _ in parts), tuple(tail for _, tail in parts))
+
+
+def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(f for f in folders if f not in skipped and f != "__pycache__" and not f.startswith("."))
+        yield from (Path(folder, file) for file in sorted(files) if not file.startswith("."))
+
+
+def _keep_text(root: Path, candidates: Iterable[Path]) -> tuple[Document, ...]:
+    documents: list[Document] = []
+    seen = empty = binary = 0
+    for path in candidates:
+        if not path.is_file():
+            continue
+        seen += 1
+        size = path.stat().st_size
+        if size == 0:
+            empty += 1
+            continue
+        with open(path, "rb") as file:
+            if b"\0" in file.read(SNIFF_BYTES):
+                binary += 1
+                continue
+        name = path.name if path == root else path.relative_to(root).as_posix()
+        documents.append(Document(name, path, size))
+    if not documents:
+        raise ValueError(f"no text in {root}: {seen} files seen, {empty} empty, {binary} binary")
+    return tuple(sorted(documents, key=lambda document: document.name))
+
+
+def _hash_fraction(name: str) -> float:
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _cut(document: Document, valid_fraction: float) -> tuple[Document, Document]:
+    """The head and the tail of a document; both have at least a byte."""
+    head = min(document.size - 1, max(1, round(document.size * (1 - valid_fraction))))
+    return (
+        Document(document.name, document.path, head, document.offset),
+        Document(document.name, document.path, document.size - head, document.offset + head),
+    )

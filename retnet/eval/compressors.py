@@ -1,0 +1,121 @@
+"""Bits per byte of things that are not neural networks: gzip, xz and an order-2 byte model.
+
+They put a language model's bits per byte into proportion. gzip and xz see only the text that they compress, as one
+stream, which suits them better than file by file; the order-2 model is trained on the training side, as the network
+is. A network that does not beat the order-2 model has learnt less than which byte follows which two.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from retnet.data import Document
+
+_CHUNK = 1 << 20
+
+
+def gzip_bits_per_byte(documents: Sequence[Document]) -> float:
+    """Size of `gzip -9` of all documents in one stream, in bits per byte of text."""
+    counter = _CountingSink()
+    with gzip.GzipFile(fileobj=counter, mode="wb", compresslevel=9, mtime=0) as stream:
+        total = sum(stream.write(data) for data in _chunks(documents))
+    return 8 * counter.size / total
+
+
+def xz_bits_per_byte(documents: Sequence[Document]) -> float:
+    """Size of `xz -9` of all documents in one stream, in bits per byte of text."""
+    compressor = lzma.LZMACompressor(preset=9)
+    size = total = 0
+    for data in _chunks(documents):
+        total += len(data)
+        size += len(compressor.compress(data))
+    return 8 * (size + len(compressor.flush())) / total
+
+
+class Order2Model:
+    """The probability of a byte after the two bytes before it, with interpolated Witten-Bell smoothing.
+
+    With c(h, x) how often byte x followed the context h, c(h) the sum over x, and u(h) how many different bytes
+    followed h, the estimate of order n falls back on order n - 1 for the share of mass u / (c + u):
+
+        p_n(x | h) = (c(h, x) + u(h) p_{n-1}(x | h')) / (c(h) + u(h)),   p_{-1}(x) = 1 / 256
+
+    where h' is h without its oldest byte (Witten and Bell 1991, "The zero-frequency problem", method C; interpolated).
+    A document starts in the context of two zero bytes.
+    """
+
+    def __init__(self, documents: Iterable[Document]):
+        counts = torch.zeros(1 << 24, dtype=torch.float64)
+        for codes in _trigram_codes(documents):
+            values, times = codes.unique(return_counts=True)
+            counts[values] += times
+        trigrams = counts.view(256, 256, 256)
+        order0 = _witten_bell(trigrams.sum((0, 1)), counts.new_full((256,), 1 / 256))
+        order1 = _witten_bell(trigrams.sum(0), order0)
+        for table in trigrams:  # in place, one oldest byte at a time: the table itself is 128 MiB
+            table.copy_(_witten_bell(table, order1).log2_())
+        self._log2 = counts
+
+    def bits_per_byte(self, documents: Iterable[Document]) -> float:
+        """Mean of -log2 p over all bytes."""
+        bits, total = 0.0, 0
+        for codes in _trigram_codes(documents):
+            bits -= self._log2[codes].sum().item()
+            total += len(codes)
+        return bits / total
+
+
+def compressor_table(train: Sequence[Document], valid: Sequence[Document]) -> dict[str, float]:
+    """Bits per byte on the validation documents, by name of the method."""
+    return {
+        "gzip -9": gzip_bits_per_byte(valid),
+        "xz -9": xz_bits_per_byte(valid),
+        "order-2 bytes": Order2Model(train).bits_per_byte(valid),
+        "uniform": math.log2(256),
+    }
+
+
+def _witten_bell(counts: Tensor, lower: Tensor) -> Tensor:
+    """One step of the interpolation: counts [..., 256] of an order, probabilities of the order below."""
+    total = counts.sum(-1, keepdim=True)
+    distinct = (counts > 0).sum(-1, keepdim=True)
+    # A context that never occurred has 0 / 0: all its mass belongs to the lower order.
+    distinct = distinct.clamp(min=1)
+    return (counts + distinct * lower) / (total + distinct)
+
+
+def _trigram_codes(documents: Iterable[Document]) -> Iterator[Tensor]:
+    """For each byte x after bytes a and b: 65536 a + 256 b + x, int64, at most `_CHUNK` at a time."""
+    for document in documents:
+        before = bytes(2)
+        for start in range(0, document.size, _CHUNK):
+            data = before + document.read(start, min(_CHUNK, document.size - start))
+            codes = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+            yield (codes[:-2] * 256 + codes[1:-1]) * 256 + codes[2:]
+            before = data[-2:]
+
+
+def _chunks(documents: Sequence[Document]) -> Iterator[bytes]:
+    for document in documents:
+        for start in range(0, document.size, _CHUNK):
+            yield document.read(start, min(_CHUNK, document.size - start))
+
+
+class _CountingSink:
+    """A file that remembers only how much was written."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
