@@ -1,4 +1,4 @@
-"""Text as packed rows of byte tokens: sources, split, tokenizer, packing. A leaf: it imports torch and nothing of ours."""
+"""Text as packed rows of byte tokens: sources, split, tokenizer, packing. A leaf: it imports nothing else of ours."""
 
 from retnet.data.packing import IGNORED, PackedDataset
 from retnet.data.sources import STDLIB, Document, Split, find_documents, split_documents

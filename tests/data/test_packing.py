@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_pieces_start_fresh_with_the_token_before_them_as_context(sizes, length)
     for i in range(len(rows)):
         row = rows[i]
         starts = (row["position_ids"] == 0).nonzero().flatten().tolist() + [length]
-        for begin, end in zip(starts, starts[1:], strict=False):
+        for begin, end in pairwise(starts):
             piece = row["input_ids"][begin:end].tolist()
             assert row["position_ids"][begin:end].tolist() == list(range(end - begin))
             assert row["labels"][begin] == IGNORED

@@ -92,7 +92,7 @@ def test_one_file_is_split_at_its_end(tmp_path):
 
 def test_too_little_text_to_split_is_an_error(tmp_path):
     write(tmp_path, {"a": b"x"})
-    with pytest.raises(ValueError, match="too little text .*: 1 bytes"):
+    with pytest.raises(ValueError, match=r"too little text .*: 1 bytes"):
         split_documents(find_documents(tmp_path))
 
 

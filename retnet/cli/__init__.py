@@ -1,0 +1,52 @@
+"""The `retnet` command: one file a verb.
+
+`retnet --help` must answer at once, so a verb's file imports torch and everything heavy inside its function.
+What a user got wrong ends in one message and exit code 2; anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from retnet import __version__
+from retnet.cli._common import Session, report_error
+
+app = typer.Typer(
+    name="retnet",
+    help="Retentive networks: train in parallel, run in constant memory and time per token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"retnet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+) -> None:
+    context.obj.debug = debug
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line and exit: 0 done, 1 a check failed or a bug, 2 the input is wrong, 130 interrupted."""
+    session = Session()
+    try:
+        app(args=arguments, prog_name="retnet", obj=session)
+    except (ValueError, OSError) as error:
+        if session.debug:
+            raise
+        report_error(error)
+        sys.exit(2)

@@ -1,0 +1,63 @@
+"""Imports point down only, and importing does nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "transformers", "numpy", "matplotlib", "triton", "pydantic")
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_import_contracts_hold():
+    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == EXIT_STATUS_SUCCESS
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import retnet",
+        "import retnet.cli",
+        "import retnet.cli\ntry: retnet.cli.main(['--help'])\nexcept SystemExit as done: assert done.code == 0",
+    ],
+    ids=["package", "command line", "help"],
+)
+def test_nothing_heavy_is_loaded_before_it_is_needed(code):
+    loaded = run_python(f"{code}\nimport sys\nprint(*[m for m in {HEAVY!r} if m in sys.modules], sep=',')")
+    assert loaded.splitlines()[-1] == ""
+
+
+def test_importing_leaves_the_environment_as_it_was():
+    output = run_python(
+        "import os, logging\n"
+        "before = dict(os.environ), logging.root.level, list(logging.root.handlers)\n"
+        "import retnet, retnet.data, retnet.eval.compressors, retnet.cli\n"
+        "after = dict(os.environ), logging.root.level, list(logging.root.handlers)\n"
+        "print(before == after)"
+    )
+    assert output.strip() == "True"
+
+
+def test_every_public_name_can_be_imported():
+    import retnet
+
+    for name in retnet.__all__:
+        assert getattr(retnet, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error_that_lists_what_there_is():
+    import retnet
+
+    with pytest.raises(AttributeError, match="no attribute 'retenion'; it exports .*retention"):
+        _ = retnet.retenion
