@@ -59,5 +59,5 @@ def test_every_public_name_can_be_imported():
 def test_an_unknown_name_is_an_attribute_error_that_lists_what_there_is():
     import retnet
 
-    with pytest.raises(AttributeError, match="no attribute 'retenion'; it exports .*retention"):
+    with pytest.raises(AttributeError, match=r"no attribute 'retenion'; it exports .*retention"):
         _ = retnet.retenion
