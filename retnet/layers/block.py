@@ -1,0 +1,78 @@
+"""A block: a mixer and a feed-forward on the residual stream, pre- or post-norm, one after the other or side by side.
+
+    pre:       x + s f(norm(x))                 post:  norm(a x + s f(x))
+    parallel:  x + s (mixer(norm1 x) + feed_forward(norm2 x))
+
+The paper's layer is pre-norm with s = a = 1; DeepNet's (deepnorm, arXiv 2203.00555) is post-norm with a = (2 L)^(1/4).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.layers.feed_forward import FeedForward, FeedForwardConfig
+from retnet.layers.layout import TokenLayout
+from retnet.layers.retention import MultiScaleRetention, RetentionConfig
+from retnet.layers.state import LayerState
+from retnet.ops.norms import Norm
+
+# Each mixer: its config class, its module `(x, state, layout) -> (y, state)`.
+MIXERS = {RetentionConfig: MultiScaleRetention}
+MixerConfig = RetentionConfig
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One layer of a stack. residual_scale is s, skip_scale is a (post-norm alone); dropout is on both branches."""
+
+    mixer: MixerConfig
+    feed_forward: FeedForwardConfig
+    norm: Norm = "layer"
+    norm_eps: float = 1e-6
+    norm_position: Literal["pre", "post"] = "pre"
+    residual: Literal["sequential", "parallel"] = "sequential"
+    residual_scale: float = 1.0
+    skip_scale: float = 1.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.norm_position == "post" and self.residual == "parallel":
+            raise ValueError("norm_position is 'post' with residual 'parallel'; accepted with parallel: 'pre'")
+        if self.norm_position == "pre" and self.skip_scale != 1.0:
+            raise ValueError(f"skip_scale is {self.skip_scale} with norm_position 'pre'; accepted there: 1.0")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; accepted: 0 <= dropout < 1")
+
+
+def make_norm(kind: Norm, width: int, eps: float) -> nn.Module:
+    return nn.LayerNorm(width, eps=eps) if kind == "layer" else nn.RMSNorm(width, eps=eps)
+
+
+class Block(nn.Module):
+    """x [B, T, D], state -> (x, state)."""
+
+    def __init__(self, config: BlockConfig, d_model: int):
+        super().__init__()
+        self.config = config
+        self.mixer_norm = make_norm(config.norm, d_model, config.norm_eps)
+        self.mixer = MIXERS[type(config.mixer)](config.mixer, d_model)
+        self.feed_forward_norm = make_norm(config.norm, d_model, config.norm_eps)
+        self.feed_forward = FeedForward(config.feed_forward, d_model)
+
+    def forward(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
+        s = self.config.residual_scale
+        if self.config.norm_position == "post":
+            a = self.config.skip_scale
+            y, state = self.mixer(x, state, layout)
+            x = self.mixer_norm(a * x + s * self._dropout(y))
+            return self.feed_forward_norm(a * x + s * self._dropout(self.feed_forward(x))), state
+        y, state = self.mixer(self.mixer_norm(x), state, layout)
+        if self.config.residual == "parallel":
+            return x + s * self._dropout(y + self.feed_forward(self.feed_forward_norm(x))), state
+        x = x + s * self._dropout(y)
+        return x + s * self._dropout(self.feed_forward(self.feed_forward_norm(x))), state
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)

@@ -1,0 +1,181 @@
+"""Multi-scale retention, the paper's mixer (section 2.2, Eq. 8 and 9), and what its authors and readers vary.
+
+    Q, K = rotary(X W_Q, X W_K)    V = X W_V    Y = head_norm(retention(Q, K, V))    out = (swish(X W_G) * Y) W_O
+
+The defaults are the paper's: value width 2 D, decays of Eq. 8, layer norm over each head, swish gate. Gated retention
+makes the decay a function of the token, `sigmoid(x W)^(1/16)` (YOCO, arXiv 2405.05254, Eq. 7).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.layers.layout import TokenLayout
+from retnet.layers.state import RetentionState
+from retnet.ops.decay import SCHEDULES, decay_norm
+from retnet.ops.norms import normalize
+from retnet.ops.retention import Mode, retention, retention_step_
+from retnet.ops.rotary import rotate
+
+
+@dataclass(frozen=True)
+class RetentionConfig:
+    """One multi-scale retention layer; widths are totals over the heads.
+
+    decay: "paper" (Eq. 8), "experiment" (section 3.1), "none" (gamma 1), "gated", one gamma for all heads, or a gamma
+    for each head. learnable_decay: train them, as -exp(a), from where `decay` starts them. decay_norm: divide by the
+    norm of the decay mask's row, as torchscale does.
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    decay: str | float | tuple[float, ...] = "paper"
+    learnable_decay: bool = False
+    decay_norm: bool = False
+    rotary: Literal["interleaved", "half", "none"] = "interleaved"
+    rotary_base: float = 10000.0
+    rotary_factor: float = 1.0
+    gate: Literal["swish", "none"] = "swish"
+    head_norm: Literal["layer", "rms", "none"] = "layer"
+    head_norm_affine: Literal["none", "shared", "per_head"] = "none"
+    head_norm_eps: float = 1e-6
+    bias: bool = False
+    mode: Mode = "auto"
+    chunk_size: int | None = None
+    kind: Literal["retention"] = "retention"
+
+    def __post_init__(self) -> None:
+        for name, width in (("key_dim", self.key_dim), ("value_dim", self.value_dim)):
+            if self.num_heads < 1 or width < 1 or width % self.num_heads:
+                raise ValueError(f"{name} is {width} with num_heads {self.num_heads}; accepted: a multiple of num_heads")
+        if self.rotary != "none" and self.head_key_dim % 2:
+            raise ValueError(f"rotary turns pairs, but key_dim / num_heads is {self.head_key_dim}; accepted: an even number")
+        if isinstance(self.decay, list):
+            object.__setattr__(self, "decay", tuple(self.decay))
+        if isinstance(self.decay, str):
+            accepted = (*SCHEDULES, "none", "gated")
+            if self.decay not in accepted:
+                raise ValueError(f"decay is {self.decay!r}; accepted: {', '.join(accepted)}, a number, or one for each head")
+        else:
+            gammas = self.decay if isinstance(self.decay, tuple) else (self.decay,)
+            if len(gammas) not in (1, self.num_heads) or not all(0 <= gamma <= 1 for gamma in gammas):
+                raise ValueError(
+                    f"decay is {self.decay}; accepted: one number or {self.num_heads} (num_heads) between 0 and 1"
+                )
+        if self.learnable_decay and (self.log_decay is None or bool(((self.log_decay == 0) | self.log_decay.isinf()).any())):
+            raise ValueError(f"learnable_decay needs a start strictly between 0 and 1; decay is {self.decay!r}")
+        if self.decay_norm and self.decay == "gated":
+            raise ValueError("decay_norm is defined for a decay fixed per head; accepted with decay 'gated': decay_norm false")
+
+    @property
+    def head_key_dim(self) -> int:
+        return self.key_dim // self.num_heads
+
+    @property
+    def head_value_dim(self) -> int:
+        return self.value_dim // self.num_heads
+
+    @property
+    def log_decay(self) -> Tensor | None:
+        """log gamma [H] that the layer starts from, float64; None if the decay is gated."""
+        if self.decay == "gated":
+            return None
+        if self.decay == "none":
+            return torch.zeros(self.num_heads, dtype=torch.float64)
+        if isinstance(self.decay, str):
+            return SCHEDULES[self.decay](self.num_heads, dtype=torch.float64)
+        return torch.tensor(self.decay, dtype=torch.float64).log().expand(self.num_heads).clone()
+
+
+class MultiScaleRetention(nn.Module):
+    """x [B, T, D] -> y [B, T, D], state [N, H, K, V]."""
+
+    GATE_POWER = 1 / 16  # of the gated decay: keeps it near 1, where long context lives
+
+    def __init__(self, config: RetentionConfig, d_model: int):
+        super().__init__()
+        self.config = config
+        bias = config.bias
+        self.q_proj = nn.Linear(d_model, config.key_dim, bias=bias)
+        self.k_proj = nn.Linear(d_model, config.key_dim, bias=bias)
+        self.v_proj = nn.Linear(d_model, config.value_dim, bias=bias)
+        self.gate_proj = nn.Linear(d_model, config.value_dim, bias=bias) if config.gate == "swish" else None
+        self.out_proj = nn.Linear(config.value_dim, d_model, bias=bias)
+        self.decay_proj = nn.Linear(d_model, config.num_heads, bias=False) if config.decay == "gated" else None
+        affine = {"none": None, "shared": (config.head_value_dim,), "per_head": (config.num_heads, config.head_value_dim)}
+        shape = affine[config.head_norm_affine]
+        self.head_norm_weight = nn.Parameter(torch.ones(shape)) if shape else None
+        self.log_rate = nn.Parameter(torch.empty(config.num_heads)) if config.learnable_decay else None
+        # Not buffers: `.bfloat16()` would round gammas to 1, and meta-device initialisation would lose them.
+        self._fixed_log_decay: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.reset_decay()
+
+    def reset_decay(self) -> None:
+        """Start learnable decays from the schedule."""
+        if self.log_rate is not None:
+            with torch.no_grad():
+                self.log_rate.copy_((-self.config.log_decay).log())
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """[H], or [B, T, H] if gated; float32 (float64 for float64)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.decay_proj is not None:
+            return F.logsigmoid(self.decay_proj(x).to(wide)) * self.GATE_POWER
+        if self.log_rate is not None:
+            return -self.log_rate.to(wide).exp()
+        key = (x.device, wide)
+        if key not in self._fixed_log_decay:
+            with torch.inference_mode(False):
+                self._fixed_log_decay[key] = self.config.log_decay.to(x.device, wide)
+        return self._fixed_log_decay[key]
+
+    def forward(self, x: Tensor, state: RetentionState | None, layout: TokenLayout) -> tuple[Tensor, RetentionState | None]:
+        config = self.config
+        q, k, v = (
+            proj(x).unflatten(-1, (config.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if config.rotary != "none":
+            wide = torch.promote_types(q.dtype, torch.float32)
+            cos, sin = layout.rotation(config.rotary, config.head_key_dim, config.rotary_base, config.rotary_factor, wide)
+            q, k = (rotate(z, cos, sin, config.rotary) for z in (q, k))
+        log_decay = self.log_decay(x)
+        out, state = self._retain(q, k, v, log_decay, state, layout)
+        if config.decay_norm:
+            out = out / decay_norm(log_decay, layout.positions)[..., None].to(out.dtype)
+        out = self._head_norm(out).flatten(-2).to(x.dtype)
+        if self.gate_proj is not None:
+            out = F.silu(self.gate_proj(x)) * out
+        return self.out_proj(out), state
+
+    def _retain(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: RetentionState | None, layout: TokenLayout
+    ) -> tuple[Tensor, RetentionState | None]:
+        if layout.in_place and state is not None and q.shape[1] == 1 and layout.cu_seqlens is None:
+            out = retention_step_(q, k, v, log_decay, state.memory, mask=layout.mask)
+            state.position.add_(layout.lengths)
+            return out, state
+        out, memory = retention(
+            q,
+            k,
+            v,
+            log_decay,
+            state=None if state is None else state.memory,
+            mask=layout.mask,
+            cu_seqlens=layout.cu_seqlens,
+            mode=self.config.mode if q.shape[1] > 1 else "auto",
+            chunk_size=self.config.chunk_size,
+            state_dtype=None if state is None else state.memory.dtype,
+            return_state=layout.carry,
+        )
+        if memory is None:
+            return out, None
+        return out, RetentionState(layout.advance(None if state is None else state.position), memory)
+
+    def _head_norm(self, out: Tensor) -> Tensor:
+        if self.config.head_norm != "none":
+            out = normalize(out, self.config.head_norm, self.config.head_norm_eps)
+        return out if self.head_norm_weight is None else out * self.head_norm_weight

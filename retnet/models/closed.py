@@ -1,0 +1,91 @@
+"""Plain data <-> nested frozen dataclasses, closed: an unknown key or a wrong type is refused with its path.
+
+Used for model configurations, whose JSON must survive years. A union of dataclasses is told apart by its `kind` field.
+"""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def to_dict(value: Any) -> Any:
+    """Dataclasses to dictionaries, tuples to lists; everything else is already plain."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def from_dict(cls: type[T], data: Any, path: str = "config") -> T:
+    """Build dataclass `cls` from `data`. Raises ValueError naming the path, what was given and what is accepted."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path}: expected a mapping of {cls.__name__}, got {_name(data)}")
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{path}.{key}: unknown key{hint} Accepted: {', '.join(known)}")
+    types_ = get_type_hints(cls)
+    values = {key: _convert(types_[key], item, f"{path}.{key}") for key, item in data.items()}
+    missing = [n for n, f in known.items() if n not in values and _required(f)]
+    if missing:
+        raise ValueError(f"{path}: missing {', '.join(missing)}")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _convert(annotation: Any, value: Any, path: str) -> Any:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _convert_union(args, value, path)
+    if origin is Literal:
+        if isinstance(value, bool) or value not in args:
+            raise ValueError(f"{path}: {value!r} given; accepted: {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{path}: expected a list, got {_name(value)}")
+        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(annotation):
+        return value if isinstance(value, annotation) else from_dict(annotation, value, path)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
+        raise ValueError(f"{path}: expected {annotation.__name__}, got {_name(value)}")
+    return value
+
+
+def _convert_union(args: tuple, value: Any, path: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    classes = {a.kind: a for a in args if dataclasses.is_dataclass(a)}
+    if classes and isinstance(value, Mapping):
+        kind = value.get("kind")
+        if kind not in classes:
+            raise ValueError(f"{path}.kind: {kind!r} given; accepted: {', '.join(classes)}")
+        return from_dict(classes[kind], value, path)
+    errors = []
+    for annotation in args:
+        if annotation is type(None):
+            continue
+        try:
+            return _convert(annotation, value, path)
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError(" or ".join(errors))
+
+
+def _name(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}"[:80]

@@ -1,0 +1,88 @@
+"""`ModelConfig`, the one truth about a model: presets, stacks and converters make it, everything else reads it."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from retnet.layers.block import BlockConfig
+from retnet.models.closed import from_dict, to_dict
+
+Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model: embedding, `layers`, final norm, head.
+
+    tie_embeddings: the head is the embedding. embedding_scale multiplies embeddings. logit_soft_cap c: c tanh(x / c).
+    init: a row of `retnet.models.init.INIT`. gradient_checkpointing recomputes blocks in the backward.
+    """
+
+    vocab_size: int
+    d_model: int
+    layers: tuple[BlockConfig, ...]
+    name: str = "retnet"
+    tie_embeddings: bool = True
+    embedding_scale: float = 1.0
+    final_norm: Literal["layer", "rms", "none"] = "layer"
+    norm_eps: float = 1e-6
+    logit_soft_cap: float | None = None
+    init: Literal["paper", "torchscale", "normal"] = "paper"
+    init_std: float = 0.02
+    seed: int = 0
+    dtype: Dtype = "float32"
+    gradient_checkpointing: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")
+        if not self.layers:
+            raise ValueError("layers is empty; accepted: at least one")
+        if self.logit_soft_cap is not None and not self.logit_soft_cap > 0:
+            raise ValueError(f"logit_soft_cap is {self.logit_soft_cap}; accepted: a positive number or None")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name} is {token}; accepted: 0 to {self.vocab_size - 1} (vocab_size - 1)")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON. Equal layers in a row are written once, with `repeat`."""
+        data = {f.name: to_dict(getattr(self, f.name)) for f in fields(self) if f.name != "layers"}
+        runs: list[dict[str, Any]] = []
+        for layer in self.layers:
+            if runs and runs[-1]["layer"] == layer:
+                runs[-1]["repeat"] += 1
+            else:
+                runs.append({"repeat": 1, "layer": layer})
+        return data | {"layers": [{"repeat": run["repeat"], "layer": to_dict(run["layer"])} for run in runs]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "ModelConfig":
+        """The inverse of `to_dict`. Raises ValueError naming the path of an unknown key or a wrong value."""
+        runs = data.get("layers")
+        if not isinstance(runs, list):
+            raise ValueError(f"config.layers: expected a list of {{repeat, layer}}, got {type(runs).__name__}")
+        layers: list[BlockConfig] = []
+        for i, run in enumerate(runs):
+            one = from_dict(_Run, run, f"config.layers[{i}]")
+            layers.extend([one.layer] * one.repeat)
+        return from_dict(cls, {**data, "layers": layers})
+
+
+@dataclass(frozen=True)
+class _Run:
+    layer: BlockConfig
+    repeat: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.repeat <= 10_000:
+            raise ValueError(f"repeat is {self.repeat}; accepted: 1 to 10000")

@@ -1,0 +1,86 @@
+"""Initial weights, one table: the part a weight plays decides its distribution.
+
+"paper": the paper initialises like DeepNet (arXiv 2203.00555): Xavier, with values, gates, outputs and feed-forward
+scaled by (8 L)^(-1/4). "torchscale": the gains of the official code, 2^-2.5 for q, k, v and gate and 2^-1 for the
+output. "normal": N(0, init_std). Under the last two, projections that write to the residual stream are scaled by
+(2 L)^(-1/2), so that its size does not grow with depth.
+
+Embeddings are small against what the layers add: with a tied head, a final hidden state that still points along its own
+token's embedding would predict that token again with a logit of about sqrt(D), and a wide model would start tens of
+nats above ln(vocab).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from retnet.models.config import ModelConfig
+
+# last part of the parameter's module name -> part it plays; the feed-forward's gate is told from the mixer's by path
+_PARTS = {
+    "q_proj": "query_key",
+    "k_proj": "query_key",
+    "v_proj": "value",
+    "gate_proj": "value",
+    "out_proj": "output",
+    "up_proj": "feed_forward",
+    "down_proj": "down",
+    "decay_proj": "other",
+    "embedding": "embedding",
+    "head": "embedding",
+}
+
+# part -> gain of a Xavier-uniform weight, as a function of the number of layers L
+Gain = Callable[[int], float]
+_DEEPNET: Gain = lambda L: (8 * L) ** -0.25  # noqa: E731
+INIT: dict[str, dict[str, Gain]] = {
+    "paper": {
+        "query_key": lambda L: 1.0,
+        "value": _DEEPNET,
+        "output": _DEEPNET,
+        "feed_forward": _DEEPNET,
+        "down": _DEEPNET,
+        "other": lambda L: 1.0,
+    },
+    "torchscale": {
+        "query_key": lambda L: 2**-2.5,
+        "value": lambda L: 2**-2.5,
+        "output": lambda L: 2**-1 * (2 * L) ** -0.5,
+        "feed_forward": lambda L: 3**-0.5,
+        "down": lambda L: (3 * 2 * L) ** -0.5,
+        "other": lambda L: 1.0,
+    },
+}
+
+
+def initialize(model: nn.Module, config: ModelConfig) -> None:
+    """Draw every weight of `model` anew from config.seed, whatever torch's global generator holds."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device if device.type != "meta" else "cpu").manual_seed(config.seed)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            _initialize_weight(module.weight, _part(name), config, generator)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_decay"):
+            module.reset_decay()
+
+
+def _part(name: str) -> str:
+    part = _PARTS.get(name.rsplit(".", 1)[-1], "other")
+    return "feed_forward" if part == "value" and ".feed_forward." in name else part
+
+
+def _initialize_weight(weight: Tensor, part: str, config: ModelConfig, generator: torch.Generator) -> None:
+    if weight.is_meta:
+        return
+    L = len(config.layers)
+    if part == "embedding":
+        nn.init.normal_(weight, std=min(config.init_std, 0.5 * config.d_model**-0.5), generator=generator)
+    elif config.init == "normal":
+        depth = math.sqrt(2 * L) if part in ("output", "down") else 1.0
+        nn.init.normal_(weight, std=config.init_std / depth, generator=generator)
+    else:
+        nn.init.xavier_uniform_(weight, gain=INIT[config.init][part](L), generator=generator)

@@ -1,0 +1,113 @@
+"""The language model: embedding, blocks, final norm, head. Plain torch; the Hugging Face face is `models/hf.py`."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from retnet.layers.block import Block, make_norm
+from retnet.layers.layout import TokenLayout
+from retnet.models.config import ModelConfig
+from retnet.models.init import initialize
+from retnet.models.states import ModelState
+
+
+@dataclass
+class ModelOutput:
+    """logits [B, T, vocab] and, if asked for, the states after the last token and the final hidden states [B, T, D]."""
+
+    logits: Tensor
+    state: ModelState | None
+
+
+class LanguageModel(nn.Module):
+    """Token ids in, logits out, states passed in and returned.
+
+    Weights are drawn from config.seed in config.dtype; under `torch.device("meta")` nothing is allocated.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(layer, config.d_model) for layer in config.layers)
+        self.final_norm = (
+            nn.Identity() if config.final_norm == "none" else make_norm(config.final_norm, config.d_model, config.norm_eps)
+        )
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        initialize(self, config)
+        self.to(config.torch_dtype)
+
+    def forward(
+        self,
+        ids: Tensor,
+        state: ModelState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        carry: bool = False,
+        in_place: bool = False,
+    ) -> ModelOutput:
+        """Logits for every token.
+
+        Args:
+            ids: [B, T] int64.
+            state: after the tokens that came before, for N = B sequences (or N packed documents).
+            mask: [B, T] bool over these T tokens; False tokens (pads, holes) change nothing for the others.
+            cu_seqlens: [N + 1] bounds of documents packed into one row (B = 1).
+            carry: return the state after the last token.
+            in_place: the given state may be overwritten (inference alone); it is the one returned.
+        """
+        hidden, state = self.hidden(ids, state, mask=mask, cu_seqlens=cu_seqlens, carry=carry, in_place=in_place)
+        return ModelOutput(self.logits(hidden), state)
+
+    def hidden(
+        self,
+        ids: Tensor | None,
+        state: ModelState | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        carry: bool = False,
+        in_place: bool = False,
+    ) -> tuple[Tensor, ModelState | None]:
+        """Final hidden states [B, T, D], ready for `logits`, and the state; arguments as for `forward`.
+
+        embeddings [B, T, D] take the place of ids, before config.embedding_scale.
+        """
+        x = self.embedding(ids) if embeddings is None else embeddings
+        x = x * self.config.embedding_scale
+        layout = TokenLayout.of(
+            (x.shape[0], x.shape[1]),
+            x.device,
+            start=None if state is None else state.position,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            carry=carry,
+            in_place=in_place,
+        )
+        states = []
+        for i, layer in enumerate(self.layers):
+            before = None if state is None else state.layers[i]
+            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x, after = checkpoint(layer, x, before, layout, use_reentrant=False)
+            else:
+                x, after = layer(x, before, layout)
+            states.append(after)
+        return self.final_norm(x), ModelState(tuple(states)) if carry else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., vocab], soft-capped if the configuration says so."""
+        logits = self.head(hidden)
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def loss(self, ids: Tensor, labels: Tensor, **layout: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of labels [B, T] (already shifted; -100 is ignored) given ids [B, T]."""
+        hidden, _ = self.hidden(ids, **layout)
+        return F.cross_entropy(self.logits(hidden).float().flatten(0, 1), labels.flatten(), ignore_index=-100)
