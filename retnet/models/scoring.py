@@ -1,0 +1,25 @@
+"""How well a model predicts a text: negative log-likelihood token by token, with the state carried over any length."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retnet.models.lm import LanguageModel
+from retnet.models.states import ModelState
+
+SCORE_BLOCK = 2048  # tokens a call: bounds the logits in memory
+
+
+@torch.inference_mode()
+def score(model: LanguageModel, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState | None]:
+    """Nats of every token but the first, [B, T - 1] float32, for ids [B, T]; and the state before the last token.
+
+    The whole text is one context: blocks follow one another in the same state.
+    """
+    nats = []
+    for start in range(0, ids.shape[1] - 1, SCORE_BLOCK):
+        block = ids[:, start : start + SCORE_BLOCK + 1]
+        output = model(block[:, :-1], state, carry=True)
+        state = output.state
+        nats.append(F.cross_entropy(output.logits.float().transpose(1, 2), block[:, 1:], reduction="none"))
+    return torch.cat(nats, 1) if nats else torch.empty(ids.shape[0], 0), state
