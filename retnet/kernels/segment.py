@@ -1,0 +1,368 @@
+"""The segment kernel: what a segment's tokens read from the state at its border and from one another.
+
+    forward:   out_i = a enter_i x_i S + b sum_{j <= i} between(i, j) (x_i . y_j) z_j
+    reversed:  out_j = a leave_j x_j S + b sum_{i >= j} between(i, j) (x_j . y_i) z_i
+
+The adjoint of retention is retention, so these two make the output and three gradients (S, dS: the stored states):
+
+    out = forward(q, k, v, S)          dv = reversed(k, q, dout, dS)
+    dq  = forward(dout, v, k, S^T)     dk = reversed(v, dout, q, dS^T)
+
+A program makes BM rows x BO columns of one head, or of one group for dq and dk, summing its heads in order. The
+contraction over x's columns runs whole where a row of x fits (BR covers it), else in slices of BR, the first of which are
+shared between the state and the first column tile. Everything accumulates in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retnet.kernels.decay import Decay, between, decay_of_head, enter, leave, running
+from retnet.kernels.layout import Layout, load_tile, segment_bounds, tokens_ok
+from retnet.kernels.tiles import SegmentTile, precision
+
+
+def read_segments(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    states: Tensor,
+    decay: Decay,
+    layout: Layout,
+    tile: SegmentTile,
+    *,
+    state_scale: float,
+    pair_scale: float,
+    reverse: bool,
+    sum_heads: bool,
+    row_dot_with: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """x, y [tokens, ., R], z [tokens, ., O], states [slots, H, K, V] -> out [tokens, ., O] in z's dtype.
+
+    Without `sum_heads` x and y are per group, z and out per head, and R = K; with it x and y are per head, z and out per
+    group, and R = V. `row_dot_with` [tokens, G, O] also returns its row-wise product with each head's float32 out,
+    [output tiles, H, tokens]: what the gradient of log_decay is made of.
+    """
+    H = states.shape[1]
+    R, O = x.shape[-1], z.shape[-1]
+    out_heads = z.shape[1]
+    out = torch.empty(layout.num_tokens, out_heads, O, dtype=z.dtype, device=z.device)
+    column_tiles = triton.cdiv(O, tile.BO)
+    dots = None
+    if row_dot_with is not None:
+        dots = torch.empty(column_tiles, H, layout.num_tokens, dtype=torch.float32, device=z.device)
+    if layout.num_slots == 0:
+        return out, dots
+    L = layout.segment
+    BM = min(tile.BM, L)
+    partner = z if row_dot_with is None else row_dot_with
+    _segment_kernel[(layout.num_slots * out_heads * (L // BM) * column_tiles,)](
+        x,
+        y,
+        z,
+        states,
+        out,
+        partner,
+        dots,
+        decay.rate,
+        decay.sums,
+        decay.mask,
+        layout.table,
+        layout.tokens_per_row,
+        layout.num_tokens,
+        x.stride(0),
+        x.stride(1),
+        y.stride(0),
+        y.stride(1),
+        z.stride(0),
+        z.stride(1),
+        partner.stride(0),
+        partner.stride(1),
+        state_scale,
+        pair_scale,
+        H=H,
+        OUT_HEADS=out_heads,
+        HEADS_PER_GROUP=H // (out_heads if sum_heads else x.shape[1]),
+        R=R,
+        O=O,
+        L=L,
+        BM=BM,
+        BN=min(tile.BN, BM),
+        BR=tile.BR,
+        BS=tile.BS,
+        BO=tile.BO,
+        REVERSE=reverse,
+        SUM_HEADS=sum_heads,
+        PER_TOKEN=decay.per_token,
+        MASKED=decay.mask is not None,
+        PACKED=layout.packed,
+        PRECISION=precision(z.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out, dots
+
+
+@triton.jit(do_not_specialize=["T", "num_tokens"])
+def _segment_kernel(
+    x,
+    y,
+    z,
+    states,
+    out,
+    partner,
+    dots,
+    rate,
+    sums,
+    mask,
+    table,
+    T,
+    num_tokens,
+    x_token,
+    x_head,
+    y_token,
+    y_head,
+    z_token,
+    z_head,
+    partner_token,
+    partner_head,
+    state_scale,
+    pair_scale,
+    H: tl.constexpr,
+    OUT_HEADS: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
+    R: tl.constexpr,
+    O: tl.constexpr,
+    L: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BS: tl.constexpr,
+    BO: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SUM_HEADS: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    COLUMN_TILES: tl.constexpr = (O + BO - 1) // BO
+    pid = tl.program_id(0)
+    column_tile = pid % COLUMN_TILES
+    pid = pid // COLUMN_TILES
+    row0 = pid % (L // BM) * BM
+    pid = pid // (L // BM)
+    out_head = pid % OUT_HEADS
+    slot = pid // OUT_HEADS
+    start, length, _ = segment_bounds(slot, table, T, L, PACKED)
+    if row0 >= length:
+        return
+    rows = row0 + tl.arange(0, BM)
+    columns = column_tile * BO + tl.arange(0, BO)
+    ok = tokens_ok(mask, start, rows, length, MASKED)
+
+    HEADS: tl.constexpr = HEADS_PER_GROUP if SUM_HEADS else 1
+    total = tl.zeros([BM, BO], dtype=tl.float32)
+    for i in range(HEADS):
+        if SUM_HEADS:
+            h, xy_head = out_head * HEADS_PER_GROUP + i, out_head * HEADS_PER_GROUP + i
+        else:
+            h, xy_head = out_head, out_head // HEADS_PER_GROUP
+        log_decay, head_sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
+        product = _one_head(
+            x + start * x_token + xy_head * x_head,
+            y + start * y_token + xy_head * y_head,
+            z + start * z_token + out_head * z_head,
+            states + (slot.to(tl.int64) * H + h) * (R * O),
+            log_decay,
+            head_sums,
+            plane,
+            mask,
+            start,
+            length,
+            row0,
+            rows,
+            ok,
+            columns,
+            x_token,
+            y_token,
+            z_token,
+            state_scale,
+            pair_scale,
+            R,
+            O,
+            L,
+            BM,
+            BN,
+            BR,
+            BS,
+            BO,
+            REVERSE,
+            SUM_HEADS,
+            PER_TOKEN,
+            MASKED,
+            PRECISION,
+        )
+        if dots is not None:
+            other = load_tile(
+                partner + start * partner_token + out_head * partner_head, rows, columns, partner_token, ok, O, BO
+            )
+            at = dots + (column_tile * H + h) * num_tokens.to(tl.int64) + start + rows
+            tl.store(at, tl.sum(product * other.to(tl.float32), 1), mask=rows < length)
+        if HEADS == 1:
+            total = product
+        else:
+            total += product
+    at = out + (start + rows)[:, None] * (OUT_HEADS * O) + out_head * O + columns[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(rows < length)[:, None] & (columns < O)[None, :])
+
+
+@triton.jit
+def _one_head(
+    x,
+    y,
+    z,
+    state,
+    log_decay,
+    sums,
+    plane,
+    mask,
+    start,
+    length,
+    row0,
+    rows,
+    ok,
+    columns,
+    x_token,
+    y_token,
+    z_token,
+    state_scale,
+    pair_scale,
+    R: tl.constexpr,
+    O: tl.constexpr,
+    L: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BS: tl.constexpr,
+    BO: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One head's BM x BO tile in float32. The pointers are at the segment's first token and at the head."""
+    high, low, resets = running(sums, plane, rows, length, PER_TOKEN, MASKED)
+    if REVERSE:
+        reach = leave(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED)
+        first, last = row0, tl.minimum(length, L)
+    else:
+        reach = enter(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED)
+        first, last = 0, tl.minimum(length, row0 + BM)
+    acc = tl.zeros([BM, BO], dtype=tl.float32)
+
+    if BR >= R:
+        for r0 in range(0, R, BS):
+            r = r0 + tl.arange(0, BS)
+            xs = load_tile(x, rows, r, x_token, ok, R, BS)
+            acc = _add_state(xs, state, r, columns, acc, R, O, BS, BO, TRANSPOSED, PRECISION)
+        acc *= (reach * state_scale)[:, None]
+        r = tl.arange(0, BR)
+        xs = load_tile(x, rows, r, x_token, ok, R, BR)
+        for c0 in range(first, last, BN):
+            at = c0 + tl.arange(0, BN)
+            at_ok = tokens_ok(mask, start, at, length, MASKED)
+            ys = load_tile(y, at, r, y_token, at_ok, R, BR)
+            pairs = tl.dot(xs, tl.trans(ys), input_precision=PRECISION)
+            pairs *= _weights(log_decay, sums, plane, rows, high, low, resets, at, length, REVERSE, PER_TOKEN, MASKED) * pair_scale
+            zs = load_tile(z, at, columns, z_token, at_ok, O, BO)
+            acc = tl.dot(pairs.to(z.dtype.element_ty), zs, acc, input_precision=PRECISION)
+    else:
+        at = first + tl.arange(0, BN)
+        at_ok = tokens_ok(mask, start, at, length, MASKED)
+        pairs = tl.zeros([BM, BN], dtype=tl.float32)
+        for r0 in range(0, R, BR):
+            r = r0 + tl.arange(0, BR)
+            xs = load_tile(x, rows, r, x_token, ok, R, BR)
+            ys = load_tile(y, at, r, y_token, at_ok, R, BR)
+            pairs = tl.dot(xs, tl.trans(ys), pairs, input_precision=PRECISION)
+            acc = _add_state(xs, state, r, columns, acc, R, O, BR, BO, TRANSPOSED, PRECISION)
+        acc *= (reach * state_scale)[:, None]
+        pairs *= _weights(log_decay, sums, plane, rows, high, low, resets, at, length, REVERSE, PER_TOKEN, MASKED) * pair_scale
+        zs = load_tile(z, at, columns, z_token, at_ok, O, BO)
+        acc = tl.dot(pairs.to(z.dtype.element_ty), zs, acc, input_precision=PRECISION)
+        for c0 in range(first + BN, last, BN):
+            at = c0 + tl.arange(0, BN)
+            at_ok = tokens_ok(mask, start, at, length, MASKED)
+            pairs = tl.zeros([BM, BN], dtype=tl.float32)
+            for r0 in range(0, R, BR):
+                r = r0 + tl.arange(0, BR)
+                xs = load_tile(x, rows, r, x_token, ok, R, BR)
+                ys = load_tile(y, at, r, y_token, at_ok, R, BR)
+                pairs = tl.dot(xs, tl.trans(ys), pairs, input_precision=PRECISION)
+            pairs *= _weights(log_decay, sums, plane, rows, high, low, resets, at, length, REVERSE, PER_TOKEN, MASKED) * pair_scale
+            zs = load_tile(z, at, columns, z_token, at_ok, O, BO)
+            acc = tl.dot(pairs.to(z.dtype.element_ty), zs, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _add_state(
+    xs,
+    state,
+    r,
+    columns,
+    acc,
+    R: tl.constexpr,
+    O: tl.constexpr,
+    BR: tl.constexpr,
+    BO: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + xs S[r, columns]. Where states are wider than x (float16), tf32 holds both: its 10 bits are float16's own."""
+    if TRANSPOSED:
+        at = state + columns[None, :] * R + r[:, None]
+    else:
+        at = state + r[:, None] * O + columns[None, :]
+    tile = tl.load(at, mask=(r < R)[:, None] & (columns < O)[None, :], other=0.0)
+    if xs.dtype == state.dtype.element_ty:
+        return tl.dot(xs, tile, acc, input_precision=PRECISION)
+    return tl.dot(xs.to(tile.dtype), tile, acc, input_precision="tf32")
+
+
+@triton.jit
+def _weights(
+    log_decay,
+    sums,
+    plane,
+    rows,
+    high,
+    low,
+    resets,
+    at,
+    length,
+    REVERSE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """between(row, column) where the pair is causal, else 0: [BM, BN]."""
+    high0, low0, resets0 = running(sums, plane, at, length, PER_TOKEN, MASKED)
+    if REVERSE:
+        decay = between(
+            log_decay,
+            high0[None, :],
+            low0[None, :],
+            resets0[None, :],
+            high[:, None],
+            low[:, None],
+            resets[:, None],
+            PER_TOKEN,
+        )
+        return tl.where(at[None, :] >= rows[:, None], decay, 0.0)
+    decay = between(
+        log_decay, high[:, None], low[:, None], resets[:, None], high0[None, :], low0[None, :], resets0[None, :], PER_TOKEN
+    )
+    return tl.where(at[None, :] <= rows[:, None], decay, 0.0)

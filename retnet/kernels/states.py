@@ -1,0 +1,165 @@
+"""The state-only walk: the state at one border of every segment, and the state at the far end of a sequence.
+
+    forward:   S_end  = gamma(segment) S_start + sum_t leave_t  k_t^T v_t          stored: S_start of every segment
+    reversed:  dS_start = gamma(segment) dS_end + scale sum_t enter_t q_t^T dout_t  stored: dS_end of every segment
+
+The adjoint of retention is retention read backwards, so one kernel makes both. A program keeps a [BK, BV] tile of one head's
+state in float32 registers and walks its sequence in chunks of BT tokens; the weight, <= 1, is put on x, the operand
+that the tensor cores take from registers. States are stored once a segment (L tokens), not once a chunk: at K = 256, V = 512 a
+state per 64 tokens would move more bytes than q, k, v and out together. Stored states are bfloat16 for bfloat16 inputs (the
+next product would round them anyway) and float32 otherwise (float16 would overflow at 65504).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retnet.kernels.decay import Decay, decay_of_head, enter, leave
+from retnet.kernels.layout import Layout, load_tile, sequence_bounds, tokens_ok
+from retnet.kernels.tiles import StateTile, precision
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the states between two kernels."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def walk_states(
+    x: Tensor,
+    y: Tensor,
+    decay: Decay,
+    layout: Layout,
+    tile: StateTile,
+    *,
+    scale: float,
+    initial: Tensor | None,
+    final_dtype: torch.dtype | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """x [tokens, G, K] and y [tokens, H, V] -> (states [slots, H, K, V], final [N, H, K, V] or None without a dtype)."""
+    G, K = x.shape[1:]
+    H, V = y.shape[1:]
+    states = torch.empty(layout.num_slots, H, K, V, dtype=stored_dtype(x.dtype), device=x.device)
+    final = None
+    if final_dtype is not None:
+        final = torch.empty(layout.num_sequences, H, K, V, dtype=final_dtype, device=x.device)
+    tiles = triton.cdiv(K, tile.BK) * triton.cdiv(V, tile.BV)
+    if layout.num_sequences == 0:
+        return states, final
+    _walk_kernel[(tiles * H * layout.num_sequences,)](
+        x,
+        y,
+        None if initial is None else initial.contiguous(),
+        states,
+        final,
+        decay.rate,
+        decay.sums,
+        decay.mask,
+        layout.cu_seqlens,
+        layout.first_slot,
+        layout.tokens_per_row,
+        layout.num_tokens,
+        x.stride(0),
+        x.stride(1),
+        y.stride(0),
+        y.stride(1),
+        scale,
+        H=H,
+        HEADS_PER_GROUP=H // G,
+        K=K,
+        V=V,
+        L=layout.segment,
+        BT=min(tile.BT, layout.segment),
+        BK=tile.BK,
+        BV=tile.BV,
+        REVERSE=reverse,
+        PER_TOKEN=decay.per_token,
+        MASKED=decay.mask is not None,
+        PACKED=layout.packed,
+        PRECISION=precision(x.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return states, final
+
+
+@triton.jit(do_not_specialize=["T", "num_tokens"])
+def _walk_kernel(
+    x,
+    y,
+    initial,
+    states,
+    final,
+    rate,
+    sums,
+    mask,
+    cu_seqlens,
+    first_slot,
+    T,
+    num_tokens,
+    x_token,
+    x_head,
+    y_token,
+    y_head,
+    scale,
+    H: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    CHUNKS: tl.constexpr = L // BT
+    V_TILES: tl.constexpr = (V + BV - 1) // BV
+    TILES: tl.constexpr = V_TILES * ((K + BK - 1) // BK)
+    pid = tl.program_id(0)
+    h = (pid // TILES) % H
+    n = pid // (TILES * H)
+    k = (pid % TILES) // V_TILES * BK + tl.arange(0, BK)
+    v = (pid % TILES) % V_TILES * BV + tl.arange(0, BV)
+    in_state = (k < K)[:, None] & (v < V)[None, :]
+    cell = k[:, None] * V + v[None, :]
+
+    start, length, slot0, count = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
+    log_decay, sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
+    x += start * x_token + (h // HEADS_PER_GROUP) * x_head
+    y += start * y_token + h * y_head
+
+    state = tl.zeros([BK, BV], dtype=tl.float32)
+    if initial is not None:
+        at = initial + (n * H + h).to(tl.int64) * (K * V) + cell
+        state += tl.load(at, mask=in_state, other=0.0).to(tl.float32)
+
+    for chunk in range(0, count * CHUNKS):
+        s = chunk // CHUNKS
+        if REVERSE:
+            s = count - 1 - s
+        begin = s * L  # of the segment, in its sequence
+        inside = tl.minimum(length - begin, L)
+        if chunk % CHUNKS == 0:
+            at = states + ((slot0 + s).to(tl.int64) * H + h) * (K * V) + cell
+            tl.store(at, state.to(states.dtype.element_ty), mask=in_state)
+            state *= enter(log_decay, sums + begin, plane, inside - 1, inside, PER_TOKEN, MASKED)
+        position = (chunk % CHUNKS) * BT + tl.arange(0, BT)
+        if REVERSE:
+            weight = enter(log_decay, sums + begin, plane, position, inside, PER_TOKEN, MASKED)
+        else:
+            weight = leave(log_decay, sums + begin, plane, position, inside, PER_TOKEN, MASKED)
+        ok = tokens_ok(mask, start + begin, position, inside, MASKED)
+        row = begin.to(tl.int64)
+        xs = tl.trans(load_tile(x + row * x_token, position, k, x_token, ok, K, BK))
+        ys = load_tile(y + row * y_token, position, v, y_token, ok, V, BV)
+        xs = (xs * (weight * scale)[None, :]).to(x.dtype.element_ty)
+        state = tl.dot(xs, ys, state, input_precision=PRECISION)
+
+    if final is not None:
+        at = final + (n * H + h).to(tl.int64) * (K * V) + cell
+        tl.store(at, state.to(final.dtype.element_ty), mask=in_state)
