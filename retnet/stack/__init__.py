@@ -1,0 +1,9 @@
+"""Stacks: architectures written in EulerStack's YAML (schema_version 1), checked and compiled to models.
+
+`load_stack(file)` gives a `Stack` or raises `StackError` with every fault of the file. The guide is docs/stack.md.
+"""
+
+from .errors import Category, Problem, StackError
+from .load import Stack, load_stack, parse_stack
+
+__all__ = ["Category", "Problem", "Stack", "StackError", "load_stack", "parse_stack"]

@@ -1,0 +1,45 @@
+"""EulerStack's own estimate of a stack's parameters, reproduced for comparison.
+
+It counts no biases, knows nothing of a gate or of wider values in retention, and takes a model for tied unless
+`head.tie_weights` is false. The true number is counted from the built model; this one only stands beside it.
+"""
+
+from .layers import Layer
+from .schema import Attention, Hyena, Mamba, Model, Retnet, Spec
+
+
+def estimate_parameters(spec: Spec, layers: tuple[Layer, ...]) -> int:
+    """Parameters as EulerStack's `validate --report` prints them."""
+    model = spec.model
+    embeddings = model.vocab_size * model.d_model * (1 if spec.head.tie_weights else 2)
+    return embeddings + model.d_model + sum(_layer(layer, model) for layer in layers)
+
+
+def _layer(layer: Layer, model: Model) -> int:
+    return _mixer(layer, model) + _ffn(layer, model) + 2 * model.d_model
+
+
+def _mixer(layer: Layer, model: Model) -> int:
+    d = model.d_model
+    match layer.mixer:
+        case Attention():
+            return 2 * d * d + 2 * d * model.kv_heads * model.head_dim
+        case Retnet():
+            return 4 * d * d + d
+        case Mamba(d_state=d_state, d_conv=d_conv, expand=expand):
+            inner = d * expand
+            return 2 * d * inner + inner * d_conv + inner * (2 * d_state + 1) + inner * d
+        case Hyena(filter_hidden=hidden, depth=depth):
+            return 2 * d * d + d * hidden * depth
+
+
+def _ffn(layer: Layer, model: Model) -> int:
+    matrix = model.d_model * model.d_model * model.mlp_ratio
+    match layer.ffn.type:
+        case "mlp":
+            return 2 * matrix
+        case "gated_mlp":
+            return 3 * matrix
+        case _:
+            experts = layer.ffn.moe.experts if layer.ffn.moe else 0
+            return experts * 3 * matrix + model.d_model * experts

@@ -1,0 +1,55 @@
+"""From a file to a checked stack: read, parse, replace expressions, check, write the schedule out."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+
+from .document import parse, read_text
+from .errors import Problem, StackError
+from .expressions import resolve
+from .layers import Layer, expand
+from .rules import check_rules
+from .schema import Spec
+from .validate import ReservedKey, check_sections
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A valid stack: its sections, its layers in order, and the text it came from."""
+
+    spec: Spec
+    layers: tuple[Layer, ...]
+    text: str = field(repr=False)
+    origin: str = ""
+    reserved: tuple[ReservedKey, ...] = ()
+
+
+def load_stack(path: str | os.PathLike[str]) -> Stack:
+    """The stack of a file. Raises StackError with every fault found, that it cannot be read included."""
+    origin = os.fspath(path)
+    try:
+        data = FilePath(path).read_bytes()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise StackError(
+            [Problem((), f"'{origin}' cannot be read: {reason}", "give the path of a stack file")], origin
+        ) from None
+    except ValueError as error:  # a path with a null character
+        raise StackError(
+            [Problem((), f"this is not a path: {error}", "give the path of a stack file")], origin
+        ) from None
+    return parse_stack(read_text(data, origin), origin)
+
+
+def parse_stack(text: str, origin: str = "") -> Stack:
+    """The stack written in `text`; `origin` names it in errors. Raises StackError with every fault found."""
+    document = parse(text, origin)
+    checked = check_sections(document, resolve(document))
+    problems = [*document.problems, *checked.problems, *check_rules(checked.parts, document)]
+    if problems or checked.spec is None:
+        raise StackError(sorted(problems, key=_place), origin)
+    return Stack(checked.spec, expand(checked.spec), text, origin, tuple(checked.reserved))
+
+
+def _place(problem: Problem) -> tuple[int, int]:
+    return (problem.mark.line, problem.mark.column) if problem.mark else (0, 0)

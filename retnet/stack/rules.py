@@ -1,0 +1,217 @@
+"""What keys of different sections demand of each other.
+
+Each rule runs on the sections that are valid by themselves. A clash is reported where the wrong value stands: of widths
+at `model`, of mixer and state (and of top_k and experts) at the template, of an override at the override's key.
+"""
+
+from collections.abc import Iterator
+
+from .document import Document
+from .errors import Category, Path, Problem, listing, nearest, plain, show
+from .layers import MAX_LAYERS, mixer_settings
+from .schema import MIXERS, OURS, STATE_OF, Attention, Entry, Ffn, Mamba, Retnet, Template
+from .validate import Parts
+
+
+def check_rules(parts: Parts, document: Document) -> list[Problem]:
+    """Every clash between valid sections, in no particular order."""
+    return list(_Rules(parts, document).all())
+
+
+class _Rules:
+    def __init__(self, parts: Parts, document: Document) -> None:
+        self.parts = parts
+        self.document = document
+
+    def all(self) -> Iterator[Problem]:
+        yield from self.widths()
+        yield from self.rotary()
+        yield from self.tying()
+        for name, template in self.parts.templates.items():
+            path: Path = ("layer_templates", name)
+            yield from self.mixer(path, template)
+            yield from self.ffn(path, template.ffn)
+            yield from self.residual((*path, "norm", "position"), template, template.norm and template.norm.position)
+            yield from self.state(path, template)
+        for number, entry in self.parts.entries.items():
+            yield from self.entry(("layer_schedule", number), entry)
+        yield from self.length()
+
+    def problem(
+        self, path: Path, what: str, fix: str, category: Category = Category.VALIDATION, at: Path | None = None
+    ) -> Problem:
+        """A fault reported at `path`; `at` is the value to point to if it stands deeper."""
+        return Problem(path, what, fix, category, self.document.mark(at or path))
+
+    # Across the file
+
+    def widths(self) -> Iterator[Problem]:
+        model = self.parts.model
+        if model is None:
+            return
+        if model.d_model % model.n_heads:
+            close = max(1, round(model.d_model / model.n_heads)) * model.n_heads
+            what = f"d_model {model.d_model} cannot be split into n_heads {model.n_heads}"
+            yield self.problem(("model", "d_model"), what, f"write a multiple of {model.n_heads}, such as {close}")
+        if model.n_heads % model.kv_heads:
+            what = f"n_heads {model.n_heads} cannot share n_kv_heads {model.kv_heads} evenly"
+            divisors = [n for n in range(1, min(model.n_heads, 4096) + 1) if model.n_heads % n == 0]
+            yield self.problem(("model", "n_heads"), what, f"write n_kv_heads as one of: {listing(map(str, divisors))}")
+
+    def rotary(self) -> Iterator[Problem]:
+        embedding, model = self.parts.embedding, self.parts.model
+        if embedding is None:
+            return
+        attends = any(template.mixer.type == "attention" for template in self.parts.templates.values())
+        if embedding.positional != "rope":
+            for key in ("rope_theta", "rope_scaling"):
+                if getattr(embedding, key) is not None:
+                    what = f"{key} has no meaning with positional: {embedding.positional}"
+                    yield self.problem(("embedding", key), what, "remove it, or write positional: rope")
+        elif attends and model is not None and model.d_model % model.n_heads == 0 and model.head_dim % 2:
+            what = f"rotary positions turn pairs, but a head is {model.head_dim} wide (d_model / n_heads)"
+            fix = "choose d_model and n_heads so that a head has an even width"
+            yield self.problem(("model", "d_model"), what, fix)
+
+    def tying(self) -> Iterator[Problem]:
+        embedding, head = self.parts.embedding, self.parts.head
+        if embedding is None or head is None:
+            return
+        both = "tie_word_embeddings" in embedding.model_fields_set and "tie_weights" in head.model_fields_set
+        if both and embedding.tie_word_embeddings != head.tie_weights:
+            what = f"tie_weights {show(head.tie_weights)} contradicts embedding.tie_word_embeddings"
+            yield self.problem(("head", "tie_weights"), what, "give one of the two, or the same value in both")
+
+    def length(self) -> Iterator[Problem]:
+        total = 0
+        for number, entry in self.parts.entries.items():
+            total += entry.repeat
+            if total > MAX_LAYERS:
+                path = ("layer_schedule", number, "repeat")
+                yield self.problem(path, f"the schedule has more than {MAX_LAYERS} layers", "repeat less often")
+                return
+
+    # One template
+
+    def mixer(self, path: Path, template: Template) -> Iterator[Problem]:
+        mixer, here = template.mixer, (*path, "mixer")
+        for other in MIXERS:
+            if other != mixer.type and other in mixer.model_fields_set:
+                what = f"`{other}` cannot stand beside type: {mixer.type}"
+                yield self.problem(here, what, f"remove it, or write type: {other}", at=(*here, other))
+        settings = mixer_settings(template)
+        if isinstance(settings, Attention) and settings.window_dilation > 1:
+            what = f"`window_dilation: {settings.window_dilation}` (dilated windows) is not supported here"
+            yield self.problem((*here, "attention", "window_dilation"), what, "remove it", Category.UNSUPPORTED)
+        if isinstance(settings, Mamba):
+            yield from self.mamba((*here, "mamba"), settings)
+        if isinstance(settings, Retnet):
+            yield from self.retnet((*here, "retnet"), settings)
+
+    def mamba(self, path: Path, mamba: Mamba) -> Iterator[Problem]:
+        if mamba.head_dim is None:
+            return
+        here = (*path, OURS + "head_dim")
+        if mamba.variant == "mamba1":
+            yield self.problem(here, "mamba1 has no heads", "remove it, or write variant: mamba2")
+        elif self.parts.model and self.parts.model.d_model * mamba.expand % mamba.head_dim:
+            inner = self.parts.model.d_model * mamba.expand
+            yield self.problem(here, f"{mamba.head_dim} does not divide d_model * expand = {inner}", f"divide {inner}")
+
+    def retnet(self, path: Path, retnet: Retnet) -> Iterator[Problem]:
+        embedding, model = self.parts.embedding, self.parts.model
+        if retnet.rope and embedding is not None and embedding.positional != "rope":
+            fix = "write rope: false here, or embedding.positional: rope"
+            yield self.problem(
+                (*path, "rope"), f"rope needs embedding.positional rope, not {embedding.positional}", fix
+            )
+        if model is not None and model.d_model % model.n_heads == 0:
+            yield from self.retention_widths(path, retnet, model.n_heads, model.d_model)
+        decay = (*path, OURS + "decay")
+        fixed = retnet.decay if isinstance(retnet.decay, tuple) else (retnet.decay,)
+        if isinstance(retnet.decay, tuple) and model is not None and len(retnet.decay) != model.n_heads:
+            what = f"{len(retnet.decay)} gammas for {model.n_heads} heads"
+            yield self.problem(decay, what, f"write {model.n_heads} numbers, or one without brackets")
+        if retnet.learnable_decay and any(gamma in ("none", "gated", 0.0, 1.0) for gamma in fixed):
+            fix = "write learnable_decay: false, or start from paper, experiment, or gammas between 0 and 1"
+            what = f"decay {show(retnet.decay)} is no start for a learnable decay"
+            yield self.problem((*path, OURS + "learnable_decay"), what, fix)
+        if retnet.decay_norm and retnet.decay == "gated":
+            what = "decay_norm is defined for a decay that is fixed per head, not for decay: gated"
+            yield self.problem((*path, OURS + "decay_norm"), what, "write false, or another decay")
+
+    def retention_widths(self, path: Path, retnet: Retnet, heads: int, d_model: int) -> Iterator[Problem]:
+        for key in ("key_dim", "value_dim"):
+            width = getattr(retnet, key)
+            if width is not None and width % heads:
+                fix = f"write a multiple of {heads}, such as {max(1, round(width / heads)) * heads}"
+                yield self.problem((*path, OURS + key), f"{width} cannot be split into {heads} heads (n_heads)", fix)
+        key_dim = retnet.key_dim or d_model
+        if retnet.rope and key_dim % heads == 0 and key_dim // heads % 2:
+            at = ("model", "d_model") if retnet.key_dim is None else (*path, OURS + "key_dim")
+            what = f"rotary positions turn pairs, but the keys of a head are {key_dim // heads} wide"
+            yield self.problem(at, what, "choose widths that give an even number, or write retnet.rope: false")
+
+    def ffn(self, path: Path, ffn: Ffn) -> Iterator[Problem]:
+        here = (*path, "ffn")
+        if ffn.type == "moe" and ffn.moe is None:
+            yield self.problem(here, "type: moe needs the key 'moe'", "add moe: {experts: 8, top_k: 2}")
+        if ffn.type != "moe" and ffn.moe is not None:
+            yield self.problem(
+                here, f"`moe` cannot stand beside type: {ffn.type}", "remove it, or write type: moe", at=(*here, "moe")
+            )
+        if ffn.moe is not None and ffn.moe.top_k > ffn.moe.experts:
+            what = f"ffn.moe.top_k {ffn.moe.top_k} is more than ffn.moe.experts {ffn.moe.experts}"
+            yield self.problem(path, what, f"write top_k: {ffn.moe.experts} or less", at=(*here, "moe", "top_k"))
+        yield from self.activation((*here, "activation"), ffn.type, ffn.activation)
+
+    def activation(self, path: Path, ffn_type: str, activation: str | None) -> Iterator[Problem]:
+        if ffn_type == "mlp" and activation == "swiglu":
+            yield self.problem(
+                path, "swiglu needs a gate, which type: mlp has not", "write type: gated_mlp, or gelu or relu"
+            )
+
+    def residual(self, path: Path, template: Template, position: str | None) -> Iterator[Problem]:
+        if position == "post" and template.residual is not None and template.residual.type == "parallel":
+            what = "position: post is not defined with residual.type: parallel"
+            yield self.problem(path, what, "write position: pre, or type: sequential")
+
+    def state(self, path: Path, template: Template) -> Iterator[Problem]:
+        if template.state is None:
+            return
+        own = STATE_OF[template.mixer.type]
+        for key in ("kv_cache", "ssm_state"):
+            if key != own and getattr(template.state, key):
+                what = f"a {template.mixer.type} mixer has no {key}"
+                fix = f"write state: {{{own}: true}}" if own else "remove `state`"
+                yield self.problem(path, what, fix, Category.COMPATIBILITY, at=(*path, "state", key))
+
+    # One schedule entry
+
+    def entry(self, path: Path, entry: Entry) -> Iterator[Problem]:
+        names = self.parts.names
+        if names and entry.template not in names:
+            close = nearest(entry.template, tuple(names))
+            fix = f"did you mean {plain(close)}?" if close else f"defined are: {listing(sorted(names)[:20])}"
+            what = f"there is no template {show(entry.template)}"
+            yield self.problem(path, what, fix, at=(*path, "template"))
+        template = self.parts.templates.get(entry.template)
+        if template is None or entry.override is None:
+            return
+        here, changed = (*path, "override"), entry.override
+        if changed.attention is not None:
+            settings = mixer_settings(template)
+            if not isinstance(settings, Attention):
+                what = f"the template's mixer is {template.mixer.type}, not attention"
+                yield self.problem((*here, "attention"), what, "remove it, or schedule a template with attention")
+            elif (
+                "window" in changed.attention.model_fields_set and changed.attention.window is None and settings.window
+            ):
+                what = f"null leaves the template's window of {settings.window} as it is"
+                yield self.problem(
+                    (*here, "attention", "window"), what, "remove it; for global attention, add a template"
+                )
+        if changed.norm is not None:
+            yield from self.residual((*here, "norm", "position"), template, changed.norm.position)
+        if changed.ffn is not None:
+            yield from self.activation((*here, "ffn", "activation"), template.ffn.type, changed.ffn.activation)

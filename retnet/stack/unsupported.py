@@ -1,0 +1,103 @@
+"""What schema_version 1 knows and this library does not run: refused by name, never ignored.
+
+Each section of the schema lists its keys of this kind, and its values. A key that is null asks for nothing and passes,
+except where the schema itself forbids null.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A key or value that is refused: what it asks for, and what to write instead."""
+
+    what: str
+    instead: str = "remove it"
+    takes_null: bool = True
+
+
+@dataclass(frozen=True)
+class UnsupportedValue(Unsupported):
+    """A refused value; the keys that only it has go with it."""
+
+    companions: tuple[str, ...] = ()
+
+
+Keys = dict[str, Unsupported]
+Values = dict[str, dict[str, UnsupportedValue]]
+
+TOP: Keys = {
+    "execution_modes": Unsupported("reasoning phases", "remove it and limit the tokens when generating"),
+    "transition": Unsupported("transitions between reasoning phases", "remove it"),
+}
+TEMPLATE: Keys = {
+    "memory": Unsupported("a memory module beside the mixer", "remove it; a retnet or mamba mixer carries a state"),
+    "shape_change": Unsupported(
+        "a width that changes between layers", "remove it; all layers have width model.d_model"
+    ),
+}
+MIXER_VALUES: Values = {
+    "type": {
+        "branched": UnsupportedValue(
+            "several mixers in one layer",
+            "write one template for each mixer and alternate them",
+            companions=("branched",),
+        ),
+        "ttt_layer": UnsupportedValue(
+            "test-time training layers",
+            "use retnet or mamba, whose state is also updated at every token",
+            companions=("ttt",),
+        ),
+    }
+}
+_WINDOW = "write window_mode: sliding with a window, or global attention without one"
+ATTENTION: Keys = {
+    "latent_dim": Unsupported(
+        "latent (compressed) keys and values", "remove it, and lower model.n_kv_heads for a smaller cache"
+    ),
+    "compression": Unsupported("compressed sparse attention", f"remove it; {_WINDOW}"),
+    "attention_sinks": Unsupported("learned attention sinks", "remove it"),
+}
+ATTENTION_VALUES: Values = {
+    "window_mode": {
+        "dilated": UnsupportedValue("dilated windows", _WINDOW, companions=("window_dilation",)),
+        "nsa": UnsupportedValue("native sparse attention", _WINDOW, companions=("window_dilation",)),
+    }
+}
+MOE: Keys = {
+    "bias_correction": Unsupported("routing biases in place of a loss", "remove it and balance with load_balance_coef"),
+    "affinity": Unsupported("a second routing function", "remove it and choose router: softmax or sigmoid"),
+    "shared_experts": Unsupported("experts that every token passes"),
+    "routing": Unsupported("a choice between learned and hashed routing", "remove it; routing is learned"),
+    "balance": Unsupported("balancing by sequence or group", "remove it and balance with load_balance_coef"),
+}
+RESIDUAL: Keys = {
+    "hyper": Unsupported("hyper-connections", "remove it; write type: sequential or parallel", takes_null=False)
+}
+RESIDUAL_VALUES: Values = {
+    "type": {
+        "hyper_connection": UnsupportedValue(
+            "hyper-connections", "write type: sequential or parallel", companions=("hyper",)
+        )
+    }
+}
+ENTRY: Keys = {
+    "depth_gating": Unsupported("mixture of depths", "remove it; every token passes every layer"),
+    "merge": Unsupported("merging parallel streams"),
+}
+# Kinds of schedule entry other than a template; a fault of the whole entry.
+ENTRY_KINDS: Keys = {
+    "parallel": Unsupported("parallel streams of layers", "write the layers one after another, each as `template`"),
+    "integrator": Unsupported("layers as steps of an integrator", "write `template` with `repeat`"),
+}
+HEAD: Keys = {"mtp": Unsupported("multi-token prediction", "remove it", takes_null=False)}
+HEAD_VALUES: Values = {
+    "type": {
+        "causal_lm_mtp": UnsupportedValue("multi-token prediction", "write type: causal_lm", companions=("mtp",)),
+    }
+}
+TRAINING_HINTS: Keys = {
+    "optimizer_groups": Unsupported("parameter groups by pattern", "remove it; the training recipe groups parameters"),
+    "muon": Unsupported("settings of Muon", "remove it"),
+}
+COMPATIBILITY: Keys = {"quant_aware_training": Unsupported("quantisation-aware training", "remove it")}

@@ -1,0 +1,199 @@
+"""A document to a `Spec`: which keys may stand where, what each may hold, every fault collected.
+
+Two passes. The first compares keys with the schema: unknown keys, keys that are known but not supported, reserved
+prefixes. What remains goes to pydantic, which collects what is missing and what has a wrong value. Rules across
+sections then run on every section that is valid by itself, so that a fault in one does not hide another's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from .document import Document
+from .errors import Category, Mark, Path, Problem, listing, nearest, plain, show
+from .scalars import FAULT
+from .schema import OURS, RESERVED_PREFIXES, Embedding, Entry, Head, Model, Section, Spec, Template, TrainingHints
+from .unsupported import ENTRY_KINDS, Unsupported
+
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class ReservedKey:
+    """A key under a reserved prefix: it does nothing, and the report says so."""
+
+    path: Path
+    mark: Mark | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The sections that are valid by themselves; None, or absent, where one is not."""
+
+    model: Model | None
+    embedding: Embedding | None
+    head: Head | None
+    hints: TrainingHints | None
+    templates: dict[str, Template]
+    entries: dict[int, Entry]
+    names: frozenset[str]  # of all templates the file defines, valid or not
+
+
+@dataclass
+class Checked:
+    """What checking a document found. There is no spec if there is a fault."""
+
+    spec: Spec | None
+    parts: Parts
+    problems: list[Problem]
+    reserved: list[ReservedKey]
+
+
+def check_sections(document: Document, root: dict[str, Any]) -> Checked:
+    """Check every section of a document by itself. `root` is its value with all expressions replaced."""
+    pruner = _Pruner(document)
+    pruned = pruner.prune(Spec, root, ())
+    spec = None
+    try:
+        spec = Spec.model_validate(pruned)
+    except ValidationError as error:
+        found = (_problem(details, document) for details in error.errors(include_url=False))
+        pruner.problems += [problem for problem in found if problem]
+    return Checked(spec, _parts(pruned), pruner.problems, pruner.reserved)
+
+
+class _Pruner:
+    """Strips what pydantic should not see, and reports it."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.problems: list[Problem] = []
+        self.reserved: list[ReservedKey] = []
+
+    def prune(self, section: type[Section], raw: Any, path: Path) -> Any:
+        """`raw` with the section's own keys alone."""
+        if not isinstance(raw, dict):
+            return raw
+        if section is Entry:
+            kind = next((key for key in ENTRY_KINDS if key in raw), None)
+            if kind:
+                self._refuse(path, kind, ENTRY_KINDS[kind], self.document.mark((*path, kind), key=True))
+                self.document.broken.add(path)
+                return raw
+        raw = self._without_unsupported_values(section, raw, path)
+        known = section.keys()
+        kept: dict[str, Any] = {}
+        for key, value in raw.items():
+            here = (*path, key)
+            if key in known:
+                kept[key] = self._descend(known[key], value, here)
+            elif key in section.UNSUPPORTED:
+                refused = section.UNSUPPORTED[key]
+                if value is not None or not refused.takes_null:
+                    self._refuse(here, key, refused, self.document.mark(here, key=True))
+            elif key.startswith(RESERVED_PREFIXES) and not key.startswith(OURS):
+                self.reserved.append(ReservedKey(here, self.document.mark(here, key=True)))
+            else:
+                self._unknown(key, known, path)
+        return kept
+
+    def _descend(self, annotation: Any, value: Any, path: Path) -> Any:
+        section = next(_sections_in(annotation), None)
+        if section is None:
+            return value
+        if get_origin(annotation) is dict and isinstance(value, dict):
+            return {key: self.prune(section, item, (*path, key)) for key, item in value.items()}
+        if get_origin(annotation) is list and isinstance(value, list):
+            return [self.prune(section, item, (*path, i)) for i, item in enumerate(value)]
+        return self.prune(section, value, path)
+
+    def _without_unsupported_values(self, section: type[Section], raw: dict[str, Any], path: Path) -> dict[str, Any]:
+        for key, values in section.UNSUPPORTED_VALUES.items():
+            value = raw.get(key)
+            refused = values.get(value) if isinstance(value, str) else None
+            if refused:
+                self._refuse(path, f"{key}: {value}", refused, self.document.mark((*path, key)))
+                self.document.broken.add((*path, key))
+                return {name: item for name, item in raw.items() if name not in (key, *refused.companions)}
+        return raw
+
+    def _refuse(self, path: Path, key: str, refused: Unsupported, mark: Mark | None) -> None:
+        what = f"`{key}` ({refused.what}) is not supported here"
+        self.problems.append(Problem(path, what, refused.instead, Category.UNSUPPORTED, mark))
+
+    def _unknown(self, key: str, known: dict[str, Any], path: Path) -> None:
+        ours = key.startswith(OURS)
+        names = [name for name in known if name.startswith(OURS) == ours]
+        close = nearest(key, tuple(known))
+        guess = f"did you mean {close}? " if close else "remove it; "
+        fix = f"{guess}keys known here: {listing(names) or f'none under {OURS}*'}"
+        mark = self.document.mark((*path, key), key=True)
+        self.problems.append(Problem(path, f"unknown key '{plain(key)}'", fix, mark=mark))
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """The section inside an annotation such as `Norm | None` or `dict[str, Template]`, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)
+
+
+def _problem(details: ErrorDetails, document: Document) -> Problem | None:
+    """Our words for what pydantic found; None for the consequence of a fault already reported."""
+    path: Path = tuple(details["loc"])
+    if document.is_broken(path):
+        return None
+    mark, given = document.mark(path), details.get("input")
+    match details["type"]:
+        case kind if kind == FAULT:
+            context = details.get("ctx", {})
+            return Problem(path, context["what"], context["fix"], mark=mark)
+        case "missing":
+            key, path = path[-1], path[:-1]
+            mark = document.mark(path, key=True)
+            return Problem(path, f"the key '{key}' is missing", f"add {key}: to it", mark=mark)
+        case "too_short" if path in (("layer_templates",), ("layer_schedule",)):
+            return Problem(path, "at least one is needed, got none", "add a layer", mark=mark)
+        case "too_short" | "too_long":
+            wanted = details.get("ctx", {}).get("min_length") or details.get("ctx", {}).get("max_length")
+            count = len(given) if isinstance(given, list) else 0
+            return Problem(
+                path, f"expected a list of {wanted} values, got {count}", f"write {wanted} values", mark=mark
+            )
+        case "list_type":
+            return Problem(path, f"expected a list, got {show(given)}", "write a list: [..., ...]", mark=mark)
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return Problem(
+                path, f"expected a mapping, got {show(given)}", "write a mapping: {key: value, ...}", mark=mark
+            )
+    raise AssertionError(f"pydantic reports {details['type']} at {path}, which has no words here")
+
+
+def _valid(section: type[S], raw: Any) -> S | None:
+    try:
+        return section.model_validate(raw)
+    except ValidationError:
+        return None  # reported already, with the whole file
+
+
+def _parts(raw: dict[str, Any]) -> Parts:
+    templates = raw.get("layer_templates")
+    schedule = raw.get("layer_schedule")
+    templates = templates if isinstance(templates, dict) else {}
+    schedule = schedule if isinstance(schedule, list) else []
+    valid_templates = {name: _valid(Template, value) for name, value in templates.items()}
+    valid_entries = {i: _valid(Entry, value) for i, value in enumerate(schedule)}
+    hints = raw.get("training_hints")
+    return Parts(
+        model=_valid(Model, raw.get("model")),
+        embedding=_valid(Embedding, raw.get("embedding")),
+        head=_valid(Head, raw.get("head")),
+        hints=_valid(TrainingHints, {} if hints is None else hints),
+        templates={name: template for name, template in valid_templates.items() if template},
+        entries={i: entry for i, entry in valid_entries.items() if entry},
+        names=frozenset(templates),
+    )
