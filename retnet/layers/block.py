@@ -1,19 +1,22 @@
 """A block: a mixer and a feed-forward on the residual stream, pre- or post-norm, one after the other or side by side.
 
-    pre:       x + s f(norm(x))                 post:  norm(a x + s f(x))
-    parallel:  x + s (mixer(norm1 x) + feed_forward(norm2 x))
+    pre:       a x + s f(norm(x))               post:  norm(a x + s f(x))
+    parallel:  a x + s (mixer(norm1 x) + feed_forward(norm2 x))
 
-The paper's layer is pre-norm with s = a = 1; DeepNet's (deepnorm, arXiv 2203.00555) is post-norm with a = (2 L)^(1/4).
+The paper's layer is pre-norm with s = a = 1; DeepNet's (deepnorm, arXiv 2203.00555) is post-norm with a = (2 L)^(1/4),
+which torchscale's `deepnorm` option also combines with pre-norm.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.feed_forward import FeedForward, FeedForwardConfig
 from retnet.layers.layout import TokenLayout
+from retnet.layers.norm import make_norm
 from retnet.layers.retention import MultiScaleRetention, RetentionConfig
 from retnet.layers.state import LayerState
 from retnet.ops.norms import Norm
@@ -25,7 +28,7 @@ MixerConfig = RetentionConfig
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One layer of a stack. residual_scale is s, skip_scale is a (post-norm alone); dropout is on both branches."""
+    """One layer of a stack. residual_scale is s, skip_scale is a; dropout is on both branches."""
 
     mixer: MixerConfig
     feed_forward: FeedForwardConfig
@@ -40,14 +43,8 @@ class BlockConfig:
     def __post_init__(self) -> None:
         if self.norm_position == "post" and self.residual == "parallel":
             raise ValueError("norm_position is 'post' with residual 'parallel'; accepted with parallel: 'pre'")
-        if self.norm_position == "pre" and self.skip_scale != 1.0:
-            raise ValueError(f"skip_scale is {self.skip_scale} with norm_position 'pre'; accepted there: 1.0")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; accepted: 0 <= dropout < 1")
-
-
-def make_norm(kind: Norm, width: int, eps: float) -> nn.Module:
-    return nn.LayerNorm(width, eps=eps) if kind == "layer" else nn.RMSNorm(width, eps=eps)
 
 
 class Block(nn.Module):
@@ -62,17 +59,18 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config.feed_forward, d_model)
 
     def forward(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
-        s = self.config.residual_scale
         if self.config.norm_position == "post":
-            a = self.config.skip_scale
             y, state = self.mixer(x, state, layout)
-            x = self.mixer_norm(a * x + s * self._dropout(y))
-            return self.feed_forward_norm(a * x + s * self._dropout(self.feed_forward(x))), state
+            x = self.mixer_norm(self._residual(x, y))
+            return self.feed_forward_norm(self._residual(x, self.feed_forward(x))), state
         y, state = self.mixer(self.mixer_norm(x), state, layout)
         if self.config.residual == "parallel":
-            return x + s * self._dropout(y + self.feed_forward(self.feed_forward_norm(x))), state
-        x = x + s * self._dropout(y)
-        return x + s * self._dropout(self.feed_forward(self.feed_forward_norm(x))), state
+            return self._residual(x, y + self.feed_forward(self.feed_forward_norm(x))), state
+        x = self._residual(x, y)
+        return self._residual(x, self.feed_forward(self.feed_forward_norm(x))), state
 
-    def _dropout(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training)
+    def _residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """a x + s y, without a pass over memory where a is 1."""
+        config = self.config
+        skip = x if config.skip_scale == 1.0 else config.skip_scale * x
+        return torch.add(skip, F.dropout(y, config.dropout, self.training), alpha=config.residual_scale)

@@ -1,6 +1,8 @@
 """Position-wise feed-forward: the paper's (d -> 2d -> d, gelu) and the gated family (SwiGLU, GeGLU, ReGLU).
 
     mlp:   W_down act(W_up x)          gated:  W_down (act(W_gate x) * W_up x)
+
+Sub-LayerNorm (Foundation Transformers, arXiv 2210.06423) also normalises what W_down reads: `inner_norm`.
 """
 
 from dataclasses import dataclass
@@ -9,17 +11,24 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retnet.layers.norm import make_norm
+
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 
 
 @dataclass(frozen=True)
 class FeedForwardConfig:
-    """hidden_dim: width between the projections. gated: the GLU form, whose gate takes the activation."""
+    """hidden_dim: width between the projections. gated: the GLU form, whose gate takes the activation.
+
+    inner_norm: a norm with weights over hidden_dim, before the last projection.
+    """
 
     hidden_dim: int
     gated: bool = False
     activation: Literal["gelu", "relu", "swish"] = "gelu"
     bias: bool = False
+    inner_norm: Literal["layer", "rms", "none"] = "none"
+    inner_norm_eps: float = 1e-6
     kind: Literal["feed_forward"] = "feed_forward"
 
     def __post_init__(self) -> None:
@@ -35,9 +44,12 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.gate_proj = nn.Linear(d_model, config.hidden_dim, bias=config.bias) if config.gated else None
         self.up_proj = nn.Linear(d_model, config.hidden_dim, bias=config.bias)
+        self.inner_norm = make_norm(config.inner_norm, config.hidden_dim, config.inner_norm_eps)
         self.down_proj = nn.Linear(config.hidden_dim, d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+            hidden = self.activation(self.up_proj(x))
+        else:
+            hidden = self.activation(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(self.inner_norm(hidden))

@@ -25,6 +25,8 @@ from retnet.ops.rotary import rotate
 class RetentionConfig:
     """One multi-scale retention layer; widths are totals over the heads.
 
+    num_kv_heads: heads of k and v, each shared by num_heads // num_kv_heads heads of q with decays of their own (as many
+    as num_heads if None).
     decay: "paper" (Eq. 8), "experiment" (section 3.1), "none" (gamma 1), "gated", one gamma for all heads, or a gamma
     for each head. learnable_decay: train them, as -exp(a), from where `decay` starts them. decay_norm: divide by the
     norm of the decay mask's row, as torchscale does.
@@ -43,6 +45,7 @@ class RetentionConfig:
     head_norm: Literal["layer", "rms", "none"] = "layer"
     head_norm_affine: Literal["none", "shared", "per_head"] = "none"
     head_norm_eps: float = 1e-6
+    num_kv_heads: int | None = None
     bias: bool = False
     mode: Mode = "auto"
     chunk_size: int | None = None
@@ -52,6 +55,8 @@ class RetentionConfig:
         for name, width in (("key_dim", self.key_dim), ("value_dim", self.value_dim)):
             if self.num_heads < 1 or width < 1 or width % self.num_heads:
                 raise ValueError(f"{name} is {width} with num_heads {self.num_heads}; accepted: a multiple of num_heads")
+        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            raise ValueError(f"num_kv_heads is {self.num_kv_heads}; accepted: a divisor of num_heads {self.num_heads}")
         if self.rotary != "none" and self.head_key_dim % 2:
             raise ValueError(f"rotary turns pairs, but key_dim / num_heads is {self.head_key_dim}; accepted: an even number")
         if isinstance(self.decay, list):
@@ -80,6 +85,10 @@ class RetentionConfig:
         return self.value_dim // self.num_heads
 
     @property
+    def heads_per_kv_head(self) -> int:
+        return self.num_heads // (self.num_kv_heads or self.num_heads)
+
+    @property
     def log_decay(self) -> Tensor | None:
         """log gamma [H] that the layer starts from, float64; None if the decay is gated."""
         if self.decay == "gated":
@@ -101,8 +110,8 @@ class MultiScaleRetention(nn.Module):
         self.config = config
         bias = config.bias
         self.q_proj = nn.Linear(d_model, config.key_dim, bias=bias)
-        self.k_proj = nn.Linear(d_model, config.key_dim, bias=bias)
-        self.v_proj = nn.Linear(d_model, config.value_dim, bias=bias)
+        self.k_proj = nn.Linear(d_model, config.key_dim // config.heads_per_kv_head, bias=bias)
+        self.v_proj = nn.Linear(d_model, config.value_dim // config.heads_per_kv_head, bias=bias)
         self.gate_proj = nn.Linear(d_model, config.value_dim, bias=bias) if config.gate == "swish" else None
         self.out_proj = nn.Linear(config.value_dim, d_model, bias=bias)
         self.decay_proj = nn.Linear(d_model, config.num_heads, bias=False) if config.decay == "gated" else None
@@ -136,12 +145,19 @@ class MultiScaleRetention(nn.Module):
     def forward(self, x: Tensor, state: RetentionState | None, layout: TokenLayout) -> tuple[Tensor, RetentionState | None]:
         config = self.config
         q, k, v = (
-            proj(x).unflatten(-1, (config.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).unflatten(-1, (-1, width))
+            for proj, width in (
+                (self.q_proj, config.head_key_dim),
+                (self.k_proj, config.head_key_dim),
+                (self.v_proj, config.head_value_dim),
+            )
         )
         if config.rotary != "none":
             wide = torch.promote_types(q.dtype, torch.float32)
             cos, sin = layout.rotation(config.rotary, config.head_key_dim, config.rotary_base, config.rotary_factor, wide)
             q, k = (rotate(z, cos, sin, config.rotary) for z in (q, k))
+        if config.heads_per_kv_head > 1:
+            k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))
         log_decay = self.log_decay(x)
         out, state = self._retain(q, k, v, log_decay, state, layout)
         if config.decay_norm:

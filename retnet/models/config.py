@@ -15,7 +15,8 @@ Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 class ModelConfig:
     """A language model: embedding, `layers`, final norm, head.
 
-    tie_embeddings: the head is the embedding. embedding_scale multiplies embeddings. logit_soft_cap c: c tanh(x / c).
+    tie_embeddings: the head is the embedding. embedding_scale multiplies embeddings, embedding_norm comes after it.
+    logit_soft_cap c: c tanh(x / c).
     init: a row of `retnet.models.init.INIT`. gradient_checkpointing recomputes blocks in the backward.
     """
 
@@ -25,6 +26,7 @@ class ModelConfig:
     name: str = "retnet"
     tie_embeddings: bool = True
     embedding_scale: float = 1.0
+    embedding_norm: Literal["layer", "rms", "none"] = "none"
     final_norm: Literal["layer", "rms", "none"] = "layer"
     norm_eps: float = 1e-6
     logit_soft_cap: float | None = None

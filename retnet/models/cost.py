@@ -67,7 +67,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         model = LanguageModel(config)
     counts = {
         "embedding": model.embedding.weight.numel(),
-        "layers": sum(p.numel() for p in model.layers.parameters()) + sum(p.numel() for p in model.final_norm.parameters()),
+        "layers": sum(p.numel() for part in (model.embedding_norm, model.layers, model.final_norm) for p in part.parameters()),
         "head": 0 if config.tie_embeddings else model.head.weight.numel(),
     }
     return counts | {"total": sum(counts.values())}

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from retnet.layers.block import Block, make_norm
+from retnet.layers.block import Block
 from retnet.layers.layout import TokenLayout
+from retnet.layers.norm import make_norm
 from retnet.models.config import ModelConfig
 from retnet.models.init import initialize
 from retnet.models.states import ModelState
@@ -32,10 +33,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding_norm = make_norm(config.embedding_norm, config.d_model, config.norm_eps)
         self.layers = nn.ModuleList(Block(layer, config.d_model) for layer in config.layers)
-        self.final_norm = (
-            nn.Identity() if config.final_norm == "none" else make_norm(config.final_norm, config.d_model, config.norm_eps)
-        )
+        self.final_norm = make_norm(config.final_norm, config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
         embeddings [B, T, D] take the place of ids, before config.embedding_scale.
         """
         x = self.embedding(ids) if embeddings is None else embeddings
-        x = x * self.config.embedding_scale
+        x = self.embedding_norm(x * self.config.embedding_scale)
         layout = TokenLayout.of(
             (x.shape[0], x.shape[1]),
             x.device,
