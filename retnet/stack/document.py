@@ -140,8 +140,8 @@ class _NodeReader:
             return self._refuse(path, "an alias stands inside the value it repeats", "write the value out")
         if self._count > MAX_NODES:
             # Aliases of aliases: few nodes in the file, any number of values.
-            problem = Problem(path, f"more than {MAX_NODES} values once aliases are written out", "use fewer aliases")
-            raise StackError([problem])
+            what = f"more than {MAX_NODES} values once aliases are written out"
+            raise StackError([Problem(path, what, "use fewer aliases", mark=_mark(node.start_mark))])
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, path)
         self._open.add(id(node))

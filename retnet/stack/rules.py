@@ -62,15 +62,15 @@ class _Rules:
         embedding, model = self.parts.embedding, self.parts.model
         if embedding is None:
             return
-        attends = any(template.mixer.type == "attention" for template in self.parts.templates.values())
+        turns = any(_turns_whole_heads(template) for template in self.parts.templates.values())
         if embedding.positional != "rope":
             for key in ("rope_theta", "rope_scaling"):
                 if getattr(embedding, key) is not None:
                     what = f"{key} has no meaning with positional: {embedding.positional}"
                     yield self.problem(("embedding", key), what, "remove it, or write positional: rope")
-        elif attends and model is not None and model.d_model % model.n_heads == 0 and model.head_dim % 2:
+        elif turns and model is not None and model.d_model % model.n_heads == 0 and model.head_dim % 2:
             what = f"rotary positions turn pairs, but a head is {model.head_dim} wide (d_model / n_heads)"
-            fix = "choose d_model and n_heads so that a head has an even width"
+            fix = "choose d_model and n_heads so that a head is even, or write retnet.rope: false"
             yield self.problem(("model", "d_model"), what, fix)
 
     def tying(self) -> Iterator[Problem]:
@@ -125,8 +125,8 @@ class _Rules:
             yield self.problem(
                 (*path, "rope"), f"rope needs embedding.positional rope, not {embedding.positional}", fix
             )
-        if model is not None and model.d_model % model.n_heads == 0:
-            yield from self.retention_widths(path, retnet, model.n_heads, model.d_model)
+        if model is not None:
+            yield from self.retention_widths(path, retnet, model.n_heads)
         decay = (*path, OURS + "decay")
         fixed = retnet.decay if isinstance(retnet.decay, tuple) else (retnet.decay,)
         if isinstance(retnet.decay, tuple) and model is not None and len(retnet.decay) != model.n_heads:
@@ -140,17 +140,15 @@ class _Rules:
             what = "decay_norm is defined for a decay that is fixed per head, not for decay: gated"
             yield self.problem((*path, OURS + "decay_norm"), what, "write false, or another decay")
 
-    def retention_widths(self, path: Path, retnet: Retnet, heads: int, d_model: int) -> Iterator[Problem]:
+    def retention_widths(self, path: Path, retnet: Retnet, heads: int) -> Iterator[Problem]:
         for key in ("key_dim", "value_dim"):
             width = getattr(retnet, key)
             if width is not None and width % heads:
                 fix = f"write a multiple of {heads}, such as {max(1, round(width / heads)) * heads}"
                 yield self.problem((*path, OURS + key), f"{width} cannot be split into {heads} heads (n_heads)", fix)
-        key_dim = retnet.key_dim or d_model
-        if retnet.rope and key_dim % heads == 0 and key_dim // heads % 2:
-            at = ("model", "d_model") if retnet.key_dim is None else (*path, OURS + "key_dim")
-            what = f"rotary positions turn pairs, but the keys of a head are {key_dim // heads} wide"
-            yield self.problem(at, what, "choose widths that give an even number, or write retnet.rope: false")
+        if retnet.rope and retnet.key_dim is not None and retnet.key_dim % (2 * heads) == heads:
+            what = f"rotary positions turn pairs, but the keys of a head are {retnet.key_dim // heads} wide"
+            yield self.problem((*path, OURS + "key_dim"), what, f"write a multiple of {2 * heads}, or rope: false")
 
     def ffn(self, path: Path, ffn: Ffn) -> Iterator[Problem]:
         here = (*path, "ffn")
@@ -215,3 +213,11 @@ class _Rules:
             yield from self.residual((*here, "norm", "position"), template, changed.norm.position)
         if changed.ffn is not None:
             yield from self.activation((*here, "ffn", "activation"), template.ffn.type, changed.ffn.activation)
+
+
+def _turns_whole_heads(template: Template) -> bool:
+    """Whether rotary positions turn all d_model / n_heads components of the template's queries and keys."""
+    settings = mixer_settings(template)
+    return isinstance(settings, Attention) or (
+        isinstance(settings, Retnet) and settings.rope and settings.key_dim is None
+    )

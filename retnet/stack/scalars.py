@@ -35,11 +35,16 @@ def _numeric_text(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _yaml_float(number: float) -> str:
-    """A float as YAML 1.1 reads one: with a point and a signed exponent."""
-    mantissa, e, exponent = repr(number).partition("e")
-    mantissa += "" if "." in mantissa else ".0"
-    return f"{mantissa}e{int(exponent):+03d}" if e else mantissa
+_EXPONENT_FORM = re.compile(r"([-+]?\d+)(\.\d+)?[eE]([-+]?)(\d+)")
+
+
+def _yaml_float(text: str) -> str:
+    """Text that was meant as a float, as YAML 1.1 reads one: with a point, and with a sign in the exponent."""
+    match = _EXPONENT_FORM.fullmatch(text.strip())
+    if match:
+        whole, part, sign, exponent = match.groups()
+        return f"{whole}{part or '.0'}e{sign or '+'}{exponent}"
+    return repr(float(text))
 
 
 def _text_hint(value: object) -> str:
@@ -92,10 +97,10 @@ def _number(
             if above and below and math.isfinite(value):
                 return float(value)
         meant = _numeric_text(value)
-        if meant is not None:
+        if isinstance(value, str) and meant is not None:
             raise fault(
                 f"expected {wanted}, got the text {show(value)}",
-                f"write {_yaml_float(meant)} (a point, a signed exponent, no quotes)",
+                f"write {_yaml_float(value)} (a point, a signed exponent, no quotes)",
             )
         raise fault(f"expected {wanted}, got {show(value)}", f"write {wanted}{_text_hint(value)}")
 

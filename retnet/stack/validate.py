@@ -7,7 +7,7 @@ sections then run on every section that is valid by itself, so that a fault in o
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -155,7 +155,7 @@ def _problem(details: ErrorDetails, document: Document) -> Problem | None:
         case "missing":
             key, path = path[-1], path[:-1]
             mark = document.mark(path, key=True)
-            return Problem(path, f"the key '{key}' is missing", f"add {key}: to it", mark=mark)
+            return Problem(path, f"the key '{key}' is missing", _missing(path, str(key)), mark=mark)
         case "too_short" if path in (("layer_templates",), ("layer_schedule",)):
             return Problem(path, "at least one is needed, got none", "add a layer", mark=mark)
         case "too_short" | "too_long":
@@ -171,6 +171,16 @@ def _problem(details: ErrorDetails, document: Document) -> Problem | None:
                 path, f"expected a mapping, got {show(given)}", "write a mapping: {key: value, ...}", mark=mark
             )
     raise AssertionError(f"pydantic reports {details['type']} at {path}, which has no words here")
+
+
+def _missing(path: Path, key: str) -> str:
+    """How to add a missing key: with the values it takes, if they are few."""
+    annotation: Any = Spec
+    for step in (*path, key):
+        section = next(_sections_in(annotation), None)
+        annotation = (section.keys() if section else {}).get(step, annotation)
+    values = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return f"add `{key}`: {listing(values)}" if values else f"add `{key}`"
 
 
 def _valid(section: type[S], raw: Any) -> S | None:

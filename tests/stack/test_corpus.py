@@ -155,7 +155,7 @@ REFUSED_QUIRKS = {
     "transition_without_modes.yml": ("transition", "remove it"),
 }
 ACCEPTED_QUIRKS = {
-    "compression_on_branched_sub_attention_null.yml": "a mixer's settings that are null are its defaults; no branch is there",
+    "compression_on_branched_sub_attention_null.yml": "settings that are null are the defaults; no branch is there",
     "expression_in_key_of_a_list_only.yml": "expressions are values of list items like any other",
     "override_window_null.yml": "null leaves the template's window, and this template has none to restore",
     "tok_vocab_mismatch.yml": "a vocabulary smaller than the tokenizer's may be meant; the report warns",

@@ -1,0 +1,168 @@
+"""Reading YAML: values with their places, YAML 1.1's traps, limits."""
+
+import pytest
+
+from retnet.stack import StackError, load_stack, parse_stack
+from retnet.stack.document import MAX_BYTES, MAX_DEPTH, parse
+from retnet.stack.errors import Mark
+
+from .specs import BASE, changed, only, problems, stack
+
+
+def fatal(text: str):
+    with pytest.raises(StackError) as caught:
+        parse(text)
+    [problem] = caught.value.problems
+    return problem
+
+
+def test_every_key_and_value_has_its_line_and_column():
+    document = parse("a: 1\nb:\n  - x\n  - {c: 'd'}\n")
+    assert document.root == {"a": 1, "b": ["x", {"c": "d"}]}
+    assert document.mark(("a",)) == Mark(1, 4)
+    assert document.mark(("a",), key=True) == Mark(1, 1)
+    assert document.mark(("b", 0)) == Mark(3, 5)
+    assert document.mark(("b", 1, "c")) == Mark(4, 9)
+    assert document.mark(("b", 1, "c"), key=True) == Mark(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "place"),
+    [
+        ("  d_model: 0", "model.d_model", (4, 12)),
+        ("  d_model: 64\n  widht: 1", "model", (5, 3)),
+        ("  d_model: 64\n  d_model: 64", "model", (5, 3)),
+        ("  d_model: 64\n  7: 1", "model", (5, 3)),
+        ("  d_model: 64\n  on: 1", "model", (5, 3)),
+        ("  d_model: 64\n  [a]: 1", "model", (5, 3)),
+        ("  d_model: 64\n  ${1}: 1", "model", (5, 3)),
+        ("", "model", (2, 1)),
+    ],
+)
+def test_faults_of_values_point_to_the_value_and_faults_of_keys_to_the_key(line, path, place):
+    problem = only(changed(("  d_model: 64", line)))
+    assert problem.dotted == path
+    assert (problem.mark.line, problem.mark.column) == place
+
+
+@pytest.mark.parametrize(
+    ("written", "fix"),
+    [
+        ("3e-4", "3.0e-4"),
+        ("1e6", "1.0e+6"),
+        ("'0.1'", "0.1"),
+        ("1.5E6", "1.5e+6"),
+    ],
+)
+def test_a_float_that_yaml_reads_as_text_is_answered_with_its_spelling(written, fix):
+    problem = only(changed(more=f"training_hints: {{lr_peak: {written}}}\n"))
+    assert problem.dotted == "training_hints.lr_peak"
+    assert problem.fix.startswith(f"write {fix} ")
+    assert isinstance(stack(more=f"training_hints: {{lr_peak: {fix}}}\n").spec.training_hints.lr_peak, float)
+
+
+@pytest.mark.parametrize("written", [".nan", ".inf", "-.inf", "1" + "0" * 400 + ".0"])
+def test_a_number_that_is_not_finite_is_refused(written):
+    assert only(changed(more=f"training_hints: {{lr_peak: {written}}}\n")).dotted == "training_hints.lr_peak"
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["9223372036854775808", "9" * 5000, "2001-01-01", "2001-99-99", "=", "!!binary aGk=", "!!int x", "!!float x",
+     "!!bool x", "!!int ''", "!mine 3", "!!python/name:os.system x", "!!set {a}", "!!omap [a: 1]"],
+)  # fmt: skip
+def test_other_scalars_and_tags_are_refused_at_their_place(written):
+    problem = only(changed(("d_model: 64", f"d_model: {written}")))
+    assert (problem.dotted, problem.mark.line) == ("model.d_model", 4)
+
+
+def test_yaml_1_1_reads_words_as_booleans():
+    assert stack(more="training_hints: {checkpointing: yes}\n").spec.training_hints.checkpointing is True
+    assert "without quotes" in only(changed(more="training_hints: {checkpointing: 'yes'}\n")).fix
+
+
+def test_anchors_and_merge_keys_work_and_own_keys_win():
+    text = changed(
+        ("layer_templates:\n", "layer_templates:\n  base: &base\n    mixer: {type: hyena}\n    ffn: &ffn {type: mlp}\n"
+         "  more:\n    <<: *base\n    mixer: {type: mamba}\n  again: {ffn: *ffn, <<: [*base]}\n"),
+    )  # fmt: skip
+    templates = parse_stack(text).spec.layer_templates
+    assert templates["more"].mixer.type == "mamba"
+    assert templates["more"].ffn == templates["again"].ffn == templates["base"].ffn
+    assert templates["again"].mixer.type == "hyena"
+
+
+def test_merging_something_else_is_refused():
+    assert only(changed(("  name: base", "  name: base\n  <<: 3"))).dotted == "model"
+
+
+def test_an_alias_inside_its_anchor_is_refused():
+    text = changed(("    ffn: {type: mlp}", "    ffn: &loop {type: mlp, moe: *loop}"))
+    assert only(text).dotted == "layer_templates.a.ffn.moe"
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "word"),
+    [
+        ("", (1, 1), "null"),
+        ("# nothing\n", (1, 1), "null"),
+        ("- 1\n", (1, 1), "list"),
+        ("\n just text", (2, 2), "just text"),
+        ("a: 1\n b: 2\n", (2, 3), "mapping values"),
+        ("a: [1\nb: 2\n", (2, 2), "flow sequence"),
+        ("a: *missing\n", (1, 4), "alias"),
+        ("a: 1\n---\nb: 2\n", (2, 1), "document"),
+        ("a: 1\n\tb: 2\n", (2, 1), "token"),
+        ("a: '\n", (2, 1), "quoted"),
+        ("a: \x01\n", (1, 4), "character"),
+        ("a: 1\nb: \x7f\n", (2, 4), "character"),
+        ("%YAML 2.0\n---\na: 1\n", (1, 1), "version"),
+    ],
+)
+def test_a_file_that_is_no_single_mapping_is_one_fault_of_the_root(text, where, word):
+    problem = fatal(text)
+    assert problem.dotted == "root"
+    assert (problem.mark.line, problem.mark.column) == where
+    assert word in problem.what
+    assert len(str(problem).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("a: " + "[" * (MAX_DEPTH + 1), "levels"),
+        ("- " * 100_000, "levels"),
+        ("? " * 1000, "levels"),
+        ("a: [" + "1, " * 30_000 + "]", "values"),
+        ("a: &x 1\nb: [" + "*x, " * 300 + "]", "aliases"),
+        ("a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+            f"{y}: &{y} [*{x}, *{x}, *{x}, *{x}, *{x}, *{x}, *{x}, *{x}]\n" for x, y in zip("abcdefgh", "bcdefghi")
+        ), "aliases are written out"),
+    ],
+)  # fmt: skip
+def test_deep_long_and_multiplying_files_are_stopped(text, word):
+    assert word in fatal(text).what
+
+
+def test_files_that_cannot_be_read_are_faults_too(tmp_path):
+    large, latin = tmp_path / "large.yml", tmp_path / "latin.yml"
+    large.write_bytes(b"#" * (MAX_BYTES + 1))
+    latin.write_bytes(b"a: 1\nb: \xe4\n")
+    for path, word in (
+        (tmp_path / "absent.yml", "No such file"),
+        (tmp_path, "directory"),
+        ("\0", "null"),
+        (large, "bytes"),
+    ):
+        with pytest.raises(StackError, match=word):
+            load_stack(path)
+    with pytest.raises(StackError) as caught:
+        load_stack(latin)
+    assert caught.value.problems[0].mark == Mark(2, 4)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    path = tmp_path / "bom.yml"
+    path.write_text(BASE, encoding="utf-8-sig")
+    assert load_stack(path).spec == parse_stack(BASE).spec
+    assert problems(BASE) == []

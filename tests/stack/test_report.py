@@ -1,0 +1,61 @@
+"""The realism report: each rule speaks where it should and nowhere else."""
+
+import pytest
+
+from retnet.stack.report import Severity, realism_report, short_count
+
+from .specs import stack
+
+
+def warnings(*pairs, more: str = "") -> list[str]:
+    report = realism_report(stack(*pairs, more=more))
+    return [finding.rule for finding in report if finding.severity is Severity.WARNING]
+
+
+WIDE = ("d_model: 64", "d_model: 256")  # heads of 64
+
+
+def test_a_usual_stack_gives_information_alone():
+    report = realism_report(stack(WIDE))
+    assert [finding.rule for finding in report] == ["param_count_info", "layer_count_info"]
+    assert report[1].message == "3 layers: 2 retnet, 1 attention"
+
+
+@pytest.mark.parametrize(
+    ("rule", "pairs", "more"),
+    [
+        ("head_dim_range", [("d_model: 64", "d_model: 120")], ""),
+        ("head_dim_range", [("d_model: 64", "d_model: 1032")], ""),
+        ("target_params_mismatch", [WIDE, ("n_heads: 4", "n_heads: 4\n  target_params: 1000000000")], ""),
+        ("moe_expert_ratio", [WIDE, ("{type: mlp}", "{type: moe, moe: {experts: 1025, top_k: 1}}")], ""),
+        ("moe_expert_ratio", [WIDE, ("{type: mlp}", "{type: moe, moe: {experts: 4, top_k: 1, capacity_factor: 0.4}}")],
+         ""),
+        ("seq_len_ratio", [WIDE, ("max_seq_len: 256", "max_seq_len: 16385")], ""),
+        ("dropout_regularization", [WIDE, ("type: attention\n      attention: {window: 16}", "type: mamba"),
+                                    ("repeat: 2", "repeat: 16")], ""),
+        ("family_hint_consistency", [WIDE, ("n_heads: 4", "n_heads: 4\n  family_hint: Llama-3")], ""),
+        ("family_hint_consistency", [WIDE, ("n_heads: 4", "n_heads: 4\n  family_hint: my-mamba")], ""),
+        ("vocab_tokenizer_consistency", [WIDE, ("pretrained: bytes", "pretrained: openai-community/gpt2")], ""),
+        ("vocab_tokenizer_consistency", [WIDE, ("vocab_size: 257", "vocab_size: 256")], ""),
+        ("rope_scaling_factor", [WIDE, ("positional: rope", "positional: rope\n  rope_scaling: {factor: 33}")], ""),
+        ("window_without_length", [WIDE, ("{window: 16}", "{window_mode: sliding}")], ""),
+        ("unused_template", [WIDE, ("- template: a", "- template: r")], ""),
+        ("reserved_namespace", [WIDE], "vendor.acme.x: 1\n"),
+    ],
+)  # fmt: skip
+def test_each_warning_has_a_cause(rule, pairs, more):
+    assert warnings(*pairs, more=more) == [rule]
+
+
+def test_reserved_keys_are_named_with_their_place():
+    [message] = [
+        finding.message for finding in realism_report(stack(WIDE, more="future.x: 1\n")) if "reserved" in finding.rule
+    ]
+    assert message == "future.x is under a reserved prefix and does nothing (line 30, column 1)"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "999"), (1500, "1.5K"), (2_500_000, "2.5M"), (1_234_567_890, "1.23B")]
+)
+def test_counts_are_shortened(count, text):
+    assert short_count(count) == text

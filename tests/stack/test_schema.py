@@ -1,0 +1,260 @@
+"""What each key accepts, what keys demand of each other, and how faults are told."""
+
+import pytest
+
+from retnet.stack import Category, StackError, parse_stack
+from retnet.stack.errors import nearest, plain, show
+from retnet.stack.schema import RESERVED_PREFIXES
+
+from .specs import BASE, changed, only, problems
+
+
+def in_retnet(options: str) -> tuple[str, str]:
+    return "retnet: {chunk_size: 32}", f"retnet: {{{options}}}"
+
+
+def in_mixer(mixer: str) -> tuple[str, str]:
+    """Replaces the attention mixer of the base."""
+    return "      type: attention\n      attention: {window: 16}", f"      {mixer}"
+
+
+def in_ffn(ffn: str) -> tuple[str, str]:
+    return "ffn: {type: mlp}", f"ffn: {{{ffn}}}"
+
+
+def test_error_text_is_three_lines_a_fault_all_faults_in_the_order_of_the_file():
+    text = changed(("d_model: 64", "d_model: '64'"), ("type: mlp", "typ: mlp"), ("- template: a", "- template: b"))
+    with pytest.raises(StackError) as caught:
+        parse_stack(text, "my.yml")
+    assert caught.value.origin == "my.yml"
+    assert str(caught.value).split("\n") == [
+        "ValidationError: model.d_model: expected a positive integer, got '64' (text) (line 4, column 12)",
+        "Fix: write 64, without quotes",
+        "See: docs/stack.md#model",
+        "",
+        "ValidationError: layer_templates.a.ffn: the key 'type' is missing (line 24, column 5)",
+        "Fix: add `type`: mlp, gated_mlp, moe",
+        "See: docs/stack.md#ffn",
+        "",
+        "ValidationError: layer_templates.a.ffn: unknown key 'typ' (line 24, column 11)",
+        "Fix: did you mean type? keys known here: type, activation, bias, moe",
+        "See: docs/stack.md#ffn",
+        "",
+        "ValidationError: layer_schedule[1]: there is no template 'b' (line 27, column 13)",
+        "Fix: defined are: a, r",
+        "See: docs/stack.md#layer_schedule",
+    ]
+
+
+def test_names_from_the_file_cannot_break_the_three_lines():
+    text = changed(("  a:\n", '  "\\n\\e[2J\\ud800' + "x" * 500 + '":\n'), ("template: a", 'template: "\\0\\n"'))
+    text = text.replace("ffn: {type: mlp}", 'ffn: {"\\r\\nFix: none": 1}')
+    for problem in problems(text):
+        assert len(str(problem).splitlines()) == 3
+        assert str(problem).replace("\n", "").isprintable()
+        assert all(len(line) < 400 for line in str(problem).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "null"), (True, "true"), (1.5, "1.5"), ("a\nb", "'a\\nb'"), ([1], "a list"), ({}, "a mapping")],
+)
+def test_values_are_shown_as_yaml_spells_them(value, shown):
+    assert show(value) == shown
+
+
+def test_nearest_answers_text_only_and_nothing_far():
+    assert nearest("chunksize", ("chunk_size", "rope")) == "chunk_size"
+    assert nearest("zzz", ("chunk_size", "rope")) is None
+    assert nearest(["rope"], ("rope",)) is None
+    assert plain("x" * 200).endswith("...")
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "path"),
+    [
+        ("d_model", value, "model.d_model")
+        for value in ("0", "-1", "64.0", "true", "'64'", "null", "[64]", "{a: 1}", "x")
+    ]
+    + [("vocab_size", "2147483648", "model.vocab_size"), ("max_seq_len", "''", "model.max_seq_len")],
+)  # fmt: skip
+def test_integers_are_integers(key, bad, path):
+    number = {"d_model": 64, "vocab_size": 257, "max_seq_len": 256}[key]
+    assert only(changed((f"{key}: {number}\n", f"{key}: {bad}\n"))).dotted == path
+
+
+@pytest.mark.parametrize(
+    ("written", "fix"),
+    [("2.67", "write 3"), ("2.4", "write 2"), ("64.0", "write 64"), ("true", "write 1"), ("-3", "write 1"),
+     ("'8'", "write 8, without quotes"), ("1e3", "write 1000, without quotes"),
+     ("${let.d}x", "write a positive integer; an expression")],
+)  # fmt: skip
+def test_the_fix_of_an_integer_is_the_nearest_right_value(written, fix):
+    assert only(changed(("  n_heads: 4", f"  n_heads: 4\n  mlp_ratio: {written}"))).fix.startswith(fix)
+
+
+HINTS = {
+    "init": (["normal_0.02", "normal_1", "normal_2e-3", "paper", "torchscale"],
+             ["normal", "normal_", "normal_0", "normal_x", "normal_-1", "xavier", "1", "null"]),
+    "dropout": (["0", "0.5", "0.999"], ["1", "1.0", "-0.1", "high", "null", "true"]),
+    "checkpointing": (["true", "no"], ["1", "'true'", "null"]),
+    "seed": (["0", "7"], ["-1", "1.5", "'7'", "null"]),
+    "router_aux_loss_coef": (["0", "0.1"], ["-0.1", "'0.1'"]),
+    "lr_peak": (["0.1", "3.0e-4"], ["0", "-1", "3e-4"]),
+    "lr_floor_ratio": (["0", "1"], ["-0.1", "1.1"]),
+    "betas": (["[0.9, 0.95]", "[0, 0]"], ["[0.9]", "[0.9, 0.95, 0.99]", "0.9", "[0.9, 1]", "[0.9, x]", "null", "[]"]),
+    "weight_decay": (["0"], ["-1"]),
+    "grad_clip": (["0", "1"], ["-1"]),
+    "warmup_steps_ratio": (["0", "1"], ["2"]),
+    "router_lr_multiplier": (["0", "2"], ["-1"]),
+    "optimizer": (["adamw", "muon", "hybrid"], ["sgd", "[adamw]", "1"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", HINTS)
+def test_training_hints_accept_their_range_and_nothing_else(key):
+    accepted, refused = HINTS[key]
+    for value in accepted:
+        assert problems(changed(more=f"training_hints: {{{key}: {value}}}\n")) == []
+    for value in refused:
+        assert only(changed(more=f"training_hints: {{{key}: {value}}}\n")).dotted.startswith(f"training_hints.{key}")
+
+
+def test_wrong_items_of_betas_are_named_one_by_one():
+    found = problems(changed(more="training_hints: {betas: [1.5, x]}\n"))
+    assert [problem.dotted for problem in found] == ["training_hints.betas[0]", "training_hints.betas[1]"]
+
+
+@pytest.mark.parametrize("section", ["norm", "residual", "state"])
+def test_layer_sections_take_null_as_absent_and_nothing_but_mappings(section):
+    ffn = "    ffn: {type: mlp}"
+    assert problems(changed((ffn, f"{ffn}\n    {section}: null"))) == []
+    assert only(changed((ffn, f"{ffn}\n    {section}: text"))).dotted == f"layer_templates.a.{section}"
+
+
+def test_optional_sections_may_be_null_and_required_ones_not():
+    assert (
+        problems(changed(more="training_hints: null\ncompatibility: null\nexecution_modes: null\ntransition: null\n"))
+        == []
+    )
+    assert only(changed(("head:\n  type: causal_lm\n", "head: null\n"))).dotted == "head"
+    assert only(changed(("  type: causal_lm", "  type: null"))).dotted == "head.type"
+    assert only(changed(("  n_heads: 4", "  n_heads: 4\n  n_kv_heads: null"))).dotted == "model.n_kv_heads"
+
+
+@pytest.mark.parametrize("prefix", RESERVED_PREFIXES)
+def test_reserved_keys_are_kept_for_the_report_anywhere_but_in_let(prefix):
+    text = changed(("  type: hf", f"  type: hf\n  {prefix}x: {{any: [thing]}}"), more=f"{prefix}y: 1\n")
+    assert [key.path[-1] for key in parse_stack(text).reserved] == [f"{prefix}x", f"{prefix}y"]
+    assert only(changed(more=f"{prefix[:-1]}: 1\n")).dotted == "root"
+    assert only(changed(more=f"let: {{{prefix}x: 1}}\n")).dotted == "let"
+    assert only(changed(("type: hf", f"type: {prefix}hf"))).dotted == "tokenizer_contract.type"
+
+
+def test_a_template_may_carry_any_name():
+    text = changed(("  a:\n", "  vendor.x:\n"), ("template: a", "template: vendor.x"))
+    assert parse_stack(text).layers[-1].template == "vendor.x"
+
+
+OURS = [
+    ("key_dim: 32", None), ("key_dim: 30", "key_dim"), ("key_dim: 20", "key_dim"), ("key_dim: null", "key_dim"),
+    ("value_dim: 96", None), ("value_dim: 97", "value_dim"), ("value_dim: 0", "value_dim"),
+    ("decay: experiment", None), ("decay: gated", None), ("decay: none", None), ("decay: 0.9", None),
+    ("decay: [0.5, 0.6, 0.7, 0.8]", None), ("decay: [0.5]", "decay"), ("decay: [0.1, x, 1, 1]", "decay"),
+    ("decay: 1.5", "decay"), ("decay: papers", "decay"), ("decay: []", "decay"), ("decay: true", "decay"),
+    ("decay: null", "decay"), ("learnable_decay: true", None), ("learnable_decay: 1", "learnable_decay"),
+    ("decay: gated, vendor.retnet.learnable_decay: true", "learnable_decay"),
+    ("decay: [0, 0.5, 0.5, 0.5], vendor.retnet.learnable_decay: true", "learnable_decay"),
+    ("decay: gated, vendor.retnet.decay_norm: true", "decay_norm"), ("decay_norm: true", None),
+    ("rotary: half", None), ("rotary: neox", "rotary"), ("gate: none", None), ("gate: gelu", "gate"),
+    ("head_norm: rms", None), ("head_norm: group", "head_norm"),
+    ("head_norm_affine: per_head", None), ("head_norm_affine: true", "head_norm_affine"),
+    ("head_norm_eps: 1.0e-5", None), ("head_norm_eps: 0", "head_norm_eps"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "fault"), OURS)
+def test_our_retention_options_are_typed(option, fault):
+    found = problems(changed(in_retnet(f"vendor.retnet.{option}")))
+    assert [problem.path[-1] for problem in found] == ([] if fault is None else [f"vendor.retnet.{fault}"])
+
+
+def test_our_prefix_is_closed():
+    problem = only(changed(in_retnet("vendor.retnet.value_dims: 128")))
+    assert problem.dotted == "layer_templates.r.mixer.retnet"
+    assert "did you mean vendor.retnet.value_dim?" in problem.fix
+    assert only(changed(("  type: hf", "  type: hf\n  vendor.retnet.gate: none"))).dotted == "tokenizer_contract"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "path"),
+    [
+        ([("n_heads: 4", "n_heads: 5")], "model.d_model"),
+        ([("n_heads: 4", "n_heads: 4\n  n_kv_heads: 3")], "model.n_heads"),
+        ([("n_heads: 4", "n_heads: 64")], "model.d_model"),
+        ([("positional: rope", "positional: none")], "layer_templates.r.mixer.retnet.rope"),
+        ([("positional: rope", "positional: alibi\n  rope_theta: 1000.0"), in_retnet("rope: false")],
+         "embedding.rope_theta"),
+        ([("positional: rope", "positional: none\n  rope_scaling: {factor: 2.0}"), in_retnet("rope: false")],
+         "embedding.rope_scaling"),
+        ([("positional: rope", "positional: rope\n  rope_theta: -1")], "embedding.rope_theta"),
+        ([("positional: rope", "positional: rope\n  rope_scaling: {factor: 0}")], "embedding.rope_scaling.factor"),
+        ([("positional: rope", "positional: rope\n  tie_word_embeddings: true"),
+          ("type: causal_lm", "type: causal_lm\n  tie_weights: false")], "head.tie_weights"),
+        ([in_mixer("type: attention\n      mamba: {}")], "layer_templates.a.mixer"),
+        ([in_mixer("type: attention\n      branched: {}")], "layer_templates.a.mixer"),
+        ([in_mixer("type: mamba\n      mamba: {vendor.retnet.head_dim: 48}")],
+         "layer_templates.a.mixer.mamba.vendor.retnet.head_dim"),
+        ([in_mixer("type: mamba\n      mamba: {variant: mamba1, vendor.retnet.head_dim: 32}")],
+         "layer_templates.a.mixer.mamba.vendor.retnet.head_dim"),
+        ([in_ffn("type: mlp, activation: swiglu")], "layer_templates.a.ffn.activation"),
+        ([in_ffn("type: moe")], "layer_templates.a.ffn"),
+        ([in_ffn("type: moe, moe: {experts: 2, top_k: 3}")], "layer_templates.a"),
+        ([in_ffn("type: mlp, moe: {experts: 2, top_k: 1}")], "layer_templates.a.ffn"),
+        ([in_ffn("type: mlp, activation: null")], "layer_templates.a.ffn.activation"),
+        ([in_ffn("type: mlp}\n    norm: {position: post}\n    residual: {type: parallel")],
+         "layer_templates.a.norm.position"),
+        ([("template: a", "template: a\n  override: {attention: {window: null}}")],
+         "layer_schedule[1].override.attention.window"),
+        ([("template: r, repeat: 2", "template: r, override: {attention: {window: 8}}")],
+         "layer_schedule[0].override.attention"),
+        ([("template: a", "template: a\n  override: {ffn: {activation: swiglu}}")],
+         "layer_schedule[1].override.ffn.activation"),
+        ([("template: a", "template: a\n  override: {mixer: {}}")], "layer_schedule[1].override"),
+        ([("template: a", "template: a\n  override: 3")], "layer_schedule[1].override"),
+        ([("template: a", "template: [a]")], "layer_schedule[1].template"),
+        ([("template: a", "template: 7")], "layer_schedule[1].template"),
+        ([("repeat: 2", "repeat: 2000000000")], "layer_schedule[0].repeat"),
+    ],
+)  # fmt: skip
+def test_clashes_are_reported_where_they_can_be_mended(pairs, path):
+    problem = only(changed(*pairs))
+    assert problem.dotted == path
+    assert problem.category is Category.VALIDATION
+
+
+def test_a_fault_in_one_template_does_not_hide_another():
+    text = changed(in_retnet("gamma: 0.9"), in_ffn("type: mlp, activation: swiglu"), ("n_heads: 4", "n_heads: 5"))
+    assert {problem.dotted for problem in problems(text)} == {
+        "layer_templates.r.mixer.retnet", "layer_templates.a.ffn.activation", "model.d_model",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mixer", "state", "fault"),
+    [("attention", "kv_cache", False), ("attention", "ssm_state", True), ("mamba", "ssm_state", False),
+     ("mamba", "kv_cache", True), ("hyena", "kv_cache", True), ("hyena", "ssm_state", True)],
+)  # fmt: skip
+def test_a_mixer_takes_its_own_state_key_alone(mixer, state, fault):
+    text = changed(in_mixer(f"type: {mixer}"), in_ffn(f"type: mlp}}\n    state: {{{state}: true"))
+    found = problems(text)
+    assert [(problem.category, problem.dotted) for problem in found] == (
+        [(Category.COMPATIBILITY, "layer_templates.a")] if fault else []
+    )
+
+
+def test_missing_keys_are_reported_at_their_mapping_with_the_values_they_take():
+    problem = only(BASE.replace("  positional: rope\n", ""))
+    assert (problem.dotted, problem.mark.line) == ("embedding", 11)
+    assert problem.fix == "add `positional`: rope, none, alibi"
+    assert [problem.dotted for problem in problems("{}")] == ["root"] * 7
