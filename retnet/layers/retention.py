@@ -25,8 +25,8 @@ from retnet.ops.rotary import rotate
 class RetentionConfig:
     """One multi-scale retention layer; widths are totals over the heads.
 
-    num_kv_heads: heads of k and v, each shared by num_heads // num_kv_heads heads of q with decays of their own (as many
-    as num_heads if None).
+    num_kv_heads: heads of k and v (num_heads if None), each shared by num_heads // num_kv_heads heads of q, whose decays
+    stay their own.
     decay: "paper" (Eq. 8), "experiment" (section 3.1), "none" (gamma 1), "gated", one gamma for all heads, or a gamma
     for each head. learnable_decay: train them, as -exp(a), from where `decay` starts them. decay_norm: divide by the
     norm of the decay mask's row, as torchscale does.

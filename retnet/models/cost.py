@@ -65,9 +65,10 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """
     with torch.device("meta"):
         model = LanguageModel(config)
+    between = (model.embedding_norm, model.layers, model.final_norm)
     counts = {
         "embedding": model.embedding.weight.numel(),
-        "layers": sum(p.numel() for part in (model.embedding_norm, model.layers, model.final_norm) for p in part.parameters()),
+        "layers": sum(p.numel() for part in between for p in part.parameters()),
         "head": 0 if config.tie_embeddings else model.head.weight.numel(),
     }
     return counts | {"total": sum(counts.values())}

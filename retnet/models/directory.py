@@ -3,8 +3,8 @@
     config.json        {"model_type": "retnet", "model_config": {...ModelConfig...}, ...}
     model.safetensors  tensors named model.<name in LanguageModel>; a tied head is not stored
 
-Reading it needs no transformers. Larger models lie in several files with `model.safetensors.index.json`, which is read
-here and written by `models/hf.py` alone.
+Reading and writing it needs no transformers. Larger models lie in several files with `model.safetensors.index.json`
+(`checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -15,37 +15,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from retnet.models.checkpoint import Tensors, open_tensors, read_all, write_tensors
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 
 MODEL_TYPE = "retnet"
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PREFIX = "model."
 
 
 def save_model(model: LanguageModel, directory: str | os.PathLike[str]) -> None:
     """Write the model to a directory, made if missing. Weights are staged and renamed, so none is ever half-written."""
+    write_model(directory, model.config, Tensors.of(stored_tensors(model)))
+
+
+def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors: Tensors) -> None:
+    """`save_model` of a model that need not be in memory: `tensors` are named as in LanguageModel and stream through."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        PREFIX + name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in _absent(model)
-    }
-    staged = directory / (WEIGHTS_FILE + ".part")
-    save_file(tensors, staged, metadata={"format": "pt"})
-    config = {
+    data = {
         "architectures": ["RetNetForCausalLM"],
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "model_config": model.config.to_dict(),
+        "dtype": str(next(iter(tensors.specs.values())).dtype).removeprefix("torch."),
+        "model_config": config.to_dict(),
         "model_type": MODEL_TYPE,
     }
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    os.replace(staged, directory / WEIGHTS_FILE)
+    write_tensors(directory, tensors.renamed({PREFIX + name: name for name in tensors.specs}))
+    (directory / CONFIG_FILE).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
 def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
@@ -70,25 +67,29 @@ def load_model(
     are missing, damaged, or not those of its configuration.
     """
     directory = Path(directory)
-    config_json = _config_json(directory)
-    config = _model_config(directory, config_json)
-    saved_as = getattr(torch, str(config_json.get("dtype") or config.dtype), None)
-    if not isinstance(saved_as, torch.dtype):
-        raise ValueError(f"{directory / CONFIG_FILE}: dtype is {config_json['dtype']!r}, which torch does not have")
+    config = load_config(directory)
     with torch.device("meta"):
         model = LanguageModel(config)
-    tensors = _read_tensors(directory, str(device))
+    tensors = open_tensors(directory)
+    tensors = tensors.renamed({name.removeprefix(PREFIX): name for name in tensors.specs})
     _check_tensors(directory, model, tensors)
-    tensors = {name: tensor.to(dtype or saved_as) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
-    if config.tie_embeddings:
+    return fill(model, tensors, device=device, dtype=dtype)
+
+
+def fill(
+    model: LanguageModel, tensors: Tensors, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """A model built on the meta device, with weights: `tensors` as LanguageModel names them, a tied head left out."""
+    model.load_state_dict(read_all(tensors, device=device, dtype=dtype), strict=False, assign=True)
+    if model.config.tie_embeddings:
         model.head.weight = model.embedding.weight
     return model.eval()
 
 
-def _absent(model: LanguageModel) -> set[str]:
-    """Names in the state dict that are not stored, because they are other tensors."""
-    return {"head.weight"} if model.config.tie_embeddings else set()
+def stored_tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """The model's state dict less what is another tensor too: a tied head."""
+    absent = {"head.weight"} if model.config.tie_embeddings else set()
+    return {name: x for name, x in model.state_dict().items() if name not in absent}
 
 
 def _config_json(directory: Path) -> dict[str, Any]:
@@ -117,34 +118,15 @@ def _model_config(directory: Path, data: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _read_tensors(directory: Path, device: str) -> dict[str, Tensor]:
-    """All tensors by their name in LanguageModel."""
-    files = [directory / WEIGHTS_FILE]
-    if not files[0].is_file() and (directory / INDEX_FILE).is_file():
-        index = json.loads((directory / INDEX_FILE).read_text())
-        files = [directory / name for name in sorted(set(index["weight_map"].values()))]
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{directory} has a {CONFIG_FILE} but no weights: {file.name} is missing")
-        try:
-            with safe_open(file, "pt", device=device) as stream:
-                for name in stream.keys():  # noqa: SIM118 (not a mapping)
-                    tensors[name.removeprefix(PREFIX)] = stream.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
-    return tensors
-
-
-def _check_tensors(directory: Path, model: LanguageModel, tensors: dict[str, Tensor]) -> None:
+def _check_tensors(directory: Path, model: LanguageModel, tensors: Tensors) -> None:
     """Every tensor that the configuration asks for is there, in its shape, and no other."""
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in _absent(model)}
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - tensors.keys())]
-    problems += [f"{name} belongs to no layer" for name in sorted(tensors.keys() - wanted.keys())]
+    wanted, held = stored_tensors(model), tensors.specs
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - held.keys())]
+    problems += [f"{name} belongs to no layer" for name in sorted(held.keys() - wanted.keys())]
     problems += [
-        f"{name} has shape {list(tensors[name].shape)}, not {list(tensor.shape)}"
+        f"{name} has shape {list(held[name].shape)}, not {list(tensor.shape)}"
         for name, tensor in wanted.items()
-        if name in tensors and tensors[name].shape != tensor.shape
+        if name in held and held[name].shape != tensor.shape
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

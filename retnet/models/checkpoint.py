@@ -1,0 +1,233 @@
+"""Named tensors on disk, streamed: what a checkpoint holds is known without reading it, and each tensor is read alone.
+
+A model larger than memory passes through here one tensor at a time, from files of several formats (safetensors, or
+PyTorch's pickles read with `weights_only=True`, whole or in shards with an index) into safetensors shards. What the
+tensors mean is the business of `directory.py` (our models) and `convert` (everybody else's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_BYTES = 2**30
+
+# In the order in which they are looked for, as transformers does.
+_KNOWN_FILES = (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PICKLES = (".bin", ".pt", ".pth")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Tensors by name, read when asked for. specs: each one's shape and dtype, as a tensor on the meta device.
+
+    extra: what a pickled checkpoint holds beside its state dict (training arguments, say).
+    """
+
+    specs: dict[str, Tensor]
+    read: Callable[[str], Tensor]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state_dict: Mapping[str, Tensor], extra: dict[str, Any] | None = None) -> Tensors:
+        """Tensors that are in memory already."""
+        return cls({name: x.to("meta") for name, x in state_dict.items()}, state_dict.__getitem__, extra or {})
+
+    def renamed(self, names: Mapping[str, str]) -> Tensors:
+        """The tensors new name -> old name, and no others."""
+        return Tensors(
+            {new: self.specs[old] for new, old in names.items()}, lambda name: self.read(names[name]), self.extra
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.specs.values())
+
+
+def open_tensors(path: str | os.PathLike[str]) -> Tensors:
+    """The tensors of a checkpoint: a directory of weight files, or one file.
+
+    Raises FileNotFoundError if there are no weights, ValueError if a file is damaged, is a pickle of more than tensors
+    and plain values, or does not hold what the index says.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _weights_of(path)
+    elif not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: no such file or directory")
+    if path.name.endswith(".index.json"):
+        return _open_shards(path)
+    return _open_file(path)
+
+
+def _weights_of(directory: Path) -> Path:
+    """The file that holds a directory's weights, or their index."""
+    for name in _KNOWN_FILES:
+        if (directory / name).is_file():
+            return directory / name
+    others = sorted(p for p in directory.iterdir() if p.suffix in (".safetensors", *_PICKLES) and p.is_file())
+    if len(others) == 1:
+        return others[0]
+    found = ", ".join(p.name for p in others) or "none"
+    raise FileNotFoundError(f"no weights in {directory}: accepted {', '.join(_KNOWN_FILES)}, or one other; found {found}")
+
+
+def _open_file(file: Path) -> Tensors:
+    return _open_pickle(file) if file.suffix in _PICKLES else _open_safetensors(file)
+
+
+def _open_safetensors(file: Path) -> Tensors:
+    specs: dict[str, Tensor] = {}
+    with _safetensors(file) as stream:
+        for name in stream.keys():  # noqa: SIM118 (not a mapping)
+            part = stream.get_slice(name)
+            kind = part.get_dtype()
+            if kind not in _DTYPES:
+                raise ValueError(f"{file}: {name} is of dtype {kind}; accepted: {', '.join(_DTYPES)}")
+            specs[name] = torch.empty(part.get_shape(), dtype=_DTYPES[kind], device="meta")
+
+    def read(name: str) -> Tensor:
+        # A file opened anew for each tensor is unmapped with it: pages already read never add up to the whole file.
+        with _safetensors(file) as stream:
+            return stream.get_tensor(name)
+
+    return Tensors(specs, read)
+
+
+def _safetensors(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+
+
+def _open_pickle(file: Path) -> Tensors:
+    """A state dict alone, or under "model", "state_dict" or "module" beside other values."""
+    whole = _unpickle(file)
+    key = next((k for k in ("model", "state_dict", "module") if isinstance(whole.get(k), Mapping)), None)
+    extra = {} if key is None else {k: v for k, v in whole.items() if k != key}
+    state_dict = whole if key is None else whole[key]
+    tensors = {name: x for name, x in state_dict.items() if isinstance(x, Tensor)}
+    if len(tensors) < len(state_dict) or not tensors:
+        other = next((name for name in state_dict if name not in tensors), None)
+        raise ValueError(f"{file} holds no state dict: {'it is empty' if other is None else f'{other!r} is no tensor'}")
+    if not zipfile.is_zipfile(file):  # from before PyTorch 1.6: not mapped, all of it is in memory already
+        return Tensors.of(tensors, extra)
+
+    def read(name: str) -> Tensor:
+        again = _unpickle(file)
+        return (again if key is None else again[key])[name]
+
+    return Tensors({name: x.to("meta") for name, x in tensors.items()}, read, extra)
+
+
+def _unpickle(file: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain values under names: torchscale's arguments
+            whole = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{file} is damaged, or a pickle of more than tensors and plain values, which could run code and is not "
+            f"read: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(whole, dict):
+        raise ValueError(f"{file} holds a {type(whole).__name__}; accepted: a state dict")
+    return whole
+
+
+def _open_shards(index_file: Path) -> Tensors:
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index_file} is no index of shards (a mapping with weight_map): {error!r}") from error
+    shards: dict[str, Tensors] = {}
+    for name in names:
+        file = index_file.parent / name
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index_file} names the shard {name!r}; accepted: a file beside it")
+        if not file.is_file():
+            raise FileNotFoundError(f"{index_file} names the shard {name}, which is missing")
+        shards[name] = _open_file(file)
+    held = {tensor: name for name, shard in shards.items() for tensor in shard.specs}
+    if held != weight_map:
+        wrong = sorted(t for t in held.keys() | weight_map.keys() if held.get(t) != weight_map.get(t))
+        raise ValueError(f"{index_file} and its shards disagree on where {len(wrong)} tensors are, {wrong[0]} for one")
+    return Tensors(
+        {tensor: shards[name].specs[tensor] for tensor, name in weight_map.items()},
+        lambda tensor: shards[weight_map[tensor]].read(tensor),
+    )
+
+
+def write_tensors(directory: Path, tensors: Tensors, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write safetensors, in shards with an index if they exceed `shard_bytes`; one shard is in memory at a time.
+
+    Shards are staged and renamed once all are complete, so a reader never sees half a checkpoint; weights that an
+    earlier save left in the directory are removed.
+    """
+    shards = list(_shards(tensors, shard_bytes))
+    files = [WEIGHTS_FILE] if len(shards) == 1 else [_shard_file(i, len(shards)) for i in range(len(shards))]
+    for file, names in zip(files, shards):
+        shard = {name: tensors.read(name).cpu().contiguous() for name in names}
+        save_file(shard, directory / (file + ".part"), metadata={"format": "pt"})
+        del shard  # before the next one is read
+    for file in files:
+        os.replace(directory / (file + ".part"), directory / file)
+    for stale in [*directory.glob("model-*-of-*.safetensors"), directory / WEIGHTS_FILE, directory / INDEX_FILE]:
+        if stale.name not in files:
+            stale.unlink(missing_ok=True)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        index = {"metadata": {"total_size": tensors.nbytes}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shard_file(i: int, count: int) -> str:
+    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _shards(tensors: Tensors, shard_bytes: int) -> Iterator[list[str]]:
+    """Names in order, cut where a shard would pass `shard_bytes`; a larger tensor is a shard of its own."""
+    names: list[str] = []
+    size = 0
+    for name, spec in tensors.specs.items():
+        if names and size + spec.nbytes > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += spec.nbytes
+    yield names
+
+
+def read_all(tensors: Tensors, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every tensor in memory of its own, on `device`, floating-point ones in `dtype` (their own if None)."""
+    return {
+        name: tensors.read(name).to(device, dtype if spec.is_floating_point() else None, copy=True)
+        for name, spec in tensors.specs.items()
+    }
