@@ -178,7 +178,7 @@ def _missing(path: Path, key: str) -> str:
     annotation: Any = Spec
     for step in (*path, key):
         section = next(_sections_in(annotation), None)
-        annotation = (section.keys() if section else {}).get(step, annotation)
+        annotation = (section.keys() if section else {}).get(str(step), annotation)
     values = get_args(annotation) if get_origin(annotation) is Literal else ()
     return f"add `{key}`: {listing(values)}" if values else f"add `{key}`"
 

@@ -1,0 +1,45 @@
+"""The guide and the schema say the same: every section that errors point to, every key, every refusal."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from retnet.stack import errors, unsupported
+from retnet.stack.schema import Section, Spec
+
+GUIDE = Path(__file__).resolve().parents[2] / errors.GUIDE
+
+
+@pytest.fixture(scope="module")
+def guide() -> str:
+    return GUIDE.read_text()
+
+
+def sections(annotation=Spec) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+        for inner in annotation.keys().values():
+            yield from sections(inner)
+    for inner in get_args(annotation):
+        yield from sections(inner)
+
+
+def test_every_section_that_errors_name_is_there(guide):
+    anchors = {heading.lower().replace(",", "").replace(" ", "-") for heading in re.findall(r"^## (.+)$", guide, re.M)}
+    assert {*errors._SECTIONS.values(), "files", "let", "not-supported"} <= anchors
+
+
+def test_every_key_is_documented(guide):
+    keys = {key for section in sections() for key in section.keys()}  # noqa: SIM118
+    assert len(keys) > 60
+    assert [key for key in sorted(keys) if not re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", guide)] == []
+
+
+def test_every_refusal_is_documented(guide):
+    listed = guide.split("## Not supported")[1]
+    names = {name for section in sections() for name in section.UNSUPPORTED} | set(unsupported.ENTRY_KINDS)
+    values = {value for section in sections() for given in section.UNSUPPORTED_VALUES.values() for value in given}
+    assert [name for name in sorted(names | values) if f"{name}`" not in listed] == []
