@@ -13,6 +13,7 @@ import typer
 
 from retnet import __version__
 from retnet.cli._common import Session, report_error
+from retnet.cli.train import train
 
 app = typer.Typer(
     name="retnet",
@@ -23,6 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
+
+
+app.command()(train)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,44 @@
+"""`retnet train`: a recipe, `key=value` words, or both."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from retnet.cli._common import console
+
+
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A YAML file of settings, then settings one by one."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="File or folder of text, or 'stdlib'; same as data=...")] = None,
+    model: Annotated[str | None, typer.Option(help="Preset or saved directory; same as model=...")] = None,
+) -> None:
+    """Train a model on text.
+
+    Settings are model, data, length (tokens in a row), valid_fraction, and every field of transformers'
+    TrainingArguments: learning_rate, max_steps, per_device_train_batch_size, output_dir, bf16, torch_compile, ...
+
+    Example: retnet train data=my/texts model=retnet-tiny max_steps=1000
+    """
+    words = words or []
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ValueError(f"one recipe at a time, got {', '.join(files)} (settings are key=value)")
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from retnet.train.recipe import load_recipe
+    from retnet.train.run import train as run
+
+    recipe = load_recipe(files[0] if files else None, [w for w in words if "=" in w], data=data, model=model)
+    disable_progress_bar()  # transformers' own bars for every file it writes
+    summary = run(recipe, console)
+    rate = summary.tokens / summary.seconds
+    parts = [f"{summary.tokens / 1e6:.2f}M tokens in {summary.seconds:.0f} s ({rate:,.0f} tokens/s)"]
+    if summary.valid_bits_per_byte is not None:
+        parts.append(f"validation {summary.valid_bits_per_byte:.3f} bits per byte")
+    console.print("; ".join([*parts, f"saved in {recipe.training['output_dir']}"]), soft_wrap=True)

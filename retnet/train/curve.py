@@ -1,0 +1,24 @@
+"""The loss curve of a run, as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+def save_loss_curve(log: Sequence[dict[str, Any]], tokens_per_step: float, path: Path) -> None:
+    """Training and validation bits per byte against tokens, from the Trainer's log, as PNG or SVG by the name."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o")):
+        points = [(entry["step"] * tokens_per_step, entry[key] / math.log(2)) for entry in log if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.4, markersize=5)
+    axes.set(xlabel="tokens", ylabel="bits per byte", title="Loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)

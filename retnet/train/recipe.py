@@ -1,0 +1,139 @@
+"""What a training run is: a model, data, and the fields of transformers' TrainingArguments, in one flat mapping.
+
+A recipe is a YAML file, `key=value` words, or both (the words win). It is closed: every key is a field below or a field
+of TrainingArguments, and a misspelt one is an error that names the nearest. What nobody sets comes from `DEFAULTS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+# Where the paper says what it did (section 3.1 and appendix A: betas, weight decay, clipping, linear decay to zero), that;
+# otherwise what a run needs that must not lose its work or hide its failures.
+DEFAULTS: dict[str, Any] = {
+    "adam_beta2": 0.98,
+    "weight_decay": 0.05,
+    "max_grad_norm": 2.0,
+    "lr_scheduler_type": "linear",
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.05,
+    "num_train_epochs": 1.0,
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "logging_nan_inf_filter": False,
+    "do_eval": True,
+    "prediction_loss_only": True,
+    "save_total_limit": 2,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "seed": 0,
+}
+
+_REQUIRED = {
+    "model": "a preset's name (such as retnet-tiny) or a saved directory",
+    "data": "a file or folder of text, or stdlib",
+}
+
+
+class Recipe(BaseModel):
+    """A training run.
+
+    model: a preset's name, or a saved directory to go on from.
+    data: a file or folder of text, or `stdlib`.
+    length: tokens in a row; longer documents are cut into pieces that start fresh.
+    valid_fraction: share of the documents held out, by the hash of their paths.
+    training: fields of TrainingArguments, defaults filled in.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    data: str
+    length: int = Field(default=1024, ge=2)
+    valid_fraction: float = Field(default=0.05, gt=0, lt=1)
+    training: dict[str, Any]
+
+    def training_arguments(self) -> TrainingArguments:
+        """The arguments for the Trainer. Raises ValueError for a combination that transformers refuses."""
+        pinned = {"dataloader_pin_memory": torch.cuda.is_available()}  # on a CPU it is a warning and nothing else
+        return TrainingArguments(**(pinned | self.training))
+
+
+def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = (), **sugar: Any) -> Recipe:
+    """A recipe from a YAML file, then `key=value` words, then keyword arguments that are not None.
+
+    Raises FileNotFoundError if there is no such file, ValueError for anything in it that is not accepted, all at once.
+    """
+    values = _read_yaml(Path(file)) if file is not None else {}
+    values |= dict(map(_parse_override, overrides))
+    values |= {key: value for key, value in sugar.items() if value is not None}
+    own = set(Recipe.model_fields) - {"training"}
+    hints = get_type_hints(TrainingArguments)
+    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    problems = [_unknown(key, own | fields) for key in values if key not in own | fields]
+    problems += [f"{key} is missing: {meaning}" for key, meaning in _REQUIRED.items() if key not in values]
+    training = dict(DEFAULTS)
+    for key in sorted(values.keys() & fields):
+        try:
+            training[key] = _coerce(hints[key], values[key])
+        except ValidationError as error:
+            problems.append(f"{key} is {values[key]!r}: {error.errors()[0]['msg']}")
+    if not problems:
+        training.setdefault("output_dir", str(Path("out") / Path(str(values["model"])).stem))
+        try:
+            return Recipe(training=training, **{key: values[key] for key in own & values.keys()})
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
+    raise ValueError("; ".join(problems))
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"no such recipe: {file} (words with '=' are settings, another word is a recipe's file)")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{file} holds a {type(values).__name__}; a recipe is a mapping of keys to values")
+    return {str(key): value for key, value in values.items()}
+
+
+def _parse_override(word: str) -> tuple[str, str]:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{word!r} is not key=value")
+    return key, text
+
+
+def _coerce(hint: Any, value: Any) -> Any:
+    """A value as TrainingArguments types it; a word may be YAML for a list, and YAML's `no` is the word, not False.
+
+    Raises ValidationError.
+    """
+    adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        if value is False:
+            return adapter.validate_python("no")
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+            return adapter.validate_python(yaml.safe_load(value))
+        raise
+
+
+def _unknown(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else "accepted: model, data, length, valid_fraction, TrainingArguments' fields"
+    return f"unknown key {key!r}, {hint}"
+
