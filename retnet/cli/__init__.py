@@ -13,6 +13,7 @@ import typer
 
 from retnet import __version__
 from retnet.cli._common import Session, report_error
+from retnet.cli.convert import convert
 from retnet.cli.train import train
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 
 app.command()(train)
+app.command()(convert)
 
 
 def _show_version(wanted: bool) -> None:

@@ -32,7 +32,7 @@ def save_model(model: LanguageModel, directory: str | os.PathLike[str]) -> None:
 
 
 def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors: Tensors) -> None:
-    """`save_model` of a model that need not be in memory: `tensors` are named as in LanguageModel and stream through."""
+    """`save_model` of a model that need not be in memory: `tensors`, named as in LanguageModel, stream through."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     data = {
@@ -66,14 +66,24 @@ def load_model(
     Raises FileNotFoundError or ValueError if the directory holds no model, one of something else, or one whose weights
     are missing, damaged, or not those of its configuration.
     """
+    config, tensors = open_model(directory)
+    return fill(build_empty(config), tensors, device=device, dtype=dtype)
+
+
+def open_model(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]:
+    """What `load_model` loads, unread: the configuration, and its tensors as LanguageModel names them. Raises alike."""
     directory = Path(directory)
     config = load_config(directory)
-    with torch.device("meta"):
-        model = LanguageModel(config)
     tensors = open_tensors(directory)
     tensors = tensors.renamed({name.removeprefix(PREFIX): name for name in tensors.specs})
-    _check_tensors(directory, model, tensors)
-    return fill(model, tensors, device=device, dtype=dtype)
+    _check_tensors(directory, build_empty(config), tensors)
+    return config, tensors
+
+
+def build_empty(config: ModelConfig) -> LanguageModel:
+    """The model without memory for its weights, on the meta device: names, shapes, and something to `fill`."""
+    with torch.device("meta"):
+        return LanguageModel(config)
 
 
 def fill(
@@ -111,7 +121,9 @@ def _model_config(directory: Path, data: dict[str, Any]) -> ModelConfig:
     file = directory / CONFIG_FILE
     model_type = data.get("model_type")
     if model_type != MODEL_TYPE or "model_config" not in data:
-        raise ValueError(f"{file} is of model_type {model_type!r}; this reads models that retnet saved ({MODEL_TYPE!r})")
+        raise ValueError(
+            f"{file} is of model_type {model_type!r}; this reads models that retnet saved ({MODEL_TYPE!r})"
+        )
     try:
         return ModelConfig.from_dict(data["model_config"])
     except ValueError as error:

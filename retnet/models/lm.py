@@ -110,4 +110,6 @@ class LanguageModel(nn.Module):
     def loss(self, ids: Tensor, labels: Tensor, **layout: Tensor) -> Tensor:
         """Mean cross-entropy in nats of labels [B, T] (already shifted; -100 is ignored) given ids [B, T]."""
         hidden, _ = self.hidden(ids, **layout)
-        return F.cross_entropy(self.logits(hidden).float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+        logits = self.logits(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)

@@ -1,0 +1,37 @@
+"""`retnet convert`: weights from elsewhere into ours, and ours into flash-linear-attention's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retnet.cli._common import console
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A model directory, or a file of weights.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write, new or empty.")],
+    to: Annotated[str, typer.Option(help="Format to write: retnet or fla.")] = "retnet",
+    format: Annotated[str | None, typer.Option(help="Format of SOURCE; recognised if not given.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON of the source's own configuration, where SOURCE does not hold it.")
+    ] = None,
+) -> None:
+    """Convert a model from torchscale, flash-linear-attention (fla), syncdoth and others, or ours to fla.
+
+    Weights stream through memory one shard at a time, and logits stay the same up to rounding.
+
+    Example: retnet convert downloads/retnet-1.3B-100B my-model
+    """
+    from retnet.models.convert import convert as run
+    from retnet.models.cost import parameter_counts
+
+    model = run(source, out, to=to, format=format, config=config)
+    millions = parameter_counts(model)["total"] / 1e6
+    console.print(
+        f"{model.name}: {len(model.layers)} layers of width {model.d_model}, {millions:,.1f}M parameters in {model.dtype}; "
+        f"written to {out} as {to}",
+        soft_wrap=True,
+    )

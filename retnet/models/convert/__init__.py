@@ -1,0 +1,167 @@
+"""Models from elsewhere: torchscale, flash-linear-attention, syncdoth/RetNet and others, into ours; ours into FLA's.
+
+One module a format. Everything streams: a checkpoint larger than memory converts with one shard of it in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retnet.models.checkpoint import Tensors, open_tensors, write_tensors
+from retnet.models.config import ModelConfig
+from retnet.models.convert import fla, syncdoth, torchscale
+from retnet.models.convert.table import Format, in_our_names, in_their_names
+from retnet.models.directory import CONFIG_FILE, build_empty, fill, open_model, stored_tensors, write_model
+from retnet.models.lm import LanguageModel
+
+OURS = "retnet"
+FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (torchscale, fla, syncdoth)}
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+SourceConfig = ModelConfig | Mapping[str, Any] | argparse.Namespace | str | os.PathLike[str] | None
+
+# What else makes a model directory useful, and is the same for every format.
+_SIDE_FILES = (
+    "added_tokens.json", "chat_template.jinja", "generation_config.json", "merges.txt", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
+
+
+def load(
+    source: Source,
+    format: str | None = None,
+    config: SourceConfig = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LanguageModel:
+    """A model from elsewhere as our `LanguageModel`, in evaluation mode.
+
+    Args:
+        source: a directory, a file of weights, or a state dict.
+        format: a key of FORMATS, or "retnet"; recognised by its tensors if None.
+        config: the source's own configuration (a mapping, a namespace, or a path to JSON), where it does not lie in the
+            directory or the checkpoint; or a ModelConfig.
+        device, dtype: of the weights; dtype as stored if None.
+
+    Raises ValueError, FileNotFoundError: what is missing, left over, misshapen, or not expressible.
+    """
+    ours, tensors = _open(source, format, config)
+    return fill(build_empty(ours), tensors, device=device, dtype=dtype)
+
+
+def convert(
+    source: Source | LanguageModel,
+    out: str | os.PathLike[str],
+    *,
+    to: str = OURS,
+    format: str | None = None,
+    config: SourceConfig = None,
+) -> ModelConfig:
+    """Write a model as a directory in our format, or in that of `to`; weights stream, tokenizer files come along.
+
+    source: as for `load`, or a model. out: new or empty. Returns our configuration of the model.
+    """
+    targets = {OURS, *(name for name, known in FORMATS.items() if known.config_to)}
+    if to not in targets:
+        raise ValueError(f"cannot write the format {to!r}; accepted: {', '.join(sorted(targets))}")
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already; accepted: a new or empty directory")
+    ours, tensors = _open(source, format, config)
+    if to == OURS:
+        write_model(out, ours, tensors)
+    else:
+        data = FORMATS[to].config_to(ours)  # before anything is written
+        out.mkdir(parents=True, exist_ok=True)
+        write_tensors(out, in_their_names(FORMATS[to], ours, tensors))
+        (out / CONFIG_FILE).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    if isinstance(source, (str, os.PathLike)):
+        for name in _SIDE_FILES:
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, out / name)
+    return ours
+
+
+def _open(source: Source | LanguageModel, format: str | None, config: SourceConfig) -> tuple[ModelConfig, Tensors]:
+    """Our configuration of the source, and its tensors under our names."""
+    if format is not None and format not in (OURS, *FORMATS):
+        raise ValueError(f"format is {format!r}; accepted: {', '.join((OURS, *FORMATS))}, or None to recognise it")
+    if isinstance(source, LanguageModel):
+        return source.config, Tensors.of(stored_tensors(source))
+    is_state_dict = isinstance(source, Mapping)
+    if not is_state_dict and (format == OURS or (format is None and _is_ours(Path(source)))):
+        return open_model(source)
+    theirs = Tensors.of(source) if is_state_dict else open_tensors(source)
+    known = FORMATS[format] if format else _recognise(theirs, "the state dict" if is_state_dict else str(source))
+    if known.prefix and known.prefix + known.marker in theirs.specs:
+        theirs = theirs.renamed({name.removeprefix(known.prefix): name for name in theirs.specs})
+    if not isinstance(config, ModelConfig):
+        values = _source_config(None if is_state_dict else Path(source), theirs, config, known)
+        config = known.config_of(_with_vocab_size(values, known, theirs))
+        config = ModelConfig.from_dict(config.to_dict())  # checks every value's type
+    return in_our_names(known, config, theirs)
+
+
+def _is_ours(path: Path) -> bool:
+    file = path / CONFIG_FILE
+    return file.is_file() and "model_config" in _json(file)
+
+
+def _recognise(theirs: Tensors, where: str) -> Format:
+    found = [f for f in FORMATS.values() if {f.marker, f.prefix + f.marker} & theirs.specs.keys()]
+    if len(found) != 1:
+        some = ", ".join(list(theirs.specs)[:3])
+        raise ValueError(
+            f"{where} is of no known format (its tensors: {some}, ...); accepted: {', '.join((OURS, *FORMATS))}"
+        )
+    return found[0]
+
+
+def _source_config(path: Path | None, theirs: Tensors, config: Any, known: Format) -> Mapping[str, Any]:
+    """The source's own configuration: as given, from its directory, or from inside its checkpoint."""
+    if config is None and path is not None and (path / CONFIG_FILE).is_file():
+        config = path / CONFIG_FILE
+    if config is None:
+        inside = [theirs.extra.get(key) for key in ("args", "config", "cfg")]
+        config = next((value for value in inside if value), None)
+        nested = config.get("model") if isinstance(config, Mapping) else None
+        config = nested if isinstance(nested, (Mapping, argparse.Namespace)) else config
+    if isinstance(config, (str, os.PathLike)):
+        config = _json(Path(config))
+    if isinstance(config, argparse.Namespace):
+        config = vars(config)
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"weights in the format {known.name} do not say their configuration; accepted: config=..., its "
+            "config.json, or the arguments that the model was built with"
+        )
+    return config
+
+
+def _with_vocab_size(values: Mapping[str, Any], known: Format, theirs: Tensors) -> Mapping[str, Any]:
+    """torchscale leaves it to the dictionary (-1): as many as there are embeddings."""
+    if (values.get("vocab_size") or -1) > 0:
+        return values
+    embedding = theirs.specs.get(known.embedding)
+    if embedding is None:
+        raise ValueError(f"these are not weights in the format {known.name}: {known.embedding} is missing")
+    return {**values, "vocab_size": embedding.shape[0]}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} holds a {type(data).__name__}, a configuration is a mapping")
+    return data
