@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.feed_forward import FeedForward, FeedForwardConfig
 from retnet.layers.layout import TokenLayout
 from retnet.layers.norm import make_norm
@@ -22,16 +23,19 @@ from retnet.layers.state import LayerState
 from retnet.ops.norms import Norm
 
 # Each mixer: its config class, its module `(x, state, layout) -> (y, state)`.
-MIXERS = {RetentionConfig: MultiScaleRetention}
-MixerConfig = RetentionConfig
+MIXERS = {RetentionConfig: MultiScaleRetention, AttentionConfig: Attention}
+MixerConfig = RetentionConfig | AttentionConfig
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One layer of a stack. residual_scale is s, skip_scale is a; dropout is on both branches."""
+    """One layer of a stack. residual_scale is s, skip_scale is a; dropout is on both branches.
+
+    feed_forward None: the mixer alone, as in Mamba.
+    """
 
     mixer: MixerConfig
-    feed_forward: FeedForwardConfig
+    feed_forward: FeedForwardConfig | None
     norm: Norm = "layer"
     norm_eps: float = 1e-6
     norm_position: Literal["pre", "post"] = "pre"
@@ -43,6 +47,8 @@ class BlockConfig:
     def __post_init__(self) -> None:
         if self.norm_position == "post" and self.residual == "parallel":
             raise ValueError("norm_position is 'post' with residual 'parallel'; accepted with parallel: 'pre'")
+        if self.feed_forward is None and self.residual == "parallel":
+            raise ValueError("residual is 'parallel' without a feed_forward; accepted: 'sequential'")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; accepted: 0 <= dropout < 1")
 
@@ -55,19 +61,25 @@ class Block(nn.Module):
         self.config = config
         self.mixer_norm = make_norm(config.norm, d_model, config.norm_eps)
         self.mixer = MIXERS[type(config.mixer)](config.mixer, d_model)
-        self.feed_forward_norm = make_norm(config.norm, d_model, config.norm_eps)
-        self.feed_forward = FeedForward(config.feed_forward, d_model)
+        self.feed_forward = None
+        if config.feed_forward is not None:
+            self.feed_forward_norm = make_norm(config.norm, d_model, config.norm_eps)
+            self.feed_forward = FeedForward(config.feed_forward, d_model)
 
     def forward(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
         if self.config.norm_position == "post":
             y, state = self.mixer(x, state, layout)
             x = self.mixer_norm(self._residual(x, y))
-            return self.feed_forward_norm(self._residual(x, self.feed_forward(x))), state
+            if self.feed_forward is not None:
+                x = self.feed_forward_norm(self._residual(x, self.feed_forward(x)))
+            return x, state
         y, state = self.mixer(self.mixer_norm(x), state, layout)
-        if self.config.residual == "parallel":
+        if self.config.residual == "parallel" and self.feed_forward is not None:
             return self._residual(x, y + self.feed_forward(self.feed_forward_norm(x))), state
         x = self._residual(x, y)
-        return self._residual(x, self.feed_forward(self.feed_forward_norm(x))), state
+        if self.feed_forward is not None:
+            x = self._residual(x, self.feed_forward(self.feed_forward_norm(x)))
+        return x, state
 
     def _residual(self, x: Tensor, y: Tensor) -> Tensor:
         """a x + s y, without a pass over memory where a is 1."""

@@ -4,21 +4,28 @@ One `TokenLayout` is made for a call of the model and handed to all layers. Posi
 document's start on and from where the states left off, so that pads, holes and packs change nothing.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from retnet.ops.ragged import Compaction
 from retnet.ops.rotary import Rotary, rotation
+
+Value = TypeVar("Value")
+State = TypeVar("State")
 
 
 @dataclass
 class TokenLayout:
     """Tokens [B, T] of N sequences: N = B rows, or N documents packed into one row.
 
-    positions [B, T] (int64) of each real token in its sequence; lengths [N] (int64) real tokens of this call; mask [B, T]
-    bool or None; cu_seqlens [N + 1] or None. `carry`: layers return their state; `in_place`: they may overwrite the
-    state that they were given instead of making a new one (inference alone).
+    positions [B, T] (int64) of each real token in its sequence; lengths [N] (int64) real tokens of this call; mask
+    [B, T] bool or None; cu_seqlens [N + 1] or None. `carry`: layers return their state; `in_place`: they may overwrite
+    the state that they were given instead of making a new one (inference alone). `losses`: where layers add losses of
+    their own (MoE routers), if anyone wants them.
     """
 
     positions: Tensor
@@ -27,7 +34,8 @@ class TokenLayout:
     cu_seqlens: Tensor | None = None
     carry: bool = False
     in_place: bool = False
-    _rotations: dict = field(default_factory=dict, repr=False)
+    losses: list[Tensor] | None = None
+    _known: dict = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -40,6 +48,7 @@ class TokenLayout:
         cu_seqlens: Tensor | None = None,
         carry: bool = False,
         in_place: bool = False,
+        losses: list[Tensor] | None = None,
     ) -> "TokenLayout":
         """Lay out [B, T] tokens that follow `start` [N] earlier ones of each sequence (none if None)."""
         B, T = shape
@@ -47,7 +56,7 @@ class TokenLayout:
             steps = torch.ones(B, T, dtype=torch.long, device=device) if mask is None else mask.long()
             before = torch.cat([steps.new_zeros(1), steps[0].cumsum(0)])
             edges = before[cu_seqlens.long()]
-            document = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(T, device=device), right=True)
+            document = _documents(cu_seqlens, T)
             positions = (before[1:] - 1 - edges[document])[None]
             lengths = edges.diff()
             if start is not None:
@@ -61,7 +70,7 @@ class TokenLayout:
                 lengths = mask.long().sum(1)
             if start is not None:
                 positions = positions + start[:, None]
-        return cls(positions.clamp_min(0), lengths, mask, cu_seqlens, carry, in_place)
+        return cls(positions.clamp_min(0), lengths, mask, cu_seqlens, carry, in_place, losses)
 
     def advance(self, position: Tensor | None) -> Tensor:
         """Real tokens of each sequence [N] once this call's are counted too: a new tensor, owned by the caller."""
@@ -71,7 +80,51 @@ class TokenLayout:
         self, rotary: Rotary, key_dim: int, base: float, factor: float = 1.0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """(cos, sin) [B, T, K / 2] at these positions, computed once a call for all layers."""
-        key = (rotary, key_dim, base, factor, dtype)
-        if key not in self._rotations:
-            self._rotations[key] = rotation(self.positions, rotary, key_dim, base, factor=factor, dtype=dtype)
-        return self._rotations[key]
+        return self.once(
+            (rotary, key_dim, base, factor, dtype),
+            lambda: rotation(self.positions, rotary, key_dim, base, factor=factor, dtype=dtype),
+        )
+
+    @property
+    def sequences(self) -> Tensor:
+        """Which of the N sequences each token [B, T] belongs to."""
+        B, T = self.positions.shape
+        cu_seqlens = self.cu_seqlens
+        if cu_seqlens is not None:
+            return self.once("sequences", lambda: _documents(cu_seqlens, T)[None])
+        return torch.arange(B, device=self.positions.device)[:, None].expand(B, T)
+
+    @property
+    def bounds(self) -> list[int] | None:
+        """cu_seqlens as numbers, None if there are none. Waits for a GPU, once a call."""
+        return None if self.cu_seqlens is None else self.once("bounds", self.cu_seqlens.tolist)
+
+    def on_real_tokens(
+        self, layer: Callable[[Tensor, State, "TokenLayout"], tuple[Tensor, State]], x: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        """Run a layer without a sense for masks: it sees the real tokens packed into one row; y is 0 at the others."""
+        mask = self.mask
+        if mask is None:
+            return layer(x, state, self)
+        compaction, dense = self.once("real_tokens", lambda: self._real_tokens(mask))
+        y, state = layer(compaction.gather(x), state, dense)
+        return compaction.scatter(y), state
+
+    def _real_tokens(self, mask: Tensor) -> "tuple[Compaction, TokenLayout]":
+        compaction = Compaction.of(mask, self.cu_seqlens)
+        bounds = torch.tensor(compaction.bounds, device=mask.device)
+        positions = compaction.gather(self.positions)
+        dense = TokenLayout(positions, self.lengths, None, bounds, self.carry, self.in_place, self.losses)
+        return compaction, dense
+
+    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """make(), computed once a call for all layers."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+
+def _documents(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The document of each token [T] of a packed row."""
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)

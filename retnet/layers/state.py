@@ -5,11 +5,14 @@ A state is passed in and returned, never hidden in a module. Every tensor has th
 the mixer.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from retnet.layers.layout import TokenLayout
 
 
 @dataclass
@@ -20,7 +23,8 @@ class LayerState:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state's tensors by field name; enough, with the class, to build it again."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     @property
     def nbytes(self) -> int:
@@ -44,6 +48,96 @@ class LayerState:
 
 @dataclass
 class RetentionState(LayerState):
-    """memory [N, H, K, V]: the sum of decayed k^T v over all tokens seen; float32 unless a narrower one was asked for."""
+    """memory [N, H, K, V]: the sum of decayed k^T v over all tokens seen; float32 unless another was asked for."""
 
     memory: Tensor
+
+
+@dataclass
+class TokenCache(LayerState):
+    """Base of states that keep something of every token: tensors [N, capacity, ...], position p in slot p % capacity.
+
+    Real tokens alone are kept. A cache without a window grows, in geometric steps, before it would wrap around; one
+    with a window stops growing there and is a ring from then on. filled: no sequence has more tokens than this, known
+    without asking the device (None: ask). In-place steps add a token at constant cost; others copy the cache.
+    """
+
+    GROWTH = 1.5
+
+    filled: int | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def append(
+        cls, state: Self | None, tokens: dict[str, Tensor], layout: TokenLayout, window: int | None = None
+    ) -> Self:
+        """The cache with this call's tokens [B, T, ...] of each field added; in place if the layout allows it.
+
+        A mask is understood for one token a row; longer masked calls come here packed (`TokenLayout.on_real_tokens`).
+        """
+        if state is None:
+            zero = layout.lengths.new_zeros(len(layout.lengths))
+            none = {name: x.new_zeros(len(zero), 0, *x.shape[2:]) for name, x in tokens.items()}
+            state = cls(zero, **none, filled=0)
+        bounds = layout.bounds
+        lengths = [layout.positions.shape[1]] if bounds is None else [b - a for a, b in pairwise(bounds)]
+        longest = max(lengths, default=0)
+        roomy = state.reserve(longest, window)
+        end, capacity = state.position + layout.lengths, roomy._capacity
+        positions, sequences = layout.positions.flatten(), layout.sequences.flatten()
+        kept: Tensor | slice = slice(None)
+        if longest > capacity:
+            kept = (positions >= end[sequences] - capacity).nonzero()[:, 0]
+        index = (sequences * capacity + positions % max(1, capacity))[kept]
+        in_place = layout.in_place and roomy is state
+        changed = {}
+        for name, x in tokens.items():
+            slots, x = getattr(roomy, name).flatten(0, 1), x.flatten(0, 1)[kept].to(getattr(roomy, name).dtype)
+            if layout.mask is not None:
+                real = layout.mask.flatten().view(-1, *[1] * (x.dim() - 1))
+                x = torch.where(real, x, slots[index])
+            slots = slots.index_copy_(0, index, x) if in_place else slots.index_copy(0, index, x)
+            changed[name] = slots.unflatten(0, (len(end), capacity))
+        if in_place:
+            state.position.add_(layout.lengths)
+            state.filled = state._filled() + longest
+            return state
+        return replace(state, position=end, filled=roomy._filled() + longest, **changed)
+
+    def slot_positions(self) -> Tensor:
+        """The position of the token in each slot [N, capacity]; negative where there is none."""
+        newest = self.position[:, None] - 1
+        return newest - (newest - torch.arange(self._capacity, device=newest.device)) % max(1, self._capacity)
+
+    def reserve(self, num_tokens: int, window: int | None = None) -> Self:
+        """With room for `num_tokens` more in every sequence: adding them moves nothing, as captured graphs need."""
+        capacity = self._capacity
+        if capacity != window and self._filled() + num_tokens > capacity:
+            self.filled = None  # it counts pads too: look before growing
+        if capacity == window or self._filled() + num_tokens <= capacity:
+            return self
+        grown = max(self._filled() + num_tokens, int(capacity * self.GROWTH))
+        grown = grown if window is None else min(grown, window)
+        more = {name: x.new_zeros(len(x), grown - capacity, *x.shape[2:]) for name, x in self._slotted.items()}
+        roomy = {name: torch.cat([x, more[name]], 1) for name, x in self._slotted.items()}
+        return replace(self, position=self.position.clone(), **roomy)
+
+    @property
+    def _slotted(self) -> dict[str, Tensor]:
+        return {name: x for name, x in self.tensors().items() if name != "position"}
+
+    @property
+    def _capacity(self) -> int:
+        return next(iter(self._slotted.values())).shape[1]
+
+    def _filled(self) -> int:
+        if self.filled is None:
+            self.filled = int(self.position.max()) if len(self.position) else 0
+        return self.filled
+
+
+@dataclass
+class AttentionState(TokenCache):
+    """keys, values [N, capacity, G, K]: of the real tokens seen (the last `window` of them), keys already rotated."""
+
+    keys: Tensor
+    values: Tensor

@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retnet.layers.state import LayerState, RetentionState
+from retnet.layers.state import AttentionState, LayerState, RetentionState
 
-STATES: dict[str, type[LayerState]] = {"retention": RetentionState}
+STATES: dict[str, type[LayerState]] = {"retention": RetentionState, "attention": AttentionState}
 _NAMES = {cls: name for name, cls in STATES.items()}
 
 

@@ -1,0 +1,145 @@
+"""Softmax attention with a KV cache: grouped queries, rotary or ALiBi positions, sliding windows.
+
+    Q, K, V = X W_Q, X W_K, X W_V        out = softmax(rotary(Q) rotary(K)^T / sqrt(K) - alibi) V W_O
+
+Keys are cached rotated, by position, real tokens alone (`TokenCache`): a window's cache is a ring that never holds more
+than the window. Positions are the layout's, so pads, holes and packs change nothing.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from retnet.layers.layout import TokenLayout
+from retnet.layers.state import AttentionState
+from retnet.ops.attention import (
+    alibi_slopes,
+    cached_attention,
+    causal_attention,
+    document_block_mask,
+    flex_causal_attention,
+)
+from retnet.ops.ragged import equal_blocks
+from retnet.ops.rotary import rotate
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """num_kv_heads: heads of keys and values, each read by num_heads / num_kv_heads heads of queries (1: multi-query).
+
+    head_dim: width of a head. rotary: convention of `retnet.ops.rotary`, its frequencies from rotary_base, positions
+    divided by rotary_factor. alibi: a penalty linear in the distance. window: tokens that a query sees, itself included
+    (all if None). dropout: of attention weights, in training.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary: Literal["interleaved", "half", "none"] = "half"
+    rotary_base: float = 10000.0
+    rotary_factor: float = 1.0
+    alibi: bool = False
+    window: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    dropout: float = 0.0
+    kind: Literal["attention"] = "attention"
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "head_dim", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; accepted: a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}; accepted: a divisor of num_heads ({self.num_heads})"
+            )
+        if self.rotary != "none" and self.head_dim % 2:
+            raise ValueError(f"rotary turns pairs, but head_dim is {self.head_dim}; accepted: an even number")
+        if self.rotary_base <= 0 or self.rotary_factor <= 0:
+            raise ValueError(
+                f"rotary_base is {self.rotary_base}, rotary_factor {self.rotary_factor}; accepted: positive numbers"
+            )
+        if self.rotary != "none" and self.alibi:
+            raise ValueError(f"alibi is true with rotary {self.rotary!r}; accepted with alibi: 'none'")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; accepted: 0 <= dropout < 1")
+
+
+class Attention(nn.Module):
+    """x [B, T, D] -> y [B, T, D], keys and values of the tokens seen."""
+
+    FLEX_TOKENS = 128  # below, compiling and masking blocks costs more than it skips
+
+    def __init__(self, config: AttentionConfig, d_model: int):
+        super().__init__()
+        self.config = config
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(d_model, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(d_model, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(d_model, keys, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(queries, d_model, bias=config.out_bias)
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None, layout: TokenLayout
+    ) -> tuple[Tensor, AttentionState | None]:
+        one_token = x.shape[1] == 1 and layout.cu_seqlens is None
+        if layout.mask is not None and not (one_token and state is not None):
+            return layout.on_real_tokens(self, x, state)
+        config = self.config
+        q, k, v = (proj(x).unflatten(-1, (-1, config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if config.rotary != "none":
+            wide = torch.promote_types(q.dtype, torch.float32)
+            cos, sin = layout.rotation(config.rotary, config.head_dim, config.rotary_base, config.rotary_factor, wide)
+            q, k = (rotate(z, cos, sin, config.rotary) for z in (q, k))
+        if state is not None and one_token:
+            state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
+            out = cached_attention(
+                q, state.keys, state.values, layout.positions, state.slot_positions(), **self._options(q)
+            )
+            if layout.mask is not None:
+                out = out.masked_fill(~layout.mask[..., None, None], 0)
+        else:
+            out = self._fresh(q, k, v, layout) if state is None else self._continued(q, k, v, state, layout)
+            if layout.carry:
+                state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
+        return self.out_proj(out.flatten(-2)), state if layout.carry else None
+
+    def _fresh(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        options = self._options(q)
+        skips = layout.cu_seqlens is not None or options["window"] is not None or options["slopes"] is not None
+        if q.is_cuda and skips and not options["dropout"] and q.shape[1] >= self.FLEX_TOKENS:
+            window = options["window"]
+            mask = layout.once(("block_mask", window), lambda: document_block_mask(layout.sequences, window))
+            return flex_causal_attention(q, k, v, mask, options["slopes"])
+        bounds = layout.bounds
+        if bounds is None:
+            return causal_attention(q, k, v, **options)
+        documents = [slice(start, end) for start, end in pairwise(bounds)]
+        return torch.cat([q[:, :0], *(causal_attention(q[:, d], k[:, d], v[:, d], **options) for d in documents)], 1)
+
+    def _continued(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, layout: TokenLayout) -> Tensor:
+        """Several tokens after cached ones: every sequence attends to its cache and to its new tokens."""
+        options, cached = self._options(q), state.slot_positions()
+        out = [q[:, :0]]
+        for rows, tokens, sequences in equal_blocks(q.shape[0], q.shape[1], layout.bounds):
+            positions = layout.positions[rows, tokens]
+            out.append(
+                cached_attention(
+                    q[rows, tokens],
+                    torch.cat([state.keys[sequences], k[rows, tokens]], 1),
+                    torch.cat([state.values[sequences], v[rows, tokens]], 1),
+                    positions,
+                    torch.cat([cached[sequences], positions], 1),
+                    **options,
+                )
+            )
+        return torch.cat(out, 1)
+
+    def _options(self, q: Tensor) -> dict:
+        config = self.config
+        slopes = alibi_slopes(config.num_heads).to(q.device) if config.alibi else None
+        return {"window": config.window, "slopes": slopes, "dropout": config.dropout if self.training else 0.0}

@@ -1,0 +1,163 @@
+"""Causal softmax attention on tensors: PyTorch's kernels, told which keys each query may see.
+
+    out_i = sum_j softmax_j(q_i k_j / sqrt(K) - slope_h (i - j)) v_j        over 0 <= i - j < window
+
+Three ways to the same numbers. Plain causal attention is one call of `scaled_dot_product_attention`. Windows and ALiBi
+go through it in blocks of queries, each against the keys that it can reach, so that memory and work are linear in T for
+a window. On CUDA, windows, ALiBi and packed documents go through `flex_attention`, which skips what is masked. Packed
+documents elsewhere are attended to one by one: no key of one is ever multiplied with a query of another.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_BLOCK = 512  # queries whose mask is built at a time
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Slope of each head [H], float32 (Press et al. 2022, arXiv 2108.12409).
+
+    2^(-8/H), 2^(-16/H), ... for H a power of 2; for other H, those of the power of 2 below and then every other one of
+    the power above, as its authors do.
+    """
+    below = 2 ** math.floor(math.log2(num_heads))
+    exponents = [8 * (h + 1) / below for h in range(below)] + [8 * (h + 0.5) / below for h in range(num_heads - below)]
+    return torch.exp2(-torch.tensor(exponents, dtype=torch.float64)).float()
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    slopes: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """T tokens attend to themselves and to the `window` - 1 before them (all of them if None).
+
+    q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] with G dividing H (head h reads group h // (H // G)); slopes [H] of
+    ALiBi. Returns [B, T, H, V].
+    """
+    T = q.shape[1]
+    if T == 0:
+        return v.new_zeros(*q.shape[:3], v.shape[3])
+    if slopes is None and (window is None or window >= T):
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            dropout_p=dropout,
+            is_causal=True,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return out.transpose(1, 2)
+    positions = torch.arange(T, device=q.device)[None]
+    block = QUERY_BLOCK if window is None else max(64, min(QUERY_BLOCK, window))
+    out = []
+    for start in range(0, T, block):
+        queries = slice(start, start + block)
+        keys = slice(0 if window is None else max(0, start - window + 1), start + block)
+        out.append(
+            _attend(
+                q[:, queries],
+                k[:, keys],
+                v[:, keys],
+                positions[:, queries],
+                positions[:, keys],
+                window,
+                slopes,
+                dropout,
+            )
+        )
+    return torch.cat(out, 1)
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    *,
+    window: int | None = None,
+    slopes: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention among tokens in any order, told apart by their positions [B, T] and [B, S]; a negative one is no token.
+
+    q [B, T, H, K], k [B, S, G, K], v [B, S, G, V]. Returns [B, T, H, V].
+    """
+    out = [v.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3])]
+    for start in range(0, q.shape[1], QUERY_BLOCK):
+        queries = slice(start, start + QUERY_BLOCK)
+        out.append(_attend(q[:, queries], k, v, query_positions[:, queries], key_positions, window, slopes, dropout))
+    return torch.cat(out, 1)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    window: int | None,
+    slopes: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """One block of queries. The heads that share a key are stacked along the queries, so that no key is copied."""
+    T, H, G = q.shape[1], q.shape[2], k.shape[2]
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    seen = (key_positions[:, None, :] >= 0) & (distance >= 0)
+    if window is not None:
+        seen = seen & (distance < window)
+    mask = seen[:, None, None]
+    if slopes is not None:
+        bias = -slopes.to(q.dtype).view(1, G, H // G, 1, 1) * distance[:, None, None].to(q.dtype)
+        mask = bias.masked_fill(~mask, -math.inf)
+    mask = mask.expand(-1, -1, H // G, -1, -1).flatten(2, 3)
+    q = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, dropout_p=dropout)
+    return out.unflatten(2, (H // G, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def document_block_mask(documents: Tensor, window: int | None):
+    """What `flex_causal_attention` may skip: documents [B, T] tells which sequence each token of a row belongs to."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        allowed = (documents[b, i] == documents[b, j]) & (i >= j)
+        return allowed if window is None else allowed & (i - j < window)
+
+    B, T = documents.shape
+    # Compiled, since the plain version holds the whole [T, T] mask.
+    return create_block_mask(seen, B, None, T, T, device=documents.device, _compile=True)
+
+
+def flex_causal_attention(q: Tensor, k: Tensor, v: Tensor, block_mask, slopes: Tensor | None = None) -> Tensor:
+    """`causal_attention` on CUDA under a mask of `document_block_mask`, without dropout; the same shapes."""
+
+    def penalised(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score - slopes[h] * (i - j)  # type: ignore[index]
+
+    out = _compiled_flex_attention()(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        score_mod=None if slopes is None else penalised,
+        block_mask=block_mask,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)

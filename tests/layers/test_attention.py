@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+from retnet.layers.attention import Attention, AttentionConfig
+from retnet.layers.layout import TokenLayout
+from retnet.layers.state import AttentionState
+
+
+def decode(layer: Attention, state: AttentionState | None, x: torch.Tensor, in_place: bool = True) -> AttentionState:
+    start = None if state is None else state.position
+    layout = TokenLayout.of(tuple(x.shape[:2]), x.device, start=start, carry=True, in_place=in_place)
+    with torch.no_grad():
+        return layer(x, state, layout)[1]
+
+
+def test_the_cache_of_a_window_never_holds_more_than_the_window():
+    layer = Attention(AttentionConfig(2, 1, head_dim=4, window=5), 8)
+    state = decode(layer, None, torch.randn(2, 3, 8))
+    assert state.keys.shape == (2, 3, 1, 4)
+    for _ in range(9):
+        state = decode(layer, state, torch.randn(2, 1, 8))
+    assert state.keys.shape == (2, 5, 1, 4)
+    assert state.position.tolist() == [12, 12]
+    assert sorted(state.slot_positions()[0].tolist()) == [7, 8, 9, 10, 11]
+    state = decode(layer, None, torch.randn(2, 30, 8))
+    assert state.keys.shape == (2, 5, 1, 4)
+
+
+def test_a_cache_moves_rarely_and_in_place_steps_return_the_same_state():
+    layer = Attention(AttentionConfig(2, 1, head_dim=4), 8)
+    state = decode(layer, None, torch.randn(1, 10, 8))
+    addresses = set()
+    for _ in range(200):
+        state = decode(layer, state, torch.randn(1, 1, 8))
+        addresses.add(state.keys.data_ptr())
+    assert state.position.item() == 210
+    assert len(addresses) <= 10
+    reserved = state.reserve(1000)
+    address = reserved.keys.data_ptr()
+    for _ in range(50):
+        after = decode(layer, reserved, torch.randn(1, 1, 8))
+        assert after is reserved
+    assert reserved.keys.data_ptr() == address
+
+
+def test_grouped_heads_have_fewer_keys_and_values():
+    layer = Attention(AttentionConfig(8, 2, head_dim=4), 32)
+    assert layer.k_proj.weight.shape == layer.v_proj.weight.shape == (8, 32)
+    state = decode(layer, None, torch.randn(1, 6, 32))
+    assert state.nbytes == 2 * 6 * 2 * 4 * 4 + 8
+
+
+def test_dropout_acts_in_training_alone():
+    layer, x = Attention(AttentionConfig(2, 2, head_dim=4, dropout=0.5), 8), torch.randn(1, 20, 8)
+    layout = TokenLayout.of((1, 20), x.device)
+    layer.eval()
+    assert torch.equal(layer(x, None, layout)[0], layer(x, None, layout)[0])
+    layer.train()
+    assert not torch.equal(layer(x, None, layout)[0], layer(x, None, layout)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads is 3; accepted: a divisor of num_heads"),
+        ({"head_dim": 5}, "head_dim is 5; accepted: an even number"),
+        ({"window": 0}, "window is 0"),
+        ({"alibi": True}, "alibi is true with rotary 'half'"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"rotary_factor": 0.0}, "rotary_factor 0.0"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_a_reason(options, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionConfig(**{"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, **options})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"rotary": "none", "alibi": True}])
+def test_cuda_equals_cpu_for_packs_pads_and_decoding(options):
+    torch.manual_seed(0)
+    layer = Attention(AttentionConfig(4, 2, head_dim=32, **options), 64)
+    x, bounds = torch.randn(1, 300, 64), torch.tensor([0, 100, 101, 300])
+    mask = torch.ones(2, 150, dtype=torch.bool)
+    mask[0, :70] = False
+    results = []
+    for device in ("cpu", "cuda"):
+        layer = layer.to(device)
+        with torch.no_grad():
+            pack = TokenLayout.of((1, 300), torch.device(device), cu_seqlens=bounds.to(device), carry=True)
+            packed, state = layer(x.to(device), None, pack)
+            rows = TokenLayout.of((2, 150), torch.device(device), mask=mask.to(device))
+            padded, _ = layer(x.view(2, 150, 64).to(device), None, rows)
+            step = TokenLayout.of((3, 1), torch.device(device), start=state.position, carry=True, in_place=True)
+            stepped, _ = layer(x.view(300, 1, 64)[:3].to(device), state, step)
+        results.append([packed.cpu(), padded.cpu(), stepped.cpu()])
+    for cpu, cuda in zip(*results):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-2, atol=1e-2)

@@ -1,0 +1,83 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from retnet.ops import attention
+from retnet.ops.attention import alibi_slopes, cached_attention, causal_attention
+
+
+def by_definition(q: Tensor, k: Tensor, v: Tensor, window: int | None, slopes: Tensor | None) -> Tensor:
+    """One query, one head and one key at a time."""
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    shared = q.shape[2] // k.shape[2]
+    for b, i, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        keys = [j for j in range(i + 1) if window is None or i - j < window]
+        scores = [q[b, i, h] @ k[b, j, h // shared] / math.sqrt(q.shape[3]) for j in keys]
+        if slopes is not None:
+            scores = [score - slopes[h] * (i - j) for score, j in zip(scores, keys)]
+        weights = torch.stack(scores).softmax(0)
+        out[b, i, h] = sum(weight * v[b, j, h // shared] for weight, j in zip(weights, keys))
+    return out
+
+
+def inputs(T: int = 9, H: int = 4, G: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(2, T, n, 6, dtype=torch.float64, generator=generator) for n in (H, G, G))
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 9, 20])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+def test_causal_attention_equals_its_definition(window, alibi, heads):
+    q, k, v = inputs(H=heads[0], G=heads[1])
+    slopes = alibi_slopes(heads[0]) if alibi else None
+    expected = by_definition(q, k, v, window, slopes)
+    torch.testing.assert_close(
+        causal_attention(q, k, v, window=window, slopes=slopes), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("window", [None, 5, 70, 200])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_blocks_of_queries_do_not_change_the_result(monkeypatch, window, alibi):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 64)
+    q, k, v = inputs(T=150)
+    slopes = alibi_slopes(4) if alibi else None
+    positions = torch.arange(150).expand(2, -1)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(0))
+    whole = cached_attention(q, k[:, order], v[:, order], positions, positions[:, order], window=window, slopes=slopes)
+    torch.testing.assert_close(causal_attention(q, k, v, window=window, slopes=slopes), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    torch.testing.assert_close(alibi_slopes(8), 2.0 ** -torch.arange(1.0, 9.0))
+    # 12 heads: the 8 of H = 8, then the first 4 odd ones of H = 16
+    torch.testing.assert_close(alibi_slopes(12)[8:], 2.0 ** -torch.tensor([0.5, 1.5, 2.5, 3.5]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "alibi"), [(None, False), (50, False), (None, True), (50, True)])
+def test_flex_attention_equals_documents_one_by_one(dtype, window, alibi):
+    generator = torch.Generator().manual_seed(1)
+    bounds = [0, 130, 131, 300, 517]
+    shapes = [(1, 517, 8, 64), (1, 517, 2, 64), (1, 517, 2, 64)]
+    q, k, v = (torch.randn(s, generator=generator).cuda().to(dtype).requires_grad_() for s in shapes)
+    slopes = alibi_slopes(8).cuda() if alibi else None
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(bounds).diff())[None].cuda()
+    mask = attention.document_block_mask(documents, window)
+    out = attention.flex_causal_attention(q, k, v, mask, slopes)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = torch.cat(
+        [causal_attention(*(x[:, a:b] for x in wide), window=window, slopes=slopes) for a, b in pairwise(bounds)],
+        1,
+    )
+    weight = torch.randn(out.shape, generator=generator).cuda()
+    grads = torch.autograd.grad((out.float() * weight).sum(), (q, k, v))
+    expected_grads = torch.autograd.grad((expected * weight).sum(), wide)
+    tolerance = 2e-3 if dtype == torch.float32 else 2e-2
+    for x, ref in zip((out, *grads), (expected, *expected_grads)):
+        assert (x.double() - ref).norm() <= tolerance * ref.norm()
