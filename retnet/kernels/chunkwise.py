@@ -15,7 +15,7 @@ from retnet.kernels.decay_grad import decay_gradient
 from retnet.kernels.layout import Layout
 from retnet.kernels.segment import read_segments
 from retnet.kernels.states import stored_dtype, walk_states
-from retnet.kernels.tiles import Tiles, device_family, tiles_for
+from retnet.kernels.tiles import Tiles, device_family, multiprocessors, tiles_for
 
 
 def retention_forward(
@@ -66,7 +66,7 @@ def retention_backward(
     chunk_size: int | None,
     need_dlog_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients (dq, dk, dv, dlog_decay or None, dstate [N, H, K, V] float32) from dout and the final state's, if any."""
+    """Gradients (dq, dk, dv, dlog_decay or None, dstate [N, H, K, V] float32) from dout and dfinal, if any."""
     tiles, layout, decay = _prepare(q, v, log_decay, mask, cu_seqlens, chunk_size)
     shapes = q.shape, k.shape, v.shape
     dout, q, k, v = _rows(dout.to(v.dtype)), _rows(q), _rows(k), _rows(v)
@@ -144,7 +144,7 @@ def retention_backward(
 
 def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None) -> dict[str, object]:
     """The kernels and block shapes that q [B, T, G, K] and v [B, T, H, V] will run with."""
-    tiles = _tiles(q, v, chunk_size)
+    tiles = _tiles(q, v, q.shape[0], chunk_size)
     return {
         "kernels": "walk_states, read_segments",
         "segment": tiles.segment,
@@ -157,13 +157,15 @@ def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None) -> dict[str, o
 def _prepare(
     q: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tiles, Layout, Decay]:
-    tiles = _tiles(q, v, chunk_size)
+    tiles = _tiles(q, v, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, chunk_size)
     layout = Layout.of(q.shape[0], q.shape[1], tiles.segment, cu_seqlens)
     return tiles, layout, Decay.of(log_decay, mask, layout)
 
 
-def _tiles(q: Tensor, v: Tensor, chunk_size: int | None) -> Tiles:
-    return tiles_for(device_family(q.device), v.dtype, q.shape[-1], v.shape[-1], chunk_size)
+def _tiles(q: Tensor, v: Tensor, num_sequences: int, chunk_size: int | None) -> Tiles:
+    heads = num_sequences * v.shape[2]
+    family = device_family(q.device)
+    return tiles_for(family, v.dtype, q.shape[-1], v.shape[-1], heads, multiprocessors(q.device), chunk_size)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
 """Products of decays inside a segment, for fixed decay, fixed decay under a mask, and decay per token.
 
 With a fixed decay a product over tokens is a power: only the number of real tokens matters. Per token, running sums of
-log decays are kept relative to the segment's start in two floats, since the sum over a segment has no digits left for
-small decays beside large ones: `high` sums multiples of 2^-9, exactly, and `low` the rest. exp() of anything below -104 is
-0 in float32: such a token is a hard reset, and is counted instead of summed. Two tokens between which a reset lies have
-the product 0.
+log decays are kept relative to the segment's start in two floats, since one sum over a segment has no digits left for
+small decays beside large ones: `high` sums multiples of 2^-9, exactly, and `low` the rest. exp() of anything below -104
+is 0 in float32: such a token is a hard reset, counted instead of summed. Two tokens with a reset between them have the
+product 0.
 
     enter_t = product of the decays from the segment's first token through t: what is left of the state before it
     leave_t = product of the decays after t through its last token: what a write at t becomes
     between(t, s) = product of the decays of the tokens s < i <= t
 
-Only differences <= 0 are exponentiated. What is stored is float32: [5, H, tokens] per token (high, low, resets, enter, leave),
-[2, tokens] for a masked fixed decay (real tokens through t, and after t), nothing for a fixed decay.
+Only differences <= 0 are exponentiated. What is stored is float32: [5, H, tokens] per token (high, low, resets, enter,
+leave), [2, tokens] for a masked fixed decay (real tokens through t, and after t), nothing for a fixed decay.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from retnet.kernels.layout import Layout, segment_bounds, tokens_ok
 
 @dataclass(frozen=True)
 class Decay:
-    """Everything a kernel needs to know of the decay. `rate` [H] is the fixed log decay (per token: unread); `sums` as the
+    """What a kernel needs to know of the decay: `rate` [H], the fixed log decay (per token: unread), and `sums` as the
     module says (a fixed decay without a mask has none: unread)."""
 
     rate: Tensor
@@ -138,12 +138,25 @@ def running(sums, plane, position, length, PER_TOKEN: tl.constexpr, MASKED: tl.c
 
 
 @triton.jit
-def between(log_decay, high, low, resets, high0, low0, resets0, PER_TOKEN: tl.constexpr):
-    """Product of decays from an earlier (0) to a later running sum. Exponents of pairs in the wrong order are cut to 0."""
+def between(log_decay, later, earlier, SWAP: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """Product of the decays from an earlier running sum to a later one; SWAP exchanges the two.
+
+    An exponent of two tokens in the wrong order is cut to 0: never more than 1, never infinite.
+    """
+    if SWAP:
+        later, earlier = earlier, later
     if PER_TOKEN:
-        product = tl.exp(tl.minimum((high - high0) + (low - low0), 0.0))
-        return tl.where(resets == resets0, product, 0.0)
-    return tl.exp(tl.minimum((high - high0) * log_decay, 0.0))
+        exponent = (later[0] - earlier[0]) + (later[1] - earlier[1])
+        return tl.where(later[2] == earlier[2], tl.exp(tl.minimum(exponent, 0.0)), 0.0)
+    return tl.exp(tl.minimum((later[0] - earlier[0]) * log_decay, 0.0))
+
+
+@triton.jit
+def between_all(log_decay, rows, columns, SWAP: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """`between` of all pairs of two vectors of running sums: [rows, columns]."""
+    rows = (rows[0][:, None], rows[1][:, None], rows[2][:, None])
+    columns = (columns[0][None, :], columns[1][None, :], columns[2][None, :])
+    return between(log_decay, rows, columns, SWAP, PER_TOKEN)
 
 
 @triton.jit

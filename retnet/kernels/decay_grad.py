@@ -1,11 +1,11 @@
 """The gradient of log_decay.
 
-What crosses token t is scaled by exp(log_decay_t), so its gradient is the inner product of what crosses with its adjoint:
+What crosses token t is scaled by exp(log_decay_t): its gradient is the inner product of what crosses with its adjoint,
 
     dlog_decay_t = <S_end, dS_end> + sum_{i >= t, same segment} (q_i . dq_i - k_i . dk_i)
 
-with the state and its adjoint at the end of t's segment. Summing q . dq - k . dk over the whole sequence instead would cancel
-its way to the answer. Nothing crosses a hard reset: sums stop there, and a reset's own gradient is 0.
+with the state and its adjoint at the end of t's segment. Summing q . dq - k . dk over the whole sequence instead would
+cancel its way to the answer. Nothing crosses a hard reset: sums stop there, and a reset's own gradient is 0.
 """
 
 import torch
@@ -66,30 +66,11 @@ def decay_gradient(
 
 @triton.jit(do_not_specialize=["T", "num_tokens", "num_sequences"])
 def _decay_gradient_kernel(
-    q_dot_dq,
-    k_dot_dk,
-    states,
-    dstates,
-    final,
-    dfinal,
-    grad,
-    sums,
-    mask,
-    table,
-    first_slot,
-    T,
-    num_tokens,
-    num_sequences,
-    H: tl.constexpr,
-    STATE: tl.constexpr,
-    TILES_Q: tl.constexpr,
-    TILES_K: tl.constexpr,
-    L: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    MASKED: tl.constexpr,
-    PACKED: tl.constexpr,
-):
+    q_dot_dq, k_dot_dk, states, dstates, final, dfinal, grad,
+    sums, mask, table, first_slot, T, num_tokens, num_sequences,
+    H: tl.constexpr, STATE: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr, L: tl.constexpr,
+    BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
     slot, h = tl.program_id(0), tl.program_id(1)
     start, length, is_last = segment_bounds(slot, table, T, L, PACKED)
     if length <= 0:
@@ -134,7 +115,8 @@ def _inner_product(a, b, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for i0 in range(0, SIZE, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        total += tl.load(a + i, mask=i < SIZE, other=0.0).to(tl.float32) * tl.load(b + i, mask=i < SIZE, other=0.0).to(tl.float32)
+        x, y = tl.load(a + i, mask=i < SIZE, other=0.0), tl.load(b + i, mask=i < SIZE, other=0.0)
+        total += x.to(tl.float32) * y.to(tl.float32)
     return tl.sum(total, 0)
 
 

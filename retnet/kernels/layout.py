@@ -1,9 +1,9 @@
 """How a batch is cut into segments: the one place that knows where a segment starts and how long it is.
 
 A sequence of T tokens is cut into ceil(T / L) segments of L tokens, the last one ragged. Every segment of the batch has
-a slot, in order; slot s of a batch [B, T] is row s // ceil(T / L). Packed sequences (`cu_seqlens`) have a slot table that
-is built on the device, since their lengths are never read on the host: `cdiv(T, L) + N` slots always suffice, and a slot
-that no sequence needs has length 0. Token numbers count through the whole batch, b T + t.
+a slot, in order; slot s of a batch [B, T] is row s // ceil(T / L). Packed sequences (`cu_seqlens`) have a slot table
+that is built on the device, since their lengths are never read on the host: ceil(T / L) + N slots always suffice, and
+one that no sequence needs has length 0. Token numbers count through the whole batch, b T + t.
 """
 
 from dataclasses import dataclass

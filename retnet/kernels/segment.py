@@ -8,9 +8,9 @@ The adjoint of retention is retention, so these two make the output and three gr
     out = forward(q, k, v, S)          dv = reversed(k, q, dout, dS)
     dq  = forward(dout, v, k, S^T)     dk = reversed(v, dout, q, dS^T)
 
-A program makes BM rows x BO columns of one head, or of one group for dq and dk, summing its heads in order. The
-contraction over x's columns runs whole where a row of x fits (BR covers it), else in slices of BR, the first of which are
-shared between the state and the first column tile. Everything accumulates in float32.
+A program makes BM rows x BO columns of one head, or of one group for dq and dk, summing its heads in order, and visits
+the segment's tokens in tiles of BN. The contraction over x's columns runs whole where a row of x fits (BR covers it),
+else in slices of BR, which the state and the first tile of tokens share. Everything accumulates in float32.
 """
 
 import torch
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retnet.kernels.decay import Decay, between, decay_of_head, enter, leave, running
+from retnet.kernels.decay import Decay, between, between_all, decay_of_head, enter, leave, running
 from retnet.kernels.layout import Layout, load_tile, segment_bounds, tokens_ok
 from retnet.kernels.tiles import SegmentTile, precision
 
@@ -40,8 +40,8 @@ def read_segments(
 ) -> tuple[Tensor, Tensor | None]:
     """x, y [tokens, ., R], z [tokens, ., O], states [slots, H, K, V] -> out [tokens, ., O] in z's dtype.
 
-    Without `sum_heads` x and y are per group, z and out per head, and R = K; with it x and y are per head, z and out per
-    group, and R = V. `row_dot_with` [tokens, G, O] also returns its row-wise product with each head's float32 out,
+    Without `sum_heads` x and y are per group, z and out per head, and R = K; with it x and y are per head, z and out
+    per group, and R = V. `row_dot_with` [tokens, G, O] also returns its row-wise product with each head's float32 out,
     [output tiles, H, tokens]: what the gradient of log_decay is made of.
     """
     H = states.shape[1]
@@ -106,47 +106,16 @@ def read_segments(
 
 @triton.jit(do_not_specialize=["T", "num_tokens"])
 def _segment_kernel(
-    x,
-    y,
-    z,
-    states,
-    out,
-    partner,
-    dots,
-    rate,
-    sums,
-    mask,
-    table,
-    T,
-    num_tokens,
-    x_token,
-    x_head,
-    y_token,
-    y_head,
-    z_token,
-    z_head,
-    partner_token,
-    partner_head,
-    state_scale,
-    pair_scale,
-    H: tl.constexpr,
-    OUT_HEADS: tl.constexpr,
-    HEADS_PER_GROUP: tl.constexpr,
-    R: tl.constexpr,
-    O: tl.constexpr,
-    L: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    BS: tl.constexpr,
-    BO: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SUM_HEADS: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    MASKED: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, y, z, states, out, partner, dots,
+    rate, sums, mask, table, T, num_tokens,
+    x_token, x_head, y_token, y_head, z_token, z_head, partner_token, partner_head,
+    state_scale, pair_scale,
+    H: tl.constexpr, OUT_HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
+    R: tl.constexpr, O: tl.constexpr, L: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BO: tl.constexpr,
+    REVERSE: tl.constexpr, SUM_HEADS: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (O + BO - 1) // BO
     pid = tl.program_id(0)
     column_tile = pid % COLUMN_TILES
@@ -169,47 +138,20 @@ def _segment_kernel(
             h, xy_head = out_head * HEADS_PER_GROUP + i, out_head * HEADS_PER_GROUP + i
         else:
             h, xy_head = out_head, out_head // HEADS_PER_GROUP
-        log_decay, head_sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
         product = _one_head(
             x + start * x_token + xy_head * x_head,
             y + start * y_token + xy_head * y_head,
             z + start * z_token + out_head * z_head,
             states + (slot.to(tl.int64) * H + h) * (R * O),
-            log_decay,
-            head_sums,
-            plane,
-            mask,
-            start,
-            length,
-            row0,
-            rows,
-            ok,
-            columns,
-            x_token,
-            y_token,
-            z_token,
-            state_scale,
-            pair_scale,
-            R,
-            O,
-            L,
-            BM,
-            BN,
-            BR,
-            BS,
-            BO,
-            REVERSE,
-            SUM_HEADS,
-            PER_TOKEN,
-            MASKED,
-            PRECISION,
-        )
+            decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED),
+            (mask, start, length), (row0, rows, ok, columns), (x_token, y_token, z_token), state_scale, pair_scale,
+            R, O, BM, BN, BR, BS, BO, REVERSE, SUM_HEADS, PER_TOKEN, MASKED, PRECISION,
+        )  # fmt: skip
         if dots is not None:
-            other = load_tile(
-                partner + start * partner_token + out_head * partner_head, rows, columns, partner_token, ok, O, BO
-            )
+            at = partner + start * partner_token + out_head * partner_head
+            other = load_tile(at, rows, columns, partner_token, ok, O, BO).to(tl.float32)
             at = dots + (column_tile * H + h) * num_tokens.to(tl.int64) + start + rows
-            tl.store(at, tl.sum(product * other.to(tl.float32), 1), mask=rows < length)
+            tl.store(at, tl.sum(product * other, 1), mask=rows < length)
         if HEADS == 1:
             total = product
         else:
@@ -220,109 +162,80 @@ def _segment_kernel(
 
 @triton.jit
 def _one_head(
-    x,
-    y,
-    z,
-    state,
-    log_decay,
-    sums,
-    plane,
-    mask,
-    start,
-    length,
-    row0,
-    rows,
-    ok,
-    columns,
-    x_token,
-    y_token,
-    z_token,
-    state_scale,
-    pair_scale,
-    R: tl.constexpr,
-    O: tl.constexpr,
-    L: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    BS: tl.constexpr,
-    BO: tl.constexpr,
-    REVERSE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    MASKED: tl.constexpr,
+    x, y, z, state, decay, tokens, place, strides, state_scale, pair_scale,
+    R: tl.constexpr, O: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BO: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
-):
-    """One head's BM x BO tile in float32. The pointers are at the segment's first token and at the head."""
-    high, low, resets = running(sums, plane, rows, length, PER_TOKEN, MASKED)
+):  # fmt: skip
+    """One head's BM x BO tile in float32. The pointers are at the segment's first token and at the head.
+
+    decay: of `decay_of_head`; tokens: (mask, start, length); place: (row0, rows, rows ok, columns).
+    """
+    log_decay, sums, plane = decay
+    mask, start, length = tokens
+    row0, rows, ok, columns = place
+    x_token, y_token, z_token = strides
+    row_sums = running(sums, plane, rows, length, PER_TOKEN, MASKED)
     if REVERSE:
-        reach = leave(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED)
-        first, last = row0, tl.minimum(length, L)
+        reach = leave(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED) * state_scale
+        first, last, pivot = row0, length, tl.minimum(row0 + BM, length) - 1
     else:
-        reach = enter(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED)
-        first, last = 0, tl.minimum(length, row0 + BM)
+        reach = enter(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED) * state_scale
+        first, last, pivot = 0, tl.minimum(length, row0 + BM), row0
+    pivot_sums = running(sums, plane, pivot, length, PER_TOKEN, MASKED)
     acc = tl.zeros([BM, BO], dtype=tl.float32)
+    pairs = tl.zeros([BM, BN], dtype=tl.float32)
 
     if BR >= R:
         for r0 in range(0, R, BS):
             r = r0 + tl.arange(0, BS)
             xs = load_tile(x, rows, r, x_token, ok, R, BS)
-            acc = _add_state(xs, state, r, columns, acc, R, O, BS, BO, TRANSPOSED, PRECISION)
-        acc *= (reach * state_scale)[:, None]
+            acc = _add_state(xs, state, r, columns, acc, R, O, TRANSPOSED, PRECISION)
+        acc *= reach[:, None]
         r = tl.arange(0, BR)
         xs = load_tile(x, rows, r, x_token, ok, R, BR)
-        for c0 in range(first, last, BN):
-            at = c0 + tl.arange(0, BN)
-            at_ok = tokens_ok(mask, start, at, length, MASKED)
-            ys = load_tile(y, at, r, y_token, at_ok, R, BR)
-            pairs = tl.dot(xs, tl.trans(ys), input_precision=PRECISION)
-            pairs *= _weights(log_decay, sums, plane, rows, high, low, resets, at, length, REVERSE, PER_TOKEN, MASKED) * pair_scale
-            zs = load_tile(z, at, columns, z_token, at_ok, O, BO)
-            acc = tl.dot(pairs.to(z.dtype.element_ty), zs, acc, input_precision=PRECISION)
     else:
         at = first + tl.arange(0, BN)
         at_ok = tokens_ok(mask, start, at, length, MASKED)
-        pairs = tl.zeros([BM, BN], dtype=tl.float32)
         for r0 in range(0, R, BR):
             r = r0 + tl.arange(0, BR)
             xs = load_tile(x, rows, r, x_token, ok, R, BR)
             ys = load_tile(y, at, r, y_token, at_ok, R, BR)
             pairs = tl.dot(xs, tl.trans(ys), pairs, input_precision=PRECISION)
-            acc = _add_state(xs, state, r, columns, acc, R, O, BR, BO, TRANSPOSED, PRECISION)
-        acc *= (reach * state_scale)[:, None]
-        pairs *= _weights(log_decay, sums, plane, rows, high, low, resets, at, length, REVERSE, PER_TOKEN, MASKED) * pair_scale
-        zs = load_tile(z, at, columns, z_token, at_ok, O, BO)
-        acc = tl.dot(pairs.to(z.dtype.element_ty), zs, acc, input_precision=PRECISION)
-        for c0 in range(first + BN, last, BN):
-            at = c0 + tl.arange(0, BN)
-            at_ok = tokens_ok(mask, start, at, length, MASKED)
+            acc = _add_state(xs, state, r, columns, acc, R, O, TRANSPOSED, PRECISION)
+        acc *= reach[:, None]
+        acc = _add_pairs(
+            acc, pairs * pair_scale, z, decay, (row0, rows, row_sums, pivot_sums), (first, at, at_ok, length), columns,
+            z_token, O, BM, BN, BO, REVERSE, PER_TOKEN, MASKED, PRECISION,
+        )  # fmt: skip
+        first += BN
+
+    for c0 in range(first, last, BN):
+        at = c0 + tl.arange(0, BN)
+        at_ok = tokens_ok(mask, start, at, length, MASKED)
+        if BR >= R:
+            ys = load_tile(y, at, r, y_token, at_ok, R, BR)
+            pairs = tl.dot(xs, tl.trans(ys), input_precision=PRECISION)
+        else:
             pairs = tl.zeros([BM, BN], dtype=tl.float32)
             for r0 in range(0, R, BR):
                 r = r0 + tl.arange(0, BR)
                 xs = load_tile(x, rows, r, x_token, ok, R, BR)
                 ys = load_tile(y, at, r, y_token, at_ok, R, BR)
                 pairs = tl.dot(xs, tl.trans(ys), pairs, input_precision=PRECISION)
-            pairs *= _weights(log_decay, sums, plane, rows, high, low, resets, at, length, REVERSE, PER_TOKEN, MASKED) * pair_scale
-            zs = load_tile(z, at, columns, z_token, at_ok, O, BO)
-            acc = tl.dot(pairs.to(z.dtype.element_ty), zs, acc, input_precision=PRECISION)
+        acc = _add_pairs(
+            acc, pairs * pair_scale, z, decay, (row0, rows, row_sums, pivot_sums), (c0, at, at_ok, length), columns,
+            z_token, O, BM, BN, BO, REVERSE, PER_TOKEN, MASKED, PRECISION,
+        )  # fmt: skip
     return acc
 
 
 @triton.jit
 def _add_state(
-    xs,
-    state,
-    r,
-    columns,
-    acc,
-    R: tl.constexpr,
-    O: tl.constexpr,
-    BR: tl.constexpr,
-    BO: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """acc + xs S[r, columns]. Where states are wider than x (float16), tf32 holds both: its 10 bits are float16's own."""
+    xs, state, r, columns, acc, R: tl.constexpr, O: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """acc + xs S[r, columns]. States wider than x (float16) go through tf32, whose 10 bits are float16's own."""
     if TRANSPOSED:
         at = state + columns[None, :] * R + r[:, None]
     else:
@@ -334,35 +247,31 @@ def _add_state(
 
 
 @triton.jit
-def _weights(
-    log_decay,
-    sums,
-    plane,
-    rows,
-    high,
-    low,
-    resets,
-    at,
-    length,
-    REVERSE: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """between(row, column) where the pair is causal, else 0: [BM, BN]."""
-    high0, low0, resets0 = running(sums, plane, at, length, PER_TOKEN, MASKED)
+def _add_pairs(
+    acc, pairs, z, decay, row, column, columns, z_token, O: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + (pairs * decay between row and column token, where causal) z[column tokens]."""
+    row0, rows, row_sums, pivot_sums = row
+    c0, at, at_ok, length = column
+    log_decay, sums, plane = decay
+    at_sums = running(sums, plane, at, length, PER_TOKEN, MASKED)
     if REVERSE:
-        decay = between(
-            log_decay,
-            high0[None, :],
-            low0[None, :],
-            resets0[None, :],
-            high[:, None],
-            low[:, None],
-            resets[:, None],
-            PER_TOKEN,
-        )
-        return tl.where(at[None, :] >= rows[:, None], decay, 0.0)
-    decay = between(
-        log_decay, high[:, None], low[:, None], resets[:, None], high0[None, :], low0[None, :], resets0[None, :], PER_TOKEN
-    )
-    return tl.where(at[None, :] <= rows[:, None], decay, 0.0)
+        apart = c0 >= row0 + BM
+    else:
+        apart = c0 + BN <= row0
+    if apart:
+        # All tokens of the tile lie on the far side of the pivot: an outer product of decays <= 1.
+        near = between(log_decay, row_sums, pivot_sums, REVERSE, PER_TOKEN)
+        far = between(log_decay, pivot_sums, at_sums, REVERSE, PER_TOKEN)
+        weighted = pairs * (near[:, None] * far[None, :])
+    else:
+        weights = between_all(log_decay, row_sums, at_sums, REVERSE, PER_TOKEN)
+        if REVERSE:
+            weights = tl.where(at[None, :] >= rows[:, None], weights, 0.0)
+        else:
+            weights = tl.where(at[None, :] <= rows[:, None], weights, 0.0)
+        weighted = pairs * weights
+    zs = load_tile(z, at, columns, z_token, at_ok, O, BO)
+    return tl.dot(weighted.to(zs.dtype), zs, acc, input_precision=PRECISION)

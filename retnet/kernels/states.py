@@ -3,11 +3,11 @@
     forward:   S_end  = gamma(segment) S_start + sum_t leave_t  k_t^T v_t          stored: S_start of every segment
     reversed:  dS_start = gamma(segment) dS_end + scale sum_t enter_t q_t^T dout_t  stored: dS_end of every segment
 
-The adjoint of retention is retention read backwards, so one kernel makes both. A program keeps a [BK, BV] tile of one head's
-state in float32 registers and walks its sequence in chunks of BT tokens; the weight, <= 1, is put on x, the operand
-that the tensor cores take from registers. States are stored once a segment (L tokens), not once a chunk: at K = 256, V = 512 a
-state per 64 tokens would move more bytes than q, k, v and out together. Stored states are bfloat16 for bfloat16 inputs (the
-next product would round them anyway) and float32 otherwise (float16 would overflow at 65504).
+The adjoint of retention is retention read backwards, so one kernel makes both. A program keeps a [BK, BV] tile of one
+head's state in float32 registers and walks its sequence in chunks of BT tokens; the weight, <= 1, is put on x, the
+operand that the tensor cores take from registers. States are stored once a segment (L tokens), not once a chunk: at
+K = 256, V = 512 a state per 64 tokens would move more bytes than q, k, v and out together. Stored states are bfloat16
+for bfloat16 inputs (the next product would round them anyway) and float32 otherwise (float16 would overflow at 65504).
 """
 
 import torch
@@ -37,7 +37,7 @@ def walk_states(
     final_dtype: torch.dtype | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """x [tokens, G, K] and y [tokens, H, V] -> (states [slots, H, K, V], final [N, H, K, V] or None without a dtype)."""
+    """x [tokens, G, K], y [tokens, H, V] -> (states [slots, H, K, V], final [N, H, K, V] or None without a dtype)."""
     G, K = x.shape[1:]
     H, V = y.shape[1:]
     states = torch.empty(layout.num_slots, H, K, V, dtype=stored_dtype(x.dtype), device=x.device)
@@ -86,37 +86,14 @@ def walk_states(
 
 @triton.jit(do_not_specialize=["T", "num_tokens"])
 def _walk_kernel(
-    x,
-    y,
-    initial,
-    states,
-    final,
-    rate,
-    sums,
-    mask,
-    cu_seqlens,
-    first_slot,
-    T,
-    num_tokens,
-    x_token,
-    x_head,
-    y_token,
-    y_head,
-    scale,
-    H: tl.constexpr,
-    HEADS_PER_GROUP: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    L: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    MASKED: tl.constexpr,
-    PACKED: tl.constexpr,
+    x, y, initial, states, final,
+    rate, sums, mask, cu_seqlens, first_slot, T, num_tokens,
+    x_token, x_head, y_token, y_head, scale,
+    H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     CHUNKS: tl.constexpr = L // BT
     V_TILES: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = V_TILES * ((K + BK - 1) // BK)
@@ -135,8 +112,8 @@ def _walk_kernel(
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if initial is not None:
-        at = initial + (n * H + h).to(tl.int64) * (K * V) + cell
-        state += tl.load(at, mask=in_state, other=0.0).to(tl.float32)
+        given = initial + (n * H + h).to(tl.int64) * (K * V) + cell
+        state += tl.load(given, mask=in_state, other=0.0).to(tl.float32)
 
     for chunk in range(0, count * CHUNKS):
         s = chunk // CHUNKS
@@ -145,8 +122,8 @@ def _walk_kernel(
         begin = s * L  # of the segment, in its sequence
         inside = tl.minimum(length - begin, L)
         if chunk % CHUNKS == 0:
-            at = states + ((slot0 + s).to(tl.int64) * H + h) * (K * V) + cell
-            tl.store(at, state.to(states.dtype.element_ty), mask=in_state)
+            border = states + ((slot0 + s).to(tl.int64) * H + h) * (K * V) + cell
+            tl.store(border, state.to(states.dtype.element_ty), mask=in_state)
             state *= enter(log_decay, sums + begin, plane, inside - 1, inside, PER_TOKEN, MASKED)
         position = (chunk % CHUNKS) * BT + tl.arange(0, BT)
         if REVERSE:
@@ -161,5 +138,5 @@ def _walk_kernel(
         state = tl.dot(xs, ys, state, input_precision=PRECISION)
 
     if final is not None:
-        at = final + (n * H + h).to(tl.int64) * (K * V) + cell
-        tl.store(at, state.to(final.dtype.element_ty), mask=in_state)
+        last = final + (n * H + h).to(tl.int64) * (K * V) + cell
+        tl.store(last, state.to(final.dtype.element_ty), mask=in_state)

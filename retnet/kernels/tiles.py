@@ -1,6 +1,8 @@
 """Block shapes of every kernel, by device family, dtype and head size. No sequence length is a key.
 
-`SEGMENT` tokens share one stored state: longer segments move fewer state bytes and do more work on pairs of tokens.
+A segment is what shares one stored state: longer segments move fewer state bytes and do more work on pairs of tokens.
+The numbers were chosen by measurement (benchmarks/bench_retention.py, an H200) and are otherwise free: every shape is
+correct on every device whose shared memory holds it, so "small" suits devices with about 100 KiB a block.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ class StateTile:
 
 @dataclass(frozen=True)
 class SegmentTile:
-    """The segment kernel: BM rows x BO columns, BN columns of pairs, contraction in steps of BR (of BS with the state)."""
+    """The segment kernel: BM rows x BO columns, BN tokens a step, contraction in steps of BR (BS for the state)."""
 
     BM: int
     BN: int
@@ -44,22 +46,43 @@ class Tiles:
     value_contraction: SegmentTile  # dq and dk: contract over V, K columns out
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies operands of this dtype: float32 exactly, never through tf32."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+# Walks from large tiles (fewer bytes) to small ones (more programs): the first that fills the chip is taken.
+STATE_TILES = {
+    "large": (
+        StateTile(64, 128, 256, 8, 3),
+        StateTile(32, 128, 128, 4, 4),
+        StateTile(64, 64, 128, 4, 3),
+        StateTile(64, 64, 64, 4, 4),
+        StateTile(64, 32, 64, 4, 4),
+    ),
+    "medium": (StateTile(128, 64, 64, 4, 3), StateTile(64, 32, 64, 4, 4), StateTile(64, 32, 32, 4, 4)),
+    "small": (StateTile(64, 64, 64, 4, 2), StateTile(64, 32, 64, 4, 2), StateTile(64, 32, 32, 4, 2)),
+    "float32": (StateTile(32, 64, 64, 4, 2), StateTile(32, 32, 64, 4, 2), StateTile(32, 32, 32, 4, 2)),
+}
 
 
 def device_family(device: torch.device) -> str:
-    """Which column of the table a device reads: by the shared memory of a block, "small" where nothing is known."""
+    """ "hopper" for devices with 227 KiB of shared memory a block, "small" for all others and where nothing is known."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "small"
     major, minor = torch.cuda.get_device_capability(device)
-    if major == 9 or (major, minor) == (10, 0):
-        return "hopper"
-    return "small"
+    return "hopper" if major == 9 or (major, minor) in ((10, 0), (10, 3)) else "small"
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies operands of this dtype. Float32 goes through three tf32 products, which measured no worse
+    than exact ones (2.6e-7 against 3.2e-7 of the norm) and 1.7 times as fast; never through one."""
+    if dtype != torch.float32:
+        return "tf32"
+    return "ieee" if torch.version.hip is not None else "tf32x3"
 
 
 def power_of_two(n: int) -> int:
+    """The block length that holds n: a power of two, at least the 16 that tensor cores take."""
     return max(16, 1 << (n - 1).bit_length())
 
 
@@ -68,38 +91,48 @@ def nearest_segment(chunk_size: int) -> int:
     return min(SEGMENTS, key=lambda length: (abs(length - chunk_size), length))
 
 
-def tiles_for(family: str, dtype: torch.dtype, K: int, V: int, chunk_size: int | None) -> Tiles:
-    """Block shapes for a device family ("hopper", "ampere", "small"), a dtype and a head size."""
-    wide = dtype == torch.float32
-    if wide:
-        state = StateTile(32, min(power_of_two(K), 64), min(power_of_two(V), 64), 4, 2)
-        key, value = (_float32_tile(R, O) for R, O in ((K, V), (V, K)))
+def tiles_for(
+    family: str, dtype: torch.dtype, K: int, V: int, heads: int, processors: int, chunk_size: int | None
+) -> Tiles:
+    """Block shapes for a device family, a dtype, a head size, and as many states (`heads`, N H) as walk at once."""
+    if dtype == torch.float32:
+        size, tile, segment = "float32", _float32_tile, 64
     elif family == "hopper":
-        state = StateTile(64, min(power_of_two(K), 128), min(power_of_two(V), 128), 8, 3)
-        key, value = (_hopper_tile(R, O) for R, O in ((K, V), (V, K)))
+        large = K * V > 128 * 128
+        size, tile, segment = ("large", _hopper_tile, 256) if large else ("medium", _hopper_tile, 128)
     else:
-        state = StateTile(32, min(power_of_two(K), 64), min(power_of_two(V), 64), 4, 2)
-        key, value = (_small_tile(R, O) for R, O in ((K, V), (V, K)))
-    return Tiles(nearest_segment(chunk_size) if chunk_size else _segment(wide, K, V), state, key, value)
+        size, tile, segment = "small", _small_tile, 128
+    segment = nearest_segment(chunk_size) if chunk_size else segment
+    return Tiles(segment, _state_tile(size, K, V, heads, processors), tile(K, V), tile(V, K))
 
 
-def _segment(wide: bool, K: int, V: int) -> int:
-    if wide or K * V <= 64 * 128:
-        return 64 if wide and K * V <= 128 * 128 else 128
-    return 256 if K * V > 128 * 128 else 128
+def _state_tile(size: str, K: int, V: int, heads: int, processors: int) -> StateTile:
+    for tile in STATE_TILES[size]:
+        tile = StateTile(tile.BT, min(tile.BK, power_of_two(K)), min(tile.BV, power_of_two(V)), tile.warps, tile.stages)
+        if heads * -(-K // tile.BK) * -(-V // tile.BV) >= processors:
+            break
+    return tile
 
 
 def _float32_tile(R: int, O: int) -> SegmentTile:
     step = min(power_of_two(R), 32)
-    return SegmentTile(32, 32, step, step, min(power_of_two(O), 64), 4, 1)
+    return SegmentTile(64, 32, step, step, min(power_of_two(O), 64), 4, 2)
 
 
 def _small_tile(R: int, O: int) -> SegmentTile:
     step = min(power_of_two(R), 64)
-    return SegmentTile(64, 64, step, min(step, 32), min(power_of_two(O), 64), 4, 2)
+    return SegmentTile(64, 64, step, step, min(power_of_two(O), 64), 4, 2)
 
 
 def _hopper_tile(R: int, O: int) -> SegmentTile:
-    if R <= 256:
-        return SegmentTile(128, 64, power_of_two(R), min(power_of_two(R), 64), min(power_of_two(O), 256), 8, 2)
-    return SegmentTile(128, 128, 64, 64, min(power_of_two(O), 256), 8, 2)
+    step = min(power_of_two(R), 64)
+    return SegmentTile(64, 64, step, step, min(power_of_two(O), 128), 4, 3)
+
+
+def step_tile(K: int, V: int, heads: int) -> tuple[int, int]:
+    """(BV, warps) of a decode step over `heads` states: a [K, BV] slice fills a program's registers, and is narrowed
+    until enough programs are in flight to hide the memory's latency."""
+    BV = max(16, min(16384 // power_of_two(K), power_of_two(V)))
+    while BV > 16 and heads * V // BV < 4096:
+        BV //= 2
+    return BV, 4

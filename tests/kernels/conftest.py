@@ -1,0 +1,15 @@
+"""Where kernels run: on the GPU, or on the CPU in Triton's interpreter, chosen before triton is imported."""
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    pytest.skip("needs a CUDA device or TRITON_INTERPRET=1 (test_interpreter.py runs these tests with it)")

@@ -1,0 +1,36 @@
+"""Runs the kernel tests on the CPU: in a process of their own, since Triton decides at import whether it interprets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel tests run on it")
+@pytest.mark.parametrize("module", ["test_chunkwise.py", "test_step.py"])
+def test_kernels_agree_with_the_oracle_in_the_interpreter(module):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not gpu and not slow",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    run = subprocess.run(
+        [*command, str(Path(__file__).with_name(module))], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "passed" in run.stdout
+    assert "skipped" not in run.stdout
