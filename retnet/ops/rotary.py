@@ -7,14 +7,47 @@ frequencies, so weights trained with one are nonsense under the other:
 * "half" (flash-linear-attention, Llama): halves (i, i + K / 2), frequencies base^-(2i / K).
 
 Angles are computed in float32 from integer positions, never stored: bfloat16 cannot count past 256.
+
+Two ways stretch a trained context: dividing positions (linear scaling), and YaRN, which divides only what turns slowly.
 """
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Rotary = Literal["interleaved", "half"]
+
+
+class Yarn(NamedTuple):
+    """YaRN (arXiv 2309.00071): a model trained on `length` tokens reads `factor` times as many.
+
+    Pairs that turn more than FAST times within `length` keep their frequency, those that turn less than SLOW times have
+    it divided, the ones between are blended in the authors' way, linearly in their index; q and k grow by `gain`.
+    """
+
+    factor: float
+    length: int
+
+    FAST, SLOW = 32, 1
+
+    @property
+    def gain(self) -> float:
+        """0.1 ln(factor) + 1 for each of q and k: the paper's temperature of attention."""
+        return 0.1 * math.log(max(self.factor, 1.0)) + 1
+
+    def frequencies(self, plain: Tensor, rotary: Rotary, base: float) -> Tensor:
+        """The frequencies [K / 2] of a convention, blended."""
+        pairs = len(plain)
+        last = pairs - 1 if rotary == "interleaved" else pairs  # the index at which a frequency would be 1 / base
+        first_blended, last_blended = (
+            last * math.log(self.length / (2 * math.pi * turns)) / math.log(base) for turns in (self.FAST, self.SLOW)
+        )
+        low, high = max(math.floor(first_blended), 0), min(math.ceil(last_blended), 2 * pairs - 1)
+        index = torch.arange(pairs, dtype=plain.dtype, device=plain.device)
+        slow = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+        return plain / self.factor * slow + plain * (1 - slow)
 
 
 def frequencies(rotary: Rotary, key_dim: int, base: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -28,10 +61,23 @@ def frequencies(rotary: Rotary, key_dim: int, base: float, *, dtype: torch.dtype
 
 
 def rotation(
-    positions: Tensor, rotary: Rotary, key_dim: int, base: float, *, factor: float = 1.0, dtype: torch.dtype = torch.float32
+    positions: Tensor,
+    rotary: Rotary,
+    key_dim: int,
+    base: float,
+    *,
+    factor: float | Yarn = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [B, T, K / 2] for positions [B, T]; `factor` divides positions (linear scaling of the context)."""
-    angle = positions.to(dtype)[..., None] / factor * frequencies(rotary, key_dim, base, dtype=dtype, device=positions.device)
+    """(cos, sin) [B, T, K / 2] for positions [B, T]; `factor` divides positions (linear scaling), or is YaRN's.
+
+    YaRN's gain is in cos and sin, so that `rotate` gives grown queries and keys.
+    """
+    plain = frequencies(rotary, key_dim, base, dtype=dtype, device=positions.device)
+    if isinstance(factor, Yarn):
+        angle = positions.to(dtype)[..., None] * factor.frequencies(plain, rotary, base)
+        return angle.cos() * factor.gain, angle.sin() * factor.gain
+    angle = positions.to(dtype)[..., None] / factor * plain
     return angle.cos(), angle.sin()
 
 
