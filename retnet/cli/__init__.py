@@ -14,6 +14,10 @@ import typer
 from retnet import __version__
 from retnet.cli._common import Session, report_error
 from retnet.cli.convert import convert
+from retnet.cli.check import check
+from retnet.cli.eval import evaluate
+from retnet.cli.generate import generate
+from retnet.cli.info import info
 from retnet.cli.train import train
 
 app = typer.Typer(
@@ -28,6 +32,10 @@ app = typer.Typer(
 
 
 app.command()(train)
+app.command()(generate)
+app.command()(check)
+app.command()(info)
+app.command("eval")(evaluate)
 app.command()(convert)
 
 

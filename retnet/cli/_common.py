@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +31,21 @@ def report_error(error: Exception) -> None:
 
 
 def read_text(text: str | None, file: Path | None) -> bytes:
-    """Input given in one of three ways: as an argument, as a file (`-` is standard input), or piped in.
+    """Input given as an argument, as a file (`-` is standard input), or piped in; nothing if given in no way.
 
-    Raises ValueError if both or nothing was given.
+    Raises ValueError if both an argument and a file were given, OSError if the file cannot be read.
     """
     if text is not None and file is not None:
         raise ValueError("the text comes from an argument or from --file, not from both")
     if text is not None:
-        return text.encode()
+        return text.encode("utf-8", "surrogateescape")
     if file is not None and str(file) != "-":
         return file.read_bytes()
-    if file is None and sys.stdin.isatty():
-        raise ValueError("no text: give it as an argument, with --file, or on standard input")
+    if sys.stdin is None or (file is None and sys.stdin.isatty()):
+        return b""
     return sys.stdin.buffer.read()
+
+
+def write_json(data: object) -> None:
+    """Data on standard output, for programs."""
+    print(json.dumps(data, indent=2))

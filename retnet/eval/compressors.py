@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import lzma
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -71,14 +70,12 @@ class Order2Model:
         return bits / total
 
 
-def compressor_table(train: Sequence[Document], valid: Sequence[Document]) -> dict[str, float]:
-    """Bits per byte on the validation documents, by name of the method."""
-    return {
-        "gzip -9": gzip_bits_per_byte(valid),
-        "xz -9": xz_bits_per_byte(valid),
-        "order-2 bytes": Order2Model(train).bits_per_byte(valid),
-        "uniform": math.log2(256),
-    }
+def compressor_table(train: Sequence[Document] | None, valid: Sequence[Document]) -> dict[str, float]:
+    """Bits per byte of `valid`, by name of the method; the order-2 model only if there is something to train it on."""
+    table = {"gzip -9": gzip_bits_per_byte(valid), "xz -9": xz_bits_per_byte(valid)}
+    if train is not None:
+        table["order-2 bytes"] = Order2Model(train).bits_per_byte(valid)
+    return table
 
 
 def _witten_bell(counts: Tensor, lower: Tensor) -> Tensor:

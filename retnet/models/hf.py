@@ -49,7 +49,9 @@ class RetNetConfig(PreTrainedConfig):
     def core(self) -> ModelConfig:
         """The configuration that it carries. Raises ValueError if it carries none."""
         if self.model_config is None:
-            raise ValueError("this RetNetConfig carries no model_config; make it with RetNetConfig.of(ModelConfig(...))")
+            raise ValueError(
+                "this RetNetConfig carries no model_config; make it with RetNetConfig.of(ModelConfig(...))"
+            )
         return ModelConfig.from_dict(self.model_config)
 
     @property

@@ -23,9 +23,7 @@ def resolve_config(name: str) -> ModelConfig:
     return load_config(name)
 
 
-def resolve_model(
-    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> LanguageModel:
+def resolve_model(name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
     """The model that a name stands for, in evaluation mode: a preset with fresh weights, or a saved one.
 
     Raises as `resolve_config`, and ValueError for weights that are not those of the configuration.

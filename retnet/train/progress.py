@@ -45,9 +45,7 @@ class ProgressCallback(TrainerCallback):
             self._bar.start()
             self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, status="")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 

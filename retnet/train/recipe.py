@@ -99,7 +99,9 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(f"no such recipe: {file} (words with '=' are settings, another word is a recipe's file)")
+        raise FileNotFoundError(
+            f"no such recipe: {file} (words with '=' are settings, another word is a recipe's file)"
+        )
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -134,6 +136,9 @@ def _coerce(hint: Any, value: Any) -> Any:
 
 def _unknown(key: str, known: set[str]) -> str:
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else "accepted: model, data, length, valid_fraction, TrainingArguments' fields"
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else "accepted: model, data, length, valid_fraction, TrainingArguments' fields"
+    )
     return f"unknown key {key!r}, {hint}"
-

@@ -115,7 +115,9 @@ def load_for_training(name: str) -> RetNetForCausalLM:
     else:
         raise ValueError(f"no model {name!r}: it is neither a saved directory nor a preset ({', '.join(PRESETS)})")
     if config.vocab_size < VOCAB_SIZE:
-        raise ValueError(f"{name} has a vocabulary of {config.vocab_size}; bytes and the document start need {VOCAB_SIZE}")
+        raise ValueError(
+            f"{name} has a vocabulary of {config.vocab_size}; bytes and the document start need {VOCAB_SIZE}"
+        )
     return model
 
 

@@ -1,0 +1,104 @@
+"""`retnet check`: do the forms agree? A table, and an exit code that says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from retnet.cli._common import console, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from retnet.eval.agreement import Agreement
+    from retnet.models.lm import LanguageModel
+
+OPERATOR = "operator"
+_SHAPE = (2, 512, 4, 64, 128)  # B, T, H, K, V of the operator's random inputs
+
+
+def check(
+    model: Annotated[str, typer.Argument(metavar="MODEL|operator", help="Preset, saved directory, or 'operator'.")],
+    text: Annotated[Path | None, typer.Option(help="Text to run on; random tokens if not given.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens.")] = _SHAPE[1],
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float64, float32, float16, bfloat16; may be repeated.")
+    ] = None,
+    chunk_size: Annotated[list[int] | None, typer.Option(help="Chunk sizes to try; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of random inputs.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Run the three forms, prompts decoded from several splits, chunk sizes and dtypes, beside float64.
+
+    Exits with 1 if any row fails.
+    """
+    from retnet.eval.agreement import CHUNK_SIZES, check_model, check_operator
+
+    dtypes = dtype or ["float64", "float32", "bfloat16"]
+    sizes = chunk_size or list(CHUNK_SIZES)
+    if model == OPERATOR:
+        if text is not None:
+            raise ValueError("the operator runs on random tensors; --text is for models")
+        shape = (_SHAPE[0], length, *_SHAPE[2:])
+        rows = list(check_operator(shape, dtypes, sizes, device=device, seed=seed))
+        title = f"retention, B, T, H, K, V = {', '.join(map(str, shape))}"
+    else:
+        from retnet.models.resolve import resolve_model
+
+        network = resolve_model(model, device=device)
+        ids = _ids(network, text, length, seed).to(device)
+        rows = list(check_model(network, ids, dtypes, sizes))
+        title = f"{model}, {ids.shape[1]} tokens of {text or 'random input'}"
+    failed = sum(not row.passed for row in rows)
+    if as_json:
+        write_json([_as_dict(row) for row in rows])
+    else:
+        console.print(_table(title, rows))
+        if rows[0].tokens is not None:
+            console.print(
+                "[dim]changed: positions whose likeliest token is another than in float64[/]", highlight=False
+            )
+        console.print(f"[bold red]{failed} of {len(rows)} fail[/]" if failed else f"[green]all {len(rows)} agree[/]")
+    raise typer.Exit(code=1 if failed else 0)
+
+
+def _ids(model: LanguageModel, text: Path | None, length: int, seed: int) -> Tensor:
+    import torch
+
+    if text is None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(model.config.vocab_size, (1, length), generator=generator)
+
+    from retnet.data import ByteTokenizer
+    from retnet.eval.bits import check_reads_bytes
+
+    check_reads_bytes(model)
+    ids = ByteTokenizer().encode(text.read_bytes())[None, :length]
+    if ids.shape[1] < 2:
+        raise ValueError(f"{text} is empty")
+    return ids
+
+
+def _table(title: str, rows: list[Agreement]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    table.add_column("way", no_wrap=True)
+    table.add_column("dtype", no_wrap=True)
+    predicts = any(row.changed is not None for row in rows)
+    for name in ("max", "relative", "limit", *(["changed"] if predicts else []), ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        changed = [f"{row.changed}/{row.tokens}"] if predicts else []
+        verdict = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
+        numbers = (f"{x:.1e}" for x in (row.max_difference, row.relative, row.limit))
+        table.add_row(row.way, row.dtype, *numbers, *changed, verdict)
+    return table
+
+
+def _as_dict(row: Agreement) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return asdict(row) | {"passed": row.passed}

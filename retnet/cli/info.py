@@ -1,0 +1,109 @@
+"""`retnet info`: what a model is and costs, beside a Transformer of its width and depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from retnet.cli._common import console, write_json
+
+if TYPE_CHECKING:
+    from retnet.models.config import ModelConfig
+
+_CONTEXTS = (512, 2048, 8192, 32768, 131072, 1048576)
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="Preset or saved directory.")],
+    context: Annotated[list[int] | None, typer.Option(min=1, help="Context lengths; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw state size, windows and decay masks here.")] = None,
+) -> None:
+    """Parameters, operations a token, state against a Transformer's cache by context, and each head's window."""
+    from retnet.models.resolve import resolve_config
+
+    config = resolve_config(model)
+    contexts = tuple(context or _CONTEXTS)
+    facts = _facts(config, contexts)
+    if png is not None:
+        from retnet.eval.figures import save_model_figure
+
+        save_model_figure(config, contexts, png)
+    if as_json:
+        write_json(facts)
+    else:
+        _print(model, facts)
+
+
+def _facts(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object]:
+    from retnet.models.cost import head_windows, model_cost, parameter_counts, transformer_cache_bytes
+
+    costs = [(context, model_cost(config, context)) for context in contexts]
+    return {
+        "name": config.name,
+        "layers": len(config.layers),
+        "width": config.d_model,
+        "vocabulary": config.vocab_size,
+        "parameters": parameter_counts(config),
+        "contexts": [
+            {
+                "tokens": context,
+                "training_flops_per_token": cost.training_flops,
+                "decode_flops_per_token": cost.decode_flops,
+                "state_bytes": cost.state_bytes,
+                "transformer_cache_bytes": transformer_cache_bytes(config, context),
+            }
+            for context, cost in costs
+        ],
+        # JSON has no infinity: a head without decay has no window.
+        "windows": [[None if w == float("inf") else w for w in layer] for layer in head_windows(config)],
+    }
+
+
+def _print(model: str, facts: dict) -> None:
+    parts = facts["parameters"]
+    console.print(
+        f"[bold]{model}[/]: {facts['layers']} layers of width {facts['width']}, vocabulary {facts['vocabulary']}, "
+        f"[bold]{parts['total']:,}[/] parameters ({parts['layers']:,} in layers, {parts['embedding']:,} embedding, "
+        f"{parts['head']:,} head)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("context", "training GFLOP/token", "decode GFLOP/token", "state", "Transformer's cache", "ratio"):
+        table.add_column(name, justify="right")
+    for row in facts["contexts"]:
+        table.add_row(
+            f"{row['tokens']:,}",
+            f"{row['training_flops_per_token'] / 1e9:.3f}",
+            f"{row['decode_flops_per_token'] / 1e9:.3f}",
+            _size(row["state_bytes"]),
+            _size(row["transformer_cache_bytes"]),
+            f"{row['transformer_cache_bytes'] / row['state_bytes']:.2f}",
+        )
+    console.print(table)
+    console.print("[dim]state in float32, cache in 16 bit, for one sequence[/]", highlight=False)
+    _print_windows(facts["windows"])
+
+
+def _print_windows(windows: list[list[float | None]]) -> None:
+    """Windows by layer; equal layers in a row are one line."""
+    first = 0
+    for index, layer in enumerate(windows):
+        if index + 1 < len(windows) and windows[index + 1] == layer:
+            continue
+        name = f"layer {first}" if first == index else f"layers {first} to {index}"
+        shown = ", ".join("no decay" if w is None else f"{w:,.0f}" for w in layer) or "gated, by token"
+        console.print(f"windows of {name}, tokens: {shown}", highlight=False, soft_wrap=True)
+        first = index + 1
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} GiB"

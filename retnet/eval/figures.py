@@ -1,0 +1,85 @@
+"""Pictures: what a stream cost, and what a model's heads see and carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from retnet.eval.meter import Bin
+from retnet.layers.retention import RetentionConfig
+from retnet.models.config import ModelConfig
+from retnet.models.cost import head_windows, model_cost, transformer_cache_bytes
+from retnet.ops.decay import pairwise_decay, running_log_decay
+
+MASK_TOKENS = 256
+_BLUE, _ORANGE = "#0b4f8a", "#c2571a"
+
+
+def save_stream_figure(bins: Sequence[Bin], state_bytes: int, path: Path) -> None:
+    """Milliseconds a token and memory against position."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    middle = [bin.first + bin.count / 2 for bin in bins]
+    time_axes.plot(middle, [1e3 * bin.seconds_per_token for bin in bins], color=_BLUE, linewidth=1.2)
+    time_axes.set(xlabel="tokens generated", ylabel="milliseconds a token", ylim=(0, None), title="Time per token")
+    last = [bin.first + bin.count for bin in bins]
+    memory_axes.plot(last, [bin.memory_bytes / 2**20 for bin in bins], color=_BLUE, label="process")
+    memory_axes.axhline(state_bytes / 2**20, color=_ORANGE, label=f"state, {state_bytes / 2**20:.2f} MiB")
+    memory_axes.set(xlabel="tokens generated", ylabel="MiB", yscale="log", title="Memory")
+    memory_axes.legend()
+    _finish(figure, path)
+
+
+def save_model_figure(config: ModelConfig, contexts: Sequence[int], path: Path) -> None:
+    """State against a Transformer's cache, how far each head sees, and the decay masks of the first retention layer."""
+    mixer = next((layer.mixer for layer in config.layers if isinstance(layer.mixer, RetentionConfig)), None)
+    log_decay = mixer.log_decay if mixer is not None else None
+    heads = 0 if log_decay is None else len(log_decay)
+    figure = Figure(figsize=(11, 6 if heads else 3.8), layout="constrained")
+    rows = figure.subfigures(2, 1, height_ratios=(1.7, 1)) if heads else [figure]
+    memory_axes, window_axes = rows[0].subplots(1, 2)
+    _draw_memory(memory_axes, config, contexts)
+    _draw_windows(window_axes, config)
+    if log_decay is not None:
+        rows[1].suptitle(f"Decay masks of the heads, {MASK_TOKENS} tokens", fontsize=11)
+        masks = pairwise_decay(*running_log_decay(log_decay, None, MASK_TOKENS))[0]
+        shown = torch.linspace(0, heads - 1, min(heads, 8)).round().int().tolist()
+        for axes, head in zip(rows[1].subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            axes.imshow(masks[head].numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_title(rf"{head}: $\gamma$ = {log_decay[head].exp():.4f}", fontsize=9)
+            axes.set_xticks([])
+            axes.set_yticks([])
+    _finish(figure, path)
+
+
+def _draw_memory(axes: Axes, config: ModelConfig, contexts: Sequence[int]) -> None:
+    axes.loglog(
+        contexts, [model_cost(config, T).state_bytes / 2**20 for T in contexts], color=_BLUE, label="state, float32"
+    )
+    cache = [transformer_cache_bytes(config, T) / 2**20 for T in contexts]
+    axes.loglog(contexts, cache, color=_ORANGE, label="Transformer's keys and values, 16 bit")
+    axes.set(xlabel="context, tokens", ylabel="MiB a sequence", title="What a sequence carries")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _draw_windows(axes: Axes, config: ModelConfig) -> None:
+    axes.set(xlabel="head", ylabel="tokens", title="Window: tokens until the decay passes 1%")
+    finite = [[w for w in layer if w != float("inf")] for layer in head_windows(config)]
+    if not any(finite):
+        axes.text(0.5, 0.5, "no fixed decay", ha="center", va="center", transform=axes.transAxes)
+        return
+    windows = next(layer for layer in finite if layer)
+    bars = axes.bar(range(len(windows)), windows, color=_BLUE)
+    axes.bar_label(bars, [f"{w:,.0f}" for w in windows], fontsize=8)
+    axes.set(yscale="log", ylim=(min(windows) / 2, 2 * max(windows)))
+    axes.set_xticks(range(len(windows)))
+
+
+def _finish(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,77 @@
+"""Time and memory of a stream, token by token, in memory that does not grow with it.
+
+Tokens are counted in bins whose width doubles when they run out, so a stream of any length keeps at most `BINS` of them.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+BINS = 256
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Tokens [first, first + count): their mean seconds each, and the process's memory when the last one came."""
+
+    first: int
+    count: int
+    seconds_per_token: float
+    memory_bytes: int
+
+
+class StreamMeter:
+    """Call `tick` after each token. The first token, which has the prompt to wait for, is in no bin."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds_to_first = float("nan")
+        self._width = 1
+        self._bins: list[Bin] = []
+        self._first = 1
+        self._began = self._bin_began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the first token."""
+        return time.perf_counter() - self._began - self.seconds_to_first
+
+    @property
+    def bins(self) -> list[Bin]:
+        """What is full so far, oldest first."""
+        return list(self._bins)
+
+    def tick(self) -> None:
+        """A token has come."""
+        self.tokens += 1
+        if self.tokens == 1:
+            self._bin_began = time.perf_counter()
+            self.seconds_to_first = self._bin_began - self._began
+        if self.tokens - self._first < self._width:
+            return
+        now = time.perf_counter()
+        self._bins.append(Bin(self._first, self._width, (now - self._bin_began) / self._width, resident_bytes()))
+        self._first, self._bin_began = self.tokens, now
+        if len(self._bins) == BINS:
+            self._bins = [_merge(a, b) for a, b in zip(self._bins[::2], self._bins[1::2], strict=True)]
+            self._width *= 2
+
+
+def resident_bytes() -> int:
+    """Memory of this process: resident now on Linux, its peak elsewhere."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _merge(a: Bin, b: Bin) -> Bin:
+    count = a.count + b.count
+    seconds = (a.seconds_per_token * a.count + b.seconds_per_token * b.count) / count
+    return Bin(a.first, count, seconds, b.memory_bytes)
