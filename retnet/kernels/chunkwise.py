@@ -1,8 +1,8 @@
-"""Chunkwise retention (paper Eq. 7) on the GPU: forward, backward, and what they will run.
+"""Chunkwise retention on the GPU: which kernels take a call, and a plan that says so.
 
-Two passes each way: a walk leaves the state at every segment's border, then all segments run at once. The backward pass
-recomputes the forward's states instead of saving them: memory beyond inputs, outputs and gradients is two states a
-segment, in bfloat16 for bfloat16 inputs. No host synchronisation, no atomics: two runs give the same bits.
+`portable` takes every argument. On Hopper GPUs, bfloat16 with a fixed decay, one query head a value head, no mask and
+no packing goes to `walk`, which keeps the state on chip (and has no gradient of log_decay). Both are deterministic and
+neither waits for the device.
 """
 
 from dataclasses import asdict
@@ -10,12 +10,9 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from retnet.kernels.decay import Decay
-from retnet.kernels.decay_grad import decay_gradient
-from retnet.kernels.layout import Layout
-from retnet.kernels.segment import read_segments
-from retnet.kernels.states import stored_dtype, walk_states
-from retnet.kernels.tiles import Tiles, device_family, multiprocessors, tiles_for
+from retnet.kernels.portable import portable_backward, portable_forward, portable_tiles
+from retnet.kernels.states import stored_dtype
+from retnet.kernels.tiles import device_family
 
 
 def retention_forward(
@@ -30,26 +27,16 @@ def retention_forward(
     chunk_size: int | None,
     state_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """q, k [B, T, G, K], v [B, T, H, V] -> out [B, T, H, V] in v's dtype, final state [N, H, K, V] in `state_dtype`."""
-    tiles, layout, decay = _prepare(q, v, log_decay, mask, cu_seqlens, chunk_size)
-    q, k, v_rows = _rows(q), _rows(k), _rows(v)
-    states, final = walk_states(
-        k, v_rows, decay, layout, tiles.state, scale=1.0, initial=state, final_dtype=state_dtype, reverse=False
-    )
-    out, _ = read_segments(
-        q,
-        k,
-        v_rows,
-        states,
-        decay,
-        layout,
-        tiles.key_contraction,
-        state_scale=scale,
-        pair_scale=scale,
-        reverse=False,
-        sum_heads=False,
-    )
-    return out.view(v.shape), final
+    """q, k [B, T, G, K], v [B, T, H, V] -> out [B, T, H, V] in v's dtype, final state [N, H, K, V] in `state_dtype`.
+
+    `chunk_size` (None or 0: the tuned one) is taken to the nearest supported segment; the walk has one of its own.
+    """
+    if _may_walk(q, v):
+        from retnet.kernels import walk
+
+        if walk.walk_supported(q, k, v, log_decay, state, mask, cu_seqlens):
+            return walk.walk_forward(q, k, v, log_decay, scale, state, state_dtype)
+    return portable_forward(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size, state_dtype)
 
 
 def retention_backward(
@@ -67,109 +54,44 @@ def retention_backward(
     need_dlog_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients (dq, dk, dv, dlog_decay or None, dstate [N, H, K, V] float32) from dout and dfinal, if any."""
-    tiles, layout, decay = _prepare(q, v, log_decay, mask, cu_seqlens, chunk_size)
-    shapes = q.shape, k.shape, v.shape
-    dout, q, k, v = _rows(dout.to(v.dtype)), _rows(q), _rows(k), _rows(v)
-    crossing = need_dlog_decay and dfinal is not None
-    states, final = walk_states(
-        k,
-        v,
-        decay,
-        layout,
-        tiles.state,
-        scale=1.0,
-        initial=state,
-        final_dtype=torch.float32 if crossing else None,
-        reverse=False,
+    if _may_walk(q, v) and not need_dlog_decay:
+        from retnet.kernels import walk
+
+        if walk.walk_supported(q, k, v, log_decay, state, mask, cu_seqlens):
+            dq, dk, dv, dstate = walk.walk_backward(dout, dfinal, q, k, v, log_decay, scale, state)
+            return dq, dk, dv, None, dstate
+    return portable_backward(
+        dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size, need_dlog_decay
     )
-    dstates, dstate = walk_states(
-        q, dout, decay, layout, tiles.state, scale=scale, initial=dfinal, final_dtype=torch.float32, reverse=True
-    )
-    dv, _ = read_segments(
-        k,
-        q,
-        dout,
-        dstates,
-        decay,
-        layout,
-        tiles.key_contraction,
-        state_scale=1.0,
-        pair_scale=scale,
-        reverse=True,
-        sum_heads=False,
-    )
-    dq, q_dot_dq = read_segments(
-        dout,
-        v,
-        k,
-        states,
-        decay,
-        layout,
-        tiles.value_contraction,
-        state_scale=scale,
-        pair_scale=scale,
-        reverse=False,
-        sum_heads=True,
-        row_dot_with=q if need_dlog_decay else None,
-    )
-    dk, k_dot_dk = read_segments(
-        v,
-        dout,
-        q,
-        dstates,
-        decay,
-        layout,
-        tiles.value_contraction,
-        state_scale=1.0,
-        pair_scale=scale,
-        reverse=True,
-        sum_heads=True,
-        row_dot_with=k if need_dlog_decay else None,
-    )
-    dlog_decay = None
-    if need_dlog_decay:
-        grad = decay_gradient(
-            q_dot_dq,
-            k_dot_dk,
-            states,
-            dstates,
-            final,
-            dfinal.contiguous() if crossing else None,
-            decay,
-            layout,
-        )
-        dlog_decay = grad.view(log_decay.shape) if decay.per_token else grad.sum(0)
-    return dq.view(shapes[0]), dk.view(shapes[1]), dv.view(shapes[2]), dlog_decay, dstate
 
 
 def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None) -> dict[str, object]:
-    """The kernels and block shapes that q [B, T, G, K] and v [B, T, H, V] will run with."""
-    tiles = _tiles(q, v, q.shape[0], chunk_size)
-    return {
-        "kernels": "walk_states, read_segments",
+    """The kernels and block shapes that q [B, T, G, K] and v [B, T, H, V] will run with, whatever `mode` asks: on a GPU
+    the parallel form is the chunkwise one, whose first segment it is."""
+    tiles = portable_tiles(q, v, q.shape[0], chunk_size)
+    result: dict[str, object] = {
+        "kernels": "portable",
+        "device_family": device_family(q.device),
         "segment": tiles.segment,
         "stored_states": str(stored_dtype(v.dtype)).removeprefix("torch."),
-        "device_family": device_family(q.device),
         **{name: asdict(getattr(tiles, name)) for name in ("state", "key_contraction", "value_contraction")},
     }
+    if _may_walk(q, v):
+        from retnet.kernels import walk
+
+        fixed = torch.empty(v.shape[2], dtype=torch.float32, device=v.device)
+        if walk.walk_supported(q, q, v, fixed, None, None, None):
+            result["kernels"] = "walk (fixed decay without gradient, no mask, no cu_seqlens), else portable"
+            result["walk"] = walk.walk_plan(*v.shape[:3], q.shape[-1], v.shape[-1], v.device)
+    return result
 
 
-def _prepare(
-    q: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int | None
-) -> tuple[Tiles, Layout, Decay]:
-    tiles = _tiles(q, v, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, chunk_size)
-    layout = Layout.of(q.shape[0], q.shape[1], tiles.segment, cu_seqlens)
-    return tiles, layout, Decay.of(log_decay, mask, layout)
-
-
-def _tiles(q: Tensor, v: Tensor, num_sequences: int, chunk_size: int | None) -> Tiles:
-    heads = num_sequences * v.shape[2]
-    family = device_family(q.device)
-    return tiles_for(family, v.dtype, q.shape[-1], v.shape[-1], heads, multiprocessors(q.device), chunk_size)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[B, T, heads, width] -> [B T, heads, width] with contiguous rows, a view wherever the strides allow one."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    return x.flatten(0, 1)
+def _may_walk(q: Tensor, v: Tensor) -> bool:
+    """Cheap and without the walk's imports, which other devices may lack: the walk itself decides."""
+    return (
+        q.dtype == torch.bfloat16
+        and q.shape[2] == v.shape[2]
+        and q.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+    )

@@ -114,7 +114,7 @@ def _step_kernel(
 @triton.jit
 def _round_stochastically(x, place, seed, DROPPED_BITS: tl.constexpr):
     """x rounded up or down to the kept bits, with the odds of its distance: right on average."""
-    # The seed is mixed thoroughly, once a program; then one multiplication brings value, place and seed to its upper half.
+    # The seed is mixed thoroughly, once a program; one multiplication then brings all to the product's upper half.
     seed = (seed ^ ((seed >> 16) & 0xFFFF)) * 0x7FEB352D
     seed = (seed ^ ((seed >> 15) & 0x1FFFF)) * 0x46D9F3B3
     seed = seed ^ ((seed >> 16) & 0xFFFF)

@@ -62,7 +62,7 @@ STATE_TILES = {
 
 
 def device_family(device: torch.device) -> str:
-    """ "hopper" for devices with 227 KiB of shared memory a block, "small" for all others and where nothing is known."""
+    """"hopper" where a block has 227 KiB of shared memory, "small" elsewhere and where nothing is known."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "small"
     major, minor = torch.cuda.get_device_capability(device)
@@ -74,8 +74,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies operands of this dtype. Float32 goes through three tf32 products, which measured no worse
-    than exact ones (2.6e-7 against 3.2e-7 of the norm) and 1.7 times as fast; never through one."""
+    """How tl.dot multiplies operands of this dtype. Float32 goes through three tf32 products: measured no worse than
+    exact ones (2.6e-7 against 3.2e-7 of the norm) and 1.7 times as fast; never through one."""
     if dtype != torch.float32:
         return "tf32"
     return "ieee" if torch.version.hip is not None else "tf32x3"

@@ -1,0 +1,190 @@
+"""Chunkwise retention on a GPU, side by side in one run: ours, our portable kernels alone, flash-linear-attention, and
+causal attention of the same width (16 heads of 128 for d = 2048) through PyTorch's cuDNN and flash backends.
+
+    python benchmarks/bench_retention.py                          the cases of the paper's head sizes
+    python benchmarks/bench_retention.py --sweep --plot DIR       time and memory against T at 32768 tokens in all
+
+Prints time, share of the floor, and peak memory beyond inputs, outputs and gradients, and appends rows to a CSV file.
+Implementations that are not installed are left out and named.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from runner import Point, append, extra_mebibytes, floor_milliseconds, median_milliseconds, table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from retnet.kernels.portable import portable_backward, portable_forward
+from retnet.ops.decay import paper_log_decay
+from retnet.ops.retention import retention
+
+CHUNK = 64  # of the floor's count of operations
+
+
+@dataclass(frozen=True)
+class Case:
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+
+    def __str__(self) -> str:
+        return f"{self.B},{self.T},{self.H},{self.K},{self.V}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        return cls(*map(int, text.split(",")))
+
+    def floor(self, *, backward: bool) -> float:
+        """Operations and bytes that no order of summation avoids: forward, or forward and backward together."""
+        tokens, K, V = self.B * self.T * self.H, self.K, self.V
+        operations = CHUNK * (K + V) + 4 * K * V
+        moved = 2 * (2 * K + 2 * V)
+        if backward:
+            operations += CHUNK * (3 * K + 2 * V) + 10 * K * V
+            moved += 2 * (4 * K + 3 * V)
+        return floor_milliseconds(tokens * operations, tokens * moved)
+
+
+CASES = [
+    Case(4, 8192, 8, 256, 512),
+    Case(16, 2048, 8, 256, 512),
+    Case(1, 32768, 8, 256, 512),
+    Case(1, 131072, 8, 256, 512),
+    Case(4, 8192, 16, 128, 128),
+    Case(8, 4096, 16, 64, 128),
+]
+SWEEP = [Case(max(1, 32768 // T), T, 8, 256, 512) for T in (512, 1024, 2048, 4096, 8192, 16384, 32768)]
+
+Form = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def our_form(log_decay: Tensor) -> Form:
+    return lambda q, k, v: retention(q, k, v, log_decay, mode="chunkwise")[0]
+
+
+def fla_form() -> Form:
+    from fla.ops.retention import chunk_retention
+
+    return lambda q, k, v: chunk_retention(q, k, v)[0]
+
+
+def attention_form(backend: SDPBackend) -> Form:
+    def form(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return form
+
+
+def inputs(case: Case, implementation: str) -> list[Tensor]:
+    """q, k, v and dout. Attention gets as many heads of 128 as make the width of q."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    if implementation in ("cudnn", "flash"):
+        return [normal(case.B, case.H * case.K // 128, case.T, 128) for _ in range(4)]
+    qk, v = (case.B, case.T, case.H, case.K), (case.B, case.T, case.H, case.V)
+    return [normal(*qk), normal(*qk) * case.K**-0.5, normal(*v), normal(*v)]
+
+
+def measure(case: Case, implementation: str) -> list[Point]:
+    """Forward, and forward and backward together, with peak memory of the latter."""
+    q, k, v, dout = inputs(case, implementation)
+    log_decay = paper_log_decay(case.H, device="cuda")
+    if implementation == "portable":
+        rest = (log_decay, case.K**-0.5, None, None, None, None)
+        forward = partial(portable_forward, q, k, v, *rest, torch.float32)
+
+        def both():
+            return forward()[0], *portable_backward(dout, None, q, k, v, *rest, False)[:3]
+    else:
+        form = {
+            "ours": partial(our_form, log_decay),
+            "fla": fla_form,
+            "cudnn": partial(attention_form, SDPBackend.CUDNN_ATTENTION),
+            "flash": partial(attention_form, SDPBackend.FLASH_ATTENTION),
+        }[implementation]()
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+
+        def forward():
+            with torch.no_grad():
+                return form(*leaves)
+
+        def both():
+            out = form(*leaves)
+            return out, *torch.autograd.grad(out, leaves, dout)
+
+    own = implementation in ("ours", "portable", "fla")
+    point = partial(Point, "retention", str(case), implementation)
+    kept = sum(x.numel() * x.element_size() for x in (q, k, v, dout))
+    time_forward, time_both = median_milliseconds(forward), median_milliseconds(both)
+    return [
+        point("forward", time_forward, case.floor(backward=False) if own else None),
+        point("forward+backward", time_both, case.floor(backward=True) if own else None, extra_mebibytes(both, kept)),
+    ]
+
+
+def plot(points: list[Point], folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for name, label, value in (
+        ("time", "forward + backward, milliseconds", lambda p: p.milliseconds),
+        ("memory", "peak memory beyond inputs, outputs, gradients, MiB", lambda p: p.extra_mebibytes),
+    ):
+        figure, axes = pyplot.subplots(figsize=(6, 4))
+        for implementation in dict.fromkeys(p.implementation for p in points):
+            mine = [p for p in points if p.implementation == implementation and p.what == "forward+backward"]
+            mine = [p for p in mine if p.milliseconds < float("inf")]
+            axes.plot([Case.parse(p.case).T for p in mine], [value(p) for p in mine], "o-", label=implementation)
+        axes.set(xscale="log", yscale="log", xlabel="tokens a sequence, 32768 in all", ylabel=label)
+        axes.legend()
+        figure.tight_layout()
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"retention-{name}.png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--case", type=Case.parse, action="append", metavar="B,T,H,K,V", help="instead of the usual cases"
+    )
+    parser.add_argument("--sweep", action="store_true", help="T from 512 to 32768 at 32768 tokens in all")
+    parser.add_argument("--implementations", default="ours,portable,fla,cudnn,flash")
+    parser.add_argument("--csv", type=Path, default=Path("out/bench_retention.csv"))
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write time and memory against T as PNG")
+    options = parser.parse_args()
+    points: list[Point] = []
+    for case in options.case or (SWEEP if options.sweep else CASES):
+        for implementation in options.implementations.split(","):
+            if implementation == "fla" and importlib.util.find_spec("fla") is None:
+                print("flash-linear-attention is not installed (pip install retnet[bench]): left out")
+                continue
+            try:
+                rows = measure(case, implementation)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                note = str(error).splitlines()[0][:100]
+                rows = [Point("retention", str(case), implementation, "failed", float("inf"), note=note)]
+            print(table(rows), flush=True)
+            append(options.csv, rows)
+            points += rows
+            torch.cuda.empty_cache()
+    if options.plot:
+        plot(points, options.plot)
+
+
+if __name__ == "__main__":
+    main()

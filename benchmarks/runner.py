@@ -1,0 +1,155 @@
+"""What all benchmarks share: timing, the device's own ceilings, peak memory, and CSV rows with a birth certificate.
+
+A time is the median of runs between device events (of the host's clock on a CPU), after warm-up. The floor of a point
+is the longer of its bytes over the copy bandwidth and its operations over the matrix rate, measured in the same run.
+"""
+
+import csv
+import importlib.metadata
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured point. `milliseconds` is inf where it could not be measured; `note` says why."""
+
+    bench: str
+    case: str
+    implementation: str
+    what: str
+    milliseconds: float
+    floor_milliseconds: float | None = None
+    extra_mebibytes: float | None = None
+    note: str = ""
+    certificate: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def share_of_floor(self) -> float | None:
+        return None if self.floor_milliseconds is None else self.floor_milliseconds / self.milliseconds
+
+
+@cache
+def certificate() -> dict[str, str]:
+    """Device, versions, commit, command and time: what a number needs to be believed."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": "" if torch.cuda.is_available() else str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        **{package.replace("-", "_"): _version(package) for package in ("triton", "flash-linear-attention", "retnet")},
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "command": shlex.join(["python", *(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def append(path: Path, points: list[Point]) -> None:
+    """Add rows to a CSV file, with a header if the file is new."""
+    names = [f.name for f in fields(Point) if f.name != "certificate"] + ["share_of_floor", *certificate()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        if new:
+            writer.writeheader()
+        for point in points:
+            row = {k: v for k, v in asdict(point).items() if k != "certificate"}
+            writer.writerow({**row, "share_of_floor": point.share_of_floor, **certificate()})
+
+
+def table(points: list[Point]) -> str:
+    """Points as aligned text, one line each."""
+    lines = []
+    for p in points:
+        share = "" if p.share_of_floor is None else f"{p.share_of_floor:6.1%} of floor"
+        memory = "" if p.extra_mebibytes is None else f"{p.extra_mebibytes:9.0f} MiB"
+        lines.append(
+            f"{p.case:26s} {p.implementation:10s} {p.what:17s} {p.milliseconds:10.4f} ms {share:15s} {memory} {p.note}"
+        )
+    return "\n".join(lines)
+
+
+def median_milliseconds(run: Callable[[], object], *, budget: float = 0.4, least: int = 5) -> float:
+    """Median time of `run`, repeated for about `budget` seconds after three warm-up runs."""
+    for _ in range(3):
+        run()
+    if not torch.cuda.is_available():
+        return _median_on_cpu(run, budget, least)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    count = min(200, max(least, int(budget / max(1e-6, time.perf_counter() - begin))))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for start, end in events:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def extra_mebibytes(run: Callable[[], object], kept: int) -> float:
+    """Peak device memory of `run` beyond what is allocated before it and `kept` bytes that it returns."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = run()
+    torch.cuda.synchronize()
+    del result
+    return (torch.cuda.max_memory_allocated() - before - kept) / 2**20
+
+
+@cache
+def copy_bandwidth() -> float:
+    """Bytes a second, read plus written, of a copy far larger than the cache."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (median_milliseconds(lambda: target.copy_(source)) * 1e-3)
+
+
+@cache
+def matrix_rate() -> float:
+    """Operations a second of an 8192^3 bfloat16 product on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / (median_milliseconds(lambda: a @ b) * 1e-3)
+
+
+def floor_milliseconds(operations: float, moved_bytes: float) -> float:
+    return 1e3 * max(operations / matrix_rate(), moved_bytes / copy_bandwidth())
+
+
+def _median_on_cpu(run: Callable[[], object], budget: float, least: int) -> float:
+    times: list[float] = []
+    while len(times) < least or sum(times) < budget:
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(times)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parents[1]
+    try:
+        run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return run.stdout.strip()
