@@ -31,7 +31,7 @@ def convert(
     model = run(source, out, to=to, format=format, config=config)
     millions = parameter_counts(model)["total"] / 1e6
     console.print(
-        f"{model.name}: {len(model.layers)} layers of width {model.d_model}, {millions:,.1f}M parameters in {model.dtype}; "
-        f"written to {out} as {to}",
+        f"{model.name}: {len(model.layers)} layers of width {model.d_model}, {millions:,.1f}M parameters in "
+        f"{model.dtype}; written to {out} as {to}",
         soft_wrap=True,
     )

@@ -70,9 +70,9 @@ def convert(
 
     source: as for `load`, or a model. out: new or empty. Returns our configuration of the model.
     """
-    targets = {OURS, *(name for name, known in FORMATS.items() if known.config_to)}
-    if to not in targets:
-        raise ValueError(f"cannot write the format {to!r}; accepted: {', '.join(sorted(targets))}")
+    writers = {name: known.config_to for name, known in FORMATS.items() if known.config_to}
+    if to not in (OURS, *writers):
+        raise ValueError(f"cannot write the format {to!r}; accepted: {', '.join((OURS, *writers))}")
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; accepted: a new or empty directory")
@@ -80,7 +80,7 @@ def convert(
     if to == OURS:
         write_model(out, ours, tensors)
     else:
-        data = FORMATS[to].config_to(ours)  # before anything is written
+        data = writers[to](ours)  # before anything is written
         out.mkdir(parents=True, exist_ok=True)
         write_tensors(out, in_their_names(FORMATS[to], ours, tensors))
         (out / CONFIG_FILE).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")

@@ -17,6 +17,7 @@ from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.convert.table import Format, Part, Table, refuse, token_ids, unsupported, warn_unknown
+from retnet.ops.retention import Mode
 
 _FUSED_NORM = "model.layers.{}.attn.g_norm_swish_gate.weight"
 _PLAIN_NORM = "model.layers.{}.attn.g_norm.weight"
@@ -55,7 +56,12 @@ _DEFAULTS = {
     "norm_eps": 1e-6,
     "initializer_range": 0.02,
 }
-_MODES = {"chunk": "auto", "fused_chunk": "auto", "parallel": "parallel", "fused_recurrent": "recurrent"}
+_MODES: dict[str, Mode] = {
+    "chunk": "auto",
+    "fused_chunk": "auto",
+    "parallel": "parallel",
+    "fused_recurrent": "recurrent",
+}
 _KNOWN = frozenset(
     [*_DEFAULTS, "attn", "bos_token_id", "eos_token_id", "feature_map", "intermediate_size", "num_kv_heads",
      "pad_token_id", "tie_word_embeddings", "vocab_size",
@@ -64,6 +70,7 @@ _KNOWN = frozenset(
      "max_position_embeddings", "share_conv_kernel", "use_l2warp", "use_short_conv"]
 )  # fmt: skip
 MAX_HEAD_KEY_DIM = 256
+_CANNOT = "FLA's RetNet cannot express this model"
 
 
 def config_of(source: Mapping[str, Any]) -> ModelConfig:
@@ -139,87 +146,40 @@ def _attention(attn: Mapping[str, Any] | None, width: int) -> dict[int, Attentio
     return dict.fromkeys(attn["layers"], mixer)
 
 
-# What a configuration must say for FLA to have it. The fields that its config.json expresses are in _EXPRESSED, those
-# that change no output in _FREE; together they are all there are.
-_REQUIRED: dict[type, dict[str, tuple[Any, ...]]] = {
-    ModelConfig: {
-        "embedding_scale": (1.0,),
-        "embedding_norm": ("none",),
-        "final_norm": ("rms",),
-        "logit_soft_cap": (None,),
-    },
-    BlockConfig: {
-        "norm": ("rms",),
-        "norm_position": ("pre",),
-        "residual": ("sequential",),
-        "residual_scale": (1.0,),
-        "skip_scale": (1.0,),
-        "dropout": (0.0,),
-    },
-    RetentionConfig: {
-        "decay": ("paper",),
-        "learnable_decay": (False,),
-        "decay_norm": (False,),
-        "rotary": ("half",),
-        "rotary_base": (10000.0,),
-        "rotary_factor": (1.0,),
-        "head_norm": ("rms",),
-        "head_norm_affine": ("none", "shared"),
-        "bias": (False,),
-    },
-    AttentionConfig: {
-        "rotary": ("half",),
-        "rotary_factor": (1.0,),
-        "alibi": (False,),
-        "out_bias": (False,),
-        "dropout": (0.0,),
-    },
-    FeedForwardConfig: {"gated": (True,), "activation": ("swish",), "bias": (False,), "inner_norm": ("none",)},
-}
-_EXPRESSED: dict[type, set[str]] = {
-    ModelConfig: {"vocab_size", "d_model", "layers", "tie_embeddings", "norm_eps", "init_std", "dtype"}
-    | {"bos_token_id", "eos_token_id", "pad_token_id"},
-    BlockConfig: {"mixer", "feed_forward", "norm_eps"},
-    RetentionConfig: {"num_heads", "num_kv_heads", "key_dim", "value_dim", "gate", "head_norm_eps", "mode"},
-    AttentionConfig: {"num_heads", "num_kv_heads", "head_dim", "rotary_base", "window", "qkv_bias"},
-    FeedForwardConfig: {"hidden_dim"},
-}
+# Fields that change no output: what is lost of them in writing is not missed.
 _FREE: dict[type, set[str]] = {
-    ModelConfig: {"name", "init", "seed", "gradient_checkpointing"},
-    BlockConfig: set(),
-    RetentionConfig: {"chunk_size", "kind"},
-    AttentionConfig: {"kind"},
-    FeedForwardConfig: {"kind", "inner_norm_eps"},
+    ModelConfig: {"dtype", "gradient_checkpointing", "init", "layers", "name", "seed"},
+    BlockConfig: {"feed_forward", "mixer"},
+    RetentionConfig: {"chunk_size", "mode"},
+    AttentionConfig: set(),
+    FeedForwardConfig: {"inner_norm_eps"},
 }
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """Our configuration as their config.json. Raises ValueError that names every feature it cannot express."""
-    problems = _lacking(config, "")
-    for i, layer in enumerate(config.layers):
-        problems += _lacking(layer, f"layers[{i}].")
-        problems += _lacking(layer.mixer, f"layers[{i}].mixer.")
-        problems += _lacking(layer.feed_forward, f"layers[{i}].feed_forward.")
-    refuse("FLA's RetNet cannot express this model", list(dict.fromkeys(problems)))
+    """Our configuration as their config.json.
+
+    Raises ValueError that names every feature it cannot express: all that reading it back would not give again.
+    """
     retention = next((x.mixer for x in config.layers if isinstance(x.mixer, RetentionConfig)), None)
-    if retention is None:
-        raise ValueError("FLA's RetNet cannot express this model: no layer is retention")
-    attention = [i for i, x in enumerate(config.layers) if isinstance(x.mixer, AttentionConfig)]
+    feed_forward = next((x.feed_forward for x in config.layers if x.feed_forward is not None), None)
+    if retention is None or feed_forward is None:
+        raise ValueError(f"{_CANNOT}: it has no {'feed_forward' if retention else 'layer of retention'}")
     data = {
         "architectures": ["RetNetForCausalLM"],
         "model_type": "retnet",
-        "attn": _attn(config, attention),
+        "attn": _attn(config),
         "attn_mode": {"parallel": "parallel", "recurrent": "fused_recurrent"}.get(retention.mode, "chunk"),
         "bos_token_id": config.bos_token_id,
         "dtype": config.dtype,
-        "elementwise_affine": retention.head_norm_affine == "shared",
+        "elementwise_affine": retention.head_norm_affine != "none",
         "eos_token_id": config.eos_token_id,
         "expand_k": retention.key_dim / config.d_model,
         "expand_v": retention.value_dim / config.d_model,
         "hidden_act": "swish",
         "hidden_size": config.d_model,
         "initializer_range": config.init_std,
-        "intermediate_size": config.layers[0].feed_forward.hidden_dim,
+        "intermediate_size": feed_forward.hidden_dim,
         "norm_eps": config.norm_eps,
         "num_heads": retention.num_heads,
         "num_hidden_layers": len(config.layers),
@@ -229,32 +189,17 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "use_output_gate": retention.gate == "swish",
         "vocab_size": config.vocab_size,
     }
-    refuse("FLA's RetNet cannot express this model", _one_of_each(config, data))
+    refuse(_CANNOT, _lost(config, config_of(data)))
     return data
 
 
-def _lacking(part: Any, path: str) -> list[str]:
-    """Values of one dataclass that FLA has no word for."""
-    accepted = _REQUIRED.get(type(part))
-    if accepted is None:
-        return [f"{path[:-1]} is {type(part).__name__}"]
-    values = {f.name: getattr(part, f.name) for f in fields(part)}
-    problems = [
-        f"{path}{name} is {values[name]!r} (accepted: {' or '.join(map(repr, choices))})"
-        for name, choices in accepted.items()
-        if values[name] not in choices
-    ]
-    if isinstance(part, RetentionConfig) and part.head_key_dim > MAX_HEAD_KEY_DIM:
-        problems.append(f"{path}key_dim gives heads of {part.head_key_dim} (accepted: at most {MAX_HEAD_KEY_DIM})")
-    return problems
-
-
-def _attn(config: ModelConfig, layers: list[int]) -> dict[str, Any] | None:
-    if not layers:
+def _attn(config: ModelConfig) -> dict[str, Any] | None:
+    attention = {i: x.mixer for i, x in enumerate(config.layers) if isinstance(x.mixer, AttentionConfig)}
+    if not attention:
         return None
-    mixer = config.layers[layers[0]].mixer
+    mixer = next(iter(attention.values()))
     return {
-        "layers": layers,
+        "layers": list(attention),
         "num_heads": mixer.num_heads,
         "num_kv_heads": mixer.num_kv_heads,
         "qkv_bias": mixer.qkv_bias,
@@ -263,28 +208,39 @@ def _attn(config: ModelConfig, layers: list[int]) -> dict[str, Any] | None:
     }
 
 
-def _one_of_each(config: ModelConfig, data: dict[str, Any]) -> list[str]:
-    """FLA has one kind of retention, attention and feed-forward for a whole model, and one eps: do they say it all?"""
-    said = config_of(data)
-    problems = []
+def _lost(config: ModelConfig, said: ModelConfig) -> list[str]:
+    """Where `said` differs from `config`, once for all layers alike."""
+    layers: dict[str, list[int]] = {}
     for i, (ours, theirs) in enumerate(zip(config.layers, said.layers)):
-        for name in ("mixer", "feed_forward"):
-            mine, read = getattr(ours, name), getattr(theirs, name)
-            expressed = sorted(_EXPRESSED[type(mine)] - {"mode"})
-            problems += [
-                f"layers[{i}].{name}.{field} is {getattr(mine, field)!r}, not {getattr(read, field)!r} as in the rest"
-                for field in expressed
-                if getattr(mine, field) != getattr(read, field)
-            ]
-        if ours.norm_eps != theirs.norm_eps:
-            problems.append(f"layers[{i}].norm_eps is {ours.norm_eps}, not {theirs.norm_eps} as in the rest")
-    return problems
+        problems = _differences(ours, theirs, "") + _differences(ours.mixer, theirs.mixer, "mixer.")
+        problems += _differences(ours.feed_forward, theirs.feed_forward, "feed_forward.")
+        if isinstance(ours.mixer, RetentionConfig) and ours.mixer.head_key_dim > MAX_HEAD_KEY_DIM:
+            problems.append(
+                f"mixer.key_dim gives heads of {ours.mixer.head_key_dim} (there: at most {MAX_HEAD_KEY_DIM})"
+            )
+        for problem in problems:
+            layers.setdefault(problem, []).append(i)
+    return _differences(config, said, "") + [
+        f"{problem} in {len(where)} layers, the first being {where[0]}" for problem, where in layers.items()
+    ]
+
+
+def _differences(ours: Any, theirs: Any, path: str) -> list[str]:
+    """Fields of one dataclass that come out otherwise."""
+    if type(ours) is not type(theirs):
+        return [f"{path[:-1]} is {getattr(ours, 'kind', None)!r} (there: {theirs.kind!r})"]
+    names = [f.name for f in fields(ours) if f.name not in _FREE[type(ours)]]
+    return [
+        f"{path}{name} is {getattr(ours, name)!r} (there: {getattr(theirs, name)!r})"
+        for name in names
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
 
 
 def names(config: ModelConfig) -> Table:
     """The table; without an output gate the head norm has one name alone."""
     gated = any(isinstance(x.mixer, RetentionConfig) and x.mixer.gate == "swish" for x in config.layers)
-    return NAMES if gated else NAMES | {"layers.{}.mixer.head_norm_weight": _PLAIN_NORM}
+    return NAMES if gated else {**NAMES, "layers.{}.mixer.head_norm_weight": _PLAIN_NORM}
 
 
 FORMAT = Format(

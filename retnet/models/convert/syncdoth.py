@@ -16,10 +16,12 @@ from retnet.models.convert import torchscale
 from retnet.models.convert.table import Format, Table, token_ids, warn_unknown
 
 PREFIX = "model."
-NAMES: Table = {ours: PREFIX + theirs for ours, theirs in torchscale.DECODER_NAMES.items()} | {
-    "head.weight": "lm_head.weight"
+NAMES: Table = {
+    **{ours: PREFIX + theirs for ours, theirs in torchscale.DECODER_NAMES.items()},
+    "head.weight": "lm_head.weight",
 }
 MLP_NAMES: Table = {
+    **NAMES,
     "layers.{}.feed_forward.up_proj.weight": "model.layers.{}.ffn.fc1.weight",
     "layers.{}.feed_forward.up_proj.bias": "model.layers.{}.ffn.fc1.bias",
     "layers.{}.feed_forward.inner_norm.weight": "model.layers.{}.ffn.ffn_layernorm.weight",
@@ -40,7 +42,8 @@ _KNOWN = {
 
 def names(config: ModelConfig) -> Table:
     """The table of a model with or without gated feed-forward."""
-    return NAMES if config.layers[0].feed_forward.gated else NAMES | MLP_NAMES
+    feed_forward = config.layers[0].feed_forward
+    return NAMES if feed_forward is None or feed_forward.gated else MLP_NAMES
 
 
 def config_of(source: Mapping[str, Any]) -> ModelConfig:

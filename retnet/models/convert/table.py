@@ -37,7 +37,7 @@ class Part:
 
 # Our name ({} is the layer) -> theirs, or alternatives of which the first that is there in the right shape is taken.
 Entry = str | Part | tuple[str | Part, ...]
-Table = dict[str, Entry]
+Table = Mapping[str, Entry]
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ _BOOKKEEPING = {
 }  # fmt: skip
 
 
-def token_ids(source: Mapping[str, Any]) -> dict[str, int | None]:
+def token_ids(source: Mapping[str, Any]) -> dict[str, Any]:
     """bos, eos and pad of a transformers configuration; of several ends of text, the first; negative means none."""
-    ids = {}
+    ids: dict[str, int | None] = {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = source.get(key)
         value = value[0] if isinstance(value, list) and value else value

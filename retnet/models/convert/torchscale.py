@@ -24,7 +24,7 @@ from retnet.models.convert.table import Format, Table, refuse, unsupported
 from retnet.ops.decay import SCHEDULES
 from retnet.ops.rotary import frequencies
 
-DECODER_NAMES: Table = {
+DECODER_NAMES = {
     "embedding.weight": "embed_tokens.weight",
     "embedding_norm.weight": "layernorm_embedding.weight",
     "layers.{}.mixer_norm.weight": "layers.{}.retention_layer_norm.weight",
@@ -40,7 +40,7 @@ DECODER_NAMES: Table = {
     "layers.{}.feed_forward.down_proj.weight": "layers.{}.ffn.fc2.weight",
     "final_norm.weight": "layer_norm.weight",
 }
-NAMES: Table = DECODER_NAMES | {"head.weight": "output_projection.weight"}
+NAMES: Table = {**DECODER_NAMES, "head.weight": "output_projection.weight"}
 
 _DEFAULTS = {
     "decoder_embed_dim": 768,
@@ -128,6 +128,7 @@ def settle(config: ModelConfig, tensors: Tensors, prefix: str = "") -> tuple[Mod
     """
     consumed = {name for name in (prefix + _ANGLE, prefix + _DECAY) if name in tensors.specs}
     mixer = config.layers[0].mixer
+    assert isinstance(mixer, RetentionConfig)
     if prefix + _ANGLE in consumed:
         angle = tensors.read(prefix + _ANGLE)
         wanted = frequencies(
@@ -137,7 +138,8 @@ def settle(config: ModelConfig, tensors: Tensors, prefix: str = "") -> tuple[Mod
             raise ValueError(f"{prefix}{_ANGLE} is not 10000^-linspace(0, 1, K / 2): rotary frequencies that we lack")
     if prefix + _DECAY in consumed:
         decay = tensors.read(prefix + _DECAY)
-        if not _equal_as_stored(decay, mixer.log_decay):
+        expected = mixer.log_decay
+        if expected is None or not _equal_as_stored(decay, expected):
             named = [name for name, schedule in SCHEDULES.items() if _equal_as_stored(decay, schedule(mixer.num_heads))]
             mixer = replace(mixer, decay=named[0] if named else tuple(decay.double().exp().tolist()))
             config = replace(config, layers=tuple(replace(layer, mixer=mixer) for layer in config.layers))
