@@ -23,7 +23,7 @@ from retnet.ops.attention import (
     flex_causal_attention,
 )
 from retnet.ops.ragged import equal_blocks
-from retnet.ops.rotary import rotate
+from retnet.ops.rotary import rotate, scaling
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class AttentionConfig:
     """num_kv_heads: heads of keys and values, each read by num_heads / num_kv_heads heads of queries (1: multi-query).
 
     head_dim: width of a head. rotary: convention of `retnet.ops.rotary`, its frequencies from rotary_base, positions
-    divided by rotary_factor. alibi: a penalty linear in the distance. window: tokens that a query sees, itself included
-    (all if None). dropout: of attention weights, in training.
+    divided by rotary_factor, or stretched by it with YaRN from rotary_yarn_length tokens. alibi: a penalty linear in the
+    distance. window: tokens that a query sees, itself included (all if None). dropout: of attention weights, in training.
     """
 
     num_heads: int
@@ -41,6 +41,7 @@ class AttentionConfig:
     rotary: Literal["interleaved", "half", "none"] = "half"
     rotary_base: float = 10000.0
     rotary_factor: float = 1.0
+    rotary_yarn_length: int | None = None
     alibi: bool = False
     window: int | None = None
     qkv_bias: bool = False
@@ -49,7 +50,7 @@ class AttentionConfig:
     kind: Literal["attention"] = "attention"
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_kv_heads", "head_dim", "window"):
+        for name in ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_yarn_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; accepted: a positive integer")
@@ -93,7 +94,8 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if config.rotary != "none":
             wide = torch.promote_types(q.dtype, torch.float32)
-            cos, sin = layout.rotation(config.rotary, config.head_dim, config.rotary_base, config.rotary_factor, wide)
+            factor = scaling(config.rotary_factor, config.rotary_yarn_length)
+            cos, sin = layout.rotation(config.rotary, config.head_dim, config.rotary_base, factor, wide)
             q, k = (rotate(z, cos, sin, config.rotary) for z in (q, k))
         if state is not None and one_token:
             state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)

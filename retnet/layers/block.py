@@ -31,7 +31,7 @@ MixerConfig = RetentionConfig | AttentionConfig
 class BlockConfig:
     """One layer of a stack. residual_scale is s, skip_scale is a; dropout is on both branches.
 
-    feed_forward None: the mixer alone, as in Mamba.
+    feed_forward None: the mixer alone, as in Mamba. keeps_state False: its state may not be carried from call to call.
     """
 
     mixer: MixerConfig
@@ -43,6 +43,7 @@ class BlockConfig:
     residual_scale: float = 1.0
     skip_scale: float = 1.0
     dropout: float = 0.0
+    keeps_state: bool = True
 
     def __post_init__(self) -> None:
         if self.norm_position == "post" and self.residual == "parallel":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retnet.ops.ragged import Compaction
-from retnet.ops.rotary import Rotary, rotation
+from retnet.ops.rotary import Rotary, Yarn, rotation
 
 Value = TypeVar("Value")
 State = TypeVar("State")
@@ -77,7 +77,7 @@ class TokenLayout:
         return self.lengths.clone() if position is None else position + self.lengths
 
     def rotation(
-        self, rotary: Rotary, key_dim: int, base: float, factor: float = 1.0, dtype: torch.dtype = torch.float32
+        self, rotary: Rotary, key_dim: int, base: float, factor: float | Yarn = 1.0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """(cos, sin) [B, T, K / 2] at these positions, computed once a call for all layers."""
         return self.once(

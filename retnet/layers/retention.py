@@ -18,7 +18,7 @@ from retnet.layers.state import RetentionState
 from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode, retention, retention_step_
-from retnet.ops.rotary import rotate
+from retnet.ops.rotary import rotate, scaling
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class RetentionConfig:
     stay their own.
     decay: "paper" (Eq. 8), "experiment" (section 3.1), "none" (gamma 1), "gated", one gamma for all heads, or a gamma
     for each head. learnable_decay: train them, as -exp(a), from where `decay` starts them. decay_norm: divide by the
-    norm of the decay mask's row, as torchscale does.
+    norm of the decay mask's row, as torchscale does. rotary_yarn_length: stretch rotary positions by rotary_factor with
+    YaRN from this length, instead of dividing them.
     """
 
     num_heads: int
@@ -41,6 +42,7 @@ class RetentionConfig:
     rotary: Literal["interleaved", "half", "none"] = "interleaved"
     rotary_base: float = 10000.0
     rotary_factor: float = 1.0
+    rotary_yarn_length: int | None = None
     gate: Literal["swish", "none"] = "swish"
     head_norm: Literal["layer", "rms", "none"] = "layer"
     head_norm_affine: Literal["none", "shared", "per_head"] = "none"
@@ -154,7 +156,8 @@ class MultiScaleRetention(nn.Module):
         )
         if config.rotary != "none":
             wide = torch.promote_types(q.dtype, torch.float32)
-            cos, sin = layout.rotation(config.rotary, config.head_key_dim, config.rotary_base, config.rotary_factor, wide)
+            factor = scaling(config.rotary_factor, config.rotary_yarn_length)
+            cos, sin = layout.rotation(config.rotary, config.head_key_dim, config.rotary_base, factor, wide)
             q, k = (rotate(z, cos, sin, config.rotary) for z in (q, k))
         if config.heads_per_kv_head > 1:
             k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))

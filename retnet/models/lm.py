@@ -34,6 +34,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding_norm = make_norm(config.embedding_norm, config.d_model, config.norm_eps)
+        self._stateless = ", ".join(f"layer {i}" for i, layer in enumerate(config.layers) if not layer.keeps_state)
         self.layers = nn.ModuleList(Block(layer, config.d_model) for layer in config.layers)
         self.final_norm = make_norm(config.final_norm, config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -80,6 +81,8 @@ class LanguageModel(nn.Module):
 
         embeddings [B, T, D] take the place of ids, before config.embedding_scale.
         """
+        if self._stateless and (carry or state is not None):
+            raise ValueError(f"{self._stateless}: keeps_state is False; accepted there: no state, and carry False")
         x = self.embedding(ids) if embeddings is None else embeddings
         x = self.embedding_norm(x * self.config.embedding_scale)
         layout = TokenLayout.of(

@@ -50,6 +50,11 @@ class Yarn(NamedTuple):
         return plain / self.factor * slow + plain * (1 - slow)
 
 
+def scaling(factor: float, yarn_length: int | None) -> float | Yarn:
+    """How a layer stretches its context: linearly by `factor`, or YaRN from `yarn_length` tokens."""
+    return factor if yarn_length is None else Yarn(factor, yarn_length)
+
+
 def frequencies(rotary: Rotary, key_dim: int, base: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Radians a token for each pair, [K / 2]."""
     pairs = torch.arange(key_dim // 2, dtype=torch.float64, device=device)

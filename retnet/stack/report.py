@@ -40,7 +40,7 @@ def realism_report(stack: Stack) -> list[Finding]:
 
 def short_count(count: int) -> str:
     """1234567890 -> '1.23B'."""
-    for size, unit, digits in ((10**9, "B", 2), (10**6, "M", 1), (10**3, "K", 1)):
+    for size, unit, digits in ((10**12, "T", 2), (10**9, "B", 2), (10**6, "M", 1), (10**3, "K", 1)):
         if count >= size:
             return f"{count / size:.{digits}f}{unit}"
     return str(count)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from .document import Document
 from .errors import Category, Path, Problem, listing, nearest, plain, show
 from .layers import MAX_LAYERS, mixer_settings
-from .schema import MIXERS, OURS, STATE_OF, Attention, Entry, Ffn, Mamba, Retnet, Template
+from .schema import DEFAULT_ROPE_THETA, MIXERS, OURS, STATE_OF, Attention, Entry, Ffn, Mamba, Retnet, Template
 from .validate import Parts
 
 
@@ -68,7 +68,11 @@ class _Rules:
                 if getattr(embedding, key) is not None:
                     what = f"{key} has no meaning with positional: {embedding.positional}"
                     yield self.problem(("embedding", key), what, "remove it, or write positional: rope")
-        elif turns and model is not None and model.d_model % model.n_heads == 0 and model.head_dim % 2:
+            return
+        scaling = embedding.rope_scaling
+        if scaling and scaling.type == "yarn" and (embedding.rope_theta or DEFAULT_ROPE_THETA) <= 1:
+            yield self.problem(("embedding", "rope_theta"), "yarn needs a base above 1", "write 10000.0")
+        if turns and model is not None and model.d_model % model.n_heads == 0 and model.head_dim % 2:
             what = f"rotary positions turn pairs, but a head is {model.head_dim} wide (d_model / n_heads)"
             fix = "choose d_model and n_heads so that a head is even, or write retnet.rope: false"
             yield self.problem(("model", "d_model"), what, fix)

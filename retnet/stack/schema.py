@@ -41,6 +41,7 @@ Dtype = Annotated[Literal["float32", "float16", "bfloat16"], ONE_OF]
 MIXERS = ("attention", "mamba", "retnet", "hyena")
 # The state key that each mixer may set; hyena has none.
 STATE_OF = {"attention": "kv_cache", "retnet": "kv_cache", "mamba": "ssm_state", "hyena": None}
+DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_ACTIVATION = {"mlp": "gelu", "gated_mlp": "swiglu", "moe": "gelu"}
 
 

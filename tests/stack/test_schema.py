@@ -198,6 +198,8 @@ def test_our_prefix_is_closed():
         ([("positional: rope", "positional: none\n  rope_scaling: {factor: 2.0}"), in_retnet("rope: false")],
          "embedding.rope_scaling"),
         ([("positional: rope", "positional: rope\n  rope_theta: -1")], "embedding.rope_theta"),
+        ([("positional: rope", "positional: rope\n  rope_theta: 1\n  rope_scaling: {type: yarn}")],
+         "embedding.rope_theta"),
         ([("positional: rope", "positional: rope\n  rope_scaling: {factor: 0}")], "embedding.rope_scaling.factor"),
         ([("positional: rope", "positional: rope\n  tie_word_embeddings: true"),
           ("type: causal_lm", "type: causal_lm\n  tie_weights: false")], "head.tie_weights"),

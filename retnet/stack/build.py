@@ -1,0 +1,146 @@
+"""A checked stack to the `ModelConfig` that builds it: the one place where the schema's words become the model's.
+
+Where the schema leaves something open, the choice is made here and in docs/stack.md: rotary positions of attention pair
+halves of a head, the final norm is of the last layer's kind (none after a post-norm layer), a Mamba-2 head is the
+widest of 64, 32, 16, ... that divides.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from retnet.layers.attention import AttentionConfig
+from retnet.layers.block import BlockConfig
+from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.retention import RetentionConfig
+from retnet.models.config import ModelConfig
+from retnet.ops.norms import Norm
+
+from .errors import Category, Path, Problem, StackError
+from .layers import Layer
+from .load import Stack
+from .scalars import init_std
+from .schema import DEFAULT_ROPE_THETA, Attention, Retnet, RopeScaling, Spec, TrainingHints
+
+BYTES = "bytes"  # tokenizer_contract.pretrained of the byte tokenizer
+BYTE_DOCUMENT_START = 256  # data.tokenizer.DOCUMENT_START
+
+_NORMS: dict[str, Norm] = {"rmsnorm": "rms", "layernorm": "layer"}
+_ACTIVATIONS: dict[str, Literal["gelu", "relu", "swish"]] = {"gelu": "gelu", "relu": "relu", "swiglu": "swish"}
+_INITS: dict[str, Literal["paper", "torchscale"]] = {"paper": "paper", "torchscale": "torchscale"}
+_DEFAULT_INIT_STD = 0.02
+
+
+def model_config(stack: Stack) -> ModelConfig:
+    """The configuration of a stack's model. Raises StackError (CompileError) for what no layer of ours can be."""
+    spec = stack.spec
+    hints = spec.training_hints or TrainingHints()
+    std = init_std(hints.init)
+    return ModelConfig(
+        vocab_size=spec.model.vocab_size,
+        d_model=spec.model.d_model,
+        layers=tuple(_block(layer, spec, hints, stack.origin) for layer in stack.layers),
+        name=spec.model.name or "stack",
+        tie_embeddings=tied(spec),
+        embedding_scale=spec.embedding.scale or 1.0,
+        final_norm=_final_norm(stack.layers[-1]),
+        logit_soft_cap=spec.head.logit_softcap,
+        init=_INITS.get(hints.init, "normal"),
+        init_std=_DEFAULT_INIT_STD if std is None else std,
+        seed=hints.seed,
+        dtype=spec.model.dtype,
+        gradient_checkpointing=hints.checkpointing,
+        bos_token_id=BYTE_DOCUMENT_START if spec.tokenizer_contract.pretrained == BYTES else None,
+    )
+
+
+def tied(spec: Spec) -> bool:
+    """Whether the head is the embedding: what the file says in one place or (the same) in both."""
+    if "tie_word_embeddings" in spec.embedding.model_fields_set:
+        return spec.embedding.tie_word_embeddings
+    return spec.head.tie_weights
+
+
+def _final_norm(last: Layer) -> Norm | Literal["none"]:
+    return "none" if last.norm.position == "post" else _NORMS[last.norm.type]
+
+
+def _block(layer: Layer, spec: Spec, hints: TrainingHints, origin: str) -> BlockConfig:
+    try:
+        return BlockConfig(
+            mixer=_MIXERS[type(layer.mixer)](layer.mixer, spec),
+            feed_forward=_feed_forward(layer, spec),
+            norm=_NORMS[layer.norm.type],
+            norm_position=layer.norm.position,
+            residual=layer.residual.type,
+            residual_scale=layer.residual.scaling,
+            dropout=hints.dropout,
+            keeps_state=layer.keeps_state,
+        )
+    except ValueError as error:
+        path: Path = ("layer_templates", layer.template)
+        what = f"layer {layer.index} cannot be built: {error}"
+        raise StackError([Problem(path, what, "change the values named", Category.COMPILE)], origin) from error
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """How attention and retention rotate. YaRN stretches to max_seq_len, from max_seq_len / factor."""
+
+    base: float
+    factor: float
+    yarn_length: int | None
+
+    @classmethod
+    def of(cls, spec: Spec) -> "_Positions":
+        scaling = spec.embedding.rope_scaling or RopeScaling()
+        length = max(1, round(spec.model.max_seq_len / scaling.factor)) if scaling.type == "yarn" else None
+        return cls(spec.embedding.rope_theta or DEFAULT_ROPE_THETA, scaling.factor, length)
+
+
+def _attention(mixer: Attention, spec: Spec) -> AttentionConfig:
+    positional, positions = spec.embedding.positional, _Positions.of(spec)
+    return AttentionConfig(
+        num_heads=spec.model.n_heads,
+        num_kv_heads=spec.model.kv_heads,
+        head_dim=spec.model.head_dim,
+        rotary="half" if positional == "rope" else "none",
+        alibi=positional == "alibi",
+        window=mixer.window,
+        qkv_bias=mixer.qkv_bias,
+        dropout=mixer.attn_drop,
+        rotary_base=positions.base,
+        rotary_factor=positions.factor,
+        rotary_yarn_length=positions.yarn_length,
+    )
+
+
+def _retention(mixer: Retnet, spec: Spec) -> RetentionConfig:
+    positions = _Positions.of(spec)
+    return RetentionConfig(
+        num_heads=spec.model.n_heads,
+        key_dim=mixer.key_dim or spec.model.d_model,
+        value_dim=mixer.value_dim or 2 * spec.model.d_model,
+        decay=mixer.decay,
+        learnable_decay=mixer.learnable_decay,
+        decay_norm=mixer.decay_norm,
+        rotary=mixer.rotary if mixer.rope else "none",
+        gate=mixer.gate,
+        head_norm=mixer.head_norm,
+        head_norm_affine=mixer.head_norm_affine,
+        head_norm_eps=mixer.head_norm_eps,
+        mode="chunkwise" if mixer.chunkwise else "parallel",
+        chunk_size=mixer.chunk_size,
+        rotary_base=positions.base,
+        rotary_factor=positions.factor,
+        rotary_yarn_length=positions.yarn_length,
+    )
+
+
+_MIXERS: dict[type, Callable[[Any, Spec], Any]] = {Attention: _attention, Retnet: _retention}
+
+
+def _feed_forward(layer: Layer, spec: Spec) -> FeedForwardConfig:
+    hidden = spec.model.d_model * spec.model.mlp_ratio
+    gated = layer.ffn.type == "gated_mlp"
+    return FeedForwardConfig(hidden, gated=gated, activation=_ACTIVATIONS[layer.activation], bias=layer.ffn.bias)

@@ -1,0 +1,62 @@
+"""MODEL, wherever a user names one: a preset, a stack's file, or a saved directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from retnet.models.config import ModelConfig
+from retnet.models.directory import load_config, load_model
+from retnet.models.lm import LanguageModel
+from retnet.models.presets import PRESETS, preset
+
+from .build import model_config
+from .load import Stack, load_stack
+from .presets import load_preset, preset_names
+
+STACK_SUFFIXES = (".yml", ".yaml")
+
+
+def resolve_stack(name: str) -> Stack | None:
+    """The stack that a name stands for: one in the package or a file; None if it stands for something else.
+
+    Raises StackError for a file with faults.
+    """
+    if name in preset_names():
+        return load_preset(name)
+    return load_stack(name) if name.endswith(STACK_SUFFIXES) else None
+
+
+def resolve_config(name: str) -> ModelConfig:
+    """The configuration that a name stands for; a preset goes before a file or directory of the same name.
+
+    Raises ValueError (StackError among them) or FileNotFoundError if it stands for no model of ours.
+    """
+    if name in PRESETS:
+        return preset(name)
+    stack = resolve_stack(name)
+    if stack is not None:
+        return model_config(stack)
+    _check_exists(name)
+    return load_config(name)
+
+
+def resolve_model(name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
+    """The model that a name stands for, in evaluation mode: fresh weights for a preset or a stack, else the saved ones.
+
+    Raises as `resolve_config`, and ValueError for weights that are not those of the configuration.
+    """
+    if name in PRESETS or name in preset_names() or name.endswith(STACK_SUFFIXES):
+        with torch.device(device):
+            return LanguageModel(resolve_config(name)).to(device, dtype).eval()
+    _check_exists(name)
+    return load_model(name, device=device, dtype=dtype)
+
+
+def _check_exists(name: str) -> None:
+    if not Path(name).exists():
+        raise FileNotFoundError(
+            f"no model {name!r}: it is neither a saved directory, a stack's file ({', '.join(STACK_SUFFIXES)}), "
+            f"nor a preset ({', '.join((*PRESETS, *preset_names()))})"
+        )

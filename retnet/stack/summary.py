@@ -1,0 +1,98 @@
+"""What a stack's layers are, in the words and numbers that tables and pictures show.
+
+A layer's reach is how many tokens back it can use: a window, all of them, or, for retention, where a head's decay has
+left 1%. Its state is what it carries to the next token, at some context.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from retnet.layers.block import Block, BlockConfig
+from retnet.layers.retention import RetentionConfig
+from retnet.models.config import ModelConfig
+from retnet.models.cost import MIXER_COSTS, head_windows
+
+from .layers import Layer
+from .load import Stack
+from .schema import Attention, Hyena, Mamba
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer: parameters of its two halves, reach of its heads in tokens (None: everything), what it is in words."""
+
+    layer: Layer
+    config: BlockConfig
+    mixer_parameters: int
+    feed_forward_parameters: int
+    reach: tuple[float, ...] | None
+    mixer: str
+    feed_forward: str
+
+    def state_bytes(self, context: int) -> int:
+        """Bytes carried to the next token after `context` of them, for one sequence."""
+        return MIXER_COSTS[type(self.config.mixer)](self.config.mixer, context).state_bytes
+
+
+def summarize(stack: Stack, config: ModelConfig) -> list[LayerSummary]:
+    """Every layer of a stack built as `config`."""
+    known: dict[BlockConfig, tuple[int, int]] = {}
+    rows = []
+    for layer, block in zip(stack.layers, config.layers):
+        if block not in known:
+            known[block] = _parameters(block, config.d_model)
+        words = mixer_words(layer), feed_forward_words(layer, stack)
+        rows.append(LayerSummary(layer, block, *known[block], _reach(block, config), *words))
+    return rows
+
+
+def runs(rows: list[LayerSummary]) -> list[tuple[int, LayerSummary]]:
+    """Equal layers in a row, once each, with how many there are."""
+    found: list[tuple[int, LayerSummary]] = []
+    for row in rows:
+        if found and found[-1][1].config == row.config and found[-1][1].layer.template == row.layer.template:
+            found[-1] = (found[-1][0] + 1, found[-1][1])
+        else:
+            found.append((1, row))
+    return found
+
+
+def _parameters(block: BlockConfig, d_model: int) -> tuple[int, int]:
+    with torch.device("meta"):
+        module = Block(block, d_model)
+    mixer = sum(p.numel() for name, p in module.named_parameters() if name.startswith("mixer"))
+    return mixer, sum(p.numel() for p in module.parameters()) - mixer
+
+
+def _reach(block: BlockConfig, config: ModelConfig) -> tuple[float, ...] | None:
+    mixer = block.mixer
+    if isinstance(mixer, RetentionConfig):
+        one = ModelConfig(config.vocab_size, config.d_model, (block,))
+        return tuple(head_windows(one)[0]) or None
+    window = getattr(mixer, "window", None)
+    return None if window is None else (float(window),)
+
+
+def mixer_words(layer: Layer) -> str:
+    """'attention, window 4096', 'retnet', 'mamba2, state 128', 'hyena, order 2'."""
+    match layer.mixer:
+        case Attention(window=window):
+            return "attention" if window is None else f"attention, window {window}"
+        case Mamba(variant=variant, d_state=d_state):
+            return f"{variant}, state {d_state}"
+        case Hyena(depth=depth):
+            return f"hyena, order {depth}"
+        case retnet:
+            decay = retnet.decay if isinstance(retnet.decay, str) else "own"
+            return "retnet" if decay == "paper" else f"retnet, {decay} decay"
+
+
+def feed_forward_words(layer: Layer, stack: Stack) -> str:
+    """'SwiGLU 8192', 'MLP (gelu) 512', '2 of 8 experts, SwiGLU 4096'."""
+    width = stack.spec.model.d_model * stack.spec.model.mlp_ratio
+    gated = layer.ffn.type == "gated_mlp" or layer.activation == "swiglu"
+    names = {"swiglu": "SwiGLU", "gelu": "GeGLU", "relu": "ReGLU"}
+    words = f"{names[layer.activation] if gated else f'MLP ({layer.activation})'} {width}"
+    moe = layer.ffn.moe
+    return words if moe is None else f"{moe.top_k} of {moe.experts} experts, {words}"
