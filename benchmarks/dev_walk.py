@@ -1,14 +1,12 @@
-"""Development bench of the Hopper walk: check against the float64 oracle, then time every stage and tile.
+"""Development bench of the Hopper walk: check against the float64 oracle, then time every stage.
 
-    python benchmarks/dev_walk.py check|stages|tiles
+    python benchmarks/dev_walk.py check|stages
 
 Prints one line a case. `check` compares with `reference.parallel` in float64 on the same rounded inputs, and gives the
 error of `reference.parallel` in bfloat16 beside it.
 """
 
 import sys
-from dataclasses import replace
-
 import torch
 
 from retnet.kernels import walk
@@ -23,6 +21,10 @@ CHECKS = [
     (2, 2573, 2, 64, 128, True),
     (2, 300, 3, 128, 256, True),
     (1, 1, 1, 64, 128, True),
+    (1, 1500, 3, 256, 128, True),
+    (1, 1500, 3, 64, 64, True),
+    (2, 3000, 1, 64, 512, True),
+    (2, 200, 2, 128, 512, False),
 ]
 
 
@@ -40,13 +42,13 @@ def inputs(B, T, H, K, V, with_state, seed=0):
 
 def oracle(dtype, q, k, v, dout, log_decay, state, dfinal, scale):
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-    decay = log_decay.detach().double().requires_grad_() if dtype == torch.float64 else log_decay.detach().clone().requires_grad_()
+    decay = log_decay.to(torch.float64 if dtype == torch.float64 else torch.float32)
     start = None if state is None else state.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
     out, final = reference.parallel(*leaves, decay, scale=scale, state=start)
     loss = (out * dout.to(out.dtype)).sum().double()
     if dfinal is not None:
         loss = loss + (final * dfinal.to(final.dtype)).sum().double()
-    wanted = leaves + [decay] + ([] if start is None else [start])
+    wanted = leaves + ([] if start is None else [start])
     grads = torch.autograd.grad(loss, wanted)
     return [out, final, *grads]
 
@@ -56,7 +58,7 @@ def error(x, ref):
 
 
 def check():
-    names = ["out", "final", "dq", "dk", "dv", "dlog", "dstate"]
+    names = ["out", "final", "dq", "dk", "dv", "dstate"]
     bad = 0
     for B, T, H, K, V, with_state in CHECKS:
         q, k, v, dout, log_decay, state, dfinal = inputs(B, T, H, K, V, with_state)
@@ -65,8 +67,8 @@ def check():
         runs = []
         for _ in range(2):
             out, final = walk.walk_forward(q, k, v, log_decay, scale, state, torch.float32)
-            dq, dk, dv, dlog, dstate = walk.walk_backward(dout, dfinal, q, k, v, log_decay, scale, state, True)
-            runs.append([out, final, dq, dk, dv, dlog] + ([] if state is None else [dstate]))
+            dq, dk, dv, dstate = walk.walk_backward(dout, dfinal, q, k, v, log_decay, scale, state)
+            runs.append([out, final, dq, dk, dv] + ([] if state is None else [dstate]))
         same = all(torch.equal(a, b) for a, b in zip(*runs))
         args = (q, k, v, dout, log_decay, state, dfinal, scale)
         exact, plain = oracle(torch.float64, *args), oracle(torch.bfloat16, *args)
@@ -97,44 +99,28 @@ def milliseconds(call, repeats=12):
 def stages(shapes=SHAPES):
     for B, T, H, K, V in shapes:
         q, k, v, dout, log_decay, _, _ = inputs(B, T, H, K, V, False)
-        scale, out, dq, dv = K**-0.5, torch.empty_like(v), torch.empty_like(q), torch.empty_like(v)
-        saved = walk._saved_like(q, v)
+        scale, out, dv = K**-0.5, torch.empty_like(v), torch.empty_like(v)
+        call = walk._Call(q, v, log_decay, scale)
+        sums = torch.empty(walk._tile(V, K).splits * B, T, H, K, dtype=q.dtype, device="cuda")
         calls = {
             "forward": lambda: walk.walk_forward(q, k, v, log_decay, scale, None, torch.float32),
-            "backward": lambda: walk.walk_backward(dout, None, q, k, v, log_decay, scale, None, False),
-            "walk": lambda: walk._walk(q, k, v, log_decay, scale, None, False, out=out),
-            "states": lambda: walk._walk(None, k, v, log_decay, scale, None, False, store_final=True),
-            "save": lambda: walk._walk(None, k, v, log_decay, scale, None, False, saved=saved),
-            "mirror": lambda: walk._walk(k, q, dout, log_decay, scale, None, True, out=dv, saved=saved),
-            "dq": lambda: walk._segments(dout, v, k, saved, log_decay, scale, dq, False),
-            "dk": lambda: walk._segments(v, dout, q, saved, log_decay, scale, dq, True),
+            "backward": lambda: walk.walk_backward(dout, None, q, k, v, log_decay, scale, None),
+            "out": lambda: call.walk(q, k, v, None, False, out, False),
+            "states": lambda: call.walk(None, k, v, None, False, None, True),
+            "dv": lambda: call.walk(k, q, dout, None, True, dv, False),
+            "dq": lambda: call.walk(dout, v, k, None, False, sums, False, over_values=True),
+            "dk": lambda: call.walk(v, dout, q, None, True, sums, False, over_values=True),
+            "add": lambda: torch.add(sums[:B], sums[-B:]),
         }
         times = {name: milliseconds(call) for name, call in calls.items()}
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        kept = walk.walk_backward(dout, None, q, k, v, log_decay, scale, None, False)
+        kept = walk.walk_backward(dout, None, q, k, v, log_decay, scale, None)
         extra = torch.cuda.max_memory_allocated() - before - sum(x.numel() * 2 for x in (q, k, v))
         del kept
         line = " ".join(f"{name} {ms:.3f}" for name, ms in times.items())
         print(f"{(B, T, H, K, V)}: {line} | fwd+bwd {times['forward'] + times['backward']:.3f} extra {extra >> 20} MiB", flush=True)
 
 
-def tiles():
-    B, T, H, K, V = SHAPES[0]
-    q, k, v, dout, log_decay, _, _ = inputs(B, T, H, K, V, False)
-    scale, out, dq = K**-0.5, torch.empty_like(v), torch.empty_like(q)
-    saved = walk._saved_like(q, v)
-    base = walk.WALK_TILES[K, V]
-    for change in [dict(y_stages=2), dict(p_stages=1), dict(y_stages=2, p_stages=1), dict(z_stages=1)]:
-        walk.WALK_TILES[K, V] = replace(base, **change)
-        ms = milliseconds(lambda: walk._walk(q, k, v, log_decay, scale, None, False, out=out))
-        print(f"walk {change}: {ms:.3f}", flush=True)
-    walk.WALK_TILES[K, V] = base
-    for tile in [(128, 32, 8, 3), (128, 32, 8, 5), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 4)]:
-        walk.SEGMENT_TILES[K, V] = walk.SegmentTile(*tile)
-        ms = milliseconds(lambda: walk._segments(dout, v, k, saved, log_decay, scale, dq, False))
-        print(f"dq {tile}: {ms:.3f}", flush=True)
-
-
 if __name__ == "__main__":
-    {"check": check, "stages": stages, "tiles": tiles}[sys.argv[1]]()
+    {"check": check, "stages": stages}[sys.argv[1]]()

@@ -1,16 +1,15 @@
 """Retention on Hopper with the state on chip: what runs, in which order, and with which tiles.
 
-The adjoint of retention is retention, so two kernels make both passes. `walk_kernel` walks the sequence with a slice of
-the state in registers: forward for the output, from the end for dV. `segment_kernel` makes dQ and dK, which sum over V,
-from states that the walks save every `SEGMENT` tokens in the inputs' dtype. Where B * H * (slices of V) programs would
-leave most of the chip idle, the sequence is split: a pass over all parts at once finds each part's own state,
-`carry_kernel` chains them, and the walks start every part from its true state.
+The adjoint of retention is retention, so one kernel (`walk_kernel`) makes everything: the output, and dV, dQ and dK as
+walks with the tensors in other roles. No state is written to memory. Where B * H * (slices of V) programs would leave
+most of the chip idle, the sequence is split into parts: a pass over all parts at once, without readers, finds what each
+adds to the state, `carry_kernel` chains these, and the walks start every part from its true state.
 
-No atomics, no host synchronization, a fixed order of every sum: two runs give the same bits. Beyond outputs and
-gradients the forward pass allocates only the final state (and the parts' states), the backward pass two states in 16
-bits for every `SEGMENT` tokens.
+No atomics, no host synchronization, a fixed order of every sum: two runs give the same bits. Memory beyond outputs and
+gradients: the parts' states, and for V = 512 two partial sums of dQ, then of dK.
 
-Left out, and left to the portable kernels: masks, packed sequences, per-token decay, groups of heads, other dtypes.
+Left out, and left to the portable kernels: masks, packed sequences, per-token decay, the gradient of log_decay, groups
+of heads, other dtypes.
 """
 
 from dataclasses import dataclass
@@ -19,54 +18,30 @@ import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as WalkDescriptor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from retnet.kernels.walk_carry import carry_kernel
-from retnet.kernels.walk_decay import decay_gradient
-from retnet.kernels.walk_kernel import CHUNK, PIECE, ROWS, walk_kernel
-from retnet.kernels.walk_segment import segment_kernel
+from retnet.kernels.walk_kernel import CHUNK, ROWS, walk_kernel
 
-SEGMENT = 256  # tokens between saved states: longer moves fewer bytes and multiplies more
 DTYPES = (torch.bfloat16,)
-LEAST_PART = 16  # chunks a part of a split sequence has at least
+KEYS = (64, 128, 256)
+VALUES = (64, 128, 256, 512)
+MOST_KEYS = 256  # of a program: [64 values, 256 keys] in float32 take half the registers of a warpgroup's threads
+LEAST_PART = 16  # chunks a part of a split sequence has at least: below, its start costs more than it saves
 
 
 @dataclass(frozen=True)
 class WalkTile:
-    """Tiles of the walk: warpgroups that hold state (64 values each), ring depths, registers of each role."""
+    """How one walk is cut: keys and warpgroups (64 values each) a program, ring slots, registers of the roles."""
 
+    keys: int
+    splits: int
     groups: int
     x_stages: int
     y_stages: int
     z_stages: int
-    p_stages: int
     mix_registers: int
     score_registers: int
-
-
-@dataclass(frozen=True)
-class SegmentTile:
-    """Tiles of the segment kernel."""
-
-    rows: int
-    block_v: int
-    warps: int
-    stages: int
-
-
-WALK_TILES = {
-    (256, 512): WalkTile(2, 2, 3, 2, 2, 216, 64),
-    (128, 256): WalkTile(2, 2, 2, 2, 2, 184, 96),
-    (128, 128): WalkTile(1, 3, 3, 3, 2, 184, 96),
-    (64, 128): WalkTile(2, 3, 3, 3, 2, 136, 96),
-}
-SEGMENT_TILES = {
-    (256, 512): SegmentTile(128, 32, 8, 4),
-    (128, 256): SegmentTile(128, 64, 8, 3),
-    (128, 128): SegmentTile(128, 64, 8, 2),
-    (64, 128): SegmentTile(128, 64, 8, 2),
-}
 
 
 def walk_supported(
@@ -78,7 +53,10 @@ def walk_supported(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> bool:
-    """Whether the walk takes these arguments: a Hopper GPU, bfloat16, fixed decay, one query head per value head."""
+    """Whether the walk takes these arguments: a Hopper GPU, bfloat16, fixed decay, one query head per value head.
+
+    The caller asks apart whether the gradient of log_decay is wanted: the walk does not make it.
+    """
     return (
         q.is_cuda
         and torch.version.hip is None
@@ -88,9 +66,11 @@ def walk_supported(
         and mask is None
         and cu_seqlens is None
         and log_decay.dim() == 1
+        and log_decay.dtype == torch.float32
         and (state is None or state.dtype == torch.float32)
         and q.shape[2] == v.shape[2]
-        and (q.shape[-1], v.shape[-1]) in WALK_TILES
+        and q.shape[-1] in KEYS
+        and v.shape[-1] in VALUES
         and min(q.shape[:3]) > 0
     )
 
@@ -100,9 +80,10 @@ def walk_forward(
 ) -> tuple[Tensor, Tensor]:
     """q, k [B, T, H, K], v [B, T, H, V], state [B, H, K, V] -> out [B, T, H, V], final state in `state_dtype`."""
     q, k, v = _rows(q), _rows(k), _rows(v)
-    starts = _part_states(k, v, log_decay, 1.0, state, reverse=False)
+    call = _Call(q, v, log_decay.contiguous(), scale)
+    starts = call.part_starts(k, v, state, reverse=False)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final = _walk(q, k, v, log_decay, scale, starts, reverse=False, out=out, store_final=True)
+    final = call.walk(q, k, v, starts, reverse=False, out=out, store_final=True)
     return out, final[:, :, -1].to(state_dtype)
 
 
@@ -115,166 +96,164 @@ def walk_backward(
     log_decay: Tensor,
     scale: float,
     state: Tensor | None,
-    need_dlog_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients (dq, dk, dv, dlog_decay [H] or None, dstate [B, H, K, V] float32) from dout and the final state's."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv, dstate [B, H, K, V] float32) from those of the output and of the final state, if any."""
     q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout.to(v.dtype))
-    if dfinal_state is not None:
-        dfinal_state = dfinal_state.float()
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-
-    starts = _part_states(k, v, log_decay, 1.0, state, reverse=False)
-    states = _saved_like(q, v)
-    final = _walk(
-        None, k, v, log_decay, 1.0, starts, reverse=False, saved=states, store_final=need_dlog_decay
-    )
-    _segments(dout, v, k, states, log_decay, scale, dq, reverse=False)
-
-    starts = _part_states(q, dout, log_decay, scale, dfinal_state, reverse=True)
-    dstates = _saved_like(q, v)
-    dstate = _walk(
-        k, q, dout, log_decay, scale, starts, reverse=True, out=dv, saved=dstates, store_final=True
-    )
-    _segments(v, dout, q, dstates, log_decay, scale, dk, reverse=True)
-
-    dlog_decay = None
-    if need_dlog_decay:
-        dlog_decay = decay_gradient(q, dq, k, dk, states, dstates, final[:, :, -1], dfinal_state, SEGMENT)
-    return dq, dk, dv, dlog_decay, dstate[:, :, 0]
+    call = _Call(q, v, log_decay.contiguous(), scale)
+    starts = call.part_starts(k, v, state, reverse=False)
+    dq = call.walk_over_values(dout, v, k, starts, reverse=False)
+    dstarts = call.part_starts(q, dout, None if dfinal_state is None else dfinal_state.float(), reverse=True)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dstate = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=True)
+    dk = call.walk_over_values(v, dout, q, dstarts, reverse=True)
+    return dq, dk, dv, dstate[:, :, 0]
 
 
 def walk_plan(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> dict[str, object]:
     """What a call of this size will run."""
-    tile = WALK_TILES[K, V]
-    parts, chunks = _parts(B, T, H, V, tile, device)
-    return {"kernels": "walk", "chunk": CHUNK, "parts": parts, "part_chunks": chunks, "tile": tile}
+    parts, part_chunks = _parts(B, T, H, K, V, device)
+    return {
+        "kernels": "walk_kernel",
+        "chunk": CHUNK,
+        "parts": parts,
+        "part_chunks": part_chunks,
+        "over_keys": _tile(K, V),
+        "over_values": _tile(V, K),
+    }
 
 
-def _parts(B: int, T: int, H: int, V: int, tile: WalkTile, device: torch.device) -> tuple[int, int]:
+@dataclass(frozen=True)
+class _Call:
+    """The walks of one forward or backward pass over q [B, T, H, K] and v [B, T, H, V]."""
+
+    q: Tensor
+    v: Tensor
+    log_decay: Tensor
+    scale: float
+
+    def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> Tensor | None:
+        """States [B, H, parts, K, V] from which the parts of the sequence start; None stands for zeros."""
+        parts, part_chunks = self._parts
+        if parts == 1:
+            return None if state is None else state.contiguous().unsqueeze(2)
+        states = self.walk(None, y, z, None, reverse=reverse, out=None, store_final=True)
+        (B, T, H, K), V = self.q.shape, self.v.shape[-1]
+        carry_kernel[(B * H, triton.cdiv(K * V, 1024))](
+            states,
+            states if state is None else state.contiguous(),
+            self.log_decay,
+            T,
+            part_chunks * CHUNK,
+            parts,
+            H,
+            K * V,
+            HAS_INITIAL=state is not None,
+            REVERSE=reverse,
+            BLOCK=1024,
+            num_warps=4,
+        )
+        return states
+
+    def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: Tensor | None, reverse: bool) -> Tensor:
+        """dQ = walk(dO, V, K), dK = reverse walk(V, dO, Q): the contraction runs over V, in ranges where V is wide."""
+        splits = _tile(self.v.shape[-1], self.q.shape[-1]).splits
+        sums = torch.empty(splits, *z.shape, dtype=z.dtype, device=z.device)
+        self.walk(x, y, z, starts, reverse=reverse, out=sums.flatten(0, 1), store_final=False, over_values=True)
+        return torch.add(sums[0], sums[1]) if splits == 2 else sums[0]
+
+    def walk(
+        self,
+        x: Tensor | None,
+        y: Tensor,
+        z: Tensor,
+        starts: Tensor | None,
+        reverse: bool,
+        out: Tensor | None,
+        store_final: bool,
+        over_values: bool = False,
+    ) -> Tensor | None:
+        """Launch one walk over readers x, writers y, values z; returns every part's last state if `store_final`."""
+        (B, T, H, K), V = self.q.shape, self.v.shape[-1]
+        tile = _tile(V, K) if over_values else _tile(K, V)
+        values = K if over_values else V
+        parts, part_chunks = self._parts
+        ends = torch.empty(B, H, parts, K, V, dtype=torch.float32, device=y.device) if store_final else None
+        unused = self.log_decay
+        y_desc = _descriptor(y, tile.keys)
+        walk_kernel[(B * H * parts * tile.splits * values // (ROWS * tile.groups),)](
+            y_desc if x is None else _descriptor(x, tile.keys),
+            y_desc,
+            _descriptor(z, ROWS * tile.groups),
+            _descriptor(z if out is None else out, ROWS),
+            self.log_decay,
+            self.scale,
+            unused if starts is None else starts,
+            unused if ends is None else ends,
+            T,
+            B,
+            H,
+            parts,
+            part_chunks,
+            KEYS=tile.keys,
+            VALUES=values,
+            SPLITS=tile.splits,
+            GROUPS=tile.groups,
+            KEY_STRIDE=1 if over_values else V,
+            VALUE_STRIDE=V if over_values else 1,
+            REVERSE=reverse,
+            READ=x is not None,
+            HAS_INITIAL=starts is not None,
+            STORE_FINAL=store_final,
+            X_STAGES=tile.x_stages,
+            Y_STAGES=tile.y_stages,
+            Z_STAGES=tile.z_stages,
+            MIX_REGISTERS=tile.mix_registers,
+            SCORE_REGISTERS=tile.score_registers,
+            LOAD_REGISTERS=24,
+            num_warps=4,
+        )
+        return ends
+
+    @property
+    def _parts(self) -> tuple[int, int]:
+        (B, T, H, K), V = self.q.shape, self.v.shape[-1]
+        return _parts(B, T, H, K, V, self.q.device)
+
+
+def _tile(keys: int, values: int) -> WalkTile:
+    """The tile of a walk that contracts over `keys` and makes `values`.
+
+    Two warpgroups share x and y tiles where that leaves enough programs. The registers of four roles at 256 keys are
+    what compiles without spills and without serialized products; there is no slack.
+    """
+    splits = max(1, keys // MOST_KEYS)
+    keys //= splits
+    groups = 2 if values >= 256 or (values == 128 and keys == 64) else 1
+    stages = 2 if keys == 256 else 3
+    mix_registers, score_registers = {256: (216, 64), 128: (184, 96), 64: (136, 96)}[keys]
+    if groups == 1:
+        score_registers = 96
+    return WalkTile(keys, splits, groups, stages, stages, stages, mix_registers, score_registers)
+
+
+def _parts(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> tuple[int, int]:
     """How many parts a sequence is split into, and the chunks of each (the last may have fewer)."""
     chunks = triton.cdiv(T, CHUNK)
-    programs = B * H * V // (ROWS * tile.groups)
+    programs = B * H * V // (ROWS * _tile(K, V).groups)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = max(1, processors // programs)
-    part = max(triton.cdiv(chunks, wanted), min(chunks, LEAST_PART))
-    part = triton.cdiv(part * CHUNK, SEGMENT) * SEGMENT // CHUNK
-    return triton.cdiv(chunks, part), part
-
-
-def _part_states(
-    y: Tensor, z: Tensor, log_decay: Tensor, scale: float, state: Tensor | None, reverse: bool
-) -> Tensor | None:
-    """States [B, H, parts, K, V] from which each part of the sequence starts; None stands for zeros."""
-    (B, T, H, K), V = y.shape, z.shape[-1]
-    parts, part = _parts(B, T, H, V, WALK_TILES[K, V], y.device)
-    if parts == 1:
-        return None if state is None else state.contiguous().unsqueeze(2)
-    own = _walk(None, y, z, log_decay, scale, None, reverse=reverse, store_final=True)
-    carry_kernel[(B * H, triton.cdiv(K * V, 1024))](
-        own, state.contiguous() if state is not None else own, log_decay, T, part * CHUNK, parts, H, K * V,
-        HAS_INITIAL=state is not None, REVERSE=reverse, BLOCK=1024, num_warps=4,
-    )  # fmt: skip
-    return own
-
-
-def _walk(
-    x: Tensor | None,
-    y: Tensor,
-    z: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    starts: Tensor | None,
-    reverse: bool,
-    out: Tensor | None = None,
-    saved: Tensor | None = None,
-    store_final: bool = False,
-) -> Tensor | None:
-    """Launch the walk over readers x, writers y, values z; returns every part's last state if `store_final`."""
-    (B, T, H, K), V = y.shape, z.shape[-1]
-    tile = WALK_TILES[K, V]
-    parts, part = _parts(B, T, H, V, tile, y.device)
-    ends = torch.empty(B, H, parts, K, V, dtype=torch.float32, device=y.device) if store_final else None
-    placeholder = ends if ends is not None else starts if starts is not None else log_decay
-    width = ROWS * tile.groups
-    y_desc = _descriptor(y, CHUNK, K)
-    z_desc = _descriptor(z, CHUNK, width)
-    walk_kernel[(B * H * parts * V // width,)](
-        y_desc if x is None else _descriptor(x, CHUNK, K),
-        y_desc,
-        z_desc,
-        _descriptor(z if out is None else out, CHUNK, ROWS),
-        _state_descriptor(y[0] if saved is None else saved),
-        log_decay,
-        scale,
-        placeholder if starts is None else starts,
-        placeholder if ends is None else ends,
-        T,
-        H,
-        parts,
-        part,
-        K=K,
-        V=V,
-        GROUPS=tile.groups,
-        REVERSE=reverse,
-        READ=x is not None,
-        SAVE_EVERY=0 if saved is None else SEGMENT // CHUNK,
-        HAS_INITIAL=starts is not None,
-        STORE_FINAL=store_final,
-        X_STAGES=tile.x_stages,
-        Y_STAGES=tile.y_stages,
-        Z_STAGES=tile.z_stages,
-        P_STAGES=tile.p_stages,
-        MIX_REGISTERS=tile.mix_registers,
-        SCORE_REGISTERS=tile.score_registers,
-        LOAD_REGISTERS=24,
-        num_warps=4,
-    )
-    return ends
-
-
-def _segments(
-    x: Tensor, y: Tensor, w: Tensor, saved: Tensor, log_decay: Tensor, scale: float, out: Tensor, reverse: bool
-) -> None:
-    """Launch the segment kernel: out = dQ from (dO, V, K, states), or dK from (V, dO, Q, dstates) in reverse."""
-    (B, T, H, V), K = x.shape, w.shape[-1]
-    tile = SEGMENT_TILES[K, V]
-    segment_kernel[(B * H * triton.cdiv(T, tile.rows),)](
-        TensorDescriptor(x, x.shape, x.stride(), [1, tile.rows, 1, tile.block_v]),
-        TensorDescriptor(y, y.shape, y.stride(), [1, tile.rows, 1, tile.block_v]),
-        TensorDescriptor(w, w.shape, w.stride(), [1, tile.rows, 1, K]),
-        TensorDescriptor(saved, saved.shape, saved.stride(), [1, tile.block_v, K]),
-        TensorDescriptor(out, out.shape, out.stride(), [1, tile.rows, 1, K]),
-        log_decay,
-        scale,
-        T,
-        H,
-        K=K,
-        V=V,
-        SEGMENT=SEGMENT,
-        ROWS=tile.rows,
-        BLOCK_V=tile.block_v,
-        REVERSE=reverse,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-
-
-def _saved_like(q: Tensor, v: Tensor) -> Tensor:
-    """Room for a transposed state [V, K] at every segment's border: [B * H * segments, V, K]."""
-    B, T, H, K = q.shape
-    return torch.empty(B * H * triton.cdiv(T, SEGMENT), v.shape[-1], K, dtype=v.dtype, device=v.device)
+    part_chunks = max(triton.cdiv(chunks, wanted), min(chunks, LEAST_PART))
+    return triton.cdiv(chunks, part_chunks), part_chunks
 
 
 def _rows(x: Tensor) -> Tensor:
     """x itself if TMA can address it (contiguous last axis, 16-byte strides and base), else a contiguous copy."""
-    per_16_bytes = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(stride % per_16_bytes == 0 for stride in x.stride()[:-1])
+    step = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in x.stride()[:-1])
     return x if x.stride(-1) == 1 and aligned else x.contiguous()
 
 
-def _descriptor(x: Tensor, tokens: int, width: int) -> WalkDescriptor:
-    return WalkDescriptor(x, list(x.shape), list(x.stride()), [1, tokens, 1, width], gl.NVMMASharedLayout(128, 16, 4))
-
-
-def _state_descriptor(x: Tensor) -> WalkDescriptor:
-    return WalkDescriptor(x, list(x.shape), list(x.stride()), [1, ROWS, PIECE], gl.NVMMASharedLayout(128, 16, 3))
+def _descriptor(x: Tensor, width: int) -> TensorDescriptor:
+    """Tiles [CHUNK tokens, width features] of one head of x [B, T, H, features]."""
+    layout = gl.NVMMASharedLayout(128, 16, 4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, CHUNK, 1, width], layout)

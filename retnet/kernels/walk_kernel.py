@@ -1,20 +1,24 @@
 """The walk: chunkwise retention with the state in registers, for Hopper (wgmma, TMA, warp specialization).
 
-One program owns a (sequence segment, head, slice of V) and walks it in chunks of 64 tokens. With readers x, writers y
-and values z it computes, per chunk of L tokens entered with the state S [K, V] (paper, Eq. 7, plus the in-chunk decay
-of the writers that the printed equation leaves out):
+One program owns a part of a sequence, a head and a slice of the values, and walks it in chunks of 64 tokens. With
+readers x, writers y (both [tokens, keys]) and values z it computes, per chunk of L tokens entered with the state S
+(paper, Eq. 7, plus the in-chunk decay of the writers that the printed equation leaves out):
 
     out_r = read_r * x_r S + sum_w pair_rw (x_r . y_w) z_w          S' = gamma^L S + sum_w write_w y_w^T z_w
 
-Forward retention is walk(q, k, v). Its adjoint in V is the same walk from the end of the sequence with q and k
-exchanged, dV = walk(k, q, dO), and the state it carries is then the gradient of the state. Both directions are one
-kernel: `REVERSE` flips the order of the chunks and which side of the diagonal counts.
+Forward retention is walk(q, k, v), and the adjoint of retention is retention: `REVERSE` starts at the end of the
+sequence, sums over the other side of the diagonal, and the state it carries is then the gradient of the state.
 
-Why it looks so: a [K, V] state does not survive a trip to memory per chunk at the speed of the tensor cores, so it
-stays on chip, transposed ([64 values, K] a warpgroup), which makes it the register operand of the read and the
-accumulator of the update: it never passes through shared memory. The warps have roles: one issues TMA loads, one
-warpgroup computes the decayed scores that all readers of the chunk share, one or two warpgroups of 64 values each read,
-mix and update. Every decay is the exp of a non-positive difference.
+    dV = reverse walk(k, q, dO)        dQ = walk(dO, V, K)        dK = reverse walk(V, dO, Q)
+
+dQ and dK contract over V. Where that is wider than a program holds, `SPLITS` programs take a range of the keys each
+and leave partial sums for the caller to add: everything above is linear in the products over keys.
+
+Why it looks so: a state written to memory per chunk moves more bytes than q, k, v and the output together, so it stays
+on chip, transposed ([64 values, keys] a warpgroup), which makes it the register operand of the read and the accumulator
+of the update: it never passes through shared memory. The warps have roles: one issues the TMA loads, one warpgroup
+computes the decayed scores that all values share, one or two warpgroups of 64 values each read, mix and update. Every
+decay is the exp of a non-positive difference.
 
 Left out: masks, packed sequences, per-token decay, groups of heads (the portable kernels take those).
 """
@@ -29,318 +33,293 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-CHUNK = 64  # tokens a step: the M of one warpgroup instruction, so that scores and values tile without waste
+CHUNK = 64  # tokens a step: the rows of one warpgroup instruction, so that scores tile without waste
 ROWS = 64  # values a warpgroup holds, likewise
-PIECE = 64  # key columns of a state piece: splitting the state bounds the registers of its 16-bit copy
+PIECE = 64  # keys of a state piece: only one piece's 16-bit copy is in registers at a time
+AHEAD = 2  # chunks whose scores may wait to be read
+
+_CHUNK = gl.constexpr(CHUNK)
+_ROWS = gl.constexpr(ROWS)
+_PIECE = gl.constexpr(PIECE)
+_AHEAD = gl.constexpr(AHEAD)
+_LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _chunk_at(step, first, count, REVERSE: gl.constexpr):
-    return first + (count - 1 - step if REVERSE else step)
+def _token_at(step, start, REVERSE: gl.constexpr):
+    """First token of a step's chunk, given that of the first step."""
+    return start - step * _CHUNK if REVERSE else start + step * _CHUNK
+
+
+@gluon.constexpr_function
+def _first_ticket(ring, x_smem, y_smem):
+    """First barrier of rings x, y, z in `tickets`: a `full` one for each slot, then an `empty` one for each.
+
+    All barriers are one allocation (that of the scores comes first), so that a role holds one address of them."""
+    return [2 * AHEAD, 2 * AHEAD + 2 * x_smem.shape[0], 2 * AHEAD + 2 * x_smem.shape[0] + 2 * y_smem.shape[0]][ring]
 
 
 @gluon.jit
-def _load(
-    load_args, REVERSE: gl.constexpr, READ: gl.constexpr,
-    X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, Z_STAGES: gl.constexpr,
-):  # fmt: skip
-    """Bring the tiles of every chunk into their rings, in the order in which they are needed."""
-    (
-        x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, x_full, x_empty, y_full, y_empty, z_full, z_empty,
-        batch, head, v_start, first, count,
-    ) = load_args  # fmt: skip
+def _fetch(desc, at, smem, tickets, FULL: gl.constexpr, step):
+    """Wait until the ring's slot of this step is free, then start its load."""
+    STAGES: gl.constexpr = smem.shape[0]
+    slot = step % STAGES
+    mbarrier.wait(tickets.index(FULL + STAGES + slot), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(tickets.index(FULL + slot), desc.block_type.nbytes)
+    tile = smem.index(slot)._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+    tma.async_copy_global_to_shared(desc, at, tickets.index(FULL + slot), tile)
+
+
+@gluon.jit
+def _await(smem, tickets, FULL: gl.constexpr, step):
+    """The tile of this step, once it is there."""
+    STAGES: gl.constexpr = smem.shape[0]
+    mbarrier.wait(tickets.index(FULL + step % STAGES), (step // STAGES) & 1)
+    return smem.index(step % STAGES)
+
+
+@gluon.jit
+def _release(smem, tickets, FULL: gl.constexpr, step):
+    STAGES: gl.constexpr = smem.shape[0]
+    mbarrier.arrive(tickets.index(FULL + STAGES + step % STAGES), count=1)
+
+
+@gluon.jit
+def _load(args, REVERSE: gl.constexpr, READ: gl.constexpr):
+    """One warp: bring the tiles of every chunk into their rings, in the order in which they are needed."""
+    x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, tickets, batch, head, key, value, start, count = args
+    X: gl.constexpr = _first_ticket(0, x_smem, y_smem)
+    Y: gl.constexpr = _first_ticket(1, x_smem, y_smem)
+    Z: gl.constexpr = _first_ticket(2, x_smem, y_smem)
     for step in range(count):
-        token = _chunk_at(step, first, count, REVERSE) * CHUNK_TOKENS
+        token = _token_at(step, start, REVERSE)
         if READ:
-            stage = step % X_STAGES
-            mbarrier.wait(x_empty.index(stage), ((step // X_STAGES) & 1) ^ 1)
-            mbarrier.expect(x_full.index(stage), x_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                x_desc, [batch, token, head, 0], x_full.index(stage), _as_block(x_smem.index(stage), x_desc)
-            )
-        stage = step % Y_STAGES
-        mbarrier.wait(y_empty.index(stage), ((step // Y_STAGES) & 1) ^ 1)
-        mbarrier.expect(y_full.index(stage), y_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            y_desc, [batch, token, head, 0], y_full.index(stage), _as_block(y_smem.index(stage), y_desc)
-        )
-        stage = step % Z_STAGES
-        mbarrier.wait(z_empty.index(stage), ((step // Z_STAGES) & 1) ^ 1)
-        mbarrier.expect(z_full.index(stage), z_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            z_desc, [batch, token, head, v_start], z_full.index(stage), _as_block(z_smem.index(stage), z_desc)
-        )
+            _fetch(x_desc, [batch, token, head, key], x_smem, tickets, X, step)
+        _fetch(y_desc, [batch, token, head, key], y_smem, tickets, Y, step)
+        _fetch(z_desc, [batch, token, head, value], z_smem, tickets, Z, step)
 
 
 @gluon.jit
-def _as_block(smem, desc):
-    """View a [tokens, features] tile as the [1, tokens, 1, features] block of a descriptor."""
-    return smem._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+def _score(args):
+    """One warpgroup: (x y^T) of every chunk, readers by writers, masked to the causal side, decayed and scaled.
 
-
-CHUNK_TOKENS = gl.constexpr(CHUNK)
-STATE_ROWS = gl.constexpr(ROWS)
-STATE_PIECE = gl.constexpr(PIECE)
-LOG2_E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def _score(
-    score_args, REVERSE: gl.constexpr, X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, P_STAGES: gl.constexpr
-):
-    """Scores of every chunk, readers by writers: (x y^T) masked to the causal side, decayed and scaled."""
-    x_smem, y_smem, p_smem, decays, x_full, x_empty, y_full, y_empty, p_full, p_empty, log2_gamma, scale, count = score_args
-    C: gl.constexpr = CHUNK_TOKENS
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    The factors come from shared memory each time: the registers of a table are what the mixing warpgroups lack."""
+    x_smem, y_smem, p_smem, pairs, tickets, count = args
+    X: gl.constexpr = _first_ticket(0, x_smem, y_smem)
+    Y: gl.constexpr = _first_ticket(1, x_smem, y_smem)
+    AHEAD: gl.constexpr = p_smem.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CHUNK, 16])
     for step in range(count):
-        x_stage = step % X_STAGES
-        y_stage = step % Y_STAGES
-        mbarrier.wait(x_full.index(x_stage), (step // X_STAGES) & 1)
-        mbarrier.wait(y_full.index(y_stage), (step // Y_STAGES) & 1)
-        scores = gl.zeros([C, C], gl.float32, layout)
-        scores = warpgroup_mma(
-            x_smem.index(x_stage), y_smem.index(y_stage).permute((1, 0)), scores, use_acc=False, is_async=True
-        )
+        x = _await(x_smem, tickets, X, step)
+        y = _await(y_smem, tickets, Y, step)
+        scores = gl.zeros([_CHUNK, _CHUNK], gl.float32, layout)
+        scores = warpgroup_mma(x, y.permute((1, 0)), scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(x_empty.index(x_stage), count=1)
-        mbarrier.arrive(y_empty.index(y_stage), count=1)
-        p_stage = step % P_STAGES
-        mbarrier.wait(p_empty.index(p_stage), ((step // P_STAGES) & 1) ^ 1)
-        # The positions are read from shared memory each time, so that no table of 64 x 64 decays is hoisted out of the
-        # loop: its registers are what the mixing warpgroups lack.
-        reader = decays.index(4).load(gl.SliceLayout(1, layout))[:, None]
-        writer = decays.index(4).load(gl.SliceLayout(0, layout))[None, :]
-        distance = writer - reader if REVERSE else reader - writer
-        pair = gl.where(distance >= 0, gl.exp2(log2_gamma * gl.maximum(distance, 0.0)) * scale, 0.0)
-        p_smem.index(p_stage).store((scores * pair).to(p_smem.dtype))
+        _release(x_smem, tickets, X, step)
+        _release(y_smem, tickets, Y, step)
+        mbarrier.wait(tickets.index(AHEAD + step % AHEAD), ((step // AHEAD) & 1) ^ 1)
+        p_smem.index(step % AHEAD).store((scores * pairs.load(layout)).to(p_smem.dtype))
         fence_async_shared()
-        mbarrier.arrive(p_full.index(p_stage), count=1)
+        mbarrier.arrive(tickets.index(step % AHEAD), count=1)
 
 
 @gluon.jit
-def _opaque(x):
-    """x itself, hidden from the compiler: it would share the rounded state between saving and reading, and keep all of
-    it in registers from the one to the other."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _state_pointers(base, piece, v_first, V: gl.constexpr, layout: gl.constexpr):
-    """Pointers to one transposed piece [values, keys] of a [K, V] state."""
-    value = v_first + gl.arange(0, STATE_ROWS, gl.SliceLayout(1, layout))
-    key = piece * STATE_PIECE + gl.arange(0, STATE_PIECE, gl.SliceLayout(0, layout))
-    return base + key[None, :] * V + value[:, None]
+def _state_pointers(
+    base, PIECE_AT: gl.constexpr, GROUP: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """Pointers to one transposed piece [values, keys] of a warpgroup's state."""
+    values = GROUP * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, layout))
+    keys = PIECE_AT * _PIECE + gl.arange(0, _PIECE, gl.SliceLayout(0, layout))
+    return base + keys[None, :] * KEY_STRIDE + values[:, None] * VALUE_STRIDE
 
 
 @gluon.jit
 def _mix(
-    mix_args, GROUP: gl.constexpr, V: gl.constexpr, K: gl.constexpr,
-    REVERSE: gl.constexpr, READ: gl.constexpr, SAVE_EVERY: gl.constexpr,
-    HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr,
-    X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, Z_STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+    args, GROUP: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: outputs and the state of its 64 values, chunk after chunk."""
     (
-        x_smem, y_smem, z_smem, p_smem, outs_smem, decays,
-        x_full, x_empty, y_full, y_empty, z_full, z_empty, p_full, p_empty,
-        out_desc, save_desc, state_in, state_out, save_first,
-        batch, head, v_start, first, count, chunks, tail, log2_gamma,
-    ) = mix_args  # fmt: skip
-    C: gl.constexpr = CHUNK_TOKENS
-    R: gl.constexpr = STATE_ROWS
-    PIECES: gl.constexpr = K // STATE_PIECE
-    IN_FLIGHT: gl.constexpr = 0 if PIECES > 2 else 4
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+        x_smem, y_smem, z_smem, p_smem, outs_smem, tickets, decays, out_desc, state_in, state_out,
+        out_batch, head, value, start, count, last_step,
+    ) = args  # fmt: skip
+    X: gl.constexpr = _first_ticket(0, x_smem, y_smem)
+    Y: gl.constexpr = _first_ticket(1, x_smem, y_smem)
+    Z: gl.constexpr = _first_ticket(2, x_smem, y_smem)
+    PIECES: gl.constexpr = y_smem.shape[2] // _PIECE
+    IN_FLIGHT: gl.constexpr = 0 if PIECES > 2 else 2
     dtype: gl.constexpr = z_smem.dtype
-    v_first = v_start + GROUP * R
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CHUNK, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     out_smem = outs_smem.index(GROUP)
 
     state = ()
     for j in gl.static_range(PIECES):
         if HAS_INITIAL:
-            state = state + (gl.load(_state_pointers(state_in, j, v_first, V, layout)),)
+            pointers = _state_pointers(state_in, j, GROUP, KEY_STRIDE, VALUE_STRIDE, layout)
+            state = state + (gl.load(pointers),)
         else:
-            state = state + (gl.zeros([R, STATE_PIECE], gl.float32, layout),)
+            state = state + (gl.zeros([_ROWS, _PIECE], gl.float32, layout),)
 
     for step in range(count):
-        chunk = _chunk_at(step, first, count, REVERSE)
-        is_tail = (chunk == chunks - 1).to(gl.int32)
-        length = gl.where(chunk == chunks - 1, tail, C)
-
-        if SAVE_EVERY > 0:
-            if ((chunk + 1) % SAVE_EVERY == 0 or chunk == chunks - 1) if REVERSE else chunk % SAVE_EVERY == 0:
-                for j in gl.static_range(PIECES):
-                    tma.store_wait(0)
-                    gl.thread_barrier()
-                    out_smem.store(_opaque(state[j]).to(dtype))
-                    fence_async_shared()
-                    gl.thread_barrier()
-                    tma.async_copy_shared_to_global(
-                        save_desc,
-                        [save_first + chunk // SAVE_EVERY, v_first, j * STATE_PIECE],
-                        _as_block(out_smem, save_desc),
-                    )
-
+        is_last = (step == last_step).to(gl.int32)
         if READ:
-            x_stage = step % X_STAGES
-            mbarrier.wait(x_full.index(x_stage), (step // X_STAGES) & 1)
-            out = gl.zeros([R, C], gl.float32, layout)
+            x = _await(x_smem, tickets, X, step)
+            out = gl.zeros([_ROWS, _CHUNK], gl.float32, layout)
             for j in gl.static_range(PIECES):
                 piece = gl.convert_layout(state[j].to(dtype), operand, assert_trivial=True)
-                readers = x_smem.index(x_stage).slice(j * STATE_PIECE, STATE_PIECE, dim=1).permute((1, 0))
+                readers = x.slice(j * _PIECE, _PIECE, dim=1).permute((1, 0))
                 out = warpgroup_mma(piece, readers, out, use_acc=j > 0, is_async=True)
                 if j >= IN_FLIGHT:  # bounds the 16-bit pieces alive, and so the registers
                     out = warpgroup_mma_wait(IN_FLIGHT, deps=(out,))
 
-        y_stage = step % Y_STAGES
-        z_stage = step % Z_STAGES
-        chunk_decay = gl.exp2(log2_gamma * length.to(gl.float32))
-        mbarrier.wait(z_full.index(z_stage), (step // Z_STAGES) & 1)
-        values_smem = z_smem.index(z_stage).slice(GROUP * R, R, dim=1).permute((1, 0))
-
+        z = _await(z_smem, tickets, Z, step).slice(GROUP * _ROWS, _ROWS, dim=1).permute((1, 0))
         if READ:
             out = warpgroup_mma_wait(0, deps=(out,))
-            mbarrier.arrive(x_empty.index(x_stage), count=1)
-            read = decays.index(is_tail * 2).load(gl.SliceLayout(0, layout))
-            out = out * read[None, :]
-            p_stage = step % P_STAGES
-            mbarrier.wait(p_full.index(p_stage), (step // P_STAGES) & 1)
-            scores = p_smem.index(p_stage).permute((1, 0))
-            out = warpgroup_mma(values_smem, scores, out, is_async=True)
+            _release(x_smem, tickets, X, step)
+            out = out * decays.index(is_last).load(gl.SliceLayout(0, layout))[None, :]
+            scores = _await(p_smem, tickets, 0, step).permute((1, 0))
+            out = warpgroup_mma(z, scores, out, is_async=True)
 
-        write = decays.index(is_tail * 2 + 1).load(gl.SliceLayout(0, operand))
-        decayed = (values_smem.load(operand).to(gl.float32) * write[None, :]).to(dtype)
-        mbarrier.wait(y_full.index(y_stage), (step // Y_STAGES) & 1)
+        write = decays.index(2 + is_last).load(gl.SliceLayout(0, operand))
+        decayed = (z.load(operand).to(gl.float32) * write[None, :]).to(dtype)
+        keep = decays.index(4 + is_last).load(gl.SliceLayout(1, layout))[:, None]
+        y = _await(y_smem, tickets, Y, step)
         updated = ()
         for j in gl.static_range(PIECES):
-            writers = y_smem.index(y_stage).slice(j * STATE_PIECE, STATE_PIECE, dim=1)
-            updated = updated + (warpgroup_mma(decayed, writers, state[j] * chunk_decay, is_async=True),)
+            writers = y.slice(j * _PIECE, _PIECE, dim=1)
+            updated = updated + (warpgroup_mma(decayed, writers, state[j] * keep, is_async=True),)
 
         if READ:
             out = warpgroup_mma_wait(PIECES, deps=(out,))
-            mbarrier.arrive(p_empty.index(p_stage), count=1)
+            _release(p_smem, tickets, 0, step)
             tma.store_wait(0)
             gl.thread_barrier()
             out_smem.permute((1, 0)).store(out.to(dtype))
             fence_async_shared()
             gl.thread_barrier()
-            tma.async_copy_shared_to_global(out_desc, [batch, chunk * C, head, v_first], _as_block(out_smem, out_desc))
+            tile = out_smem._reinterpret(dtype, out_desc.block_type.shape, out_desc.layout)
+            tma.async_copy_shared_to_global(out_desc, [out_batch, _token_at(step, start, REVERSE), head, value + GROUP * _ROWS], tile)
 
         state = warpgroup_mma_wait(0, deps=updated)
         if PIECES == 1:
             state = (state,)
-        mbarrier.arrive(y_empty.index(y_stage), count=1)
-        mbarrier.arrive(z_empty.index(z_stage), count=1)
+        _release(y_smem, tickets, Y, step)
+        _release(z_smem, tickets, Z, step)
 
     if STORE_FINAL:
         for j in gl.static_range(PIECES):
-            gl.store(_state_pointers(state_out, j, v_first, V, layout), state[j])
+            pointers = _state_pointers(state_out, j, GROUP, KEY_STRIDE, VALUE_STRIDE, layout)
+            gl.store(pointers, state[j])
     tma.store_wait(0)
 
 
 @gluon.jit
-def _fill_decays(decays, log2_gamma, scale, tail, REVERSE: gl.constexpr):
-    """Rows of `decays`: read and write of a full chunk, of the last one, which may be shorter, and the positions.
+def _init_ring(tickets, FULL: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr):
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(tickets.index(FULL + stage), count=1)
+        mbarrier.init(tickets.index(FULL + STAGES + stage), count=READERS)
+
+
+@gluon.jit
+def _make_decays(log2_gamma, scale, tail, REVERSE: gl.constexpr):
+    """Rows, for a full chunk and for the last one, which may be shorter: read; write; keep.
 
     Rows past the last token are zero in x, y and z (TMA fills them), so their exponents only have to stay finite.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    token = gl.arange(0, CHUNK_TOKENS, layout)
-    begin = gl.exp2(log2_gamma * (token + 1).to(gl.float32)) * scale
-    for row in gl.static_range(2):
-        length = tail if row == 1 else CHUNK_TOKENS
-        end = gl.exp2(log2_gamma * gl.maximum(length - 1 - token, 0).to(gl.float32))
-        decays.index(2 * row + (1 if REVERSE else 0)).store(begin)
-        decays.index(2 * row + (0 if REVERSE else 1)).store(end)
-    decays.index(4).store(token.to(gl.float32))
+    decays = gl.allocate_shared_memory(gl.float32, [6, _CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    token = gl.arange(0, _CHUNK, layout)
+    from_start = gl.exp2(log2_gamma * (token + 1).to(gl.float32)) * scale
+    for last in gl.static_range(2):
+        length = tail if last == 1 else _CHUNK
+        to_end = gl.exp2(log2_gamma * gl.maximum(length - 1 - token, 0).to(gl.float32))
+        decays.index(last).store(to_end if REVERSE else from_start)
+        decays.index(2 + last).store(from_start if REVERSE else to_end)
+        decays.index(4 + last).store(gl.exp2(log2_gamma * (length + token * 0).to(gl.float32)))
+    return decays
 
 
 @gluon.jit
-def _init_ring(full, empty, STAGES: gl.constexpr, READERS: gl.constexpr):
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=READERS)
+def _make_pairs(log2_gamma, scale, REVERSE: gl.constexpr):
+    """The factor of every score of a chunk, readers by writers: causal mask, decay of the distance, scale."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
+    smem: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])  # free of bank conflicts in the layout of a product
+    reader = gl.arange(0, _CHUNK, gl.SliceLayout(1, layout))[:, None]
+    writer = gl.arange(0, _CHUNK, gl.SliceLayout(0, layout))[None, :]
+    distance = (writer - reader if REVERSE else reader - writer).to(gl.float32)
+    decay = gl.exp2(log2_gamma * gl.maximum(distance, 0.0)) * scale
+    return gl.allocate_shared_memory(gl.float32, [_CHUNK, _CHUNK], smem, gl.where(distance >= 0, decay, 0.0))
 
 
-@gluon.jit(do_not_specialize=["tokens", "segments", "segment_chunks"])
+@gluon.jit(do_not_specialize=["tokens", "batches", "parts", "part_chunks"])
 def walk_kernel(
-    x_desc, y_desc, z_desc, out_desc, save_desc,  # [B, T, H, K] twice, [B, T, H, V] twice, [B H saved, V, K]
-    log_decay, scale, state_in, state_out,  # [H], (), [B, H, segments, K, V] twice (float32)
-    tokens, heads, segments, segment_chunks,
-    K: gl.constexpr, V: gl.constexpr, GROUPS: gl.constexpr,
-    REVERSE: gl.constexpr, READ: gl.constexpr, SAVE_EVERY: gl.constexpr,
-    HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr,
-    X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, Z_STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+    x_desc, y_desc, z_desc, out_desc,  # [B, T, H, SPLITS * KEYS] twice, [B, T, H, VALUES], [SPLITS * B, T, H, VALUES]
+    log_decay, scale, state_in, state_out,  # [H], (), states [B, H, parts, ...] twice (float32)
+    tokens, batches, heads, parts, part_chunks,
+    KEYS: gl.constexpr, VALUES: gl.constexpr, SPLITS: gl.constexpr, GROUPS: gl.constexpr,
+    KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
+    REVERSE: gl.constexpr, READ: gl.constexpr, HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr,
+    X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, Z_STAGES: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: B * H * segments * (V / (64 GROUPS)) programs; GROUPS warpgroups share a program's x and y tiles."""
-    C: gl.constexpr = CHUNK_TOKENS
+    """Grid: B * H * parts * SPLITS * VALUES / (64 GROUPS) programs; programs that share x and y tiles are neighbours."""
+    SLICE: gl.constexpr = _ROWS * GROUPS
+    SLICES: gl.constexpr = VALUES // SLICE
     dtype: gl.constexpr = z_desc.dtype
-    SLICE: gl.constexpr = STATE_ROWS * GROUPS
     program = gl.program_id(0)
-    v_start = program % (V // SLICE) * SLICE
-    program = program // (V // SLICE)
-    segment = program % segments
-    row = program // segments
+    value = program % SLICES * SLICE
+    split = program // SLICES % SPLITS
+    walker = program // (SLICES * SPLITS)
+    part = walker % parts
+    row = walker // parts
     batch = row // heads
     head = row % heads
-    chunks = (tokens + C - 1) // C
-    tail = tokens - (chunks - 1) * C
-    first = segment * segment_chunks
-    count = gl.minimum(chunks - first, segment_chunks)
-    log2_gamma = gl.maximum(gl.load(log_decay + head) * LOG2_E, -1e30)  # finite, so that gamma = 0 gives 0^0 = 1
-    state_at = program.to(gl.int64) * K * V
-    save_first = 0
-    if SAVE_EVERY > 0:
-        save_first = row * ((chunks + SAVE_EVERY - 1) // SAVE_EVERY)
+    key = split * KEYS
+    chunks = (tokens + _CHUNK - 1) // _CHUNK
+    tail = tokens - (chunks - 1) * _CHUNK
+    first = part * part_chunks
+    count = gl.minimum(chunks - first, part_chunks)
+    start = (first + count - 1 if REVERSE else first) * _CHUNK
+    last_step = first + count - chunks if REVERSE else chunks - 1 - first  # the step of the last chunk, if it is here
+    log2_gamma = gl.maximum(gl.load(log_decay + head) * _LOG2_E, -1e30)  # finite, so that gamma = 0 gives 0^0 = 1
+    state_at = walker.to(gl.int64) * (SPLITS * KEYS * VALUES) + key * KEY_STRIDE + value * VALUE_STRIDE
 
     wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    x_smem = gl.allocate_shared_memory(dtype, [X_STAGES if READ else 1, C, K if READ else 64], wide)
-    y_smem = gl.allocate_shared_memory(dtype, [Y_STAGES, C, K], wide)
-    z_smem = gl.allocate_shared_memory(dtype, [Z_STAGES, C, SLICE], wide)
-    p_smem = gl.allocate_shared_memory(dtype, [P_STAGES, C, C], wide)
-    out_smem = gl.allocate_shared_memory(dtype, [GROUPS, C, STATE_ROWS], wide)
-    decays = gl.allocate_shared_memory(gl.float32, [5, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    ticket: gl.constexpr = mbarrier.MBarrierLayout()
-    x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], ticket)
-    x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], ticket)
-    y_full = gl.allocate_shared_memory(gl.int64, [Y_STAGES, 1], ticket)
-    y_empty = gl.allocate_shared_memory(gl.int64, [Y_STAGES, 1], ticket)
-    z_full = gl.allocate_shared_memory(gl.int64, [Z_STAGES, 1], ticket)
-    z_empty = gl.allocate_shared_memory(gl.int64, [Z_STAGES, 1], ticket)
-    p_full = gl.allocate_shared_memory(gl.int64, [P_STAGES, 1], ticket)
-    p_empty = gl.allocate_shared_memory(gl.int64, [P_STAGES, 1], ticket)
-    _init_ring(x_full, x_empty, X_STAGES, GROUPS + 1)
-    _init_ring(y_full, y_empty, Y_STAGES, GROUPS + 1 if READ else GROUPS)
-    _init_ring(z_full, z_empty, Z_STAGES, GROUPS)
-    _init_ring(p_full, p_empty, P_STAGES, GROUPS)
-    _fill_decays(decays, log2_gamma, scale, tail, REVERSE)
+    x_smem = gl.allocate_shared_memory(dtype, [X_STAGES if READ else 1, _CHUNK, KEYS if READ else 64], wide)
+    y_smem = gl.allocate_shared_memory(dtype, [Y_STAGES, _CHUNK, KEYS], wide)
+    z_smem = gl.allocate_shared_memory(dtype, [Z_STAGES, _CHUNK, SLICE], wide)
+    p_smem = gl.allocate_shared_memory(dtype, [_AHEAD, _CHUNK, _CHUNK], wide)
+    X: gl.constexpr = _first_ticket(0, x_smem, y_smem)
+    Y: gl.constexpr = _first_ticket(1, x_smem, y_smem)
+    Z: gl.constexpr = _first_ticket(2, x_smem, y_smem)
+    tickets = gl.allocate_shared_memory(gl.int64, [Z + 2 * Z_STAGES, 1], mbarrier.MBarrierLayout())
+    _init_ring(tickets, 0, _AHEAD, GROUPS)
+    _init_ring(tickets, X, x_smem.shape[0], GROUPS + 1)
+    _init_ring(tickets, Y, Y_STAGES, GROUPS + 1 if READ else GROUPS)
+    _init_ring(tickets, Z, Z_STAGES, GROUPS)
+    outs_smem = gl.allocate_shared_memory(dtype, [GROUPS, _CHUNK, _ROWS], wide)
+    decays = _make_decays(log2_gamma, scale, tail, REVERSE)
+    pairs = _make_pairs(log2_gamma, scale, REVERSE) if READ else decays
     fence_async_shared()
 
     # Constexprs stay inside the calls: assigned to a name they would become run-time scalars.
-    load_args = (
-        x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, x_full, x_empty, y_full, y_empty, z_full, z_empty,
-        batch, head, v_start, first, count,
-    )  # fmt: skip
-    score_args = (
-        x_smem, y_smem, p_smem, decays, x_full, x_empty, y_full, y_empty, p_full, p_empty, log2_gamma, scale, count,
-    )  # fmt: skip
+    load_args = (x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, tickets, batch, head, key, value, start, count)
+    score_args = (x_smem, y_smem, p_smem, pairs, tickets, count)
     mix_args = (
-        x_smem, y_smem, z_smem, p_smem, out_smem, decays,
-        x_full, x_empty, y_full, y_empty, z_full, z_empty, p_full, p_empty,
-        out_desc, save_desc, state_in + state_at, state_out + state_at, save_first,
-        batch, head, v_start, first, count, chunks, tail, log2_gamma,
+        x_smem, y_smem, z_smem, p_smem, outs_smem, tickets, decays, out_desc, state_in + state_at, state_out + state_at,
+        split * batches + batch, head, value, start, count, last_step,
     )  # fmt: skip
     LOWER: gl.constexpr = 0
     UPPER: gl.constexpr = 1
     if GROUPS == 2 and READ:
         gl.warp_specialize(
             [
-                (_mix, (mix_args, LOWER, V, K, REVERSE, READ, SAVE_EVERY, HAS_INITIAL, STORE_FINAL, X_STAGES, Y_STAGES, Z_STAGES, P_STAGES)),
-                (_mix, (mix_args, UPPER, V, K, REVERSE, READ, SAVE_EVERY, HAS_INITIAL, STORE_FINAL, X_STAGES, Y_STAGES, Z_STAGES, P_STAGES)),
-                (_score, (score_args, REVERSE, X_STAGES, Y_STAGES, P_STAGES)),
-                (_load, (load_args, REVERSE, READ, X_STAGES, Y_STAGES, Z_STAGES)),
+                (_mix, (mix_args, LOWER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_mix, (mix_args, UPPER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_score, (score_args,)),
+                (_load, (load_args, REVERSE, READ)),
             ],
             [4, 4, 1],
             [MIX_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS],
@@ -348,9 +327,9 @@ def walk_kernel(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_mix, (mix_args, LOWER, V, K, REVERSE, READ, SAVE_EVERY, HAS_INITIAL, STORE_FINAL, X_STAGES, Y_STAGES, Z_STAGES, P_STAGES)),
-                (_mix, (mix_args, UPPER, V, K, REVERSE, READ, SAVE_EVERY, HAS_INITIAL, STORE_FINAL, X_STAGES, Y_STAGES, Z_STAGES, P_STAGES)),
-                (_load, (load_args, REVERSE, READ, X_STAGES, Y_STAGES, Z_STAGES)),
+                (_mix, (mix_args, LOWER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_mix, (mix_args, UPPER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_load, (load_args, REVERSE, READ)),
             ],
             [4, 1],
             [MIX_REGISTERS, LOAD_REGISTERS],
@@ -358,9 +337,9 @@ def walk_kernel(
     elif READ:
         gl.warp_specialize(
             [
-                (_mix, (mix_args, LOWER, V, K, REVERSE, READ, SAVE_EVERY, HAS_INITIAL, STORE_FINAL, X_STAGES, Y_STAGES, Z_STAGES, P_STAGES)),
-                (_score, (score_args, REVERSE, X_STAGES, Y_STAGES, P_STAGES)),
-                (_load, (load_args, REVERSE, READ, X_STAGES, Y_STAGES, Z_STAGES)),
+                (_mix, (mix_args, LOWER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_score, (score_args,)),
+                (_load, (load_args, REVERSE, READ)),
             ],
             [4, 1],
             [SCORE_REGISTERS, LOAD_REGISTERS],
@@ -368,8 +347,8 @@ def walk_kernel(
     else:
         gl.warp_specialize(
             [
-                (_mix, (mix_args, LOWER, V, K, REVERSE, READ, SAVE_EVERY, HAS_INITIAL, STORE_FINAL, X_STAGES, Y_STAGES, Z_STAGES, P_STAGES)),
-                (_load, (load_args, REVERSE, READ, X_STAGES, Y_STAGES, Z_STAGES)),
+                (_mix, (mix_args, LOWER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_load, (load_args, REVERSE, READ)),
             ],
             [1],
             [LOAD_REGISTERS],
