@@ -11,7 +11,7 @@ from retnet.models.states import ModelState
 PROMPT_BLOCK = 2048  # prompt tokens a call: bounds the memory of a long prompt's activations
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(model: LanguageModel, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
     """Read a prompt [B, T], T >= 1, in blocks. Returns the last token's logits [B, vocab] and the state after it."""
     if ids.shape[1] == 0:
@@ -22,7 +22,6 @@ def prefill(model: LanguageModel, ids: Tensor, state: ModelState | None = None) 
     return model.logits(hidden[:, -1]), state
 
 
-@torch.inference_mode()
 def generate(
     model: LanguageModel,
     ids: Tensor,
@@ -46,8 +45,13 @@ def generate(
         yield token
         count += 1
         if count != max_new_tokens:
-            output = model(token[:, None], state, carry=True, in_place=True)
-            logits, state = output.logits[:, -1], output.state
+            logits, state = _next(model, token, state)
+
+
+@torch.no_grad()
+def _next(model: LanguageModel, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState | None]:
+    output = model(token[:, None], state, carry=True, in_place=True)
+    return output.logits[:, -1], output.state
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

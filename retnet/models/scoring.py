@@ -10,7 +10,7 @@ from retnet.models.states import ModelState
 SCORE_BLOCK = 2048  # tokens a call: bounds the logits in memory
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(model: LanguageModel, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState | None]:
     """Nats of every token but the first, [B, T - 1] float32, for ids [B, T]; and the state before the last token.
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from retnet.ops.decay import decay_from_start, decay_to_end, pairwise_decay, running_log_decay
+from retnet.ops.memory import empty
 from retnet.ops.ragged import equal_blocks
 
 
@@ -144,7 +145,7 @@ def forward(
     state_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, T, H, V] in v's dtype, state [N, H, K, V] in state_dtype); bounds [N + 1] cut one packed row."""
-    out = torch.empty(v.shape, dtype=v.dtype)
+    out = empty(v.shape, v.dtype)
     num_sequences = v.shape[0] if bounds is None else len(bounds) - 1
     final = torch.empty(num_sequences, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype)
     buffers: dict = {}
@@ -179,7 +180,7 @@ def backward(
     need_dlog_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """(dq, dk, dv, dlog_decay or None, dstate [N, H, K, V]) for the gradients of both results of `forward`."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = (empty(x.shape, x.dtype) for x in (q, k, v))
     wide = torch.promote_types(v.dtype, torch.float32)
     dlog = torch.zeros(*v.shape[:3], dtype=wide) if need_dlog_decay else None
     num_sequences = v.shape[0] if bounds is None else len(bounds) - 1

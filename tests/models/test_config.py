@@ -1,0 +1,107 @@
+"""Configurations: closed, round-trippable, and counted."""
+
+import json
+
+import pytest
+import torch
+
+from retnet import LanguageModel, ModelConfig
+from retnet.layers.retention import RetentionConfig
+from retnet.models.cost import head_windows, model_cost, parameter_counts, transformer_cache_bytes
+from retnet.models.presets import PRESETS, SIZES, preset, retnet_config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    config = preset(name)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_are_what_arithmetic_says(name):
+    layers, width, heads = SIZES[name]
+    norms = layers * 2 * 2 * width + 2 * width
+    expected = 50304 * width + layers * 12 * width**2 + norms
+    assert parameter_counts(preset(name))["total"] == expected
+    assert parameter_counts(preset(name + "-gated"))["total"] == expected + layers * width * heads
+    mixer = preset(name).layers[0].mixer
+    assert (mixer.head_key_dim, mixer.head_value_dim) == (256, 512)
+
+
+def test_tiny_is_about_three_million():
+    assert 2.5e6 < parameter_counts(preset("retnet-tiny"))["total"] < 3.5e6
+
+
+def test_a_counted_forward_agrees_with_the_cost_of_projections():
+    """Everything but retention itself, which is no matrix product that the counter sees, is counted exactly."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = retnet_config("counted", 3, 64, 2, vocab_size=100)
+    x = torch.zeros(1, 32, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        LanguageModel(config)(x)
+    cost = model_cost(config, 32)
+    retention = sum(2 * (4 * 32 * 64 + 32 * (32 + 64)) for _ in config.layers)
+    vectors = 2 * (parameter_counts(config)["layers"] - 3 * 12 * 64**2)
+    assert counter.get_total_flops() / 32 == pytest.approx(cost.forward_flops - retention - vectors)
+
+
+def test_state_is_constant_and_the_cache_is_not():
+    config = preset("retnet-1.3b")
+    assert model_cost(config, 1_000).state_bytes == model_cost(config, 1_000_000).state_bytes
+    assert transformer_cache_bytes(config, 2_000) == 2 * transformer_cache_bytes(config, 1_000)
+    small = LanguageModel(retnet_config("small", 2, 32, 2, vocab_size=9))
+    state = small(torch.zeros(1, 5, dtype=torch.long), carry=True).state
+    assert state.nbytes == model_cost(small.config, 5).state_bytes
+
+
+def test_windows_follow_the_decay():
+    config = retnet_config("windows", 1, 32, 2, vocab_size=9)
+    assert head_windows(config) == [[146, 293]]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("vocab_sise",), 3, r"config\.vocab_sise: unknown key; did you mean 'vocab_size'"),
+        (("vocab_size",), "many", r"config\.vocab_size: expected int, got str 'many'"),
+        (("vocab_size",), True, "expected int, got bool"),
+        (("init",), "magic", "accepted: paper, torchscale, normal"),
+        (("layers", 0, "layer", "mixer", "decay"), "papre", "config.layers.0..layer.mixer: decay is 'papre'"),
+        (("layers", 0, "layer", "mixer", "kind"), "lstm", r"mixer\.kind: 'lstm' given; accepted: retention"),
+        (("layers", 0, "layer", "mixer", "num_heads"), 3, "key_dim is 64 with num_heads 3"),
+        (("layers", 0, "repeat"), 0, "repeat is 0"),
+        (("layers",), {}, "expected a list"),
+        (("bos_token_id",), 900, "bos_token_id is 900; accepted: 0 to 99"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_by_path(path, value, message):
+    data = retnet_config("x", 2, 64, 2, vocab_size=100).to_dict()
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 1.5}, "between 0 and 1"),
+        ({"decay": (0.9, 0.9, 0.9)}, "one number or 2"),
+        ({"decay": "gated", "decay_norm": True}, "decay_norm false"),
+        ({"decay": "gated", "learnable_decay": True}, "strictly between 0 and 1"),
+        ({"decay": "none", "learnable_decay": True}, "strictly between 0 and 1"),
+        ({"key_dim": 6}, "an even number"),
+        ({"value_dim": 7}, "a multiple of num_heads"),
+    ],
+)
+def test_a_wrong_retention_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RetentionConfig(**({"num_heads": 2, "key_dim": 16, "value_dim": 16} | options))
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match="no preset is named 'retnet-7b'; accepted: retnet-tiny"):
+        preset("retnet-7b")
