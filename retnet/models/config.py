@@ -18,6 +18,7 @@ class ModelConfig:
     tie_embeddings: the head is the embedding. embedding_scale multiplies embeddings, embedding_norm comes after it.
     logit_soft_cap c: c tanh(x / c).
     init: a row of `retnet.models.init.INIT`. gradient_checkpointing recomputes blocks in the backward.
+    float32_norms: the weights of norms stay in float32 whatever dtype the others have.
     """
 
     vocab_size: int
@@ -34,6 +35,7 @@ class ModelConfig:
     init_std: float = 0.02
     seed: int = 0
     dtype: Dtype = "float32"
+    float32_norms: bool = False
     gradient_checkpointing: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | None = None

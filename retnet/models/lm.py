@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from retnet.layers.block import Block
 from retnet.layers.layout import TokenLayout
-from retnet.layers.norm import make_norm
+from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
 from retnet.models.config import ModelConfig
 from retnet.models.init import initialize
 from retnet.models.states import ModelState
@@ -42,6 +42,10 @@ class LanguageModel(nn.Module):
             self.head.weight = self.embedding.weight
         initialize(self, config)
         self.to(config.torch_dtype)
+        if config.float32_norms:
+            for module in self.modules():
+                if isinstance(module, (LayerNorm, RMSNorm)):
+                    module.float()
 
     def forward(
         self,

@@ -49,6 +49,7 @@ def model_config(stack: Stack) -> ModelConfig:
         init_std=_DEFAULT_INIT_STD if std is None else std,
         seed=hints.seed,
         dtype=spec.model.dtype,
+        float32_norms=spec.compatibility is not None and spec.compatibility.dtype_policy == "layered_safe",
         gradient_checkpointing=hints.checkpointing,
         bos_token_id=BYTE_DOCUMENT_START if spec.tokenizer_contract.pretrained == BYTES else None,
     )

@@ -1,0 +1,203 @@
+"""From keys to the model: every key that describes the model reaches the field it is about."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from retnet.layers.attention import AttentionConfig
+from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.retention import RetentionConfig
+from retnet.models.config import ModelConfig
+from retnet.models.lm import LanguageModel
+from retnet.models.states import ModelState
+from retnet.stack.build import model_config
+from retnet.stack.schema import Spec
+
+from .specs import stack
+from .test_guide import sections
+
+FFN = "ffn: {type: mlp}"
+RETNET = "retnet: {chunk_size: 32}"
+ATTENTION = "attention: {window: 16}"
+
+
+def built(*pairs: tuple[str, str], more: str = "") -> ModelConfig:
+    return model_config(stack(*pairs, more=more))
+
+
+def test_base_is_the_papers_retention_and_grouped_attention():
+    config = built(("n_heads: 4", "n_heads: 4\n  n_kv_heads: 2"))
+    retention, _, attention = config.layers
+    assert retention.mixer == RetentionConfig(4, key_dim=64, value_dim=128, mode="chunkwise", chunk_size=32)
+    assert attention.mixer == AttentionConfig(4, num_kv_heads=2, head_dim=16, window=16)
+    assert retention.feed_forward == FeedForwardConfig(256, gated=True, activation="swish")
+    assert attention.feed_forward == FeedForwardConfig(256, gated=False, activation="gelu")
+    assert (config.final_norm, config.dtype, config.bos_token_id) == ("rms", "bfloat16", 256)
+    assert (config.init, config.init_std, config.seed, config.tie_embeddings) == ("normal", 0.02, 1234, True)
+
+
+def heads(line: str) -> tuple[str, str]:
+    return "n_heads: 4", f"n_heads: 4\n  {line}"
+
+
+def positional(line: str) -> tuple[str, str]:
+    return "positional: rope", f"positional: rope\n  {line}"
+
+
+def template_a(line: str) -> tuple[str, str]:
+    return FFN, f"{FFN}\n    {line}"
+
+
+def head(line: str) -> tuple[str, str]:
+    return "type: causal_lm", f"type: causal_lm\n  {line}"
+
+
+YARN = positional("rope_scaling: {type: yarn, factor: 4.0}")
+# One change for every key that describes the model: (section, key) -> what is written, the field it reaches, its value.
+CHANGES = {
+    ("Model", "name"): ([("name: base", "name: other")], "name", "other"),
+    ("Model", "d_model"): ([("d_model: 64", "d_model: 32")], "d_model", 32),
+    ("Model", "vocab_size"): ([("vocab_size: 257", "vocab_size: 300")], "vocab_size", 300),
+    ("Model", "n_heads"): ([("n_heads: 4", "n_heads: 2")], "layers.0.mixer.num_heads", 2),
+    ("Model", "n_kv_heads"): ([heads("n_kv_heads: 1")], "layers.2.mixer.num_kv_heads", 1),
+    ("Model", "mlp_ratio"): ([heads("mlp_ratio: 3")], "layers.0.feed_forward.hidden_dim", 192),
+    ("Model", "dtype"): ([heads("dtype: float16")], "dtype", "float16"),
+    ("Model", "max_seq_len"): (
+        [YARN, ("max_seq_len: 256", "max_seq_len: 512")], "layers.2.mixer.rotary_yarn_length", 128),
+    ("TokenizerContract", "pretrained"): ([("pretrained: bytes", "pretrained: x")], "bos_token_id", None),
+    ("Embedding", "positional"): (
+        [("positional: rope", "positional: alibi"), (RETNET, "retnet: {rope: false}")], "layers.2.mixer.alibi", True),
+    ("Embedding", "rope_theta"): ([positional("rope_theta: 500.0")], "layers.2.mixer.rotary_base", 500.0),
+    ("Embedding", "rope_scaling"): ([positional("rope_scaling: {factor: 2.0}")], "layers.0.mixer.rotary_factor", 2.0),
+    ("Embedding", "tie_word_embeddings"): ([positional("tie_word_embeddings: false")], "tie_embeddings", False),
+    ("Embedding", "scale"): ([positional("scale: 8.0")], "embedding_scale", 8.0),
+    ("RopeScaling", "type"): ([YARN], "layers.0.mixer.rotary_yarn_length", 64),
+    ("RopeScaling", "factor"): ([positional("rope_scaling: {factor: 3.0}")], "layers.2.mixer.rotary_factor", 3.0),
+    ("Attention", "qkv_bias"): ([(ATTENTION, "attention: {qkv_bias: true}")], "layers.2.mixer.qkv_bias", True),
+    ("Attention", "attn_drop"): ([(ATTENTION, "attention: {attn_drop: 0.3}")], "layers.2.mixer.dropout", 0.3),
+    ("Attention", "window"): ([(ATTENTION, "attention: {window: 8}")], "layers.2.mixer.window", 8),
+    ("Retnet", "chunkwise"): ([(RETNET, "retnet: {chunkwise: false}")], "layers.0.mixer.mode", "parallel"),
+    ("Retnet", "chunk_size"): ([(RETNET, "retnet: {chunk_size: 16}")], "layers.0.mixer.chunk_size", 16),
+    ("Retnet", "rope"): ([(RETNET, "retnet: {rope: false}")], "layers.0.mixer.rotary", "none"),
+    ("Ffn", "type"): ([(FFN, "ffn: {type: gated_mlp}")], "layers.2.feed_forward.gated", True),
+    ("Ffn", "activation"): ([(FFN, "ffn: {type: mlp, activation: relu}")], "layers.2.feed_forward.activation", "relu"),
+    ("Ffn", "bias"): ([(FFN, "ffn: {type: mlp, bias: true}")], "layers.2.feed_forward.bias", True),
+    ("Norm", "type"): ([template_a("norm: {type: layernorm}")], "layers.2.norm", "layer"),
+    ("Norm", "position"): ([template_a("norm: {position: post}")], "layers.2.norm_position", "post"),
+    ("Residual", "type"): ([template_a("residual: {type: parallel}")], "layers.2.residual", "parallel"),
+    ("Residual", "scaling"): ([template_a("residual: {scaling: 0.5}")], "layers.2.residual_scale", 0.5),
+    ("State", "kv_cache"): ([template_a("state: {kv_cache: false}")], "layers.2.keeps_state", False),
+    ("Entry", "template"): ([("template: a", "template: r")], "layers.2.mixer.kind", "retention"),
+    ("Entry", "repeat"): ([("repeat: 2", "repeat: 3")], "layers.2.mixer.kind", "retention"),
+    ("Entry", "override"): (
+        [("template: a", "template: a\n  override: {residual: {scaling: 0.1}}")], "layers.2.residual_scale", 0.1),
+    ("Head", "tie_weights"): ([head("tie_weights: false")], "tie_embeddings", False),
+    ("Head", "logit_softcap"): ([head("logit_softcap: 30.0")], "logit_soft_cap", 30.0),
+}  # fmt: skip
+HINTS = {
+    "init: normal_0.5": ("init_std", 0.5),
+    "init: paper": ("init", "paper"),
+    "init: torchscale": ("init", "torchscale"),
+    "dropout: 0.2": ("layers.0.dropout", 0.2),
+    "checkpointing: true": ("gradient_checkpointing", True),
+    "seed: 7": ("seed", 7),
+}
+OPTIONS = {
+    "key_dim": "32", "value_dim": "64", "decay": "gated", "learnable_decay": "true", "decay_norm": "true",
+    "rotary": "half", "gate": "none", "head_norm": "rms", "head_norm_affine": "shared", "head_norm_eps": "1.0e-3",
+}  # fmt: skip
+
+
+def field(config: ModelConfig, path: str) -> Any:
+    """The value at a path such as 'layers.2.mixer.window'."""
+    return functools.reduce(
+        lambda v, step: v[int(step)] if step.isdigit() else getattr(v, step), path.split("."), config
+    )
+
+
+@pytest.mark.parametrize("key", CHANGES, ids=".".join)
+def test_a_key_reaches_the_field_that_it_describes(key):
+    pairs, path, value = CHANGES[key]
+    assert field(built(), path) != value
+    assert field(built(*pairs), path) == value
+
+
+def test_the_final_norm_is_the_last_layers_and_absent_after_a_post_norm():
+    assert built(template_a("norm: {type: layernorm}")).final_norm == "layer"
+    assert built(template_a("norm: {position: post}")).final_norm == "none"
+
+
+@pytest.mark.parametrize("hint", HINTS)
+def test_a_training_hint_acts_on_the_model(hint):
+    path, value = HINTS[hint]
+    assert field(built(), path) != value
+    assert field(built(more=f"training_hints: {{{hint}}}\n"), path) == value
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_our_option_reaches_the_retention_of_the_same_name(option):
+    mixer = built((RETNET, f"retnet: {{vendor.retnet.{option}: {OPTIONS[option]}}}")).layers[0].mixer
+    assert getattr(mixer, option) != getattr(built().layers[0].mixer, option)
+
+
+def test_decays_of_ones_own_reach_the_layer():
+    config = built((RETNET, "retnet: {vendor.retnet.decay: [0.5, 0.6, 0.7, 1]}"))
+    assert config.layers[0].mixer.decay == (0.5, 0.6, 0.7, 1.0)
+
+
+# Keys without effect on the configuration, and where they act instead.
+ELSEWHERE = {
+    ("Model", "family_hint"): "report", ("Model", "target_params"): "report",
+    ("TokenizerContract", "type"): "one value", ("TokenizerContract", "add_bos"): "tokenizer",
+    ("TokenizerContract", "add_eos"): "tokenizer", ("TokenizerContract", "pad_token"): "tokenizer",
+    ("Embedding", "type"): "one value", ("Attention", "window_mode"): "both values mean `window`",
+    ("Attention", "window_dilation"): "one value", ("Head", "type"): "one value",
+    ("Compatibility", "compile_target"): "one value", ("Compatibility", "dtype_policy"): "tested below",
+    ("State", "ssm_state"): "mamba", ("Ffn", "moe"): "mixture of experts",
+}  # fmt: skip
+MIXER_SECTIONS = {"Mixer", "Mamba", "Hyena", "Moe", "TrainingHints", "Template"}  # tested with their layers, or above
+
+
+def test_no_key_is_forgotten():
+    keys = set()
+    for section in sections():
+        if section.__name__ in MIXER_SECTIONS or section.__name__.endswith("Override") or section is Spec:
+            continue
+        keys |= {(section.__name__, key) for key in section.keys() if not key.startswith("vendor.")}  # noqa: SIM118
+    assert keys - set(CHANGES) - set(ELSEWHERE) == set()
+
+
+def test_layered_safe_keeps_norms_in_float32_and_runs():
+    model = LanguageModel(
+        built(positional("tie_word_embeddings: false"), more="compatibility: {dtype_policy: layered_safe}\n")
+    )
+    wide = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert wide == {name for name, _ in model.named_parameters() if "norm" in name}
+    assert model(torch.arange(20)[None]).logits.dtype == torch.bfloat16
+
+
+def test_a_layer_that_may_not_keep_its_state_is_named():
+    model = LanguageModel(built(template_a("state: {kv_cache: false}"), heads("dtype: float32")))
+    ids = torch.arange(20)[None]
+    assert model(ids).logits.shape == (1, 20, 257)
+    with pytest.raises(ValueError, match="layer 2: keeps_state is False"):
+        model(ids, carry=True)
+    with pytest.raises(ValueError, match="layer 2"):
+        model(ids, state=ModelState(()))
+
+
+@pytest.mark.parametrize("scaling", ["{type: linear, factor: 2.0}", "{type: yarn, factor: 2.0}"])
+def test_rope_scaling_changes_logits_alike_with_and_without_cache(scaling):
+    change, pairs = positional(f"rope_scaling: {scaling}"), [heads("dtype: float32")]
+    ids = torch.randint(257, (1, 40), generator=torch.Generator().manual_seed(0))
+    plain, scaled = (LanguageModel(built(*pairs, *more)).double().eval() for more in ([], [change]))
+    for model in (plain, scaled):  # unit gain: at the usual initialisation positions hardly matter
+        for parameter in model.parameters():
+            parameter.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(parameter.shape[-1] ** -0.5)
+    full = scaled(ids).logits
+    assert (full - plain(ids).logits).norm() > 1e-2 * full.norm()
+    before = scaled(ids[:, :25], carry=True)
+    after = scaled(ids[:, 25:], before.state).logits
+    torch.testing.assert_close(torch.cat([before.logits, after], 1), full, rtol=1e-9, atol=1e-9)
