@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -23,3 +25,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="no CUDA device on this machine")
         for item in gpu_items:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a byte model small enough to run anywhere, weights at unit gain so that its state matters."""
+    from retnet.models.directory import save_model
+    from retnet.models.lm import LanguageModel
+    from retnet.models.presets import retnet_config
+
+    directory = tmp_path_factory.mktemp("models") / "byte-model"
+    config = retnet_config("byte-model", 2, 32, 2, vocab_size=257, bos_token_id=256)
+    save_model(LanguageModel(config), directory)
+    return directory
+
+
+@pytest.fixture
+def text_folder(tmp_path: Path) -> Path:
+    """A folder of 30 small texts that repeat a few words."""
+    rng = random.Random(0)
+    words = ["state", "decay", "query", "key", "value", "chunk", "token"]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i:02}.txt").write_text(" ".join(rng.choices(words, k=rng.randint(20, 200))))
+    return folder

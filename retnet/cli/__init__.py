@@ -13,11 +13,12 @@ import typer
 
 from retnet import __version__
 from retnet.cli._common import Session, report_error
-from retnet.cli.convert import convert
 from retnet.cli.check import check
+from retnet.cli.convert import convert
 from retnet.cli.eval import evaluate
 from retnet.cli.generate import generate
 from retnet.cli.info import info
+from retnet.cli.stack import stack_app
 from retnet.cli.train import train
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command()(check)
 app.command()(info)
 app.command("eval")(evaluate)
 app.command()(convert)
+app.add_typer(stack_app, name="stack")
 
 
 def _show_version(wanted: bool) -> None:

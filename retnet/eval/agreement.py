@@ -3,8 +3,8 @@
 Every row is one way to compute the same numbers: a form, a chunk size, or a prompt read at once and then decoded from
 its state. A model is compared by its logits, the operator by its outputs and final state.
 
-The limit follows from the dtype. The operator may be off by `FLOOR`, what another order of summation costs. The parallel
-form of a model may be off by sqrt(eps), as its layers amplify rounding errors; every other way of running that model by
+The limit follows from the dtype. The operator may be off by `FLOOR`, what another order of summation costs. A model's
+parallel form may be off by sqrt(eps), as its layers amplify rounding errors; every other way of running that model by
 twice what its parallel form is off, or by `FLOOR` if that is more.
 """
 
@@ -176,7 +176,7 @@ def _in_two(inputs: list[Tensor], split: int) -> tuple[Tensor, Tensor]:
 
 
 def _in_form(model: LanguageModel, dtype: torch.dtype, mode: Mode, chunk_size: int | None) -> LanguageModel:
-    """The same model with its weights in a dtype and every retention layer in a form; weights are shared if they can."""
+    """The same model with its weights in a dtype and every retention layer in a form. Shares weights if it can."""
     layers = tuple(
         replace(layer, mixer=replace(layer.mixer, mode=mode, chunk_size=chunk_size))
         if isinstance(layer.mixer, RetentionConfig)

@@ -1,6 +1,6 @@
 """Time and memory of a stream, token by token, in memory that does not grow with it.
 
-Tokens are counted in bins whose width doubles when they run out, so a stream of any length keeps at most `BINS` of them.
+Tokens are counted in bins whose width doubles when they run out, so any stream keeps at most `BINS` of them.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Left out: caches and `generate`, for which use `retnet.models.generation`; regis
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,8 @@ class RetNetForCausalLM(PreTrainedModel):
 
     config_class = RetNetConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Block"]
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"model.head.weight": "model.embedding.weight"}
 
     def __init__(self, config: RetNetConfig):
         super().__init__(config)

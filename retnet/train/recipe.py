@@ -18,8 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-# Where the paper says what it did (section 3.1 and appendix A: betas, weight decay, clipping, linear decay to zero), that;
-# otherwise what a run needs that must not lose its work or hide its failures.
+# The optimizer is the paper's (section 3.1 and its table of hyperparameters: betas, weight decay, clipping, linear
+# decay); the rest is what a run needs that must not lose its work or hide its failures.
 DEFAULTS: dict[str, Any] = {
     "adam_beta2": 0.98,
     "weight_decay": 0.05,

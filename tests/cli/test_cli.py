@@ -1,0 +1,207 @@
+"""The command line as a user meets it: exit codes, one message for wrong input, a traceback only on demand."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from retnet.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*words: object) -> int:
+    with pytest.raises(SystemExit) as done:
+        main([str(word) for word in words])
+    return int(done.value.code or 0)
+
+
+def wrong_input(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The message of a command line that has to be refused."""
+    assert run(*words) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.split())
+
+
+def test_help_names_every_verb(capsys):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in ("train", "generate", "check", "info", "eval"))
+
+
+def test_the_module_runs_as_the_command_does():
+    words = [sys.executable, "-m", "retnet.cli", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith("retnet ")
+
+
+@pytest.mark.parametrize("words", [["info"], ["check"], ["generate", "--file", __file__]])
+def test_an_unknown_model_is_refused_with_what_is_accepted(capsys, words):
+    message = wrong_input(capsys, *words, "retnet-tinny")
+    assert "no model 'retnet-tinny'" in message
+    assert "retnet-tiny" in message
+
+
+@pytest.mark.parametrize("words", [["info"], ["check"], ["generate", "--file", __file__]])
+def test_a_directory_without_a_model_is_refused(capsys, tmp_path, words):
+    assert "it has no config.json" in wrong_input(capsys, *words, tmp_path)
+
+
+def test_a_model_of_something_else_is_refused(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "is of model_type 'llama'" in wrong_input(capsys, "info", tmp_path)
+
+
+def test_damaged_weights_are_refused(capsys, tmp_path, byte_model):
+    (tmp_path / "config.json").write_bytes((byte_model / "config.json").read_bytes())
+    weights = (byte_model / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "damaged" in wrong_input(capsys, "generate", tmp_path, "text")
+
+
+def test_debug_shows_where_an_error_came_from():
+    with pytest.raises(FileNotFoundError, match="no model 'nothing'"):
+        main(["--debug", "info", "nothing"])
+
+
+def test_info_counts_what_the_weights_hold(capsys, byte_model):
+    from retnet.models.directory import load_model
+
+    assert run("info", byte_model, "--json", "--context", 100, "--context", 1000) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"]["total"] == sum(p.numel() for p in load_model(byte_model).parameters())
+    first, second = facts["contexts"]
+    assert first["state_bytes"] == second["state_bytes"] > 0
+    assert second["transformer_cache_bytes"] == 10 * first["transformer_cache_bytes"]
+    assert [len(windows) for windows in facts["windows"]] == [2, 2]
+
+
+@pytest.mark.parametrize("model", ["retnet-tiny", "retnet-tiny-gated", "retnet-6.7b"])
+def test_info_prints_and_draws_presets_of_any_size(capsys, tmp_path, model):
+    picture = tmp_path / "pictures" / "info.png"
+    assert run("info", model, "--png", picture) == 0
+    text = capsys.readouterr().out
+    assert model in text
+    assert "1,048,576" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_streams_text_and_says_what_it_cost(capsys, byte_model, tmp_path):
+    picture = tmp_path / "stream.png"
+    words = ("generate", byte_model, "def f(", "--max-tokens", 40, "--seed", 3)
+    assert run(*words, "--png", picture) == 0
+    first = capsys.readouterr()
+    assert len(first.out) > 10
+    assert "tokens/s" in first.err
+    assert "throughout" in first.err
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert run(*words, "--no-stats") == 0
+    second = capsys.readouterr()
+    assert second.out == first.out
+    assert second.err == ""
+
+
+def test_the_prompt_comes_from_an_argument_a_file_or_standard_input_alike(capsys, monkeypatch, byte_model, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("café")
+
+    def output(*words: object, stdin: bytes = b"") -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        assert run("generate", byte_model, *words, "--max-tokens", 20, "--temperature", 0) == 0
+        return capsys.readouterr().out
+
+    from_argument = output("café")
+    assert output("--file", prompt) == from_argument
+    assert output("--file", "-", stdin=prompt.read_bytes()) == from_argument
+    assert output(stdin=prompt.read_bytes()) == from_argument
+    assert output() != from_argument
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["text", "--temperature", "-1"], "temperature is -1"),
+        (["text", "--top-k", "0"], "top_k is 0"),
+        (["text", "--top-p", "2"], "top_p is 2"),
+        (["text", "--file", "x"], "not from both"),
+        (["--file", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_generate_refuses_options_out_of_range(capsys, byte_model, words, message):
+    assert message in wrong_input(capsys, "generate", byte_model, *words)
+
+
+def test_generate_refuses_a_model_that_does_not_read_bytes(capsys, tmp_path):
+    from retnet.models.directory import save_model
+    from retnet.models.lm import LanguageModel
+    from retnet.models.presets import retnet_config
+
+    save_model(LanguageModel(retnet_config("other", 1, 32, 2, vocab_size=100)), tmp_path)
+    assert "vocabulary of 100" in wrong_input(capsys, "generate", tmp_path, "text")
+
+
+def test_check_passes_on_a_model_over_random_and_real_input(capsys, byte_model, tmp_path):
+    words = ("check", byte_model, "--length", 40, "--dtype", "float32", "--dtype", "bfloat16")
+    assert run(*words) == 0
+    assert "all 20 agree" in capsys.readouterr().out
+    text = tmp_path / "text"
+    text.write_text("for x in range(10): print(x)")
+    assert run(*words, "--text", text, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["tokens"] for row in rows} == {29}
+    assert all(row["passed"] for row in rows)
+
+
+def test_check_passes_on_the_operator(capsys):
+    assert run("check", "operator", "--length", 33, "--dtype", "float64", "--chunk-size", 5, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {"parallel", "recurrent", "chunkwise, C = 5", "chunkwise, C = 5, per token"} <= {row["way"] for row in rows}
+    assert all(row["relative"] < 1e-10 for row in rows)
+
+
+def test_check_fails_when_a_form_is_wrong(capsys, byte_model, monkeypatch):
+    from retnet.ops import recurrent
+
+    def slightly_wrong(*arguments):  # not by a factor, which the head norm would take out again
+        out, *rest = forward(*arguments)
+        return out + 1e-3 * out.flip(-1), *rest
+
+    forward = recurrent.forward
+    monkeypatch.setattr(recurrent, "forward", slightly_wrong)
+    assert run("check", byte_model, "--length", 20, "--dtype", "float32", "--json") == 1
+    failed = {row["way"] for row in json.loads(capsys.readouterr().out) if not row["passed"]}
+    assert "recurrent" in failed
+    assert "parallel" not in failed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dtype", "int8"], "dtype is 'int8'; accepted: float64, float32, float16, bfloat16"),
+        (["--length", "1"], "need T >= 2"),
+        (["--text", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_check_refuses_what_it_cannot_run(capsys, byte_model, words, message):
+    assert message in wrong_input(capsys, "check", byte_model, *words)
+
+
+def test_eval_compares_the_model_with_compressors(capsys, byte_model, text_folder):
+    assert run("eval", byte_model, "--data", text_folder, "--valid-fraction", 0.2, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["bits_per_byte"]) == {"gzip -9", "xz -9", "order-2 bytes", str(byte_model)}
+    assert run("eval", byte_model, "--data", text_folder, "--part", "all") == 0
+    assert "30 documents" in capsys.readouterr().out
+
+
+def test_eval_refuses_missing_and_empty_data(capsys, byte_model, tmp_path):
+    assert "no such file or folder" in wrong_input(capsys, "eval", byte_model, "--data", tmp_path / "gone")
+    (tmp_path / "empty.txt").touch()
+    assert "1 files seen, 1 empty" in wrong_input(capsys, "eval", byte_model, "--data", tmp_path)

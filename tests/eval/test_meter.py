@@ -1,0 +1,32 @@
+from retnet.eval import meter
+from retnet.eval.meter import BINS, StreamMeter
+
+
+def test_bins_cover_every_token_after_the_first_once_and_stay_few(monkeypatch):
+    monkeypatch.setattr(meter, "resident_bytes", lambda: 1)
+    stream = StreamMeter()
+    for _ in range(10_000):
+        stream.tick()
+    bins = stream.bins
+    assert stream.tokens == 10_000
+    assert len(bins) < BINS
+    assert bins[0].first == 1
+    assert all(a.first + a.count == b.first for a, b in zip(bins, bins[1:], strict=False))
+    assert 10_000 - (bins[-1].first + bins[-1].count) < bins[-1].count
+
+
+def test_times_are_means_over_the_bin(monkeypatch):
+    clock = iter(float(t) for t in range(10_000))
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(meter, "resident_bytes", lambda: 1)
+    stream = StreamMeter()
+    for _ in range(1000):
+        stream.tick()
+    assert stream.seconds_to_first > 0
+    total = sum(b.seconds_per_token * b.count for b in stream.bins)
+    assert all(b.seconds_per_token > 0 for b in stream.bins)
+    assert total < 10_000
+
+
+def test_memory_of_this_process_is_plausible():
+    assert 1 << 20 < meter.resident_bytes() < 1 << 40

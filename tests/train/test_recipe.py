@@ -1,0 +1,68 @@
+import pytest
+
+from retnet.train.recipe import DEFAULTS, load_recipe
+
+
+def test_words_set_our_fields_and_those_of_the_trainer():
+    recipe = load_recipe(None, ["model=retnet-tiny", "data=stdlib", "length=64", "learning_rate=3e-4", "max_steps=7"])
+    assert (recipe.model, recipe.data, recipe.length) == ("retnet-tiny", "stdlib", 64)
+    arguments = recipe.training_arguments()
+    assert (arguments.learning_rate, arguments.max_steps) == (3e-4, 7)
+    assert arguments.weight_decay == DEFAULTS["weight_decay"]
+    assert arguments.output_dir == "out/retnet-tiny"
+
+
+def test_a_file_is_read_and_words_win_over_it(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: retnet-tiny\ndata: some/folder\nlearning_rate: 3e-3\neval_strategy: no\nmax_steps: 5\n")
+    recipe = load_recipe(file, ["max_steps=9"], data="stdlib")
+    assert recipe.data == "stdlib"
+    assert recipe.training["max_steps"] == 9
+    assert recipe.training["learning_rate"] == 3e-3
+    assert recipe.training["eval_strategy"] == "no"
+
+
+def test_lists_mappings_and_booleans_come_as_yaml():
+    words = ["model=m", "data=d", "do_eval=false", "lr_scheduler_kwargs={num_cycles: 2}", "eval_strategy=no"]
+    training = load_recipe(None, words).training
+    assert training["do_eval"] is False
+    assert training["lr_scheduler_kwargs"] in ({"num_cycles": 2}, "{num_cycles: 2}")
+    assert training["eval_strategy"] == "no"
+
+
+def test_every_mistake_is_named_at_once_with_the_nearest_key():
+    with pytest.raises(ValueError, match="unknown key 'learning_rat'") as error:
+        load_recipe(None, ["learning_rat=1", "lenght=3", "max_steps=many", "model=m"])
+    message = str(error.value)
+    assert "did you mean 'learning_rate'?" in message
+    assert "did you mean 'length'?" in message
+    assert "max_steps is 'many'" in message
+    assert "data is missing" in message
+
+
+@pytest.mark.parametrize("word", ["length=1", "valid_fraction=1.5", "length=many"])
+def test_our_own_fields_are_checked(word):
+    with pytest.raises(ValueError, match=word.split("=")[0]):
+        load_recipe(None, ["model=m", "data=d", word])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n- b\n", "holds a list"), ("a: [1,\n", "is not YAML"), ("just text", "holds a str")],
+)
+def test_a_file_that_is_no_recipe_says_why(tmp_path, text, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such recipe: .*gone\.yaml"):
+        load_recipe(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize("word", ["=3", "length"])
+def test_a_word_that_is_no_setting_is_refused(word):
+    with pytest.raises(ValueError, match="is not key=value"):
+        load_recipe(None, [word])
