@@ -95,7 +95,9 @@ def _weights_of(directory: Path) -> Path:
     if len(others) == 1:
         return others[0]
     found = ", ".join(p.name for p in others) or "none"
-    raise FileNotFoundError(f"no weights in {directory}: accepted {', '.join(_KNOWN_FILES)}, or one other; found {found}")
+    raise FileNotFoundError(
+        f"no weights in {directory}: accepted {', '.join(_KNOWN_FILES)}, or one other; found {found}"
+    )
 
 
 def _open_file(file: Path) -> Tensors:
@@ -154,7 +156,7 @@ def _unpickle(file: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"{file} is damaged, or a pickle of more than tensors and plain values, which could run code and is not "
-            f"read: {str(error).splitlines()[0]}"
+            f"read: {str(error).partition(chr(10))[0] or type(error).__name__}"
         ) from error
     if not isinstance(whole, dict):
         raise ValueError(f"{file} holds a {type(whole).__name__}; accepted: a state dict")
@@ -193,12 +195,17 @@ def write_tensors(directory: Path, tensors: Tensors, *, shard_bytes: int = SHARD
     """
     shards = list(_shards(tensors, shard_bytes))
     files = [WEIGHTS_FILE] if len(shards) == 1 else [_shard_file(i, len(shards)) for i in range(len(shards))]
-    for file, names in zip(files, shards):
-        shard = {name: tensors.read(name).cpu().contiguous() for name in names}
-        save_file(shard, directory / (file + ".part"), metadata={"format": "pt"})
-        del shard  # before the next one is read
-    for file in files:
-        os.replace(directory / (file + ".part"), directory / file)
+    staged = [directory / (file + ".part") for file in files]
+    try:
+        for part, names in zip(staged, shards):
+            shard = {name: tensors.read(name).cpu().contiguous() for name in names}
+            save_file(shard, part, metadata={"format": "pt"})
+            del shard  # before the next one is read
+        for part, file in zip(staged, files):
+            os.replace(part, directory / file)
+    finally:
+        for part in staged:
+            part.unlink(missing_ok=True)
     for stale in [*directory.glob("model-*-of-*.safetensors"), directory / WEIGHTS_FILE, directory / INDEX_FILE]:
         if stale.name not in files:
             stale.unlink(missing_ok=True)
@@ -225,7 +232,9 @@ def _shards(tensors: Tensors, shard_bytes: int) -> Iterator[list[str]]:
     yield names
 
 
-def read_all(tensors: Tensors, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_all(
+    tensors: Tensors, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Every tensor in memory of its own, on `device`, floating-point ones in `dtype` (their own if None)."""
     return {
         name: tensors.read(name).to(device, dtype if spec.is_floating_point() else None, copy=True)
