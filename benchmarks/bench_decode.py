@@ -50,7 +50,7 @@ def measure(batch: int, H: int, K: int, V: int, state_dtype: torch.dtype, implem
     count = max(2, -(-CACHE_BYTES // size))
     states = [torch.randn(batch, H, K, V, device="cuda").to(state_dtype) for _ in range(count)]
     q, k, v = (torch.randn(batch, 1, H, width, device="cuda", dtype=torch.bfloat16) for width in (K, K, V))
-    log_decay = paper_log_decay(H, device="cuda")
+    log_decay = paper_log_decay(H).cuda()
     run = {"ours": our_step, "fla": fla_step}[implementation]
     graph = captured([lambda s=s: run(q, k, v, s, log_decay) for s in states])
     case = f"{batch},{H},{K},{V} {str(state_dtype).removeprefix('torch.')}"

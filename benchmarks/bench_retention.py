@@ -101,7 +101,7 @@ def inputs(case: Case, implementation: str) -> list[Tensor]:
 def measure(case: Case, implementation: str) -> list[Point]:
     """Forward, and forward and backward together, with peak memory of the latter."""
     q, k, v, dout = inputs(case, implementation)
-    log_decay = paper_log_decay(case.H, device="cuda")
+    log_decay = paper_log_decay(case.H).cuda()
     if implementation == "portable":
         rest = (log_decay, case.K**-0.5, None, None, None, None)
         forward = partial(portable_forward, q, k, v, *rest, torch.float32)

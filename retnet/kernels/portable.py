@@ -13,7 +13,7 @@ from retnet.kernels.decay_grad import decay_gradient
 from retnet.kernels.layout import Layout
 from retnet.kernels.segment import read_segments
 from retnet.kernels.states import walk_states
-from retnet.kernels.tiles import Tiles, device_family, multiprocessors, tiles_for
+from retnet.kernels.tiles import Tiles, device_family, device_key, multiprocessors, stored_tiles, tiles_for
 
 
 def portable_forward(
@@ -140,17 +140,31 @@ def portable_backward(
     return dq.view(shapes[0]), dk.view(shapes[1]), dv.view(shapes[2]), dlog_decay, dstate
 
 
-def portable_tiles(q: Tensor, v: Tensor, num_sequences: int, chunk_size: int | None) -> Tiles:
+def portable_tiles(
+    q: Tensor, v: Tensor, num_sequences: int, chunk_size: int | None, *, per_token: bool = False
+) -> Tiles:
     """The block shapes for q [B, T, G, K] and v [B, T, H, V] in `num_sequences` sequences."""
     heads = num_sequences * v.shape[2]
-    family = device_family(q.device)
-    return tiles_for(family, v.dtype, q.shape[-1], v.shape[-1], heads, multiprocessors(q.device), chunk_size)
+    K, V, device = q.shape[-1], v.shape[-1], q.device
+    tuned = stored_tiles().get(device_key(device, v.dtype, K, V)) if device.type == "cuda" else None
+    return tiles_for(
+        device_family(device),
+        v.dtype,
+        K,
+        V,
+        heads=heads,
+        processors=multiprocessors(device),
+        per_token=per_token,
+        chunk_size=chunk_size,
+        tuned=tuned,
+    )
 
 
 def _prepare(
     q: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tiles, Layout, Decay]:
-    tiles = portable_tiles(q, v, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, chunk_size)
+    num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tiles = portable_tiles(q, v, num_sequences, chunk_size, per_token=log_decay.dim() == 3)
     layout = Layout.of(q.shape[0], q.shape[1], tiles.segment, cu_seqlens)
     return tiles, layout, Decay.of(log_decay, mask, layout)
 

@@ -7,7 +7,8 @@ The adjoint of retention is retention read backwards, so one kernel makes both. 
 head's state in float32 registers and walks its sequence in chunks of BT tokens; the weight, <= 1, is put on x, the
 operand that the tensor cores take from registers. States are stored once a segment (L tokens), not once a chunk: at
 K = 256, V = 512 a state per 64 tokens would move more bytes than q, k, v and out together. Stored states are bfloat16
-for bfloat16 inputs (the next product would round them anyway) and float32 otherwise (float16 would overflow at 65504).
+for bfloat16 inputs (the next product would round them anyway) and float32 otherwise (float16 would overflow at 65504);
+beside float16 inputs they are rounded to tf32's 10 bits here, since tensor cores would cut the rest off.
 """
 
 import torch
@@ -123,7 +124,10 @@ def _walk_kernel(
         inside = tl.minimum(length - begin, L)
         if chunk % CHUNKS == 0:
             border = states + ((slot0 + s).to(tl.int64) * H + h) * (K * V) + cell
-            tl.store(border, state.to(states.dtype.element_ty), mask=in_state)
+            if x.dtype.element_ty == tl.float16:
+                tl.store(border, _round_to_tf32(state), mask=in_state)
+            else:
+                tl.store(border, state.to(states.dtype.element_ty), mask=in_state)
             state *= enter(log_decay, sums + begin, plane, inside - 1, inside, PER_TOKEN, MASKED)
         position = (chunk % CHUNKS) * BT + tl.arange(0, BT)
         if REVERSE:
@@ -140,3 +144,8 @@ def _walk_kernel(
     if final is not None:
         last = final + (n * H + h).to(tl.int64) * (K * V) + cell
         tl.store(last, state.to(final.dtype.element_ty), mask=in_state)
+
+
+@triton.jit
+def _round_to_tf32(x):
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)

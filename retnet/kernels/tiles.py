@@ -5,7 +5,11 @@ The numbers were chosen by measurement (benchmarks/bench_retention.py, an H200) 
 correct on every device whose shared memory holds it, so "small" suits devices with about 100 KiB a block.
 """
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -62,11 +66,38 @@ STATE_TILES = {
 
 
 def device_family(device: torch.device) -> str:
-    """"hopper" where a block has 227 KiB of shared memory, "small" elsewhere and where nothing is known."""
+    """ "hopper" where a block has 227 KiB of shared memory, "small" elsewhere and where nothing is known."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "small"
     major, minor = torch.cuda.get_device_capability(device)
     return "hopper" if major == 9 or (major, minor) in ((10, 0), (10, 3)) else "small"
+
+
+def cache_file() -> Path:
+    """Where `tune` keeps what it measured: $RETNET_CACHE, else the user's cache folder."""
+    home = os.environ.get("RETNET_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "retnet"
+    return Path(home) / "tiles.json"
+
+
+def device_key(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str:
+    return f"{torch.cuda.get_device_name(device)}, {dtype}, {K}, {V}"
+
+
+@cache
+def stored_tiles() -> dict[str, Tiles]:
+    """What `tune` stored on this machine, read once a process."""
+    path = cache_file()
+    if not path.exists():
+        return {}
+    return {
+        key: Tiles(
+            row["segment"],
+            StateTile(**row["state"]),
+            SegmentTile(**row["key_contraction"]),
+            SegmentTile(**row["value_contraction"]),
+        )
+        for key, row in json.loads(path.read_text()).items()
+    }
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -92,22 +123,42 @@ def nearest_segment(chunk_size: int) -> int:
 
 
 def tiles_for(
-    family: str, dtype: torch.dtype, K: int, V: int, heads: int, processors: int, chunk_size: int | None
+    family: str,
+    dtype: torch.dtype,
+    K: int,
+    V: int,
+    *,
+    heads: int,
+    processors: int,
+    per_token: bool = False,
+    chunk_size: int | None = None,
+    tuned: Tiles | None = None,
 ) -> Tiles:
-    """Block shapes for a device family, a dtype, a head size, and as many states (`heads`, N H) as walk at once."""
+    """Block shapes for a device family, a dtype, a head size, and as many states (`heads`, N H) as walk at once.
+
+    `per_token` decay makes pairs of tokens dearer. `tuned` replaces the table's shapes; a `chunk_size` that the caller
+    asks for replaces the segment's length.
+    """
+    large = K * V > 128 * 128
+    segment = 64 if dtype == torch.float32 or (per_token and not large) else 128
     if dtype == torch.float32:
-        size, tile, segment = "float32", _float32_tile, 64
+        size, tile = "float32", _float32_tile
     elif family == "hopper":
-        large = K * V > 128 * 128
-        size, tile, segment = ("large", _hopper_tile, 256) if large else ("medium", _hopper_tile, 128)
+        size, tile = "large" if large else "medium", _hopper_tile
     else:
-        size, tile, segment = "small", _small_tile, 128
-    segment = nearest_segment(chunk_size) if chunk_size else segment
-    return Tiles(segment, _state_tile(size, K, V, heads, processors), tile(K, V), tile(V, K))
+        size, tile = "small", _small_tile
+    tiles = Tiles(segment, _state_tile(STATE_TILES[size], K, V, heads, processors), tile(K, V), tile(V, K))
+    if V <= 64:
+        tiles = replace(tiles, value_contraction=replace(tiles.value_contraction, stages=2))
+    if tuned is not None:
+        # A tuned walk was measured with many heads: with few, a smaller tile of the table may fill the chip better.
+        tiles = replace(tuned, state=_state_tile((tuned.state, *STATE_TILES[size]), K, V, heads, processors))
+    return replace(tiles, segment=nearest_segment(chunk_size)) if chunk_size else tiles
 
 
-def _state_tile(size: str, K: int, V: int, heads: int, processors: int) -> StateTile:
-    for tile in STATE_TILES[size]:
+def _state_tile(candidates: tuple[StateTile, ...], K: int, V: int, heads: int, processors: int) -> StateTile:
+    tile = candidates[0]
+    for tile in candidates:
         tile = StateTile(tile.BT, min(tile.BK, power_of_two(K)), min(tile.BV, power_of_two(V)), tile.warps, tile.stages)
         if heads * -(-K // tile.BK) * -(-V // tile.BV) >= processors:
             break
@@ -116,7 +167,7 @@ def _state_tile(size: str, K: int, V: int, heads: int, processors: int) -> State
 
 def _float32_tile(R: int, O: int) -> SegmentTile:
     step = min(power_of_two(R), 32)
-    return SegmentTile(64, 32, step, step, min(power_of_two(O), 64), 4, 2)
+    return SegmentTile(64, 64, step, step, min(power_of_two(O), 64), 4, 2)
 
 
 def _small_tile(R: int, O: int) -> SegmentTile:
