@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.feed_forward import FeedForward, FeedForwardConfig
 from retnet.layers.layout import TokenLayout
+from retnet.layers.mamba2 import Mamba2, Mamba2Config
 from retnet.layers.norm import make_norm
 from retnet.layers.retention import MultiScaleRetention, RetentionConfig
 from retnet.layers.state import LayerState
 from retnet.ops.norms import Norm
 
 # Each mixer: its config class, its module `(x, state, layout) -> (y, state)`.
-MIXERS = {RetentionConfig: MultiScaleRetention, AttentionConfig: Attention}
-MixerConfig = RetentionConfig | AttentionConfig
+MIXERS = {RetentionConfig: MultiScaleRetention, AttentionConfig: Attention, Mamba2Config: Mamba2}
+MixerConfig = RetentionConfig | AttentionConfig | Mamba2Config
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,9 @@ class MultiScaleRetention(nn.Module):
         self.log_rate = nn.Parameter(torch.empty(config.num_heads)) if config.learnable_decay else None
         # Not buffers: `.bfloat16()` would round gammas to 1, and meta-device initialisation would lose them.
         self._fixed_log_decay: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self.reset_decay()
+        self.reset_own()
 
-    def reset_decay(self) -> None:
+    def reset_own(self, generator: torch.Generator | None = None) -> None:
         """Start learnable decays from the schedule."""
         if self.log_rate is not None:
             with torch.no_grad():
@@ -162,39 +162,50 @@ class MultiScaleRetention(nn.Module):
         if config.heads_per_kv_head > 1:
             k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))
         log_decay = self.log_decay(x)
-        out, state = self._retain(q, k, v, log_decay, state, layout)
+        memory = None if state is None else state.memory
+        out, memory = retain(q, k, v, log_decay, memory, layout, mode=config.mode, chunk_size=config.chunk_size)
         if config.decay_norm:
             out = out / decay_norm(log_decay, layout.positions)[..., None].to(out.dtype)
         out = self._head_norm(out).flatten(-2).to(x.dtype)
         if self.gate_proj is not None:
             out = F.silu(self.gate_proj(x)) * out
-        return self.out_proj(out), state
-
-    def _retain(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: RetentionState | None, layout: TokenLayout
-    ) -> tuple[Tensor, RetentionState | None]:
-        if layout.in_place and state is not None and q.shape[1] == 1 and layout.cu_seqlens is None:
-            out = retention_step_(q, k, v, log_decay, state.memory, mask=layout.mask)
-            state.position.add_(layout.lengths)
-            return out, state
-        out, memory = retention(
-            q,
-            k,
-            v,
-            log_decay,
-            state=None if state is None else state.memory,
-            mask=layout.mask,
-            cu_seqlens=layout.cu_seqlens,
-            mode=self.config.mode if q.shape[1] > 1 else "auto",
-            chunk_size=self.config.chunk_size,
-            state_dtype=None if state is None else state.memory.dtype,
-            return_state=layout.carry,
-        )
-        if memory is None:
-            return out, None
-        return out, RetentionState(layout.advance(None if state is None else state.position), memory)
+        return self.out_proj(out), None if memory is None else RetentionState.after(state, layout, memory=memory)
 
     def _head_norm(self, out: Tensor) -> Tensor:
         if self.config.head_norm != "none":
             out = normalize(out, self.config.head_norm, self.config.head_norm_eps)
         return out if self.head_norm_weight is None else out * self.head_norm_weight
+
+
+def retain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    memory: Tensor | None,
+    layout: TokenLayout,
+    *,
+    scale: float | None = None,
+    mode: Mode = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The operator as a layer runs it: (out, the memory [N, H, K, V] after the last token, None if nothing is carried).
+
+    The memory is overwritten if the layout allows it.
+    """
+    if layout.in_place and memory is not None and q.shape[1] == 1 and layout.cu_seqlens is None:
+        return retention_step_(q, k, v, log_decay, memory, scale=scale, mask=layout.mask), memory
+    return retention(
+        q,
+        k,
+        v,
+        log_decay,
+        scale=scale,
+        state=memory,
+        mask=layout.mask,
+        cu_seqlens=layout.cu_seqlens,
+        mode=mode if q.shape[1] > 1 else "auto",
+        chunk_size=chunk_size,
+        state_dtype=None if memory is None else memory.dtype,
+        return_state=layout.carry,
+    )

@@ -21,6 +21,14 @@ class LayerState:
 
     position: Tensor
 
+    @classmethod
+    def after(cls, state: Self | None, layout: TokenLayout, **tensors: Tensor) -> Self:
+        """The state once this call's tokens are counted: `state` itself if its tensors were overwritten."""
+        if state is not None and all(getattr(state, name) is x for name, x in tensors.items()):
+            state.position.add_(layout.lengths)
+            return state
+        return cls(layout.advance(None if state is None else state.position), **tensors)
+
     def tensors(self) -> dict[str, Tensor]:
         """The state's tensors by field name; enough, with the class, to build it again."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -141,3 +149,11 @@ class AttentionState(TokenCache):
 
     keys: Tensor
     values: Tensor
+
+
+@dataclass
+class Mamba2State(LayerState):
+    """memory [N, H, K, V] of the state space; recent [N, W - 1, C]: what the short convolution still reads."""
+
+    memory: Tensor
+    recent: Tensor

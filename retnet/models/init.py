@@ -28,6 +28,7 @@ _PARTS = {
     "up_proj": "feed_forward",
     "down_proj": "down",
     "decay_proj": "other",
+    "in_proj": "value",
     "embedding": "embedding",
     "head": "embedding",
 }
@@ -64,8 +65,10 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
             _initialize_weight(module.weight, _part(name), config, generator)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif hasattr(module, "reset_decay"):
-            module.reset_decay()
+    if device.type != "meta":
+        for module in model.modules():
+            if hasattr(module, "reset_own"):  # what no row of the table fits: decays, time steps, convolutions
+                module.reset_own(generator)
 
 
 def _part(name: str) -> str:

@@ -9,9 +9,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retnet.layers.state import AttentionState, LayerState, RetentionState
+from retnet.layers.state import AttentionState, LayerState, Mamba2State, RetentionState
 
-STATES: dict[str, type[LayerState]] = {"retention": RetentionState, "attention": AttentionState}
+STATES: dict[str, type[LayerState]] = {
+    "retention": RetentionState,
+    "attention": AttentionState,
+    "mamba2": Mamba2State,
+}
 _NAMES = {cls: name for name, cls in STATES.items()}
 
 

@@ -1,0 +1,138 @@
+"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a state space whose decay, in and out vectors come from the token.
+
+    z, x, B, C, dt = X W_in;   x, B, C = silu(conv(x, B, C));   dt = softplus(dt + bias);   A = -exp(log_rate)
+    S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t)        y_t = C_t S_t + skip x_t
+    out = rms_norm(y * silu(z)) W_out
+
+Its recurrence is retention's (`retnet.ops.retention`) with q = C, k = B shared by groups of heads, v = dt x, a decay of
+dt A a token and head, and scale 1: one operator, one code path. Weights are those of the paper's code and of transformers'
+Mamba2ForCausalLM.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.layers.layout import TokenLayout
+from retnet.layers.retention import retain
+from retnet.layers.short_convolution import ShortConvolution
+from retnet.layers.state import Mamba2State
+from retnet.layers.time_step import reset_time_step_bias
+from retnet.ops.norms import normalize
+from retnet.ops.retention import Mode
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """inner_dim: width of x over all heads (twice the model's, usually). state_dim: of B and C. num_groups of heads share
+    B and C. conv_width: tokens that the short convolution sees.
+
+    time_step_min, _max, _floor: where dt starts; time_step_lowest, _highest: what it is clamped to, always.
+    """
+
+    inner_dim: int
+    head_dim: int = 64
+    state_dim: int = 128
+    num_groups: int = 1
+    conv_width: int = 4
+    conv_bias: bool = True
+    bias: bool = False
+    norm_eps: float = 1e-5
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_lowest: float = 0.0
+    time_step_highest: float | None = None
+    mode: Mode = "auto"
+    chunk_size: int | None = None
+    kind: Literal["mamba2"] = "mamba2"
+
+    def __post_init__(self) -> None:
+        for name in ("inner_dim", "head_dim", "state_dim", "num_groups", "conv_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")
+        if self.inner_dim % self.head_dim:
+            raise ValueError(f"head_dim is {self.head_dim}; accepted: a divisor of inner_dim ({self.inner_dim})")
+        if self.num_heads % self.num_groups:
+            raise ValueError(f"num_groups is {self.num_groups}; accepted: a divisor of the {self.num_heads} heads")
+        if not 0 < self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                f"time_step_min is {self.time_step_min}, time_step_max {self.time_step_max}; accepted: 0 < min <= max"
+            )
+        if self.time_step_lowest < 0:
+            raise ValueError(f"time_step_lowest is {self.time_step_lowest}; accepted: 0 or more")
+
+    @property
+    def num_heads(self) -> int:
+        return self.inner_dim // self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the short convolution: x, B and C."""
+        return self.inner_dim + 2 * self.num_groups * self.state_dim
+
+
+class Mamba2(nn.Module):
+    """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
+
+    def __init__(self, config: Mamba2Config, d_model: int):
+        super().__init__()
+        self.config = config
+        self.in_proj = nn.Linear(d_model, config.inner_dim + config.conv_dim + config.num_heads, bias=config.bias)
+        self.conv = ShortConvolution(config.conv_dim, config.conv_width, config.conv_bias)
+        self.log_rate = nn.Parameter(torch.empty(config.num_heads))
+        self.time_step_bias = nn.Parameter(torch.empty(config.num_heads))
+        self.skip = nn.Parameter(torch.empty(config.num_heads))
+        self.norm_weight = nn.Parameter(torch.ones(config.inner_dim))
+        self.out_proj = nn.Linear(config.inner_dim, d_model, bias=config.bias)
+        self.reset_own()
+
+    def reset_own(self, generator: torch.Generator | None = None) -> None:
+        """Rates -A uniform in [1, 16], as in the paper's code; time steps by their bounds; skip 1."""
+        config = self.config
+        with torch.no_grad():
+            self.log_rate.uniform_(1, 16, generator=generator).log_()
+        reset_time_step_bias(
+            self.time_step_bias, config.time_step_min, config.time_step_max, config.time_step_floor, generator
+        )
+        nn.init.ones_(self.skip)
+
+    def forward(self, x: Tensor, state: Mamba2State | None, layout: TokenLayout) -> tuple[Tensor, Mamba2State | None]:
+        one_token = x.shape[1] == 1 and layout.cu_seqlens is None
+        if layout.mask is not None and not (one_token and state is not None):
+            return layout.on_real_tokens(self, x, state)
+        config, shared = self.config, self.config.num_groups * self.config.state_dim
+        z, u, time_step = self.in_proj(x).split((config.inner_dim, config.conv_dim, config.num_heads), -1)
+        u, recent = self.conv(u, None if state is None else state.recent, layout)
+        u, B, C = F.silu(u).split((config.inner_dim, shared, shared), -1)
+        u, B, C = (
+            part.unflatten(-1, (-1, n))
+            for part, n in ((u, config.head_dim), (B, config.state_dim), (C, config.state_dim))
+        )
+        wide = torch.promote_types(x.dtype, torch.float32)
+        time_step = F.softplus(time_step.to(wide) + self.time_step_bias.to(wide))
+        time_step = time_step.clamp(config.time_step_lowest, config.time_step_highest)
+        out, memory = retain(
+            C,
+            B,
+            (u * time_step[..., None]).to(x.dtype),
+            -self.log_rate.to(wide).exp() * time_step,
+            None if state is None else state.memory,
+            layout,
+            scale=1.0,
+            mode=config.mode,
+            chunk_size=config.chunk_size,
+        )
+        out = (out + self.skip[:, None] * u).flatten(-2)
+        out = self._gated_norm(out, z)
+        state = Mamba2State.after(state, layout, memory=memory, recent=recent) if memory is not None else None
+        return self.out_proj(out), state
+
+    def _gated_norm(self, out: Tensor, z: Tensor) -> Tensor:
+        wide = torch.promote_types(out.dtype, torch.float32)
+        gated = out.to(wide) * F.silu(z.to(wide))
+        groups = normalize(gated.unflatten(-1, (self.config.num_groups, -1)), "rms", self.config.norm_eps)
+        return self.norm_weight * groups.flatten(-2).to(out.dtype)

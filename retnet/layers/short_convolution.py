@@ -1,0 +1,35 @@
+"""The short causal convolution as a module: weights in the layout of `nn.Conv1d`, its past passed in and returned."""
+
+import torch
+from torch import Tensor, nn
+
+from retnet.layers.layout import TokenLayout
+from retnet.ops.short_convolution import short_convolution
+
+
+class ShortConvolution(nn.Module):
+    """x [B, T, C], recent [N, W - 1, C] -> (y, recent)."""
+
+    def __init__(self, channels: int, width: int, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_own()
+
+    def reset_own(self, generator: torch.Generator | None = None) -> None:
+        """Uniform in +- 1 / sqrt(W), no bias."""
+        bound = self.weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, recent: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """A mask is understood for one token a row; longer masked calls come here packed."""
+        y, after = short_convolution(x, self.weight, self.bias, recent=recent, cu_seqlens=layout.cu_seqlens)
+        if recent is None:
+            return y, after
+        if layout.mask is not None:
+            after = torch.where(layout.mask[..., None], after, recent)
+        if layout.in_place and x.shape[1] == 1 and layout.cu_seqlens is None:
+            return y, recent.copy_(after)
+        return y, after
