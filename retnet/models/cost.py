@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 
+from retnet.layers.attention import AttentionConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
@@ -42,7 +43,7 @@ class ModelCost:
     state_bytes: int
 
 
-def retention_cost(mixer: RetentionConfig, context: int, state_bytes_per_value: int = 4) -> MixerCost:
+def retention_cost(mixer: RetentionConfig, context: int, value_bytes: int) -> MixerCost:
     """H heads: S += k^T v and q S are 4 K V; inside a chunk of C tokens the causal half costs C (K + V)."""
     H, K, V = mixer.num_heads, mixer.head_key_dim, mixer.head_value_dim
     chunk = min(context, mixer.chunk_size or 128)
@@ -50,11 +51,29 @@ def retention_cost(mixer: RetentionConfig, context: int, state_bytes_per_value: 
         forward = H * context * (K + V)
     else:
         forward = H * (4 * K * V + chunk * (K + V))
-    return MixerCost(forward, H * 4 * K * V, H * K * V * state_bytes_per_value + POSITION_BYTES)
+    return MixerCost(forward, H * 4 * K * V, H * K * V * max(4, value_bytes) + POSITION_BYTES)
 
 
-# mixer's config class -> its cost at a context; extended by each mixer
-MIXER_COSTS: dict[type, Callable[..., MixerCost]] = {RetentionConfig: retention_cost}
+def attention_cost(mixer: AttentionConfig, context: int, value_bytes: int) -> MixerCost:
+    """H heads: q K^T and the weighted sum of values are 4 K a pair; a query meets half the context, or its window."""
+    H, K = mixer.num_heads, mixer.head_dim
+    seen = min(context, mixer.window or context)
+    pairs = seen * (context - seen) + seen * (seen + 1) / 2  # of the whole sequence: full windows, then the ramp before
+    kept = 2 * mixer.num_kv_heads * K * seen * value_bytes
+    return MixerCost(4 * H * K * pairs / context, 4 * H * K * seen, kept + POSITION_BYTES)
+
+
+# mixer's config class -> its cost at a context, with activations of so many bytes; extended by each mixer
+MIXER_COSTS: dict[type, Callable[..., MixerCost]] = {
+    RetentionConfig: retention_cost,
+    AttentionConfig: attention_cost,
+}
+
+
+def mixer_costs(config: ModelConfig, context: int) -> list[MixerCost]:
+    """The cost of every layer's mixer at a context of `context` tokens."""
+    value_bytes = config.torch_dtype.itemsize
+    return [MIXER_COSTS[type(layer.mixer)](layer.mixer, context, value_bytes) for layer in config.layers]
 
 
 @lru_cache(maxsize=64)
@@ -77,7 +96,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 def model_cost(config: ModelConfig, context: int) -> ModelCost:
     """Costs at a context of `context` tokens."""
     counts = parameter_counts(config)
-    mixers = [MIXER_COSTS[type(layer.mixer)](layer.mixer, context) for layer in config.layers]
+    mixers = mixer_costs(config, context)
     weights = 2 * (counts["layers"] + config.vocab_size * config.d_model)
     forward = weights + sum(m.forward_flops for m in mixers)
     return ModelCost(

@@ -7,6 +7,7 @@ head can use the context, and the bytes the layer carries per sequence as the co
 from typing import TYPE_CHECKING
 
 from retnet.models.config import ModelConfig
+from retnet.models.cost import mixer_costs, parameter_counts
 
 from .errors import plain
 from .load import Stack
@@ -38,7 +39,7 @@ def draw_stack(stack: Stack, config: ModelConfig) -> "Figure":
     context = stack.spec.model.max_seq_len
     _parameters(panels[0], rows)
     _reach(panels[1], rows, context)
-    _states(panels[2], rows, context)
+    _states(panels[2], rows, config, context)
     for panel in panels:
         _style(panel, len(rows))
     _labels(panels[0], rows)
@@ -101,10 +102,11 @@ def _reach(axes: "Axes", rows: list[LayerSummary], context: int) -> None:
     axes.set_xlabel(f"tokens within reach, of {short_tokens(context)}")
 
 
-def _states(axes: "Axes", rows: list[LayerSummary], context: int) -> None:
+def _states(axes: "Axes", rows: list[LayerSummary], config: ModelConfig, context: int) -> None:
     """Bytes after the whole context, in shades where they grow: darker after a 64th and an 8th of it."""
     contexts = [max(1, context // part) for part in (1, 8, 64)]
-    sizes = [[row.state_bytes(tokens) for tokens in contexts] for row in rows]
+    costs = [mixer_costs(config, tokens) for tokens in contexts]
+    sizes = [[cost.state_bytes for cost in layer] for layer in zip(*costs)]
     low, high = min(map(min, sizes)) / 8, max(map(max, sizes)) * 1.3
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
@@ -135,8 +137,6 @@ def _ticks(context: int) -> tuple[list[int], list[str]]:
 
 
 def _title(figure: "Figure", stack: Stack, rows: list[LayerSummary], config: ModelConfig) -> None:
-    from retnet.models.cost import parameter_counts
-
     model = stack.spec.model
     counts = parameter_counts(config)
     up = 1 - 0.3 / figure.get_figheight()

@@ -11,7 +11,7 @@ import torch
 from retnet.layers.block import Block, BlockConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
-from retnet.models.cost import MIXER_COSTS, head_windows
+from retnet.models.cost import head_windows
 
 from .layers import Layer
 from .load import Stack
@@ -29,10 +29,6 @@ class LayerSummary:
     reach: tuple[float, ...] | None
     mixer: str
     feed_forward: str
-
-    def state_bytes(self, context: int) -> int:
-        """Bytes carried to the next token after `context` of them, for one sequence."""
-        return MIXER_COSTS[type(self.config.mixer)](self.config.mixer, context).state_bytes
 
 
 def summarize(stack: Stack, config: ModelConfig) -> list[LayerSummary]:

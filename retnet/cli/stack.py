@@ -1,0 +1,196 @@
+"""`retnet stack`: check, explain and compile architectures written in EulerStack's YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from retnet.cli._common import console, errors
+
+if TYPE_CHECKING:
+    from retnet.models.config import ModelConfig
+    from retnet.stack import Stack, StackError
+
+CONTEXTS = (1024, 8192, 32768, 131072)
+SOURCE_FILE = "stack.yml"  # a compiled directory's copy of what it was compiled from
+
+stack_app = typer.Typer(
+    help="Architectures in YAML: attention, Mamba, RetNet and Hyena in one model.", no_args_is_help=True
+)
+presets_app = typer.Typer(help="The stacks that come with the package.", no_args_is_help=True)
+stack_app.add_typer(presets_app, name="presets")
+
+StackName = Annotated[str, typer.Argument(metavar="STACK", help="A stack's file, or a stack preset's name.")]
+
+
+@stack_app.command()
+def validate(
+    files: Annotated[list[str], typer.Argument(metavar="STACK...", help="Stack files, or stack presets' names.")],
+    report: Annotated[
+        bool, typer.Option("--report", help="Also unusual choices, parameters, costs by context.")
+    ] = False,
+) -> None:
+    """Check stacks: every fault of each, with line and column; exit code 1 if there is any.
+
+    Example: retnet stack validate my-stack.yml --report
+    """
+    from retnet.stack import StackError
+
+    failed = False
+    for name in files:
+        try:
+            stack = _open(name)
+            console.print(Text.assemble((name, "bold"), f": valid, {len(stack.layers)} layers"), soft_wrap=True)
+            if report:
+                _print_report(stack)
+        except StackError as error:
+            failed = True
+            _print_problems(name, error)
+    if failed:
+        raise typer.Exit(1)
+
+
+@stack_app.command()
+def explain(
+    name: StackName,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Also draw the stack, as .svg, .png or .pdf.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Show a stack's layers, sizes and costs.
+
+    Example: retnet stack explain arch_expert_research --picture tri-mixer.svg
+    """
+    from retnet.stack.build import model_config
+
+    stack = _open(name)
+    config = model_config(stack)
+    _print_layers(stack, config)
+    _print_costs(config)
+    if picture is not None:
+        from retnet.stack.picture import draw_stack
+
+        draw_stack(stack, config).savefig(picture, dpi=150)
+        console.print(f"picture written to {picture}", markup=False, soft_wrap=True)
+
+
+@stack_app.command("compile")
+def compile_stack(
+    name: StackName,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Directory to write.", file_okay=False)],
+) -> None:
+    """Build a stack's model with its initial weights and save it as a model directory.
+
+    Example: retnet stack compile arch_expert_research_mini --output-dir tri-mixer
+    """
+    from retnet.models.cost import parameter_counts
+    from retnet.models.directory import save_model
+    from retnet.models.lm import LanguageModel
+    from retnet.stack.build import model_config
+
+    stack = _open(name)
+    config = model_config(stack)
+    save_model(LanguageModel(config), output_dir)
+    (output_dir / SOURCE_FILE).write_text(stack.text, encoding="utf-8")
+    total = parameter_counts(config)["total"]
+    console.print(f"{config.name}: {total} parameters in {config.dtype}, written to {output_dir}", soft_wrap=True)
+
+
+@presets_app.command("list")
+def list_presets() -> None:
+    """Name every stack preset and say what it is."""
+    from retnet.stack.presets import preset_names, preset_summary
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name in preset_names():
+        table.add_row(Text(name, style="bold"), Text(preset_summary(name)))
+    console.print(table)
+
+
+@presets_app.command("show")
+def show_preset(name: Annotated[str, typer.Argument(help="A stack preset's name.")]) -> None:
+    """Print a stack preset's file."""
+    from retnet.stack.presets import preset_text
+
+    print(preset_text(name), end="")
+
+
+@presets_app.command("copy")
+def copy_preset(
+    name: Annotated[str, typer.Argument(help="A stack preset's name.")],
+    target: Annotated[Path | None, typer.Argument(help="File to write, new; NAME.yml here if not given.")] = None,
+) -> None:
+    """Copy a stack preset's file, to change it."""
+    from retnet.stack.presets import preset_text
+
+    target = target or Path(f"{name}.yml")
+    with target.open("x", encoding="utf-8") as file:
+        file.write(preset_text(name))
+    console.print(f"written to {target}", markup=False, soft_wrap=True)
+
+
+def _open(name: str) -> Stack:
+    from retnet.stack import load_stack
+    from retnet.stack.presets import load_preset, preset_names
+
+    return load_preset(name) if name in preset_names() else load_stack(name)
+
+
+def _print_problems(name: str, error: StackError) -> None:
+    count = len(error.problems)
+    errors.print(Text.assemble((name, "bold"), f": {count} fault{'s' * (count > 1)}"), soft_wrap=True)
+    errors.print(Text(str(error)), soft_wrap=True)
+
+
+def _print_report(stack: Stack) -> None:
+    from retnet.models.cost import parameter_counts
+    from retnet.stack.build import model_config
+    from retnet.stack.report import realism_report
+
+    for finding in realism_report(stack):
+        style = "yellow" if finding.severity == "WARNING" else "dim"
+        line = Text.assemble((f"{finding.severity:8}", style), f"{finding.rule}: {finding.message}")
+        console.print(line, soft_wrap=True)
+    config = model_config(stack)
+    counts = parameter_counts(config)
+    parts = ", ".join(f"{part} {count}" for part, count in counts.items() if part != "total")
+    console.print(f"parameters of the built model: {counts['total']} ({parts})", soft_wrap=True, highlight=False)
+    _print_costs(config)
+
+
+def _print_layers(stack: Stack, config: ModelConfig) -> None:
+    from retnet.stack.report import short_count
+    from retnet.stack.summary import runs, summarize
+
+    columns = ("layers", "template", "mixer", "feed-forward", "norm", "parameters")
+    table = Table(box=None, header_style="dim", padding=(0, 3, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    for count, row in runs(summarize(stack, config)):
+        first, layer = row.layer.index, row.layer
+        span = str(first) if count == 1 else f"{first}-{first + count - 1}"
+        norm = f"{layer.norm.position} {layer.norm.type}" + (
+            "" if layer.residual.type == "sequential" else ", parallel"
+        )
+        parameters = short_count(count * (row.mixer_parameters + row.feed_forward_parameters))
+        table.add_row(*map(Text, (span, layer.template, row.mixer, row.feed_forward, norm, parameters)))
+    console.print(table)
+
+
+def _print_costs(config: ModelConfig) -> None:
+    from retnet.models.cost import model_cost
+    from retnet.stack.picture import short_bytes, short_tokens
+    from retnet.stack.report import short_count
+
+    table = Table(box=None, header_style="dim", padding=(0, 3, 0, 0))
+    for column in ("context", "FLOPs/token: training", "decoding", "state/sequence"):
+        table.add_column(column, justify="right")
+    for context in CONTEXTS:
+        cost = model_cost(config, context)
+        flops = (short_count(round(cost.training_flops)), short_count(round(cost.decode_flops)))
+        table.add_row(short_tokens(context), *flops, short_bytes(cost.state_bytes))
+    console.print(table)

@@ -1,0 +1,91 @@
+"""`retnet stack` as a user meets it."""
+
+from __future__ import annotations
+
+import pytest
+
+from retnet.cli import main
+from retnet.models.directory import load_model
+from retnet.stack import load_stack
+from retnet.stack.presets import preset_names, preset_text
+
+MINI = "arch_intermediate_gemma2_mini"
+
+
+def run(*words: object) -> int:
+    with pytest.raises(SystemExit) as done:
+        main(["stack", *(str(word) for word in words)])
+    return int(done.value.code or 0)
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    path = tmp_path / "faulty.yml"
+    path.write_text(preset_text(MINI).replace("d_model: 144", "d_model: 146").replace("hf", "fh"))
+    return path
+
+
+def test_validate_tells_all_faults_of_all_files_in_three_lines_each(capsys, faulty):
+    assert run("validate", MINI, faulty) == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"{MINI}: valid, 4 layers\n"
+    lines = captured.err.splitlines()
+    assert lines[0] == f"{faulty}: 2 faults"
+    assert [line.split(" ")[0] for line in lines[1:]] == [
+        "ValidationError:",
+        "Fix:",
+        "See:",
+        "",
+        "ValidationError:",
+        "Fix:",
+        "See:",
+    ]
+    assert lines[1].endswith("(line 6, column 12)")
+
+
+def test_validate_refuses_a_file_that_is_not_there(capsys, tmp_path):
+    assert run("validate", tmp_path / "absent.yml") == 1
+    assert "cannot be read: No such file or directory" in capsys.readouterr().err
+
+
+def test_report_counts_the_built_model_beside_the_estimate(capsys):
+    assert run("validate", MINI, "--report") == 0
+    text = capsys.readouterr().out
+    assert "EulerStack's estimate: 1.0M parameters (1033632)" in text
+    assert "parameters of the built model: 1033632 (embedding 37008, layers 996624, head 0)" in text
+    assert [line.split()[0] for line in text.splitlines()[-4:]] == ["1K", "8K", "32K", "128K"]
+
+
+def test_explain_shows_layers_and_draws_them(capsys, tmp_path):
+    picture = tmp_path / "stack.svg"
+    assert run("explain", MINI, "--picture", picture) == 0
+    text = capsys.readouterr().out
+    assert text.count("GeGLU 432") == 4
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_explain_of_a_faulty_file_is_wrong_input(capsys, faulty):
+    assert run("explain", faulty) == 2
+    assert "ValidationError: model.d_model" in capsys.readouterr().err
+
+
+def test_compile_writes_a_model_and_its_source(capsys, tmp_path):
+    assert run("compile", MINI, "--output-dir", tmp_path / "out") == 0
+    model = load_model(tmp_path / "out")
+    assert model.config.name == MINI.replace("_", "-")
+    assert load_stack(tmp_path / "out" / "stack.yml").text == preset_text(MINI)
+    assert "1033632 parameters" in capsys.readouterr().out
+
+
+def test_presets_are_listed_shown_and_copied(capsys, tmp_path):
+    assert run("presets", "list") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in preset_names())
+    assert run("presets", "show", MINI) == 0
+    assert capsys.readouterr().out == preset_text(MINI)
+    target = tmp_path / "mine.yml"
+    assert run("presets", "copy", MINI, target) == 0
+    assert target.read_text() == preset_text(MINI)
+    assert run("presets", "copy", MINI, target) == 2, "a file that is there is not overwritten"
+    assert run("presets", "show", "arch_gemma") == 2
+    assert "arch_intermediate_gemma2" in capsys.readouterr().err
