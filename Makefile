@@ -39,6 +39,15 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 venv install: $(VENV)/.installed-dev
 
+# The main job, as the commands that it is made of. out/demo holds the model and three pictures.
+demo: $(VENV)/.installed
+	$(BIN)/retnet train recipes/retnet-tiny_stdlib_cpu.yaml
+	$(BIN)/retnet eval out/demo --data stdlib
+	$(BIN)/retnet generate out/demo "def " --max-tokens 1000 --seed 0 --png out/demo/stream.png
+	$(BIN)/retnet check out/demo --text README.md --length 256
+	$(BIN)/retnet info out/demo --png out/demo/model.png
+	@echo "pictures: out/demo/loss_curve.png, out/demo/stream.png, out/demo/model.png"
+
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not gpu and not slow"
 

@@ -115,7 +115,8 @@ def draw(folder: Path) -> None:
     figure = Figure(figsize=(13.2, 5.3), layout="constrained")
     panels = [
         (parallel, "Parallel", "the whole table at once: training", r"$(QK^{\top} \odot D)\,V$"),
-        (recurrent, "Recurrent", "one row from one state: decoding, O(1) a token", r"$S_t = \gamma S_{t-1} + k_t^{\top} v_t$"),
+        (recurrent, "Recurrent", "one row from one state: decoding, O(1) a token",
+         r"$S_t = \gamma S_{t-1} + k_t^{\top} v_t$"),
         (chunkwise, "Chunkwise", "blocks on the diagonal, a state for the rest: long text, O(T)",
          r"$R_{i} = \gamma^{C} R_{i-1} + \sum_j \gamma^{C-1-j} k_j^{\top} v_j$"),
     ]  # fmt: skip

@@ -21,7 +21,9 @@ _SHAPE = (2, 512, 4, 64, 128)  # B, T, H, K, V of the operator's random inputs
 
 
 def check(
-    model: Annotated[str, typer.Argument(metavar="MODEL|operator", help="Preset, saved directory, or 'operator'.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|operator", help="Preset, stack file, saved directory, or 'operator'.")
+    ],
     text: Annotated[Path | None, typer.Option(help="Text to run on; random tokens if not given.")] = None,
     length: Annotated[int, typer.Option(help="Tokens.")] = _SHAPE[1],
     dtype: Annotated[
@@ -47,7 +49,7 @@ def check(
         rows = list(check_operator(shape, dtypes, sizes, device=device, seed=seed))
         title = f"retention, B, T, H, K, V = {', '.join(map(str, shape))}"
     else:
-        from retnet.models.resolve import resolve_model
+        from retnet.stack.resolve import resolve_model
 
         network = resolve_model(model, device=device)
         ids = _ids(network, text, length, seed).to(device)

@@ -20,7 +20,7 @@ class Part(StrEnum):
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Preset or saved directory.")],
+    model: Annotated[str, typer.Argument(help="Preset, stack file or saved directory.")],
     data: Annotated[str, typer.Option(help="File or folder of text, or 'stdlib'.")],
     part: Annotated[Part, typer.Option(help="The held-out documents, or all of them.")] = Part.valid,
     valid_fraction: Annotated[float, typer.Option(help="Share held out, as in training.")] = 0.05,
@@ -34,7 +34,7 @@ def evaluate(
     from retnet.data import find_documents, split_documents
     from retnet.eval.bits import bits_per_byte
     from retnet.eval.compressors import compressor_table
-    from retnet.models.resolve import resolve_model
+    from retnet.stack.resolve import resolve_model
 
     network = resolve_model(model, device=device)
     documents = find_documents(data)

@@ -20,7 +20,7 @@ ENDLESS = 0
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Preset or saved directory.")],
+    model: Annotated[str, typer.Argument(help="Preset, stack file or saved directory.")],
     prompt: Annotated[str | None, typer.Argument(help="Text to go on from; also --file or standard input.")] = None,
     file: Annotated[Path | None, typer.Option(help="File that holds the prompt; - is standard input.")] = None,
     max_tokens: Annotated[int, typer.Option(min=0, help="Tokens to make; 0 goes on until interrupted.")] = 256,
@@ -42,7 +42,7 @@ def generate(
     from retnet.eval.figures import save_stream_figure
     from retnet.models.cost import model_cost
     from retnet.models.generation import generate as new_tokens
-    from retnet.models.resolve import resolve_model
+    from retnet.stack.resolve import resolve_model
 
     network = resolve_model(model, device=device)
     check_reads_bytes(network)

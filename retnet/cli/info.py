@@ -17,13 +17,13 @@ _CONTEXTS = (512, 2048, 8192, 32768, 131072, 1048576)
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="Preset or saved directory.")],
+    model: Annotated[str, typer.Argument(help="Preset, stack file or saved directory.")],
     context: Annotated[list[int] | None, typer.Option(min=1, help="Context lengths; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     png: Annotated[Path | None, typer.Option(help="Draw state size, windows and decay masks here.")] = None,
 ) -> None:
     """Parameters, operations a token, state against a Transformer's cache by context, and each head's window."""
-    from retnet.models.resolve import resolve_config
+    from retnet.stack.resolve import resolve_config
 
     config = resolve_config(model)
     contexts = tuple(context or _CONTEXTS)

@@ -15,7 +15,7 @@ def train(
         typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A YAML file of settings, then settings one by one."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="File or folder of text, or 'stdlib'; same as data=...")] = None,
-    model: Annotated[str | None, typer.Option(help="Preset or saved directory; same as model=...")] = None,
+    model: Annotated[str | None, typer.Option(help="Preset, stack file or saved directory; same as model=...")] = None,
 ) -> None:
     """Train a model on text.
 

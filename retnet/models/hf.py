@@ -84,6 +84,14 @@ class RetNetForCausalLM(PreTrainedModel):
         self.model = LanguageModel(config.core)
         self.post_init()
 
+    @classmethod
+    def wrap(cls, model: LanguageModel) -> RetNetForCausalLM:
+        """The face of a model that exists; they share their weights."""
+        with torch.device("meta"):
+            face = cls(RetNetConfig.of(model.config))
+        face.model = model
+        return face
+
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: `LanguageModel` has drawn its weights from its own table and seed."""
 

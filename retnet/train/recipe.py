@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 _REQUIRED = {
-    "model": "a preset's name (such as retnet-tiny) or a saved directory",
+    "model": "a preset's name (such as retnet-tiny), a stack's file, or a saved directory",
     "data": "a file or folder of text, or stdlib",
 }
 
@@ -48,7 +48,7 @@ _REQUIRED = {
 class Recipe(BaseModel):
     """A training run.
 
-    model: a preset's name, or a saved directory to go on from.
+    model: a preset's name, a stack's file, or a saved directory to go on from.
     data: a file or folder of text, or `stdlib`.
     length: tokens in a row; longer documents are cut into pieces that start fresh.
     valid_fraction: share of the documents held out, by the hash of their paths.

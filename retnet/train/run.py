@@ -18,9 +18,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from retnet.data import VOCAB_SIZE, PackedDataset, Split, find_documents, split_documents
-from retnet.models.directory import CONFIG_FILE, load_config
-from retnet.models.hf import RetNetConfig, RetNetForCausalLM
-from retnet.models.presets import PRESETS, preset
+from retnet.models.hf import RetNetForCausalLM
+from retnet.stack.resolve import resolve_model
 from retnet.train.curve import save_loss_curve
 from retnet.train.progress import ProgressCallback
 from retnet.train.recipe import Recipe
@@ -102,23 +101,16 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
 
 
 def load_for_training(name: str) -> RetNetForCausalLM:
-    """A fresh model from a preset, or a saved one to go on from.
+    """The model that a name stands for: fresh from a preset or a stack, or a saved one to go on from.
 
-    Raises ValueError or OSError if there is neither, or if the model does not read bytes.
+    Raises ValueError or OSError if there is none, or if it does not read bytes.
     """
-    if (Path(name) / CONFIG_FILE).is_file():
-        config = load_config(name)
-        model = RetNetForCausalLM.from_pretrained(name)
-    elif name in PRESETS:
-        config = preset(name)
-        model = RetNetForCausalLM(RetNetConfig.of(config))
-    else:
-        raise ValueError(f"no model {name!r}: it is neither a saved directory nor a preset ({', '.join(PRESETS)})")
-    if config.vocab_size < VOCAB_SIZE:
+    model = resolve_model(name)
+    if model.config.vocab_size < VOCAB_SIZE:
         raise ValueError(
-            f"{name} has a vocabulary of {config.vocab_size}; bytes and the document start need {VOCAB_SIZE}"
+            f"{name} has a vocabulary of {model.config.vocab_size}; bytes and the document start need {VOCAB_SIZE}"
         )
-    return model
+    return RetNetForCausalLM.wrap(model)
 
 
 def _describe(console: Console, recipe: Recipe, model: nn.Module, split: Split, rows: PackedDataset) -> None:

@@ -22,12 +22,12 @@ def test_the_model_that_is_checked_is_left_as_it_was(byte_model):
 
 
 def test_nan_never_passes(monkeypatch):
+    def lost(*arguments):
+        out, *rest = forward(*arguments)
+        return torch.full_like(out, torch.nan), *rest
+
     forward = recurrent.forward
-    monkeypatch.setattr(
-        recurrent,
-        "forward",
-        lambda *arguments: (torch.full_like((found := forward(*arguments))[0], torch.nan), found[1]),
-    )
+    monkeypatch.setattr(recurrent, "forward", lost)
     rows = {row.way: row.passed for row in check_operator((1, 9, 2, 4, 4), ["float32"], [4])}
     assert not rows["recurrent"]
     assert rows["chunkwise, C = 4"]

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 from retnet.eval import meter
 from retnet.eval.meter import BINS, StreamMeter
 
@@ -11,7 +13,7 @@ def test_bins_cover_every_token_after_the_first_once_and_stay_few(monkeypatch):
     assert stream.tokens == 10_000
     assert len(bins) < BINS
     assert bins[0].first == 1
-    assert all(a.first + a.count == b.first for a, b in zip(bins, bins[1:], strict=False))
+    assert all(a.first + a.count == b.first for a, b in pairwise(bins))
     assert 10_000 - (bins[-1].first + bins[-1].count) < bins[-1].count
 
 
