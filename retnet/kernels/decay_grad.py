@@ -22,14 +22,14 @@ def decay_gradient(
     k_dot_dk: Tensor,
     states: Tensor,
     dstates: Tensor,
-    final: Tensor | None,
+    final: Tensor,
     dfinal: Tensor | None,
     decay: Decay,
     layout: Layout,
 ) -> Tensor:
     """Row products [tiles, H, tokens] and border states [slots, H, K, V] -> dlog_decay [tokens, H] float32.
 
-    `final` and `dfinal` [N, H, K, V] are the last state and its adjoint where the caller's loss reads the last state.
+    `final` and `dfinal` [N, H, K, V] are the last state and its adjoint; None where the loss does not read that state.
     """
     H = q_dot_dq.shape[1]
     grad = torch.zeros(layout.num_tokens, H, dtype=torch.float32, device=states.device)

@@ -68,7 +68,6 @@ def portable_backward(
     tiles, layout, decay = _prepare(q, v, log_decay, mask, cu_seqlens, chunk_size)
     shapes = q.shape, k.shape, v.shape
     dout, q, k, v = _rows(dout.to(v.dtype)), _rows(q), _rows(k), _rows(v)
-    crossing = need_dlog_decay and dfinal is not None
     states, final = walk_states(
         k,
         v,
@@ -77,7 +76,7 @@ def portable_backward(
         tiles.state,
         scale=1.0,
         initial=state,
-        final_dtype=torch.float32 if crossing else None,
+        final_dtype=torch.float32,
         reverse=False,
     )
     dstates, dstate = walk_states(
@@ -125,17 +124,9 @@ def portable_backward(
         row_dot_with=k if need_dlog_decay else None,
     )
     dlog_decay = None
-    if need_dlog_decay:
-        grad = decay_gradient(
-            q_dot_dq,
-            k_dot_dk,
-            states,
-            dstates,
-            final,
-            dfinal.contiguous() if crossing else None,
-            decay,
-            layout,
-        )
+    if q_dot_dq is not None and k_dot_dk is not None:
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        grad = decay_gradient(q_dot_dq, k_dot_dk, states, dstates, final, dfinal, decay, layout)
         dlog_decay = grad.view(log_decay.shape) if decay.per_token else grad.sum(0)
     return dq.view(shapes[0]), dk.view(shapes[1]), dv.view(shapes[2]), dlog_decay, dstate
 

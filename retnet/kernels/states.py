@@ -35,16 +35,14 @@ def walk_states(
     *,
     scale: float,
     initial: Tensor | None,
-    final_dtype: torch.dtype | None,
+    final_dtype: torch.dtype,
     reverse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """x [tokens, G, K], y [tokens, H, V] -> (states [slots, H, K, V], final [N, H, K, V] or None without a dtype)."""
+) -> tuple[Tensor, Tensor]:
+    """x [tokens, G, K], y [tokens, H, V] -> (states [slots, H, K, V], final [N, H, K, V])."""
     G, K = x.shape[1:]
     H, V = y.shape[1:]
     states = torch.empty(layout.num_slots, H, K, V, dtype=stored_dtype(x.dtype), device=x.device)
-    final = None
-    if final_dtype is not None:
-        final = torch.empty(layout.num_sequences, H, K, V, dtype=final_dtype, device=x.device)
+    final = torch.empty(layout.num_sequences, H, K, V, dtype=final_dtype, device=x.device)
     tiles = triton.cdiv(K, tile.BK) * triton.cdiv(V, tile.BV)
     if layout.num_sequences == 0:
         return states, final
@@ -141,9 +139,8 @@ def _walk_kernel(
         xs = (xs * (weight * scale)[None, :]).to(x.dtype.element_ty)
         state = tl.dot(xs, ys, state, input_precision=PRECISION)
 
-    if final is not None:
-        last = final + (n * H + h).to(tl.int64) * (K * V) + cell
-        tl.store(last, state.to(final.dtype.element_ty), mask=in_state)
+    last = final + (n * H + h).to(tl.int64) * (K * V) + cell
+    tl.store(last, state.to(final.dtype.element_ty), mask=in_state)
 
 
 @triton.jit

@@ -64,6 +64,25 @@ def retention_step(
     return out
 
 
+def retention_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    state: Tensor | None,
+    mask: Tensor | None,
+    state_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, T, H, V], the state [B, H, K, V] after the T tokens), the given state left as it was."""
+    shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    if state is None:
+        final = torch.zeros(shape, dtype=state_dtype, device=v.device)
+    else:
+        final = torch.empty(shape, dtype=state_dtype, device=v.device).copy_(state)
+    return retention_step(q, k, v, log_decay, final, scale, mask), final
+
+
 @triton.jit(do_not_specialize=["T", "q_batch", "k_batch", "v_batch"])
 def _step_kernel(
     q, k, v, log_decay, state, mask, out, T,

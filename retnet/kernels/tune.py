@@ -108,7 +108,7 @@ def _walk(problem: dict, layout: Layout, tile: StateTile) -> None:
         tile,
         scale=1.0,
         initial=None,
-        final_dtype=None,
+        final_dtype=torch.float32,
         reverse=False,
     )
 

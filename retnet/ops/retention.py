@@ -74,7 +74,7 @@ def retention(
     """
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, log_decay, state, mask, cu_seqlens)
-    plan = retention_plan(q, v, mode=mode, chunk_size=chunk_size, backend=backend)
+    plan = _resolve(q, v, mode, chunk_size, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     wide = _wide(v.dtype)
     if plan.backend == "aten":
@@ -110,7 +110,21 @@ def retention_step_(
 def retention_plan(
     q: Tensor, v: Tensor, *, mode: Mode = "auto", chunk_size: int | None = None, backend: Backend = "auto"
 ) -> RetentionPlan:
-    """What `retention` will run for q [B, T, G, K] and v [B, T, H, V]: a forced mode or backend is never replaced."""
+    """What `retention` will run for q [B, T, G, K] and v [B, T, H, V]: a forced mode or backend is never replaced.
+
+    On a GPU "auto" is recurrent for one token and chunkwise for more; the parallel form runs as plain operators (aten).
+    """
+    plan = _resolve(q, v, mode, chunk_size, backend)
+    if plan.backend != "triton":
+        return plan
+    from retnet.kernels.chunkwise import plan as kernel_plan
+
+    detail = kernel_plan(q, v, plan.mode, plan.chunk_size)
+    return RetentionPlan(plan.mode, 1 if plan.mode == "recurrent" else detail["segment"], plan.backend, detail)
+
+
+def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: Backend) -> RetentionPlan:
+    """The plan without the kernels' detail, which torch.compile traces. Chunks of 0 tokens: the kernels choose."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}; accepted: {', '.join(get_args(Mode))}")
     if backend not in get_args(Backend):
@@ -119,20 +133,22 @@ def retention_plan(
         raise ValueError(f"chunk_size is {chunk_size!r}; accepted: a positive integer or None")
     num_tokens, on_gpu = q.shape[1], q.device.type == "cuda"
     if backend == "auto":
-        backend = "triton" if on_gpu and v.dtype != torch.float64 else "torch" if not on_gpu else "aten"
+        has_kernel = v.dtype != torch.float64 and mode != "parallel"
+        backend = ("triton" if has_kernel else "aten") if on_gpu else "torch"
     if (backend == "triton") != on_gpu and backend != "aten":
         raise ValueError(f"backend is {backend!r} for tensors on {q.device}; accepted there: {'triton' if on_gpu else 'torch'}, aten")
+    if backend == "triton":
+        if mode == "parallel":
+            raise ValueError("mode is 'parallel' for backend 'triton'; accepted there: auto, recurrent, chunkwise")
+        if mode == "auto":
+            mode = "recurrent" if num_tokens == 1 else "chunkwise"
+        return RetentionPlan(mode, chunk_size or 0, backend, {})
     chunk = chunk_size or _default_chunk_size(q.shape[-1], v.shape[-1])
     if mode == "auto":
         mode = "recurrent" if num_tokens == 1 else "parallel" if num_tokens <= chunk else "chunkwise"
     if mode != "chunkwise":
         chunk = 1 if mode == "recurrent" else max(1, num_tokens)
-    detail: dict[str, object] = {}
-    if backend == "triton":
-        from retnet.kernels.chunkwise import plan
-
-        detail = plan(q, v, mode, chunk)
-    return RetentionPlan(mode, chunk, backend, detail)
+    return RetentionPlan(mode, chunk, backend, {})
 
 
 def _default_chunk_size(key_dim: int, value_dim: int) -> int:
@@ -304,6 +320,10 @@ def _retention_step(
 
 @_retention.register_kernel("cuda")
 def _retention_cuda(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype):
+    if mode == "recurrent" and cu_seqlens is None:
+        from retnet.kernels.step import retention_recurrent
+
+        return retention_recurrent(q, k, v, log_decay, scale, state, mask, state_dtype)
     from retnet.kernels.chunkwise import retention_forward
 
     return retention_forward(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size, state_dtype)
