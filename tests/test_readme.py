@@ -1,0 +1,46 @@
+"""What the README shows is true: its Python runs, its tree and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    fenced = README.split("```")[1::2]
+    return [block.partition("\n")[2] for block in fenced if block.partition("\n")[0] == language]
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=["operator", "model"])
+def test_the_python_examples_run(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_tree_names_what_exists():
+    (tree,) = (block for block in blocks("") if block.startswith("retnet/\n"))
+    folder = ROOT
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = ROOT / "retnet" if line.startswith("  ") else ROOT
+        assert (folder / name).exists(), name
+    packages = {path.name + "/" for path in (ROOT / "retnet").iterdir() if (path / "__init__.py").exists()}
+    assert packages <= {line.split()[0] for line in tree.splitlines()}
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_verbs_and_targets_that_it_names_exist():
+    from retnet.cli import app
+
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert set(re.findall(r"^retnet (\w+) ", README, re.MULTILINE)) <= names
+    targets = set(re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets
