@@ -18,6 +18,7 @@ from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.feed_forward import FeedForward, FeedForwardConfig
 from retnet.layers.layout import TokenLayout
 from retnet.layers.mamba2 import Mamba2, Mamba2Config
+from retnet.layers.moe import MoE, MoEConfig
 from retnet.layers.norm import make_norm
 from retnet.layers.retention import MultiScaleRetention, RetentionConfig
 from retnet.layers.state import LayerState
@@ -26,6 +27,8 @@ from retnet.ops.norms import Norm
 # Each mixer: its config class, its module `(x, state, layout) -> (y, state)`.
 MIXERS = {RetentionConfig: MultiScaleRetention, AttentionConfig: Attention, Mamba2Config: Mamba2}
 MixerConfig = RetentionConfig | AttentionConfig | Mamba2Config
+# Each feed-forward: its config class, its module `(x, layout) -> y`.
+FEED_FORWARDS = {FeedForwardConfig: FeedForward, MoEConfig: MoE}
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class BlockConfig:
     """
 
     mixer: MixerConfig
-    feed_forward: FeedForwardConfig | None
+    feed_forward: FeedForwardConfig | MoEConfig | None
     norm: Norm = "layer"
     norm_eps: float = 1e-6
     norm_position: Literal["pre", "post"] = "pre"
@@ -66,21 +69,21 @@ class Block(nn.Module):
         self.feed_forward = None
         if config.feed_forward is not None:
             self.feed_forward_norm = make_norm(config.norm, d_model, config.norm_eps)
-            self.feed_forward = FeedForward(config.feed_forward, d_model)
+            self.feed_forward = FEED_FORWARDS[type(config.feed_forward)](config.feed_forward, d_model)
 
     def forward(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
         if self.config.norm_position == "post":
             y, state = self.mixer(x, state, layout)
             x = self.mixer_norm(self._residual(x, y))
             if self.feed_forward is not None:
-                x = self.feed_forward_norm(self._residual(x, self.feed_forward(x)))
+                x = self.feed_forward_norm(self._residual(x, self.feed_forward(x, layout)))
             return x, state
         y, state = self.mixer(self.mixer_norm(x), state, layout)
         if self.config.residual == "parallel" and self.feed_forward is not None:
-            return self._residual(x, y + self.feed_forward(self.feed_forward_norm(x))), state
+            return self._residual(x, y + self.feed_forward(self.feed_forward_norm(x), layout)), state
         x = self._residual(x, y)
         if self.feed_forward is not None:
-            x = self._residual(x, self.feed_forward(self.feed_forward_norm(x)))
+            x = self._residual(x, self.feed_forward(self.feed_forward_norm(x), layout))
         return x, state
 
     def _residual(self, x: Tensor, y: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retnet.layers.layout import TokenLayout
 from retnet.layers.norm import make_norm
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
@@ -47,7 +48,8 @@ class FeedForward(nn.Module):
         self.inner_norm = make_norm(config.inner_norm, config.hidden_dim, config.inner_norm_eps)
         self.down_proj = nn.Linear(config.hidden_dim, d_model, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
+        """Tokens do not meet here; the layout is for feed-forwards that keep count of them (MoE)."""
         if self.gate_proj is None:
             hidden = self.activation(self.up_proj(x))
         else:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from retnet.layers.moe import ExpertLinear
 from retnet.models.config import ModelConfig
 
 # last part of the parameter's module name -> part it plays; the feed-forward's gate is told from the mixer's by path
@@ -29,6 +30,7 @@ _PARTS = {
     "down_proj": "down",
     "decay_proj": "other",
     "in_proj": "value",
+    "router": "other",
     "embedding": "embedding",
     "head": "embedding",
 }
@@ -63,12 +65,16 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             _initialize_weight(module.weight, _part(name), config, generator)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+        elif isinstance(module, ExpertLinear):
+            for weight in module.get_parameter("weight").unbind(0):
+                _initialize_weight(weight, _part(name), config, generator)
+        if isinstance(module, (nn.Linear, ExpertLinear)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
     if device.type != "meta":
         for module in model.modules():
-            if hasattr(module, "reset_own"):  # what no row of the table fits: decays, time steps, convolutions
-                module.reset_own(generator)
+            reset = getattr(module, "reset_own", None)  # what no row of the table fits: decays, time steps, convolutions
+            if reset is not None:
+                reset(generator)
 
 
 def _part(name: str) -> str:

@@ -17,10 +17,11 @@ from retnet.models.states import ModelState
 
 @dataclass
 class ModelOutput:
-    """logits [B, T, vocab] and, if asked for, the states after the last token and the final hidden states [B, T, D]."""
+    """logits [B, T, vocab], if asked for the states after the last token, and what routers add to a loss (or None)."""
 
     logits: Tensor
     state: ModelState | None
+    auxiliary_loss: Tensor | None = None
 
 
 class LanguageModel(nn.Module):
@@ -67,8 +68,11 @@ class LanguageModel(nn.Module):
             carry: return the state after the last token.
             in_place: the given state may be overwritten (inference alone); it is the one returned.
         """
-        hidden, state = self.hidden(ids, state, mask=mask, cu_seqlens=cu_seqlens, carry=carry, in_place=in_place)
-        return ModelOutput(self.logits(hidden), state)
+        losses: list[Tensor] | None = None if in_place else []
+        hidden, state = self.hidden(
+            ids, state, mask=mask, cu_seqlens=cu_seqlens, carry=carry, in_place=in_place, losses=losses
+        )
+        return ModelOutput(self.logits(hidden), state, torch.stack(losses).sum() if losses else None)
 
     def hidden(
         self,
@@ -80,10 +84,12 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         carry: bool = False,
         in_place: bool = False,
+        losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, ModelState | None]:
         """Final hidden states [B, T, D], ready for `logits`, and the state; arguments as for `forward`.
 
-        embeddings [B, T, D] take the place of ids, before config.embedding_scale.
+        embeddings [B, T, D] take the place of ids, before config.embedding_scale. losses: a list to which layers add
+        their own losses (mixtures of experts: balance and router z), already weighted.
         """
         if self._stateless and (carry or state is not None):
             raise ValueError(f"{self._stateless}: keeps_state is False; accepted there: no state, and carry False")
@@ -97,6 +103,7 @@ class LanguageModel(nn.Module):
             cu_seqlens=cu_seqlens,
             carry=carry,
             in_place=in_place,
+            losses=losses,
         )
         states = []
         for i, layer in enumerate(self.layers):
@@ -114,9 +121,15 @@ class LanguageModel(nn.Module):
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def loss(self, ids: Tensor, labels: Tensor, **layout: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of labels [B, T] (already shifted; -100 is ignored) given ids [B, T]."""
-        hidden, _ = self.hidden(ids, **layout)
+    def loss(
+        self, ids: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Mean cross-entropy in nats of labels [B, T] (already shifted; -100 is ignored) given ids [B, T].
+
+        Plus the losses of routers, if there are any.
+        """
+        losses: list[Tensor] = []
+        hidden, _ = self.hidden(ids, mask=mask, cu_seqlens=cu_seqlens, losses=losses)
         logits = self.logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        return sum(losses, F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100))

@@ -2,8 +2,8 @@
 
     y_t = bias + sum_i weight_i x_{t - (W - 1) + i}        i = 0 .. W - 1
 
-Written as W multiply-adds over shifted views: for widths of 3 or 4 that is as fast as a convolution kernel forward, and
-several times faster backward (PyTorch's depthwise convolution is slow there). A packed row is spread out so that every
+Written as W multiply-adds over shifted views: for a width of 4 on a CPU that is as fast as PyTorch's depthwise convolution
+forward, and two to three times as fast with its backward in float32 and bfloat16. A packed row is spread out so that every
 document is preceded by its own W - 1 tokens of the past; no loop over documents.
 """
 

@@ -1,0 +1,208 @@
+"""Mixture of experts: a feed-forward of which every token uses `top_k` of `num_experts`.
+
+    p = softmax(x W_r) or sigmoid(x W_r)        out = sum over the chosen experts of w_e expert_e(x)
+
+w are the chosen p divided by their sum (Mixtral, arXiv 2401.04088); with one expert a token, p itself (Switch, arXiv
+2101.03961), as a weight of 1 would leave the router without a gradient. Tokens are sorted by expert and each expert
+sees its own rows alone.
+
+Capacity is a rule of training: room for capacity_factor * top_k * tokens / num_experts tokens an expert. First choices
+come before second ones, earlier tokens before later ones, and tokens of one batch compete. In evaluation there is no
+limit: a token's result depends on nothing but the token (up to the rounding of products whose sizes vary).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.layers.feed_forward import ACTIVATIONS
+from retnet.layers.layout import TokenLayout
+from retnet.ops.grouped_linear import grouped_linear
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """hidden_dim: of each expert; gated and activation as for `FeedForwardConfig`.
+
+    capacity_factor: None for no limit. capacity_policy, for what finds no room: "overflow" to the next-best expert
+    with room, "drop" (that expert's part is zero), "pad" (drop, at shapes that depend on the number of tokens alone).
+    load_balance_coef: of num_experts * sum_e f_e p_e, f the share of choices and p the mean probability of expert e
+    (1 at balance). z_loss_coef: of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906). router_jitter: the router's
+    inputs are multiplied by 1 +- jitter in training. router_init_std: of its weights; as other projections if None.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_dim: int
+    gated: bool = True
+    activation: Literal["gelu", "relu", "swish"] = "swish"
+    bias: bool = False
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    capacity_factor: float | None = None
+    capacity_policy: Literal["overflow", "drop", "pad"] = "overflow"
+    load_balance_coef: float = 0.01
+    z_loss_coef: float = 0.0
+    router_jitter: float = 0.0
+    router_init_std: float | None = None
+    kind: Literal["moe"] = "moe"
+
+    def __post_init__(self) -> None:
+        if self.hidden_dim < 1 or self.num_experts < 1:
+            raise ValueError(
+                f"hidden_dim is {self.hidden_dim}, num_experts {self.num_experts}; accepted: positive integers"
+            )
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k is {self.top_k}; accepted: 1 to num_experts ({self.num_experts})")
+        for name in ("load_balance_coef", "z_loss_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0 or more")
+        for name in ("capacity_factor", "router_init_std"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive number or None")
+        if not 0 <= self.router_jitter < 1:
+            raise ValueError(f"router_jitter is {self.router_jitter}; accepted: 0 <= jitter < 1")
+
+
+class ExpertLinear(nn.Module):
+    """A linear map an expert: weight [E, out, in], bias [E, out]."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(num_experts, out_features)) if bias else None
+        nn.init.uniform_(self.weight, -(in_features**-0.5), in_features**-0.5)
+
+    def forward(self, x: Tensor, counts: Tensor | None) -> Tensor:
+        """Rows sorted by expert [R, in] with `counts` [E], or as many for every expert [E, C, in] without."""
+        if counts is not None:
+            return grouped_linear(x, self.weight, self.bias, counts)
+        out = torch.bmm(x, self.weight.transpose(1, 2))
+        return out if self.bias is None else out + self.bias[:, None]
+
+
+class MoE(nn.Module):
+    """x [B, T, D] -> [B, T, D]; its losses go to layout.losses."""
+
+    def __init__(self, config: MoEConfig, d_model: int):
+        super().__init__()
+        self.config = config
+        sizes = (config.num_experts, d_model, config.hidden_dim, config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.router = nn.Linear(d_model, config.num_experts, bias=False)
+        self.gate_proj = ExpertLinear(*sizes) if config.gated else None
+        self.up_proj = ExpertLinear(*sizes)
+        self.down_proj = ExpertLinear(config.num_experts, config.hidden_dim, d_model, config.bias)
+
+    def reset_own(self, generator: torch.Generator | None = None) -> None:
+        """The router's weights, if the configuration gives their size."""
+        if self.config.router_init_std is not None:
+            nn.init.normal_(self.router.weight, std=self.config.router_init_std, generator=generator)
+
+    def forward(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
+        config, losses = self.config, None if layout is None else layout.losses
+        if layout is not None and layout.mask is not None and (self.training or losses is not None):
+            return layout.on_real_tokens(lambda y, state, dense: (self(y, dense), state), x, None)[0]
+        rows = x.flatten(0, -2)
+        logits = self._router_logits(rows)
+        scores = logits.softmax(-1) if config.router == "softmax" else logits.sigmoid()
+        if losses is not None and len(rows):
+            losses.append(self.losses(logits, scores))
+        room, kept, seats = self._room(len(rows)), None, None
+        if room is None:
+            experts = scores.topk(config.top_k, -1).indices
+        else:
+            experts, places = assign(scores, config.top_k, room, config.capacity_policy == "overflow")
+            kept = places < room
+            if config.capacity_policy == "pad":
+                seats = torch.where(kept, experts * room + places, config.num_experts * room).flatten()
+        weights = scores.gather(-1, experts)
+        if config.top_k > 1:
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        if kept is not None:
+            weights = weights.masked_fill(~kept, 0)
+        parts = rows[:, None].expand(-1, config.top_k, -1).flatten(0, 1)
+        out = self._sorted(parts, experts.flatten(), kept) if seats is None else self._seated(parts, seats, room)
+        out = out.unflatten(0, (-1, config.top_k))
+        return (out * weights.to(out.dtype)[..., None]).sum(1).view(x.shape)
+
+    def losses(self, logits: Tensor, scores: Tensor) -> Tensor:
+        """The weighted auxiliary losses of R tokens from logits and scores [R, E]: a scalar."""
+        config = self.config
+        probability = (scores / scores.sum(-1, keepdim=True)).mean(0)
+        chosen = scores.topk(config.top_k, -1).indices
+        share = _count(chosen.flatten(), config.num_experts) / chosen.numel()
+        balance = config.num_experts * (share * probability).sum()
+        return config.load_balance_coef * balance + config.z_loss_coef * logits.logsumexp(-1).square().mean()
+
+    def _router_logits(self, rows: Tensor) -> Tensor:
+        """[R, E] in float32 or wider: a choice among experts must not turn on rounding."""
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if self.training and self.config.router_jitter:
+            wide = wide * (1 + self.config.router_jitter * (2 * torch.rand_like(wide) - 1))
+        with torch.autocast(rows.device.type, enabled=False):
+            return F.linear(wide, self.router.weight.to(wide.dtype))
+
+    def _room(self, num_tokens: int) -> int | None:
+        """Tokens that an expert may take; None for no limit."""
+        config = self.config
+        if not self.training or config.capacity_factor is None:
+            return None
+        return math.ceil(config.capacity_factor * config.top_k * num_tokens / config.num_experts)
+
+    def _sorted(self, parts: Tensor, experts: Tensor, kept: Tensor | None) -> Tensor:
+        """Each expert on its rows [P, D] of `parts`, in contiguous runs; 0 for those not kept."""
+        pairs = torch.arange(len(parts), device=parts.device) if kept is None else kept.flatten().nonzero()[:, 0]
+        order = pairs[experts[pairs].sort(stable=True).indices]
+        out = self._experts(parts.index_select(0, order), _count(experts[order], self.config.num_experts))
+        # A permutation, not an index_add: sums in one order, whatever the device.
+        return out.new_zeros(parts.shape).index_copy(0, order, out)
+
+    def _seated(self, parts: Tensor, seats: Tensor, room: int | None) -> Tensor:
+        """Each expert on `room` rows, whatever the router says; what has no seat shares a last one that is dropped."""
+        E, D = self.config.num_experts, parts.shape[1]
+        rows = parts.new_zeros(E * (room or 0) + 1, D).index_copy(0, seats, parts)[:-1]
+        out = self._experts(rows.unflatten(0, (E, -1)), None).flatten(0, 1)
+        return torch.cat([out, out.new_zeros(1, D)]).index_select(0, seats)
+
+    def _experts(self, x: Tensor, counts: Tensor | None) -> Tensor:
+        hidden = self.up_proj(x, counts)
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(hidden), counts)
+        return self.down_proj(self.activation(self.gate_proj(x, counts)) * hidden, counts)
+
+
+def assign(scores: Tensor, top_k: int, room: int, overflow: bool) -> tuple[Tensor, Tensor]:
+    """Experts [R, top_k] of each token and its place in their queues; a place >= room is none.
+
+    scores [R, E]. Preferences are served rank by rank, tokens in order within a rank. Without `overflow` a token tries
+    its top_k experts; with it, on down its list until top_k of them had room, or the list ends.
+    """
+    R, E = scores.shape
+    ranked = scores.detach().sort(dim=-1, descending=True, stable=True).indices
+    taken = scores.new_zeros(E, dtype=torch.long)
+    found = ranked.new_zeros(R)
+    experts = ranked[:, :top_k].clone()
+    places = torch.full_like(experts, room)
+    for rank in range(E if overflow else top_k):
+        asking = found < top_k if overflow else torch.ones_like(found, dtype=torch.bool)
+        if not bool(asking.any()):
+            break
+        asked = F.one_hot(ranked[:, rank], E) * asking[:, None]
+        place = ((asked.cumsum(0) - 1 + taken) * asked).sum(-1)
+        got = asking & (place < room)
+        column = found.clamp_max(top_k - 1) if overflow else torch.full_like(found, rank)
+        rows = got.nonzero()[:, 0]
+        experts[rows, column[rows]] = ranked[rows, rank]
+        places[rows, column[rows]] = place[rows]
+        found = found + got
+        taken = (taken + asked.sum(0)).clamp_max(room)
+    return experts, places
+
+
+def _count(experts: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs, [E]; unlike bincount without waiting for a GPU."""
+    return (experts[:, None] == torch.arange(num_experts, device=experts.device)).sum(0)

@@ -1,0 +1,227 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from retnet.layers.block import BlockConfig
+from retnet.layers.layout import TokenLayout
+from retnet.layers.moe import MoE, MoEConfig, assign
+from retnet.layers.retention import RetentionConfig
+from retnet.models.config import ModelConfig
+from retnet.models.lm import LanguageModel
+
+D, E = 6, 5
+KINDS = {
+    "softmax": {},
+    "sigmoid": {"router": "sigmoid"},
+    "one expert": {"top_k": 1},
+    "all experts": {"top_k": E},
+    "plain with bias": {"gated": False, "activation": "gelu", "bias": True},
+}
+
+
+def build(**options) -> MoE:
+    torch.manual_seed(0)
+    layer = MoE(MoEConfig(**{"num_experts": E, "top_k": 2, "hidden_dim": 8, **options}), D).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return layer.eval()
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randn(*shape, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def expert(layer: MoE, e: int, x: Tensor) -> Tensor:
+    def linear(part, x: Tensor) -> Tensor:
+        return part.weight[e] @ x + (0 if part.bias is None else part.bias[e])
+
+    hidden = linear(layer.up_proj, x)
+    if layer.gate_proj is None:
+        return linear(layer.down_proj, layer.activation(hidden))
+    return linear(layer.down_proj, layer.activation(linear(layer.gate_proj, x)) * hidden)
+
+
+def by_definition(layer: MoE, x: Tensor) -> Tensor:
+    """One token and one expert at a time."""
+    out = torch.zeros_like(x)
+    for i, row in enumerate(x):
+        scores = layer.router.weight @ row
+        scores = scores.softmax(0) if layer.config.router == "softmax" else scores.sigmoid()
+        best = scores.argsort(descending=True)[: layer.config.top_k].tolist()
+        total = sum(scores[e] for e in best) if len(best) > 1 else 1.0
+        out[i] = sum(scores[e] / total * expert(layer, e, row) for e in best)
+    return out
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_each_token_gets_its_best_experts_by_the_definition(kind):
+    layer, x = build(**KINDS[kind]), tokens(2, 7)
+    expected = by_definition(layer, x.flatten(0, 1)).view(2, 7, D)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    assert layer(x[:, :0]).shape == (2, 0, D)
+
+
+@pytest.mark.parametrize("policy", ["overflow", "drop", "pad"])
+def test_with_room_for_all_no_policy_changes_outputs_or_gradients(policy):
+    free, tight = build().train(), build(capacity_factor=float(E), capacity_policy=policy).train()
+    results = []
+    for layer in (free, tight):
+        x = tokens(2, 7).requires_grad_()
+        out = layer(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_in_evaluation_no_token_depends_on_another():
+    layer, x = build(capacity_factor=0.5), tokens(1, 12)
+    whole = layer(x)
+    torch.testing.assert_close(layer(x[:, :5]), whole[:, :5], rtol=1e-12, atol=1e-12)
+    alone = torch.cat([layer(x[:, t : t + 1]) for t in range(12)], 1)
+    torch.testing.assert_close(alone, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_drop_and_pad_agree_and_zero_what_finds_no_room():
+    drop, pad = (build(capacity_factor=0.5, capacity_policy=policy).train() for policy in ("drop", "pad"))
+    free, x = build().train(), tokens(1, 20)
+    torch.testing.assert_close(drop(x), pad(x), rtol=1e-12, atol=1e-12)
+    scores = drop._router_logits(x[0]).softmax(-1)
+    room = math.ceil(0.5 * 2 * 20 / E)
+    _, places = assign(scores, 2, room, overflow=False)
+    full, none = (places < room).all(-1), (places >= room).all(-1)
+    assert full.any()
+    assert none.any()
+    torch.testing.assert_close(drop(x)[0, full], free(x)[0, full], rtol=1e-12, atol=1e-12)
+    assert drop(x)[0, none].abs().sum() == 0
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+@pytest.mark.parametrize("room", [1, 3, 100])
+def test_assignment_serves_ranks_then_tokens_in_order(overflow, room):
+    scores = torch.rand(12, E, generator=torch.Generator().manual_seed(2))
+    experts, places = assign(scores, 2, room, overflow)
+    left, found = [room] * E, {i: [] for i in range(12)}
+    ranked = scores.argsort(-1, descending=True).tolist()
+    for rank in range(E if overflow else 2):
+        for i in range(12):
+            if len(found[i]) < 2 and left[ranked[i][rank]]:
+                left[ranked[i][rank]] -= 1
+                found[i].append(ranked[i][rank])
+    kept = [[e for e, place in zip(*row) if place < room] for row in zip(experts.tolist(), places.tolist())]
+    assert kept == list(found.values())
+    seats = [(e, place) for row in zip(experts.tolist(), places.tolist()) for e, place in zip(*row) if place < room]
+    assert len(seats) == len(set(seats))
+
+
+def test_overflow_uses_room_that_drop_leaves_empty():
+    x = tokens(1, 20)
+    drop, overflow = (build(capacity_factor=1.0, capacity_policy=p).train()(x)[0] for p in ("drop", "overflow"))
+    assert (drop.abs().sum(-1) == 0).sum() >= (overflow.abs().sum(-1) == 0).sum()
+    assert not torch.allclose(drop, overflow)
+
+
+def test_balance_loss_is_its_coefficient_at_balance_and_larger_without():
+    layer = build(load_balance_coef=0.25, top_k=1)
+    even = torch.eye(E, dtype=torch.float64) * 50
+    one = torch.zeros(4, E, dtype=torch.float64)
+    one[:, 2] = 50
+    assert layer.losses(even, even.softmax(-1)).item() == pytest.approx(0.25)
+    assert layer.losses(one, one.softmax(-1)).item() == pytest.approx(0.25 * E)
+
+
+def test_z_loss_is_the_mean_square_of_the_log_partition():
+    layer = build(load_balance_coef=0.0, z_loss_coef=2.0)
+    logits = torch.tensor([[0.0] * E, [1.0] * E], dtype=torch.float64)
+    expected = 2.0 * (math.log(E) ** 2 + (1 + math.log(E)) ** 2) / 2
+    assert layer.losses(logits, logits.softmax(-1)).item() == pytest.approx(expected)
+
+
+def test_pads_neither_count_in_losses_nor_take_room():
+    layer = build(capacity_factor=1.0, capacity_policy="drop", z_loss_coef=0.1).train()
+    x, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.bool)
+    mask[0, :3] = mask[1, 6:] = False
+    results = []
+    for value in (x, x.masked_fill(~mask[..., None], 3.0)):
+        layout = TokenLayout.of((2, 8), x.device, mask=mask, losses=[])
+        results.append((layer(value, layout)[mask], layout.losses))
+    real = TokenLayout.of((1, int(mask.sum())), x.device, losses=[])
+    results.append((layer(x[mask][None], real)[0], real.losses))
+    for out, losses in results[1:]:
+        torch.testing.assert_close(out, results[0][0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(losses, results[0][1], rtol=1e-12, atol=1e-12)
+
+
+def test_jitter_acts_in_training_alone():
+    layer, x = build(router_jitter=0.5), tokens(1, 9)
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+def model(checkpointing: bool = False, **options) -> LanguageModel:
+    block = BlockConfig(RetentionConfig(2, 8, 8), MoEConfig(E, 2, 8, **options))
+    return LanguageModel(
+        ModelConfig(11, 8, (block, block), dtype="float64", init="normal", gradient_checkpointing=checkpointing)
+    )
+
+
+def test_losses_of_all_layers_are_in_the_models_loss_and_train_the_router():
+    ids = torch.arange(10)[None]
+    plain, balanced = model(load_balance_coef=0.0), model(load_balance_coef=0.5, z_loss_coef=0.1)
+    output = balanced(ids)
+    cross_entropy = torch.nn.functional.cross_entropy(output.logits[0], ids[0])
+    assert output.auxiliary_loss.item() > 2 * 0.5 * 0.9
+    torch.testing.assert_close(balanced.loss(ids, ids), cross_entropy + output.auxiliary_loss)
+    torch.testing.assert_close(plain.loss(ids, ids), cross_entropy)
+    routers = [m.layers[0].feed_forward.router.weight for m in (plain, balanced)]
+    grads = [torch.autograd.grad(m.loss(ids, ids), w)[0] for m, w in zip((plain, balanced), routers)]
+    assert all(grad.norm() > 0 for grad in grads)
+    assert not torch.allclose(*grads)
+
+
+def test_gradient_checkpointing_keeps_the_losses_gradients():
+    ids, grads = torch.arange(10)[None], []
+    for checkpointing in (False, True):
+        lm = model(checkpointing, load_balance_coef=0.5, z_loss_coef=0.1).train()
+        grads.append(torch.autograd.grad(lm.loss(ids, ids), list(lm.parameters())))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_initial_router_weights_have_the_size_asked_for():
+    weight = model(router_init_std=0.5).layers[1].feed_forward.router.weight
+    assert 0.35 < weight.std().item() < 0.65
+    first, second = model().layers[1].feed_forward.up_proj.weight[:2]
+    assert first.std() > 0
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 6}, r"top_k is 6; accepted: 1 to num_experts \(5\)"),
+        ({"capacity_factor": 0.0}, "capacity_factor is 0.0"),
+        ({"router_jitter": 1.0}, "router_jitter is 1.0"),
+        ({"z_loss_coef": -1.0}, "z_loss_coef is -1.0"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_a_reason(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**{"num_experts": 5, "top_k": 2, "hidden_dim": 8, **options})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_grouped_product_equals_one_expert_at_a_time(bias):
+    torch.manual_seed(0)
+    layer = MoE(MoEConfig(8, 2, 64, bias=bias), 32).cuda().bfloat16()
+    x = torch.randn(2, 50, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn_like(x)
+    grads = torch.autograd.grad((layer(x) * weight).sum(), [x, *layer.parameters()])
+    wide, wide_x = layer.double(), x.detach().double().requires_grad_()
+    expected = torch.autograd.grad((wide(wide_x) * weight).sum(), [wide_x, *wide.parameters()])
+    for a, b in zip(grads, expected):
+        assert (a.double() - b).norm() <= 3e-2 * b.norm()
