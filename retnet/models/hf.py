@@ -7,7 +7,7 @@ Left out: caches and `generate`, for which use `retnet.models.generation`; regis
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,8 @@ class RetNetForCausalLM(PreTrainedModel):
 
     config_class = RetNetConfig
     base_model_prefix = "model"
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"model.head.weight": "model.embedding.weight"}
+    _no_split_modules = ["Block"]  # noqa: RUF012 (transformers types it so)
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: RetNetConfig):
         super().__init__(config)
@@ -99,13 +99,13 @@ class RetNetForCausalLM(PreTrainedModel):
         return self.model.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embedding = value
+        self.model.set_submodule("embedding", value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.head = new_embeddings
+        self.model.set_submodule("head", new_embeddings)
 
     def forward(
         self,
@@ -130,16 +130,20 @@ class RetNetForCausalLM(PreTrainedModel):
         bounds = None if position_ids is None else document_bounds(position_ids)
         if bounds is None or len(bounds) == len(input_ids) + 1:  # one document a row
             mask = None if attention_mask is None else attention_mask.bool()
-            logits = self.model(input_ids, mask=mask).logits
+            output = self.model(input_ids, mask=mask)
+            logits = output.logits
         else:
             if attention_mask is not None and not bool(attention_mask.all()):
                 raise ValueError("pads together with packed documents (position_ids that restart) are not supported")
-            logits = self.model(input_ids.reshape(1, -1), cu_seqlens=bounds).logits.view(*input_ids.shape, -1)
+            output = self.model(input_ids.reshape(1, -1), cu_seqlens=bounds)
+            logits = output.logits.view(*input_ids.shape, -1)
             if labels is not None:
                 labels = labels.masked_fill(position_ids == 0, IGNORED)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if output.auxiliary_loss is not None:
+                loss = loss + output.auxiliary_loss
         return CausalLMOutput(loss=loss, logits=logits)
 
 

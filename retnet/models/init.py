@@ -72,7 +72,7 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
             nn.init.zeros_(module.bias)
     if device.type != "meta":
         for module in model.modules():
-            reset = getattr(module, "reset_own", None)  # what no row of the table fits: decays, time steps, convolutions
+            reset = getattr(module, "reset_own", None)  # what no row of the table fits: decays, convolutions
             if reset is not None:
                 reset(generator)
 
