@@ -33,7 +33,28 @@ class _ChunkDecay:
     inside: Tensor  # scale * D            [B or 1, H, C, C]
     from_start: Tensor  # scale * a        [B or 1, H, C, 1]
     to_end: Tensor  # b                    [B or 1, H, C, 1]
-    whole: Tensor  # decay(chunk)          [B or 1, H, 1, 1]
+    whole: Tensor  # log decay(chunk), float64 [B or 1, H, 1, 1]
+
+
+class _RunningState:
+    """S or dS of one walk, [B H, K, V], decayed in place chunk after chunk.
+
+    A decay near 1 rounded to float32 and applied a thousand times is off by a thousand roundings, all to the same side.
+    So `drift` keeps, in float64, by how much the log of what was applied exceeds the truth, and the next decay makes up
+    for it.
+    """
+
+    def __init__(self, value: Tensor, shape: tuple[int, ...], drift: Tensor | float = 0.0):
+        self.value, self.shape, self.drift = value, shape, drift
+
+    def decay(self, log_decay: Tensor) -> None:
+        """S <- exp(log_decay) S; log_decay [B or 1, H, 1, 1], float64."""
+        factor = torch.exp(log_decay - self.drift).to(self.value.dtype)
+        self.value.view(self.shape).mul_(factor)
+        self.drift = (self.drift + factor.double().log() - log_decay).masked_fill(log_decay < -1, 0.0)
+
+    def clone(self) -> "_RunningState":
+        return _RunningState(self.value.clone(), self.shape, self.drift)
 
 
 class _Walk:
@@ -81,9 +102,8 @@ class _Walk:
         inside = pairwise_decay(total, resets).mul_(self.scale).to(self.dtype)
         from_start = decay_from_start(total, resets).transpose(1, 2)[..., None]
         to_end = decay_to_end(total, resets).transpose(1, 2)[..., None]
-        return _ChunkDecay(
-            inside, (from_start * self.scale).to(self.dtype), to_end.to(self.dtype), from_start[:, :, -1:].to(self.dtype)
-        )
+        whole = from_start[:, :, -1:].log()
+        return _ChunkDecay(inside, (from_start * self.scale).to(self.dtype), to_end.to(self.dtype), whole)
 
     def per_head(self, x: Tensor) -> Tensor:
         """[B G, C, D] -> [B, G, heads of the group, C, D] by broadcasting."""
@@ -121,16 +141,17 @@ class _Walk:
         dscores.view(self.B, self.H, C, C).mul_(decay.inside)
         return dscores
 
-    def advance(self, state: Tensor, k: Tensor, v: Tensor, decay: _ChunkDecay) -> None:
-        """S <- decay(chunk) S + (b K)^T V, in place; state [B H, K, V]."""
-        state.view(self.B, self.H, self.K, self.V).mul_(decay.whole)
-        state.baddbmm_(self.decayed("decayed k", k, decay.to_end).transpose(1, 2), v)
+    def advance(self, S: _RunningState, k: Tensor, v: Tensor, decay: _ChunkDecay) -> None:
+        """S <- decay(chunk) S + (b K)^T V, in place."""
+        S.decay(decay.whole)
+        S.value.baddbmm_(self.decayed("decayed k", k, decay.to_end).transpose(1, 2), v)
 
-    def running_state(self, state: Tensor | None) -> Tensor:
-        """A copy of a [B, H, K, V] state (or zeros) to update in place, [B H, K, V]."""
+    def running_state(self, state: Tensor | None) -> _RunningState:
+        """A copy of a [B, H, K, V] state (or zeros) to update in place."""
+        shape = (self.B, self.H, self.K, self.V)
         if state is None:
-            return torch.zeros(self.B * self.H, self.K, self.V, dtype=self.dtype)
-        return state.to(self.dtype, copy=True).contiguous().flatten(0, 1)
+            state = torch.zeros(shape, dtype=self.dtype)
+        return _RunningState(state.to(self.dtype, copy=True).contiguous().flatten(0, 1), shape)
 
 
 def forward(
@@ -159,10 +180,10 @@ def forward(
             out_c = torch.bmm(
                 walk.decayed_scores(q_c, k_c, decay), v_c, out=walk.buffer("out", walk.B * walk.H, *v_c.shape[1:])
             )
-            out_c.baddbmm_(walk.decayed("decayed q", q_c, decay.from_start), S)
+            out_c.baddbmm_(walk.decayed("decayed q", q_c, decay.from_start), S.value)
             walk.store(out_, chunk, out_c)
             walk.advance(S, k_c, v_c, decay)
-        final[sequences] = S.view(walk.B, walk.H, walk.K, walk.V)
+        final[sequences] = S.value.view(S.shape)
     return out, final
 
 
@@ -193,7 +214,7 @@ def backward(
         checkpoints = _walk_forward(walk, block, S)
         dS = walk.running_state(None if dfinal is None else dfinal[sequences])
         _walk_reverse(walk, block, dS, checkpoints)
-        dstate[sequences] = dS.view(walk.B, walk.H, walk.K, walk.V)
+        dstate[sequences] = dS.value.view(dS.shape)
     if dlog is not None and log_decay.dim() == 1:
         dlog = dlog.sum((0, 1))
     return dq, dk, dv, dlog, dstate
@@ -213,7 +234,7 @@ class _Block:
     dlog: Tensor | None
 
 
-def _walk_forward(walk: _Walk, block: _Block, S: Tensor) -> list[Tensor]:
+def _walk_forward(walk: _Walk, block: _Block, S: _RunningState) -> list[_RunningState]:
     """dQ = (dO V^T * D) K + a dO S^T, walking S over the chunks. Returns S every `_segment` chunks, for dlog alone."""
     checkpoints = []
     for n, chunk in enumerate(walk.chunks()):
@@ -222,7 +243,7 @@ def _walk_forward(walk: _Walk, block: _Block, S: Tensor) -> list[Tensor]:
         decay = walk.decay(chunk)
         k, v, dout = walk.load("k", block.k, chunk), walk.load("v", block.v, chunk), walk.load("dout", block.dout, chunk)
         C = k.shape[1]
-        across = torch.bmm(dout, S.transpose(1, 2), out=walk.buffer("across", walk.B * walk.H, C, walk.K))
+        across = torch.bmm(dout, S.value.transpose(1, 2), out=walk.buffer("across", walk.B * walk.H, C, walk.K))
         across.view(walk.B, walk.H, C, walk.K).mul_(decay.from_start)
         if block.dlog is not None:
             # Token t lies on the way from S to every output i >= t.
@@ -235,7 +256,7 @@ def _walk_forward(walk: _Walk, block: _Block, S: Tensor) -> list[Tensor]:
     return checkpoints
 
 
-def _walk_reverse(walk: _Walk, block: _Block, dS: Tensor, checkpoints: list[Tensor]) -> None:
+def _walk_reverse(walk: _Walk, block: _Block, dS: _RunningState, checkpoints: list[_RunningState]) -> None:
     """dV = (Q K^T * D)^T dO + b K dS and dK = (dO V^T * D)^T Q + b V dS^T, walking dS back over the chunks."""
     states = _states_reversed(walk, block, checkpoints) if block.dlog is not None else None
     for chunk in reversed(walk.chunks()):
@@ -246,18 +267,18 @@ def _walk_reverse(walk: _Walk, block: _Block, dS: Tensor, checkpoints: list[Tens
         dv = torch.bmm(
             walk.decayed_scores(q, k, decay).transpose(1, 2), dout, out=walk.buffer("out", walk.B * walk.H, C, walk.V)
         )
-        dv.baddbmm_(walk.decayed("decayed k", k, decay.to_end), dS)
+        dv.baddbmm_(walk.decayed("decayed k", k, decay.to_end), dS.value)
         walk.store(block.dv, chunk, dv)
-        across = torch.bmm(v, dS.transpose(1, 2), out=walk.buffer("across", walk.B * walk.H, C, walk.K))
+        across = torch.bmm(v, dS.value.transpose(1, 2), out=walk.buffer("across", walk.B * walk.H, C, walk.K))
         across.view(walk.B, walk.H, C, walk.K).mul_(decay.to_end)
         dscores = walk.decayed_dscores(dout, v, decay)
         if states is not None:
-            block.dlog[:, chunk] += _dlog_of_chunk(walk, q, k, across, dscores, dS, next(states), decay)
+            block.dlog[:, chunk] += _dlog_of_chunk(walk, q, k, across, dscores, dS.value, next(states).value, decay)
         dk = walk.sum_group(across)
         dk.baddbmm_(walk.sum_group(dscores).transpose(1, 2), q)
         walk.store(block.dk, chunk, dk)
-        dS.view(walk.B, walk.H, walk.K, walk.V).mul_(decay.whole)
-        dS.baddbmm_(walk.decayed("decayed q", q, decay.from_start).transpose(1, 2), dout)
+        dS.decay(decay.whole)
+        dS.value.baddbmm_(walk.decayed("decayed q", q, decay.from_start).transpose(1, 2), dout)
 
 
 def _dlog_of_chunk(
@@ -275,7 +296,7 @@ def _dlog_of_chunk(
     inside = read_from_t.tril(-1).sum(-1)
     leaving = (walk.per_head(k) * walk.by_group(across.unflatten(0, (walk.B, -1)))).sum(-1).flatten(1, 2)
     written_before_t = torch.cat([leaving.new_zeros(walk.B, walk.H, 1), leaving.cumsum(2)[..., : C - 1]], 2)
-    passing = (dS * S).sum((1, 2)).view(walk.B, walk.H, 1) * decay.whole[..., 0]
+    passing = (dS * S).sum((1, 2)).view(walk.B, walk.H, 1) * decay.whole[..., 0].exp()
     return (inside + written_before_t + passing).transpose(1, 2)
 
 
@@ -283,7 +304,7 @@ def _segment(walk: _Walk) -> int:
     return math.isqrt(len(walk.chunks())) + 1
 
 
-def _states_reversed(walk: _Walk, block: _Block, checkpoints: list[Tensor]) -> Iterator[Tensor]:
+def _states_reversed(walk: _Walk, block: _Block, checkpoints: list[_RunningState]) -> Iterator[_RunningState]:
     """S before each chunk, last chunk first, recomputed a segment at a time from its checkpoint."""
     chunks, segment = walk.chunks(), _segment(walk)
     for n in reversed(range(len(checkpoints))):

@@ -21,20 +21,29 @@ def step_(
     heads_per_group, K = H // q.shape[2], q.shape[3]
     wide = torch.promote_types(v.dtype, torch.float32)
     S = state if state.dtype == wide else state.to(wide)
-    decay = log_decay.exp().to(wide).expand(B, T, H)[..., None, None]
+    log_decay = log_decay.expand(B, T, H)[..., None, None]
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for t in range(T):
         q_t, k_t = (x[:, t].to(wide).repeat_interleave(heads_per_group, 1) for x in (q, k))
-        v_t, decay_t = v[:, t].to(wide), decay[:, t]
+        v_t, log_decay_t = v[:, t].to(wide), log_decay[:, t]
         if mask is not None:
             absent = ~mask[:, t, None, None]
             q_t, k_t, v_t = (x.masked_fill(absent, 0) for x in (q_t, k_t, v_t))
-            decay_t = decay_t.masked_fill(absent[..., None], 1)
-        S.mul_(decay_t).addcmul_(k_t[..., None], v_t[..., None, :])
+            log_decay_t = log_decay_t.masked_fill(absent[..., None], 0)
+        _decay_(S, log_decay_t).addcmul_(k_t[..., None], v_t[..., None, :])
         out[:, t] = torch.matmul((q_t * scale)[..., None, :], S)[..., 0, :]
     if S is not state:
         state.copy_(S)
     return out
+
+
+def _decay_(S: Tensor, log_decay: Tensor) -> Tensor:
+    """S <- exp(log_decay) S, in place. Slow decays subtract, S + expm1(log_decay) S: exp(log_decay) itself would be
+    rounded to the same side at every token, and thousands of tokens add that up."""
+    slow = log_decay > -0.5
+    if not bool(slow.all()):
+        S.mul_(log_decay.masked_fill(slow, 0).exp())
+    return S.addcmul_(S, log_decay.masked_fill(~slow, 0).expm1().to(S.dtype))
 
 
 def forward(

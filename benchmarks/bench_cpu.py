@@ -1,0 +1,133 @@
+"""Retention on the CPU: its share of the machine's matrix rate, its scaling in T, attention and Llama beside it.
+
+    python benchmarks/bench_cpu.py [rate] [scaling] [train] [--csv FILE]
+
+The floor of a `rate` point counts the recurrence's operations alone, 4 K V a token and head forward and 12 K V forward
+and backward, at the rate of a 2048^3 float32 matrix product measured around that point. What chunks cost on top, C (K + V),
+counts as loss.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from runner import Point, append, median_milliseconds, table
+
+from retnet import LanguageModel, retention
+from retnet.models.presets import preset
+from retnet.ops.decay import paper_log_decay
+
+RATE_CASES = ((1, 16384, 8, 128, 256), (1, 8192, 8, 256, 512))
+SCALING_TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 65536)
+ATTENTION_TOKENS = 8192  # longest; beyond it attention takes minutes
+
+
+def matrix_rate() -> float:
+    """Operations a second of a 2048^3 float32 matrix product."""
+    a, b, c = (torch.randn(2048, 2048) for _ in range(3))
+    return 2 * 2048**3 / (1e-3 * median_milliseconds(lambda: torch.mm(a, b, out=c)))
+
+
+def forward_and_backward(run: Callable[..., torch.Tensor], inputs: list[torch.Tensor], dout: torch.Tensor) -> Callable:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return lambda: torch.autograd.grad(run(*leaves), leaves, dout)
+
+
+def rate_points() -> list[Point]:
+    points = []
+    for B, T, H, K, V in RATE_CASES:
+        inputs = [torch.randn(B, T, H, D) for D in (K, K, V)]
+        log_decay = paper_log_decay(H)
+
+        def run(q, k, v, log_decay=log_decay):
+            return retention(q, k, v, log_decay, mode="chunkwise", return_state=False)[0]
+
+        operations = 4 * K * V * B * T * H
+        with torch.no_grad():
+            forward = 1e-3 * median_milliseconds(lambda run=run, inputs=inputs: run(*inputs))
+        both = 1e-3 * median_milliseconds(forward_and_backward(run, inputs, torch.randn(B, T, H, V)))
+        rate = matrix_rate()
+        for what, seconds, count in (("forward", forward, operations), ("forward+backward", both, 3 * operations)):
+            note = f"matrix product at {rate / 1e9:.0f} GFLOP/s"
+            points.append(Point("cpu", f"{B},{T},{H},{K},{V}", "ours", what, 1e3 * seconds, 1e3 * count / rate, note=note))
+            print(table(points[-1:]), flush=True)
+    return points
+
+
+def scaling_points() -> list[Point]:
+    """8 heads of (128, 256), the width of 8 attention heads of 128."""
+    points = []
+    for T in SCALING_TOKENS:
+        q, k, v = (torch.randn(1, T, 8, D) for D in (128, 128, 256))
+        with torch.no_grad():
+            seconds = 1e-3 * median_milliseconds(lambda q=q, k=k, v=v: retention(q, k, v, paper_log_decay(8), return_state=False))
+        cases = [("ours", seconds)]
+        if T <= ATTENTION_TOKENS:
+            a, b, c = (torch.randn(1, 8, T, 128) for _ in range(3))
+            with torch.no_grad():
+                attend = 1e-3 * median_milliseconds(lambda a=a, b=b, c=c: F.scaled_dot_product_attention(a, b, c, is_causal=True))
+            cases.append(("attention", attend))
+        for name, time in cases:
+            points.append(Point("cpu", f"T={T}", name, "forward", 1e3 * time, note=f"{1e6 * time / T:.2f} us a token"))
+            print(table(points[-1:]), flush=True)
+    return points
+
+
+def train_points() -> list[Point]:
+    """A training step (forward, backward, AdamW) of retnet-tiny and of a Llama of its size, 8 x 1024 bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = preset("retnet-tiny")
+    ours = LanguageModel(config)
+    wanted = sum(p.numel() for p in ours.parameters())
+    layers, width = len(config.layers), config.d_model
+    hidden = round((wanted - config.vocab_size * width - layers * 4 * width**2) / (3 * layers * width))
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=width,
+            intermediate_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+            max_position_embeddings=1024,
+        )
+    )
+    ids = torch.randint(0, config.vocab_size, (8, 1025))
+    losses = {
+        "retnet-tiny": (ours, lambda: ours.loss(ids[:, :-1], ids[:, 1:])),
+        "llama": (llama, lambda: llama(ids[:, :-1], labels=ids[:, :-1]).loss),
+    }
+    points = []
+    for name, (model, loss) in losses.items():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+        def step(loss=loss, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+        seconds = 1e-3 * median_milliseconds(step)
+        count = sum(p.numel() for p in model.parameters())
+        note = f"{8 * 1024 / seconds:.0f} tokens/s, {count} parameters"
+        points.append(Point("cpu", "train 8x1024", name, "step", 1e3 * seconds, note=note))
+        print(table(points[-1:]), flush=True)
+    return points
+
+
+def main() -> None:
+    sections = {"rate": rate_points, "scaling": scaling_points, "train": train_points}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[[], *sections], default=list(sections))
+    parser.add_argument("--csv", type=Path, default=None)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    points = [point for name in options.sections for point in sections[name]()]
+    if options.csv:
+        append(options.csv, points)
+
+
+if __name__ == "__main__":
+    main()
