@@ -1,8 +1,9 @@
 """Chunkwise retention (paper Eq. 7) in plain Triton, for every argument and every GPU that Triton knows.
 
 Two passes each way: a walk leaves the state at every segment's border, then all segments run at once. The backward pass
-recomputes the forward's states instead of saving them: memory beyond inputs, outputs and gradients is two states a
-segment, in bfloat16 for bfloat16 inputs. No host synchronisation, no atomics: two runs give the same bits.
+recomputes the forward's states instead of saving them: memory beyond inputs, outputs and gradients is one state a
+segment (two where log_decay has a gradient), in bfloat16 for bfloat16 inputs. No host synchronisation, no atomics: two
+runs give the same bits.
 """
 
 import torch
@@ -79,6 +80,22 @@ def portable_backward(
         final_dtype=torch.float32,
         reverse=False,
     )
+    dq, q_dot_dq = read_segments(
+        dout,
+        v,
+        k,
+        states,
+        decay,
+        layout,
+        tiles.value_contraction,
+        state_scale=scale,
+        pair_scale=scale,
+        reverse=False,
+        sum_heads=True,
+        row_dot_with=q if need_dlog_decay else None,
+    )
+    if not need_dlog_decay:
+        del states  # before the adjoint states take as much memory
     dstates, dstate = walk_states(
         q, dout, decay, layout, tiles.state, scale=scale, initial=dfinal, final_dtype=torch.float32, reverse=True
     )
@@ -94,20 +111,6 @@ def portable_backward(
         pair_scale=scale,
         reverse=True,
         sum_heads=False,
-    )
-    dq, q_dot_dq = read_segments(
-        dout,
-        v,
-        k,
-        states,
-        decay,
-        layout,
-        tiles.value_contraction,
-        state_scale=scale,
-        pair_scale=scale,
-        reverse=False,
-        sum_heads=True,
-        row_dot_with=q if need_dlog_decay else None,
     )
     dk, k_dot_dk = read_segments(
         v,

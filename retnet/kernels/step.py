@@ -35,7 +35,7 @@ def retention_step(
     if out.numel() == 0:
         return out
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    BV, warps = step_tile(K, V, B * H)
+    BV, warps = step_tile(K, V, B * H, state.dtype)
     _step_kernel[(B * H * triton.cdiv(V, BV),)](
         q,
         k,
@@ -133,11 +133,12 @@ def _step_kernel(
 @triton.jit
 def _round_stochastically(x, place, seed, DROPPED_BITS: tl.constexpr):
     """x rounded up or down to the kept bits, with the odds of its distance: right on average."""
-    # The seed is mixed thoroughly, once a program; one multiplication then brings all to the product's upper half.
-    seed = (seed ^ ((seed >> 16) & 0xFFFF)) * 0x7FEB352D
-    seed = (seed ^ ((seed >> 15) & 0x1FFFF)) * 0x46D9F3B3
-    seed = seed ^ ((seed >> 16) & 0xFFFF)
-    bits = x.to(tl.int32, bitcast=True)
-    noise = (bits ^ (place * 0x27D4EB2D + seed)) * 0x2C1B3C6D
-    noise = (noise >> (32 - DROPPED_BITS)) & ((1 << DROPPED_BITS) - 1)
-    return ((bits + noise) & (-1 << DROPPED_BITS)).to(tl.float32, bitcast=True)
+    # The seed is mixed thoroughly, once a program; over calls it alone makes the noise of any value uniform.
+    seed = seed.to(tl.uint32, bitcast=True)
+    seed = (seed ^ (seed >> 16)) * 0x7FEB352D
+    seed = (seed ^ (seed >> 15)) * 0x46D9F3B3
+    seed = seed ^ (seed >> 16)
+    bits = x.to(tl.uint32, bitcast=True)
+    noise = (bits * 0x2C1B3C6D + place.to(tl.uint32, bitcast=True) * 0x27D4EB2D + seed) >> (32 - DROPPED_BITS)
+    kept = (bits + noise) & (0xFFFFFFFF - ((1 << DROPPED_BITS) - 1))
+    return kept.to(tl.float32, bitcast=True)

@@ -180,10 +180,11 @@ def _hopper_tile(R: int, O: int) -> SegmentTile:
     return SegmentTile(64, 64, step, step, min(power_of_two(O), 128), 4, 3)
 
 
-def step_tile(K: int, V: int, heads: int) -> tuple[int, int]:
+def step_tile(K: int, V: int, heads: int, state_dtype: torch.dtype) -> tuple[int, int]:
     """(BV, warps) of a decode step over `heads` states: a [K, BV] slice fills a program's registers, and is narrowed
-    until enough programs are in flight to hide the memory's latency."""
-    BV = max(16, min(16384 // power_of_two(K), power_of_two(V)))
+    until enough programs are in flight to hide the memory's latency. Rounding a narrow state takes registers too."""
+    cells = 16384 if state_dtype == torch.float32 else 8192
+    BV = max(16, min(cells // power_of_two(K), power_of_two(V)))
     while BV > 16 and heads * V // BV < 4096:
         BV //= 2
     return BV, 4

@@ -1,4 +1,4 @@
-"""What serving and training need of the operators on a GPU: torch.compile, CUDA graphs, and no waiting for the device."""
+"""What serving and training need of the operators on a GPU: torch.compile, CUDA graphs, no waiting for the device."""
 
 import pytest
 import torch
@@ -126,7 +126,7 @@ def test_tuned_shapes_are_stored_and_used(tmp_path, monkeypatch):
     try:
         tuned = tune(32, 32)
         assert tiles.stored_tiles()[tiles.device_key(torch.device("cuda"), torch.bfloat16, 32, 32)] == tuned
-        q, _, v, _ = make(K=32, V=32)
+        q, _, v, _ = make(B=200, T=16, K=32, V=32)
         assert retention_plan(q, v).detail["state"]["BT"] == 32
         assert retention_plan(q, v).chunk_size == 64
     finally:
