@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.feed_forward import FeedForward, FeedForwardConfig
 from retnet.layers.layout import TokenLayout
+from retnet.layers.mamba1 import Mamba1, Mamba1Config
 from retnet.layers.mamba2 import Mamba2, Mamba2Config
 from retnet.layers.moe import MoE, MoEConfig
 from retnet.layers.norm import make_norm
@@ -25,8 +26,13 @@ from retnet.layers.state import LayerState
 from retnet.ops.norms import Norm
 
 # Each mixer: its config class, its module `(x, state, layout) -> (y, state)`.
-MIXERS = {RetentionConfig: MultiScaleRetention, AttentionConfig: Attention, Mamba2Config: Mamba2}
-MixerConfig = RetentionConfig | AttentionConfig | Mamba2Config
+MIXERS = {
+    RetentionConfig: MultiScaleRetention,
+    AttentionConfig: Attention,
+    Mamba1Config: Mamba1,
+    Mamba2Config: Mamba2,
+}
+MixerConfig = RetentionConfig | AttentionConfig | Mamba1Config | Mamba2Config
 # Each feed-forward: its config class, its module `(x, layout) -> y`.
 FEED_FORWARDS = {FeedForwardConfig: FeedForward, MoEConfig: MoE}
 

@@ -157,3 +157,11 @@ class Mamba2State(LayerState):
 
     memory: Tensor
     recent: Tensor
+
+
+@dataclass
+class Mamba1State(LayerState):
+    """memory [N, D, K], K states for each of D channels; recent [N, W - 1, D]: what the short convolution still reads."""
+
+    memory: Tensor
+    recent: Tensor

@@ -31,6 +31,8 @@ _PARTS = {
     "decay_proj": "other",
     "in_proj": "value",
     "router": "other",
+    "x_proj": "other",
+    "time_step_proj": "other",
     "embedding": "embedding",
     "head": "embedding",
 }

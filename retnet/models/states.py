@@ -9,11 +9,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retnet.layers.state import AttentionState, LayerState, Mamba2State, RetentionState
+from retnet.layers.state import AttentionState, LayerState, Mamba1State, Mamba2State, RetentionState
 
 STATES: dict[str, type[LayerState]] = {
     "retention": RetentionState,
     "attention": AttentionState,
+    "mamba1": Mamba1State,
     "mamba2": Mamba2State,
 }
 _NAMES = {cls: name for name, cls in STATES.items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import MIXERS, MixerConfig
 from retnet.layers.layout import TokenLayout
+from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.retention import RetentionConfig
 from retnet.layers.state import LayerState
@@ -32,6 +33,8 @@ CASES: dict[str, MixerConfig] = {
     "mamba2": Mamba2Config(12, head_dim=3, state_dim=5),
     "mamba2, groups": Mamba2Config(12, head_dim=3, state_dim=4, num_groups=2, conv_width=3, bias=True, chunk_size=4),
     "mamba2 without convolution": Mamba2Config(6, head_dim=6, state_dim=4, conv_width=1, time_step_highest=0.05),
+    "mamba1": Mamba1Config(14, time_step_rank=2, state_dim=3),
+    "mamba1, biases": Mamba1Config(6, time_step_rank=1, state_dim=4, conv_width=2, conv_bias=False, bias=True),
 }
 SETS = {
     "left": [(0, 3), (0, 0), (0, 6)],

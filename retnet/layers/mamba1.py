@@ -1,0 +1,103 @@
+"""Mamba (Gu & Dao 2023, arXiv 2312.00752): a selective state space with a decay for every channel and state.
+
+    x, z = X W_in;   x = silu(conv(x));   dt, B, C = x W_x;   dt = softplus(dt W_dt + bias);   A = -exp(log_rate)
+    h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t^T        y_t = h_t C_t + skip x_t        out = (y * silu(z)) W_out
+
+Weights are those of the paper's code and of transformers' MambaForCausalLM. The scan is `retnet.ops.selective_scan`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.layers.layout import TokenLayout
+from retnet.layers.short_convolution import ShortConvolution
+from retnet.layers.state import Mamba1State
+from retnet.layers.time_step import reset_time_step_bias
+from retnet.ops.selective_scan import selective_scan, selective_scan_step
+
+
+@dataclass(frozen=True)
+class Mamba1Config:
+    """inner_dim: width of x (twice the model's, usually). state_dim: states a channel. time_step_rank: width between the
+    projections that make dt (the model's width / 16, usually). conv_width: tokens that the short convolution sees.
+
+    time_step_min, _max, _floor: where dt starts; time_step_scale: of the weights that make it.
+    """
+
+    inner_dim: int
+    time_step_rank: int
+    state_dim: int = 16
+    conv_width: int = 4
+    conv_bias: bool = True
+    bias: bool = False
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_scale: float = 1.0
+    kind: Literal["mamba1"] = "mamba1"
+
+    def __post_init__(self) -> None:
+        for name in ("inner_dim", "time_step_rank", "state_dim", "conv_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")
+        if not 0 < self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                f"time_step_min is {self.time_step_min}, time_step_max {self.time_step_max}; accepted: 0 < min <= max"
+            )
+
+
+class Mamba1(nn.Module):
+    """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
+
+    def __init__(self, config: Mamba1Config, d_model: int):
+        super().__init__()
+        self.config = config
+        self.in_proj = nn.Linear(d_model, 2 * config.inner_dim, bias=config.bias)
+        self.conv = ShortConvolution(config.inner_dim, config.conv_width, config.conv_bias)
+        self.x_proj = nn.Linear(config.inner_dim, config.time_step_rank + 2 * config.state_dim, bias=False)
+        self.time_step_proj = nn.Linear(config.time_step_rank, config.inner_dim)
+        self.log_rate = nn.Parameter(torch.empty(config.inner_dim, config.state_dim))
+        self.skip = nn.Parameter(torch.empty(config.inner_dim))
+        self.out_proj = nn.Linear(config.inner_dim, d_model, bias=config.bias)
+        self.reset_own()
+
+    def reset_own(self, generator: torch.Generator | None = None) -> None:
+        """Rates -A of 1, 2, ..., N in every channel (S4D-real), time steps by their bounds, skip 1."""
+        config = self.config
+        with torch.no_grad():
+            self.log_rate.copy_(torch.arange(1, config.state_dim + 1).log().expand_as(self.log_rate))
+        bound = config.time_step_scale * config.time_step_rank**-0.5
+        nn.init.uniform_(self.time_step_proj.weight, -bound, bound, generator=generator)
+        reset_time_step_bias(
+            self.time_step_proj.bias, config.time_step_min, config.time_step_max, config.time_step_floor, generator
+        )
+        nn.init.ones_(self.skip)
+
+    def forward(self, x: Tensor, state: Mamba1State | None, layout: TokenLayout) -> tuple[Tensor, Mamba1State | None]:
+        one_token = x.shape[1] == 1 and layout.cu_seqlens is None
+        if layout.mask is not None and not (one_token and state is not None):
+            return layout.on_real_tokens(self, x, state)
+        config = self.config
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, recent = self.conv(u, None if state is None else state.recent, layout)
+        u = F.silu(u)
+        low, write, read = self.x_proj(u).split((config.time_step_rank, config.state_dim, config.state_dim), -1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        # The bias is large and negative: added in half precision, it would round the step.
+        step = F.softplus(F.linear(low, self.time_step_proj.weight).to(wide) + self.time_step_proj.bias.to(wide))
+        rate = -self.log_rate.to(wide).exp()
+        if state is not None and one_token:
+            out, memory = selective_scan_step(u, step, rate, write, read, state.memory)
+            if layout.mask is not None:
+                memory = torch.where(layout.mask[..., None], memory, state.memory)
+            memory = state.memory.copy_(memory) if layout.in_place else memory
+        else:
+            before = None if state is None else state.memory
+            out, memory = selective_scan(u, step, rate, write, read, state=before, bounds=layout.bounds)
+        out = (out + self.skip * u) * F.silu(z)
+        state = Mamba1State.after(state, layout, memory=memory, recent=recent) if layout.carry else None
+        return self.out_proj(out), state
