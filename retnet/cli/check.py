@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -100,7 +100,7 @@ def _table(title: str, rows: list[Agreement]) -> Table:
     return table
 
 
-def _as_dict(row: Agreement) -> dict[str, object]:
+def _as_dict(row: Agreement) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(row) | {"passed": row.passed}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,10 +140,14 @@ def _model_ways(model: LanguageModel, ids: Tensor, chunk_sizes: Sequence[int]) -
 
 def _operator_ways(inputs: list[Tensor], chunk_sizes: Sequence[int]) -> Iterator[Way]:
     T = inputs[0].shape[1]
-    forms: list[tuple[str, Mode, int | None]] = [("parallel", "parallel", None), ("recurrent", "recurrent", None)]
-    forms += [(f"chunkwise, C = {size}", "chunkwise", size) for size in chunk_sizes]
-    for way, mode, size in forms:
-        yield way, lambda mode=mode, size=size: retention(*inputs, mode=mode, chunk_size=size)
+
+    def whole(mode: Mode, chunk_size: int | None = None) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: _retain(*inputs, mode=mode, chunk_size=chunk_size)
+
+    yield "parallel", whole("parallel")
+    yield "recurrent", whole("recurrent")
+    for size in chunk_sizes:
+        yield f"chunkwise, C = {size}", whole("chunkwise", size)
     for split in sorted({1, T // 3, T - 1}):
         yield f"{split} tokens, then {T - split}", lambda split=split: _in_two(inputs, split)
 
@@ -165,14 +170,22 @@ def _decode(model: LanguageModel, ids: Tensor, split: int, block: int) -> tuple[
 
 
 def _in_two(inputs: list[Tensor], split: int) -> tuple[Tensor, Tensor]:
+    """The first `split` tokens, then the others from their state."""
     q, k, v, log_decay = inputs
-    parts = []
-    state = None
-    for tokens in (slice(None, split), slice(split, None)):
+
+    def part(tokens: slice, state: Tensor | None) -> tuple[Tensor, Tensor]:
         decay = log_decay if log_decay.dim() == 1 else log_decay[:, tokens]
-        out, state = retention(q[:, tokens], k[:, tokens], v[:, tokens], decay, state=state)
-        parts.append(out)
-    return torch.cat(parts, 1), state
+        return _retain(q[:, tokens], k[:, tokens], v[:, tokens], decay, state=state)
+
+    first, state = part(slice(None, split), None)
+    rest, state = part(slice(split, None), state)
+    return torch.cat([first, rest], 1), state
+
+
+def _retain(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    out, state = retention(*inputs, **options)
+    assert state is not None  # it was not asked to leave it out
+    return out, state
 
 
 def _in_form(model: LanguageModel, dtype: torch.dtype, mode: Mode, chunk_size: int | None) -> LanguageModel:

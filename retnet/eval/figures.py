@@ -40,15 +40,17 @@ def save_model_figure(config: ModelConfig, contexts: Sequence[int], path: Path) 
     log_decay = mixer.log_decay if mixer is not None else None
     heads = 0 if log_decay is None else len(log_decay)
     figure = Figure(figsize=(11, 6 if heads else 3.8), layout="constrained")
-    rows = figure.subfigures(2, 1, height_ratios=(1.7, 1)) if heads else [figure]
-    memory_axes, window_axes = rows[0].subplots(1, 2)
+    grid = figure.add_gridspec(2 if heads else 1, 1, height_ratios=(1.7, 1)[: 2 if heads else 1])
+    upper = figure.add_subfigure(grid[0])
+    memory_axes, window_axes = upper.subplots(1, 2)
     _draw_memory(memory_axes, config, contexts)
     _draw_windows(window_axes, config)
     if log_decay is not None:
-        rows[1].suptitle(f"Decay masks of the heads, {MASK_TOKENS} tokens", fontsize=11)
+        lower = figure.add_subfigure(grid[1])
+        lower.suptitle(f"Decay masks of the heads, {MASK_TOKENS} tokens", fontsize=11)
         masks = pairwise_decay(*running_log_decay(log_decay, None, MASK_TOKENS))[0]
         shown = torch.linspace(0, heads - 1, min(heads, 8)).round().int().tolist()
-        for axes, head in zip(rows[1].subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for axes, head in zip(lower.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
             axes.imshow(masks[head].numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(rf"{head}: $\gamma$ = {log_decay[head].exp():.4f}", fontsize=9)
             axes.set_xticks([])

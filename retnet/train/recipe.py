@@ -65,8 +65,9 @@ class Recipe(BaseModel):
 
     def training_arguments(self) -> TrainingArguments:
         """The arguments for the Trainer. Raises ValueError for a combination that transformers refuses."""
-        pinned = {"dataloader_pin_memory": torch.cuda.is_available()}  # on a CPU it is a warning and nothing else
-        return TrainingArguments(**(pinned | self.training))
+        # Pinning without an accelerator is a warning and nothing else.
+        values: dict[str, Any] = {"dataloader_pin_memory": torch.cuda.is_available(), **self.training}
+        return TrainingArguments(**values)
 
 
 def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = (), **sugar: Any) -> Recipe:
