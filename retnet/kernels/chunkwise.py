@@ -1,7 +1,7 @@
 """Chunkwise retention on the GPU: which kernels take a call, and a plan that says so.
 
-`portable` takes every argument. On Hopper GPUs, bfloat16 with a fixed decay, one query head a value head, no mask and
-no packing goes to `walk`, which keeps the state on chip (and has no gradient of log_decay). Both are deterministic and
+`portable` takes every argument. On Hopper GPUs, bfloat16 with a fixed decay and one query head a value head goes to
+`walk`, which keeps the state on chip (and has no gradient of log_decay and no states of packed sequences). Both are deterministic and
 neither waits for the device.
 """
 
@@ -35,7 +35,7 @@ def retention_forward(
         from retnet.kernels import walk
 
         if walk.walk_supported(q, k, v, log_decay, state, mask, cu_seqlens):
-            return walk.walk_forward(q, k, v, log_decay, scale, state, state_dtype)
+            return walk.walk_forward(q, k, v, log_decay, scale, state, mask, cu_seqlens, state_dtype)
     return portable_forward(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size, state_dtype)
 
 
@@ -57,8 +57,8 @@ def retention_backward(
     if _may_walk(q, v) and not need_dlog_decay:
         from retnet.kernels import walk
 
-        if walk.walk_supported(q, k, v, log_decay, state, mask, cu_seqlens):
-            dq, dk, dv, dstate = walk.walk_backward(dout, dfinal, q, k, v, log_decay, scale, state)
+        if walk.walk_supported(q, k, v, log_decay, state, mask, cu_seqlens, dfinal):
+            dq, dk, dv, dstate = walk.walk_backward(dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens)
             return dq, dk, dv, None, dstate
     return portable_backward(
         dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size, need_dlog_decay
@@ -81,7 +81,7 @@ def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None) -> dict[str, o
 
         fixed = torch.empty(v.shape[2], dtype=torch.float32, device=v.device)
         if walk.walk_supported(q, q, v, fixed, None, None, None):
-            result["kernels"] = "walk (fixed decay without gradient, no mask, no cu_seqlens), else portable"
+            result["kernels"] = "walk (fixed decay without gradient; no state with cu_seqlens), else portable"
             result["walk"] = walk.walk_plan(*v.shape[:3], q.shape[-1], v.shape[-1], v.device)
     return result
 

@@ -5,11 +5,14 @@ walks with the tensors in other roles. No state is written to memory. Where B * 
 most of the chip idle, the sequence is split into parts: a pass over all parts at once, without readers, finds what each
 adds to the state, `carry_kernel` chains these, and the walks start every part from its true state.
 
+Masked tokens and packed documents change a few chunks' decays (`walk_places`). The last states of packed documents, which
+may end within a chunk, come from a walk of each document by itself.
+
 No atomics, no host synchronization, a fixed order of every sum: two runs give the same bits. Memory beyond outputs and
 gradients: the parts' states, and for V = 512 two partial sums of dQ, then of dK.
 
-Left out, and left to the portable kernels: masks, packed sequences, per-token decay, the gradient of log_decay, groups
-of heads, other dtypes.
+Left out, and left to the portable kernels: per-token decay, the gradient of log_decay, initial states of packed documents
+and gradients of their last ones, packing and a mask together, groups of heads, other dtypes.
 """
 
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from retnet.kernels.walk_carry import carry_kernel
 from retnet.kernels.walk_kernel import CHUNK, ROWS, walk_kernel
+from retnet.kernels.walk_places import walk_places
 
 DTYPES = (torch.bfloat16,)
 KEYS = (64, 128, 256)
@@ -52,19 +56,20 @@ def walk_supported(
     state: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    dfinal_state: Tensor | None = None,
 ) -> bool:
     """Whether the walk takes these arguments: a Hopper GPU, bfloat16, fixed decay, one query head per value head.
 
     The caller asks apart whether the gradient of log_decay is wanted: the walk does not make it.
     """
+    packed_only = mask is None and state is None and dfinal_state is None
     return (
         q.is_cuda
         and torch.version.hip is None
         and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.dtype == k.dtype == v.dtype
         and v.dtype in DTYPES
-        and mask is None
-        and cu_seqlens is None
+        and (cu_seqlens is None or packed_only)
         and log_decay.dim() == 1
         and log_decay.dtype == torch.float32
         and (state is None or state.dtype == torch.float32)
@@ -76,14 +81,24 @@ def walk_supported(
 
 
 def walk_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, state: Tensor | None, state_dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """q, k [B, T, H, K], v [B, T, H, V], state [B, H, K, V] -> out [B, T, H, V], final state in `state_dtype`."""
+    """q, k [B, T, H, K], v [B, T, H, V], state [N, H, K, V] -> out [B, T, H, V], final state in `state_dtype`."""
     q, k, v = _rows(q), _rows(k), _rows(v)
-    call = _Call(q, v, log_decay.contiguous(), scale)
+    call = _Call.of(q, v, log_decay, scale, mask, cu_seqlens)
     starts = call.part_starts(k, v, state, reverse=False)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final = call.walk(q, k, v, starts, reverse=False, out=out, store_final=True)
+    final = call.walk(q, k, v, starts, reverse=False, out=out, store_final=cu_seqlens is None)
+    if cu_seqlens is not None:
+        final = call.walk(None, k, v, None, reverse=False, out=None, store_final=True, documents=cu_seqlens)
     return out, final[:, :, -1].to(state_dtype)
 
 
@@ -96,16 +111,24 @@ def walk_backward(
     log_decay: Tensor,
     scale: float,
     state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv, dstate [B, H, K, V] float32) from those of the output and of the final state, if any."""
+    """Gradients (dq, dk, dv, dstate [N, H, K, V] float32) from those of the output and of the final state, if any.
+
+    Packed documents have no initial state here, and zeros for its gradient.
+    """
     q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout.to(v.dtype))
-    call = _Call(q, v, log_decay.contiguous(), scale)
+    call = _Call.of(q, v, log_decay, scale, mask, cu_seqlens)
     starts = call.part_starts(k, v, state, reverse=False)
     dq = call.walk_over_values(dout, v, k, starts, reverse=False)
     dstarts = call.part_starts(q, dout, None if dfinal_state is None else dfinal_state.float(), reverse=True)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    dstate = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=True)
+    dstate = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=cu_seqlens is None)
     dk = call.walk_over_values(v, dout, q, dstarts, reverse=True)
+    if cu_seqlens is not None:
+        shape = (cu_seqlens.shape[0] - 1, v.shape[2], 1, q.shape[3], v.shape[3])
+        dstate = torch.zeros(shape, dtype=torch.float32, device=v.device)
     return dq, dk, dv, dstate[:, :, 0]
 
 
@@ -130,6 +153,15 @@ class _Call:
     v: Tensor
     log_decay: Tensor
     scale: float
+    places: Tensor | None
+
+    @classmethod
+    def of(
+        cls, q: Tensor, v: Tensor, log_decay: Tensor, scale: float, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> "_Call":
+        plain = mask is None and cu_seqlens is None
+        places = None if plain else walk_places(q.shape[0], q.shape[1], mask, cu_seqlens, q.device)
+        return cls(q, v, log_decay.contiguous(), scale, places)
 
     def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> Tensor | None:
         """States [B, H, parts, K, V] from which the parts of the sequence start; None stands for zeros."""
@@ -142,13 +174,16 @@ class _Call:
             states,
             states if state is None else state.contiguous(),
             self.log_decay,
+            self.log_decay if self.places is None else self.places,
             T,
-            part_chunks * CHUNK,
+            part_chunks,
             parts,
             H,
             K * V,
             HAS_INITIAL=state is not None,
+            PLACED=self.places is not None,
             REVERSE=reverse,
+            CHUNK=CHUNK,
             BLOCK=1024,
             num_warps=4,
         )
@@ -171,12 +206,19 @@ class _Call:
         out: Tensor | None,
         store_final: bool,
         over_values: bool = False,
+        documents: Tensor | None = None,
     ) -> Tensor | None:
-        """Launch one walk over readers x, writers y, values z; returns every part's last state if `store_final`."""
+        """Launch one walk over readers x, writers y, values z; returns every part's last state if `store_final`.
+
+        With `documents` (cu_seqlens) every document is walked by itself, from its first token on.
+        """
         (B, T, H, K), V = self.q.shape, self.v.shape[-1]
         tile = _tile(V, K) if over_values else _tile(K, V)
         values = K if over_values else V
         parts, part_chunks = self._parts
+        if documents is not None:
+            B, parts, part_chunks = documents.shape[0] - 1, 1, triton.cdiv(T, CHUNK)
+        places = None if documents is not None else self.places
         ends = torch.empty(B, H, parts, K, V, dtype=torch.float32, device=y.device) if store_final else None
         unused = self.log_decay
         y_desc = _descriptor(y, tile.keys)
@@ -189,6 +231,8 @@ class _Call:
             self.scale,
             unused if starts is None else starts,
             unused if ends is None else ends,
+            unused if places is None else places,
+            unused if documents is None else documents,
             T,
             B,
             H,
@@ -202,6 +246,8 @@ class _Call:
             VALUE_STRIDE=V if over_values else 1,
             REVERSE=reverse,
             READ=x is not None,
+            PLACED=places is not None,
+            PER_DOCUMENT=documents is not None,
             HAS_INITIAL=starts is not None,
             STORE_FINAL=store_final,
             X_STAGES=tile.x_stages,

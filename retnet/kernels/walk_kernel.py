@@ -20,7 +20,10 @@ of the update: it never passes through shared memory. The warps have roles: one 
 computes the decayed scores that all values share, one or two warpgroups of 64 values each read, mix and update. Every
 decay is the exp of a non-positive difference.
 
-Left out: masks, packed sequences, per-token decay, groups of heads (the portable kernels take those).
+Masked tokens and packed documents (`PLACED`) change the decays of the chunks that hold one and of no other: those
+chunks get their factors from `places` (`walk_places`), the others the same ones as without.
+
+Left out: per-token decay, groups of heads, initial states of packed documents (the portable kernels take those).
 """
 
 from triton.experimental import gluon
@@ -36,12 +39,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 CHUNK = 64  # tokens a step: the rows of one warpgroup instruction, so that scores tile without waste
 ROWS = 64  # values a warpgroup holds, likewise
 PIECE = 64  # keys of a state piece: only one piece's 16-bit copy is in registers at a time
-AHEAD = 2  # chunks whose scores may wait to be read
+AHEAD = 1  # chunks whose scores may wait to be read
+
+# Names of Triton 3.6 after those of later versions.
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 _CHUNK = gl.constexpr(CHUNK)
 _ROWS = gl.constexpr(ROWS)
 _PIECE = gl.constexpr(PIECE)
 _AHEAD = gl.constexpr(AHEAD)
+_RATE = gl.constexpr(12)  # row of `decays` that repeats log2(gamma)
+_SCALE = gl.constexpr(13)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 
 
@@ -66,8 +76,8 @@ def _fetch(desc, at, smem, tickets, FULL: gl.constexpr, step):
     slot = step % STAGES
     mbarrier.wait(tickets.index(FULL + STAGES + slot), ((step // STAGES) & 1) ^ 1)
     mbarrier.expect(tickets.index(FULL + slot), desc.block_type.nbytes)
-    tile = smem.index(slot)._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
-    tma.async_copy_global_to_shared(desc, at, tickets.index(FULL + slot), tile)
+    tile = smem.index(slot).reshape(desc.block_type.shape)
+    _tma_load(desc, at, tickets.index(FULL + slot), tile)
 
 
 @gluon.jit
@@ -100,16 +110,19 @@ def _load(args, REVERSE: gl.constexpr, READ: gl.constexpr):
 
 
 @gluon.jit
-def _score(args):
+def _score(args, REVERSE: gl.constexpr, PLACED: gl.constexpr):
     """One warpgroup: (x y^T) of every chunk, readers by writers, masked to the causal side, decayed and scaled.
 
     The factors come from shared memory each time: the registers of a table are what the mixing warpgroups lack."""
-    x_smem, y_smem, p_smem, pairs, tickets, count = args
+    x_smem, y_smem, p_smem, pairs, decays, tickets, places, start, count = args
     X: gl.constexpr = _first_ticket(0, x_smem, y_smem)
     Y: gl.constexpr = _first_ticket(1, x_smem, y_smem)
-    AHEAD: gl.constexpr = p_smem.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CHUNK, 16])
+    table = pairs.index(0)
     for step in range(count):
+        if PLACED:
+            chunk_places = places + _token_at(step, start, REVERSE)
+            special = _is_special(gl.load(chunk_places))
         x = _await(x_smem, tickets, X, step)
         y = _await(y_smem, tickets, Y, step)
         scores = gl.zeros([_CHUNK, _CHUNK], gl.float32, layout)
@@ -117,10 +130,75 @@ def _score(args):
         scores = warpgroup_mma_wait(0, deps=(scores,))
         _release(x_smem, tickets, X, step)
         _release(y_smem, tickets, Y, step)
-        mbarrier.wait(tickets.index(AHEAD + step % AHEAD), ((step // AHEAD) & 1) ^ 1)
-        p_smem.index(step % AHEAD).store((scores * pairs.load(layout)).to(p_smem.dtype))
+        if PLACED:
+            if special != 0:
+                _place_pairs(pairs.index(1), decays, chunk_places, REVERSE)
+            table = pairs.index(special)
+        mbarrier.wait(tickets.index(_AHEAD + step % _AHEAD), ((step // _AHEAD) & 1) ^ 1)
+        p_smem.index(step % _AHEAD).store((scores * table.load(layout)).to(p_smem.dtype))
         fence_async_shared()
-        mbarrier.arrive(tickets.index(step % AHEAD), count=1)
+        mbarrier.arrive(tickets.index(step % _AHEAD), count=1)
+
+
+@gluon.jit
+def _place_pairs(table, decays, places, REVERSE: gl.constexpr):
+    """`_make_pairs` for a chunk with masked tokens or a document's border."""
+    ROWS: gl.constexpr = 16  # a few at a time, for the sake of registers
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
+    writer = gl.arange(0, _CHUNK, gl.SliceLayout(0, layout))
+    log2_gamma = decays.index(_RATE).load(gl.SliceLayout(0, layout))[None, :]
+    scale = decays.index(_SCALE).load(gl.SliceLayout(0, layout))[None, :]
+    writer = gl.load(places + writer)[None, :]
+    for i in gl.static_range(_CHUNK // ROWS):
+        reader = i * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        reader = gl.load(places + reader)[:, None]
+        distance = _count(writer) - _count(reader) if REVERSE else _count(reader) - _count(writer)
+        decay = gl.exp2(log2_gamma * gl.maximum(distance, 0.0)) * scale
+        # One document, neither masked. Counts rise with every such token, so they order them.
+        related = (_code(reader) == _code(writer)) & (writer >= 0) & (distance >= 0)
+        table.slice(i * ROWS, ROWS, dim=0).store(gl.where(related, decay, 0.0))
+
+
+@gluon.jit
+def _is_special(place):
+    """Whether a chunk has masked tokens or a document's border; told by any of its places (`walk_places`)."""
+    return (place >> 7) & 1
+
+
+@gluon.jit
+def _count(place):
+    """Tokens of the chunk through this one, masked ones apart."""
+    return (place & 127).to(gl.float32)
+
+
+@gluon.jit
+def _code(place):
+    """The document, or its complement for a masked token."""
+    return place >> 8
+
+
+@gluon.jit
+def _document(place):
+    return (place ^ (place >> 31)) >> 8
+
+
+@gluon.jit
+def _place_decays(decays, ROW: gl.constexpr, places, before, REVERSE: gl.constexpr):
+    """Read, write and keep of a special chunk; the state that enters is the one after the token at `before`."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    log2_gamma = decays.index(_RATE).load(layout)
+    scale = decays.index(_SCALE).load(layout)
+    place = gl.load(places + gl.arange(0, _CHUNK, layout))
+    last = gl.load(places + _CHUNK - 1)
+    entered = _document(gl.load(before))
+    left = _document(last)
+    from_start = gl.exp2(log2_gamma * _count(place)) * scale
+    from_start = gl.where((place >= 0) & (_document(place) == entered), from_start, 0.0)
+    to_end = gl.exp2(log2_gamma * (_count(last) - _count(place)))
+    to_end = gl.where((place >= 0) & (_document(place) == left), to_end, 0.0)
+    decays.index(ROW).store(to_end if REVERSE else from_start)
+    decays.index(ROW + 1).store(from_start if REVERSE else to_end)
+    decays.index(ROW + 2).store(gl.where(entered == left, gl.exp2(log2_gamma * _count(last)), 0.0))
 
 
 @gluon.jit
@@ -136,13 +214,13 @@ def _state_pointers(
 
 @gluon.jit
 def _mix(
-    args, GROUP: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr,
+    args, GROUP: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, PLACED: gl.constexpr,
     HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: outputs and the state of its 64 values, chunk after chunk."""
     (
         x_smem, y_smem, z_smem, p_smem, outs_smem, tickets, decays, out_desc, state_in, state_out,
-        out_batch, head, value, start, count, last_step,
+        out_batch, head, value, start, count, last_step, places,
     ) = args  # fmt: skip
     X: gl.constexpr = _first_ticket(0, x_smem, y_smem)
     Y: gl.constexpr = _first_ticket(1, x_smem, y_smem)
@@ -163,7 +241,9 @@ def _mix(
             state = state + (gl.zeros([_ROWS, _PIECE], gl.float32, layout),)
 
     for step in range(count):
-        is_last = (step == last_step).to(gl.int32)
+        token = _token_at(step, start, REVERSE)
+        if PLACED:
+            special = _is_special(gl.load(places + token))
         if READ:
             x = _await(x_smem, tickets, X, step)
             out = gl.zeros([_ROWS, _CHUNK], gl.float32, layout)
@@ -178,13 +258,21 @@ def _mix(
         if READ:
             out = warpgroup_mma_wait(0, deps=(out,))
             _release(x_smem, tickets, X, step)
-            out = out * decays.index(is_last).load(gl.SliceLayout(0, layout))[None, :]
+        if PLACED:
+            if special != 0:
+                before = places + gl.maximum(token - 1, 0)
+                _place_decays(decays, 6 + 3 * GROUP, places + token, before, REVERSE)
+            row = gl.where(special != 0, 6 + 3 * GROUP, 0)
+        else:
+            row = gl.where(step == last_step, 3, 0)
+        if READ:
+            out = out * decays.index(row).load(gl.SliceLayout(0, layout))[None, :]
             scores = _await(p_smem, tickets, 0, step).permute((1, 0))
             out = warpgroup_mma(z, scores, out, is_async=True)
 
-        write = decays.index(2 + is_last).load(gl.SliceLayout(0, operand))
+        write = decays.index(row + 1).load(gl.SliceLayout(0, operand))
         decayed = (z.load(operand).to(gl.float32) * write[None, :]).to(dtype)
-        keep = decays.index(4 + is_last).load(gl.SliceLayout(1, layout))[:, None]
+        keep = decays.index(row + 2).load(gl.SliceLayout(1, layout))[:, None]
         y = _await(y_smem, tickets, Y, step)
         updated = ()
         for j in gl.static_range(PIECES):
@@ -195,12 +283,12 @@ def _mix(
             out = warpgroup_mma_wait(PIECES, deps=(out,))
             _release(p_smem, tickets, 0, step)
             tma.store_wait(0)
-            gl.thread_barrier()
+            _barrier()
             out_smem.permute((1, 0)).store(out.to(dtype))
             fence_async_shared()
-            gl.thread_barrier()
-            tile = out_smem._reinterpret(dtype, out_desc.block_type.shape, out_desc.layout)
-            tma.async_copy_shared_to_global(out_desc, [out_batch, _token_at(step, start, REVERSE), head, value + GROUP * _ROWS], tile)
+            _barrier()
+            tile = out_smem.reshape(out_desc.block_type.shape)
+            _tma_store(out_desc, [out_batch, token, head, value + GROUP * _ROWS], tile)
 
         state = warpgroup_mma_wait(0, deps=updated)
         if PIECES == 1:
@@ -224,43 +312,52 @@ def _init_ring(tickets, FULL: gl.constexpr, STAGES: gl.constexpr, READERS: gl.co
 
 @gluon.jit
 def _make_decays(log2_gamma, scale, tail, REVERSE: gl.constexpr):
-    """Rows, for a full chunk and for the last one, which may be shorter: read; write; keep.
+    """Rows: read, write and keep of a full chunk, of the last one, room for each warpgroup's special ones; rate, scale.
 
-    Rows past the last token are zero in x, y and z (TMA fills them), so their exponents only have to stay finite.
+    The last chunk may be shorter: what TMA brings for its missing rows, zeros or other tokens, is not written.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    decays = gl.allocate_shared_memory(gl.float32, [6, _CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    decays = gl.allocate_shared_memory(gl.float32, [14, _CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     token = gl.arange(0, _CHUNK, layout)
-    from_start = gl.exp2(log2_gamma * (token + 1).to(gl.float32)) * scale
     for last in gl.static_range(2):
         length = tail if last == 1 else _CHUNK
+        from_start = gl.exp2(log2_gamma * (token + 1).to(gl.float32)) * scale
         to_end = gl.exp2(log2_gamma * gl.maximum(length - 1 - token, 0).to(gl.float32))
-        decays.index(last).store(to_end if REVERSE else from_start)
-        decays.index(2 + last).store(from_start if REVERSE else to_end)
-        decays.index(4 + last).store(gl.exp2(log2_gamma * (length + token * 0).to(gl.float32)))
+        write = gl.where(token < length, from_start if REVERSE else to_end, 0.0)
+        decays.index(3 * last + 0).store(to_end if REVERSE else from_start)
+        decays.index(3 * last + 1).store(write)
+        decays.index(3 * last + 2).store(gl.exp2(log2_gamma * (length + token * 0).to(gl.float32)))
+    decays.index(_RATE).store(log2_gamma + token.to(gl.float32) * 0.0)
+    decays.index(_SCALE).store(scale + token.to(gl.float32) * 0.0)
     return decays
 
 
 @gluon.jit
-def _make_pairs(log2_gamma, scale, REVERSE: gl.constexpr):
-    """The factor of every score of a chunk, readers by writers: causal mask, decay of the distance, scale."""
+def _make_pairs(log2_gamma, scale, TABLES: gl.constexpr, REVERSE: gl.constexpr):
+    """The factor of every score of a chunk, readers by writers: causal mask, decay of the distance, scale.
+
+    [TABLES, 64, 64], the first filled; a second one has room for a special chunk."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
     smem: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])  # free of bank conflicts in the layout of a product
     reader = gl.arange(0, _CHUNK, gl.SliceLayout(1, layout))[:, None]
     writer = gl.arange(0, _CHUNK, gl.SliceLayout(0, layout))[None, :]
     distance = (writer - reader if REVERSE else reader - writer).to(gl.float32)
     decay = gl.exp2(log2_gamma * gl.maximum(distance, 0.0)) * scale
-    return gl.allocate_shared_memory(gl.float32, [_CHUNK, _CHUNK], smem, gl.where(distance >= 0, decay, 0.0))
+    pairs = gl.allocate_shared_memory(gl.float32, [TABLES, _CHUNK, _CHUNK], smem)
+    pairs.index(0).store(gl.where(distance >= 0, decay, 0.0))
+    return pairs
 
 
 @gluon.jit(do_not_specialize=["tokens", "batches", "parts", "part_chunks"])
 def walk_kernel(
     x_desc, y_desc, z_desc, out_desc,  # [B, T, H, SPLITS * KEYS] twice, [B, T, H, VALUES], [SPLITS * B, T, H, VALUES]
     log_decay, scale, state_in, state_out,  # [H], (), states [B, H, parts, ...] twice (float32)
+    places, cu_seqlens,  # [B, chunks * 64] if PLACED, [N + 1] if PER_DOCUMENT (then B = 1, and N stands for it)
     tokens, batches, heads, parts, part_chunks,
     KEYS: gl.constexpr, VALUES: gl.constexpr, SPLITS: gl.constexpr, GROUPS: gl.constexpr,
     KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
-    REVERSE: gl.constexpr, READ: gl.constexpr, HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr,
+    REVERSE: gl.constexpr, READ: gl.constexpr, PLACED: gl.constexpr, PER_DOCUMENT: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr,
     X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, Z_STAGES: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -277,11 +374,16 @@ def walk_kernel(
     batch = row // heads
     head = row % heads
     key = split * KEYS
+    origin = 0
+    if PER_DOCUMENT:
+        origin = gl.load(cu_seqlens + batch).to(gl.int32)
+        tokens = gl.load(cu_seqlens + batch + 1).to(gl.int32) - origin
+        batch = 0
     chunks = (tokens + _CHUNK - 1) // _CHUNK
     tail = tokens - (chunks - 1) * _CHUNK
     first = part * part_chunks
     count = gl.minimum(chunks - first, part_chunks)
-    start = (first + count - 1 if REVERSE else first) * _CHUNK
+    start = origin + (first + count - 1 if REVERSE else first) * _CHUNK
     last_step = first + count - chunks if REVERSE else chunks - 1 - first  # the step of the last chunk, if it is here
     log2_gamma = gl.maximum(gl.load(log_decay + head) * _LOG2_E, -1e30)  # finite, so that gamma = 0 gives 0^0 = 1
     state_at = walker.to(gl.int64) * (SPLITS * KEYS * VALUES) + key * KEY_STRIDE + value * VALUE_STRIDE
@@ -301,24 +403,25 @@ def walk_kernel(
     _init_ring(tickets, Z, Z_STAGES, GROUPS)
     outs_smem = gl.allocate_shared_memory(dtype, [GROUPS, _CHUNK, _ROWS], wide)
     decays = _make_decays(log2_gamma, scale, tail, REVERSE)
-    pairs = _make_pairs(log2_gamma, scale, REVERSE) if READ else decays
+    pairs = _make_pairs(log2_gamma, scale, 2 if PLACED else 1, REVERSE) if READ else decays
     fence_async_shared()
 
     # Constexprs stay inside the calls: assigned to a name they would become run-time scalars.
     load_args = (x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, tickets, batch, head, key, value, start, count)
-    score_args = (x_smem, y_smem, p_smem, pairs, tickets, count)
+    row_places = places + batch * chunks * _CHUNK
+    score_args = (x_smem, y_smem, p_smem, pairs, decays, tickets, row_places, start, count)
     mix_args = (
         x_smem, y_smem, z_smem, p_smem, outs_smem, tickets, decays, out_desc, state_in + state_at, state_out + state_at,
-        split * batches + batch, head, value, start, count, last_step,
+        split * batches + batch, head, value, start, count, last_step, row_places,
     )  # fmt: skip
     LOWER: gl.constexpr = 0
     UPPER: gl.constexpr = 1
     if GROUPS == 2 and READ:
         gl.warp_specialize(
             [
-                (_mix, (mix_args, LOWER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
-                (_mix, (mix_args, UPPER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
-                (_score, (score_args,)),
+                (_mix, (mix_args, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_mix, (mix_args, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_score, (score_args, REVERSE, PLACED)),
                 (_load, (load_args, REVERSE, READ)),
             ],
             [4, 4, 1],
@@ -327,8 +430,8 @@ def walk_kernel(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_mix, (mix_args, LOWER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
-                (_mix, (mix_args, UPPER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_mix, (mix_args, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_mix, (mix_args, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
                 (_load, (load_args, REVERSE, READ)),
             ],
             [4, 1],
@@ -337,8 +440,8 @@ def walk_kernel(
     elif READ:
         gl.warp_specialize(
             [
-                (_mix, (mix_args, LOWER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
-                (_score, (score_args,)),
+                (_mix, (mix_args, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_score, (score_args, REVERSE, PLACED)),
                 (_load, (load_args, REVERSE, READ)),
             ],
             [4, 1],
@@ -347,7 +450,7 @@ def walk_kernel(
     else:
         gl.warp_specialize(
             [
-                (_mix, (mix_args, LOWER, REVERSE, READ, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (_mix, (mix_args, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
                 (_load, (load_args, REVERSE, READ)),
             ],
             [1],
