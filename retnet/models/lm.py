@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,6 +11,7 @@ from retnet.layers.layout import TokenLayout
 from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
 from retnet.models.config import ModelConfig
 from retnet.models.init import initialize
+from retnet.models.loss import linear_cross_entropy
 from retnet.models.states import ModelState
 
 
@@ -130,6 +130,5 @@ class LanguageModel(nn.Module):
         """
         losses: list[Tensor] = []
         hidden, _ = self.hidden(ids, mask=mask, cu_seqlens=cu_seqlens, losses=losses)
-        logits = self.logits(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return sum(losses, F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100))
+        loss = linear_cross_entropy(hidden, self.head.weight, labels, self.config.logit_soft_cap)
+        return sum(losses, loss)
