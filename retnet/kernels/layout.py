@@ -33,6 +33,7 @@ class Layout:
         if cu_seqlens is None:
             num_slots = batch * triton.cdiv(tokens, segment)
             return cls(batch, batch * tokens, tokens, segment, num_slots, None, None, None)
+        cu_seqlens = cu_seqlens.contiguous()
         num_sequences = cu_seqlens.shape[0] - 1
         num_slots = triton.cdiv(tokens, segment) + num_sequences
         table = torch.zeros(num_slots, 4, dtype=torch.int32, device=cu_seqlens.device)

@@ -241,9 +241,7 @@ def _add_state(
     else:
         at = state + r[:, None] * O + columns[None, :]
     tile = tl.load(at, mask=(r < R)[:, None] & (columns < O)[None, :], other=0.0)
-    if xs.dtype == state.dtype.element_ty:
-        return tl.dot(xs, tile, acc, input_precision=PRECISION)
-    return tl.dot(xs.to(tile.dtype), tile, acc, input_precision="tf32")
+    return tl.dot(xs.to(tile.dtype), tile, acc, input_precision=PRECISION)
 
 
 @triton.jit

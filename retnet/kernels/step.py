@@ -110,9 +110,9 @@ def _step_kernel(
         if MASKED:
             alive = tl.load(mask + token) != 0
             k_ok, v_ok = tl.where(alive, rows, K) < K, tl.where(alive, columns, V) < V
-        qt = tl.load(q + t * q_token + rows, mask=k_ok, other=0.0).to(tl.float32) * scale
-        kt = tl.load(k + t * k_token + rows, mask=k_ok, other=0.0).to(tl.float32)
-        vt = tl.load(v + t * v_token + columns, mask=v_ok, other=0.0).to(tl.float32)
+        qt = tl.load(q + rows, mask=k_ok, other=0.0).to(tl.float32) * scale
+        kt = tl.load(k + rows, mask=k_ok, other=0.0).to(tl.float32)
+        vt = tl.load(v + columns, mask=v_ok, other=0.0).to(tl.float32)
         if PER_TOKEN:
             step = tl.load(log_decay + token * H + h)
         else:
@@ -123,6 +123,7 @@ def _step_kernel(
         tl.store(
             out + (token * H + h) * V + columns, tl.sum(qt[:, None] * S, 0).to(out.dtype.element_ty), mask=column_ok
         )
+        q, k, v = q + q_token, k + k_token, v + v_token
         if DROPPED_BITS > 0:
             seed = seed * 31 + kt.to(tl.int32, bitcast=True) + qt.to(tl.int32, bitcast=True)
     if DROPPED_BITS > 0:
