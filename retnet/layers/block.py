@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.feed_forward import FeedForward, FeedForwardConfig
+from retnet.layers.hyena import Hyena, HyenaConfig
 from retnet.layers.layout import TokenLayout
 from retnet.layers.mamba1 import Mamba1, Mamba1Config
 from retnet.layers.mamba2 import Mamba2, Mamba2Config
@@ -31,8 +32,9 @@ MIXERS = {
     AttentionConfig: Attention,
     Mamba1Config: Mamba1,
     Mamba2Config: Mamba2,
+    HyenaConfig: Hyena,
 }
-MixerConfig = RetentionConfig | AttentionConfig | Mamba1Config | Mamba2Config
+MixerConfig = RetentionConfig | AttentionConfig | Mamba1Config | Mamba2Config | HyenaConfig
 # Each feed-forward: its config class, its module `(x, layout) -> y`.
 FEED_FORWARDS = {FeedForwardConfig: FeedForward, MoEConfig: MoE}
 

@@ -7,7 +7,7 @@ the mixer.
 
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -70,22 +70,29 @@ class TokenCache(LayerState):
     without asking the device (None: ask). In-place steps add a token at constant cost; others copy the cache.
     """
 
-    GROWTH = 1.5
+    GROWTH: ClassVar[float] = 1.5
+    SLOTTED: ClassVar[tuple[str, ...]]  # the fields kept by token
 
     filled: int | None = field(default=None, kw_only=True)
 
     @classmethod
     def append(
-        cls, state: Self | None, tokens: dict[str, Tensor], layout: TokenLayout, window: int | None = None
+        cls,
+        state: Self | None,
+        tokens: dict[str, Tensor],
+        layout: TokenLayout,
+        window: int | None = None,
+        **others: Tensor,
     ) -> Self:
-        """The cache with this call's tokens [B, T, ...] of each field added; in place if the layout allows it.
+        """The cache with this call's tokens [B, T, ...] of each slotted field added; in place if the layout allows it.
 
-        A mask is understood for one token a row; longer masked calls come here packed (`TokenLayout.on_real_tokens`).
+        others: new values of the fields that are not kept by token (overwritten already, where in place). A mask is
+        understood for one token a row; longer masked calls come here packed (`TokenLayout.on_real_tokens`).
         """
         if state is None:
             zero = layout.lengths.new_zeros(len(layout.lengths))
             none = {name: x.new_zeros(len(zero), 0, *x.shape[2:]) for name, x in tokens.items()}
-            state = cls(zero, **none, filled=0)
+            state = cls(zero, **none, **others, filled=0)
         bounds = layout.bounds
         lengths = [layout.positions.shape[1]] if bounds is None else [b - a for a, b in pairwise(bounds)]
         longest = max(lengths, default=0)
@@ -97,7 +104,7 @@ class TokenCache(LayerState):
             kept = (positions >= end[sequences] - capacity).nonzero()[:, 0]
         index = (sequences * capacity + positions % max(1, capacity))[kept]
         in_place = layout.in_place and roomy is state
-        changed = {}
+        changed = dict(others)
         for name, x in tokens.items():
             slots, x = getattr(roomy, name).flatten(0, 1), x.flatten(0, 1)[kept].to(getattr(roomy, name).dtype)
             if layout.mask is not None:
@@ -125,17 +132,15 @@ class TokenCache(LayerState):
             return self
         grown = max(self._filled() + num_tokens, int(capacity * self.GROWTH))
         grown = grown if window is None else min(grown, window)
-        more = {name: x.new_zeros(len(x), grown - capacity, *x.shape[2:]) for name, x in self._slotted.items()}
-        roomy = {name: torch.cat([x, more[name]], 1) for name, x in self._slotted.items()}
+        roomy = {}
+        for name in self.SLOTTED:
+            x: Tensor = getattr(self, name)
+            roomy[name] = torch.cat([x, x.new_zeros(len(x), grown - capacity, *x.shape[2:])], 1)
         return replace(self, position=self.position.clone(), **roomy)
 
     @property
-    def _slotted(self) -> dict[str, Tensor]:
-        return {name: x for name, x in self.tensors().items() if name != "position"}
-
-    @property
     def _capacity(self) -> int:
-        return next(iter(self._slotted.values())).shape[1]
+        return getattr(self, self.SLOTTED[0]).shape[1]
 
     def _filled(self) -> int:
         if self.filled is None:
@@ -146,6 +151,8 @@ class TokenCache(LayerState):
 @dataclass
 class AttentionState(TokenCache):
     """keys, values [N, capacity, G, K]: of the real tokens seen (the last `window` of them), keys already rotated."""
+
+    SLOTTED = ("keys", "values")
 
     keys: Tensor
     values: Tensor
@@ -161,7 +168,17 @@ class Mamba2State(LayerState):
 
 @dataclass
 class Mamba1State(LayerState):
-    """memory [N, D, K], K states for each of D channels; recent [N, W - 1, D]: what the short convolution still reads."""
+    """memory [N, D, K]: K states for each of D channels; recent [N, W - 1, D]: what the short convolution reads."""
 
     memory: Tensor
+    recent: Tensor
+
+
+@dataclass
+class HyenaState(TokenCache):
+    """inputs [N, capacity, order, D] of the long convolutions, all of them; recent [N, W - 1, C] of the short one."""
+
+    SLOTTED = ("inputs",)
+
+    inputs: Tensor
     recent: Tensor

@@ -9,13 +9,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retnet.layers.state import AttentionState, LayerState, Mamba1State, Mamba2State, RetentionState
+from retnet.layers.state import AttentionState, HyenaState, LayerState, Mamba1State, Mamba2State, RetentionState
 
 STATES: dict[str, type[LayerState]] = {
     "retention": RetentionState,
     "attention": AttentionState,
     "mamba1": Mamba1State,
     "mamba2": Mamba2State,
+    "hyena": HyenaState,
 }
 _NAMES = {cls: name for name, cls in STATES.items()}
 

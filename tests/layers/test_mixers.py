@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import MIXERS, MixerConfig
+from retnet.layers.hyena import HyenaConfig
 from retnet.layers.layout import TokenLayout
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
@@ -35,6 +36,8 @@ CASES: dict[str, MixerConfig] = {
     "mamba2 without convolution": Mamba2Config(6, head_dim=6, state_dim=4, conv_width=1, time_step_highest=0.05),
     "mamba1": Mamba1Config(14, time_step_rank=2, state_dim=3),
     "mamba1, biases": Mamba1Config(6, time_step_rank=1, state_dim=4, conv_width=2, conv_bias=False, bias=True),
+    "hyena": HyenaConfig(filter_hidden=6),
+    "hyena of order three": HyenaConfig(order=3, filter_hidden=5, filter_decay=0.1, conv_width=1),
 }
 SETS = {
     "left": [(0, 3), (0, 0), (0, 6)],

@@ -1,0 +1,146 @@
+"""Hyena (Poli et al. 2023, arXiv 2302.10866): long convolutions and gates in turn.
+
+    v, x_1, ..., x_n = conv(X W_in)
+    z_1 = v        z_{i+1} = x_i * (h_i conv z_i + skip_i * z_i)        out = z_{n+1} W_out
+
+The filter of order i is a small network of the distance in tokens, h_i(t) = exp(-decay t) network(t)_i, whatever the
+length of the sequence (the paper's network sees t / T): the outputs of a prefix never change with what follows.
+
+Decoding is exact and has no state of fixed size: every token reads the inputs of all tokens before it, so that its
+cost, and the state, grow with the length of the sequence. Packed documents are convolved one by one.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.layers.layout import TokenLayout
+from retnet.layers.short_convolution import ShortConvolution
+from retnet.layers.state import HyenaState
+from retnet.ops.long_convolution import long_convolution, past_convolution
+from retnet.ops.ragged import equal_blocks
+
+
+@dataclass(frozen=True)
+class HyenaConfig:
+    """order: number of gated long convolutions. filter_hidden: width of the filter network. filter_decay: rate of the
+    exponential window on filters, a token (0: none). conv_width: tokens that the short convolution sees.
+    """
+
+    order: int = 2
+    filter_hidden: int = 64
+    filter_decay: float = 0.0
+    conv_width: int = 3
+    kind: Literal["hyena"] = "hyena"
+
+    def __post_init__(self) -> None:
+        for name in ("order", "filter_hidden", "conv_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")
+        if not 0 <= self.filter_decay < math.inf:
+            raise ValueError(f"filter_decay is {self.filter_decay}; accepted: 0 or more")
+
+
+class FilterNetwork(nn.Module):
+    """Distances in tokens -> filters [L, channels]: sines of the distance, two hidden layers with sine, a window.
+
+    Wavelengths run from 2 tokens to 2^BANDS in octaves, the same for every length.
+    """
+
+    BANDS = 16
+
+    def __init__(self, hidden_dim: int, channels: int, decay: float):
+        super().__init__()
+        self.decay = decay
+        self.filter_in = nn.Linear(2 * self.BANDS, hidden_dim)
+        self.filter_hidden = nn.Linear(hidden_dim, hidden_dim)
+        self.filter_out = nn.Linear(hidden_dim, channels, bias=False)
+        # In inference the filters depend on the weights alone: kept until a weight changes.
+        self._kept: tuple[object, Tensor] | None = None
+        self.reset_own()
+
+    def reset_own(self, generator: torch.Generator | None = None) -> None:
+        """Arguments of the sines near 1; filters that over a thousand tokens weigh as much as the skip."""
+        width = self.filter_out.in_features
+        for layer, std in (
+            (self.filter_in, self.BANDS**-0.5),
+            (self.filter_hidden, (2 / width) ** 0.5),
+            (self.filter_out, (2 / width) ** 0.5 / 32),
+        ):
+            nn.init.normal_(layer.weight, std=std, generator=generator)
+
+    def forward(self, length: int) -> Tensor:
+        """[length, channels] in float32 (float64 for float64)."""
+        if torch.is_grad_enabled():
+            return self._filters(length)
+        weights = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.parameters()]
+        if self._kept is None or self._kept[0] != weights or len(self._kept[1]) < length:
+            self._kept = (weights, self._filters(length + length // 2))
+        return self._kept[1][:length]
+
+    def _filters(self, length: int) -> Tensor:
+        weight = self.filter_in.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        distance = torch.arange(length, dtype=torch.float64, device=weight.device)[:, None]
+        angle = distance * (2 * math.pi / 2.0 ** torch.arange(1, self.BANDS + 1, device=weight.device))
+        x = torch.cat([angle.sin(), angle.cos()], -1).to(wide)
+        for layer in (self.filter_in, self.filter_hidden):
+            x = F.linear(x, layer.weight.to(wide), layer.bias.to(wide)).sin()
+        return F.linear(x, self.filter_out.weight.to(wide)) * (-self.decay * distance).exp().to(wide)
+
+
+class Hyena(nn.Module):
+    """x [B, T, D] -> y [B, T, D], the inputs of all its convolutions."""
+
+    def __init__(self, config: HyenaConfig, d_model: int):
+        super().__init__()
+        self.config = config
+        channels = (config.order + 1) * d_model
+        self.in_proj = nn.Linear(d_model, channels)
+        self.conv = ShortConvolution(channels, config.conv_width)
+        self.filters = FilterNetwork(config.filter_hidden, config.order * d_model, config.filter_decay)
+        self.skip = nn.Parameter(torch.ones(config.order, d_model))
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def reset_own(self, generator: torch.Generator | None = None) -> None:
+        """Skips of 1."""
+        nn.init.ones_(self.skip)
+
+    def forward(self, x: Tensor, state: HyenaState | None, layout: TokenLayout) -> tuple[Tensor, HyenaState | None]:
+        one_token = x.shape[1] == 1 and layout.cu_seqlens is None
+        if layout.mask is not None and not (one_token and state is not None):
+            return layout.on_real_tokens(self, x, state)
+        u, recent = self.conv(self.in_proj(x), None if state is None else state.recent, layout)
+        u = u.unflatten(-1, (-1, x.shape[2]))
+        longest = x.shape[1] + (0 if state is None else state.inputs.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            filters = self.filters(longest)
+        outs, inputs = [u[:, :0, 0]], [u[:, :0, 1:]]
+        for rows, tokens, sequences in equal_blocks(x.shape[0], x.shape[1], layout.bounds):
+            before = None
+            if state is not None:
+                past = state.inputs[sequences].flatten(2)
+                before = past_convolution(past, state.position[sequences], filters, tokens.stop - tokens.start)
+            z, z_all = self._gated_convolutions(u[rows, tokens], filters, before)
+            outs.append(z)
+            inputs.append(z_all)
+        if layout.carry:
+            state = HyenaState.append(state, {"inputs": torch.cat(inputs, 1)}, layout, recent=recent)
+        return self.out_proj(torch.cat(outs, 1)), state if layout.carry else None
+
+    def _gated_convolutions(self, u: Tensor, filters: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """u [B, T, order + 1, D] -> (z [B, T, D], the inputs of the convolutions [B, T, order, D])."""
+        z, *gates = u.unbind(2)
+        filters = filters.unflatten(-1, self.skip.shape)
+        inputs = []
+        for i, gate in enumerate(gates):
+            inputs.append(z)
+            y = long_convolution(z, filters[:, i])
+            if before is not None:
+                y = y + before.unflatten(-1, self.skip.shape)[:, :, i]
+            z = gate * (y.to(z.dtype) + self.skip[i] * z)
+        return z, torch.stack(inputs, 2)
