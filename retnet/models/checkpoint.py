@@ -57,7 +57,8 @@ class Tensors:
     @classmethod
     def of(cls, state_dict: Mapping[str, Tensor], extra: dict[str, Any] | None = None) -> Tensors:
         """Tensors that are in memory already."""
-        return cls({name: x.to("meta") for name, x in state_dict.items()}, state_dict.__getitem__, extra or {})
+        specs = {name: x.detach().to("meta") for name, x in state_dict.items()}
+        return cls(specs, lambda name: state_dict[name].detach(), extra or {})
 
     def renamed(self, names: Mapping[str, str]) -> Tensors:
         """The tensors new name -> old name, and no others."""
@@ -199,7 +200,10 @@ def write_tensors(directory: Path, tensors: Tensors, *, shard_bytes: int = SHARD
     try:
         for part, names in zip(staged, shards):
             shard = {name: tensors.read(name).cpu().contiguous() for name in names}
+            part.touch()
+            mode = part.stat().st_mode
             save_file(shard, part, metadata={"format": "pt"})
+            part.chmod(mode)  # safetensors leaves a file that its owner alone may read
             del shard  # before the next one is read
         for part, file in zip(staged, files):
             os.replace(part, directory / file)

@@ -89,6 +89,12 @@ def test_a_failed_save_leaves_the_checkpoint_before_it_whole(tmp_path, tensors):
     assert_same(open_tensors(tmp_path), tensors)
 
 
+def test_others_may_read_what_is_written(tmp_path, tensors):
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path, Tensors.of(tensors))
+    assert (tmp_path / WEIGHTS_FILE).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_views_are_written_as_their_own_tensors(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
     write_tensors(tmp_path, Tensors.of({"t": whole.T, "row": whole[1]}))

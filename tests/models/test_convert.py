@@ -109,6 +109,18 @@ def test_torchscale_checkpoints_with_their_arguments_inside(tmp_path, wrap):
     assert_equal_logits(model, torchscale_logits(state, TORCHSCALE_ARGS, IDS))
 
 
+def test_arguments_may_be_an_object_and_weights_parameters():
+    class RetNetConfig:
+        def __init__(self):
+            self.__dict__.update(TORCHSCALE_ARGS)
+
+    state = {name: x.requires_grad_() for name, x in torchscale_state(TORCHSCALE_ARGS).items()}
+    model = convert.load(state, config=RetNetConfig())
+    assert all(p.is_leaf and p.requires_grad for p in model.parameters())
+    model.embedding.weight.data.zero_()
+    assert state["embed_tokens.weight"].any()
+
+
 def test_torchscale_chunkwise_training_is_warned_about():
     with pytest.warns(UserWarning, match="chunkwise_recurrent asks for their chunkwise form"):
         convert.load(torchscale_state(TORCHSCALE_ARGS), config=TORCHSCALE_ARGS | {"chunkwise_recurrent": True})

@@ -26,7 +26,6 @@ from retnet.models.lm import LanguageModel
 OURS = "retnet"
 FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (torchscale, fla, syncdoth)}
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
-SourceConfig = ModelConfig | Mapping[str, Any] | argparse.Namespace | str | os.PathLike[str] | None
 
 # What else makes a model directory useful, and is the same for every format.
 _SIDE_FILES = (
@@ -38,7 +37,7 @@ _SIDE_FILES = (
 def load(
     source: Source,
     format: str | None = None,
-    config: SourceConfig = None,
+    config: object = None,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -48,7 +47,7 @@ def load(
     Args:
         source: a directory, a file of weights, or a state dict.
         format: a key of FORMATS, or "retnet"; recognised by its tensors if None.
-        config: the source's own configuration (a mapping, a namespace, or a path to JSON), where it does not lie in the
+        config: the source's own configuration (a mapping, an object with attributes, or a path to JSON), where it does not lie in the
             directory or the checkpoint; or a ModelConfig.
         device, dtype: of the weights; dtype as stored if None.
 
@@ -64,7 +63,7 @@ def convert(
     *,
     to: str = OURS,
     format: str | None = None,
-    config: SourceConfig = None,
+    config: object = None,
 ) -> ModelConfig:
     """Write a model as a directory in our format, or in that of `to`; weights stream, tokenizer files come along.
 
@@ -91,7 +90,7 @@ def convert(
     return ours
 
 
-def _open(source: Source | LanguageModel, format: str | None, config: SourceConfig) -> tuple[ModelConfig, Tensors]:
+def _open(source: Source | LanguageModel, format: str | None, config: object) -> tuple[ModelConfig, Tensors]:
     """Our configuration of the source, and its tensors under our names."""
     if format is not None and format not in (OURS, *FORMATS):
         raise ValueError(f"format is {format!r}; accepted: {', '.join((OURS, *FORMATS))}, or None to recognise it")
@@ -137,7 +136,7 @@ def _source_config(path: Path | None, theirs: Tensors, config: Any, known: Forma
         config = nested if isinstance(nested, (Mapping, argparse.Namespace)) else config
     if isinstance(config, (str, os.PathLike)):
         config = _json(Path(config))
-    if isinstance(config, argparse.Namespace):
+    if not isinstance(config, Mapping) and hasattr(config, "__dict__"):  # a namespace, torchscale's RetNetConfig, ...
         config = vars(config)
     if not isinstance(config, Mapping):
         raise ValueError(

@@ -132,7 +132,9 @@ def _attention(attn: Mapping[str, Any] | None, width: int) -> dict[int, Attentio
     if attn is None:
         return {}
     known = ("layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta")
-    problems = [f"attn.{key} is {attn[key]!r}; accepted: {', '.join(known)}" for key in attn if key not in known]
+    problems = [
+        f"attn.{key} is {attn[key]!r}; accepted: {', '.join(known)}" for key in attn if key not in known and attn[key]
+    ]
     refuse("fla", problems + [f"attn has no {key}" for key in known[:2] if key not in attn])
     mixer = AttentionConfig(
         num_heads=attn["num_heads"],

@@ -130,14 +130,14 @@ def settle(config: ModelConfig, tensors: Tensors, prefix: str = "") -> tuple[Mod
     mixer = config.layers[0].mixer
     assert isinstance(mixer, RetentionConfig)
     if prefix + _ANGLE in consumed:
-        angle = tensors.read(prefix + _ANGLE)
+        angle = tensors.read(prefix + _ANGLE).cpu()
         wanted = frequencies(
-            "interleaved", mixer.head_key_dim, mixer.rotary_base, dtype=torch.float64, device=angle.device
+            "interleaved", mixer.head_key_dim, mixer.rotary_base, dtype=torch.float64, device=torch.device("cpu")
         )
         if not _equal_as_stored(angle, wanted.repeat_interleave(2)):
             raise ValueError(f"{prefix}{_ANGLE} is not 10000^-linspace(0, 1, K / 2): rotary frequencies that we lack")
     if prefix + _DECAY in consumed:
-        decay = tensors.read(prefix + _DECAY)
+        decay = tensors.read(prefix + _DECAY).cpu()
         expected = mixer.log_decay
         if expected is None or not _equal_as_stored(decay, expected):
             named = [name for name, schedule in SCHEDULES.items() if _equal_as_stored(decay, schedule(mixer.num_heads))]
