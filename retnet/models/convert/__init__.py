@@ -18,13 +18,14 @@ from torch import Tensor
 
 from retnet.models.checkpoint import Tensors, open_tensors, write_tensors
 from retnet.models.config import ModelConfig
-from retnet.models.convert import fla, syncdoth, torchscale
+from retnet.models.convert import fla, llama, mamba, syncdoth, torchscale
 from retnet.models.convert.table import Format, in_our_names, in_their_names
 from retnet.models.directory import CONFIG_FILE, build_empty, fill, open_model, stored_tensors, write_model
 from retnet.models.lm import LanguageModel
 
 OURS = "retnet"
-FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (torchscale, fla, syncdoth)}
+_ALL = (torchscale.FORMAT, fla.FORMAT, syncdoth.FORMAT, llama.FORMAT, mamba.MAMBA1, mamba.MAMBA2)
+FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
 # What else makes a model directory useful, and is the same for every format.
@@ -47,8 +48,8 @@ def load(
     Args:
         source: a directory, a file of weights, or a state dict.
         format: a key of FORMATS, or "retnet"; recognised by its tensors if None.
-        config: the source's own configuration (a mapping, an object with attributes, or a path to JSON), where it does not lie in the
-            directory or the checkpoint; or a ModelConfig.
+        config: the source's own configuration (a mapping, an object with attributes, or a path to JSON), where it does
+            not lie in the directory or the checkpoint; or a ModelConfig.
         device, dtype: of the weights; dtype as stored if None.
 
     Raises ValueError, FileNotFoundError: what is missing, left over, misshapen, or not expressible.
