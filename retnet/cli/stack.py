@@ -14,6 +14,7 @@ from retnet.cli._common import console, errors
 if TYPE_CHECKING:
     from retnet.models.config import ModelConfig
     from retnet.stack import Stack, StackError
+    from retnet.stack.summary import LayerSummary
 
 CONTEXTS = (1024, 8192, 32768, 131072)
 SOURCE_FILE = "stack.yml"  # a compiled directory's copy of what it was compiled from
@@ -70,6 +71,7 @@ def explain(
     stack = _open(name)
     config = model_config(stack)
     _print_layers(stack, config)
+    _print_parameters(config)
     _print_costs(config)
     if picture is not None:
         from retnet.stack.picture import draw_stack
@@ -147,7 +149,6 @@ def _print_problems(name: str, error: StackError) -> None:
 
 
 def _print_report(stack: Stack) -> None:
-    from retnet.models.cost import parameter_counts
     from retnet.stack.build import model_config
     from retnet.stack.report import realism_report
 
@@ -156,10 +157,18 @@ def _print_report(stack: Stack) -> None:
         line = Text.assemble((f"{finding.severity:8}", style), f"{finding.rule}: {finding.message}")
         console.print(line, soft_wrap=True)
     config = model_config(stack)
+    _print_parameters(config)
+    _print_costs(config)
+
+
+def _print_parameters(config: ModelConfig) -> None:
+    from retnet.models.cost import idle_parameters, parameter_counts
+
     counts = parameter_counts(config)
     parts = ", ".join(f"{part} {count}" for part, count in counts.items() if part != "total")
-    console.print(f"parameters of the built model: {counts['total']} ({parts})", soft_wrap=True, highlight=False)
-    _print_costs(config)
+    idle = idle_parameters(config)
+    met = f"; a token meets {counts['total'] - idle}" if idle else ""
+    console.print(f"parameters of the built model: {counts['total']} ({parts}){met}", soft_wrap=True, highlight=False)
 
 
 def _print_layers(stack: Stack, config: ModelConfig) -> None:
@@ -167,18 +176,29 @@ def _print_layers(stack: Stack, config: ModelConfig) -> None:
     from retnet.stack.summary import runs, summarize
 
     columns = ("layers", "template", "mixer", "feed-forward", "norm", "parameters")
-    table = Table(box=None, header_style="dim", padding=(0, 3, 0, 0))
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column == "parameters" else "left")
-    for count, row in runs(summarize(stack, config)):
+    rows = runs(summarize(stack, config))
+    turn = _period(rows)
+    turns, stride = len(rows) // turn, sum(count for count, _ in rows[:turn])
+    for count, row in rows[:turn]:
         first, layer = row.layer.index, row.layer
         span = str(first) if count == 1 else f"{first}-{first + count - 1}"
-        norm = f"{layer.norm.position} {layer.norm.type}" + (
+        if turns > 1:
+            span += f", {first + stride}" + (f" .. {first + (turns - 1) * stride}" if turns > 2 else "")
+        norm = f"{layer.norm.position}-{layer.norm.type}" + (
             "" if layer.residual.type == "sequential" else ", parallel"
         )
-        parameters = short_count(count * (row.mixer_parameters + row.feed_forward_parameters))
+        parameters = short_count(turns * count * (row.mixer_parameters + row.feed_forward_parameters))
         table.add_row(*map(Text, (span, layer.template, row.mixer, row.feed_forward, norm, parameters)))
     console.print(table)
+
+
+def _period(rows: list[tuple[int, LayerSummary]]) -> int:
+    """How many runs of layers repeat to the end: the length of a rotation."""
+    kinds = [(count, row.layer.template, row.config) for count, row in rows]
+    return next(p for p in range(1, len(kinds) + 1) if len(kinds) % p == 0 and kinds == kinds[:p] * (len(kinds) // p))
 
 
 def _print_costs(config: ModelConfig) -> None:
@@ -186,7 +206,7 @@ def _print_costs(config: ModelConfig) -> None:
     from retnet.stack.picture import short_bytes, short_tokens
     from retnet.stack.report import short_count
 
-    table = Table(box=None, header_style="dim", padding=(0, 3, 0, 0))
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for column in ("context", "FLOPs/token: training", "decoding", "state/sequence"):
         table.add_column(column, justify="right")
     for context in CONTEXTS:

@@ -5,6 +5,7 @@ halves of a head, the final norm is of the last layer's kind (none after a post-
 widest of 64, 32, 16, ... that divides.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,10 @@ from typing import Any, Literal
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.hyena import HyenaConfig
+from retnet.layers.mamba1 import Mamba1Config
+from retnet.layers.mamba2 import Mamba2Config
+from retnet.layers.moe import MoEConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.ops.norms import Norm
@@ -20,7 +25,7 @@ from .errors import Category, Path, Problem, StackError
 from .layers import Layer
 from .load import Stack
 from .scalars import init_std
-from .schema import DEFAULT_ROPE_THETA, Attention, Retnet, RopeScaling, Spec, TrainingHints
+from .schema import DEFAULT_ROPE_THETA, Attention, Hyena, Mamba, Retnet, RopeScaling, Spec, TrainingHints
 
 BYTES = "bytes"  # tokenizer_contract.pretrained of the byte tokenizer
 BYTE_DOCUMENT_START = 256  # data.tokenizer.DOCUMENT_START
@@ -70,7 +75,7 @@ def _block(layer: Layer, spec: Spec, hints: TrainingHints, origin: str) -> Block
     try:
         return BlockConfig(
             mixer=_MIXERS[type(layer.mixer)](layer.mixer, spec),
-            feed_forward=_feed_forward(layer, spec),
+            feed_forward=_feed_forward(layer, spec, hints),
             norm=_NORMS[layer.norm.type],
             norm_position=layer.norm.position,
             residual=layer.residual.type,
@@ -138,10 +143,55 @@ def _retention(mixer: Retnet, spec: Spec) -> RetentionConfig:
     )
 
 
-_MIXERS: dict[type, Callable[[Any, Spec], Any]] = {Attention: _attention, Retnet: _retention}
+def mamba2_head_dim(inner_dim: int) -> int:
+    """The widest of 64, 32, 16, ... that divides: the schema has no key for it."""
+    return next(width for width in (64, 32, 16, 8, 4, 2, 1) if inner_dim % width == 0)
 
 
-def _feed_forward(layer: Layer, spec: Spec) -> FeedForwardConfig:
-    hidden = spec.model.d_model * spec.model.mlp_ratio
-    gated = layer.ffn.type == "gated_mlp"
-    return FeedForwardConfig(hidden, gated=gated, activation=_ACTIVATIONS[layer.activation], bias=layer.ffn.bias)
+def _mamba(mixer: Mamba, spec: Spec) -> Mamba1Config | Mamba2Config:
+    inner_dim = spec.model.d_model * mixer.expand
+    if mixer.variant == "mamba1":
+        rank = math.ceil(spec.model.d_model / 16)  # as the paper's code has it
+        return Mamba1Config(inner_dim, rank, state_dim=mixer.d_state, conv_width=mixer.d_conv)
+    return Mamba2Config(
+        inner_dim,
+        head_dim=mixer.head_dim or mamba2_head_dim(inner_dim),
+        state_dim=mixer.d_state,
+        conv_width=mixer.d_conv,
+    )
+
+
+def _hyena(mixer: Hyena, spec: Spec) -> HyenaConfig:
+    return HyenaConfig(order=mixer.depth, filter_hidden=mixer.filter_hidden, filter_decay=mixer.filter_decay)
+
+
+_MIXERS: dict[type, Callable[[Any, Spec], Any]] = {
+    Attention: _attention,
+    Mamba: _mamba,
+    Retnet: _retention,
+    Hyena: _hyena,
+}
+
+
+def _feed_forward(layer: Layer, spec: Spec, hints: TrainingHints) -> FeedForwardConfig | MoEConfig:
+    hidden, activation = spec.model.d_model * spec.model.mlp_ratio, _ACTIVATIONS[layer.activation]
+    moe = layer.ffn.moe
+    if moe is None:
+        gated = layer.ffn.type == "gated_mlp"
+        return FeedForwardConfig(hidden, gated=gated, activation=activation, bias=layer.ffn.bias)
+    balance = hints.router_aux_loss_coef if moe.load_balance_coef is None else moe.load_balance_coef
+    return MoEConfig(
+        num_experts=moe.experts,
+        top_k=moe.top_k,
+        hidden_dim=hidden,
+        gated=layer.activation == "swiglu",
+        activation=activation,
+        bias=layer.ffn.bias,
+        router=moe.router,
+        capacity_factor=moe.capacity_factor,
+        capacity_policy=moe.capacity_drop_policy,
+        load_balance_coef=balance,
+        z_loss_coef=moe.z_loss,
+        router_jitter=moe.router_jitter,
+        router_init_std=moe.router_init_std,
+    )

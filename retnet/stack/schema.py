@@ -166,7 +166,7 @@ class Moe(Section):
     capacity_factor: Positive = 1.0
     load_balance_coef: MaybeNonNegative = None
     router_init_std: PositiveOrNull = None
-    router_jitter: NonNegative = 0.0
+    router_jitter: Probability = 0.0
     capacity_drop_policy: Annotated[Literal["overflow", "drop", "pad"], ONE_OF] = "overflow"
 
 

@@ -56,11 +56,13 @@ def test_report_counts_the_built_model_beside_the_estimate(capsys):
     assert [line.split()[0] for line in text.splitlines()[-4:]] == ["1K", "8K", "32K", "128K"]
 
 
-def test_explain_shows_layers_and_draws_them(capsys, tmp_path):
+def test_explain_shows_layers_and_draws_them(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "120")
     picture = tmp_path / "stack.svg"
     assert run("explain", MINI, "--picture", picture) == 0
     text = capsys.readouterr().out
-    assert text.count("GeGLU 432") == 4
+    assert [line[:15] for line in text.splitlines()[1:3]] == ["0, 2    local  ", "1, 3    global "]
+    assert text.count("GeGLU 432") == 2
     assert picture.read_text().startswith("<?xml")
 
 

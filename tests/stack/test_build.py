@@ -1,6 +1,5 @@
 """From keys to the model: every key that describes the model reaches the field it is about."""
 
-import functools
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.stack.build import model_config
-from retnet.stack.schema import Spec
 
 from .specs import stack
 from .test_guide import sections
@@ -21,6 +19,7 @@ from .test_guide import sections
 FFN = "ffn: {type: mlp}"
 RETNET = "retnet: {chunk_size: 32}"
 ATTENTION = "attention: {window: 16}"
+MIXER_A = "type: attention\n      attention: {window: 16}"
 
 
 def built(*pairs: tuple[str, str], more: str = "") -> ModelConfig:
@@ -54,6 +53,18 @@ def head(line: str) -> tuple[str, str]:
     return "type: causal_lm", f"type: causal_lm\n  {line}"
 
 
+def mamba(options: str) -> tuple[str, str]:
+    return MIXER_A, f"type: mamba\n      mamba: {{{options}}}"
+
+
+def hyena(options: str) -> tuple[str, str]:
+    return MIXER_A, f"type: hyena\n      hyena: {{{options}}}"
+
+
+def moe(option: str, experts: int = 4, top_k: int = 2) -> tuple[str, str]:
+    return FFN, f"ffn: {{type: moe, moe: {{experts: {experts}, top_k: {top_k}, {option}}}}}"
+
+
 YARN = positional("rope_scaling: {type: yarn, factor: 4.0}")
 # One change for every key that describes the model: (section, key) -> what is written, the field it reaches, its value.
 CHANGES = {
@@ -81,6 +92,27 @@ CHANGES = {
     ("Retnet", "chunkwise"): ([(RETNET, "retnet: {chunkwise: false}")], "layers.0.mixer.mode", "parallel"),
     ("Retnet", "chunk_size"): ([(RETNET, "retnet: {chunk_size: 16}")], "layers.0.mixer.chunk_size", 16),
     ("Retnet", "rope"): ([(RETNET, "retnet: {rope: false}")], "layers.0.mixer.rotary", "none"),
+    ("Mamba", "variant"): ([mamba("variant: mamba1")], "layers.2.mixer.kind", "mamba1"),
+    ("Mamba", "d_state"): ([mamba("d_state: 8")], "layers.2.mixer.state_dim", 8),
+    ("Mamba", "d_conv"): ([mamba("d_conv: 3")], "layers.2.mixer.conv_width", 3),
+    ("Mamba", "expand"): ([mamba("expand: 3")], "layers.2.mixer.inner_dim", 192),
+    ("Mamba", "vendor.retnet.head_dim"): ([mamba("vendor.retnet.head_dim: 8")], "layers.2.mixer.head_dim", 8),
+    ("State", "ssm_state"): (
+        [mamba("d_conv: 4"), template_a("state: {ssm_state: false}")], "layers.2.keeps_state", False),
+    ("Hyena", "depth"): ([hyena("depth: 3")], "layers.2.mixer.order", 3),
+    ("Hyena", "filter_hidden"): ([hyena("filter_hidden: 8")], "layers.2.mixer.filter_hidden", 8),
+    ("Hyena", "filter_decay"): ([hyena("filter_decay: 0.1")], "layers.2.mixer.filter_decay", 0.1),
+    ("Ffn", "moe"): ([moe("router: softmax")], "layers.2.feed_forward.kind", "moe"),
+    ("Moe", "experts"): ([moe("router: softmax", experts=5)], "layers.2.feed_forward.num_experts", 5),
+    ("Moe", "top_k"): ([moe("router: softmax", top_k=3)], "layers.2.feed_forward.top_k", 3),
+    ("Moe", "router"): ([moe("router: sigmoid")], "layers.2.feed_forward.router", "sigmoid"),
+    ("Moe", "z_loss"): ([moe("z_loss: 0.1")], "layers.2.feed_forward.z_loss_coef", 0.1),
+    ("Moe", "capacity_factor"): ([moe("capacity_factor: 1.5")], "layers.2.feed_forward.capacity_factor", 1.5),
+    ("Moe", "load_balance_coef"): ([moe("load_balance_coef: 0")], "layers.2.feed_forward.load_balance_coef", 0.0),
+    ("Moe", "router_init_std"): ([moe("router_init_std: 0.3")], "layers.2.feed_forward.router_init_std", 0.3),
+    ("Moe", "router_jitter"): ([moe("router_jitter: 0.2")], "layers.2.feed_forward.router_jitter", 0.2),
+    ("Moe", "capacity_drop_policy"): (
+        [moe("capacity_drop_policy: pad")], "layers.2.feed_forward.capacity_policy", "pad"),
     ("Ffn", "type"): ([(FFN, "ffn: {type: gated_mlp}")], "layers.2.feed_forward.gated", True),
     ("Ffn", "activation"): ([(FFN, "ffn: {type: mlp, activation: relu}")], "layers.2.feed_forward.activation", "relu"),
     ("Ffn", "bias"): ([(FFN, "ffn: {type: mlp, bias: true}")], "layers.2.feed_forward.bias", True),
@@ -111,10 +143,11 @@ OPTIONS = {
 
 
 def field(config: ModelConfig, path: str) -> Any:
-    """The value at a path such as 'layers.2.mixer.window'."""
-    return functools.reduce(
-        lambda v, step: v[int(step)] if step.isdigit() else getattr(v, step), path.split("."), config
-    )
+    """The value at a path such as 'layers.2.mixer.window'; None where a layer of another kind has no such field."""
+    value: Any = config
+    for step in path.split("."):
+        value = value[int(step)] if step.isdigit() else getattr(value, step, None)
+    return value
 
 
 @pytest.mark.parametrize("key", CHANGES, ids=".".join)
@@ -155,18 +188,35 @@ ELSEWHERE = {
     ("Embedding", "type"): "one value", ("Attention", "window_mode"): "both values mean `window`",
     ("Attention", "window_dilation"): "one value", ("Head", "type"): "one value",
     ("Compatibility", "compile_target"): "one value", ("Compatibility", "dtype_policy"): "tested below",
-    ("State", "ssm_state"): "mamba", ("Ffn", "moe"): "mixture of experts",
 }  # fmt: skip
-MIXER_SECTIONS = {"Mixer", "Mamba", "Hyena", "Moe", "TrainingHints", "Template"}  # tested with their layers, or above
+CONTAINERS = {"Mixer", "Template", "Spec"}  # of sections; training hints have a table of their own
 
 
 def test_no_key_is_forgotten():
     keys = set()
     for section in sections():
-        if section.__name__ in MIXER_SECTIONS or section.__name__.endswith("Override") or section is Spec:
-            continue
-        keys |= {(section.__name__, key) for key in section.keys() if not key.startswith("vendor.")}  # noqa: SIM118
-    assert keys - set(CHANGES) - set(ELSEWHERE) == set()
+        if section.__name__ not in CONTAINERS | {"TrainingHints"} and not section.__name__.endswith("Override"):
+            keys |= {(section.__name__, key) for key in section.keys()}  # noqa: SIM118
+    ours = {("Retnet", f"vendor.retnet.{option}") for option in OPTIONS}
+    assert keys - set(CHANGES) - set(ELSEWHERE) - ours == set()
+
+
+def test_a_training_hint_is_the_default_of_a_layers_balance_and_its_own_wins():
+    hint = "training_hints: {router_aux_loss_coef: 0.3}\n"
+    for option, value in (("router: softmax", 0.3), ("load_balance_coef: 0.2", 0.2)):
+        assert built(moe(option), more=hint).layers[2].feed_forward.load_balance_coef == value
+
+
+@pytest.mark.parametrize(("activation", "gated"), [("swiglu", True), ("gelu", False), ("relu", False)])
+def test_experts_are_gated_with_swiglu_alone(activation, gated):
+    pair = FFN, f"ffn: {{type: moe, activation: {activation}, moe: {{experts: 4, top_k: 2}}}}"
+    assert built(pair).layers[2].feed_forward.gated is gated
+
+
+@pytest.mark.parametrize(("d_model", "expand", "width"), [(64, 2, 64), (48, 2, 32), (40, 1, 8), (36, 1, 4)])
+def test_a_mamba2_head_is_the_widest_power_of_two_that_divides(d_model, expand, width):
+    pairs = [("d_model: 64", f"d_model: {d_model}"), ("n_heads: 4", "n_heads: 2"), mamba(f"expand: {expand}")]
+    assert built(*pairs).layers[2].mixer.head_dim == width
 
 
 def test_layered_safe_keeps_norms_in_float32_and_runs():

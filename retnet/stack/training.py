@@ -1,0 +1,41 @@
+"""What a stack's `training_hints` ask of training, as fields of transformers' TrainingArguments.
+
+Only hints that the file gives count, so that a stack without them trains by the recipe's own defaults. `init`,
+`dropout`, `checkpointing` and `seed` are not here: they are the model's.
+"""
+
+from typing import Any
+
+from .schema import Spec, TrainingHints
+
+_FIELDS = {
+    "lr_peak": "learning_rate",
+    "weight_decay": "weight_decay",
+    "grad_clip": "max_grad_norm",
+    "warmup_steps_ratio": "warmup_steps",  # a number below 1 is a share of the run
+}
+
+
+def training_defaults(spec: Spec) -> dict[str, Any]:
+    """Fields and values for TrainingArguments.
+
+    Raises ValueError for an optimizer that it does not have.
+    """
+    hints = spec.training_hints or TrainingHints()
+    given = hints.model_fields_set
+    values: dict[str, Any] = {field: getattr(hints, hint) for hint, field in _FIELDS.items() if hint in given}
+    if "betas" in given:
+        values["adam_beta1"], values["adam_beta2"] = hints.betas
+    if "lr_floor_ratio" in given:
+        values |= {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": hints.lr_floor_ratio},
+        }
+    if hints.optimizer != "adamw":
+        raise ValueError(f"training_hints.optimizer is {hints.optimizer}; accepted by `retnet train`: adamw")
+    return values
+
+
+def router_lr_multiplier(spec: Spec) -> float:
+    """The learning rate of routers over that of everything else."""
+    return (spec.training_hints or TrainingHints()).router_lr_multiplier

@@ -1,0 +1,60 @@
+"""A stack at a size that a test runs: the same kinds of layers, heads and keys, everything narrower and shorter."""
+
+from dataclasses import replace
+
+import torch
+
+from retnet.models.config import ModelConfig
+from retnet.models.lm import LanguageModel
+from retnet.stack import Stack
+from retnet.stack.build import model_config
+from retnet.stack.layers import expand
+
+WIDTH, MAX_LAYERS, WINDOW = 64, 4, 6
+
+
+def shrunk(stack: Stack) -> Stack:
+    """At most a few layers of width 64, with every template and override of the schedule, in float32."""
+    spec, model = stack.spec, stack.spec.model
+    group = model.n_heads // model.kv_heads
+    heads = {1: 4, model.n_heads: 4}.get(group, 2 * min(group, 2))
+    model = model.model_copy(update={
+        "d_model": WIDTH, "n_heads": heads, "n_kv_heads": max(1, heads // group), "vocab_size": 97, "max_seq_len": 64,
+        "mlp_ratio": min(model.mlp_ratio, 2), "dtype": "float32",
+    })  # fmt: skip
+    templates = {name: _narrow(template) for name, template in spec.layer_templates.items()}
+    kinds = {(entry.template, entry.override): entry.model_copy(update={"repeat": 1}) for entry in spec.layer_schedule}
+    entries = [*kinds.values()]
+    entries += entries[: max(0, MAX_LAYERS - len(entries))]
+    spec = spec.model_copy(update={"model": model, "layer_templates": templates, "layer_schedule": entries})
+    return replace(stack, spec=spec, layers=expand(spec))
+
+
+def _narrow(template):
+    """Windows and chunks shorter than the test's sequences, so that both are crossed."""
+    mixer = template.mixer
+    changes = {}
+    if mixer.attention and mixer.attention.window:
+        changes["attention"] = mixer.attention.model_copy(update={"window": WINDOW})
+    if mixer.retnet:
+        changes["retnet"] = mixer.retnet.model_copy(update={"chunk_size": min(mixer.retnet.chunk_size, 8)})
+    if mixer.mamba:
+        changes["mamba"] = mixer.mamba.model_copy(update={"d_state": min(mixer.mamba.d_state, 16)})
+    return template.model_copy(update={"mixer": mixer.model_copy(update=changes)})
+
+
+def unit_gain(config: ModelConfig) -> LanguageModel:
+    """The model with matrices that keep a vector's size: at a small initialisation a broken cache passes."""
+    model = LanguageModel(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.normal_(std=module.in_features**-0.5, generator=generator)
+            if isinstance(module, torch.nn.Embedding):
+                module.weight.normal_(std=0.5 if config.tie_embeddings else 1.0, generator=generator)
+    return model
+
+
+def small_model(stack: Stack) -> LanguageModel:
+    return unit_gain(model_config(shrunk(stack)))
