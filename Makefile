@@ -19,23 +19,25 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) $(TEST_ARGS)
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
 
-# One stamp for what users run, one for what developers add. Both are older than their inputs only when
-# pyproject.toml or constraints.txt changed since the last installation.
+# One stamp for what users run, one for what developers add: installation is repeated only when pyproject.toml or
+# constraints.txt changed since.
+define install
+	$(if $(TORCH_INDEX),$(PIP) install $(PIP_FLAGS) --index-url $(TORCH_INDEX) -c constraints.txt torch)
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '$(1)'
+endef
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "retnet needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-ifneq ($(TORCH_INDEX),)
-	$(PIP) install $(PIP_FLAGS) --index-url $(TORCH_INDEX) -c constraints.txt torch
-endif
-	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e .
+	$(call install,.)
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
-	@touch $@
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,.[dev])
+	@touch $(VENV)/.installed $@
 
 venv install: $(VENV)/.installed-dev
 

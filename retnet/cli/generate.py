@@ -58,11 +58,11 @@ def generate(
         generator=generator,
     )
     meter = _stream(tokens)
-    state_bytes = model_cost(network.config, 1).state_bytes
+    sizes = [model_cost(network.config, len(text) + 1 + count).state_bytes for count in (0, meter.tokens)]
     if stats:
-        _report(meter, state_bytes)
+        _report(meter, *sizes)
     if png is not None:
-        save_stream_figure(meter.bins, state_bytes, png)
+        save_stream_figure(meter.bins, sizes[-1], png)
 
 
 def _stream(tokens: Iterable[Tensor]) -> StreamMeter:
@@ -87,8 +87,10 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _report(meter: StreamMeter, state_bytes: int) -> None:
+def _report(meter: StreamMeter, first_state_bytes: int, last_state_bytes: int) -> None:
     """Whether time and memory stayed flat: the first tenth of the stream and the last."""
+    state = f"{first_state_bytes / 2**20:.2f} MiB"
+    state += " throughout" if first_state_bytes == last_state_bytes else f", then {last_state_bytes / 2**20:.2f} MiB"
     bins = meter.bins
     if not bins:
         return
@@ -104,7 +106,7 @@ def _report(meter: StreamMeter, state_bytes: int) -> None:
         f"[dim]{meter.tokens} tokens, the first after {1e3 * meter.seconds_to_first:.0f} ms, then "
         f"{(meter.tokens - 1) / meter.seconds:.0f} tokens/s; "
         f"{early_ms:.2f} ms a token at the start, {late_ms:.2f} ms at the end; "
-        f"state {state_bytes / 2**20:.2f} MiB throughout; process {early_mb:.0f} MiB, then {late_mb:.0f} MiB[/]",
+        f"state {state}; process {early_mb:.0f} MiB, then {late_mb:.0f} MiB[/]",
         soft_wrap=True,
         highlight=False,
     )
