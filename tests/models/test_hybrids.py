@@ -1,0 +1,158 @@
+"""Models of all mixers together: configurations, states on disk, packs, checkpointing, decoding."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from retnet.layers.attention import AttentionConfig
+from retnet.layers.block import MIXERS, BlockConfig
+from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.hyena import HyenaConfig
+from retnet.layers.layout import TokenLayout
+from retnet.layers.mamba1 import Mamba1Config
+from retnet.layers.mamba2 import Mamba2Config
+from retnet.layers.moe import MoEConfig
+from retnet.layers.retention import RetentionConfig
+from retnet.models.config import ModelConfig
+from retnet.models.lm import LanguageModel
+from retnet.models.states import STATES, ModelState
+
+D = 12
+FEED_FORWARD = FeedForwardConfig(16, gated=True, activation="swish")
+LAYERS = (
+    BlockConfig(Mamba2Config(24, head_dim=6, state_dim=4), None, norm="rms"),
+    BlockConfig(RetentionConfig(2, 12, 24), FEED_FORWARD),
+    BlockConfig(AttentionConfig(4, 2, head_dim=4, window=3), MoEConfig(4, 2, 8, z_loss_coef=0.01), norm="rms"),
+    BlockConfig(Mamba1Config(24, time_step_rank=2), FEED_FORWARD, norm_position="post", residual_scale=0.7),
+    BlockConfig(HyenaConfig(filter_hidden=8, filter_decay=0.05), FEED_FORWARD, residual="parallel"),
+    BlockConfig(AttentionConfig(4, 1, head_dim=4, rotary="none", alibi=True), None),
+)
+
+
+def hybrid(layers: tuple[BlockConfig, ...] = LAYERS, **options) -> LanguageModel:
+    config = ModelConfig(31, D, layers, **{"dtype": "float64", "init": "normal", "init_std": 0.3, **options})
+    model = LanguageModel(config)
+    with torch.no_grad():
+        model.embedding.weight.normal_(generator=torch.Generator().manual_seed(5))
+    return model.eval()
+
+
+def ids(rows: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(31, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_configuration_survives_json():
+    config = hybrid().config
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_mixer_is_in_the_hybrid_and_has_a_state_to_save():
+    assert {type(layer.mixer) for layer in LAYERS} == set(MIXERS)
+    _, state = hybrid().hidden(ids(), carry=True)
+    assert {type(layer) for layer in state.layers} == set(STATES.values())
+
+
+def test_a_saved_state_goes_on_where_it_stopped(tmp_path):
+    model, tokens = hybrid(), ids()
+    with torch.no_grad():
+        full = model(tokens).logits
+        state = model(tokens[:, :7], carry=True).state
+        state.save(tmp_path / "state.safetensors")
+        state = ModelState.load(tmp_path / "state.safetensors")
+        outs = []
+        for t in range(7, 12):
+            out = model(tokens[:, t : t + 1], state, carry=True, in_place=True)
+            outs.append(out.logits)
+            state = out.state
+    torch.testing.assert_close(torch.cat(outs, 1), full[:, 7:], rtol=1e-10, atol=1e-10)
+    assert state.position.tolist() == [12, 12]
+
+
+def test_forked_and_selected_states_go_on_alone():
+    model, tokens = hybrid(), ids()
+    with torch.no_grad():
+        full = model(tokens).logits
+        state = model(tokens[:, :7], carry=True).state
+        forks = state.clone().repeat(2).select(torch.tensor([3, 0]))
+        model(tokens[:, 7:], state, carry=True, in_place=True)
+        out = model(tokens.flip(0)[:, 7:], forks).logits
+    torch.testing.assert_close(out.flip(0), full[:, 7:], rtol=1e-10, atol=1e-10)
+
+
+def test_packs_and_pads_equal_documents_alone():
+    model, tokens = hybrid(), ids(1)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :5] = mask[1, 9:] = False
+    with torch.no_grad():
+        packed = model(tokens, cu_seqlens=torch.tensor([0, 5, 12])).logits
+        padded = model(tokens.expand(2, -1), mask=mask).logits
+        for out, one in ((packed[:, :5], slice(5)), (packed[:, 5:], slice(5, 12)), (padded[1:, :9], slice(9))):
+            torch.testing.assert_close(out, model(tokens[:, one]).logits, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(padded[:1, 5:], packed[:, 5:], rtol=1e-10, atol=1e-10)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for checkpointing in (False, True):
+        model = hybrid(gradient_checkpointing=checkpointing).train()
+        grads.append(torch.autograd.grad(model.loss(ids(), ids()), list(model.parameters())))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_step_of_training_reaches_every_parameter():
+    model = hybrid(tie_embeddings=False).train()
+    model.loss(ids(4), ids(4)).backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert idle == []
+
+
+@pytest.mark.parametrize("init", ["paper", "torchscale", "normal"])
+def test_initial_weights_come_from_the_seed_alone(init):
+    def draw(noise: int, seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(noise)
+        return LanguageModel(ModelConfig(31, D, LAYERS, init=init, seed=seed)).state_dict()
+
+    first, again, other = draw(1, 0), draw(2, 0), draw(1, 7)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    drawn = {name for name in first if not torch.equal(first[name], other[name])}
+    same = {name for name in first if first[name].unique().numel() > 1} - drawn
+    assert same == {"layers.3.mixer.log_rate"}  # 1, 2, ..., N in every channel
+
+
+def test_models_of_all_mixers_are_built_on_the_meta_device_and_filled():
+    with torch.device("meta"):
+        empty = LanguageModel(hybrid().config)
+    assert all(p.is_meta for p in empty.parameters())
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(hybrid().state_dict())
+    torch.testing.assert_close(filled.eval()(ids()).logits, hybrid()(ids()).logits)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_half_precision_follows_double(dtype):
+    wide, narrow = hybrid(), hybrid(dtype=dtype)
+    narrow.load_state_dict(wide.state_dict())
+    expected = wide(ids()).logits
+    with torch.no_grad():
+        out = narrow(ids()[:, :9], carry=True)
+        logits = torch.cat([out.logits, narrow(ids()[:, 9:], out.state).logits], 1)
+    assert logits.dtype == getattr(torch, dtype)
+    error = (logits.double() - expected).norm() / expected.norm()
+    assert error < {"bfloat16": 0.2, "float16": 0.03, "float32": 1e-5}[dtype]
+
+
+def test_a_mixer_alone_takes_no_parallel_residual():
+    with pytest.raises(ValueError, match="residual is 'parallel' without a feed_forward"):
+        BlockConfig(Mamba2Config(24, head_dim=6), None, residual="parallel")
+
+
+def test_a_block_without_feed_forward_adds_its_mixer_alone():
+    block = hybrid((LAYERS[0],)).layers[0]
+    assert block.feed_forward is None
+    assert not any("feed_forward" in name for name, _ in block.named_parameters())
+    nn.init.zeros_(block.mixer.out_proj.weight)
+    x = torch.randn(1, 3, D, dtype=torch.float64)
+    assert torch.equal(block(x, None, TokenLayout.of((1, 3), x.device))[0], x)
