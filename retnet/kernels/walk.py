@@ -5,14 +5,14 @@ walks with the tensors in other roles. No state is written to memory. Where B * 
 most of the chip idle, the sequence is split into parts: a pass over all parts at once, without readers, finds what each
 adds to the state, `carry_kernel` chains these, and the walks start every part from its true state.
 
-Masked tokens and packed documents change a few chunks' decays (`walk_places`). The last states of packed documents, which
-may end within a chunk, come from a walk of each document by itself.
+Masked tokens and packed documents change a few chunks' decays (`walk_places`). The last states of packed documents,
+which may end within a chunk, come from a walk of each document by itself.
 
 No atomics, no host synchronization, a fixed order of every sum: two runs give the same bits. Memory beyond outputs and
 gradients: the parts' states, and for V = 512 two partial sums of dQ, then of dK.
 
-Left out, and left to the portable kernels: per-token decay, the gradient of log_decay, initial states of packed documents
-and gradients of their last ones, packing and a mask together, groups of heads, other dtypes.
+Left out, and left to the portable kernels: per-token decay, the gradient of log_decay, initial states of packed
+documents and gradients of their last ones, packing and a mask together, groups of heads, other dtypes.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from retnet.kernels.walk_carry import carry_kernel
-from retnet.kernels.walk_kernel import CHUNK, ROWS, walk_kernel
+from retnet.kernels.walk_kernel import walk_kernel
 from retnet.kernels.walk_places import walk_places
+from retnet.kernels.walk_roles import CHUNK, ROWS
 
 DTYPES = (torch.bfloat16,)
 KEYS = (64, 128, 256)

@@ -2,8 +2,8 @@
 
     start_0 = initial,   start_{n+1} = kept_n start_n + own_n       (in reverse, from the last part down)
 
-kept_n is gamma to the number of part n's tokens; 0 where a packed document ends in it. In place over [B, H, parts, K, V]
-in float32; a few parts, so one program loops over them for its piece of the state.
+kept_n is gamma to the number of part n's tokens; 0 where a packed document ends in it. In place over
+[B, H, parts, K, V] in float32; a few parts, so one program loops over them for its piece of the state.
 """
 
 import triton

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retnet.kernels.walk_kernel import CHUNK
+from retnet.kernels.walk_roles import CHUNK
 
 
 def walk_places(B: int, T: int, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:

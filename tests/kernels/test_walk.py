@@ -1,0 +1,131 @@
+"""The Hopper walk against the float64 oracle, held to twice the error of plain retention in the same dtype."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from retnet.kernels import walk
+from retnet.ops import reference
+
+CASES = [  # B, T, H, K, V, extras
+    (2, 457, 3, 256, 512, "state"),
+    (1, 2573, 2, 256, 512, "state"),  # split into parts
+    (2, 64, 2, 256, 512, ""),
+    (2, 457, 3, 128, 128, "state"),
+    (2, 2573, 2, 64, 128, "state"),
+    (2, 300, 3, 128, 256, "state"),
+    (1, 1, 1, 64, 128, "state"),
+    (1, 1500, 3, 256, 128, "state"),
+    (1, 1500, 3, 64, 64, "state"),
+    (2, 200, 2, 128, 512, ""),
+    (2, 457, 3, 256, 512, "state mask"),
+    (1, 2573, 2, 256, 512, "state mask"),
+    (3, 1300, 1, 64, 128, "state mask"),
+    (1, 457, 3, 256, 512, "packed"),
+    (1, 2573, 2, 256, 512, "packed"),
+    (1, 2000, 2, 128, 128, "packed"),
+]
+
+
+def hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+needs_hopper = pytest.mark.skipif(not hopper(), reason="needs a Hopper GPU")
+
+
+def make(B, T, H, K, V, extras, device="cuda"):
+    """Inputs of one call: bfloat16 tensors, decays with one that forgets at once, and what `extras` names."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(device)
+
+    q, k = (torch.nn.functional.normalize(normal(B, T, H, K), dim=-1).mul(K**0.25).bfloat16() for _ in range(2))
+    v, dout = normal(B, T, H, V).bfloat16(), normal(B, T, H, V).bfloat16()
+    log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(H, device=device, dtype=torch.float32))))
+    if H > 2:
+        log_decay[-1] = -float("inf")
+    state, dfinal = (normal(B, H, K, V), normal(B, H, K, V)) if "state" in extras else (None, None)
+    mask = cu = None
+    if "mask" in extras:  # padding on the left, a hole, padding on the right
+        mask = torch.ones(B, T, dtype=torch.bool, device=device)
+        mask[0, :70] = mask[-1, T // 2 : T // 2 + 9] = mask[-1, -3:] = False
+    if "packed" in extras:  # one-token, empty, aligned and long documents
+        cu = torch.tensor([0, 5, 5, 64, 192, 300, 301, T - 1, T], device=device)
+    return q, k, v, dout, log_decay, state, dfinal, mask, cu
+
+
+def run(q, k, v, dout, log_decay, state, dfinal, mask, cu):
+    assert walk.walk_supported(q, k, v, log_decay, state, mask, cu, dfinal)
+    scale = q.shape[-1] ** -0.5
+    out, final = walk.walk_forward(q, k, v, log_decay, scale, state, mask, cu, torch.float32)
+    dq, dk, dv, dstate = walk.walk_backward(dout, dfinal, q, k, v, log_decay, scale, state, mask, cu)
+    results = {"out": out, "final": final, "dq": dq, "dk": dk, "dv": dv}
+    return results if state is None else {**results, "dstate": dstate}
+
+
+def plain(dtype, q, k, v, dout, log_decay, state, dfinal, mask, cu):
+    """`reference.parallel` and autograd in `dtype`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    start = None if state is None else state.to(wide).requires_grad_()
+    out, final = reference.parallel(
+        *leaves, log_decay.to(wide), scale=q.shape[-1] ** -0.5, state=start, mask=mask, cu_seqlens=cu
+    )
+    loss = (out * dout.to(out.dtype)).double().sum()
+    if dfinal is not None:
+        loss = loss + (final * dfinal.to(final.dtype)).double().sum()
+    grads = torch.autograd.grad(loss, leaves if start is None else [*leaves, start])
+    return dict(zip(("out", "final", "dq", "dk", "dv", "dstate"), (out, final, *grads), strict=False))
+
+
+def error(x, exact):
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_errors_are_at_most_twice_those_of_plain_retention_and_bits_repeat(case):
+    inputs = make(*case)
+    results, exact, low = run(*inputs), plain(torch.float64, *inputs), plain(torch.bfloat16, *inputs)
+    for name, x in results.items():
+        assert error(x, exact[name]) <= 2 * error(low[name], exact[name]), name
+    again = run(*inputs)
+    assert all(torch.equal(x, again[name]) for name, x in results.items())
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_document_does_not_see_its_neighbours():
+    inputs = list(make(1, 700, 2, 64, 128, "packed"))
+    cu = inputs[-1]
+    before = run(*inputs)
+    middle = int(cu[4])  # the last token of the document that ends at 192
+    for i in range(4):
+        inputs[i] = inputs[i].clone()
+        inputs[i][:, middle - 1] += 1
+    after = run(*inputs)
+    for name in ("out", "dq", "dk", "dv"):
+        changed = (before[name] != after[name]).flatten(2).any(-1)[0].nonzero()[:, 0]
+        assert changed.min() >= int(cu[3]), name
+        assert changed.max() < middle, name
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_tensors_that_are_slices_of_a_wider_one_are_read_in_place():
+    q, k, v, dout, log_decay, state, dfinal, mask, cu = make(2, 200, 2, 64, 128, "state")
+    fused = torch.cat([q, k, v], -1)
+    views = fused.split([64, 64, 128], -1)
+    assert not views[0].is_contiguous()
+    together = run(*views, dout, log_decay, state, dfinal, mask, cu)
+    apart = run(q, k, v, dout, log_decay, state, dfinal, mask, cu)
+    assert all(torch.equal(x, apart[name]) for name, x in together.items())
+
+
+def test_what_the_walk_does_not_take_is_refused():
+    q, k, v, _, log_decay, _, _, _, _ = make(1, 70, 2, 64, 128, "", device="cpu")
+    assert not walk.walk_supported(q, k, v, log_decay, None, None, None)
