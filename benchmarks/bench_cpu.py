@@ -2,9 +2,9 @@
 
     python benchmarks/bench_cpu.py [rate] [scaling] [train] [--csv FILE]
 
-The floor of a `rate` point counts the recurrence's operations alone, 4 K V a token and head forward and 12 K V forward
-and backward, at the rate of a 2048^3 float32 matrix product measured around that point. What chunks cost on top, C (K + V),
-counts as loss.
+The floor of a `rate` point counts the recurrence's operations alone, 4 K V a token and head forward and 12 K V with the
+backward, at the rate of a 2048^3 float32 matrix product measured after it. What chunks cost on top, C (K + V), counts
+as loss.
 """
 
 import argparse
@@ -51,7 +51,9 @@ def rate_points() -> list[Point]:
         rate = matrix_rate()
         for what, seconds, count in (("forward", forward, operations), ("forward+backward", both, 3 * operations)):
             note = f"matrix product at {rate / 1e9:.0f} GFLOP/s"
-            points.append(Point("cpu", f"{B},{T},{H},{K},{V}", "ours", what, 1e3 * seconds, 1e3 * count / rate, note=note))
+            points.append(
+                Point("cpu", f"{B},{T},{H},{K},{V}", "ours", what, 1e3 * seconds, 1e3 * count / rate, note=note)
+            )
             print(table(points[-1:]), flush=True)
     return points
 
@@ -62,12 +64,16 @@ def scaling_points() -> list[Point]:
     for T in SCALING_TOKENS:
         q, k, v = (torch.randn(1, T, 8, D) for D in (128, 128, 256))
         with torch.no_grad():
-            seconds = 1e-3 * median_milliseconds(lambda q=q, k=k, v=v: retention(q, k, v, paper_log_decay(8), return_state=False))
+            seconds = 1e-3 * median_milliseconds(
+                lambda q=q, k=k, v=v: retention(q, k, v, paper_log_decay(8), return_state=False)
+            )
         cases = [("ours", seconds)]
         if T <= ATTENTION_TOKENS:
             a, b, c = (torch.randn(1, 8, T, 128) for _ in range(3))
             with torch.no_grad():
-                attend = 1e-3 * median_milliseconds(lambda a=a, b=b, c=c: F.scaled_dot_product_attention(a, b, c, is_causal=True))
+                attend = 1e-3 * median_milliseconds(
+                    lambda a=a, b=b, c=c: F.scaled_dot_product_attention(a, b, c, is_causal=True)
+                )
             cases.append(("attention", attend))
         for name, time in cases:
             points.append(Point("cpu", f"T={T}", name, "forward", 1e3 * time, note=f"{1e6 * time / T:.2f} us a token"))

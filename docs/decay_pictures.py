@@ -1,6 +1,6 @@
 """Draws docs/pictures/decay_masks.png and windows.png: what each head sees, by the library's own functions.
 
-    python docs/decay_pictures.py [FOLDER]
+python docs/decay_pictures.py [FOLDER]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLUE, ORANGE = "#0b4f8a", "#c2571a"
 
 
 def save_masks(path: Path) -> None:
-    """D of Eq. 5 for four heads: alone, with a document boundary (a hard reset), and with gates that differ by token."""
+    """D of Eq. 5 for four heads: alone, with a document boundary (a hard reset), and with gates by token."""
     generator = torch.Generator().manual_seed(0)
     fixed = paper_log_decay(HEADS)
     per_token = fixed.expand(1, TOKENS, HEADS).clone()
@@ -52,12 +52,19 @@ def save_windows(path: Path) -> None:
     distance = torch.logspace(0, 4.5, 300)
     for head, log_decay in enumerate(paper_log_decay(8)):
         left = torch.exp(distance * log_decay)
-        decay_axes.semilogx(distance, left, color=BLUE, alpha=1 - head / 10, label=f"{head}" if head in (0, 7) else None)
-        decay_axes.text(float(-0.7 / log_decay), 0.5, str(head), fontsize=8, ha="center", va="center", backgroundcolor="white")
+        decay_axes.semilogx(
+            distance, left, color=BLUE, alpha=1 - head / 10, label=f"{head}" if head in (0, 7) else None
+        )
+        decay_axes.text(
+            float(-0.7 / log_decay), 0.5, str(head), fontsize=8, ha="center", va="center", backgroundcolor="white"
+        )
     decay_axes.axhline(0.01, color=ORANGE, linewidth=1)
     decay_axes.text(1.2, 0.03, "1%", color=ORANGE, fontsize=9)
     decay_axes.set(xlabel="distance in tokens", ylabel=r"$\gamma_h^{\,n-m}$", title="Eq. 8, heads 0 to 7")
-    for name, schedule, colour in (("Eq. 8", paper_log_decay, BLUE), ("the paper's experiments", experiment_log_decay, ORANGE)):
+    for name, schedule, colour in (
+        ("Eq. 8", paper_log_decay, BLUE),
+        ("the paper's experiments", experiment_log_decay, ORANGE),
+    ):
         windows = [window(x) for x in schedule(16).tolist()]
         window_axes.semilogy(range(16), windows, "o-", color=colour, label=name, markersize=4)
     window_axes.set(xlabel="head of 16", ylabel="tokens", title="Window: tokens until 1% is left")

@@ -1,0 +1,1 @@
+"""Layers: nn.Modules, mixers of the form `(x, state, layout) -> (y, state)`."""

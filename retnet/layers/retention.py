@@ -7,7 +7,7 @@ makes the decay a function of the token, `sigmoid(x W)^(1/16)` (YOCO, arXiv 2405
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ from retnet.ops.rotary import rotate, scaling
 class RetentionConfig:
     """One multi-scale retention layer; widths are totals over the heads.
 
-    num_kv_heads: heads of k and v (num_heads if None), each shared by num_heads // num_kv_heads heads of q, whose decays
-    stay their own.
+    num_kv_heads: heads of k and v (num_heads if None), each shared by num_heads // num_kv_heads heads of q, whose
+    decays stay their own.
     decay: "paper" (Eq. 8), "experiment" (section 3.1), "none" (gamma 1), "gated", one gamma for all heads, or a gamma
     for each head. learnable_decay: train them, as -exp(a), from where `decay` starts them. decay_norm: divide by the
     norm of the decay mask's row, as torchscale does. rotary_yarn_length: stretch rotary positions by rotary_factor with
@@ -56,27 +56,37 @@ class RetentionConfig:
     def __post_init__(self) -> None:
         for name, width in (("key_dim", self.key_dim), ("value_dim", self.value_dim)):
             if self.num_heads < 1 or width < 1 or width % self.num_heads:
-                raise ValueError(f"{name} is {width} with num_heads {self.num_heads}; accepted: a multiple of num_heads")
+                raise ValueError(
+                    f"{name} is {width} with num_heads {self.num_heads}; accepted: a multiple of num_heads"
+                )
         if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
             raise ValueError(f"num_kv_heads is {self.num_kv_heads}; accepted: a divisor of num_heads {self.num_heads}")
         if self.rotary != "none" and self.head_key_dim % 2:
-            raise ValueError(f"rotary turns pairs, but key_dim / num_heads is {self.head_key_dim}; accepted: an even number")
+            raise ValueError(
+                f"rotary turns pairs, but key_dim / num_heads is {self.head_key_dim}; accepted: an even number"
+            )
         if isinstance(self.decay, list):
             object.__setattr__(self, "decay", tuple(self.decay))
         if isinstance(self.decay, str):
             accepted = (*SCHEDULES, "none", "gated")
             if self.decay not in accepted:
-                raise ValueError(f"decay is {self.decay!r}; accepted: {', '.join(accepted)}, a number, or one for each head")
+                raise ValueError(
+                    f"decay is {self.decay!r}; accepted: {', '.join(accepted)}, a number, or one for each head"
+                )
         else:
             gammas = self.decay if isinstance(self.decay, tuple) else (self.decay,)
             if len(gammas) not in (1, self.num_heads) or not all(0 <= gamma <= 1 for gamma in gammas):
                 raise ValueError(
                     f"decay is {self.decay}; accepted: one number or {self.num_heads} (num_heads) between 0 and 1"
                 )
-        if self.learnable_decay and (self.log_decay is None or bool(((self.log_decay == 0) | self.log_decay.isinf()).any())):
+        if self.learnable_decay and (
+            self.log_decay is None or bool(((self.log_decay == 0) | self.log_decay.isinf()).any())
+        ):
             raise ValueError(f"learnable_decay needs a start strictly between 0 and 1; decay is {self.decay!r}")
         if self.decay_norm and self.decay == "gated":
-            raise ValueError("decay_norm is defined for a decay fixed per head; accepted with decay 'gated': decay_norm false")
+            raise ValueError(
+                "decay_norm is defined for a decay fixed per head; accepted with decay 'gated': decay_norm false"
+            )
 
     @property
     def head_key_dim(self) -> int:
@@ -117,7 +127,11 @@ class MultiScaleRetention(nn.Module):
         self.gate_proj = nn.Linear(d_model, config.value_dim, bias=bias) if config.gate == "swish" else None
         self.out_proj = nn.Linear(config.value_dim, d_model, bias=bias)
         self.decay_proj = nn.Linear(d_model, config.num_heads, bias=False) if config.decay == "gated" else None
-        affine = {"none": None, "shared": (config.head_value_dim,), "per_head": (config.num_heads, config.head_value_dim)}
+        affine = {
+            "none": None,
+            "shared": (config.head_value_dim,),
+            "per_head": (config.num_heads, config.head_value_dim),
+        }
         shape = affine[config.head_norm_affine]
         self.head_norm_weight = nn.Parameter(torch.ones(shape)) if shape else None
         self.log_rate = nn.Parameter(torch.empty(config.num_heads)) if config.learnable_decay else None
@@ -129,7 +143,7 @@ class MultiScaleRetention(nn.Module):
         """Start learnable decays from the schedule."""
         if self.log_rate is not None:
             with torch.no_grad():
-                self.log_rate.copy_((-self.config.log_decay).log())
+                self.log_rate.copy_((-cast(Tensor, self.config.log_decay)).log())
 
     def log_decay(self, x: Tensor) -> Tensor:
         """[H], or [B, T, H] if gated; float32 (float64 for float64)."""
@@ -141,10 +155,12 @@ class MultiScaleRetention(nn.Module):
         key = (x.device, wide)
         if key not in self._fixed_log_decay:
             with torch.inference_mode(False):
-                self._fixed_log_decay[key] = self.config.log_decay.to(x.device, wide)
+                self._fixed_log_decay[key] = cast(Tensor, self.config.log_decay).to(x.device, wide)
         return self._fixed_log_decay[key]
 
-    def forward(self, x: Tensor, state: RetentionState | None, layout: TokenLayout) -> tuple[Tensor, RetentionState | None]:
+    def forward(
+        self, x: Tensor, state: RetentionState | None, layout: TokenLayout
+    ) -> tuple[Tensor, RetentionState | None]:
         config = self.config
         q, k, v = (
             proj(x).unflatten(-1, (-1, width))

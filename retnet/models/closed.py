@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -59,7 +59,8 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path}: expected a list, got {_name(value)}")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(annotation):
-        return value if isinstance(value, annotation) else from_dict(annotation, value, path)
+        cls = cast(type, annotation)
+        return value if isinstance(value, cls) else from_dict(cls, value, path)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
@@ -70,7 +71,7 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
 def _convert_union(args: tuple, value: Any, path: str) -> Any:
     if value is None and type(None) in args:
         return None
-    classes = {a.kind: a for a in args if dataclasses.is_dataclass(a)}
+    classes = {cast(Any, a).kind: cast(type, a) for a in args if dataclasses.is_dataclass(a)}
     if classes and isinstance(value, Mapping):
         kind = value.get("kind")
         if kind not in classes:

@@ -1,6 +1,7 @@
 """A plain generation loop: prompt in chunkwise form, then one token at a time in recurrent form with O(1) state."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ def prefill(model: LanguageModel, ids: Tensor, state: ModelState | None = None) 
     """Read a prompt [B, T], T >= 1, in blocks. Returns the last token's logits [B, vocab] and the state after it."""
     if ids.shape[1] == 0:
         raise ValueError(f"ids has shape {list(ids.shape)}; accepted: at least one token")
-    for block in ids.split(PROMPT_BLOCK, 1):
-        hidden, state = model.hidden(block, state, carry=True)
-    assert state is not None
-    return model.logits(hidden[:, -1]), state
+    *blocks, last = ids.split(PROMPT_BLOCK, 1)
+    for block in blocks:
+        _, state = model.hidden(block, state, carry=True)
+    hidden, state = model.hidden(last, state, carry=True)
+    return model.logits(hidden[:, -1]), cast(ModelState, state)
 
 
 def generate(
@@ -49,7 +51,7 @@ def generate(
 
 
 @torch.no_grad()
-def _next(model: LanguageModel, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState | None]:
+def _next(model: LanguageModel, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
     output = model(token[:, None], state, carry=True, in_place=True)
     return output.logits[:, -1], output.state
 
@@ -71,7 +73,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One token [B] for each row of logits [B, vocab]: temperature, then the k likeliest, then the nucleus of mass p."""
+    """One token [B] a row of logits [B, vocab]: temperature, then the k likeliest, then the nucleus of mass p."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature

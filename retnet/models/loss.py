@@ -22,7 +22,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        for h, y, dh in zip(hidden.split(rows), labels.split(rows), (dhidden if need_hidden else hidden).split(rows)):
+        for begin in range(0, len(labels), rows):
+            part = slice(begin, begin + rows)
+            h, y = hidden[part], labels[part]
             logits, capped = _logits(h, weight, soft_cap, wide)
             total += F.cross_entropy(logits, y, ignore_index=-100, reduction="sum")
             if not (need_hidden or need_weight):
@@ -33,8 +35,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if capped is not None:
                 dlogits *= 1 - capped.square_()
             dlogits = dlogits.to(hidden.dtype)
-            if need_hidden:
-                torch.mm(dlogits, weight, out=dh)
+            if dhidden is not None:
+                torch.mm(dlogits, weight, out=dhidden[part])
             if dweight is not None:
                 dweight += dlogits.T @ h
         # Divided by the count only in the backward: beside a loss scale, float16 would underflow here.
@@ -42,7 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx, dloss: Tensor):
+    def backward(ctx, dloss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         *gradients, count = ctx.saved_tensors
         return *(None if g is None else g * (dloss / count).to(g.dtype) for g in gradients), None, None
 

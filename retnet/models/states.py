@@ -73,7 +73,7 @@ class ModelState:
                     raise ValueError(f"{path} is not a saved retnet state (format {metadata.get('format')!r})")
                 parts: list[dict[str, Tensor]] = [{} for _ in range(int(metadata["layers"]))]
                 kinds = [""] * len(parts)
-                for key in file.keys():
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
                     index, kind, name = key.split(".")
                     kinds[int(index)] = kind
                     parts[int(index)][name] = file.get_tensor(key)

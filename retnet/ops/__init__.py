@@ -1,0 +1,1 @@
+"""Operators: the mathematics on tensors, without modules."""

@@ -170,7 +170,7 @@ def forward(
     num_sequences = v.shape[0] if bounds is None else len(bounds) - 1
     final = torch.empty(num_sequences, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype)
     buffers: dict = {}
-    for rows, tokens, sequences in equal_blocks(*v.shape[:2], bounds):
+    for rows, tokens, sequences in equal_blocks(v.shape[0], v.shape[1], bounds):
         q_, k_, v_, out_ = (x[rows, tokens] for x in (q, k, v, out))
         walk = _Walk(q_, v_, _tokens(log_decay, rows, tokens), scale, chunk_size, buffers)
         S = walk.running_state(None if state is None else state[sequences])
@@ -207,8 +207,11 @@ def backward(
     num_sequences = v.shape[0] if bounds is None else len(bounds) - 1
     dstate = torch.empty(num_sequences, v.shape[2], q.shape[3], v.shape[3], dtype=wide)
     buffers: dict = {}
-    for rows, tokens, sequences in equal_blocks(*v.shape[:2], bounds):
-        block = _Block(*(x[rows, tokens] for x in (q, k, v, dout, dq, dk, dv)), None if dlog is None else dlog[rows, tokens])
+    for rows, tokens, sequences in equal_blocks(v.shape[0], v.shape[1], bounds):
+        parts = {"q": q, "k": k, "v": v, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
+        block = _Block(
+            **{name: x[rows, tokens] for name, x in parts.items()}, dlog=None if dlog is None else dlog[rows, tokens]
+        )
         walk = _Walk(block.q, block.v, _tokens(log_decay, rows, tokens), scale, chunk_size, buffers)
         S = walk.running_state(None if state is None else state[sequences])
         checkpoints = _walk_forward(walk, block, S)
@@ -241,13 +244,18 @@ def _walk_forward(walk: _Walk, block: _Block, S: _RunningState) -> list[_Running
         if block.dlog is not None and n % _segment(walk) == 0:
             checkpoints.append(S.clone())
         decay = walk.decay(chunk)
-        k, v, dout = walk.load("k", block.k, chunk), walk.load("v", block.v, chunk), walk.load("dout", block.dout, chunk)
+        k, v, dout = (
+            walk.load("k", block.k, chunk),
+            walk.load("v", block.v, chunk),
+            walk.load("dout", block.dout, chunk),
+        )
         C = k.shape[1]
         across = torch.bmm(dout, S.value.transpose(1, 2), out=walk.buffer("across", walk.B * walk.H, C, walk.K))
         across.view(walk.B, walk.H, C, walk.K).mul_(decay.from_start)
         if block.dlog is not None:
             # Token t lies on the way from S to every output i >= t.
-            through = (walk.per_head(walk.load("q", block.q, chunk)) * walk.by_group(across.unflatten(0, (walk.B, -1)))).sum(-1)
+            q = walk.per_head(walk.load("q", block.q, chunk))
+            through = (q * walk.by_group(across.unflatten(0, (walk.B, -1)))).sum(-1)
             block.dlog[:, chunk] += through.flatten(1, 2).flip(2).cumsum(2).flip(2).transpose(1, 2)
         dq = walk.sum_group(across)
         dq.baddbmm_(walk.sum_group(walk.decayed_dscores(dout, v, decay)), k)
@@ -272,7 +280,7 @@ def _walk_reverse(walk: _Walk, block: _Block, dS: _RunningState, checkpoints: li
         across = torch.bmm(v, dS.value.transpose(1, 2), out=walk.buffer("across", walk.B * walk.H, C, walk.K))
         across.view(walk.B, walk.H, C, walk.K).mul_(decay.to_end)
         dscores = walk.decayed_dscores(dout, v, decay)
-        if states is not None:
+        if block.dlog is not None and states is not None:
             block.dlog[:, chunk] += _dlog_of_chunk(walk, q, k, across, dscores, dS.value, next(states).value, decay)
         dk = walk.sum_group(across)
         dk.baddbmm_(walk.sum_group(dscores).transpose(1, 2), q)

@@ -70,7 +70,7 @@ def running_log_decay(log_decay: Tensor, mask: Tensor | None, num_tokens: int) -
 
 
 def pairwise_decay(total: Tensor, resets: Tensor) -> Tensor:
-    """D[t, s] = product of the decays of the tokens s < i <= t, 0 for s > t: [B or 1, T, H] twice -> [B or 1, H, T, T]."""
+    """D[t, s] = product of the decays of tokens s < i <= t, 0 for s > t: [B or 1, T, H] twice -> [B or 1, H, T, T]."""
     t_first, s_first = total.transpose(1, 2)[..., :, None], total.transpose(1, 2)[..., None, :]
     same_segment = resets.transpose(1, 2)[..., :, None] == resets.transpose(1, 2)[..., None, :]
     causal = torch.ones(total.shape[1], total.shape[1], dtype=torch.bool, device=total.device).tril()

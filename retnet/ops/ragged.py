@@ -7,6 +7,7 @@ in the number of tokens and no decay has to be built per token.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,5 +49,5 @@ def equal_blocks(num_rows: int, num_tokens: int, bounds: list[int] | None) -> It
     if bounds is None:
         yield slice(0, num_rows), slice(0, num_tokens), slice(0, num_rows)
         return
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         yield slice(0, 1), slice(start, end), slice(n, n + 1)

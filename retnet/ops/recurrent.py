@@ -1,6 +1,6 @@
 """Recurrent retention (Eq. 6 of the paper) with the state updated in place: the decode step of the CPU.
 
-    S <- exp(log_decay_t) S + k_t^T v_t        out_t = scale q_t S
+S <- exp(log_decay_t) S + k_t^T v_t        out_t = scale q_t S
 """
 
 import torch
@@ -17,8 +17,8 @@ def step_(
     A state narrower than float32 is widened for the T tokens and rounded once. A token whose mask [B, T] is False
     leaves the state alone and gives 0.
     """
-    B, T, H, V = v.shape
-    heads_per_group, K = H // q.shape[2], q.shape[3]
+    B, T, H, _ = v.shape
+    heads_per_group = H // q.shape[2]
     wide = torch.promote_types(v.dtype, torch.float32)
     S = state if state.dtype == wide else state.to(wide)
     log_decay = log_decay.expand(B, T, H)[..., None, None]
@@ -62,9 +62,7 @@ def forward(
     shape = (num_sequences, v.shape[2], q.shape[3], v.shape[3])
     final = torch.zeros(shape, dtype=wide) if state is None else state.to(wide, copy=True)
     out = torch.empty(v.shape, dtype=v.dtype)
-    for rows, tokens, sequences in equal_blocks(*v.shape[:2], bounds):
+    for rows, tokens, sequences in equal_blocks(v.shape[0], v.shape[1], bounds):
         decay = log_decay if log_decay.dim() == 1 else log_decay[rows, tokens]
-        out[rows, tokens] = step_(
-            q[rows, tokens], k[rows, tokens], v[rows, tokens], decay, final[sequences], scale
-        )
+        out[rows, tokens] = step_(q[rows, tokens], k[rows, tokens], v[rows, tokens], decay, final[sequences], scale)
     return out, final.to(state_dtype)

@@ -12,6 +12,7 @@ cu_seqlens [N + 1]. All return (out [B, T, H, V], state [N, H, K, V]).
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -92,6 +93,7 @@ def chunkwise(
 
         return _each_sequence(form, q, k, v, log_decay, scale, state, mask, cu_seqlens)
     out = [torch.zeros_like(v[:, :0])]
+    *_, state = _prepare(q, k, v, scale, state)
     for start in range(0, max(1, q.shape[1]), chunk_size):
         chunk = slice(start, start + chunk_size)
         out_chunk, state = parallel(
@@ -107,7 +109,9 @@ def chunkwise(
     return torch.cat(out, 1), state
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, scale: float | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Scale q, give every head its group's q and k, and start from zeros where there is no state."""
     heads_per_group = v.shape[2] // q.shape[2]
     q = (q * (q.shape[-1] ** -0.5 if scale is None else scale)).repeat_interleave(heads_per_group, 2)
@@ -136,7 +140,7 @@ def _each_sequence(
     """Run `form` on every sequence of a packed row by itself."""
     bounds = cu_seqlens.tolist()
     outs, states = [v[:, : bounds[0]]], []
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         one = slice(start, end)
         out, final = form(
             q[:, one],

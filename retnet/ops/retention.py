@@ -10,7 +10,8 @@ are invariances of the head norm that follows, or a layer's option (`decay_norm`
 
 import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class RetentionPlan:
     mode: str
     chunk_size: int
     backend: str
-    detail: dict[str, object]
+    detail: dict[str, Any]
 
 
 def retention(
@@ -75,7 +76,7 @@ def retention(
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, log_decay, state, mask, cu_seqlens)
     plan = _resolve(q, v, mode, chunk_size, backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     wide = _wide(v.dtype)
     if plan.backend == "aten":
         out, final = _aten(plan, q, k, v, log_decay, scale, state, mask, cu_seqlens)
@@ -120,7 +121,7 @@ def retention_plan(
     from retnet.kernels.chunkwise import plan as kernel_plan
 
     detail = kernel_plan(q, v, plan.mode, plan.chunk_size)
-    return RetentionPlan(plan.mode, 1 if plan.mode == "recurrent" else detail["segment"], plan.backend, detail)
+    return RetentionPlan(plan.mode, 1 if plan.mode == "recurrent" else int(detail["segment"]), plan.backend, detail)
 
 
 def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: Backend) -> RetentionPlan:
@@ -136,7 +137,9 @@ def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: 
         has_kernel = v.dtype != torch.float64 and mode != "parallel"
         backend = ("triton" if has_kernel else "aten") if on_gpu else "torch"
     if (backend == "triton") != on_gpu and backend != "aten":
-        raise ValueError(f"backend is {backend!r} for tensors on {q.device}; accepted there: {'triton' if on_gpu else 'torch'}, aten")
+        raise ValueError(
+            f"backend is {backend!r} for tensors on {q.device}; accepted there: {'triton' if on_gpu else 'torch'}, aten"
+        )
     if backend == "triton":
         if mode == "parallel":
             raise ValueError("mode is 'parallel' for backend 'triton'; accepted there: auto, recurrent, chunkwise")
@@ -170,7 +173,13 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> None:
     """Shapes, dtypes and devices. Values are checked where the kernel reads them."""
     for name, x, sizes in (("q", q, "[B, T, G, K]"), ("k", k, "[B, T, G, K]"), ("v", v, "[B, T, H, V]")):
@@ -182,28 +191,42 @@ def _check(
     H, V = v.shape[2:]
     if k.shape != q.shape or v.shape[:2] != (B, T) or G == 0 or H % G or K == 0 or V == 0:
         raise ValueError(
-            f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; accepted: q and k [B, T, G, K], v [B, T, H, V] "
-            "with the same B and T, G dividing H, and no empty head"
+            f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; accepted: q and k [B, T, G, K], "
+            "v [B, T, H, V] with the same B and T, G dividing H, and no empty head"
         )
     wide = _wide(q.dtype)
     if log_decay.shape not in ((H,), (B, T, H)) or log_decay.dtype != wide:
         raise ValueError(
-            f"log_decay is {log_decay.dtype} of shape {list(log_decay.shape)}; accepted for these inputs: {wide} of shape "
-            f"[{H}] or [{B}, {T}, {H}]"
+            f"log_decay is {log_decay.dtype} of shape {list(log_decay.shape)}; accepted for these inputs: {wide} of "
+            f"shape [{H}] or [{B}, {T}, {H}]"
         )
     N = B
     if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or B != 1:
+        if (
+            cu_seqlens.dim() != 1
+            or cu_seqlens.shape[0] < 1
+            or cu_seqlens.dtype not in (torch.int32, torch.int64)
+            or B != 1
+        ):
             raise ValueError(
-                f"cu_seqlens is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)} with B = {B}; accepted: int32 or int64 "
-                "[N + 1] with B = 1"
+                f"cu_seqlens is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)} with B = {B}; accepted: int32 or "
+                "int64 [N + 1] with B = 1"
             )
         N = cu_seqlens.shape[0] - 1
     if state is not None and (state.shape != (N, H, K, V) or not state.is_floating_point()):
-        raise ValueError(f"state is {state.dtype} of shape {list(state.shape)}; accepted: floating point [{N}, {H}, {K}, {V}]")
+        raise ValueError(
+            f"state is {state.dtype} of shape {list(state.shape)}; accepted: floating point [{N}, {H}, {K}, {V}]"
+        )
     if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
         raise ValueError(f"mask is {mask.dtype} of shape {list(mask.shape)}; accepted: bool [{B}, {T}]")
-    for name, x in (("k", k), ("v", v), ("log_decay", log_decay), ("state", state), ("mask", mask), ("cu_seqlens", cu_seqlens)):
+    for name, x in (
+        ("k", k),
+        ("v", v),
+        ("log_decay", log_decay),
+        ("state", state),
+        ("mask", mask),
+        ("cu_seqlens", cu_seqlens),
+    ):
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} is on {x.device} and q on {q.device}; accepted: one device")
     if q.device.type == "cuda" and os.environ.get("RETNET_DEBUG") == "1":
@@ -217,7 +240,7 @@ def _check_values(log_decay: Tensor, cu_seqlens: Tensor | None, num_tokens: int)
     if cu_seqlens is None:
         return None
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_tokens or any(a > b for a, b in zip(bounds, bounds[1:])):
+    if bounds[0] != 0 or bounds[-1] != num_tokens or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens is {bounds}; accepted: rising from 0 to T = {num_tokens}")
     return bounds
 
@@ -236,7 +259,9 @@ def _aten(
     """The reference forms in float32 or wider: plain operators that torch.export and ONNX take."""
     wide = _wide(v.dtype)
     options = {"chunk_size": plan.chunk_size} if plan.mode == "chunkwise" else {}
-    form = {"parallel": reference.parallel, "recurrent": reference.recurrent, "chunkwise": reference.chunkwise}[plan.mode]
+    form = {"parallel": reference.parallel, "recurrent": reference.recurrent, "chunkwise": reference.chunkwise}[
+        plan.mode
+    ]
     out, final = form(
         q.to(wide),
         k.to(wide),

@@ -1,6 +1,7 @@
 """The language model: what it computes may depend on nothing but the tokens before, in any order of evaluation."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_prefill_and_decode_from_any_split_equal_one_forward(variant, in_place):
         whole = model(x).logits
         for bounds in ([0, 23], [0, 1, 2, 22, 23], [0, 11, 17, 23], list(range(24))):
             state, parts = None, []
-            for start, end in zip(bounds, bounds[1:]):
+            for start, end in pairwise(bounds):
                 output = model(x[:, start:end], state, carry=True, in_place=in_place)
                 state = output.state
                 parts.append(output.logits)

@@ -24,8 +24,8 @@ class Problem:
     def to(self, dtype: torch.dtype) -> "Problem":
         """The same problem rounded to `dtype`; decay and state stay float32 or wider."""
         wide = torch.promote_types(dtype, torch.float32)
-        narrow = {name: getattr(self, name).to(dtype) for name in ("q", "k", "v", "dout")}
-        return replace(self, **narrow, **{name: getattr(self, name).to(wide) for name in ("log_decay", "state", "dstate")})
+        dtypes = dict.fromkeys(("q", "k", "v", "dout"), dtype) | dict.fromkeys(("log_decay", "state", "dstate"), wide)
+        return replace(self, **{name: getattr(self, name).to(kind) for name, kind in dtypes.items()})
 
     def solve(self, form, **options) -> dict[str, Tensor]:
         """Results and gradients of `form` by name, in float64."""
@@ -67,7 +67,8 @@ def make_problem(
     log_decay = -fastest * 10 ** (-4 * uniform(*shape))
     if resets:
         hit = uniform(*shape) < 0.2
-        log_decay = torch.where(hit, torch.tensor([-1000.0, -torch.inf, -120.0])[(uniform(*shape) * 3).long()].double(), log_decay)
+        values = torch.tensor([-1000.0, -torch.inf, -120.0], dtype=torch.float64)
+        log_decay = torch.where(hit, values[(uniform(*shape) * 3).long()], log_decay)
     return Problem(
         q=normal(B, T, G, K),
         k=normal(B, T, G, K),
