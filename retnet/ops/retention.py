@@ -11,7 +11,7 @@ are invariances of the head norm that follows, or a layer's option (`decay_norm`
 import os
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -54,8 +54,8 @@ def retention(
     Args:
         q, k: [B, T, G, K] queries and keys, already rotated. G divides H; head h reads group h // (H // G).
         v: [B, T, H, V] values.
-        log_decay: [H] (fixed) or [B, T, H] (per token), natural log, <= 0, float32 (float64 for float64 inputs). -inf is
-            a hard reset.
+        log_decay: [H] (fixed) or [B, T, H] (per token), natural log, <= 0, float32 (float64 for float64 inputs).
+            -inf is a hard reset.
         scale: multiplies q; K ** -0.5 if None.
         state: [N, H, K, V] before the first token (zeros if None); N is B, or the number of packed sequences.
         mask: [B, T] bool; a False token neither decays nor writes, and its output is 0.
@@ -121,7 +121,7 @@ def retention_plan(
     from retnet.kernels.chunkwise import plan as kernel_plan
 
     detail = kernel_plan(q, v, plan.mode, plan.chunk_size)
-    return RetentionPlan(plan.mode, 1 if plan.mode == "recurrent" else int(detail["segment"]), plan.backend, detail)
+    return RetentionPlan(plan.mode, 1 if plan.mode == "recurrent" else cast(int, detail["segment"]), plan.backend, detail)
 
 
 def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: Backend) -> RetentionPlan:
