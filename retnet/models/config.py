@@ -18,7 +18,7 @@ class ModelConfig:
     tie_embeddings: the head is the embedding. embedding_scale multiplies embeddings, embedding_norm comes after it.
     logit_soft_cap c: c tanh(x / c).
     init: a row of `retnet.models.init.INIT`. gradient_checkpointing recomputes blocks in the backward.
-    float32_norms: the weights of norms stay in float32 whatever dtype the others have.
+    float32_norms: the weights of norms and of MoE routers stay in float32 whatever dtype the others have.
     """
 
     vocab_size: int

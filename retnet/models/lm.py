@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from retnet.layers.block import Block
 from retnet.layers.layout import TokenLayout
+from retnet.layers.moe import MoE
 from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
 from retnet.models.config import ModelConfig
 from retnet.models.init import initialize
@@ -47,6 +48,8 @@ class LanguageModel(nn.Module):
             for module in self.modules():
                 if isinstance(module, (LayerNorm, RMSNorm)):
                     module.float()
+                elif isinstance(module, MoE):
+                    module.router.float()
 
     def forward(
         self,

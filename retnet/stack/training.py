@@ -4,6 +4,7 @@ Only hints that the file gives count, so that a stack without them trains by the
 `dropout`, `checkpointing` and `seed` are not here: they are the model's.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from .schema import Spec, TrainingHints
@@ -16,24 +17,24 @@ _FIELDS = {
 }
 
 
-def training_defaults(spec: Spec) -> dict[str, Any]:
-    """Fields and values for TrainingArguments.
+def training_defaults(spec: Spec, given: Collection[str] = ()) -> dict[str, Any]:
+    """Fields and values for TrainingArguments; those that the user has `given` are left out.
 
-    Raises ValueError for an optimizer that it does not have.
+    Raises ValueError for an optimizer that they do not have, unless the user chose another.
     """
     hints = spec.training_hints or TrainingHints()
-    given = hints.model_fields_set
-    values: dict[str, Any] = {field: getattr(hints, hint) for hint, field in _FIELDS.items() if hint in given}
-    if "betas" in given:
+    known = hints.model_fields_set
+    values: dict[str, Any] = {field: getattr(hints, hint) for hint, field in _FIELDS.items() if hint in known}
+    if "betas" in known:
         values["adam_beta1"], values["adam_beta2"] = hints.betas
-    if "lr_floor_ratio" in given:
-        values |= {
-            "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr_rate": hints.lr_floor_ratio},
-        }
-    if hints.optimizer != "adamw":
-        raise ValueError(f"training_hints.optimizer is {hints.optimizer}; accepted by `retnet train`: adamw")
-    return values
+    if "lr_floor_ratio" in known and "lr_scheduler_type" not in given:
+        values["lr_scheduler_type"] = "cosine_with_min_lr"
+        values["lr_scheduler_kwargs"] = {"min_lr_rate": hints.lr_floor_ratio}
+    if hints.optimizer != "adamw" and "optim" not in given:
+        raise ValueError(
+            f"training_hints.optimizer is {hints.optimizer}; `retnet train` accepts adamw there (optim=... chooses another)"
+        )
+    return {field: value for field, value in values.items() if field not in given}
 
 
 def router_lr_multiplier(spec: Spec) -> float:

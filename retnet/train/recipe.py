@@ -18,6 +18,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
+from retnet.stack.resolve import resolve_stack
+from retnet.stack.training import router_lr_multiplier, training_defaults
+
 # The optimizer is the paper's (section 3.1 and its table of hyperparameters: betas, weight decay, clipping, linear
 # decay); the rest is what a run needs that must not lose its work or hide its failures.
 DEFAULTS: dict[str, Any] = {
@@ -52,7 +55,8 @@ class Recipe(BaseModel):
     data: a file or folder of text, or `stdlib`.
     length: tokens in a row; longer documents are cut into pieces that start fresh.
     valid_fraction: share of the documents held out, by the hash of their paths.
-    training: fields of TrainingArguments, defaults filled in.
+    router_lr_multiplier: learning rate of MoE routers over that of everything else.
+    training: fields of TrainingArguments, defaults filled in: those of a stack's training_hints, then `DEFAULTS`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,6 +65,7 @@ class Recipe(BaseModel):
     data: str
     length: int = Field(default=1024, ge=2)
     valid_fraction: float = Field(default=0.05, gt=0, lt=1)
+    router_lr_multiplier: float = Field(default=1.0, ge=0)
     training: dict[str, Any]
 
     def training_arguments(self) -> TrainingArguments:
@@ -83,7 +88,11 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     problems = [_unknown(key, own | fields) for key in values if key not in own | fields]
     problems += [f"{key} is missing: {meaning}" for key, meaning in _REQUIRED.items() if key not in values]
+    stack = resolve_stack(str(values["model"])) if "model" in values else None
     training = dict(DEFAULTS)
+    if stack is not None:
+        training |= training_defaults(stack.spec, values)
+        values.setdefault("router_lr_multiplier", router_lr_multiplier(stack.spec))
     for key in sorted(values.keys() & fields):
         try:
             training[key] = _coerce(hints[key], values[key])

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from retnet.data import VOCAB_SIZE, PackedDataset, Split, find_documents, split_documents
+from retnet.layers.moe import ExpertLinear, MoE
 from retnet.models.hf import RetNetForCausalLM
 from retnet.stack.resolve import resolve_model
 from retnet.train.curve import save_loss_curve
@@ -42,13 +43,32 @@ class TrainingSummary:
 
 
 class PackedTrainer(Trainer):
-    """Trainer whose weight decay leaves norms, biases and decays alone."""
+    """Trainer whose weight decay leaves norms, biases and decays alone; routers learn at a rate of their own."""
+
+    def __init__(self, *args: Any, router_lr_multiplier: float = 1.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.router_lr_multiplier = router_lr_multiplier
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, routers moved to groups of their own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        assert self.model is not None
+        modules = (module for module in self.model.modules() if isinstance(module, MoE))
+        routers = {id(module.router.weight) for module in modules}
+        if made and routers and self.router_lr_multiplier != 1.0:
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in routers]
+                if own:
+                    group["params"] = [p for p in group["params"] if id(p) not in routers]
+                    optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self.router_lr_multiplier})
+        return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         matrices = {
             f"{name}.weight"
             for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith("decay_proj")
+            if isinstance(module, (nn.Linear, nn.Embedding, ExpertLinear)) and not name.endswith("decay_proj")
         }
         return [name for name, _ in model.named_parameters() if name in matrices]
 
@@ -76,7 +96,12 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
     )
     progress = ProgressCallback(console, tokens_per_step)
     trainer = PackedTrainer(
-        model=model, args=arguments, train_dataset=train_rows, eval_dataset=valid_rows, callbacks=[progress]
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=valid_rows,
+        callbacks=[progress],
+        router_lr_multiplier=recipe.router_lr_multiplier,
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():

@@ -219,12 +219,12 @@ def test_a_mamba2_head_is_the_widest_power_of_two_that_divides(d_model, expand, 
     assert built(*pairs).layers[2].mixer.head_dim == width
 
 
-def test_layered_safe_keeps_norms_in_float32_and_runs():
-    model = LanguageModel(
-        built(positional("tie_word_embeddings: false"), more="compatibility: {dtype_policy: layered_safe}\n")
-    )
+def test_layered_safe_keeps_norms_and_routers_in_float32_and_runs():
+    pairs = [positional("tie_word_embeddings: false"), moe("router: softmax")]
+    model = LanguageModel(built(*pairs, more="compatibility: {dtype_policy: layered_safe}\n"))
     wide = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
-    assert wide == {name for name, _ in model.named_parameters() if "norm" in name}
+    assert wide == {name for name, _ in model.named_parameters() if "norm" in name or "router" in name}
+    assert len(wide) == 8
     assert model(torch.arange(20)[None]).logits.dtype == torch.bfloat16
 
 

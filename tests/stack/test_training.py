@@ -1,11 +1,17 @@
-"""Training hints as arguments of the Trainer."""
+"""Training hints as defaults of `retnet train`."""
 
 import pytest
 from transformers import TrainingArguments
 
+from retnet.models.hf import RetNetForCausalLM
+from retnet.models.lm import LanguageModel
+from retnet.stack.build import model_config
+from retnet.stack.presets import load_preset
 from retnet.stack.training import router_lr_multiplier, training_defaults
+from retnet.train.recipe import DEFAULTS, load_recipe
+from retnet.train.run import PackedTrainer
 
-from .specs import stack
+from .specs import changed, stack
 
 ALL = """\
 training_hints:
@@ -37,5 +43,38 @@ def test_hints_become_fields_of_training_arguments(tmp_path):
 
 
 def test_an_optimizer_that_training_lacks_is_refused():
-    with pytest.raises(ValueError, match="optimizer is muon; accepted"):
+    with pytest.raises(ValueError, match="optimizer is muon"):
         training_defaults(stack(more="training_hints: {optimizer: muon}\n").spec)
+
+
+def test_what_the_user_gives_goes_before_hints():
+    spec = stack(more=ALL).spec
+    assert "learning_rate" not in training_defaults(spec, {"learning_rate"})
+    assert "lr_scheduler_kwargs" not in training_defaults(spec, {"lr_scheduler_type"})
+    muon = stack(more="training_hints: {optimizer: muon}\n").spec
+    assert training_defaults(muon, {"optim"}) == {}
+
+
+def test_a_recipe_takes_its_defaults_from_the_stack_it_trains(tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_text(changed(more=ALL))
+    recipe = load_recipe(None, [f"model={path}", "data=stdlib", "weight_decay=0.3"])
+    assert (recipe.training["learning_rate"], recipe.training["weight_decay"]) == (1e-3, 0.3)
+    assert recipe.training["lr_scheduler_type"] == "cosine_with_min_lr"
+    assert recipe.router_lr_multiplier == 0.5
+    assert load_recipe(None, [f"model={path}", "data=x", "router_lr_multiplier=0.1"]).router_lr_multiplier == 0.1
+    assert load_recipe(None, ["model=retnet-tiny", "data=x"]).training["learning_rate"] == DEFAULTS["learning_rate"]
+
+
+def test_routers_learn_at_their_own_rate_and_experts_decay(tmp_path):
+    model = RetNetForCausalLM.wrap(LanguageModel(model_config(load_preset("arch_expert_retnet_moe_mini"))))
+    arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.1, weight_decay=0.5, report_to="none")
+    trainer = PackedTrainer(model=model, args=arguments, router_lr_multiplier=0.2)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert rates.keys() == set(names.values())
+    for name, (rate, decay) in rates.items():
+        assert rate == pytest.approx(0.02 if name.endswith("router.weight") else 0.1)
+        if "feed_forward." in name and name.endswith("proj.weight"):
+            assert decay == 0.5, name
