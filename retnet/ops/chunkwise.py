@@ -30,9 +30,9 @@ from retnet.ops.ragged import equal_blocks
 class _ChunkDecay:
     """Decays of one chunk for [B or 1] sequences; the two that lead to an output carry the scale of q."""
 
-    inside: Tensor  # scale * D            [B or 1, H, C, C]
-    from_start: Tensor  # scale * a        [B or 1, H, C, 1]
-    to_end: Tensor  # b                    [B or 1, H, C, 1]
+    inside: Tensor  # scale * D            [B or 1, G, heads of a group, C, C]
+    from_start: Tensor  # scale * a        [B or 1, G, heads of a group, C, 1]
+    to_end: Tensor  # b                    [B or 1, G, heads of a group, C, 1]
     whole: Tensor  # log decay(chunk), float64 [B or 1, H, 1, 1]
 
 
@@ -58,14 +58,15 @@ class _RunningState:
 
 
 class _Walk:
-    """The pieces that forward and backward share, for one block of B sequences of equal length.
+    """The pieces that forward and backward share, for one block of B sequences: q [B, G, T, K], v [B, H, T, V].
 
-    Inside the walk tensors are heads-first, [B heads, C, D]; `load` and `store` translate from and to [B, T, heads, D].
+    Inside the walk tensors are heads-first, [B heads, C, D]; `load` and `store` translate from and to views
+    [B, heads, T, D] of the inputs and results.
     """
 
     def __init__(self, q: Tensor, v: Tensor, log_decay: Tensor, scale: float, chunk_size: int, buffers: dict):
-        self.B, self.T, self.G, self.K = q.shape
-        self.H, self.V = v.shape[2:]
+        self.B, self.G, self.T, self.K = q.shape
+        self.H, self.V = v.shape[1], v.shape[3]
         self.log_decay, self.scale, self.chunk_size = log_decay, scale, chunk_size
         self.dtype = torch.promote_types(v.dtype, torch.float32)
         self.buffers = buffers
@@ -80,13 +81,13 @@ class _Walk:
         return [slice(t, min(t + self.chunk_size, self.T)) for t in range(0, self.T, self.chunk_size)]
 
     def load(self, name: str, x: Tensor, chunk: slice) -> Tensor:
-        part = x[:, chunk].transpose(1, 2)
+        part = x.narrow(2, chunk.start, chunk.stop - chunk.start)
         if self.B == 1 and x.dtype == self.dtype:
-            return part[0]
+            return part.select(0, 0)
         return self.buffer(name, *part.shape).copy_(part).flatten(0, 1)
 
     def store(self, x: Tensor, chunk: slice, value: Tensor) -> None:
-        x[:, chunk].transpose(1, 2).copy_(value.unflatten(0, (self.B, -1)))
+        x.narrow(2, chunk.start, chunk.stop - chunk.start).copy_(value.view(self.B, -1, *value.shape[1:]))
 
     def decay(self, chunk: slice) -> _ChunkDecay:
         length = chunk.stop - chunk.start
@@ -99,19 +100,20 @@ class _Walk:
 
     def _decay(self, log_decay: Tensor, length: int) -> _ChunkDecay:
         total, resets = running_log_decay(log_decay, None, length)
-        inside = pairwise_decay(total, resets).mul_(self.scale).to(self.dtype)
+        inside = pairwise_decay(total, resets) * self.scale
         from_start = decay_from_start(total, resets).transpose(1, 2)[..., None]
         to_end = decay_to_end(total, resets).transpose(1, 2)[..., None]
         whole = from_start[:, :, -1:].log()
-        return _ChunkDecay(inside, (from_start * self.scale).to(self.dtype), to_end.to(self.dtype), whole)
+        rows = ((x.to(self.dtype).unflatten(1, (self.G, -1))) for x in (inside, from_start * self.scale, to_end))
+        return _ChunkDecay(*rows, whole)
 
     def per_head(self, x: Tensor) -> Tensor:
         """[B G, C, D] -> [B, G, heads of the group, C, D] by broadcasting."""
-        return x.unflatten(0, (self.B, self.G))[:, :, None]
+        return x.view(self.B, self.G, 1, *x.shape[1:])
 
     def by_group(self, x: Tensor) -> Tensor:
-        """[..., H, C, D] -> [..., G, heads of the group, C, D]."""
-        return x.unflatten(-3, (self.G, -1))
+        """[B H, C, D] -> [B, G, heads of the group, C, D]."""
+        return x.view(self.B, self.G, -1, *x.shape[1:])
 
     def sum_group(self, x: Tensor) -> Tensor:
         """Add up the heads that share q and k: [B H, C, D] -> [B G, C, D]."""
@@ -122,8 +124,7 @@ class _Walk:
     def decayed(self, name: str, x: Tensor, decay: Tensor) -> Tensor:
         """Rows of q or k times their decay, for each head: [B G, C, K] -> [B H, C, K]."""
         result = self.buffer(name, self.B * self.H, x.shape[1], self.K)
-        out = result.view(self.B, self.G, -1, x.shape[1], self.K)
-        torch.mul(self.per_head(x), self.by_group(decay), out=out)
+        torch.mul(self.per_head(x), decay, out=self.by_group(result))
         return result
 
     def decayed_scores(self, q: Tensor, k: Tensor, decay: _ChunkDecay) -> Tensor:
@@ -131,14 +132,14 @@ class _Walk:
         C = q.shape[1]
         raw = torch.bmm(q, k.transpose(1, 2), out=self.buffer("raw scores", self.B * self.G, C, C))
         scores = self.buffer("scores", self.B * self.H, C, C)
-        torch.mul(self.per_head(raw), self.by_group(decay.inside), out=scores.view(self.B, self.G, -1, C, C))
+        torch.mul(self.per_head(raw), decay.inside, out=self.by_group(scores))
         return scores
 
     def decayed_dscores(self, dout: Tensor, v: Tensor, decay: _ChunkDecay) -> Tensor:
         """scale * dO V^T * D, the gradient of Q K^T: [B H, C, C]."""
         C = dout.shape[1]
         dscores = torch.bmm(dout, v.transpose(1, 2), out=self.buffer("dscores", self.B * self.H, C, C))
-        dscores.view(self.B, self.H, C, C).mul_(decay.inside)
+        self.by_group(dscores).mul_(decay.inside)
         return dscores
 
     def advance(self, S: _RunningState, k: Tensor, v: Tensor, decay: _ChunkDecay) -> None:
@@ -171,7 +172,7 @@ def forward(
     final = torch.empty(num_sequences, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype)
     buffers: dict = {}
     for rows, tokens, sequences in equal_blocks(v.shape[0], v.shape[1], bounds):
-        q_, k_, v_, out_ = (x[rows, tokens] for x in (q, k, v, out))
+        q_, k_, v_, out_ = (x[rows, tokens].transpose(1, 2) for x in (q, k, v, out))
         walk = _Walk(q_, v_, _tokens(log_decay, rows, tokens), scale, chunk_size, buffers)
         S = walk.running_state(None if state is None else state[sequences])
         for chunk in walk.chunks():
@@ -210,7 +211,8 @@ def backward(
     for rows, tokens, sequences in equal_blocks(v.shape[0], v.shape[1], bounds):
         parts = {"q": q, "k": k, "v": v, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
         block = _Block(
-            **{name: x[rows, tokens] for name, x in parts.items()}, dlog=None if dlog is None else dlog[rows, tokens]
+            **{name: x[rows, tokens].transpose(1, 2) for name, x in parts.items()},
+            dlog=None if dlog is None else dlog[rows, tokens],
         )
         walk = _Walk(block.q, block.v, _tokens(log_decay, rows, tokens), scale, chunk_size, buffers)
         S = walk.running_state(None if state is None else state[sequences])
@@ -225,7 +227,7 @@ def backward(
 
 @dataclass(frozen=True)
 class _Block:
-    """Inputs and gradients of one block, [B, T, heads, D] views; dlog [B, T, H] or None if not asked for."""
+    """Inputs and gradients of one block, [B, heads, T, D] views; dlog [B, T, H] or None if not asked for."""
 
     q: Tensor
     k: Tensor
@@ -251,11 +253,11 @@ def _walk_forward(walk: _Walk, block: _Block, S: _RunningState) -> list[_Running
         )
         C = k.shape[1]
         across = torch.bmm(dout, S.value.transpose(1, 2), out=walk.buffer("across", walk.B * walk.H, C, walk.K))
-        across.view(walk.B, walk.H, C, walk.K).mul_(decay.from_start)
+        walk.by_group(across).mul_(decay.from_start)
         if block.dlog is not None:
             # Token t lies on the way from S to every output i >= t.
             q = walk.per_head(walk.load("q", block.q, chunk))
-            through = (q * walk.by_group(across.unflatten(0, (walk.B, -1)))).sum(-1)
+            through = (q * walk.by_group(across)).sum(-1)
             block.dlog[:, chunk] += through.flatten(1, 2).flip(2).cumsum(2).flip(2).transpose(1, 2)
         dq = walk.sum_group(across)
         dq.baddbmm_(walk.sum_group(walk.decayed_dscores(dout, v, decay)), k)
@@ -278,7 +280,7 @@ def _walk_reverse(walk: _Walk, block: _Block, dS: _RunningState, checkpoints: li
         dv.baddbmm_(walk.decayed("decayed k", k, decay.to_end), dS.value)
         walk.store(block.dv, chunk, dv)
         across = torch.bmm(v, dS.value.transpose(1, 2), out=walk.buffer("across", walk.B * walk.H, C, walk.K))
-        across.view(walk.B, walk.H, C, walk.K).mul_(decay.to_end)
+        walk.by_group(across).mul_(decay.to_end)
         dscores = walk.decayed_dscores(dout, v, decay)
         if block.dlog is not None and states is not None:
             block.dlog[:, chunk] += _dlog_of_chunk(walk, q, k, across, dscores, dS.value, next(states).value, decay)
@@ -299,10 +301,10 @@ def _dlog_of_chunk(
     """
     C = q.shape[1]
     raw = torch.bmm(q, k.transpose(1, 2))
-    paths = walk.per_head(raw) * walk.by_group(dscores.unflatten(0, (walk.B, -1)))
+    paths = walk.per_head(raw) * walk.by_group(dscores)
     read_from_t = paths.flatten(1, 2).flip(2).cumsum(2).flip(2)
     inside = read_from_t.tril(-1).sum(-1)
-    leaving = (walk.per_head(k) * walk.by_group(across.unflatten(0, (walk.B, -1)))).sum(-1).flatten(1, 2)
+    leaving = (walk.per_head(k) * walk.by_group(across)).sum(-1).flatten(1, 2)
     written_before_t = torch.cat([leaving.new_zeros(walk.B, walk.H, 1), leaving.cumsum(2)[..., : C - 1]], 2)
     passing = (dS * S).sum((1, 2)).view(walk.B, walk.H, 1) * decay.whole[..., 0].exp()
     return (inside + written_before_t + passing).transpose(1, 2)
