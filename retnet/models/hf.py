@@ -17,14 +17,16 @@ from transformers.modeling_outputs import CausalLMOutput
 from retnet.models.config import ModelConfig
 from retnet.models.directory import MODEL_TYPE
 from retnet.models.lm import LanguageModel
+from retnet.models.presets import preset
 
 IGNORED = -100
+DEFAULT_PRESET = "retnet-125m"
 
 
 class RetNetConfig(PreTrainedConfig):
     """Carries a `ModelConfig` as plain data; Hugging Face's usual names are read from it.
 
-    model_config: `ModelConfig.to_dict()`.
+    model_config: `ModelConfig.to_dict()`; that of the preset retnet-125m if None.
     """
 
     model_type = MODEL_TYPE
@@ -32,12 +34,15 @@ class RetNetConfig(PreTrainedConfig):
     model_config: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.model_config is not None:
-            core = ModelConfig.from_dict(self.model_config)
-            self.bos_token_id, self.eos_token_id, self.pad_token_id = (
-                core.bos_token_id, core.eos_token_id, core.pad_token_id,
-            )  # fmt: skip
-            self.dtype = self.dtype or core.dtype
+        if self.model_config is None:  # transformers makes one of every configuration class without arguments
+            self.model_config = preset(DEFAULT_PRESET).to_dict()
+        core = self.core
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            core.bos_token_id,
+            core.eos_token_id,
+            core.pad_token_id,
+        )
+        self.dtype = self.dtype or core.dtype
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -47,12 +52,8 @@ class RetNetConfig(PreTrainedConfig):
 
     @property
     def core(self) -> ModelConfig:
-        """The configuration that it carries. Raises ValueError if it carries none."""
-        if self.model_config is None:
-            raise ValueError(
-                "this RetNetConfig carries no model_config; make it with RetNetConfig.of(ModelConfig(...))"
-            )
-        return ModelConfig.from_dict(self.model_config)
+        """The configuration that it carries. Raises ValueError naming what is wrong in it."""
+        return ModelConfig.from_dict(self.model_config or {})
 
     @property
     def vocab_size(self) -> int:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from retnet.models.directory import load_model, save_model
 from retnet.models.hf import RetNetConfig, RetNetForCausalLM, document_bounds
 from retnet.models.lm import LanguageModel
-from retnet.models.presets import retnet_config
+from retnet.models.presets import preset, retnet_config
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,13 @@ def test_both_faces_read_what_the_other_wrote(model, config, tmp_path):
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
 
 
-def test_a_face_without_a_model_configuration_says_how_to_make_one():
-    with pytest.raises(ValueError, match=r"RetNetConfig\.of"):
-        _ = RetNetConfig().core
+def test_the_default_is_a_preset_as_transformers_expects():
+    assert RetNetConfig().core == preset("retnet-125m")
+
+
+def test_a_wrong_model_configuration_is_refused_with_its_path(config):
+    with pytest.raises(ValueError, match=r"config\.vocab_sise: unknown key"):
+        RetNetConfig(model_config=config.to_dict() | {"vocab_sise": 3})
 
 
 def test_weights_are_those_of_the_core_models_own_initialisation(model, config):
