@@ -7,5 +7,6 @@ segment     what a segment reads from that state and from itself: outputs and th
 decay_grad  the gradient of log_decay
 step        decoding: one or a few tokens, the state updated in place
 tiles       block shapes by device, dtype and head size
+walk        the fast path of Hopper GPUs: the state stays on chip (walk_kernel, walk_roles, walk_carry, walk_places)
 chunkwise   the forward and backward passes made of these
 """

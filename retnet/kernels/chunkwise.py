@@ -1,6 +1,6 @@
 """Chunkwise retention on the GPU: which kernels take a call, and a plan that says so.
 
-`portable` takes every argument. On Hopper GPUs, bfloat16 with a fixed decay and one query head a value head goes to
+`portable` takes every argument. On Hopper GPUs, 16 bits with a fixed decay and one query head a value head goes to
 `walk`, which keeps the state on chip (and has no gradient of log_decay and no states of packed sequences). Both are deterministic and
 neither waits for the device.
 """
@@ -89,7 +89,7 @@ def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None) -> dict[str, o
 def _may_walk(q: Tensor, v: Tensor) -> bool:
     """Cheap and without the walk's imports, which other devices may lack: the walk itself decides."""
     return (
-        q.dtype == torch.bfloat16
+        q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[2] == v.shape[2]
         and q.is_cuda
         and torch.version.hip is None

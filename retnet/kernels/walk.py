@@ -16,6 +16,7 @@ documents and gradients of their last ones, packing and a mask together, groups 
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -28,10 +29,11 @@ from retnet.kernels.walk_kernel import walk_kernel
 from retnet.kernels.walk_places import walk_places
 from retnet.kernels.walk_roles import CHUNK, ROWS
 
-DTYPES = (torch.bfloat16,)
+DTYPES = (torch.bfloat16, torch.float16)
 KEYS = (64, 128, 256)
 VALUES = (64, 128, 256, 512)
 MOST_KEYS = 256  # of a program: [64 values, 256 keys] in float32 take half the registers of a warpgroup's threads
+_BLOCK_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)  # of a descriptor's tile; made once, for it takes longer than a launch
 LEAST_PART = 16  # chunks a part of a split sequence has at least: below, its start costs more than it saves
 
 
@@ -59,7 +61,7 @@ def walk_supported(
     cu_seqlens: Tensor | None,
     dfinal_state: Tensor | None = None,
 ) -> bool:
-    """Whether the walk takes these arguments: a Hopper GPU, bfloat16, fixed decay, one query head per value head.
+    """Whether the walk takes these arguments: a Hopper GPU, 16 bits, fixed decay, one query head per value head.
 
     The caller asks apart whether the gradient of log_decay is wanted: the walk does not make it.
     """
@@ -267,6 +269,7 @@ class _Call:
         return _parts(B, T, H, K, V, self.q.device)
 
 
+@cache
 def _tile(keys: int, values: int) -> WalkTile:
     """The tile of a walk that contracts over `keys` and makes `values`.
 
@@ -283,24 +286,34 @@ def _tile(keys: int, values: int) -> WalkTile:
     return WalkTile(keys, splits, groups, stages, stages, stages, mix_registers, score_registers)
 
 
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _parts(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> tuple[int, int]:
     """How many parts a sequence is split into, and the chunks of each (the last may have fewer)."""
     chunks = triton.cdiv(T, CHUNK)
     programs = B * H * V // (ROWS * _tile(K, V).groups)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = max(1, processors // programs)
+    wanted = max(1, _processors(device) // programs)
     part_chunks = max(triton.cdiv(chunks, wanted), min(chunks, LEAST_PART))
     return triton.cdiv(chunks, part_chunks), part_chunks
 
 
+def _strides(x: Tensor) -> list[int]:
+    """Strides for TMA, which reads those of axes of size 1 as well: there any aligned one will do."""
+    return [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride())] + [x.stride(-1)]
+
+
 def _rows(x: Tensor) -> Tensor:
-    """x itself if TMA can address it (contiguous last axis, 16-byte strides and base), else a contiguous copy."""
+    """x itself if TMA can address it (contiguous last axis, base and other strides of 16 bytes each), else a copy."""
     step = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in x.stride()[:-1])
-    return x if x.stride(-1) == 1 and aligned else x.contiguous()
+    *outer, last = _strides(x)
+    if last == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % step == 0 for stride in outer):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _descriptor(x: Tensor, width: int) -> TensorDescriptor:
     """Tiles [CHUNK tokens, width features] of one head of x [B, T, H, features]."""
-    layout = gl.NVMMASharedLayout(128, 16, 4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, CHUNK, 1, width], layout)
+    return TensorDescriptor(x, list(x.shape), _strides(x), [1, CHUNK, 1, width], _BLOCK_LAYOUT)

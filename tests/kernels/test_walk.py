@@ -25,6 +25,7 @@ CASES = [  # B, T, H, K, V, extras
     (1, 457, 3, 256, 512, "packed"),
     (1, 2573, 2, 256, 512, "packed"),
     (1, 2000, 2, 128, 128, "packed"),
+    (1, 700, 2, 256, 512, "state float16"),
 ]
 
 
@@ -36,14 +37,15 @@ needs_hopper = pytest.mark.skipif(not hopper(), reason="needs a Hopper GPU")
 
 
 def make(B, T, H, K, V, extras, device="cuda"):
-    """Inputs of one call: bfloat16 tensors, decays with one that forgets at once, and what `extras` names."""
+    """Inputs of one call in 16 bits, decays with one that forgets at once, and what `extras` names."""
+    dtype = torch.float16 if "float16" in extras else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator).to(device)
 
-    q, k = (torch.nn.functional.normalize(normal(B, T, H, K), dim=-1).mul(K**0.25).bfloat16() for _ in range(2))
-    v, dout = normal(B, T, H, V).bfloat16(), normal(B, T, H, V).bfloat16()
+    q, k = (torch.nn.functional.normalize(normal(B, T, H, K), dim=-1).mul(K**0.25).to(dtype) for _ in range(2))
+    v, dout = normal(B, T, H, V).to(dtype), normal(B, T, H, V).to(dtype)
     log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(H, device=device, dtype=torch.float32))))
     if H > 2:
         log_decay[-1] = -float("inf")
@@ -90,11 +92,20 @@ def error(x, exact):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_errors_are_at_most_twice_those_of_plain_retention_and_bits_repeat(case):
     inputs = make(*case)
-    results, exact, low = run(*inputs), plain(torch.float64, *inputs), plain(torch.bfloat16, *inputs)
+    results, exact, low = run(*inputs), plain(torch.float64, *inputs), plain(inputs[0].dtype, *inputs)
     for name, x in results.items():
         assert error(x, exact[name]) <= 2 * error(low[name], exact[name]), name
     again = run(*inputs)
     assert all(torch.equal(x, again[name]) for name, x in results.items())
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_float16_holds_a_state_that_float16_could_not():
+    q, k, v, dout, _, _, _, mask, cu = make(1, 300, 1, 64, 128, "float16")
+    state = torch.full((1, 1, 64, 128), 2e5, device="cuda")
+    inputs = (q * 1e-3, k, v, dout, torch.tensor([-1e-4], device="cuda"), state, None, mask, cu)
+    assert error(run(*inputs)["out"], plain(torch.float64, *inputs)["out"]) < 2e-3
 
 
 @pytest.mark.gpu
@@ -129,3 +140,23 @@ def test_tensors_that_are_slices_of_a_wider_one_are_read_in_place():
 def test_what_the_walk_does_not_take_is_refused():
     q, k, v, _, log_decay, _, _, _, _ = make(1, 70, 2, 64, 128, "", device="cpu")
     assert not walk.walk_supported(q, k, v, log_decay, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("x", "copied"),
+    [
+        (torch.zeros(2, 5, 3, 64), False),
+        (torch.zeros(2, 5, 3, 192).split(64, -1)[1], False),
+        (torch.zeros(1, 5, 3, 64).as_strided((1, 5, 3, 64), (7, 192, 64, 1)), False),  # an axis of size 1
+        (torch.zeros(1, 5, 3, 64).expand(2, 5, 3, 64), True),
+        (torch.zeros(2, 5, 64, 3).mT, True),
+        (torch.zeros(2 * 5 * 3 * 64 + 1)[1:].view(2, 5, 3, 64), True),  # contiguous, base off by one element
+        (torch.zeros(2, 5, 3, 65)[..., :64], True),
+    ],
+)
+def test_tensors_that_tma_cannot_address_are_copied(x, copied):
+    rows = walk._rows(x)
+    assert (rows.data_ptr() != x.data_ptr()) == copied
+    assert rows.data_ptr() % 16 == 0
+    assert all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in walk._strides(rows)[:-1])
+    assert rows.stride(-1) == 1
