@@ -2,13 +2,15 @@
 causal attention of the same width (16 heads of 128 for d = 2048) through PyTorch's cuDNN and flash backends.
 
     python benchmarks/bench_retention.py                          the cases of the paper's head sizes
-    python benchmarks/bench_retention.py --sweep --plot DIR       time and memory against T at 32768 tokens in all
+    python benchmarks/bench_retention.py --sweep                  T from 512 to 32768 at 32768 tokens in all
+    python benchmarks/bench_retention.py --plot DIR               pictures of the sweep's rows
 
 Prints time, share of the floor, and peak memory beyond inputs, outputs and gradients, and appends rows to a CSV file.
 Implementations that are not installed are left out and named.
 """
 
 import argparse
+import csv
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from runner import Point, append, extra_mebibytes, floor_milliseconds, median_milliseconds, table
+from runner import Point, append, device_milliseconds, extra_mebibytes, floor_milliseconds, table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -127,30 +129,40 @@ def measure(case: Case, implementation: str) -> list[Point]:
 
     own = implementation in ("ours", "portable", "fla")
     point = partial(Point, "retention", str(case), implementation)
+    both()  # what the first call compiles and allocates is not the operator's
     kept = sum(x.numel() * x.element_size() for x in (q, k, v, dout))
-    time_forward, time_both = median_milliseconds(forward), median_milliseconds(both)
+    memory = extra_mebibytes(both, kept)
+    (device, host), (device_both, host_both) = device_milliseconds(forward), device_milliseconds(both)
     return [
-        point("forward", time_forward, case.floor(backward=False) if own else None),
-        point("forward+backward", time_both, case.floor(backward=True) if own else None, extra_mebibytes(both, kept)),
+        point("forward", device, case.floor(backward=False) if own else None, host),
+        point("forward+backward", device_both, case.floor(backward=True) if own else None, host_both, memory),
     ]
 
 
-def plot(points: list[Point], folder: Path) -> None:
+def plot(rows: Path, folder: Path) -> None:
+    """Time and memory against T of the rows of a CSV file that have 32768 tokens in all, as PNG files."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    for name, label, value in (
-        ("time", "forward + backward, milliseconds", lambda p: p.milliseconds),
-        ("memory", "peak memory beyond inputs, outputs, gradients, MiB", lambda p: p.extra_mebibytes),
+    with rows.open() as file:
+        points = [row for row in csv.DictReader(file) if row["what"] == "forward+backward"]
+    points = [row for row in points if (case := Case.parse(row["case"])).B * case.T == 32768 and case.K == 256]
+    for name, label, column in (
+        ("time", "forward + backward, milliseconds", "milliseconds"),
+        ("memory", "peak memory beyond inputs, outputs, gradients, MiB", "extra_mebibytes"),
     ):
         figure, axes = pyplot.subplots(figsize=(6, 4))
-        for implementation in dict.fromkeys(p.implementation for p in points):
-            mine = [p for p in points if p.implementation == implementation and p.what == "forward+backward"]
-            mine = [p for p in mine if p.milliseconds < float("inf")]
-            axes.plot([Case.parse(p.case).T for p in mine], [value(p) for p in mine], "o-", label=implementation)
-        axes.set(xscale="log", yscale="log", xlabel="tokens a sequence, 32768 in all", ylabel=label)
+        for implementation in dict.fromkeys(row["implementation"] for row in points):
+            mine = [row for row in points if row["implementation"] == implementation]
+            line = sorted((Case.parse(row["case"]).T, float(row[column])) for row in mine)
+            axes.plot(*zip(*line), "o-", label=implementation)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set(xlabel="tokens a sequence, 32768 in all", ylabel=label)
         axes.legend()
         figure.tight_layout()
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,9 +177,11 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="T from 512 to 32768 at 32768 tokens in all")
     parser.add_argument("--implementations", default="ours,portable,fla,cudnn,flash")
     parser.add_argument("--csv", type=Path, default=Path("out/bench_retention.csv"))
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write time and memory against T as PNG")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="only plot what the CSV file has of the sweep, as PNG")
     options = parser.parse_args()
-    points: list[Point] = []
+    if options.plot:
+        plot(options.csv, options.plot)
+        return
     for case in options.case or (SWEEP if options.sweep else CASES):
         for implementation in options.implementations.split(","):
             if implementation == "fla" and importlib.util.find_spec("fla") is None:
@@ -180,10 +194,7 @@ def main() -> None:
                 rows = [Point("retention", str(case), implementation, "failed", float("inf"), note=note)]
             print(table(rows), flush=True)
             append(options.csv, rows)
-            points += rows
             torch.cuda.empty_cache()
-    if options.plot:
-        plot(points, options.plot)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What all benchmarks share: timing, the device's own ceilings, peak memory, and CSV rows with a birth certificate.
 
-A time is the median of runs between device events (of the host's clock on a CPU), after warm-up. The floor of a point
-is the longer of its bytes over the copy bandwidth and its operations over the matrix rate, measured in the same run.
+A time on a GPU is that of the device alone: the median over replays of a captured graph, without launch overhead. What
+the host spends to launch the same work is a column of its own: the longer of the two is what an eager caller waits for.
+On a CPU it is the host's clock. The floor of a point is the longer of its bytes over the copy bandwidth and its
+operations over the matrix rate, measured in the same run.
 """
 
 import csv
@@ -31,6 +33,7 @@ class Point:
     what: str
     milliseconds: float
     floor_milliseconds: float | None = None
+    host_milliseconds: float | None = None
     extra_mebibytes: float | None = None
     note: str = ""
     certificate: dict[str, str] = field(default_factory=dict)
@@ -73,10 +76,10 @@ def table(points: list[Point]) -> str:
     lines = []
     for p in points:
         share = "" if p.share_of_floor is None else f"{p.share_of_floor:6.1%} of floor"
+        host = "" if p.host_milliseconds is None else f"host {p.host_milliseconds:7.3f} ms"
         memory = "" if p.extra_mebibytes is None else f"{p.extra_mebibytes:9.0f} MiB"
-        lines.append(
-            f"{p.case:26s} {p.implementation:10s} {p.what:17s} {p.milliseconds:10.4f} ms {share:15s} {memory} {p.note}"
-        )
+        name = f"{p.case:26s} {p.implementation:10s} {p.what:17s}"
+        lines.append(f"{name} {p.milliseconds:10.4f} ms {share:15s} {host} {memory} {p.note}")
     return "\n".join(lines)
 
 
@@ -98,6 +101,24 @@ def median_milliseconds(run: Callable[[], object], *, budget: float = 0.4, least
         end.record()
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def device_milliseconds(run: Callable[[], object]) -> tuple[float, float]:
+    """(device, host) time of `run`: replays of its captured graph, and the enqueueing of it without waiting."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(5):
+        run()
+    host = (time.perf_counter() - begin) / 5
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return median_milliseconds(graph.replay), 1e3 * host
 
 
 def extra_mebibytes(run: Callable[[], object], kept: int) -> float:

@@ -14,7 +14,7 @@ from retnet.kernels.decay_grad import decay_gradient
 from retnet.kernels.layout import Layout
 from retnet.kernels.segment import read_segments
 from retnet.kernels.states import walk_states
-from retnet.kernels.tiles import Tiles, device_family, device_key, multiprocessors, stored_tiles, tiles_for
+from retnet.kernels.tiles import Tiles, tiles_on
 
 
 def portable_forward(
@@ -139,19 +139,7 @@ def portable_tiles(
 ) -> Tiles:
     """The block shapes for q [B, T, G, K] and v [B, T, H, V] in `num_sequences` sequences."""
     heads = num_sequences * v.shape[2]
-    K, V, device = q.shape[-1], v.shape[-1], q.device
-    tuned = stored_tiles().get(device_key(device, v.dtype, K, V)) if device.type == "cuda" else None
-    return tiles_for(
-        device_family(device),
-        v.dtype,
-        K,
-        V,
-        heads=heads,
-        processors=multiprocessors(device),
-        per_token=per_token,
-        chunk_size=chunk_size,
-        tuned=tuned,
-    )
+    return tiles_on(q.device, v.dtype, q.shape[-1], v.shape[-1], heads, per_token, chunk_size)
 
 
 def _prepare(

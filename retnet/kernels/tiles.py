@@ -83,6 +83,12 @@ def device_key(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str:
     return f"{torch.cuda.get_device_name(device)}, {dtype}, {K}, {V}"
 
 
+def forget_stored_tiles() -> None:
+    """Let the next call read `cache_file` again."""
+    stored_tiles.cache_clear()
+    tiles_on.cache_clear()
+
+
 @cache
 def stored_tiles() -> dict[str, Tiles]:
     """What `tune` stored on this machine, read once a process."""
@@ -123,6 +129,25 @@ def power_of_two(n: int) -> int:
 def nearest_segment(chunk_size: int) -> int:
     """The supported segment length nearest to a requested chunk size, the shorter one of two as near."""
     return min(SEGMENTS, key=lambda length: (abs(length - chunk_size), length))
+
+
+@cache
+def tiles_on(
+    device: torch.device, dtype: torch.dtype, K: int, V: int, heads: int, per_token: bool, chunk_size: int | None
+) -> Tiles:
+    """`tiles_for` this device, with what was tuned on it; looked up once, since it is asked on every call."""
+    tuned = stored_tiles().get(device_key(device, dtype, K, V)) if device.type == "cuda" else None
+    return tiles_for(
+        device_family(device),
+        dtype,
+        K,
+        V,
+        heads=heads,
+        processors=multiprocessors(device),
+        per_token=per_token,
+        chunk_size=chunk_size,
+        tuned=tuned,
+    )
 
 
 def tiles_for(

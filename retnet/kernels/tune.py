@@ -27,8 +27,8 @@ from retnet.kernels.tiles import (
     Tiles,
     cache_file,
     device_key,
+    forget_stored_tiles,
     power_of_two,
-    stored_tiles,
 )
 
 Tile = TypeVar("Tile", StateTile, SegmentTile)
@@ -68,7 +68,7 @@ def tune(
     table = json.loads(path.read_text()) if path.exists() else {}
     table[device_key(torch.device("cuda"), dtype, K, V)] = asdict(best[1])
     path.write_text(json.dumps(table, indent=1, sort_keys=True))
-    stored_tiles.cache_clear()
+    forget_stored_tiles()
     return best[1]
 
 

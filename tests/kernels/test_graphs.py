@@ -122,7 +122,7 @@ def test_tuned_shapes_are_stored_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv("RETNET_CACHE", str(tmp_path))
     monkeypatch.setattr("retnet.kernels.tune.SEGMENTS", (64,))
     monkeypatch.setattr("retnet.kernels.tune._state_tiles", lambda K, V: iter([tiles.StateTile(32, 32, 32, 4, 3)]))
-    tiles.stored_tiles.cache_clear()
+    tiles.forget_stored_tiles()
     try:
         tuned = tune(32, 32)
         assert tiles.stored_tiles()[tiles.device_key(torch.device("cuda"), torch.bfloat16, 32, 32)] == tuned
@@ -130,4 +130,4 @@ def test_tuned_shapes_are_stored_and_used(tmp_path, monkeypatch):
         assert retention_plan(q, v).detail["state"]["BT"] == 32
         assert retention_plan(q, v).chunk_size == 64
     finally:
-        tiles.stored_tiles.cache_clear()
+        tiles.forget_stored_tiles()
