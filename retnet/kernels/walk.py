@@ -102,7 +102,7 @@ def walk_forward(
     final = call.walk(q, k, v, starts, reverse=False, out=out, store_final=cu_seqlens is None)
     if cu_seqlens is not None:
         final = call.walk(None, k, v, None, reverse=False, out=None, store_final=True, documents=cu_seqlens)
-    return out, final[:, :, -1].to(state_dtype)
+    return out, final[:, :, -1].to(state_dtype).contiguous()
 
 
 def walk_backward(
@@ -132,7 +132,7 @@ def walk_backward(
     if cu_seqlens is not None:
         shape = (cu_seqlens.shape[0] - 1, v.shape[2], 1, q.shape[3], v.shape[3])
         dstate = torch.zeros(shape, dtype=torch.float32, device=v.device)
-    return dq, dk, dv, dstate[:, :, 0]
+    return dq, dk, dv, dstate[:, :, 0].contiguous()
 
 
 def walk_plan(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> dict[str, object]:
