@@ -74,9 +74,9 @@ def explain(
     _print_parameters(config)
     _print_costs(config)
     if picture is not None:
-        from retnet.stack.picture import draw_stack
+        from retnet.stack.picture import draw_stack, save_picture
 
-        draw_stack(stack, config).savefig(picture, dpi=150)
+        save_picture(draw_stack(stack, config), picture)
         console.print(f"picture written to {picture}", markup=False, soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ Three panels share the rows: the layer's parameters (mixer in its colour, feed-f
 head can use the context, and the bytes the layer carries per sequence as the context grows.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retnet.models.config import ModelConfig
@@ -25,7 +26,7 @@ KIB = 1024
 
 
 def draw_stack(stack: Stack, config: ModelConfig) -> "Figure":
-    """The picture of a stack built as `config`; save it with `figure.savefig(file)`."""
+    """The picture of a stack built as `config`, for `save_picture`."""
     from matplotlib.figure import Figure
 
     rows = summarize(stack, config)
@@ -45,6 +46,17 @@ def draw_stack(stack: Stack, config: ModelConfig) -> "Figure":
     _labels(panels[0], rows)
     _title(figure, stack, rows, config)
     return figure
+
+
+def save_picture(figure: "Figure", path: Path) -> None:
+    """Write the picture in the format that the path's ending names; the same bytes every time.
+
+    Raises ValueError for a format that matplotlib does not write.
+    """
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "retnet"}):
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _style(axes: "Axes", count: int) -> None:
@@ -123,7 +135,7 @@ def _states(axes: "Axes", rows: list[LayerSummary], config: ModelConfig, context
     shades = (
         f"after {', '.join(short_tokens(tokens) for tokens in reversed(contexts))} tokens" if grows else "at any length"
     )
-    axes.set_xlabel(f"state of a sequence, {shades}")
+    axes.set_xlabel(f"state of a sequence {shades}")
 
 
 def to_rgb_over_white(colour: str, alpha: float) -> tuple[float, ...]:

@@ -32,7 +32,7 @@ def training_defaults(spec: Spec, given: Collection[str] = ()) -> dict[str, Any]
         values["lr_scheduler_kwargs"] = {"min_lr_rate": hints.lr_floor_ratio}
     if hints.optimizer != "adamw" and "optim" not in given:
         raise ValueError(
-            f"training_hints.optimizer is {hints.optimizer}; `retnet train` accepts adamw there (optim=... chooses another)"
+            f"training_hints.optimizer is {hints.optimizer}; `retnet train` accepts adamw there (optim=... overrides)"
         )
     return {field: value for field, value in values.items() if field not in given}
 

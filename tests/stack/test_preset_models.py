@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from retnet.models.cost import idle_parameters, model_cost, parameter_counts
+from retnet.models.cost import idle_parameters, mixer_costs, model_cost, parameter_counts
 from retnet.models.generation import generate
 from retnet.models.lm import LanguageModel
 from retnet.stack.build import model_config
@@ -58,3 +59,14 @@ def test_mini_learns_in_ten_steps_and_decodes_what_it_would_predict(name):
         full = model(torch.cat([prompt, new], 1)).logits[:, 39:-1]
     assert torch.equal(full.argmax(-1), new)
     assert F.cross_entropy(full.flatten(0, 1), new.flatten()) < 6
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_counted_matrix_products_are_what_the_cost_model_says_of_weights(name):
+    """What mixers do beside their projections is in no product that the counter sees; biases and norms hardly count."""
+    config, tokens = model_config(load_preset(name)), 128
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        LanguageModel(config).eval()(torch.zeros(1, tokens, dtype=torch.long))
+    beside = sum(cost.forward_flops for cost in mixer_costs(config, tokens))
+    weights = model_cost(config, tokens).forward_flops - beside
+    assert counter.get_total_flops() / tokens == pytest.approx(weights, rel=0.02)
