@@ -41,4 +41,4 @@ def train(
     parts = [f"{summary.tokens / 1e6:.2f}M tokens in {summary.seconds:.0f} s ({rate:,.0f} tokens/s)"]
     if summary.valid_bits_per_byte is not None:
         parts.append(f"validation {summary.valid_bits_per_byte:.3f} bits per byte")
-    console.print("; ".join([*parts, f"saved in {recipe.training['output_dir']}"]), soft_wrap=True)
+    console.print("; ".join([*parts, f"saved in {recipe.training['output_dir']}"]), highlight=False, soft_wrap=True)

@@ -74,6 +74,10 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; the Trainer does not say when a run was interrupted."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

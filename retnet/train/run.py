@@ -106,7 +106,10 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         _describe(console, recipe, model, split, train_rows)
-    outcome = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    try:
+        outcome = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    finally:
+        progress.close()
     valid_loss = trainer.evaluate()["eval_loss"] if arguments.do_eval else None
     output = Path(str(arguments.output_dir))
     trainer.save_model(str(output))

@@ -205,3 +205,35 @@ def test_eval_refuses_missing_and_empty_data(capsys, byte_model, tmp_path):
     assert "no such file or folder" in wrong_input(capsys, "eval", byte_model, "--data", tmp_path / "gone")
     (tmp_path / "empty.txt").touch()
     assert "1 files seen, 1 empty" in wrong_input(capsys, "eval", byte_model, "--data", tmp_path)
+
+
+def test_train_goes_from_text_to_a_model_that_every_verb_takes(capsys, byte_model, text_folder, tmp_path):
+    output = tmp_path / "trained"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("length: 32\nmax_steps: 2\nper_device_train_batch_size: 2\nsave_strategy: no\n")
+    words = ("train", recipe, f"output_dir={output}", "--data", text_folder, "--model", byte_model)
+    assert run(*words, "valid_fraction=0.2") == 0
+    assert f"saved in {output}" in capsys.readouterr().out
+    assert run("generate", output, "state", "--max-tokens", 5, "--no-stats") == 0
+    assert run("check", output, "--length", 16, "--dtype", "float32") == 0
+    assert run("info", output) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "model is missing"),
+        (["a.yaml", "b.yaml"], "one recipe at a time, got a.yaml, b.yaml"),
+        (["gone.yaml"], "no such recipe: gone.yaml"),
+        (["model=retnet-tiny", "data=gone"], "no such file or folder: gone"),
+        (["model=retnet-tinny", "data=stdlib"], "no model 'retnet-tinny'"),
+        (["model=retnet-tiny", "data=stdlib", "learning_rte=1"], "did you mean 'learning_rate'?"),
+    ],
+)
+def test_train_refuses_what_it_cannot_start_with(capsys, words, message):
+    assert message in wrong_input(capsys, "train", *words)
+
+
+def test_train_refuses_a_folder_without_text(capsys, tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    assert "1 files seen, 0 empty, 1 binary" in wrong_input(capsys, "train", "model=retnet-tiny", f"data={tmp_path}")
