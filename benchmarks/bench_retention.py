@@ -151,7 +151,7 @@ def plot(rows: Path, folder: Path) -> None:
     points = [row for row in points if (case := Case.parse(row["case"])).B * case.T == 32768 and case.K == 256]
     for name, label, column in (
         ("time", "forward + backward, milliseconds", "milliseconds"),
-        ("memory", "peak memory beyond inputs, outputs, gradients, MiB", "extra_mebibytes"),
+        ("memory", "peak memory beyond inputs and results, MiB", "extra_mebibytes"),
     ):
         figure, axes = pyplot.subplots(figsize=(6, 4))
         for implementation in dict.fromkeys(row["implementation"] for row in points):

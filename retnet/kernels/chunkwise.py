@@ -1,8 +1,8 @@
 """Chunkwise retention on the GPU: which kernels take a call, and a plan that says so.
 
 `portable` takes every argument. On Hopper GPUs, 16 bits with a fixed decay and one query head a value head goes to
-`walk`, which keeps the state on chip (and has no gradient of log_decay and no states of packed sequences). Both are deterministic and
-neither waits for the device.
+`walk`, which keeps the state on chip (and has no gradient of log_decay and no states of packed sequences). Both are
+deterministic and neither waits for the device.
 """
 
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retnet.kernels.portable import portable_backward, portable_forward, portable_tiles
 from retnet.kernels.states import stored_dtype
-from retnet.kernels.tiles import device_family
+from retnet.kernels.tiles import device_family, step_tile
 
 
 def retention_forward(
@@ -66,8 +66,10 @@ def retention_backward(
 
 
 def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None) -> dict[str, object]:
-    """The kernels and block shapes that q [B, T, G, K] and v [B, T, H, V] will run with, whatever `mode` asks: on a GPU
-    the parallel form is the chunkwise one, whose first segment it is."""
+    """The kernels and block shapes that q [B, T, G, K] and v [B, T, H, V] will run with in a mode."""
+    if mode == "recurrent":
+        BV, warps = step_tile(q.shape[-1], v.shape[-1], v.shape[0] * v.shape[2], torch.float32)
+        return {"kernels": "step", "device_family": device_family(q.device), "BV": BV, "warps": warps}
     tiles = portable_tiles(q, v, q.shape[0], chunk_size)
     result: dict[str, object] = {
         "kernels": "portable",

@@ -111,6 +111,7 @@ def test_a_plan_names_what_will_run():
     assert plan.chunk_size == plan.detail["segment"]
     assert retention_plan(q, v, chunk_size=60).chunk_size == 64
     assert retention_plan(q, v, mode="parallel").backend == "aten"
+    assert retention_plan(q[:, :1], v[:, :1]).detail["kernels"] == "step"
     with pytest.raises(ValueError, match="parallel"):
         retention_plan(q, v, mode="parallel", backend="triton")
 
