@@ -17,9 +17,9 @@ from retnet.layers.layout import TokenLayout
 from retnet.layers.state import AttentionState
 from retnet.ops.attention import (
     alibi_slopes,
+    block_mask,
     cached_attention,
     causal_attention,
-    document_block_mask,
     flex_causal_attention,
 )
 from retnet.ops.ragged import equal_blocks
@@ -31,8 +31,9 @@ class AttentionConfig:
     """num_kv_heads: heads of keys and values, each read by num_heads / num_kv_heads heads of queries (1: multi-query).
 
     head_dim: width of a head. rotary: convention of `retnet.ops.rotary`, its frequencies from rotary_base, positions
-    divided by rotary_factor, or stretched by it with YaRN from rotary_yarn_length tokens. alibi: a penalty linear in the
-    distance. window: tokens that a query sees, itself included (all if None). dropout: of attention weights, in training.
+    divided by rotary_factor, or stretched by it with YaRN from rotary_yarn_length tokens. alibi: a penalty linear in
+    the distance. window: tokens that a query sees, itself included (all if None). dropout: of attention weights, in
+    training.
     """
 
     num_heads: int
@@ -74,6 +75,7 @@ class Attention(nn.Module):
     """x [B, T, D] -> y [B, T, D], keys and values of the tokens seen."""
 
     FLEX_TOKENS = 128  # below, compiling and masking blocks costs more than it skips
+    FLEX_HEAD_DIM = 16  # narrower heads it does not take
 
     def __init__(self, config: AttentionConfig, d_model: int):
         super().__init__()
@@ -113,9 +115,10 @@ class Attention(nn.Module):
     def _fresh(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         options = self._options(q)
         skips = layout.cu_seqlens is not None or options["window"] is not None or options["slopes"] is not None
-        if q.is_cuda and skips and not options["dropout"] and q.shape[1] >= self.FLEX_TOKENS:
+        flexible = self.config.head_dim >= self.FLEX_HEAD_DIM and not options["dropout"]
+        if q.is_cuda and skips and flexible and q.shape[1] >= self.FLEX_TOKENS:
             window = options["window"]
-            mask = layout.once(("block_mask", window), lambda: document_block_mask(layout.sequences, window))
+            mask = layout.once(("block_mask", window), lambda: block_mask(layout.first_seen(window)))
             return flex_causal_attention(q, k, v, mask, options["slopes"])
         bounds = layout.bounds
         if bounds is None:

@@ -94,6 +94,13 @@ class TokenLayout:
             return self.once("sequences", lambda: _documents(cu_seqlens, T)[None])
         return torch.arange(B, device=self.positions.device)[:, None].expand(B, T)
 
+    def first_seen(self, window: int | None) -> Tensor:
+        """The first place in its row that each token [B, T] may look at: its document's, or its window's, start."""
+        B, T = self.positions.shape
+        places = torch.arange(T, device=self.positions.device).expand(B, T)
+        first = torch.zeros_like(places) if self.cu_seqlens is None else self.cu_seqlens.long()[self.sequences]
+        return first if window is None else first.maximum(places - window + 1)
+
     @property
     def bounds(self) -> list[int] | None:
         """cu_seqlens as numbers, None if there are none. Waits for a GPU, once a call."""

@@ -126,21 +126,24 @@ def _attend(
     return out.unflatten(2, (H // G, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def document_block_mask(documents: Tensor, window: int | None):
-    """What `flex_causal_attention` may skip: documents [B, T] tells which sequence each token of a row belongs to."""
+def block_mask(first_seen: Tensor):
+    """What `flex_causal_attention` may skip: token i of row b sees the tokens from first_seen [B, T] to itself.
+
+    Windows and documents differ in the values of one tensor alone, so that one compiled kernel serves them all:
+    torch.compile gives up on a function, for good and for a slow one, after its eighth variant.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        allowed = (documents[b, i] == documents[b, j]) & (i >= j)
-        return allowed if window is None else allowed & (i - j < window)
+        return (j <= i) & (j >= first_seen[b, i])
 
-    B, T = documents.shape
+    B, T = first_seen.shape
     # Compiled, since the plain version holds the whole [T, T] mask.
-    return create_block_mask(seen, B, None, T, T, device=documents.device, _compile=True)
+    return create_block_mask(seen, B, None, T, T, device=first_seen.device, _compile=first_seen.is_cuda)
 
 
-def flex_causal_attention(q: Tensor, k: Tensor, v: Tensor, block_mask, slopes: Tensor | None = None) -> Tensor:
-    """`causal_attention` on CUDA under a mask of `document_block_mask`, without dropout; the same shapes."""
+def flex_causal_attention(q: Tensor, k: Tensor, v: Tensor, mask, slopes: Tensor | None = None) -> Tensor:
+    """`causal_attention` on CUDA under a mask made by `block_mask`, without dropout; the same shapes."""
 
     def penalised(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score - slopes[h] * (i - j)  # type: ignore[index]
@@ -150,7 +153,7 @@ def flex_causal_attention(q: Tensor, k: Tensor, v: Tensor, block_mask, slopes: T
         k.transpose(1, 2),
         v.transpose(1, 2),
         score_mod=None if slopes is None else penalised,
-        block_mask=block_mask,
+        block_mask=mask,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)

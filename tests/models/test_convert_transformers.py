@@ -4,6 +4,7 @@ Models are random, at unit gain, and saved and read as directories. transformers
 to float32 whatever the model; `float64_inside` widens these casts, so that float64 means it on both sides.
 """
 
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -55,6 +56,12 @@ def float64_inside(monkeypatch):
     for module in (modeling_llama, modeling_rope_utils, modeling_mamba, modeling_mamba2):
         monkeypatch.setattr(module, "torch", _Widened())
     monkeypatch.setattr(Tensor, "float", Tensor.double)
+
+
+def needs_right_groups(case: str) -> None:
+    """Older versions give head h the group h % G in the whole forward, but h // (H / G) in the cached one."""
+    if case == "mamba2, groups" and "repeat_interleave" not in inspect.getsource(modeling_mamba2):
+        pytest.skip("this version of transformers tiles the groups of Mamba-2 where its kernels repeat them")
 
 
 def peer(options: dict, dtype: torch.dtype) -> transformers.PreTrainedModel:
@@ -128,11 +135,13 @@ def our_greedy(model: LanguageModel, ids: Tensor, count: int) -> Tensor:
 @pytest.mark.usefixtures("float64_inside")
 @pytest.mark.parametrize("case", list(CASES))
 def test_float64_logits_are_those_of_transformers_whole_cached_and_greedy(case, tmp_path):
+    needs_right_groups(case)
     compare(CASES[case], torch.float64, 1e-10, tmp_path)
 
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_float32_logits_are_those_of_transformers_whole_cached_and_greedy(case, tmp_path):
+    needs_right_groups(case)
     compare(CASES[case], torch.float32, 1e-5, tmp_path)
 
 

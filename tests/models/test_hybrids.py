@@ -156,3 +156,21 @@ def test_a_block_without_feed_forward_adds_its_mixer_alone():
     nn.init.zeros_(block.mixer.out_proj.weight)
     x = torch.randn(1, 3, D, dtype=torch.float64)
     assert torch.equal(block(x, None, TokenLayout.of((1, 3), x.device))[0], x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_cuda_equals_the_cpu_in_logits_gradients_and_decoding(packed):
+    tokens, bounds = ids(1, 200), torch.tensor([0, 70, 71, 200]) if packed else None
+    results = []
+    for device in ("cpu", "cuda"):
+        model = hybrid(init_std=0.2).float().to(device)
+        at = {"cu_seqlens": None if bounds is None else bounds.to(device)}
+        loss = model.loss(tokens.to(device), tokens.to(device), **at)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            out = model(tokens.to(device), carry=True, **at)
+            step = model(tokens[:, :3].view(3, 1)[: len(out.state.position)].to(device), out.state, in_place=True)
+        results.append([x.cpu() for x in (out.logits, step.logits, *grads)])
+    for cpu, cuda in zip(*results):
+        assert (cuda - cpu).norm() <= 5e-3 * cpu.norm() + 1e-6

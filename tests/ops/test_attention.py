@@ -4,7 +4,9 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
+from retnet.layers.layout import TokenLayout
 from retnet.ops import attention
 from retnet.ops.attention import alibi_slopes, cached_attention, causal_attention
 
@@ -58,25 +60,47 @@ def test_alibi_slopes_are_those_of_the_paper():
     torch.testing.assert_close(alibi_slopes(12)[8:], 2.0 ** -torch.tensor([0.5, 1.5, 2.5, 3.5]))
 
 
+def flex_inputs(device: str, dtype: torch.dtype, T: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(1, T, 8, head_dim), (1, T, 2, head_dim), (1, T, 2, head_dim)]
+    return tuple(torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes)
+
+
+def flex_mask(bounds: list[int], window: int | None, device: str):
+    cu_seqlens = torch.tensor(bounds, device=device)
+    layout = TokenLayout.of((1, bounds[-1]), cu_seqlens.device, cu_seqlens=cu_seqlens)
+    return attention.block_mask(layout.first_seen(window))
+
+
+def one_by_one(q, k, v, bounds, window, slopes) -> Tensor:
+    documents = [slice(a, b) for a, b in pairwise(bounds)]
+    return torch.cat([causal_attention(q[:, d], k[:, d], v[:, d], window=window, slopes=slopes) for d in documents], 1)
+
+
+VARIANTS = [(None, False), (7, False), (None, True), (7, True)]
+
+
+@pytest.mark.parametrize(("window", "alibi"), VARIANTS)
+def test_masks_for_flex_attention_part_documents_and_windows(monkeypatch, window, alibi):
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)
+    q, k, v = (x.detach() for x in flex_inputs("cpu", torch.float64, 40, 16))
+    slopes, bounds = alibi_slopes(8) if alibi else None, [0, 12, 12, 13, 40]
+    out = attention.flex_causal_attention(q, k, v, flex_mask(bounds, window, "cpu"), slopes)
+    torch.testing.assert_close(out, one_by_one(q, k, v, bounds, window, slopes), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("window", "alibi"), [(None, False), (50, False), (None, True), (50, True)])
+@pytest.mark.parametrize(("window", "alibi"), VARIANTS)
 def test_flex_attention_equals_documents_one_by_one(dtype, window, alibi):
-    generator = torch.Generator().manual_seed(1)
     bounds = [0, 130, 131, 300, 517]
-    shapes = [(1, 517, 8, 64), (1, 517, 2, 64), (1, 517, 2, 64)]
-    q, k, v = (torch.randn(s, generator=generator).cuda().to(dtype).requires_grad_() for s in shapes)
+    q, k, v = flex_inputs("cuda", dtype, 517, 64)
     slopes = alibi_slopes(8).cuda() if alibi else None
-    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(bounds).diff())[None].cuda()
-    mask = attention.document_block_mask(documents, window)
-    out = attention.flex_causal_attention(q, k, v, mask, slopes)
+    out = attention.flex_causal_attention(q, k, v, flex_mask(bounds, window, "cuda"), slopes)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = torch.cat(
-        [causal_attention(*(x[:, a:b] for x in wide), window=window, slopes=slopes) for a, b in pairwise(bounds)],
-        1,
-    )
-    weight = torch.randn(out.shape, generator=generator).cuda()
-    grads = torch.autograd.grad((out.float() * weight).sum(), (q, k, v))
+    expected = one_by_one(*wide, bounds, window, slopes)
+    weight = torch.randn_like(expected)
+    grads = torch.autograd.grad((out.double() * weight).sum(), (q, k, v))
     expected_grads = torch.autograd.grad((expected * weight).sum(), wide)
     tolerance = 2e-3 if dtype == torch.float32 else 2e-2
     for x, ref in zip((out, *grads), (expected, *expected_grads)):
