@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from retnet.stack.summary import LayerSummary
 
 CONTEXTS = (1024, 8192, 32768, 131072)
-SOURCE_FILE = "stack.yml"  # a compiled directory's copy of what it was compiled from
 
 stack_app = typer.Typer(
     help="Architectures in YAML: attention, Mamba, RetNet and Hyena in one model.", no_args_is_help=True
@@ -25,7 +24,9 @@ stack_app = typer.Typer(
 presets_app = typer.Typer(help="The stacks that come with the package.", no_args_is_help=True)
 stack_app.add_typer(presets_app, name="presets")
 
-StackName = Annotated[str, typer.Argument(metavar="STACK", help="A stack's file, or a stack preset's name.")]
+StackName = Annotated[
+    str, typer.Argument(metavar="STACK", help="A stack's file, a stack preset's name, or a model compiled from one.")
+]
 
 
 @stack_app.command()
@@ -97,9 +98,17 @@ def compile_stack(
     stack = _open(name)
     config = model_config(stack)
     save_model(LanguageModel(config), output_dir)
-    (output_dir / SOURCE_FILE).write_text(stack.text, encoding="utf-8")
     total = parameter_counts(config)["total"]
     console.print(f"{config.name}: {total} parameters in {config.dtype}, written to {output_dir}", soft_wrap=True)
+
+
+@stack_app.command()
+def source(name: StackName) -> None:
+    """Print the text of a stack: of a model, what it was compiled from.
+
+    Example: retnet stack source my-model > my-stack.yml
+    """
+    print(_open(name).text, end="")
 
 
 @presets_app.command("list")
@@ -136,6 +145,13 @@ def copy_preset(
 
 
 def _open(name: str) -> Stack:
+    if Path(name).is_dir():
+        from retnet.stack.resolve import resolve_stack
+
+        stack = resolve_stack(name)
+        if stack is None:
+            raise ValueError(f"the model in {name} was not compiled from a stack")
+        return stack
     from retnet.stack import load_stack
     from retnet.stack.presets import load_preset, preset_names
 

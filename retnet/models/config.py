@@ -1,6 +1,6 @@
 """`ModelConfig`, the one truth about a model: presets, stacks and converters make it, everything else reads it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ class ModelConfig:
     logit_soft_cap c: c tanh(x / c).
     init: a row of `retnet.models.init.INIT`. gradient_checkpointing recomputes blocks in the backward.
     float32_norms: the weights of norms and of MoE routers stay in float32 whatever dtype the others have.
+    source: the text of the stack that it was compiled from, if it was; not part of what the model is.
     """
 
     vocab_size: int
@@ -40,6 +41,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    source: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model"):

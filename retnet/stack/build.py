@@ -56,6 +56,7 @@ def model_config(stack: Stack) -> ModelConfig:
         dtype=spec.model.dtype,
         float32_norms=spec.compatibility is not None and spec.compatibility.dtype_policy == "layered_safe",
         gradient_checkpointing=hints.checkpointing,
+        source=stack.text,
         bos_token_id=BYTE_DOCUMENT_START if spec.tokenizer_contract.pretrained == BYTES else None,
     )
 

@@ -12,20 +12,29 @@ from retnet.models.lm import LanguageModel
 from retnet.models.presets import PRESETS, preset
 
 from .build import model_config
-from .load import Stack, load_stack
+from .load import Stack, load_stack, parse_stack
 from .presets import load_preset, preset_names
 
 STACK_SUFFIXES = (".yml", ".yaml")
 
 
-def resolve_stack(name: str) -> Stack | None:
-    """The stack that a name stands for: one in the package or a file; None if it stands for something else.
-
-    Raises StackError for a file with faults.
-    """
+def written_stack(name: str) -> Stack | None:
+    """The stack that a name stands for: one in the package, or a file. Raises StackError for a file with faults."""
     if name in preset_names():
         return load_preset(name)
     return load_stack(name) if name.endswith(STACK_SUFFIXES) else None
+
+
+def resolve_stack(name: str) -> Stack | None:
+    """The stack of a model: written down, or what a saved model was compiled from; None if there is none.
+
+    Raises StackError for a file with faults, ValueError or FileNotFoundError for a directory without a model of ours.
+    """
+    stack = written_stack(name)
+    if stack is not None or name in PRESETS or not Path(name).is_dir():
+        return stack
+    source = load_config(name).source
+    return None if source is None else parse_stack(source, name)
 
 
 def resolve_config(name: str) -> ModelConfig:
@@ -35,7 +44,7 @@ def resolve_config(name: str) -> ModelConfig:
     """
     if name in PRESETS:
         return preset(name)
-    stack = resolve_stack(name)
+    stack = written_stack(name)
     if stack is not None:
         return model_config(stack)
     _check_exists(name)

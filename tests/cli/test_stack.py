@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from retnet.cli import main
-from retnet.models.directory import load_model
-from retnet.stack import load_stack
+from retnet.models.directory import load_model, save_model
+from retnet.models.lm import LanguageModel
+from retnet.models.presets import retnet_config
 from retnet.stack.presets import preset_names, preset_text
 
 MINI = "arch_intermediate_gemma2_mini"
@@ -75,8 +76,17 @@ def test_compile_writes_a_model_and_its_source(capsys, tmp_path):
     assert run("compile", MINI, "--output-dir", tmp_path / "out") == 0
     model = load_model(tmp_path / "out")
     assert model.config.name == MINI.replace("_", "-")
-    assert load_stack(tmp_path / "out" / "stack.yml").text == preset_text(MINI)
     assert "1033632 parameters" in capsys.readouterr().out
+    assert run("source", tmp_path / "out") == 0
+    assert capsys.readouterr().out == preset_text(MINI)
+    assert run("explain", tmp_path / "out") == 0
+    assert "GeGLU 432" in capsys.readouterr().out
+
+
+def test_a_model_that_was_not_compiled_from_a_stack_has_no_source(capsys, tmp_path):
+    save_model(LanguageModel(retnet_config("plain", 1, 32, 2, vocab_size=9)), tmp_path / "plain")
+    assert run("source", tmp_path / "plain") == 2
+    assert "was not compiled from a stack" in capsys.readouterr().err
 
 
 def test_presets_are_listed_shown_and_copied(capsys, tmp_path):

@@ -1,0 +1,71 @@
+"""MODEL by name: presets of both kinds, stack files, saved directories; one model behind them all."""
+
+import pytest
+import torch
+
+from retnet.models.directory import save_model
+from retnet.models.lm import LanguageModel
+from retnet.models.presets import preset, retnet_config
+from retnet.stack import StackError
+from retnet.stack.presets import preset_text
+from retnet.stack.resolve import resolve_config, resolve_model, resolve_stack
+
+from .specs import changed
+
+MINI = "arch_advanced_retnet_mini"
+# The paper's architecture at a small size, written as a stack.
+PAPER = """\
+schema_version: 1
+model: {name: paper, d_model: 64, vocab_size: 257, max_seq_len: 128, n_heads: 2, mlp_ratio: 2, dtype: float32}
+tokenizer_contract: {type: hf, pretrained: bytes}
+embedding: {type: learned, positional: rope}
+layer_templates:
+  r:
+    mixer: {type: retnet}
+    ffn: {type: mlp, activation: gelu}
+    norm: {type: layernorm}
+layer_schedule: [{template: r, repeat: 3}]
+head: {type: causal_lm}
+training_hints: {init: paper, seed: 0}
+"""
+
+
+def test_a_stack_of_retention_is_the_model_of_the_foundation(tmp_path):
+    path = tmp_path / "paper.yml"
+    path.write_text(PAPER)
+    foundation = LanguageModel(retnet_config("paper", 3, 64, 2, vocab_size=257, bos_token_id=256)).eval()
+    model = resolve_model(str(path))
+    ids = torch.arange(100)[None]
+    assert model.state_dict().keys() == foundation.state_dict().keys()
+    torch.testing.assert_close(model(ids).logits, foundation(ids).logits)
+
+
+def test_names_files_and_directories_stand_for_the_same_model(tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_text(preset_text(MINI))
+    model = resolve_model(MINI)
+    save_model(model, tmp_path / "saved")
+    ids = torch.arange(50)[None]
+    for name in (str(path), str(tmp_path / "saved")):
+        assert resolve_config(name) == model.config
+        assert torch.equal(resolve_model(name)(ids).logits, model(ids).logits)
+        assert resolve_stack(name).text == preset_text(MINI)
+
+
+def test_presets_of_the_foundation_are_no_stacks():
+    assert resolve_stack("retnet-tiny") is None
+    assert resolve_config("retnet-tiny") == preset("retnet-tiny")
+
+
+def test_a_name_that_stands_for_nothing_is_answered_with_all_that_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"retnet-tiny.*arch_advanced_jamba"):
+        resolve_model(str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError):
+        resolve_config(str(tmp_path))
+
+
+def test_a_faulty_file_is_told_with_its_faults(tmp_path):
+    path = tmp_path / "faulty.yml"
+    path.write_text(changed(("d_model: 64", "d_model: 65")))
+    with pytest.raises(StackError, match=r"model.d_model"):
+        resolve_config(str(path))
