@@ -24,11 +24,11 @@ def by_definition(x, step, rate, write, read, state):
     return torch.stack(out, 1), state
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 11, 64])
-def test_outputs_state_and_gradients_equal_the_definition(chunk_size):
-    variables = [z.requires_grad_() for z in inputs()]
+@pytest.mark.parametrize(("chunk_size", "blocks"), [(1, 1), (4, 1), (11, 1), (64, 1), (4, 2), (6, 3), (12, 4), (8, 8)])
+def test_outputs_state_and_gradients_equal_the_definition(chunk_size, blocks):
+    variables = [z.requires_grad_() for z in inputs(T=24 if blocks > 1 else 11)]
     *tokens, state = variables
-    results = selective_scan(*tokens, state=state, chunk_size=chunk_size)
+    results = selective_scan(*tokens, state=state, chunk_size=chunk_size, blocks=blocks)
     expected = by_definition(*variables)
     weights = [torch.randn_like(z) for z in expected]
     for a, b in zip(results, expected):
