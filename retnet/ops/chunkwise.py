@@ -165,8 +165,12 @@ def forward(
     bounds: list[int] | None,
     chunk_size: int,
     state_dtype: torch.dtype,
+    return_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, T, H, V] in v's dtype, state [N, H, K, V] in state_dtype); bounds [N + 1] cut one packed row."""
+    """(out [B, T, H, V] in v's dtype, state [N, H, K, V] in state_dtype); bounds [N + 1] cut one packed row.
+
+    The state is not worked out for the last chunk, and means nothing, unless return_state.
+    """
     out = empty(v.shape, v.dtype)
     num_sequences = v.shape[0] if bounds is None else len(bounds) - 1
     final = torch.empty(num_sequences, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype)
@@ -183,7 +187,8 @@ def forward(
             )
             out_c.baddbmm_(walk.decayed("decayed q", q_c, decay.from_start), S.value)
             walk.store(out_, chunk, out_c)
-            walk.advance(S, k_c, v_c, decay)
+            if return_state or chunk.stop < walk.T:
+                walk.advance(S, k_c, v_c, decay)
         final[sequences] = S.value.view(S.shape)
     return out, final
 

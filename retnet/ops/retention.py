@@ -2,22 +2,20 @@
 
     S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t        out_t = scale q_t S_t
 
-This file checks arguments, chooses a form, and registers the torch.library operators `retnet::retention`,
-`retnet::retention_backward` and `retnet::retention_step_`, which dispatch to the CPU's streamed chunks
-(`ops/chunkwise.py`, `ops/recurrent.py`) or to the GPU kernels (`retnet/kernels`). No normaliser lives here: the paper's
+This file checks arguments, chooses a form, and calls the operators of `ops/library.py`, which dispatch to the CPU's
+streamed chunks or to the GPU kernels. No normaliser lives here: the paper's
 are invariances of the head norm that follows, or a layer's option (`decay_norm`).
 """
 
 import os
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from retnet.ops import chunkwise, recurrent, reference
-from retnet.ops.ragged import Compaction
+from retnet.ops import reference
+from retnet.ops.library import check_values, wide_dtype
 
 Mode = Literal["auto", "parallel", "recurrent", "chunkwise"]
 Backend = Literal["auto", "torch", "triton", "aten"]
@@ -77,12 +75,23 @@ def retention(
     _check(q, k, v, log_decay, state, mask, cu_seqlens)
     plan = _resolve(q, v, mode, chunk_size, backend)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    wide = _wide(v.dtype)
+    wide = wide_dtype(v.dtype)
     if plan.backend == "aten":
         out, final = _aten(plan, q, k, v, log_decay, scale, state, mask, cu_seqlens)
         return out, final.to(state_dtype or wide) if return_state else None
     out, final = torch.ops.retnet.retention(
-        q, k, v, log_decay, scale, state, mask, cu_seqlens, plan.mode, plan.chunk_size, state_dtype or wide
+        q,
+        k,
+        v,
+        log_decay,
+        scale,
+        state,
+        mask,
+        cu_seqlens,
+        plan.mode,
+        plan.chunk_size,
+        state_dtype or wide,
+        return_state,
     )
     return out, final if return_state else None
 
@@ -121,7 +130,8 @@ def retention_plan(
     from retnet.kernels.chunkwise import plan as kernel_plan
 
     detail = kernel_plan(q, v, plan.mode, plan.chunk_size)
-    return RetentionPlan(plan.mode, 1 if plan.mode == "recurrent" else cast(int, detail["segment"]), plan.backend, detail)
+    chunk_size = 1 if plan.mode == "recurrent" else cast(int, detail["segment"])
+    return RetentionPlan(plan.mode, chunk_size, plan.backend, detail)
 
 
 def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: Backend) -> RetentionPlan:
@@ -159,10 +169,6 @@ def _default_chunk_size(key_dim: int, value_dim: int) -> int:
     return 64 if key_dim * value_dim >= 256 * 256 else 128
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """q, k and v in the autocast dtype where autocast is on; decay and state always stay wide."""
     kind = tensors[0].device.type
@@ -194,7 +200,7 @@ def _check(
             f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; accepted: q and k [B, T, G, K], "
             "v [B, T, H, V] with the same B and T, G dividing H, and no empty head"
         )
-    wide = _wide(q.dtype)
+    wide = wide_dtype(q.dtype)
     if log_decay.shape not in ((H,), (B, T, H)) or log_decay.dtype != wide:
         raise ValueError(
             f"log_decay is {log_decay.dtype} of shape {list(log_decay.shape)}; accepted for these inputs: {wide} of "
@@ -230,19 +236,7 @@ def _check(
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} is on {x.device} and q on {q.device}; accepted: one device")
     if q.device.type == "cuda" and os.environ.get("RETNET_DEBUG") == "1":
-        _check_values(log_decay, cu_seqlens, T)
-
-
-def _check_values(log_decay: Tensor, cu_seqlens: Tensor | None, num_tokens: int) -> list[int] | None:
-    """The bounds in cu_seqlens as a list. Reads the tensors, so on a GPU it waits for them."""
-    if log_decay.numel() and not bool((log_decay <= 0).all()):
-        raise ValueError(f"log_decay reaches {log_decay.max().item()}; accepted: the log of a decay, <= 0 and no NaN")
-    if cu_seqlens is None:
-        return None
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_tokens or any(a > b for a, b in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens is {bounds}; accepted: rising from 0 to T = {num_tokens}")
-    return bounds
+        check_values(log_decay, cu_seqlens, T)
 
 
 def _aten(
@@ -257,7 +251,7 @@ def _aten(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The reference forms in float32 or wider: plain operators that torch.export and ONNX take."""
-    wide = _wide(v.dtype)
+    wide = wide_dtype(v.dtype)
     options = {"chunk_size": plan.chunk_size} if plan.mode == "chunkwise" else {}
     form = {"parallel": reference.parallel, "recurrent": reference.recurrent, "chunkwise": reference.chunkwise}[
         plan.mode
@@ -274,153 +268,3 @@ def _aten(
         **options,
     )
     return out.to(v.dtype), final
-
-
-@torch.library.custom_op("retnet::retention", mutates_args=(), device_types="cpu")
-def _retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mode: str,
-    chunk_size: int,
-    state_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    bounds = _check_values(log_decay, cu_seqlens, q.shape[1])
-    compaction = None if mask is None else Compaction.of(mask, cu_seqlens)
-    if compaction is not None:
-        bounds = compaction.bounds
-        q, k, v = (compaction.gather(x) for x in (q, k, v))
-        log_decay = log_decay if log_decay.dim() == 1 else compaction.gather(log_decay)
-    if mode == "recurrent":
-        out, final = recurrent.forward(q, k, v, log_decay, scale, state, bounds, state_dtype)
-    else:
-        out, final = chunkwise.forward(q, k, v, log_decay, scale, state, bounds, chunk_size, state_dtype)
-    return out if compaction is None else compaction.scatter(out), final
-
-
-@torch.library.custom_op("retnet::retention_backward", mutates_args=(), device_types="cpu")
-def _retention_backward(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mode: str,
-    chunk_size: int,
-    need_dlog_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
-    compaction = None if mask is None else Compaction.of(mask, cu_seqlens)
-    per_token = log_decay.dim() == 3
-    if compaction is not None:
-        bounds = compaction.bounds
-        dout, q, k, v = (compaction.gather(x) for x in (dout, q, k, v))
-        log_decay = compaction.gather(log_decay) if per_token else log_decay
-    dq, dk, dv, dlog, dstate = chunkwise.backward(
-        dout, dfinal, q, k, v, log_decay, scale, state, bounds, chunk_size, need_dlog_decay
-    )
-    if compaction is not None:
-        dq, dk, dv = (compaction.scatter(x) for x in (dq, dk, dv))
-        dlog = compaction.scatter(dlog) if dlog is not None and per_token else dlog
-    return dq, dk, dv, log_decay.new_empty(0) if dlog is None else dlog, dstate
-
-
-@torch.library.custom_op("retnet::retention_step_", mutates_args=("state",), device_types="cpu")
-def _retention_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float, mask: Tensor | None
-) -> Tensor:
-    _check_values(log_decay, None, q.shape[1])
-    return recurrent.step_(q, k, v, log_decay, state, scale, mask)
-
-
-@_retention.register_kernel("cuda")
-def _retention_cuda(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype):
-    if mode == "recurrent" and cu_seqlens is None:
-        from retnet.kernels.step import retention_recurrent
-
-        return retention_recurrent(q, k, v, log_decay, scale, state, mask, state_dtype)
-    from retnet.kernels.chunkwise import retention_forward
-
-    return retention_forward(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size, state_dtype)
-
-
-@_retention_backward.register_kernel("cuda")
-def _retention_backward_cuda(
-    dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, need_dlog_decay
-):
-    from retnet.kernels.chunkwise import retention_backward
-
-    dq, dk, dv, dlog, dstate = retention_backward(
-        dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size, need_dlog_decay
-    )
-    return dq, dk, dv, log_decay.new_empty(0) if dlog is None else dlog, dstate
-
-
-@_retention_step.register_kernel("cuda")
-def _retention_step_cuda(q, k, v, log_decay, state, scale, mask):
-    from retnet.kernels.step import retention_step
-
-    return retention_step(q, k, v, log_decay, state, scale, mask)
-
-
-@_retention.register_fake
-def _(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype):
-    num_sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = v.new_empty((num_sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=state_dtype)
-    return v.new_empty(v.shape), final
-
-
-@_retention_backward.register_fake
-def _(dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, need_dlog_decay):
-    num_sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dstate = v.new_empty((num_sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=_wide(v.dtype))
-    dlog = log_decay.new_empty(log_decay.shape if need_dlog_decay else 0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlog, dstate
-
-
-@_retention_step.register_fake
-def _(q, k, v, log_decay, state, scale, mask):
-    return v.new_empty(v.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, log_decay, state, mask, cu_seqlens)
-    ctx.scale, ctx.mode, ctx.chunk_size = scale, mode, chunk_size
-
-
-def _autograd_backward(ctx, dout: Tensor | None, dfinal: Tensor | None):
-    q, k, v, log_decay, state, mask, cu_seqlens = ctx.saved_tensors
-    dout = torch.zeros_like(v) if dout is None else dout
-    dq, dk, dv, dlog, dstate = torch.ops.retnet.retention_backward(
-        dout,
-        dfinal,
-        q,
-        k,
-        v,
-        log_decay,
-        ctx.scale,
-        state,
-        mask,
-        cu_seqlens,
-        ctx.mode,
-        ctx.chunk_size,
-        ctx.needs_input_grad[3],
-    )
-    dlog = dlog if ctx.needs_input_grad[3] else None
-    dstate = dstate.to(state.dtype) if ctx.needs_input_grad[5] else None
-    return dq, dk, dv, dlog, None, dstate, None, None, None, None, None
-
-
-_retention.register_autograd(_autograd_backward, setup_context=_setup_context)

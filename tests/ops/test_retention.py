@@ -130,6 +130,21 @@ def test_masked_tokens_change_nothing_for_the_others(holes, form):
     assert relative_error(result["final"], expected["final"]) < 1e-12
 
 
+@pytest.mark.parametrize("mode", ["parallel", "recurrent", "chunkwise"])
+def test_not_asking_for_the_state_changes_neither_outputs_nor_gradients(mode):
+    p = make_problem(2, 20, 1, 2, 8, 8, holes=True, seed=17)
+    p.dstate.zero_()
+    expected = p.solve(retention, mode=mode, chunk_size=8)
+
+    def without(*args, **options):
+        out, state = retention(*args, mode=mode, chunk_size=8, return_state=False, **options)
+        assert state is None
+        return out, torch.zeros_like(p.dstate)
+
+    for name, x in p.solve(without).items():
+        assert name == "final" or torch.equal(x, expected[name]), name
+
+
 def test_splitting_a_sequence_anywhere_changes_nothing():
     p = make_problem(2, 50, 2, 4, 8, 8, seed=7)
     whole, final = retention(p.q, p.k, p.v, p.log_decay, state=p.state)
@@ -191,7 +206,7 @@ def test_opcheck(packed):
     for mode in ("recurrent", "chunkwise"):
         torch.library.opcheck(
             torch.ops.retnet.retention,
-            (*inputs[:4], 0.5, inputs[4], p.mask, p.cu_seqlens, mode, 4, torch.float32),
+            (*inputs[:4], 0.5, inputs[4], p.mask, p.cu_seqlens, mode, 4, torch.float32, mode == "recurrent"),
         )
     if not packed:
         plain = [x.detach() for x in inputs]
