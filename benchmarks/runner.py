@@ -8,6 +8,7 @@ operations over the matrix rate, measured in the same run.
 
 import csv
 import importlib.metadata
+import os
 import platform
 import shlex
 import statistics
@@ -51,7 +52,7 @@ def certificate() -> dict[str, str]:
         "threads": "" if torch.cuda.is_available() else str(torch.get_num_threads()),
         "torch": torch.__version__,
         **{package.replace("-", "_"): _version(package) for package in ("triton", "flash-linear-attention", "retnet")},
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _commit(),
         "command": shlex.join(["python", *(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
     }
@@ -165,6 +166,12 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _commit() -> str:
+    """The checkout's commit, with + where files differ from it; $GIT_COMMIT where only the files were copied."""
+    changed = "+" if _git("status", "--porcelain", "-uno") else ""
+    return _git("rev-parse", "--short", "HEAD") + changed or os.environ.get("GIT_COMMIT", "")
 
 
 def _git(*arguments: str) -> str:
