@@ -21,14 +21,21 @@ from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.ops.norms import Norm
 
-from .errors import Category, Path, Problem, StackError
 from .layers import Layer
 from .load import Stack
-from .scalars import init_std
-from .schema import DEFAULT_ROPE_THETA, Attention, Hyena, Mamba, Retnet, RopeScaling, Spec, TrainingHints
-
-BYTES = "bytes"  # tokenizer_contract.pretrained of the byte tokenizer
-BYTE_DOCUMENT_START = 256  # data.tokenizer.DOCUMENT_START
+from .scalars import LARGEST, init_std
+from .schema import (
+    BYTES,
+    DEFAULT_ROPE_THETA,
+    DOCUMENT_START,
+    Attention,
+    Hyena,
+    Mamba,
+    Retnet,
+    RopeScaling,
+    Spec,
+    TrainingHints,
+)
 
 _NORMS: dict[str, Norm] = {"rmsnorm": "rms", "layernorm": "layer"}
 _ACTIVATIONS: dict[str, Literal["gelu", "relu", "swish"]] = {"gelu": "gelu", "relu": "relu", "swiglu": "swish"}
@@ -37,14 +44,14 @@ _DEFAULT_INIT_STD = 0.02
 
 
 def model_config(stack: Stack) -> ModelConfig:
-    """The configuration of a stack's model. Raises StackError (CompileError) for what no layer of ours can be."""
+    """The configuration of a stack's model. Every valid stack has one."""
     spec = stack.spec
     hints = spec.training_hints or TrainingHints()
     std = init_std(hints.init)
     return ModelConfig(
         vocab_size=spec.model.vocab_size,
         d_model=spec.model.d_model,
-        layers=tuple(_block(layer, spec, hints, stack.origin) for layer in stack.layers),
+        layers=tuple(_block(layer, spec, hints) for layer in stack.layers),
         name=spec.model.name or "stack",
         tie_embeddings=tied(spec),
         embedding_scale=spec.embedding.scale or 1.0,
@@ -57,7 +64,7 @@ def model_config(stack: Stack) -> ModelConfig:
         float32_norms=spec.compatibility is not None and spec.compatibility.dtype_policy == "layered_safe",
         gradient_checkpointing=hints.checkpointing,
         source=stack.text,
-        bos_token_id=BYTE_DOCUMENT_START if spec.tokenizer_contract.pretrained == BYTES else None,
+        bos_token_id=DOCUMENT_START if spec.tokenizer_contract.pretrained == BYTES else None,
     )
 
 
@@ -72,22 +79,17 @@ def _final_norm(last: Layer) -> Norm | Literal["none"]:
     return "none" if last.norm.position == "post" else _NORMS[last.norm.type]
 
 
-def _block(layer: Layer, spec: Spec, hints: TrainingHints, origin: str) -> BlockConfig:
-    try:
-        return BlockConfig(
-            mixer=_MIXERS[type(layer.mixer)](layer.mixer, spec),
-            feed_forward=_feed_forward(layer, spec, hints),
-            norm=_NORMS[layer.norm.type],
-            norm_position=layer.norm.position,
-            residual=layer.residual.type,
-            residual_scale=layer.residual.scaling,
-            dropout=hints.dropout,
-            keeps_state=layer.keeps_state,
-        )
-    except ValueError as error:
-        path: Path = ("layer_templates", layer.template)
-        what = f"layer {layer.index} cannot be built: {error}"
-        raise StackError([Problem(path, what, "change the values named", Category.COMPILE)], origin) from error
+def _block(layer: Layer, spec: Spec, hints: TrainingHints) -> BlockConfig:
+    return BlockConfig(
+        mixer=_MIXERS[type(layer.mixer)](layer.mixer, spec),
+        feed_forward=_feed_forward(layer, spec, hints),
+        norm=_NORMS[layer.norm.type],
+        norm_position=layer.norm.position,
+        residual=layer.residual.type,
+        residual_scale=layer.residual.scaling,
+        dropout=hints.dropout,
+        keeps_state=layer.keeps_state,
+    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ class _Positions:
     @classmethod
     def of(cls, spec: Spec) -> "_Positions":
         scaling = spec.embedding.rope_scaling or RopeScaling()
-        length = max(1, round(spec.model.max_seq_len / scaling.factor)) if scaling.type == "yarn" else None
+        length = None
+        if scaling.type == "yarn":
+            length = max(1, round(min(spec.model.max_seq_len / scaling.factor, LARGEST)))
         return cls(spec.embedding.rope_theta or DEFAULT_ROPE_THETA, scaling.factor, length)
 
 

@@ -48,7 +48,6 @@ class Category(StrEnum):
     VALIDATION = "ValidationError"
     COMPATIBILITY = "CompatibilityError"
     UNSUPPORTED = "UnsupportedError"
-    COMPILE = "CompileError"
 
 
 @dataclass(frozen=True)

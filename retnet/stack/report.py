@@ -14,7 +14,7 @@ from .load import Stack
 from .schema import Attention
 
 # Tokens of tokenizers whose name tells: fewer rows in the embedding cannot hold them.
-TOKENIZER_SIZES = {"gpt2": 50257, "byt5": 259, "bytes": 257, "llama-2": 32000, "gemma-2": 256000}
+TOKENIZER_SIZES = {"gpt2": 50257, "byt5": 259, "llama-2": 32000, "gemma-2": 256000}
 
 
 class Severity(StrEnum):

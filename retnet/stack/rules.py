@@ -9,7 +9,20 @@ from collections.abc import Iterator
 from .document import Document
 from .errors import Category, Path, Problem, listing, nearest, plain, show
 from .layers import MAX_LAYERS, mixer_settings
-from .schema import DEFAULT_ROPE_THETA, MIXERS, OURS, STATE_OF, Attention, Entry, Ffn, Mamba, Retnet, Template
+from .schema import (
+    BYTE_TOKENS,
+    BYTES,
+    DEFAULT_ROPE_THETA,
+    MIXERS,
+    OURS,
+    STATE_OF,
+    Attention,
+    Entry,
+    Ffn,
+    Mamba,
+    Retnet,
+    Template,
+)
 from .validate import Parts
 
 
@@ -25,6 +38,7 @@ class _Rules:
 
     def all(self) -> Iterator[Problem]:
         yield from self.widths()
+        yield from self.vocabulary()
         yield from self.rotary()
         yield from self.tying()
         for name, template in self.parts.templates.items():
@@ -57,6 +71,12 @@ class _Rules:
             what = f"n_heads {model.n_heads} cannot share n_kv_heads {model.kv_heads} evenly"
             divisors = [n for n in range(1, min(model.n_heads, 4096) + 1) if model.n_heads % n == 0]
             yield self.problem(("model", "n_heads"), what, f"write n_kv_heads as one of: {listing(map(str, divisors))}")
+
+    def vocabulary(self) -> Iterator[Problem]:
+        model, tokenizer = self.parts.model, self.parts.tokenizer
+        if model and tokenizer and tokenizer.pretrained == BYTES and model.vocab_size < BYTE_TOKENS:
+            what = f"the byte tokenizer has {BYTE_TOKENS} tokens, more than {model.vocab_size}"
+            yield self.problem(("model", "vocab_size"), what, f"write {BYTE_TOKENS} or more")
 
     def rotary(self) -> Iterator[Problem]:
         embedding, model = self.parts.embedding, self.parts.model

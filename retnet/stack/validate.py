@@ -15,7 +15,19 @@ from pydantic_core import ErrorDetails
 from .document import Document
 from .errors import Category, Mark, Path, Problem, listing, nearest, plain, show
 from .scalars import FAULT
-from .schema import OURS, RESERVED_PREFIXES, Embedding, Entry, Head, Model, Section, Spec, Template, TrainingHints
+from .schema import (
+    OURS,
+    RESERVED_PREFIXES,
+    Embedding,
+    Entry,
+    Head,
+    Model,
+    Section,
+    Spec,
+    Template,
+    TokenizerContract,
+    TrainingHints,
+)
 from .unsupported import ENTRY_KINDS, Unsupported
 
 S = TypeVar("S", bound=Section)
@@ -34,6 +46,7 @@ class Parts:
     """The sections that are valid by themselves; None, or absent, where one is not."""
 
     model: Model | None
+    tokenizer: TokenizerContract | None
     embedding: Embedding | None
     head: Head | None
     hints: TrainingHints | None
@@ -200,6 +213,7 @@ def _parts(raw: dict[str, Any]) -> Parts:
     hints = raw.get("training_hints")
     return Parts(
         model=_valid(Model, raw.get("model")),
+        tokenizer=_valid(TokenizerContract, raw.get("tokenizer_contract")),
         embedding=_valid(Embedding, raw.get("embedding")),
         head=_valid(Head, raw.get("head")),
         hints=_valid(TrainingHints, {} if hints is None else hints),

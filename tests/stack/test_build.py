@@ -238,6 +238,11 @@ def test_a_layer_that_may_not_keep_its_state_is_named():
         model(ids, state=ModelState(()))
 
 
+def test_a_minute_yarn_factor_has_a_finite_length():
+    config = built(positional("rope_scaling: {type: yarn, factor: 1.0e-300}"))
+    assert config.layers[0].mixer.rotary_yarn_length == 2**31 - 1
+
+
 @pytest.mark.parametrize("scaling", ["{type: linear, factor: 2.0}", "{type: yarn, factor: 2.0}"])
 def test_rope_scaling_changes_logits_alike_with_and_without_cache(scaling):
     change, pairs = positional(f"rope_scaling: {scaling}"), [heads("dtype: float32")]

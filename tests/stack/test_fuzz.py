@@ -1,4 +1,4 @@
-"""Whatever text a file holds, the answer is a stack or faults in three lines each: never another exception."""
+"""Whatever text a file holds, the answer is a stack that can be built, or faults in three lines each; nothing else."""
 
 import copy
 import functools
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet.stack import StackError, parse_stack
+from retnet.stack.build import model_config
 from retnet.stack.document import read_text
 from retnet.stack.report import realism_report
 
@@ -49,6 +50,7 @@ def check(text: str) -> None:
     if stack:
         assert stack.layers
         assert realism_report(stack)
+        assert len(model_config(stack).layers) == len(stack.layers)
 
 
 @functools.cache

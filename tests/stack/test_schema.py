@@ -192,6 +192,7 @@ def test_our_prefix_is_closed():
         ([("n_heads: 4", "n_heads: 5")], "model.d_model"),
         ([("n_heads: 4", "n_heads: 4\n  n_kv_heads: 3")], "model.n_heads"),
         ([("n_heads: 4", "n_heads: 64")], "model.d_model"),
+        ([("vocab_size: 257", "vocab_size: 256")], "model.vocab_size"),
         ([("positional: rope", "positional: none")], "layer_templates.r.mixer.retnet.rope"),
         ([("positional: rope", "positional: alibi\n  rope_theta: 1000.0"), in_retnet("rope: false")],
          "embedding.rope_theta"),
