@@ -20,6 +20,7 @@ from retnet.cli.generate import generate
 from retnet.cli.info import info
 from retnet.cli.stack import stack_app
 from retnet.cli.train import train
+from retnet.cli.tune import tune
 
 app = typer.Typer(
     name="retnet",
@@ -38,6 +39,7 @@ app.command()(check)
 app.command()(info)
 app.command("eval")(evaluate)
 app.command()(convert)
+app.command()(tune)
 app.add_typer(stack_app, name="stack")
 
 

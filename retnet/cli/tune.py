@@ -1,0 +1,53 @@
+"""`retnet tune`: the best block shapes of the GPU kernels on the device at hand, measured and stored."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from retnet.cli._common import console
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def tune(
+    model: Annotated[str | None, typer.Argument(help="Tune for this model's heads; or give --heads.")] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="Key and value width as KxV, 256x512; may be repeated.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
+) -> None:
+    """Measure block shapes of the GPU kernels on this device and store the best in the cache folder."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
+    sizes = dict.fromkeys([*(_size(text) for text in heads or []), *(_sizes_of(model) if model else [])])
+    if not sizes:
+        raise ValueError("nothing to tune; accepted: a model with retention layers, or --heads KxV")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device: block shapes are tuned on the device that will run them")
+    from retnet.kernels.tiles import cache_file
+    from retnet.kernels.tune import tune as measure
+
+    for key_dim, value_dim in sizes:
+        console.print(f"[bold]{key_dim} x {value_dim}[/], {dtype}")
+        best = measure(key_dim, value_dim, getattr(torch, dtype), report=console.print)
+        console.print(f"  best: {best}")
+    console.print(f"stored in {cache_file()}")
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"heads is {text!r}; accepted: KxV with positive integers, such as 256x512")
+    return int(parts[0]), int(parts[1])
+
+
+def _sizes_of(model: str) -> list[tuple[int, int]]:
+    from retnet.layers.retention import RetentionConfig
+    from retnet.stack.resolve import resolve_config
+
+    mixers = (layer.mixer for layer in resolve_config(model).layers)
+    return [(m.head_key_dim, m.head_value_dim) for m in mixers if isinstance(m, RetentionConfig)]
