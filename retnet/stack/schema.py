@@ -41,7 +41,7 @@ Dtype = Annotated[Literal["float32", "float16", "bfloat16"], ONE_OF]
 MIXERS = ("attention", "mamba", "retnet", "hyena")
 # The state key that each mixer may set; hyena has none.
 STATE_OF = {"attention": "kv_cache", "retnet": "kv_cache", "mamba": "ssm_state", "hyena": None}
-# tokenizer_contract.pretrained of the byte tokenizer (`retnet.data.tokenizer`), which needs no download, and its tokens.
+# tokenizer_contract.pretrained of the byte tokenizer (`retnet.data.tokenizer`), and its tokens.
 BYTES, BYTE_TOKENS, DOCUMENT_START = "bytes", 257, 256
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_ACTIVATION = {"mlp": "gelu", "gated_mlp": "swiglu", "moe": "gelu"}

@@ -261,3 +261,32 @@ def test_missing_keys_are_reported_at_their_mapping_with_the_values_they_take():
     assert (problem.dotted, problem.mark.line) == ("embedding", 11)
     assert problem.fix == "add `positional`: rope, none, alibi"
     assert [problem.dotted for problem in problems("{}")] == ["root"] * 7
+
+
+@pytest.mark.parametrize(
+    ("pairs", "path"),
+    [
+        ([("{window: 16}", "{window: 16, window_dilation: 2}")], "layer_templates.a.mixer.attention.window_dilation"),
+        ([("{window: 16}", "{window: 16, window_mode: dilated, window_dilation: 2}")],
+         "layer_templates.a.mixer.attention"),
+        ([("{window: 16}", "{latent_dim: 16}")], "layer_templates.a.mixer.attention.latent_dim"),
+        ([in_mixer("type: branched")], "layer_templates.a.mixer"),
+        ([in_ffn("type: mlp}\n    residual: {type: hyper_connection, hyper: {expand: 2}")],
+         "layer_templates.a.residual"),
+        ([in_ffn("type: mlp}\n    residual: {hyper: null")], "layer_templates.a.residual.hyper"),
+        ([("template: a", "template: a\n  merge: {type: add}")], "layer_schedule[1].merge"),
+        ([("template: a", "template: a\n  parallel: []\n  merge: {type: add}")], "layer_schedule[1]"),
+        ([("type: causal_lm", "type: causal_lm_mtp")], "head"),
+        ([("type: causal_lm", "type: causal_lm\n  mtp: null")], "head.mtp"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_once_where_it_is_asked_for(pairs, path):
+    problem = only(changed(*pairs))
+    assert (problem.category, problem.dotted) == (Category.UNSUPPORTED, path)
+    assert "is not supported here" in problem.what
+    assert problem.see == "docs/stack.md#not-supported"
+
+
+def test_null_asks_for_nothing_where_the_schema_lets_it():
+    pairs = [("{window: 16}", "{window: 16, latent_dim: null}"), ("template: a", "template: a\n  depth_gating: null")]
+    assert problems(changed(*pairs, in_ffn("type: mlp}\n    memory: null\n    norm: {"))) == []
