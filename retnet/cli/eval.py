@@ -47,8 +47,9 @@ def evaluate(
     if as_json:
         write_json({"documents": len(scored), "bytes": result.num_bytes, "seconds": seconds, "bits_per_byte": rows})
         return
-    title = f"{data}: {len(scored)} documents, {result.num_bytes / 1e6:.2f} MB ({part.value})"
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    size = f"{len(scored)} documents, {result.num_bytes / 1e6:.2f} MB"
+    console.print(f"{data}: {size} ({part.value})", highlight=False, soft_wrap=True)
+    table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method")
     table.add_column("bits per byte", justify="right")
     for name, bits in sorted(rows.items(), key=lambda row: -row[1]):
