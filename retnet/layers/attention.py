@@ -102,7 +102,7 @@ class Attention(nn.Module):
         if state is not None and one_token:
             state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
             out = cached_attention(
-                q, state.keys, state.values, layout.positions, state.slot_positions(), **self._options(q)
+                q, state.keys, state.values, layout.positions, state.slot_positions(layout), **self._options(q)
             )
             if layout.mask is not None:
                 out = out.masked_fill(~layout.mask[..., None, None], 0)

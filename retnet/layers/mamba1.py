@@ -22,8 +22,8 @@ from retnet.ops.selective_scan import selective_scan, selective_scan_step
 
 @dataclass(frozen=True)
 class Mamba1Config:
-    """inner_dim: width of x (twice the model's, usually). state_dim: states a channel. time_step_rank: width between the
-    projections that make dt (the model's width / 16, usually). conv_width: tokens that the short convolution sees.
+    """inner_dim: width of x (twice the model's, usually). state_dim: states a channel. time_step_rank: width between
+    the projections that make dt (the model's width / 16, usually). conv_width: tokens that the short convolution sees.
 
     time_step_min, _max, _floor: where dt starts; time_step_scale: of the weights that make it.
     """

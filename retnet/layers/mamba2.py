@@ -5,8 +5,8 @@
     out = rms_norm(y * silu(z)) W_out
 
 Its recurrence is retention's (`retnet.ops.retention`) with q = C, k = B shared by groups of heads, v = dt x, a decay of
-dt A a token and head, and scale 1: one operator, one code path. Weights are those of the paper's code and of transformers'
-Mamba2ForCausalLM.
+dt A a token and head, and scale 1: one operator, one code path. Weights are those of the paper's code and of
+transformers' Mamba2ForCausalLM.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ from retnet.ops.retention import Mode
 
 @dataclass(frozen=True)
 class Mamba2Config:
-    """inner_dim: width of x over all heads (twice the model's, usually). state_dim: of B and C. num_groups of heads share
-    B and C. conv_width: tokens that the short convolution sees.
+    """inner_dim: width of x over all heads (twice the model's, usually). state_dim: of B and C. num_groups of heads
+    share B and C. conv_width: tokens that the short convolution sees.
 
     time_step_min, _max, _floor: where dt starts; time_step_lowest, _highest: what it is clamped to, always.
     """

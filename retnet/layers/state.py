@@ -98,11 +98,14 @@ class TokenCache(LayerState):
         longest = max(lengths, default=0)
         roomy = state.reserve(longest, window)
         end, capacity = state.position + layout.lengths, roomy._capacity
-        positions, sequences = layout.positions.flatten(), layout.sequences.flatten()
+        index = layout.once(
+            ("slots", capacity),
+            lambda: (layout.sequences * capacity + layout.positions % max(1, capacity)).flatten(),
+        )
         kept: Tensor | slice = slice(None)
-        if longest > capacity:
-            kept = (positions >= end[sequences] - capacity).nonzero()[:, 0]
-        index = (sequences * capacity + positions % max(1, capacity))[kept]
+        if longest > capacity:  # of a ring, the last tokens of each sequence alone
+            kept = (layout.positions >= end[layout.sequences] - capacity).flatten().nonzero()[:, 0]
+            index = index[kept]
         in_place = layout.in_place and roomy is state
         changed = dict(others)
         for name, x in tokens.items():
@@ -118,8 +121,13 @@ class TokenCache(LayerState):
             return state
         return replace(state, position=end, filled=roomy._filled() + longest, **changed)
 
-    def slot_positions(self) -> Tensor:
-        """The position of the token in each slot [N, capacity]; negative where there is none."""
+    def slot_positions(self, layout: TokenLayout | None = None) -> Tensor:
+        """The position of the token in each slot [N, capacity]; negative where there is none.
+
+        With a layout whose tokens this cache already holds, computed once for all layers of its capacity.
+        """
+        if layout is not None:
+            return layout.once(("slot_positions", self._capacity), self.slot_positions)
         newest = self.position[:, None] - 1
         return newest - (newest - torch.arange(self._capacity, device=newest.device)) % max(1, self._capacity)
 
