@@ -53,6 +53,28 @@ class LayerState:
     def to(self, device: torch.device | str) -> Self:
         return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
 
+    def blank(self, num_sequences: int, num_tokens: int = 0, window: int | None = None) -> Self:
+        """States like this one that have seen nothing, with room for `num_tokens` a sequence (see TokenCache)."""
+        return replace(self, **{name: x.new_zeros(num_sequences, *x.shape[1:]) for name, x in self.tensors().items()})
+
+    def slot(self, index: int) -> Self:
+        """The state of one sequence as a view: what is written in place there is written here."""
+        return replace(self, **{name: x[index : index + 1] for name, x in self.tensors().items()})
+
+    def write_(self, index: int, state: Self) -> None:
+        """Overwrite sequence `index` with the state of one sequence, whatever was there before."""
+        for name, x in state.tensors().items():
+            getattr(self, name)[index].copy_(x[0])
+
+    def clear_(self, index: int) -> None:
+        """Overwrite sequence `index` with that of one that has seen nothing."""
+        for x in self.tensors().values():
+            x[index].zero_()
+
+    def trim(self) -> Self:
+        """The state without unused room, to keep or to store."""
+        return self
+
 
 @dataclass
 class RetentionState(LayerState):
@@ -145,6 +167,37 @@ class TokenCache(LayerState):
             x: Tensor = getattr(self, name)
             roomy[name] = torch.cat([x, x.new_zeros(len(x), grown - capacity, *x.shape[2:])], 1)
         return replace(self, position=self.position.clone(), **roomy)
+
+    def blank(self, num_sequences: int, num_tokens: int = 0, window: int | None = None) -> Self:
+        empty = super().blank(num_sequences)
+        for name in self.SLOTTED:
+            x: Tensor = getattr(empty, name)
+            setattr(empty, name, x[:, :0])
+        empty.filled = 0
+        return empty.reserve(num_tokens if window is None else min(num_tokens, window), window)
+
+    def slot(self, index: int) -> Self:
+        return replace(super().slot(index), filled=None)
+
+    def write_(self, index: int, state: Self) -> None:
+        """As for every state; tokens move to their slots here. Raises ValueError if there is no room for them."""
+        kept, capacity = state.slot_positions()[0], self._capacity
+        kept, source = kept[kept >= 0], (kept >= 0).nonzero()[:, 0]
+        if len(kept) > capacity:
+            raise ValueError(f"the state keeps {len(kept)} tokens; accepted here: at most {capacity}")
+        self.clear_(index)
+        for name, x in state.tensors().items():
+            if name in self.SLOTTED:
+                getattr(self, name)[index].index_copy_(
+                    0, kept % max(1, capacity), x[0, source].to(getattr(self, name).dtype)
+                )
+            else:
+                getattr(self, name)[index].copy_(x[0])
+        self.filled = None
+
+    def trim(self) -> Self:
+        used = min(self._capacity, int(self.position.max())) if len(self.position) else 0
+        return replace(self, **{name: getattr(self, name)[:, :used] for name in self.SLOTTED})
 
     @property
     def _capacity(self) -> int:

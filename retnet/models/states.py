@@ -54,14 +54,51 @@ class ModelState:
     def to(self, device: torch.device | str) -> "ModelState":
         return ModelState(tuple(layer.to(device) for layer in self.layers))
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file that `load` reads."""
-        tensors = {
-            f"{i}.{_NAMES[type(layer)]}.{name}": x.contiguous()
+    def slot(self, index: int) -> "ModelState":
+        """The state of one sequence as a view: what is written in place there is written here."""
+        return ModelState(tuple(layer.slot(index) for layer in self.layers))
+
+    def write_(self, index: int, state: "ModelState") -> None:
+        """Overwrite sequence `index` with the state of one sequence, whatever was there before."""
+        for mine, other in zip(self.layers, state.layers, strict=True):
+            mine.write_(index, other)
+
+    def clear_(self, index: int) -> None:
+        """Overwrite sequence `index` with that of one that has seen nothing."""
+        for layer in self.layers:
+            layer.clear_(index)
+
+    def trim(self) -> "ModelState":
+        """The state without unused room, to keep or to store."""
+        return ModelState(tuple(layer.trim() for layer in self.layers))
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All tensors as "<layer>.<kind>.<field>"; enough for `from_named` to build the state again."""
+        return {
+            f"{i}.{_NAMES[type(layer)]}.{name}": x
             for i, layer in enumerate(self.layers)
             for name, x in layer.tensors().items()
         }
-        save_file(tensors, path, metadata={"format": "retnet-state", "layers": str(len(self.layers))})
+
+    @classmethod
+    def from_named(cls, tensors: dict[str, Tensor]) -> "ModelState":
+        """The inverse of `named_tensors`. Raises ValueError for names that it did not make."""
+        parts: dict[int, dict[str, Tensor]] = {}
+        kinds: dict[int, str] = {}
+        for key, x in tensors.items():
+            index, kind, name = key.split(".") if key.count(".") == 2 else ("", "", "")
+            if not index.isdecimal() or kind not in STATES:
+                raise ValueError(f"{key!r} names no tensor of a state; accepted: <layer>.<kind>.<field>")
+            kinds[int(index)] = kind
+            parts.setdefault(int(index), {})[name] = x
+        if sorted(parts) != list(range(len(parts))):
+            raise ValueError(f"the state has layers {sorted(parts)}; accepted: 0 to their number, none missing")
+        return cls(tuple(STATES[kinds[i]](**parts[i]) for i in range(len(parts))))
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file that `load` reads."""
+        tensors = {name: x.contiguous() for name, x in self.named_tensors().items()}
+        save_file(tensors, path, metadata={"format": "retnet-state"})
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "ModelState":
@@ -71,12 +108,7 @@ class ModelState:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != "retnet-state":
                     raise ValueError(f"{path} is not a saved retnet state (format {metadata.get('format')!r})")
-                parts: list[dict[str, Tensor]] = [{} for _ in range(int(metadata["layers"]))]
-                kinds = [""] * len(parts)
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    index, kind, name = key.split(".")
-                    kinds[int(index)] = kind
-                    parts[int(index)][name] = file.get_tensor(key)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-        return cls(tuple(STATES[kind](**part) for kind, part in zip(kinds, parts)))
+        return cls.from_named(tensors)

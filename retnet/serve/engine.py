@@ -1,0 +1,330 @@
+"""The engine: requests join, run and leave at any step; ids in, ids out.
+
+Each step reads blocks of waiting prompts within a budget of tokens, then decodes one token for every running request.
+Decoding always runs all slots, and prompts are cut at fixed places and read one at a time, so that a request's logits
+are the same bits whatever else is in the batch. The last token of a context is always read by a decode step: that is
+what makes a snapshot, a cached prefix and a fork go on with the very tokens of the request that they were taken from.
+
+Left out: a server, and batching across devices. Experts of a mixture see as many rows as chose them, so there a
+request's logits are equal up to rounding only.
+"""
+
+import secrets
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from retnet.models.lm import LanguageModel
+from retnet.serve.pool import SlotCost, SlotPool
+from retnet.serve.prefix import PrefixCache, PrefixCounts
+from retnet.serve.request import Generation, Refused, Request, Status, TokenLogprobs
+from retnet.serve.sampling import Parts, Sampled, SamplingTable
+from retnet.serve.snapshot import Snapshot, fingerprint
+from retnet.serve.step import DecodeStep
+from retnet.serve.stopping import Decode, StopStrings
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Where the engine stands. prefix: None without a prefix cache."""
+
+    num_slots: int
+    bytes_per_slot: SlotCost
+    running: int
+    waiting: int
+    steps: int
+    prompt_tokens: int
+    new_tokens: int
+    prefix: PrefixCounts | None
+
+
+class Engine:
+    """Many generations over one model, in memory fixed at the start.
+
+    Args:
+        model: in evaluation mode, on its device; stacks with Hyena layers are refused.
+        num_slots, memory_bytes: requests that run at a time, or the bytes that they may take; one of the two.
+        max_tokens: context that a slot has room for; needed by attention without a window, a limit for all requests.
+        prompt_block: tokens of a prompt a call; part of what the engine computes, as rounding depends on it.
+        prompt_budget: prompt tokens a step (at least one block is read), so that running requests keep their pace.
+        prefix_cache_bytes: keep states of prompts' beginnings; prefix_interval: also every so many tokens inside them.
+        max_waiting: requests that may wait for a slot (any number if None).
+        decode: token ids to text; needed for stop strings.
+        graphs: capture decode steps as CUDA graphs; on a GPU if None.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        num_slots: int | None = None,
+        memory_bytes: int | None = None,
+        max_tokens: int | None = None,
+        prompt_block: int = 256,
+        prompt_budget: int = 256,
+        prefix_cache_bytes: int | None = None,
+        prefix_interval: int | None = None,
+        max_waiting: int | None = None,
+        decode: Decode | None = None,
+        graphs: bool | None = None,
+    ):
+        for name, value in (("prompt_block", prompt_block), ("prompt_budget", prompt_budget)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; accepted: a positive integer")
+        if prefix_interval is not None and (prefix_interval < 1 or prefix_interval % prompt_block):
+            raise ValueError(
+                f"prefix_interval is {prefix_interval}; accepted: a multiple of prompt_block ({prompt_block})"
+            )
+        if model.training:
+            raise ValueError("the model is in training mode; accepted: evaluation mode (model.eval())")
+        self.model, self.decode = model, decode
+        self.prompt_block, self.prompt_budget = prompt_block, prompt_budget
+        self.max_waiting, self.prefix_interval = max_waiting, prefix_interval
+        self.pool = SlotPool(model, num_slots=num_slots, memory_bytes=memory_bytes, max_tokens=max_tokens)
+        self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes)
+        device = self.pool.state.position.device
+        self.table = SamplingTable(self.pool.num_slots, model.config.vocab_size, device)
+        on_gpu = device.type == "cuda"
+        if graphs and not on_gpu:
+            raise ValueError(f"graphs is True for a model on {device}; accepted there: False or None")
+        self._step = DecodeStep(model, self.pool.state, self.table, on_gpu if graphs is None else graphs)
+        self._waiting: deque[Generation] = deque()
+        self._reading: deque[Generation] = deque()
+        self._decoding: dict[int, Generation] = {}
+        self._fingerprint: str | None = None
+        self._steps = self._prompt_tokens = self._new_tokens = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """What the model is, in snapshots."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.model)
+        return self._fingerprint
+
+    @property
+    def idle(self) -> bool:
+        return not (self._waiting or self._reading or self._decoding)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            self.pool.num_slots,
+            self.pool.cost,
+            len(self._reading) + len(self._decoding),
+            len(self._waiting),
+            self._steps,
+            self._prompt_tokens,
+            self._new_tokens,
+            None if self.prefixes is None else self.prefixes.counts,
+        )
+
+    def warmup(self, *samplings: Parts) -> None:
+        """Compile kernels and capture the steps for these sampling parts ahead (plain ones if none are given)."""
+        for parts in samplings or (Parts(),):
+            if self._step.graphs:
+                self._step.capture(parts)
+            elif not self._decoding:
+                self._step(parts)
+
+    def submit(self, request: Request, after: Snapshot | None = None) -> Generation:
+        """Queue a request; it goes on from the snapshot `after`, if given, and its prompt may then be empty.
+
+        Raises Refused for what this engine can never serve, and if too many requests wait.
+        """
+        seen = array("i", after.tokens if after is not None else ())
+        vocab_size = self.model.config.vocab_size
+        wrong = [t for t in (*request.prompt, *request.sampling.logit_bias) if not 0 <= t < vocab_size]
+        if wrong:
+            raise Refused(f"token {wrong[0]} is not in the vocabulary; accepted: 0 to {vocab_size - 1}")
+        seen.extend(request.prompt)
+        self._check(request, after, len(seen))
+        stops = None
+        if request.stop_strings:
+            if self.decode is None:
+                raise Refused("stop_strings need text; accepted: an engine made with `decode`")
+            stops = StopStrings(request.stop_strings, self.decode)
+        seed = request.sampling.seed
+        read = 0 if after is None else len(after.tokens) - 1
+        generation = Generation(
+            request, secrets.randbits(63) if seed is None else seed, seen, read, len(seen), after, stops
+        )
+        self._waiting.append(generation)
+        return generation
+
+    def _check(self, request: Request, after: Snapshot | None, num_tokens: int) -> None:
+        limit, new = self.pool.max_tokens, request.max_new_tokens
+        if num_tokens == 0:
+            raise Refused("the prompt is empty; accepted: at least one token, or a snapshot to go on from")
+        if new is not None and new < 1:
+            raise Refused(f"max_new_tokens is {new}; accepted: 1 or more, or None for no end")
+        if limit is not None and (new is None or num_tokens + new > limit):
+            more = "an endless output" if new is None else f"max_new_tokens {new}"
+            raise Refused(f"{num_tokens} tokens and {more} need more room than a slot has; accepted: {limit} together")
+        if self.max_waiting is not None and len(self._waiting) >= self.max_waiting + self.pool.num_free:
+            raise Refused(
+                f"all {self.pool.num_slots} slots are taken and {len(self._waiting)} requests wait; accepted: "
+                f"{self.max_waiting} waiting (a slot more costs {self.pool.cost.total:,} bytes)"
+            )
+        if after is not None and after.model != self.fingerprint:
+            raise Refused(
+                f"the snapshot is of another model ({after.model[:12]}) than this engine's ({self.fingerprint[:12]}); "
+                "accepted: the same weights, dtype and configuration"
+            )
+
+    def cancel(self, generation: Generation) -> None:
+        """End a request at once, wherever it is; nothing happens to one that has finished."""
+        if not generation.finished:
+            self._finish(generation, "cancelled")
+
+    def step(self) -> list[tuple[Generation, list[int]]]:
+        """Let requests in, read prompts, decode once. Returns the new tokens of each request that got some."""
+        self._steps += 1
+        self._admit()
+        self._read_prompts()
+        return self._decode()
+
+    def run(self) -> None:
+        """Step until every request has finished."""
+        while not self.idle:
+            self.step()
+
+    def stream(self, request: Request, after: Snapshot | None = None) -> Iterator[int]:
+        """The tokens of one request as they come; others run along. Leaving the loop cancels it."""
+        generation = self.submit(request, after)
+        try:
+            while not generation.finished:
+                for other, tokens in self.step():
+                    if other is generation:
+                        yield from tokens
+        finally:
+            self.cancel(generation)
+
+    def snapshot(self, generation: Generation) -> Snapshot:
+        """The state of a running request as a value: a copy that later steps leave alone.
+
+        Raises ValueError for one without a slot; one that ended has a snapshot if it asked for it (`keep_state`).
+        """
+        if generation.snapshot is not None:
+            return generation.snapshot
+        if generation.status is not Status.DECODING or generation.slot is None:
+            raise ValueError(
+                f"the request is {generation.status.value}; accepted: one that is decoding, or ended with keep_state"
+            )
+        return Snapshot(self.pool.kept(generation.slot), generation.seen[:], self.fingerprint)
+
+    def fork(self, generation: Generation, request: Request) -> Generation:
+        """Go on from where a request is, beside it: `request` has its own sampling and more prompt, or none."""
+        return self.submit(request, self.snapshot(generation))
+
+    def _admit(self) -> None:
+        while self._waiting and self.pool.num_free:
+            generation = self._waiting.popleft()
+            state = None if generation.start is None else generation.start.state
+            if self.prefixes is not None:
+                found = self.prefixes.find(generation.seen[:-1])
+                if found is not None and found[0] > generation.read:
+                    generation.cached = found[0] - generation.read
+                    generation.read, state = found
+            generation.slot = self.pool.take(state)
+            generation.start = None
+            generation.status = Status.READING
+            self._reading.append(generation)
+
+    def _read_prompts(self) -> None:
+        """Blocks of prompts, one request after another in turn, while the budget lasts."""
+        left = self.prompt_budget
+        while self._reading:
+            generation = self._reading[0]
+            if generation.unread:
+                end = self._block_end(generation)
+                if end - generation.read > left < self.prompt_budget:
+                    return
+                left -= end - generation.read
+                self._read_block(generation, end)
+            self._reading.popleft()
+            if generation.unread:
+                self._reading.append(generation)
+            else:
+                self._start_decoding(generation)
+
+    def _block_end(self, generation: Generation) -> int:
+        """Where the next block ends: a multiple of prompt_block, the end of what is shared, before the last token."""
+        border = (generation.read // self.prompt_block + 1) * self.prompt_block
+        shared = generation.request.shared
+        if generation.read < shared < border:
+            border = shared
+        return min(border, len(generation.seen) - 1)
+
+    def _read_block(self, generation: Generation, end: int) -> None:
+        assert generation.slot is not None
+        block = torch.tensor([generation.seen[generation.read : end].tolist()], device=self._step.tokens.device)
+        self.pool.read(self.model, generation.slot, block)
+        self._prompt_tokens += end - generation.read
+        generation.read = end
+        inside = self.prefix_interval is not None and end % self.prefix_interval == 0
+        if inside or end in (generation.request.shared, len(generation.seen) - 1):
+            self._keep_prefix(generation)
+
+    def _keep_prefix(self, generation: Generation) -> None:
+        if self.prefixes is not None and generation.slot is not None and generation.read:
+            tokens = generation.seen[: generation.read]
+            if not self.prefixes.has(tokens):
+                self.prefixes.store(tokens, self.pool.kept(generation.slot))
+
+    def _start_decoding(self, generation: Generation) -> None:
+        slot = generation.slot
+        assert slot is not None
+        seen = torch.tensor(generation.seen)
+        self.table.fill(slot, generation.request.sampling, generation.seed, seen, seen[generation.output_start :])
+        self._step.tokens[slot] = generation.seen[-1]
+        self._step.active[slot] = True
+        generation.status = Status.DECODING
+        self._decoding[slot] = generation
+
+    def _decode(self) -> list[tuple[Generation, list[int]]]:
+        if not self._decoding:
+            return []
+        sampled = self._step(Parts.union(g.request.sampling.parts for g in self._decoding.values()))
+        tokens = sampled.tokens.tolist()
+        progress = []
+        for slot, generation in list(self._decoding.items()):
+            generation.read = len(generation.seen)
+            self._accept(generation, tokens[slot], sampled, slot)
+            progress.append((generation, [tokens[slot]]))
+        return progress
+
+    def _accept(self, generation: Generation, token: int, sampled: Sampled, row: int) -> None:
+        """Add one new token to a request and see whether it ends it."""
+        request = generation.request
+        generation.seen.append(token)
+        self._new_tokens += 1
+        wanted = request.sampling.logprobs
+        if wanted is not None and sampled.logprobs is not None:
+            assert sampled.top_tokens is not None
+            assert sampled.top_logprobs is not None
+            top = zip(sampled.top_tokens[row, :wanted].tolist(), sampled.top_logprobs[row, :wanted].tolist())
+            generation.logprobs.append(TokenLogprobs(float(sampled.logprobs[row]), dict(top)))
+        ended = not request.ignore_eos and token == self.model.config.eos_token_id
+        if ended or token in request.stop_tokens:
+            self._finish(generation, "stop_token")
+        elif generation.stops is not None and generation.stops.push(token) is not None:
+            self._finish(generation, "stop_string")
+        elif request.max_new_tokens is not None and generation.num_new >= request.max_new_tokens:
+            self._finish(generation, "length")
+
+    def _finish(self, generation: Generation, reason: str) -> None:
+        if generation.status is Status.WAITING:
+            self._waiting.remove(generation)
+        elif generation.status is Status.READING:
+            self._reading.remove(generation)
+        elif generation.slot is not None:
+            if generation.request.keep_state:
+                generation.snapshot = self.snapshot(generation)
+            self._keep_prefix(generation)
+            del self._decoding[generation.slot]
+            self._step.active[generation.slot] = False
+        if generation.slot is not None:
+            self.pool.release(generation.slot)
+        generation.slot, generation.status, generation.finish_reason = None, Status.FINISHED, reason

@@ -1,0 +1,131 @@
+"""The pool: the states of all slots in one set of tensors that never move or grow, and what a slot costs.
+
+A slot is a row. It is overwritten whole when a request enters it, and cleared when it leaves: attention multiplies what
+it must not see by zero, and zero times a leftover NaN is NaN.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from retnet.layers.attention import AttentionConfig
+from retnet.layers.hyena import HyenaConfig
+from retnet.models.config import ModelConfig
+from retnet.models.lm import LanguageModel
+from retnet.models.states import ModelState
+from retnet.serve.sampling import SamplingTable
+
+
+@dataclass(frozen=True)
+class SlotCost:
+    """Bytes that one slot keeps: the state (its attention layers sized for max_tokens) and the sampling tables."""
+
+    state: int
+    sampling: int
+
+    @property
+    def total(self) -> int:
+        return self.state + self.sampling
+
+    def __str__(self) -> str:
+        return f"{self.total:,} bytes a slot ({self.state:,} of state, {self.sampling:,} of sampling tables)"
+
+
+class SlotPool:
+    """`num_slots` slots of a model, by number or by a budget in bytes; states of requests of up to max_tokens."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        num_slots: int | None = None,
+        memory_bytes: int | None = None,
+        max_tokens: int | None = None,
+    ):
+        check_servable(model.config, max_tokens)
+        if (num_slots is None) == (memory_bytes is None):
+            raise ValueError(f"num_slots is {num_slots}, memory_bytes {memory_bytes}; accepted: one of the two")
+        one = _blank(model, 1, max_tokens)
+        self.cost = SlotCost(one.nbytes, SamplingTable.bytes_per_slot(model.config.vocab_size))
+        if memory_bytes is not None:
+            affordable = memory_bytes // self.cost.total
+            num_slots = affordable if affordable < 4 else affordable // 4 * 4
+            if num_slots < 1:
+                raise ValueError(f"memory_bytes is {memory_bytes:,}; accepted: at least {self.cost}")
+        assert num_slots is not None
+        # Products round a row alike wherever it lies only if their rows fill the blocks of the CPU's kernels.
+        if num_slots < 1 or (num_slots > 4 and num_slots % 4):
+            raise ValueError(
+                f"num_slots is {num_slots}; accepted: 1, 2, 3 or a multiple of 4, where all slots round alike"
+            )
+        self.max_tokens = max_tokens
+        self.num_slots = num_slots
+        self.state = _blank(model, num_slots, max_tokens)
+        self._free = list(range(num_slots))[::-1]
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, state: ModelState | None) -> int | None:
+        """A free slot that holds `state` (nothing if None); None if all are taken."""
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        if state is None:
+            self.state.clear_(slot)
+        else:
+            self.state.write_(slot, state)
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Give a slot back, with nothing left in it."""
+        self.state.clear_(slot)
+        self._free.append(slot)
+
+    def kept(self, slot: int) -> ModelState:
+        """A copy of a slot's state, without unused room."""
+        return self.state.slot(slot).trim().clone()
+
+    @torch.no_grad()
+    def read(self, model: LanguageModel, slot: int, ids: torch.Tensor) -> None:
+        """Run a block of a prompt [1, T] through the model, from and to a slot's state."""
+        before = self.state.slot(slot)
+        _, after = model.hidden(ids, before, carry=True, in_place=True)
+        assert after is not None
+        for mine, view, new in zip(self.state, before, after, strict=True):
+            if new is not view:
+                mine.write_(slot, new)
+
+
+def check_servable(config: ModelConfig, max_tokens: int | None) -> None:
+    """Raise ValueError for a model whose states do not fit slots of fixed size."""
+    for i, layer in enumerate(config.layers):
+        mixer = layer.mixer
+        if isinstance(mixer, HyenaConfig):
+            raise ValueError(
+                f"layer {i} is a Hyena: each token costs as much as all tokens before it; accepted by the engine: "
+                "retention, attention, Mamba and Mamba-2 layers"
+            )
+        if not layer.keeps_state:
+            raise ValueError(f"layer {i} has keeps_state False; accepted by the engine: layers that keep their state")
+        if isinstance(mixer, AttentionConfig) and mixer.window is None and max_tokens is None:
+            raise ValueError(
+                f"layer {i} is attention without a window, whose cache grows; accepted: max_tokens, the tokens that a "
+                "slot has room for"
+            )
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; accepted: a positive integer or None")
+
+
+@torch.no_grad()
+def _blank(model: LanguageModel, num_sequences: int, max_tokens: int | None) -> ModelState:
+    """States of sequences that have seen nothing, in the shapes and dtypes that one token gives."""
+    device = model.embedding.weight.device
+    _, sample = model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device), carry=True)
+    assert sample is not None
+    layers = []
+    for layer, config in zip(sample, model.config.layers, strict=True):
+        window = getattr(config.mixer, "window", None)
+        layers.append(layer.blank(num_sequences, (window or 0) if max_tokens is None else max_tokens, window))
+    return ModelState(tuple(layers))

@@ -1,0 +1,144 @@
+"""Snapshots: a sequence's state as a value that users own, and a file that another process goes on from.
+
+    <i>.<kind>.<tensor>   the state of layer i, float32 or bfloat16 where it was wider
+    tokens                int32 [n]: all tokens seen; the state has read the first n - 1, the last is still to be read
+    metadata              format, model (fingerprint), position, tokens (SHA-256), content (SHA-256 of all tensors), ...
+
+A file is staged beside its place, flushed to the disk and renamed, so that a crash leaves the old one whole. A file
+that is truncated, changed, or of another model is refused: going on from a wrong state gives fluent nonsense.
+"""
+
+import hashlib
+import json
+import os
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from retnet.models.lm import LanguageModel
+from retnet.models.states import ModelState
+
+FORMAT = "retnet-snapshot"
+SAMPLED_VALUES = 1024  # of each weight tensor, for the fingerprint
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """state of one sequence that has read all `tokens` but the last; model: fingerprint of what it is a state of.
+
+    rounding_error: norm(state - stored) / norm(state), the largest of all tensors: 0 unless it was stored narrower.
+    """
+
+    state: ModelState
+    tokens: array
+    model: str
+    rounding_error: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        return self.state.nbytes + self.tokens.itemsize * len(self.tokens)
+
+    def save(self, path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> float:
+        """Write a file that `load` reads; returns the rounding error. An old file stays until this one is whole."""
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {dtype!r}; accepted: float32, bfloat16")
+        target = getattr(torch, dtype)
+        tensors, error = {}, self.rounding_error
+        for name, x in self.state.named_tensors().items():
+            narrow = x.is_floating_point() and x.element_size() > target.itemsize
+            stored = x.to("cpu", target if narrow else x.dtype).contiguous()
+            if narrow:
+                exact, off = x.double().norm(), (x.double() - stored.to(x.device).double()).norm()
+                error = max(error, float(off / exact.clamp_min(torch.finfo(torch.float64).tiny)))
+            tensors[name] = stored
+        tensors["tokens"] = torch.tensor(self.tokens, dtype=torch.int32)
+        metadata = {
+            "format": FORMAT,
+            "model": self.model,
+            "position": str(len(self.tokens) - 1),
+            "tokens": _digest({"tokens": tensors["tokens"]}, {}),
+            "rounding_error": repr(error),
+            "dtypes": json.dumps({name: str(x.dtype)[6:] for name, x in self.state.named_tensors().items()}),
+        }
+        metadata["content"] = _digest(tensors, metadata)
+        _replace(Path(path), save(tensors, metadata))
+        return error
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Snapshot":
+        """Read what `save` wrote, in the dtypes that the state had.
+
+        Raises ValueError for a file that is something else, truncated, or changed since it was written.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a snapshot (format {metadata.get('format')!r}); accepted: {FORMAT!r}")
+        content = metadata.pop("content", None)
+        if content != _digest(tensors, metadata):
+            raise ValueError(f"{path} was changed since it was written: its SHA-256 is not the one it names")
+        dtypes = json.loads(metadata["dtypes"])
+        tokens = array("i", tensors.pop("tokens").tolist())
+        named = {name: x.to(device, getattr(torch, dtypes[name])) for name, x in tensors.items()}
+        return cls(ModelState.from_named(named), tokens, metadata["model"], float(metadata["rounding_error"]))
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """A hash of a model's configuration and weights: of their names, shapes, dtypes, and values at even distances.
+
+    Not all values: reading 13 GB to restore 100 MB of state would cost more than the prompt. Training changes them all.
+    """
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("name", "source", "seed")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().flatten()
+        places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64)
+        values = flat[places.round().long().to(flat.device)].cpu().contiguous()
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        digest.update(_bytes(values))
+    return digest.hexdigest()
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{name} {list(x.shape)} {x.dtype}".encode())
+        digest.update(_bytes(x.contiguous()))
+    return digest.hexdigest()
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, without numpy."""
+    import ctypes
+
+    size = x.numel() * x.element_size()
+    return memoryview((ctypes.c_char * size).from_address(x.data_ptr())) if size else memoryview(b"")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that at any moment the old one or the new one is there, whole."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

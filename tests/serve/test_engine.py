@@ -1,0 +1,239 @@
+"""Requests that join, run, end and leave in any order get exactly what each gets alone."""
+
+import random
+
+import pytest
+import torch
+
+from retnet.layers.block import BlockConfig
+from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.hyena import HyenaConfig
+from retnet.models.config import ModelConfig
+from retnet.models.lm import LanguageModel
+from retnet.serve.engine import Engine
+from retnet.serve.request import Refused, Request
+from retnet.serve.sampling import Sampling
+from tests.serve.conftest import VOCAB, prompt
+
+GREEDY = Sampling(temperature=0, logprobs=3)
+
+
+def text_of(tokens) -> str:
+    return "".join(chr(97 + t % 26) for t in tokens)
+
+
+def engine_of(model, **options) -> Engine:
+    return Engine(model, **{"num_slots": 4, "max_tokens": 200, "prompt_block": 8, "prompt_budget": 8, **options})
+
+
+def alone(model, request: Request, **options):
+    engine = engine_of(model, **options)
+    generation = engine.submit(request)
+    engine.run()
+    return generation
+
+
+def facts(generation) -> tuple:
+    return generation.tokens, generation.logprobs, generation.finish_reason, generation.text
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 10, 41])
+def test_greedy_output_is_the_argmax_of_full_forwards(any_model, length):
+    ids = prompt(length)
+    generation = alone(any_model, Request(ids, 12, GREEDY))
+    with torch.no_grad():
+        logprobs = any_model(torch.tensor([ids + generation.tokens])).logits[0].log_softmax(-1)
+    for i, (token, reported) in enumerate(zip(generation.tokens, generation.logprobs, strict=True)):
+        expected = logprobs[length - 1 + i]
+        assert token == int(expected.argmax())
+        assert reported.logprob == pytest.approx(float(expected.max()), abs=2e-4)
+        assert list(reported.top) == expected.topk(3).indices.tolist()
+
+
+def test_a_request_gives_the_same_bits_whatever_else_is_in_the_batch(any_model):
+    request = Request(prompt(21), 15, Sampling(temperature=0.9, seed=7, logprobs=5))
+    expected = facts(alone(any_model, request))
+    for seed in (1, 3):
+        engine, rng = engine_of(any_model), random.Random(seed)
+        others = [engine.submit(Request(prompt(rng.randint(1, 30), seed), rng.randint(1, 20))) for _ in range(seed)]
+        for _ in range(2 * seed):
+            engine.step()
+        generation = engine.submit(request)
+        others += [engine.submit(Request(prompt(rng.randint(1, 30)), 9, GREEDY)) for _ in range(5)]
+        engine.run()
+        assert facts(generation) == expected, f"among {seed} earlier requests"
+        assert all(other.finished for other in others)
+
+
+def test_another_number_of_slots_agrees_to_rounding(any_model):
+    request = Request(prompt(21), 10, GREEDY)
+    one, many = (alone(any_model, request, num_slots=n) for n in (1, 8))
+    assert one.tokens == many.tokens
+    for a, b in zip(one.logprobs, many.logprobs):
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-5)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e30])
+def test_nothing_of_a_finished_request_reaches_the_next_in_its_slot(any_model, poison):
+    request = Request(prompt(11, seed=3), 12, Sampling(temperature=0.7, seed=1, logprobs=2, repetition_penalty=1.3))
+    expected = facts(alone(any_model, request, num_slots=1))
+    engine = engine_of(any_model, num_slots=1)
+    for seed in range(2):
+        engine.submit(Request(prompt(20, seed), 9, Sampling(seed=seed, frequency_penalty=0.5, logit_bias={3: 5.0})))
+    engine.run()
+    for layer in engine.pool.state:
+        for name, x in layer.tensors().items():
+            if name != "position":
+                x.fill_(poison)
+    engine.table.bias.fill_(poison)
+    engine.table.counts.fill_(7)
+    engine.table.seen.fill_(True)
+    generation = engine.submit(request)
+    engine.run()
+    assert facts(generation) == expected
+
+
+def test_running_requests_get_a_token_a_step_while_a_long_prompt_is_read(small):
+    engine = engine_of(small)
+    running = engine.submit(Request(prompt(3), 40, GREEDY))
+    engine.step()
+    late = engine.submit(Request(prompt(80), 5, GREEDY))
+    steps = 0
+    while not late.tokens:
+        assert next(g for g, _ in engine.step()) is running
+        steps += 1
+    assert steps == 10, "79 tokens before the last, 8 a step; the step that ends them decodes"
+
+
+def test_prompts_take_turns(small):
+    engine = engine_of(small)
+    long, short = (engine.submit(Request(prompt(n), 5, GREEDY)) for n in (81, 9))
+    while not short.tokens:
+        engine.step()
+    assert not long.tokens
+    engine.run()
+    assert facts(long) == facts(alone(small, long.request))
+
+
+def test_a_cancelled_request_leaves_at_once_and_the_others_do_not_notice(small):
+    expected = facts(alone(small, Request(prompt(5), 20, GREEDY), num_slots=2))
+    engine = engine_of(small, num_slots=2, max_tokens=None)
+    kept = engine.submit(Request(prompt(5), 20, GREEDY))
+    decoding = engine.submit(Request(prompt(4), None))
+    waiting = engine.submit(Request(prompt(6), 3))
+    for _ in range(3):
+        engine.step()
+    engine.cancel(decoding)
+    engine.cancel(waiting)
+    reading = engine.submit(Request(prompt(50), 3))
+    engine.step()
+    engine.cancel(reading)
+    assert {g.finish_reason for g in (decoding, waiting, reading)} == {"cancelled"}
+    assert engine.pool.num_free == 1
+    engine.cancel(decoding)
+    engine.run()
+    assert facts(kept) == expected
+    assert engine.pool.num_free == 2
+
+
+def test_stop_tokens_and_the_end_of_text_end_an_output():
+    from tests.serve.conftest import small_model
+
+    model = small_model()
+    tokens = alone(model, Request(prompt(5), 20, GREEDY)).tokens
+    stopped = alone(model, Request(prompt(5), 20, GREEDY, stop_tokens=[tokens[6]]))
+    assert stopped.tokens == tokens[: tokens.index(tokens[6]) + 1]
+    assert stopped.finish_reason == "stop_token"
+    ending = small_model(eos_token_id=tokens[3])
+    assert alone(ending, Request(prompt(5), 20, GREEDY)).tokens == tokens[: tokens.index(tokens[3]) + 1]
+    assert alone(ending, Request(prompt(5), 20, GREEDY, ignore_eos=True)).tokens == tokens
+
+
+def test_a_stop_string_ends_an_output_across_token_borders(small):
+    tokens = alone(small, Request(prompt(5), 20, GREEDY)).tokens
+    text = text_of(tokens)
+    string = text[9:12]
+    stopped = alone(small, Request(prompt(5), 20, GREEDY, stop_strings=[string, "never"]), decode=text_of)
+    end = text.index(string)
+    assert (stopped.text, stopped.finish_reason) == (text[:end], "stop_string")
+    assert stopped.tokens == tokens[: end + 3]
+    assert stopped.stops.matched == string
+
+
+def test_a_stream_yields_tokens_as_they_come_and_cancels_when_left(small):
+    engine = engine_of(small, max_tokens=None)
+    expected = alone(small, Request(prompt(5), 20, GREEDY)).tokens
+    assert list(engine.stream(Request(prompt(5), 20, GREEDY))) == expected
+    stream = engine.stream(Request(prompt(5), None, GREEDY))
+    assert [next(stream) for _ in range(20)] == expected
+    stream.close()
+    assert engine.idle
+    assert engine.pool.num_free == 4
+
+
+def test_a_budget_in_bytes_buys_as_many_slots_as_fit(hybrid):
+    cost = engine_of(hybrid).pool.cost
+    assert cost.state == sum(layer.slot(0).nbytes for layer in engine_of(hybrid).pool.state)
+    assert engine_of(hybrid, num_slots=None, memory_bytes=11 * cost.total).pool.num_slots == 8
+    assert engine_of(hybrid, num_slots=None, memory_bytes=3 * cost.total + 1).pool.num_slots == 3
+    with pytest.raises(ValueError, match=rf"accepted: at least {cost.total:,} bytes a slot"):
+        engine_of(hybrid, num_slots=None, memory_bytes=cost.total - 1)
+
+
+def test_the_pool_neither_moves_nor_grows(any_model):
+    engine = engine_of(any_model)
+    places = {(i, n): x.data_ptr() for i, layer in enumerate(engine.pool.state) for n, x in layer.tensors().items()}
+    for seed in range(9):
+        engine.submit(Request(prompt(150, seed), 50, Sampling(seed=seed)))
+    engine.run()
+    now = {(i, n): x.data_ptr() for i, layer in enumerate(engine.pool.state) for n, x in layer.tensors().items()}
+    assert now == places
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([]), "the prompt is empty"),
+        (Request([1, VOCAB]), f"token {VOCAB} is not in the vocabulary"),
+        (Request([1], sampling=Sampling(logit_bias={-1: 1.0})), "token -1 is not in the vocabulary"),
+        (Request([1], 0), "max_new_tokens is 0"),
+        (Request([1] * 100, 101), "100 tokens and max_new_tokens 101 need more room than a slot has"),
+        (Request([1], None), "an endless output need more room"),
+        (Request([1], 9, stop_strings=["x"]), "stop_strings need text"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_with_the_reason(hybrid, request_, message):
+    with pytest.raises(Refused, match=message):
+        engine_of(hybrid).submit(request_)
+
+
+def test_a_full_queue_refuses_and_says_what_a_slot_costs(small):
+    engine = engine_of(small, num_slots=1, max_waiting=1)
+    engine.submit(Request([1], 5))
+    engine.step()
+    engine.submit(Request([1], 5))
+    with pytest.raises(Refused, match=r"all 1 slots are taken and 1 requests wait.*a slot more costs [\d,]+ bytes"):
+        engine.submit(Request([1], 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_slots": 5}, "num_slots is 5; accepted: 1, 2, 3 or a multiple of 4"),
+        ({"num_slots": 0}, "num_slots is 0"),
+        ({"memory_bytes": 10**6}, "accepted: one of the two"),
+        ({"max_tokens": None}, "layer 1 is attention without a window|layer 4 is attention without a window"),
+        ({"prompt_block": 0}, "prompt_block is 0"),
+        ({"prefix_interval": 3}, "prefix_interval is 3; accepted: a multiple of prompt_block"),
+        ({"graphs": True}, "graphs is True for a model on cpu"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused(hybrid, options, message):
+    with pytest.raises(ValueError, match=message):
+        engine_of(hybrid, **options)
+
+
+def test_hyena_is_refused_by_name():
+    layers = (BlockConfig(HyenaConfig(filter_hidden=8), FeedForwardConfig(8)),)
+    with pytest.raises(ValueError, match="layer 0 is a Hyena"):
+        Engine(LanguageModel(ModelConfig(VOCAB, 8, layers)).eval(), num_slots=1)

@@ -1,0 +1,62 @@
+"""Stop strings in text whose pieces do not follow token borders."""
+
+import pytest
+
+from retnet.serve.stopping import StopStrings
+
+
+def utf8(tokens) -> str:
+    return bytes(tokens).decode("utf-8", "replace")
+
+
+def push_all(stops: StopStrings, data: bytes) -> str | None:
+    for byte in data:
+        if (matched := stops.push(byte)) is not None:
+            return matched
+    return None
+
+
+@pytest.mark.parametrize(
+    ("text", "strings", "matched", "left"),
+    [
+        ("one two three", ["wo t"], "wo t", "one t"),
+        ("naïve café—ok", ["é—"], "é—", "naïve caf"),
+        ("日本語テキスト", ["語テ"], "語テ", "日本"),
+        ("aaab", ["aab", "ab"], "aab", "a"),
+        ("stop", ["s"], "s", ""),
+        ("nothing here", ["there", "her e"], None, "nothing here"),
+    ],
+)
+def test_strings_are_found_over_bytes_of_unfinished_characters(text, strings, matched, left):
+    stops = StopStrings(strings, utf8)
+    assert push_all(stops, text.encode()) == matched
+    assert stops.text == left
+
+
+def test_text_of_tokens_that_print_differently_in_company_is_what_decoding_all_gives():
+    words = ["▁a", "▁b", "c", "▁"]
+
+    def pieces(tokens) -> str:  # a first space is dropped, as sentencepiece does
+        return "".join(words[t] for t in tokens).replace("▁", " ").removeprefix(" ")
+
+    tokens = [0, 1, 2, 0, 1, 1, 2, 0]
+    stops = StopStrings(["zzz"], pieces)
+    for token in tokens:
+        stops.push(token)
+    assert stops.text == pieces(tokens)
+
+
+def test_each_token_costs_the_decoding_of_a_few():
+    asked = []
+
+    def counted(tokens) -> str:
+        asked.append(len(tokens))
+        return utf8(tokens)
+
+    push_all(StopStrings(["never"], counted), b"x" * 500)
+    assert max(asked) <= 2
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        StopStrings(["a", ""], utf8)
