@@ -2,6 +2,7 @@
 
     config.json        {"model_type": "retnet", "model_config": {...ModelConfig...}, ...}
     model.safetensors  tensors named model.<name in LanguageModel>; a tied head is not stored
+    retnet_shim.py     what transformers runs where this package is installed but not imported
 
 Reading and writing it needs no transformers. Larger models lie in several files with `model.safetensors.index.json`
 (`checkpoint.py`).
@@ -25,6 +26,22 @@ MODEL_TYPE = "retnet"
 CONFIG_FILE = "config.json"
 PREFIX = "model."
 
+SHIM_FILE = "retnet_shim.py"
+SHIM = '''"""The classes of this model, for transformers with trust_remote_code=True: those of the installed package.
+
+Install it with `pip install retnet`. After `import retnet.hf` transformers needs neither this file nor the flag.
+"""
+
+from retnet.hf import RetNetConfig, RetNetForCausalLM, RetNetModel
+
+__all__ = ["RetNetConfig", "RetNetForCausalLM", "RetNetModel"]
+'''
+AUTO_MAP = {
+    "AutoConfig": "retnet_shim.RetNetConfig",
+    "AutoModel": "retnet_shim.RetNetModel",
+    "AutoModelForCausalLM": "retnet_shim.RetNetForCausalLM",
+}
+
 
 def save_model(model: LanguageModel, directory: str | os.PathLike[str]) -> None:
     """Write the model to a directory, made if missing. Weights are staged and renamed, so none is ever half-written."""
@@ -37,12 +54,21 @@ def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors:
     directory.mkdir(parents=True, exist_ok=True)
     data = {
         "architectures": ["RetNetForCausalLM"],
+        "auto_map": AUTO_MAP,
         "dtype": str(next(iter(tensors.specs.values())).dtype).removeprefix("torch."),
         "model_config": config.to_dict(),
         "model_type": MODEL_TYPE,
+        # Also inside model_config; transformers takes those of `generate` from here.
+        **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
     write_tensors(directory, tensors.renamed({PREFIX + name: name for name in tensors.specs}))
     (directory / CONFIG_FILE).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    write_shim(directory)
+
+
+def write_shim(directory: str | os.PathLike[str]) -> None:
+    """Write the file that AUTO_MAP names."""
+    (Path(directory) / SHIM_FILE).write_text(SHIM)
 
 
 def load_config(directory: str | os.PathLike[str]) -> ModelConfig:

@@ -1,6 +1,9 @@
 """The language model: embedding, blocks, final norm, head. Plain torch; the Hugging Face face is `models/hf.py`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +37,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        # How a block is recomputed, if at all; the Hugging Face face puts its user's choice here.
+        self.checkpoint: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding_norm = make_norm(config.embedding_norm, config.d_model, config.norm_eps)
         self._stateless = ", ".join(f"layer {i}" for i, layer in enumerate(config.layers) if not layer.keeps_state)
@@ -112,7 +117,7 @@ class LanguageModel(nn.Module):
         for i, layer in enumerate(self.layers):
             before = None if state is None else state.layers[i]
             if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x, after = checkpoint(layer, x, before, layout, use_reentrant=False)
+                x, after = self.checkpoint(layer, x, before, layout)
             else:
                 x, after = layer(x, before, layout)
             states.append(after)

@@ -1,0 +1,18 @@
+"""The door to Hugging Face: importing this registers RetNet with transformers' Auto classes.
+
+    import retnet.hf
+    model = AutoModelForCausalLM.from_pretrained("a/directory/that/retnet/wrote")
+
+Without the import the same directories load with `trust_remote_code=True`, through the shim that lies in them.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from retnet.models.directory import MODEL_TYPE
+from retnet.models.hf import RetNetConfig, RetNetForCausalLM, RetNetModel, StateCache
+
+__all__ = ["RetNetConfig", "RetNetForCausalLM", "RetNetModel", "StateCache"]
+
+AutoConfig.register(MODEL_TYPE, RetNetConfig, exist_ok=True)
+AutoModel.register(RetNetConfig, RetNetModel, exist_ok=True)
+AutoModelForCausalLM.register(RetNetConfig, RetNetForCausalLM, exist_ok=True)

@@ -1,0 +1,160 @@
+"""Losses, gradients and packs through the face, by ourselves and by transformers' Trainer and collators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+
+from retnet.models.hf.inputs import document_bounds, last_columns, without_first_labels
+
+from .conftest import make_model, random_ids
+
+FEATURES = [{"input_ids": random_ids(1, length)[0].tolist()} for length in (9, 4, 12)]
+
+
+def loss_and_gradient(model, **inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("extra", [{}, {"num_items_in_batch": torch.tensor(100)}])
+def test_training_takes_the_loss_without_logits_unless_asked(extra):
+    model, ids = make_model().train(), random_ids(2, 9)
+    labels = ids.masked_fill(ids < 60, -100)
+    fused, gradient = loss_and_gradient(model, input_ids=ids, labels=labels, **extra)
+    plain, expected = loss_and_gradient(model, input_ids=ids, labels=labels, logits_to_keep=0, **extra)
+    assert fused.logits is None
+    assert plain.logits.shape == (2, 9, 257)
+    torch.testing.assert_close(fused.loss, plain.loss)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert model.eval()(ids, labels=labels).logits is not None
+
+
+def test_a_head_that_is_more_than_its_weight_is_run_whole():
+    """An adapter on the head must not be passed by."""
+    model, ids = make_model().train(), random_ids(2, 9)
+
+    class Shifted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + torch.arange(self.out_features)
+
+    head = Shifted(32, 257, bias=False)
+    model.set_output_embeddings(head)
+    output = model(ids, labels=ids)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_checkpointing_changes_no_gradient_and_uses_the_function_that_was_chosen(model):
+    ids = random_ids(2, 9)
+    model.train()
+    _, expected = loss_and_gradient(model, input_ids=ids, labels=ids)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert model.is_gradient_checkpointing
+        assert model.model.checkpoint.keywords == {"use_reentrant": reentrant}
+        recomputed = []
+        hook = model.model.layers[0].register_forward_pre_hook(lambda *_, calls=recomputed: calls.append(1))
+        _, gradient = loss_and_gradient(model, input_ids=ids, labels=ids)
+        hook.remove()
+        assert len(recomputed) == 2
+        torch.testing.assert_close(gradient, expected)
+        model.gradient_checkpointing_disable()
+        assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("as_bounds", [False, True])
+def test_a_flattened_batch_is_its_documents(model, as_bounds):
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=as_bounds, return_position_ids=not as_bounds)(FEATURES)
+    assert ("cu_seq_lens_q" in batch) == as_bounds
+    packed = model(**batch)
+    nats, count, begin = 0.0, 0, 0
+    for feature in FEATURES:
+        ids = torch.tensor([feature["input_ids"]])
+        alone = model(ids)
+        end = begin + ids.shape[1]
+        torch.testing.assert_close(packed.logits[0, begin:end], alone.logits[0], rtol=1e-4, atol=1e-4)
+        nats += F.cross_entropy(alone.logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        count, begin = count + ids.shape[1] - 1, end
+    assert packed.loss.item() == pytest.approx(nats / count, rel=1e-4)
+
+
+def test_left_pads_are_not_taken_for_packs(model):
+    """transformers counts positions from each row's first real token and gives pads position 0."""
+    ids = random_ids(2, 6)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(logits[0, 3:], model(ids[:1, 3:]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_logits_are_kept_where_asked(retnet_model):
+    ids = random_ids(2, 6)
+    logits = retnet_model(ids).logits
+    torch.testing.assert_close(retnet_model(ids, logits_to_keep=2).logits, logits[:, -2:])
+    torch.testing.assert_close(retnet_model(ids, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
+    with pytest.raises(ValueError, match="logits_to_keep is 2 with labels"):
+        retnet_model(ids, labels=ids, logits_to_keep=2)
+
+
+def test_a_tuple_is_returned_to_who_wants_one(retnet_model):
+    ids = random_ids(1, 4)
+    loss, logits = retnet_model(ids, labels=ids, return_dict=False)
+    assert (loss.shape, logits.shape) == ((), (1, 4, 257))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "one of input_ids and inputs_embeds"),
+        ({"input_ids": random_ids(1, 3), "output_attentions": True}, "output_attentions is True; accepted: False"),
+        ({"input_ids": random_ids(1, 3), "attention_mask": torch.ones(1, 2)}, r"attention_mask has shape \[1, 2\]"),
+        (
+            {"input_ids": random_ids(1, 3), "cu_seq_lens_q": torch.tensor([0, 2, 3]), "use_cache": True},
+            "use_cache is True for packed documents",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused(retnet_model, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        retnet_model(**inputs)
+
+
+def test_packs_do_not_continue_a_cache(retnet_model):
+    cache = retnet_model(random_ids(1, 3)).past_key_values
+    with pytest.raises(ValueError, match="filled cache"):
+        retnet_model(random_ids(1, 3), past_key_values=cache, cu_seq_lens_q=torch.tensor([0, 1, 3]))
+
+
+def test_the_columns_of_a_mask_are_the_last():
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]])
+    assert last_columns(mask, (2, 2)).tolist() == [[True, False], [True, True]]
+    assert last_columns(torch.ones(2, 9), (2, 3)) is None
+    assert last_columns(None, (2, 3)) is None
+
+
+def test_first_labels_are_found_by_bounds_with_empty_documents():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
+    assert document_bounds(positions).tolist() == [0, 3, 5, 6]
+    labels = torch.arange(6)[None]
+    assert without_first_labels(labels, torch.tensor([0, 3, 3, 5, 6, 6])).tolist() == [[-100, 1, 2, -100, 4, -100]]
+
+
+def test_the_trainer_trains_packed_rows_and_evaluates(tmp_path):
+    model = make_model(init_std=0.05)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=3, gradient_accumulation_steps=2,
+        learning_rate=3e-2, logging_steps=1, report_to=[], gradient_checkpointing=True, use_cpu=True, disable_tqdm=True,
+        save_strategy="no", lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, train_dataset=FEATURES * 8, eval_dataset=FEATURES, data_collator=DataCollatorWithFlattening()
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    assert trainer.evaluate()["eval_loss"] < losses[0]

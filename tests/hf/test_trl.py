@@ -1,0 +1,52 @@
+"""TRL's SFTTrainer: packs without padding, losses of documents that do not see each other, LoRA in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import retnet.hf  # noqa: F401 (registers)
+
+trl = pytest.importorskip("trl")
+peft = pytest.importorskip("peft")
+
+TEXTS = [f"line {i}: the state decays and the token stays" for i in range(24)]
+
+
+def trainer_for(saved, output, **options):
+    arguments = trl.SFTConfig(
+        output_dir=str(output), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", bf16=False,
+        gradient_checkpointing=False, **{"padding_free": True, "packing": True, "max_length": 256, **options},
+    )  # fmt: skip
+    return trl.SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(saved),
+        arguments,
+        train_dataset=Dataset.from_dict({"text": TEXTS}),
+        processing_class=AutoTokenizer.from_pretrained(saved),
+        peft_config=peft.LoraConfig(r=4, target_modules="all-linear") if output.name == "lora" else None,
+    )
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_sft_trains_on_packs_without_padding(saved, tmp_path, kind):
+    trainer = trainer_for(saved, tmp_path / kind)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == 1
+    assert (batch["position_ids"] == 0).sum() > 4, "documents are packed"
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_the_loss_of_packs_is_that_of_padded_rows(saved, tmp_path):
+    losses = []
+    for padding_free in (True, False):
+        trainer = trainer_for(saved, tmp_path / "full", packing=False, padding_free=padding_free, max_length=None)
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert batch["input_ids"].shape[0] == (1 if padding_free else 4)
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
