@@ -63,7 +63,8 @@ def retention(
         chunk_size: tokens a chunk; never changes the result beyond rounding.
         state_dtype: of the returned state; float32 (float64 for float64) if None.
         return_state: False returns None in the state's place.
-        backend: "torch" (CPU), "triton" (CUDA), "aten" (plain operators, exportable), or "auto" by device.
+        backend: "torch" (CPU), "triton" (CUDA), "aten" (plain operators, exportable), or "auto": by device, and aten
+            inside torch.export.
 
     Returns:
         out [B, T, H, V] in v's dtype, and the state [N, H, K, V] after the last token.
@@ -143,6 +144,8 @@ def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: 
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; accepted: a positive integer or None")
     num_tokens, on_gpu = q.shape[1], q.device.type == "cuda"
+    if backend == "auto" and torch.compiler.is_exporting():
+        backend = "aten"
     if backend == "auto":
         has_kernel = v.dtype != torch.float64 and mode != "parallel"
         backend = ("triton" if has_kernel else "aten") if on_gpu else "torch"

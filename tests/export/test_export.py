@@ -1,0 +1,95 @@
+"""Exported graphs compute what the model computes, in torch and in onnxruntime."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from retnet.layers.attention import AttentionConfig
+from retnet.models.export import BLOCK_TOKENS, export_block, export_onnx, export_step, initial_state
+from retnet.models.lm import LanguageModel
+from retnet.models.presets import retnet_config
+
+LENGTHS = (200, 1, 3, 1, 2, 512)  # tokens of one call after another
+
+
+def make_model() -> LanguageModel:
+    """Fixed and gated decay, with and without rotary, at unit gain."""
+    config = retnet_config("export", 2, 32, 2, vocab_size=61, init="normal", init_std=32**-0.5)
+    options = ({"decay_norm": True}, {"decay": "gated", "rotary": "none"})
+    layers = tuple(
+        replace(layer, mixer=replace(layer.mixer, **option)) for layer, option in zip(config.layers, options)
+    )
+    return LanguageModel(replace(config, layers=layers)).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(61, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+
+
+def expected_logits(model, ids):
+    ends = torch.tensor(LENGTHS).cumsum(0) - 1
+    with torch.no_grad():
+        return model(ids).logits[0, ends]
+
+
+def test_exported_programs_read_a_text_in_any_pieces(model, ids):
+    step, block = export_step(model).module(), export_block(model).module()
+    state, logits = initial_state(model), []
+    for piece in ids.split(LENGTHS, 1):
+        run = step if piece.shape[1] == 1 else block
+        row, *state = run(piece, *state)
+        logits.append(row[0])
+    torch.testing.assert_close(torch.stack(logits), expected_logits(model, ids), rtol=1e-4, atol=1e-4)
+    assert state[0].tolist() == [sum(LENGTHS)]
+
+
+def test_the_graphs_hold_plain_operators_alone(model):
+    for program in (export_step(model), export_block(model)):
+        targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert targets
+        assert not [target for target in targets if "retnet" in target]
+
+
+def test_exporting_leaves_the_model_as_it_was(ids):
+    model = make_model()
+    with torch.no_grad():
+        before = model(ids).logits
+        export_block(model)
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_onnxruntime_gives_equal_logits(model, ids, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export_onnx(model, tmp_path)
+    manifest = json.loads((tmp_path / "export.json").read_text())
+    assert (manifest["vocab_size"], manifest["block_tokens"]) == (61, BLOCK_TOKENS)
+    step, block = (onnxruntime.InferenceSession(tmp_path / f"{name}.onnx") for name in ("step", "block"))
+    names = [entry["name"] for entry in manifest["state"]]
+    state = {name: x.numpy() for name, x in zip(names, initial_state(model))}
+    logits = []
+    for piece in ids.split(LENGTHS, 1):
+        session = step if piece.shape[1] == 1 else block
+        row, *after = session.run(None, {"ids": piece.numpy(), **state})
+        state = dict(zip(names, after))
+        logits.append(torch.from_numpy(row[0]))
+    torch.testing.assert_close(torch.stack(logits), expected_logits(model, ids), rtol=1e-4, atol=1e-4)
+    assert state["position"].tolist() == [sum(LENGTHS)]
+
+
+def test_a_layer_that_cannot_be_exported_is_named():
+    config = retnet_config("hybrid", 2, 32, 2, vocab_size=61)
+    attention = replace(config.layers[1], mixer=AttentionConfig(2, 2, head_dim=16))
+    model = LanguageModel(replace(config, layers=(config.layers[0], attention)))
+    with pytest.raises(ValueError, match="layer 1 is AttentionConfig; accepted for export: RetentionConfig"):
+        export_step(model)
