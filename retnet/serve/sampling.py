@@ -119,10 +119,10 @@ class SamplingTable:
         self.presence[slot] = sampling.presence_penalty
         self.frequency[slot] = sampling.frequency_penalty
         self.seed[slot] = seed
+        self.bias[slot].zero_()  # always: another request may need the step that adds it
         if not sampling.parts.edits:
-            return
+            return  # penalties of nothing, whatever is counted
         device = self.bias.device
-        self.bias[slot].zero_()
         for token, bias in sampling.logit_bias.items():
             self.bias[slot, token] = bias
         self.seen[slot].zero_()

@@ -13,7 +13,8 @@ from retnet.models.lm import LanguageModel
 from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
 from retnet.serve.sampling import Sampling
-from tests.serve.conftest import VOCAB, prompt
+
+from .conftest import VOCAB, prompt, small_model
 
 GREEDY = Sampling(temperature=0, logprobs=3)
 
@@ -137,8 +138,6 @@ def test_a_cancelled_request_leaves_at_once_and_the_others_do_not_notice(small):
 
 
 def test_stop_tokens_and_the_end_of_text_end_an_output():
-    from tests.serve.conftest import small_model
-
     model = small_model()
     tokens = alone(model, Request(prompt(5), 20, GREEDY)).tokens
     stopped = alone(model, Request(prompt(5), 20, GREEDY, stop_tokens=[tokens[6]]))

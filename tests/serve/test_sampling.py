@@ -79,6 +79,8 @@ def test_a_row_does_not_depend_on_the_others_or_on_parts_that_it_does_not_use():
     position = torch.arange(8) * 100
     plain = table.sample(logits, position, Parts()).tokens
     assert torch.equal(table.sample(logits, position, ALL).tokens, plain)
+    table.fill(0, Sampling(logit_bias={4: 50.0}, presence_penalty=2.0), 0, none, none)
+    table.fill(0, Sampling(temperature=0.8), 0, none, none)
     for row in range(1, 8):
         table.fill(row, Sampling(top_k=2, presence_penalty=3.0, seed=9), 9, none, torch.tensor([row]))
     assert (

@@ -1,0 +1,100 @@
+"""The prefix cache: prompts read only what none before began with, and get the same bits."""
+
+from array import array
+
+import pytest
+
+from retnet.serve.prefix import PrefixCache
+from retnet.serve.request import Request
+from retnet.serve.sampling import Sampling
+
+from .conftest import prompt
+from .test_engine import alone, engine_of, facts
+
+SAMPLED = Sampling(temperature=0.8, seed=5, logprobs=2)
+
+
+def test_a_repeated_prompt_reads_nothing_and_gives_the_same_bits(any_model):
+    request = Request(prompt(30), 10, SAMPLED)
+    engine = engine_of(any_model, prefix_cache_bytes=10**7)
+    first = engine.submit(request)
+    engine.run()
+    read = engine.stats().prompt_tokens
+    again = engine.submit(request)
+    engine.run()
+    assert facts(first) == facts(again) == facts(alone(any_model, request))
+    assert engine.stats().prompt_tokens == read == 29
+    assert again.cached == 29
+    assert engine.stats().prefix.tokens_saved == 29
+
+
+def test_a_shared_beginning_is_read_once(any_model):
+    shared = prompt(21)
+    engine = engine_of(any_model, prefix_cache_bytes=10**7)
+    for seed in range(3):
+        request = Request(shared + prompt(9, seed), 8, SAMPLED, shared=21)
+        generation = engine.submit(request)
+        engine.run()
+        assert facts(generation) == facts(alone(any_model, request))
+        assert generation.cached == (21 if seed else 0)
+    assert engine.stats().prefix.hits == 2
+    assert engine.stats().prefix.misses == {"the cache is empty": 1}
+
+
+def test_states_inside_a_long_prompt_are_kept_at_borders(small):
+    engine = engine_of(small, prefix_cache_bytes=10**7, prefix_interval=16)
+    engine.submit(Request(prompt(60), 1))
+    engine.run()
+    request = Request([*prompt(60)[:40], 1, 2, 3], 8, SAMPLED)
+    generation = engine.submit(request)
+    engine.run()
+    assert generation.cached == 32
+    assert facts(generation) == facts(alone(small, request))
+
+
+def test_a_conversation_is_found_by_its_next_turn(small):
+    engine = engine_of(small, prefix_cache_bytes=10**7)
+    first = engine.submit(Request(prompt(30), 10, SAMPLED))
+    engine.run()
+    second = engine.submit(Request(prompt(30) + first.tokens + [4, 5], 3, SAMPLED))
+    engine.run()
+    assert second.cached == 39, "all but the last token, which nothing had read"
+
+
+def test_the_least_recently_used_leaves_first_and_misses_say_why(small):
+    state = engine_of(small).pool.kept(0)
+    cache = PrefixCache(2 * state.nbytes)
+    a, b, c = (array("i", [n, n, n]) for n in range(3))
+    assert cache.find(a) is None
+    cache.store(a, state)
+    cache.store(b, state)
+    assert cache.find(array("i", [0, 0, 0, 9])) == (3, state)
+    cache.store(c, state)
+    assert cache.find(array("i", [1, 1, 1, 9])) is None
+    assert cache.find(array("i", [1, 1])) is None
+    assert cache.find(a) is not None
+    assert dict(cache.counts.misses) == {
+        "the cache is empty": 1,
+        "the state was dropped for room": 1,
+        "no prompt began alike": 1,
+    }
+    assert (len(cache), cache.nbytes, cache.counts.evicted) == (2, 2 * state.nbytes, 1)
+
+
+def test_the_longest_beginning_is_taken(small):
+    state = engine_of(small).pool.kept(0)
+    cache = PrefixCache(10**6)
+    for length in (2, 5, 3):
+        cache.store(array("i", range(length)), state)
+    assert cache.find(array("i", range(9)))[0] == 5
+    assert cache.find(array("i", range(4)))[0] == 3
+    assert cache.find(array("i", [0, 7, 2])) is None
+
+
+def test_a_state_larger_than_the_budget_is_not_kept(small):
+    state = engine_of(small).pool.kept(0)
+    cache = PrefixCache(state.nbytes - 1)
+    cache.store(array("i", [1]), state)
+    assert (len(cache), cache.counts.too_large) == (0, 1)
+    with pytest.raises(ValueError, match="budget of 0 bytes"):
+        PrefixCache(0)

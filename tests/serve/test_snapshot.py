@@ -1,0 +1,180 @@
+"""Sessions that go on elsewhere with the same tokens, and files that are refused rather than half believed."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from retnet.models.directory import save_model
+from retnet.serve.engine import Engine
+from retnet.serve.request import Refused, Request
+from retnet.serve.sampling import Sampling
+from retnet.serve.snapshot import Snapshot, fingerprint
+
+from .conftest import prompt, small_model
+from .test_engine import alone, engine_of, facts
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLED = Sampling(temperature=0.8, seed=5, logprobs=2, repetition_penalty=1.2)
+
+
+def session(model, new_tokens: int = 9):
+    """An engine with a request in the middle of decoding."""
+    engine = engine_of(model)
+    generation = engine.submit(Request(prompt(19), 60, SAMPLED))
+    while generation.num_new < new_tokens:
+        engine.step()
+    return engine, generation
+
+
+def test_a_restored_session_goes_on_with_the_same_bits_and_reads_nothing(any_model, tmp_path):
+    engine, generation = session(any_model)
+    error = engine.snapshot(generation).save(tmp_path / "session.safetensors")
+    assert error == 0
+    engine.run()
+    other = engine_of(any_model)
+    restored = other.submit(Request([], 51, SAMPLED), Snapshot.load(tmp_path / "session.safetensors"))
+    other.run()
+    assert restored.tokens == generation.tokens[9:]
+    assert restored.logprobs == generation.logprobs[9:]
+    assert other.stats().prompt_tokens == 0
+
+
+def test_a_session_goes_on_in_another_process(small, tmp_path):
+    engine, generation = session(small)
+    engine.snapshot(generation).save(tmp_path / "session.safetensors")
+    engine.run()
+    save_model(small, tmp_path / "model")
+    code = textwrap.dedent(f"""
+        from retnet.models.directory import load_model
+        from retnet.serve.engine import Engine
+        from retnet.serve.request import Request
+        from retnet.serve.sampling import Sampling
+        from retnet.serve.snapshot import Snapshot
+        engine = Engine(load_model({str(tmp_path / "model")!r}), num_slots=4)
+        snapshot = Snapshot.load({str(tmp_path / "session.safetensors")!r})
+        print(list(engine.stream(Request([], 51, {SAMPLED!r}), snapshot)))
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.strip() == str(generation.tokens[9:]), done.stderr
+
+
+def test_more_prompt_after_a_snapshot_is_one_conversation(any_model):
+    first = alone(any_model, Request(prompt(9), 7, Sampling(temperature=0), keep_state=True))
+    question = prompt(6, seed=1)
+    engine = engine_of(any_model)
+    second = engine.submit(Request(question, 8, Sampling(temperature=0)), first.snapshot)
+    engine.run()
+    whole = alone(any_model, Request(prompt(9) + first.tokens + question, 8, Sampling(temperature=0)))
+    assert second.tokens == whole.tokens
+
+
+def test_forks_go_on_alone(any_model):
+    engine, generation = session(any_model)
+    at = generation.num_new
+    twin = engine.fork(generation, Request([], 51, SAMPLED))
+    other = engine.fork(generation, Request([], 51, Sampling(temperature=0.8, seed=6)))
+    engine.run()
+    assert twin.tokens == generation.tokens[at:]
+    assert other.tokens != generation.tokens[at:]
+    assert facts(generation) == facts(alone(any_model, generation.request))
+
+
+def test_bfloat16_files_are_smaller_and_name_their_error(small, tmp_path):
+    engine, generation = session(small)
+    snapshot = engine.snapshot(generation)
+    snapshot.save(tmp_path / "wide")
+    error = snapshot.save(tmp_path / "narrow", "bfloat16")
+    assert 1e-4 < error < 2**-8
+    assert (tmp_path / "narrow").stat().st_size < 0.6 * (tmp_path / "wide").stat().st_size
+    loaded = Snapshot.load(tmp_path / "narrow")
+    assert loaded.rounding_error == error
+    for a, b in zip(loaded.state, snapshot.state):
+        assert a.memory.dtype == torch.float32
+        assert float((a.memory - b.memory).norm() / b.memory.norm()) <= 1.0001 * error
+    with pytest.raises(ValueError, match="dtype is 'float16'; accepted: float32, bfloat16"):
+        snapshot.save(tmp_path / "other", "float16")
+
+
+def test_a_snapshot_of_another_model_is_refused(small):
+    engine, generation = session(small)
+    snapshot = engine.snapshot(generation)
+    trained = small_model()
+    with torch.no_grad():
+        trained.layers[1].mixer.v_proj.weight.mul_(1.001)
+    for other in (trained, small_model("float64"), small_model(logit_soft_cap=30.0)):
+        with pytest.raises(Refused, match="the snapshot is of another model"):
+            Engine(other, num_slots=1).submit(Request([1], 5), snapshot)
+    assert fingerprint(small_model()) == fingerprint(small)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.999])
+def test_truncated_files_are_refused(small, tmp_path, share):
+    engine, generation = session(small)
+    path = tmp_path / "session"
+    engine.snapshot(generation).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+        Snapshot.load(path)
+
+
+def test_files_that_were_changed_are_refused(small, tmp_path):
+    engine, generation = session(small)
+    path = tmp_path / "session"
+    engine.snapshot(generation).save(path)
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    for place in (header, (header + len(data)) // 2, len(data) - 1):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ValueError, match="was changed since it was written"):
+            Snapshot.load(path)
+    model = engine.fingerprint.encode()
+    path.write_bytes(data.replace(model, model[:-1] + (b"0" if model[-1:] != b"0" else b"1")))
+    with pytest.raises(ValueError, match="was changed since it was written"):
+        Snapshot.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="is not a snapshot"):
+        Snapshot.load(path)
+    path.write_bytes(data)
+    assert "tokens" in load_file(path)
+    assert Snapshot.load(path).tokens == generation.seen
+
+
+def test_a_writer_killed_in_the_middle_leaves_the_old_file_whole(small, tmp_path):
+    engine, generation = session(small)
+    path = tmp_path / "session"
+    engine.snapshot(generation).save(path)
+    old = path.read_bytes()
+    code = textwrap.dedent(f"""
+        import os, signal
+        from retnet.serve import snapshot
+        def killed(fd):
+            os.kill(os.getpid(), signal.SIGKILL)
+        snapshot.os.fsync = killed
+        loaded = snapshot.Snapshot.load({str(path)!r})
+        loaded.tokens.append(1)
+        loaded.save({str(path)!r})
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert path.read_bytes() == old
+    assert len(os.listdir(tmp_path)) == 2, "the staged file is left beside it"
+    engine.snapshot(generation).save(path)
+    assert Snapshot.load(path).tokens == generation.seen
+
+
+def test_a_request_without_a_state_has_no_snapshot(small):
+    engine = engine_of(small)
+    generation = engine.submit(Request(prompt(3), 2))
+    with pytest.raises(ValueError, match="the request is waiting; accepted: one that is decoding"):
+        engine.snapshot(generation)
+    engine.run()
+    with pytest.raises(ValueError, match="the request is finished"):
+        engine.snapshot(generation)
