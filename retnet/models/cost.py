@@ -1,4 +1,4 @@
-"""What a model costs: parameters, floating-point operations a token, bytes of state, and how far each head sees.
+"""What a model costs: parameters, floating-point operations a token, bytes of state, how far each head sees.
 
 A multiply-add is two operations. Every weight matrix that a token meets costs 2 operations an element forward and twice
 that again backward. What a mixer does beside its projections is counted by one function a mixer, below.
@@ -160,7 +160,7 @@ def model_cost(config: ModelConfig, context: int) -> ModelCost:
 
 
 def transformer_cache_bytes(config: ModelConfig, context: int, bytes_per_value: int = 2) -> int:
-    """Keys and values that a Transformer of this width and depth keeps (multi-head, no sharing): 2 D a token and layer."""
+    """Keys and values that a multi-head Transformer of this width and depth keeps: 2 D a token and layer."""
     return 2 * len(config.layers) * config.d_model * context * bytes_per_value
 
 

@@ -24,26 +24,33 @@ VOCAB_SIZE = 50304  # GPT-2's 50257, rounded up to a multiple of 64
 
 
 def retnet_config(
-    name: str, num_layers: int, d_model: int, num_heads: int, *, gated: bool = False, vocab_size: int = VOCAB_SIZE, **options
+    name: str,
+    num_layers: int,
+    d_model: int,
+    num_heads: int,
+    *,
+    gated: bool = False,
+    vocab_size: int = VOCAB_SIZE,
+    **options,
 ) -> ModelConfig:
     """The paper's architecture at any size; `options` are fields of ModelConfig."""
-    mixer = RetentionConfig(
-        num_heads, key_dim=d_model, value_dim=2 * d_model, decay="gated" if gated else "paper"
-    )
+    mixer = RetentionConfig(num_heads, key_dim=d_model, value_dim=2 * d_model, decay="gated" if gated else "paper")
     layer = BlockConfig(mixer, FeedForwardConfig(2 * d_model))
     return ModelConfig(vocab_size, d_model, (layer,) * num_layers, name=name, **options)
 
 
 def _tiny(gated: bool) -> ModelConfig:
     name = "retnet-tiny-gated" if gated else "retnet-tiny"
-    return retnet_config(name, 4, 256, 4, gated=gated, vocab_size=257, bos_token_id=256)
+    return retnet_config(name, 3, 288, 3, gated=gated, vocab_size=257, bos_token_id=256)
 
 
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "retnet-tiny": lambda: _tiny(False),
     "retnet-tiny-gated": lambda: _tiny(True),
     **{
-        name + suffix: lambda name=name, size=size, suffix=suffix: retnet_config(name + suffix, *size, gated=bool(suffix))
+        name + suffix: lambda name=name, size=size, suffix=suffix: retnet_config(
+            name + suffix, *size, gated=bool(suffix)
+        )
         for name, size in SIZES.items()
         for suffix in ("", "-gated")
     },

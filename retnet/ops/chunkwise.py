@@ -25,6 +25,10 @@ from retnet.ops.decay import decay_from_start, decay_to_end, pairwise_decay, run
 from retnet.ops.memory import empty
 from retnet.ops.ragged import equal_blocks
 
+# A fixed decay near 1, rounded to float32 and applied a thousand times, is off by a thousand roundings to one side.
+# So one chunk in this many is decayed by what the others should have been decayed by too.
+MAKE_UP_EVERY = 16
+
 
 @dataclass(frozen=True)
 class _ChunkDecay:
@@ -33,28 +37,23 @@ class _ChunkDecay:
     inside: Tensor  # scale * D            [B or 1, G, heads of a group, C, C]
     from_start: Tensor  # scale * a        [B or 1, G, heads of a group, C, 1]
     to_end: Tensor  # b                    [B or 1, G, heads of a group, C, 1]
-    whole: Tensor  # log decay(chunk), float64 [B or 1, H, 1, 1]
+    whole: Tensor  # decay(chunk)          [B or 1, H, 1, 1]
+    make_up: Tensor  # the same, and what rounding took from the others since the last one
 
 
 class _RunningState:
-    """S or dS of one walk, [B H, K, V], decayed in place chunk after chunk.
+    """S or dS of one walk, decayed in place chunk after chunk: `value` [B H, K, V], `heads` [B, H, K, V] its view."""
 
-    A decay near 1 rounded to float32 and applied a thousand times is off by a thousand roundings, all to the same side.
-    So `drift` keeps, in float64, by how much the log of what was applied exceeds the truth, and the next decay makes up
-    for it.
-    """
+    def __init__(self, heads: Tensor, steps: int = 0):
+        self.heads, self.value, self.steps = heads, heads.flatten(0, 1), steps
 
-    def __init__(self, value: Tensor, shape: tuple[int, ...], drift: Tensor | float = 0.0):
-        self.value, self.shape, self.drift = value, shape, drift
-
-    def decay(self, log_decay: Tensor) -> None:
-        """S <- exp(log_decay) S; log_decay [B or 1, H, 1, 1], float64."""
-        factor = torch.exp(log_decay - self.drift).to(self.value.dtype)
-        self.value.view(self.shape).mul_(factor)
-        self.drift = (self.drift + factor.double().log() - log_decay).masked_fill(log_decay < -1, 0.0)
+    def decay(self, decay: _ChunkDecay) -> None:
+        """S <- decay(chunk) S."""
+        self.steps += 1
+        self.heads.mul_(decay.whole if self.steps % MAKE_UP_EVERY else decay.make_up)
 
     def clone(self) -> "_RunningState":
-        return _RunningState(self.value.clone(), self.shape, self.drift)
+        return _RunningState(self.heads.clone(), self.steps)
 
 
 class _Walk:
@@ -103,9 +102,14 @@ class _Walk:
         inside = pairwise_decay(total, resets) * self.scale
         from_start = decay_from_start(total, resets).transpose(1, 2)[..., None]
         to_end = decay_to_end(total, resets).transpose(1, 2)[..., None]
-        whole = from_start[:, :, -1:].log()
+        exact = from_start[:, :, -1:]
+        whole = exact.to(self.dtype)
+        make_up = whole
+        if log_decay.dim() == 1:
+            missed = (MAKE_UP_EVERY - 1) * (exact.log() - whole.double().log())
+            make_up = torch.where(exact > 0.5, exact * missed.exp(), exact).to(self.dtype)
         rows = ((x.to(self.dtype).unflatten(1, (self.G, -1))) for x in (inside, from_start * self.scale, to_end))
-        return _ChunkDecay(*rows, whole)
+        return _ChunkDecay(*rows, whole, make_up)
 
     def per_head(self, x: Tensor) -> Tensor:
         """[B G, C, D] -> [B, G, heads of the group, C, D] by broadcasting."""
@@ -144,15 +148,14 @@ class _Walk:
 
     def advance(self, S: _RunningState, k: Tensor, v: Tensor, decay: _ChunkDecay) -> None:
         """S <- decay(chunk) S + (b K)^T V, in place."""
-        S.decay(decay.whole)
+        S.decay(decay)
         S.value.baddbmm_(self.decayed("decayed k", k, decay.to_end).transpose(1, 2), v)
 
     def running_state(self, state: Tensor | None) -> _RunningState:
         """A copy of a [B, H, K, V] state (or zeros) to update in place."""
-        shape = (self.B, self.H, self.K, self.V)
         if state is None:
-            state = torch.zeros(shape, dtype=self.dtype)
-        return _RunningState(state.to(self.dtype, copy=True).contiguous().flatten(0, 1), shape)
+            state = torch.zeros(self.B, self.H, self.K, self.V, dtype=self.dtype)
+        return _RunningState(state.to(self.dtype, copy=True).contiguous())
 
 
 def forward(
@@ -189,7 +192,7 @@ def forward(
             walk.store(out_, chunk, out_c)
             if return_state or chunk.stop < walk.T:
                 walk.advance(S, k_c, v_c, decay)
-        final[sequences] = S.value.view(S.shape)
+        final[sequences] = S.heads
     return out, final
 
 
@@ -224,7 +227,7 @@ def backward(
         checkpoints = _walk_forward(walk, block, S)
         dS = walk.running_state(None if dfinal is None else dfinal[sequences])
         _walk_reverse(walk, block, dS, checkpoints)
-        dstate[sequences] = dS.value.view(dS.shape)
+        dstate[sequences] = dS.heads
     if dlog is not None and log_decay.dim() == 1:
         dlog = dlog.sum((0, 1))
     return dq, dk, dv, dlog, dstate
@@ -292,7 +295,7 @@ def _walk_reverse(walk: _Walk, block: _Block, dS: _RunningState, checkpoints: li
         dk = walk.sum_group(across)
         dk.baddbmm_(walk.sum_group(dscores).transpose(1, 2), q)
         walk.store(block.dk, chunk, dk)
-        dS.decay(decay.whole)
+        dS.decay(decay)
         dS.value.baddbmm_(walk.decayed("decayed q", q, decay.from_start).transpose(1, 2), dout)
 
 
@@ -311,7 +314,7 @@ def _dlog_of_chunk(
     inside = read_from_t.tril(-1).sum(-1)
     leaving = (walk.per_head(k) * walk.by_group(across)).sum(-1).flatten(1, 2)
     written_before_t = torch.cat([leaving.new_zeros(walk.B, walk.H, 1), leaving.cumsum(2)[..., : C - 1]], 2)
-    passing = (dS * S).sum((1, 2)).view(walk.B, walk.H, 1) * decay.whole[..., 0].exp()
+    passing = (dS * S).sum((1, 2)).view(walk.B, walk.H, 1) * decay.whole[..., 0]
     return (inside + written_before_t + passing).transpose(1, 2)
 
 

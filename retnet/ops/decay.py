@@ -17,13 +17,13 @@ RESET_BELOW = -750.0
 
 def paper_log_decay(num_heads: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """log gamma [H] of Eq. 8 of the paper: gamma_h = 1 - 2^-(5 + h), h = 0 .. H - 1. All published weights use it."""
-    h = torch.arange(num_heads, dtype=torch.float64)
+    h = torch.arange(num_heads, dtype=torch.float64, device="cpu")
     return torch.log1p(-torch.exp2(-5.0 - h)).to(dtype)
 
 
 def experiment_log_decay(num_heads: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """log gamma [H] of the paper's experiments (section 3.1): gamma = 1 - exp(linspace(ln 1/32, ln 1/512, H))."""
-    exponent = torch.linspace(math.log(1 / 32), math.log(1 / 512), num_heads, dtype=torch.float64)
+    exponent = torch.linspace(math.log(1 / 32), math.log(1 / 512), num_heads, dtype=torch.float64, device="cpu")
     return torch.log1p(-torch.exp(exponent)).to(dtype)
 
 

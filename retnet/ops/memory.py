@@ -1,7 +1,7 @@
-"""Large results in huge pages, touched before use: page faults cost a CPU more than writing the values does.
+"""Large results in huge pages, touched before use: page faults cost a CPU more than writing values does.
 
-A fresh result of 128 MiB took 60 ms to fill with small pages, each faulted in by the copy that first wrote it, and 27 ms
-with both kinds of advice below. The kernel may decline either.
+A fresh result of 128 MiB took 60 ms to fill with small pages, each faulted in by the copy that first wrote it, and
+27 ms with both kinds of advice below. The kernel may decline either.
 """
 
 import ctypes

@@ -2,9 +2,9 @@
 
     y_t = bias + sum_i weight_i x_{t - (W - 1) + i}        i = 0 .. W - 1
 
-Written as W multiply-adds over shifted views: for a width of 4 on a CPU that is as fast as PyTorch's depthwise convolution
-forward, and two to three times as fast with its backward in float32 and bfloat16. A packed row is spread out so that every
-document is preceded by its own W - 1 tokens of the past; no loop over documents.
+Written as W multiply-adds over shifted views: for a width of 4 on a CPU that is as fast as PyTorch's depthwise
+convolution forward, and two to three times as fast with its backward in float32 and bfloat16. A packed row is spread
+out so that every document is preceded by its own W - 1 tokens of the past; no loop over documents.
 """
 
 import torch

@@ -22,7 +22,9 @@ def test_it_is_cross_entropy_with_its_gradients(monkeypatch, soft_cap, slice_byt
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     got = linear_cross_entropy(hidden, weight, labels, soft_cap)
     assert got.item() == pytest.approx(expected.item(), rel=1e-12)
-    for a, b in zip(torch.autograd.grad(3 * got, (hidden, weight)), torch.autograd.grad(3 * expected, (hidden, weight))):
+    for a, b in zip(
+        torch.autograd.grad(3 * got, (hidden, weight)), torch.autograd.grad(3 * expected, (hidden, weight))
+    ):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
