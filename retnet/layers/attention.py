@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from retnet.layers.layout import TokenLayout
+from retnet.layers.rows import AttentionRows
 from retnet.layers.state import AttentionState
 from retnet.ops.attention import (
     alibi_slopes,
@@ -88,7 +89,7 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, state: AttentionState | None, layout: TokenLayout
-    ) -> tuple[Tensor, AttentionState | None]:
+    ) -> tuple[Tensor, AttentionState | AttentionRows | None]:
         one_token = x.shape[1] == 1 and layout.cu_seqlens is None
         if layout.mask is not None and not (one_token and state is not None):
             return layout.on_real_tokens(self, x, state)
@@ -99,7 +100,7 @@ class Attention(nn.Module):
             factor = scaling(config.rotary_factor, config.rotary_yarn_length)
             cos, sin = layout.rotation(config.rotary, config.head_dim, config.rotary_base, factor, wide)
             q, k = (rotate(z, cos, sin, config.rotary) for z in (q, k))
-        if state is not None and one_token:
+        if state is not None and one_token and not layout.deferred:
             state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
             out = cached_attention(
                 q, state.keys, state.values, layout.positions, state.slot_positions(layout), **self._options(q)
@@ -110,7 +111,10 @@ class Attention(nn.Module):
             out = self._fresh(q, k, v, layout) if state is None else self._continued(q, k, v, state, layout)
             if layout.carry:
                 state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
-        return self.out_proj(out.flatten(-2)), state if layout.carry else None
+        out = self.out_proj(out.flatten(-2))
+        if layout.deferred:
+            return out, AttentionRows(k, v)
+        return out, state if layout.carry else None
 
     def _fresh(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         options = self._options(q)

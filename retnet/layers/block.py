@@ -80,6 +80,7 @@ class Block(nn.Module):
             self.feed_forward = FEED_FORWARDS[type(config.feed_forward)](config.feed_forward, d_model)
 
     def forward(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
+        """The state is what the mixer returns: with `layout.deferred`, the rows that it would write."""
         if self.config.norm_position == "post":
             y, state = self.mixer(x, state, layout)
             x = self.mixer_norm(self._residual(x, y))

@@ -25,7 +25,8 @@ class TokenLayout:
     positions [B, T] (int64) of each real token in its sequence; lengths [N] (int64) real tokens of this call; mask
     [B, T] bool or None; cu_seqlens [N + 1] or None. `carry`: layers return their state; `in_place`: they may overwrite
     the state that they were given instead of making a new one (inference alone). `losses`: where layers add losses of
-    their own (MoE routers), if anyone wants them.
+    their own (MoE routers), if anyone wants them. `deferred`: in the state's place they return what these tokens would
+    write into it (`layers/rows.py`).
     """
 
     positions: Tensor
@@ -35,6 +36,7 @@ class TokenLayout:
     carry: bool = False
     in_place: bool = False
     losses: list[Tensor] | None = None
+    deferred: bool = False
     _known: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -49,6 +51,7 @@ class TokenLayout:
         carry: bool = False,
         in_place: bool = False,
         losses: list[Tensor] | None = None,
+        deferred: bool = False,
     ) -> "TokenLayout":
         """Lay out [B, T] tokens that follow `start` [N] earlier ones of each sequence (none if None)."""
         B, T = shape
@@ -70,7 +73,7 @@ class TokenLayout:
                 lengths = mask.long().sum(1)
             if start is not None:
                 positions = positions + start[:, None]
-        return cls(positions.clamp_min(0), lengths, mask, cu_seqlens, carry, in_place, losses)
+        return cls(positions.clamp_min(0), lengths, mask, cu_seqlens, carry, in_place, losses, deferred)
 
     def advance(self, position: Tensor | None) -> Tensor:
         """Real tokens of each sequence [N] once this call's are counted too: a new tensor, owned by the caller."""

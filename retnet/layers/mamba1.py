@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.layout import TokenLayout
+from retnet.layers.rows import Mamba1Rows
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import Mamba1State
 from retnet.layers.time_step import reset_time_step_bias
@@ -77,13 +78,15 @@ class Mamba1(nn.Module):
         )
         nn.init.ones_(self.skip)
 
-    def forward(self, x: Tensor, state: Mamba1State | None, layout: TokenLayout) -> tuple[Tensor, Mamba1State | None]:
+    def forward(
+        self, x: Tensor, state: Mamba1State | None, layout: TokenLayout
+    ) -> tuple[Tensor, Mamba1State | Mamba1Rows | None]:
         one_token = x.shape[1] == 1 and layout.cu_seqlens is None
         if layout.mask is not None and not (one_token and state is not None):
             return layout.on_real_tokens(self, x, state)
         config = self.config
-        u, z = self.in_proj(x).chunk(2, -1)
-        u, recent = self.conv(u, None if state is None else state.recent, layout)
+        inputs, z = self.in_proj(x).chunk(2, -1)
+        u, recent = self.conv(inputs, None if state is None else state.recent, layout)
         u = F.silu(u)
         low, write, read = self.x_proj(u).split((config.time_step_rank, config.state_dim, config.state_dim), -1)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -99,5 +102,7 @@ class Mamba1(nn.Module):
             before = None if state is None else state.memory
             out, memory = selective_scan(u, step, rate, write, read, state=before, bounds=layout.bounds)
         out = (out + self.skip * u) * F.silu(z)
-        state = Mamba1State.after(state, layout, memory=memory, recent=recent) if layout.carry else None
-        return self.out_proj(out), state
+        out = self.out_proj(out)
+        if layout.deferred:
+            return out, Mamba1Rows(u, step, rate, write, inputs)
+        return out, Mamba1State.after(state, layout, memory=memory, recent=recent) if layout.carry else None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from retnet.layers.layout import TokenLayout
 from retnet.layers.retention import retain
+from retnet.layers.rows import Mamba2Rows
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import Mamba2State
 from retnet.layers.time_step import reset_time_step_bias
@@ -100,13 +101,15 @@ class Mamba2(nn.Module):
         )
         nn.init.ones_(self.skip)
 
-    def forward(self, x: Tensor, state: Mamba2State | None, layout: TokenLayout) -> tuple[Tensor, Mamba2State | None]:
+    def forward(
+        self, x: Tensor, state: Mamba2State | None, layout: TokenLayout
+    ) -> tuple[Tensor, Mamba2State | Mamba2Rows | None]:
         one_token = x.shape[1] == 1 and layout.cu_seqlens is None
         if layout.mask is not None and not (one_token and state is not None):
             return layout.on_real_tokens(self, x, state)
         config, shared = self.config, self.config.num_groups * self.config.state_dim
-        z, u, time_step = self.in_proj(x).split((config.inner_dim, config.conv_dim, config.num_heads), -1)
-        u, recent = self.conv(u, None if state is None else state.recent, layout)
+        z, inputs, time_step = self.in_proj(x).split((config.inner_dim, config.conv_dim, config.num_heads), -1)
+        u, recent = self.conv(inputs, None if state is None else state.recent, layout)
         u, B, C = F.silu(u).split((config.inner_dim, shared, shared), -1)
         u, B, C = (
             part.unflatten(-1, (-1, n))
@@ -115,11 +118,12 @@ class Mamba2(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         time_step = F.softplus(time_step.to(wide) + self.time_step_bias.to(wide))
         time_step = time_step.clamp(config.time_step_lowest, config.time_step_highest)
+        v, log_decay = (u * time_step[..., None]).to(x.dtype), -self.log_rate.to(wide).exp() * time_step
         out, memory = retain(
             C,
             B,
-            (u * time_step[..., None]).to(x.dtype),
-            -self.log_rate.to(wide).exp() * time_step,
+            v,
+            log_decay,
             None if state is None else state.memory,
             layout,
             scale=1.0,
@@ -128,8 +132,10 @@ class Mamba2(nn.Module):
         )
         out = (out + self.skip[:, None] * u).flatten(-2)
         out = self._gated_norm(out, z)
-        state = Mamba2State.after(state, layout, memory=memory, recent=recent) if memory is not None else None
-        return self.out_proj(out), state
+        out = self.out_proj(out)
+        if layout.deferred:
+            return out, Mamba2Rows(B, v, log_decay, inputs)
+        return out, Mamba2State.after(state, layout, memory=memory, recent=recent) if memory is not None else None
 
     def _gated_norm(self, out: Tensor, z: Tensor) -> Tensor:
         wide = torch.promote_types(out.dtype, torch.float32)

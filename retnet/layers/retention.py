@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.layout import TokenLayout
+from retnet.layers.rows import RetentionRows
 from retnet.layers.state import RetentionState
 from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.norms import normalize
@@ -160,7 +161,7 @@ class MultiScaleRetention(nn.Module):
 
     def forward(
         self, x: Tensor, state: RetentionState | None, layout: TokenLayout
-    ) -> tuple[Tensor, RetentionState | None]:
+    ) -> tuple[Tensor, RetentionState | RetentionRows | None]:
         config = self.config
         q, k, v = (
             proj(x).unflatten(-1, (-1, width))
@@ -185,7 +186,10 @@ class MultiScaleRetention(nn.Module):
         out = self._head_norm(out).flatten(-2).to(x.dtype)
         if self.gate_proj is not None:
             out = F.silu(self.gate_proj(x)) * out
-        return self.out_proj(out), None if memory is None else RetentionState.after(state, layout, memory=memory)
+        out = self.out_proj(out)
+        if layout.deferred:
+            return out, RetentionRows(k, v, log_decay)
+        return out, None if memory is None else RetentionState.after(state, layout, memory=memory)
 
     def _head_norm(self, out: Tensor) -> Tensor:
         if self.config.head_norm != "none":

@@ -16,7 +16,7 @@ from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
 from retnet.models.config import ModelConfig
 from retnet.models.init import initialize
 from retnet.models.loss import linear_cross_entropy
-from retnet.models.states import ModelState
+from retnet.models.states import ModelRows, ModelState
 
 
 @dataclass
@@ -122,6 +122,20 @@ class LanguageModel(nn.Module):
                 x, after = layer(x, before, layout)
             states.append(after)
         return self.final_norm(x), ModelState(tuple(states)) if carry else None
+
+    @torch.no_grad()
+    def draft(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelRows]:
+        """Final hidden states of tokens [B, T] that may yet be rejected, and the rows that they would write.
+
+        The state is left alone; `rows.accept_(state, counts)` writes those accepted. Hyena layers have none.
+        """
+        x = self.embedding_norm(self.embedding(ids) * self.config.embedding_scale)
+        layout = TokenLayout.of((x.shape[0], x.shape[1]), x.device, start=state.position, deferred=True)
+        rows = []
+        for layer, before in zip(self.layers, state, strict=True):
+            x, after = layer(x, before, layout)
+            rows.append(after)
+        return self.final_norm(x), ModelRows(tuple(rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., vocab], soft-capped if the configuration says so."""

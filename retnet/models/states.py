@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from retnet.layers.rows import AttentionRows, Mamba1Rows, Mamba2Rows, RetentionRows
 from retnet.layers.state import AttentionState, HyenaState, LayerState, Mamba1State, Mamba2State, RetentionState
 
 STATES: dict[str, type[LayerState]] = {
@@ -19,6 +20,18 @@ STATES: dict[str, type[LayerState]] = {
     "hyena": HyenaState,
 }
 _NAMES = {cls: name for name, cls in STATES.items()}
+
+
+@dataclass
+class ModelRows:
+    """What T tokens would write into a model's state: a draft, of which `accept_` keeps a beginning."""
+
+    layers: tuple[RetentionRows | AttentionRows | Mamba1Rows | Mamba2Rows, ...]
+
+    def accept_(self, state: "ModelState", counts: Tensor) -> None:
+        """Write the first counts[b] tokens of each sequence b into the state before them, in place."""
+        for rows, layer in zip(self.layers, state.layers, strict=True):
+            rows.accept_(layer, counts)
 
 
 @dataclass

@@ -23,13 +23,14 @@ from retnet.serve.prefix import PrefixCache, PrefixCounts
 from retnet.serve.request import Generation, Refused, Request, Status, TokenLogprobs
 from retnet.serve.sampling import Parts, Sampled, SamplingTable
 from retnet.serve.snapshot import Snapshot, fingerprint
+from retnet.serve.speculation import PromptLookup, Speculation, VerifyStep
 from retnet.serve.step import DecodeStep
 from retnet.serve.stopping import Decode, StopStrings
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Where the engine stands. prefix: None without a prefix cache."""
+    """Where the engine stands. drafted, accepted: tokens guessed, and guessed right. prefix: None without a cache."""
 
     num_slots: int
     bytes_per_slot: SlotCost
@@ -38,6 +39,8 @@ class EngineStats:
     steps: int
     prompt_tokens: int
     new_tokens: int
+    drafted: int
+    accepted: int
     prefix: PrefixCounts | None
 
 
@@ -53,6 +56,7 @@ class Engine:
         prefix_cache_bytes: keep states of prompts' beginnings; prefix_interval: also every so many tokens inside them.
         max_waiting: requests that may wait for a slot (any number if None).
         decode: token ids to text; needed for stop strings.
+        speculation: guess several tokens a step from the context (`serve/speculation.py`).
         graphs: capture decode steps as CUDA graphs; on a GPU if None.
     """
 
@@ -69,6 +73,7 @@ class Engine:
         prefix_interval: int | None = None,
         max_waiting: int | None = None,
         decode: Decode | None = None,
+        speculation: Speculation | None = None,
         graphs: bool | None = None,
     ):
         for name, value in (("prompt_block", prompt_block), ("prompt_budget", prompt_budget)):
@@ -90,7 +95,16 @@ class Engine:
         on_gpu = device.type == "cuda"
         if graphs and not on_gpu:
             raise ValueError(f"graphs is True for a model on {device}; accepted there: False or None")
-        self._step = DecodeStep(model, self.pool.state, self.table, on_gpu if graphs is None else graphs)
+        graphs = on_gpu if graphs is None else graphs
+        self.speculation = speculation
+        if speculation is None:
+            self._step = DecodeStep(model, self.pool.state, self.table, graphs)
+        else:
+            speculation.check(model.config, max_tokens)
+            width = speculation.draft_tokens + 1
+            self._step = VerifyStep(model, self.pool.state, self.table, graphs, width)
+        self._lookups: dict[int, PromptLookup] = {}
+        self._drafted = self._accepted = 0
         self._waiting: deque[Generation] = deque()
         self._reading: deque[Generation] = deque()
         self._decoding: dict[int, Generation] = {}
@@ -117,6 +131,8 @@ class Engine:
             self._steps,
             self._prompt_tokens,
             self._new_tokens,
+            self._drafted,
+            self._accepted,
             None if self.prefixes is None else self.prefixes.counts,
         )
 
@@ -282,21 +298,51 @@ class Engine:
         self._step.active[slot] = True
         generation.status = Status.DECODING
         self._decoding[slot] = generation
+        if self.speculation is not None:
+            self._lookups[slot] = PromptLookup(self.speculation.longest)
 
     def _decode(self) -> list[tuple[Generation, list[int]]]:
         if not self._decoding:
             return []
+        drafts = self._draft()
         sampled = self._step(Parts.union(g.request.sampling.parts for g in self._decoding.values()))
         tokens = sampled.tokens.tolist()
-        progress = []
-        for slot, generation in list(self._decoding.items()):
-            generation.read = len(generation.seen)
-            self._accept(generation, tokens[slot], sampled, slot)
-            progress.append((generation, [tokens[slot]]))
+        counts = torch.zeros(self.pool.num_slots, dtype=torch.long)
+        progress, ended = [], []
+        for slot, generation in self._decoding.items():
+            first, reason = len(generation.seen), None
+            draft = [*drafts.get(slot, []), None]
+            for t, token in enumerate(tokens[slot]):
+                reason = self._accept(generation, token, sampled, (slot, t))
+                if reason is not None or token != draft[t]:
+                    break
+            new = generation.seen[first:].tolist()
+            generation.read = len(generation.seen) - 1
+            counts[slot] = len(new)
+            self._accepted += len(new) - 1
+            progress.append((generation, new))
+            if reason is not None:
+                ended.append((generation, reason))
+        self._step.settle(counts)
+        for generation, reason in ended:
+            self._finish(generation, reason)
         return progress
 
-    def _accept(self, generation: Generation, token: int, sampled: Sampled, row: int) -> None:
-        """Add one new token to a request and see whether it ends it."""
+    def _draft(self) -> dict[int, list[int]]:
+        """Guesses by slot, no longer than what is still asked for."""
+        if not isinstance(self._step, VerifyStep):
+            return {}
+        drafts = {}
+        for slot, generation in self._decoding.items():
+            limit, most = generation.request.max_new_tokens, self._step.drafts.shape[1]
+            count = most if limit is None else min(most, limit - generation.num_new - 1)
+            drafts[slot] = self._lookups[slot].draft(generation.seen, count) if count > 0 else []
+            self._drafted += len(drafts[slot])
+        self._step.set_drafts(drafts)
+        return drafts
+
+    def _accept(self, generation: Generation, token: int, sampled: Sampled, place: tuple[int, int]) -> str | None:
+        """Add a new token, that of `place` [slot, t], to a request; returns why it ends the output, if it does."""
         request = generation.request
         generation.seen.append(token)
         self._new_tokens += 1
@@ -304,15 +350,16 @@ class Engine:
         if wanted is not None and sampled.logprobs is not None:
             assert sampled.top_tokens is not None
             assert sampled.top_logprobs is not None
-            top = zip(sampled.top_tokens[row, :wanted].tolist(), sampled.top_logprobs[row, :wanted].tolist())
-            generation.logprobs.append(TokenLogprobs(float(sampled.logprobs[row]), dict(top)))
+            top = zip(sampled.top_tokens[place][:wanted].tolist(), sampled.top_logprobs[place][:wanted].tolist())
+            generation.logprobs.append(TokenLogprobs(float(sampled.logprobs[place]), dict(top)))
         ended = not request.ignore_eos and token == self.model.config.eos_token_id
         if ended or token in request.stop_tokens:
-            self._finish(generation, "stop_token")
-        elif generation.stops is not None and generation.stops.push(token) is not None:
-            self._finish(generation, "stop_string")
-        elif request.max_new_tokens is not None and generation.num_new >= request.max_new_tokens:
-            self._finish(generation, "length")
+            return "stop_token"
+        if generation.stops is not None and generation.stops.push(token) is not None:
+            return "stop_string"
+        if request.max_new_tokens is not None and generation.num_new >= request.max_new_tokens:
+            return "length"
+        return None
 
     def _finish(self, generation: Generation, reason: str) -> None:
         if generation.status is Status.WAITING:

@@ -6,6 +6,7 @@ CPU it runs as it is: weights are read from memory, and what Python adds is lost
 """
 
 import torch
+from torch import Tensor
 
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
@@ -27,7 +28,7 @@ class DecodeStep:
 
     @torch.no_grad()
     def __call__(self, parts: Parts) -> Sampled:
-        """One token for every active slot, on the host."""
+        """One token [S, 1] for every active slot, on the host."""
         if not self.graphs:
             sampled = self._run(parts)
         else:
@@ -60,8 +61,16 @@ class DecodeStep:
         hidden, _ = self.model.hidden(
             self.tokens[:, None], self.state, mask=self.active[:, None], carry=True, in_place=True
         )
-        sampled = self.table.sample(self.model.logits(hidden[:, 0]), self.state.position, parts)
+        sampled = self._pick(self.model.logits(hidden[:, 0]), self.state.position, self.active, parts)
+        return Sampled(*(None if x is None else x[:, None] for x in sampled))
+
+    def _pick(self, logits: Tensor, position: Tensor, rows: Tensor, parts: Parts) -> Sampled:
+        """A token from logits [S, vocab]; it becomes the last one of the slots in rows [S]."""
+        sampled = self.table.sample(logits, position, parts)
         if parts.edits:
-            self.table.record(sampled.tokens, self.active)
-        self.tokens.copy_(torch.where(self.active, sampled.tokens, self.tokens))
+            self.table.record(sampled.tokens, rows)
+        self.tokens.copy_(torch.where(rows, sampled.tokens, self.tokens))
         return sampled
+
+    def settle(self, counts: Tensor) -> None:
+        """Nothing: what this step reads, it has written."""

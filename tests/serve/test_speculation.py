@@ -1,0 +1,112 @@
+"""Drafts change how fast tokens come, and nothing else."""
+
+import pytest
+import torch
+
+from retnet.serve.request import Request
+from retnet.serve.sampling import Sampling
+from retnet.serve.speculation import PromptLookup, Speculation
+
+from .conftest import hybrid_model, prompt, small_model
+from .test_engine import alone, engine_of, facts, text_of
+
+GREEDY = Sampling(temperature=0)
+REPEATING = prompt(7) * 5
+
+
+@pytest.fixture(params=["retention", "gated", "hybrid"], scope="module")
+def exact_model(request):
+    """In float64: rows of several tokens round otherwise than one."""
+    if request.param == "hybrid":
+        return hybrid_model("float64")
+    return small_model("float64", gated=request.param == "gated")
+
+
+@pytest.mark.parametrize("draft_tokens", [3, 7])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.5, seed=3, frequency_penalty=0.2)])
+def test_output_is_that_of_plain_decoding_token_for_token(exact_model, draft_tokens, sampling):
+    engine = engine_of(exact_model, speculation=Speculation(draft_tokens))
+    for ids in (REPEATING, prompt(1), prompt(20)):
+        request = Request(ids, 40, sampling)
+        generation = engine.submit(request)
+        engine.run()
+        assert generation.tokens == alone(exact_model, request).tokens
+
+
+def test_guesses_are_right_where_text_repeats_itself(small):
+    engine = engine_of(small, speculation=Speculation(3), max_tokens=None)
+    biased = Sampling(temperature=0, logit_bias={5: 1e4})
+    engine.submit(Request(prompt(8), 60, biased))
+    engine.run()
+    stats = engine.stats()
+    assert stats.accepted >= 40
+    assert stats.steps < 30
+    assert stats.drafted >= stats.accepted
+
+
+def test_a_crowd_changes_no_bit_of_a_request(any_model):
+    options = {"speculation": Speculation(3)}
+    request = Request(REPEATING, 25, Sampling(temperature=0.6, seed=4, logprobs=3))
+    expected = facts(alone(any_model, request, **options))
+    engine = engine_of(any_model, **options)
+    others = [engine.submit(Request(prompt(5 + n, n) * 2, 10 + n, Sampling(seed=n))) for n in range(3)]
+    engine.step()
+    generation = engine.submit(request)
+    others += [engine.submit(Request(prompt(3) * 4, 20, GREEDY)) for _ in range(4)]
+    engine.run()
+    assert facts(generation) == expected
+    assert all(other.num_new == other.request.max_new_tokens for other in others)
+
+
+def test_a_snapshot_after_a_stop_inside_a_draft_goes_on_as_plain_decoding_does(exact_model):
+    biased = Sampling(temperature=0, logit_bias={5: 1e4})
+    string = text_of([5, 5, 5, 5, 5, 5])
+    options = {"speculation": Speculation(7), "decode": text_of}
+    stopped = alone(exact_model, Request(prompt(9), 40, biased, stop_strings=[string], keep_state=True), **options)
+    assert (stopped.finish_reason, stopped.tokens) == ("stop_string", [5] * 6)
+    assert int(stopped.snapshot.state.position) == 9 + 6 - 1
+    engine = engine_of(exact_model)
+    after = engine.submit(Request([], 12, GREEDY), stopped.snapshot)
+    engine.run()
+    assert after.tokens == alone(exact_model, Request(prompt(9) + [5] * 6, 12, GREEDY)).tokens
+
+
+def test_sampled_output_has_the_distribution_of_plain_decoding(small):
+    """The third token after a prompt whose continuation is guessed: shares over seeds, against the exact ones."""
+    draws, sampling = 480, {"temperature": 0.7, "top_k": 3}
+    ids = [*prompt(6), 9, *prompt(6)]
+    engine = engine_of(small, num_slots=16, speculation=Speculation(3))
+    generations = [engine.submit(Request(ids, 2, Sampling(seed=1000 + n, **sampling))) for n in range(draws)]
+    engine.run()
+    assert engine.stats().drafted >= draws
+    counts = torch.zeros(61, 61)
+    for generation in generations:
+        counts[tuple(generation.tokens)] += 1
+
+    def next_token(tokens) -> torch.Tensor:
+        with torch.no_grad():
+            logits = small(torch.tensor([tokens])).logits[0, -1] / 0.7
+        kept = logits.topk(3)
+        return torch.zeros(61).index_copy(0, kept.indices, kept.values.softmax(-1))
+
+    first = next_token(ids)
+    expected = torch.stack([p * next_token([*ids, t]) if p > 0 else torch.zeros(61) for t, p in enumerate(first)])
+    likely = expected * draws >= 5
+    statistic = float(((counts - draws * expected) ** 2 / (draws * expected))[likely].sum())
+    assert counts[expected == 0].sum() == 0
+    assert statistic < 26.1, "chi-square, at most 8 degrees of freedom, p = 0.001"
+
+
+def test_lookup_finds_what_followed_the_longest_ending_last():
+    lookup = PromptLookup(longest=3)
+    assert lookup.draft([1, 2, 3], 4) == []
+    assert lookup.draft([1, 2, 3, 9, 2, 3], 4) == [9, 2, 3, 9]
+    assert lookup.draft([1, 2, 3, 9, 2, 3, 8, 3, 9, 2], 2) == [3, 8]
+    assert lookup.draft([1, 2, 3, 9, 2, 3, 8, 3, 9, 2, 3, 7, 2, 3], 3) == [7, 2, 3]
+
+
+def test_drafts_that_a_cache_cannot_take_are_refused_by_name():
+    with pytest.raises(ValueError, match="layer 1 is attention that keeps 16 tokens; accepted with draft_tokens 19"):
+        engine_of(hybrid_model(), speculation=Speculation(19))
+    with pytest.raises(ValueError, match="draft_tokens is 4; accepted: 3, 7, 11"):
+        Speculation(4)
