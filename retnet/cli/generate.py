@@ -12,11 +12,10 @@ import typer
 from retnet.cli._common import errors, read_text
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from retnet.eval.meter import StreamMeter
 
 ENDLESS = 0
+PROMPT_BLOCK = 2048  # bytes of the prompt a call: bounds the memory of its activations
 
 
 def generate(
@@ -35,29 +34,28 @@ def generate(
     """Stream text. Memory and time per token do not grow, however long it gets."""
     text = read_text(prompt, file)
 
-    import torch
-
     from retnet.data import ByteTokenizer
     from retnet.eval.bits import check_reads_bytes
     from retnet.eval.figures import save_stream_figure
     from retnet.models.cost import model_cost
-    from retnet.models.generation import generate as new_tokens
+    from retnet.serve.engine import Engine
+    from retnet.serve.request import Request
+    from retnet.serve.sampling import Sampling
     from retnet.stack.resolve import resolve_model
 
     network = resolve_model(model, device=device)
     check_reads_bytes(network)
-    tokenizer = ByteTokenizer()
-    generator = torch.Generator(device).manual_seed(torch.seed() if seed is None else seed)
-    tokens = new_tokens(
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    ids = ByteTokenizer().encode(text).tolist()
+    limit = None if max_tokens == ENDLESS else max_tokens
+    engine = Engine(
         network,
-        tokenizer.encode(text)[None].to(device),
-        None if max_tokens == ENDLESS else max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generator=generator,
+        num_slots=1,
+        max_tokens=None if limit is None else len(ids) + limit,
+        prompt_block=PROMPT_BLOCK,
+        prompt_budget=PROMPT_BLOCK,
     )
-    meter = _stream(tokens)
+    meter = _stream(engine.stream(Request(ids, limit, sampling)))
     sizes = [model_cost(network.config, len(text) + 1 + count).state_bytes for count in (0, meter.tokens)]
     if stats:
         _report(meter, *sizes)
@@ -65,7 +63,7 @@ def generate(
         save_stream_figure(meter.bins, sizes[-1], png)
 
 
-def _stream(tokens: Iterable[Tensor]) -> StreamMeter:
+def _stream(tokens: Iterable[int]) -> StreamMeter:
     """Print tokens as text while they come; an interrupt ends the stream."""
     from retnet.data import ByteTokenizer
     from retnet.eval.meter import StreamMeter
@@ -74,7 +72,7 @@ def _stream(tokens: Iterable[Tensor]) -> StreamMeter:
     meter = StreamMeter()
     try:
         for token in tokens:
-            _write(decoder.push(int(token)))
+            _write(decoder.push(token))
             meter.tick()
     except KeyboardInterrupt:
         errors.print()

@@ -3,8 +3,8 @@
 Every step reads W tokens a slot, the last one and a draft, in one pass over the weights, and samples after each as
 decoding one by one would, with the same random numbers. The draft is right as far as it equals what was sampled. So
 greedy output is that of plain decoding, and sampled output has its distribution (with the same seed it is the same
-text), up to the rounding of products with W rows instead of one. States are written once it is known how much was right, stop
-strings included: rows of the draft that was wrong never touch them.
+text), up to the rounding of products with W rows instead of one. States are written once it is known how much was
+right, stop strings included: rows of the draft that was wrong never touch them.
 
 The shapes do not depend on whether there was anything to guess: a request's bits stay its own.
 """
