@@ -108,8 +108,11 @@ class _Walk:
         if log_decay.dim() == 1:
             missed = (MAKE_UP_EVERY - 1) * (exact.log() - whole.double().log())
             make_up = torch.where(exact > 0.5, exact * missed.exp(), exact).to(self.dtype)
-        rows = ((x.to(self.dtype).unflatten(1, (self.G, -1))) for x in (inside, from_start * self.scale, to_end))
-        return _ChunkDecay(*rows, whole, make_up)
+
+        def grouped(x: Tensor) -> Tensor:
+            return x.to(self.dtype).unflatten(1, (self.G, -1))
+
+        return _ChunkDecay(grouped(inside), grouped(from_start * self.scale), grouped(to_end), whole, make_up)
 
     def per_head(self, x: Tensor) -> Tensor:
         """[B G, C, D] -> [B, G, heads of the group, C, D] by broadcasting."""

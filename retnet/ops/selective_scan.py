@@ -112,7 +112,7 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dfinal):
+    def backward(ctx, dy, dfinal):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, step, rate, write, read, *starts = ctx.saved_tensors
         dx, dstep, dwrite, dread = (torch.empty_like(z) for z in (x, step, write, read))
         drate = torch.zeros_like(rate)
