@@ -21,8 +21,8 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """x [..., D] -> [..., D] in x's dtype."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def make_norm(kind: Norm | Literal["none"], width: int, eps: float) -> nn.Module:
