@@ -1,9 +1,10 @@
-"""`retnet eval`: bits per byte of a text under a model, beside compressors."""
+"""`retnet eval`: bits per byte beside compressors, perplexity of a file, or tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import time
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,16 +22,35 @@ class Part(StrEnum):
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Preset, stack file or saved directory.")],
-    data: Annotated[str, typer.Option(help="File or folder of text, or 'stdlib'.")],
+    data: Annotated[str | None, typer.Option(help="File or folder of text, or 'stdlib': bits per byte.")] = None,
+    file: Annotated[Path | None, typer.Option(help="One text: perplexity, the whole of it in one state.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="With --file: also in windows of so many tokens.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens scored in each window; all if not given.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, by commas.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each context of a task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
     part: Annotated[Part, typer.Option(help="The held-out documents, or all of them.")] = Part.valid,
     valid_fraction: Annotated[float, typer.Option(help="Share held out, as in training.")] = 0.05,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Bits per byte, each document in one context, beside gzip -9, xz -9 and an order-2 byte model.
+    """How well a model predicts: one of --data, --file and --tasks.
 
-    The order-2 model is trained on the training documents, so it is shown for the held-out part alone.
+    --data: bits per byte, each document in one context, beside gzip -9, xz -9 and an order-2 byte model. That is
+    trained on the training documents, so it is shown for the held-out part alone.
     """
+    if sum(option is not None for option in (data, file, tasks)) != 1:
+        raise ValueError("accepted: one of --data, --file and --tasks")
+    if tasks is not None:
+        _run_tasks(model, tasks.split(","), device, num_fewshot, limit, include_path, as_json)
+    elif file is not None:
+        _perplexity(model, file, context, stride, device, as_json)
+    elif data is not None:
+        _bits_per_byte(model, data, part, valid_fraction, device, as_json)
+
+
+def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, device: str, as_json: bool) -> None:
     from retnet.data import find_documents, split_documents
     from retnet.eval.bits import bits_per_byte
     from retnet.eval.compressors import compressor_table
@@ -56,3 +76,68 @@ def evaluate(
         table.add_row(*(f"[bold]{cell}[/]" if name == model else cell for cell in (name, f"{bits:.3f}")))
     console.print(table)
     console.print(f"[dim]scored {result.num_bytes / seconds:,.0f} bytes/s[/]")
+
+
+def _perplexity(model: str, file: Path, context: int | None, stride: int | None, device: str, as_json: bool) -> None:
+    from retnet.eval.perplexity import perplexity
+    from retnet.eval.text import TextCodec
+    from retnet.stack.resolve import resolve_model
+
+    network = resolve_model(model, device=device)
+    codec = TextCodec.of(model, network.config)
+    text = file.read_text(encoding="utf-8")
+    results = {"stateful": perplexity(network, codec, text)}
+    if context is not None or stride is not None:
+        results["strided"] = perplexity(network, codec, text, context=context, stride=stride)
+    rows = {
+        way: {
+            "nats": result.nats,
+            "tokens": result.num_tokens,
+            "words": result.num_words,
+            "perplexity_per_token": result.per_token,
+            "perplexity_per_word": result.per_word,
+            "bits_per_byte": result.bits_per_byte,
+        }
+        for way, result in results.items()
+    }
+    if as_json:
+        write_json(rows)
+        return
+    table = Table(title=str(file), title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for name in ("read", "tokens", "per token", "words with <eos>", "per word", "bits per byte"):
+        table.add_column(name, justify="left" if name == "read" else "right")
+    for way, result in results.items():
+        figures = (result.num_tokens, result.per_token, result.num_words, result.per_word, result.bits_per_byte)
+        table.add_row(way, *(f"{x:,}" if isinstance(x, int) else f"{x:,.3f}" for x in figures))
+    console.print(table)
+
+
+def _run_tasks(
+    model: str,
+    tasks: list[str],
+    device: str,
+    num_fewshot: int | None,
+    limit: int | None,
+    include_path: Path | None,
+    as_json: bool,
+) -> None:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        raise ValueError("--tasks needs lm-evaluation-harness: pip install 'retnet[eval]'") from error
+    from retnet.eval.harness import RetNetLM, run_tasks
+
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    network = RetNetLM(model, device=device)
+    results = run_tasks(network, tasks, num_fewshot=num_fewshot, limit=limit, task_manager=manager)["results"]
+    if as_json:
+        write_json(results)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("task", "metric", "value"):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    for task, metrics in results.items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(task, metric, f"{value:.4f}")
+    console.print(table)

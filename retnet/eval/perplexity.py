@@ -1,0 +1,83 @@
+"""Perplexity of a text: the whole of it in one state, or in the windows that models without a state need.
+
+Per word it is comparable between tokenizers: all nats over the words of the text, each line ending in one `<eos>`, as
+is customary for WikiText.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from retnet.eval.text import TextCodec
+from retnet.models.lm import LanguageModel
+from retnet.models.scoring import score
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """nats summed over num_tokens tokens, which are num_words words (`<eos>` a line included) and num_bytes bytes."""
+
+    nats: float
+    num_tokens: int
+    num_words: int
+    num_bytes: int
+
+    @property
+    def per_token(self) -> float:
+        return math.exp(self.nats / self.num_tokens)
+
+    @property
+    def per_word(self) -> float:
+        return math.exp(self.nats / self.num_words)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.num_bytes
+
+
+def perplexity(
+    model: LanguageModel, codec: TextCodec, text: str, *, context: int | None = None, stride: int | None = None
+) -> Perplexity:
+    """How well a model predicts a text.
+
+    Args:
+        context: tokens a window, each read from a fresh state; None: one state for the whole text.
+        stride: tokens scored in each window, those at its end; `context` (windows side by side) if None.
+
+    Raises ValueError for an empty text, and for windows that leave tokens out.
+    """
+    tokens = codec.encode(text)
+    if not tokens:
+        raise ValueError("there is no text to score")
+    ids = torch.tensor([[codec.start, *tokens]], device=model.embedding.weight.device)
+    if context is None:
+        if stride is not None:
+            raise ValueError(f"stride is {stride} without a context; accepted then: None")
+        nats = score(model, ids)[0].double().sum().item()
+    else:
+        nats = _strided_nats(model, ids, context, context if stride is None else stride)
+    return Perplexity(nats, len(tokens), count_words(text), len(text.encode()))
+
+
+@torch.no_grad()
+def _strided_nats(model: LanguageModel, ids: torch.Tensor, context: int, stride: int) -> float:
+    """Windows end every `stride` tokens; each token is scored once, with at least context - stride before it."""
+    if context < 1 or not 1 <= stride <= context:
+        raise ValueError(f"context is {context} and stride {stride}; accepted: 1 <= stride <= context")
+    nats, scored, last = 0.0, 0, ids.shape[1] - 1
+    while scored < last:
+        end = min(last, scored + stride if scored else context)
+        begin = max(0, end - context)
+        logits = model(ids[:, begin:end]).logits[0, scored - begin :]
+        nats += F.cross_entropy(logits.double(), ids[0, scored + 1 : end + 1], reduction="sum").item()
+        scored = end
+    return nats
+
+
+def count_words(text: str) -> int:
+    """Words between blanks, and one `<eos>` for every line."""
+    return sum(len(line.split()) + 1 for line in text.splitlines())

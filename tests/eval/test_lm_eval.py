@@ -1,0 +1,174 @@
+"""lm-evaluation-harness on our model: its scores are the model's, and shared contexts are read once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from retnet.cli import main
+from retnet.models.directory import load_model
+
+lm_eval = pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from retnet.eval.harness import RetNetLM, run_tasks  # noqa: E402
+
+QUESTIONS = [
+    {"question": "The state", "choices": ["decays", "grows", "is read"], "answer": 0},
+    {"question": "A token is", "choices": ["lost", "added", "read twice"], "answer": 1},
+    {"question": "Time per token", "choices": ["grows", "is constant"], "answer": 1},
+]
+CHOICE = """
+task: retnet_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: " "
+metric_list:
+  - metric: acc
+"""
+ROLLING = """
+task: retnet_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - metric: byte_perplexity
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(map(json.dumps, QUESTIONS)))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING)):
+        (folder / f"{name}.yaml").write_text(text.format(data=data))
+    return folder
+
+
+@pytest.fixture
+def harness(byte_model) -> RetNetLM:
+    return RetNetLM(str(byte_model))
+
+
+def request(kind, *arguments):
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def log_likelihood(model, context: str, answer: str) -> float:
+    ids = torch.tensor([[256, *(context + answer).encode()]])
+    with torch.no_grad():
+        logs = model(ids).logits.double().log_softmax(-1)[0]
+    first = 1 + len(context.encode())
+    return sum(logs[t - 1, ids[0, t]].item() for t in range(first, ids.shape[1]))
+
+
+def test_answers_are_scored_as_by_one_forward_whatever_contexts_share(harness, byte_model):
+    model = load_model(byte_model)
+    shots = "Question: what?\nAnswer: that\n\n"
+    pairs = [
+        (shots + "Question: one", " a"),
+        (shots + "Question: two", " beta"),
+        ("", "alone"),
+        (shots + "Question: one", " long answer"),
+        ("Question: what?", " x"),
+        ("another", " thing"),
+        (shots + "Question: one more", " b"),
+    ]
+    results = harness.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    for (context, answer), (value, _) in zip(pairs, results):
+        assert value == pytest.approx(log_likelihood(model, context, answer), rel=1e-4)
+    held = sum(1 + len(context) for context in {context for context, _ in pairs})
+    assert (
+        harness.tokens_read
+        == 1 + len(shots) + len("Question: one") + len("two") - 1 + len(" more") + len("another") + 1
+    )
+    assert harness.tokens_read < held / 2
+
+
+def test_the_greedy_answer_is_known_as_such(harness):
+    text = harness.generate_until([request("generate_until", "abc", {"max_gen_toks": 6, "until": []})])[0]
+    assert len(text) > 0
+    results = harness.loglikelihood([request("loglikelihood", "abc", answer) for answer in (text, "zq9")])
+    assert [greedy for _, greedy in results] == [text.isascii(), False]
+
+
+def test_generation_stops_before_a_string(harness):
+    free, cut = (
+        harness.generate_until([request("generate_until", "abc", {"max_gen_toks": 20, "until": until})])[0]
+        for until in ([], ["\ufffd"])
+    )
+    assert cut == free.split("\ufffd")[0]
+
+
+def test_tasks_run_and_agree_with_the_huggingface_backend(harness, byte_model, tasks, tmp_path):
+    """The same directory through `--model hf`, which knows nothing of our states."""
+    from retnet.models.hf.tokenizer import byte_tokenizer
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    names = ["retnet_choice", "retnet_rolling"]
+    options = {"task_manager": manager, "bootstrap_iters": 0}
+    ours = run_tasks(harness, names, **options)["results"]
+    directory = tmp_path / "with-tokenizer"
+    from retnet.models.hf import RetNetForCausalLM
+
+    RetNetForCausalLM.from_pretrained(byte_model).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    theirs = {}
+    for name, add_start in zip(names, (True, False)):  # the harness starts rolling documents itself
+        arguments = f"pretrained={directory},trust_remote_code=True,add_bos_token={add_start},dtype=float32"
+        result = lm_eval.simple_evaluate(
+            model="hf", model_args=arguments, tasks=[name], batch_size=2, device="cpu", **options
+        )
+        theirs |= result["results"]
+    assert ours["retnet_choice"]["acc,none"] == theirs["retnet_choice"]["acc,none"]
+    expected = theirs["retnet_rolling"]["byte_perplexity,none"]
+    assert ours["retnet_rolling"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_command_runs_tasks(byte_model, tasks, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(
+            [
+                "eval",
+                str(byte_model),
+                "--tasks",
+                "retnet_choice",
+                "--include-path",
+                str(tasks),
+                "--num-fewshot",
+                "1",
+                "--json",
+            ]
+        )
+    assert not exit_.value.code
+    results = json.loads(capsys.readouterr().out)
+    assert 0 <= results["retnet_choice"]["acc,none"] <= 1
+
+
+def test_unknown_model_arguments_are_refused(byte_model):
+    with pytest.raises(ValueError, match="unknown model_args: dtpye; accepted: pretrained, device, dtype"):
+        RetNetLM(str(byte_model), dtpye="bfloat16")
+
+
+def test_importing_the_command_line_loads_no_harness():
+    code = "import sys, retnet.cli; print('lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
