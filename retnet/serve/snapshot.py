@@ -57,7 +57,7 @@ class Snapshot:
                 exact, off = x.double().norm(), (x.double() - stored.to(x.device).double()).norm()
                 error = max(error, float(off / exact.clamp_min(torch.finfo(torch.float64).tiny)))
             tensors[name] = stored
-        tensors["tokens"] = torch.tensor(self.tokens, dtype=torch.int32)
+        tensors["tokens"] = torch.frombuffer(self.tokens, dtype=torch.int32)
         metadata = {
             "format": FORMAT,
             "model": self.model,
@@ -88,7 +88,8 @@ class Snapshot:
         if content != _digest(tensors, metadata):
             raise ValueError(f"{path} was changed since it was written: its SHA-256 is not the one it names")
         dtypes = json.loads(metadata["dtypes"])
-        tokens = array("i", tensors.pop("tokens").tolist())
+        tokens = array("i")
+        tokens.frombytes(_bytes(tensors.pop("tokens").contiguous()))
         named = {name: x.to(device, getattr(torch, dtypes[name])) for name, x in tensors.items()}
         return cls(ModelState.from_named(named), tokens, metadata["model"], float(metadata["rounding_error"]))
 

@@ -8,6 +8,7 @@ CPU it runs as it is: weights are read from memory, and what Python adds is lost
 import torch
 from torch import Tensor
 
+from retnet.layers.state import TokenCache
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.serve.sampling import Parts, Sampled, SamplingTable
@@ -51,6 +52,9 @@ class DecodeStep:
             for _ in range(WARM_UP_RUNS):
                 self._run(parts)
         torch.cuda.current_stream().wait_stream(stream)
+        for layer in self.state:
+            if isinstance(layer, TokenCache):
+                layer.filled = 0  # asking the device would break the capture; the engine keeps requests within the room
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
             sampled = self._run(parts)
