@@ -61,7 +61,7 @@ class LayerState:
         """The state of one sequence as a view: what is written in place there is written here."""
         return replace(self, **{name: x[index : index + 1] for name, x in self.tensors().items()})
 
-    def write_(self, index: int, state: Self) -> None:
+    def write_(self, index: int, state: "LayerState") -> None:
         """Overwrite sequence `index` with the state of one sequence, whatever was there before."""
         for name, x in state.tensors().items():
             getattr(self, name)[index].copy_(x[0])
@@ -179,8 +179,9 @@ class TokenCache(LayerState):
     def slot(self, index: int) -> Self:
         return replace(super().slot(index), filled=None)
 
-    def write_(self, index: int, state: Self) -> None:
+    def write_(self, index: int, state: "LayerState") -> None:
         """As for every state; tokens move to their slots here. Raises ValueError if there is no room for them."""
+        assert isinstance(state, TokenCache)
         kept, capacity = state.slot_positions()[0], self._capacity
         kept, source = kept[kept >= 0], (kept >= 0).nonzero()[:, 0]
         if len(kept) > capacity:

@@ -31,7 +31,7 @@ class ModelRows:
     def accept_(self, state: "ModelState", counts: Tensor) -> None:
         """Write the first counts[b] tokens of each sequence b into the state before them, in place."""
         for rows, layer in zip(self.layers, state.layers, strict=True):
-            rows.accept_(layer, counts)
+            rows.accept_(layer, counts)  # type: ignore[arg-type] (rows and states of one kind)
 
 
 @dataclass

@@ -8,7 +8,7 @@ Parts that no running request needs (sorting for top-k and top-p, penalties, log
 They change no bit of the other rows' results, so a request cannot tell.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -87,6 +87,10 @@ class Sampled(NamedTuple):
     logprobs: Tensor | None = None
     top_tokens: Tensor | None = None
     top_logprobs: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Sampled":
+        """With every tensor changed alike."""
+        return Sampled(change(self.tokens), *(None if x is None else change(x) for x in self[1:]))
 
 
 class SamplingTable:

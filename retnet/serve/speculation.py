@@ -110,4 +110,5 @@ class VerifyStep(DecodeStep):
             columns.append(self._pick(logits, position + t, right, parts))
             if t < self.drafts.shape[1]:
                 right = right & (columns[t].tokens == self.drafts[:, t]) & (t < self.lengths)
-        return Sampled(*(None if x[0] is None else torch.stack(x, 1) for x in zip(*columns, strict=True)))
+        tokens, *others = zip(*columns, strict=True)
+        return Sampled(torch.stack(tokens, 1), *(None if x[0] is None else torch.stack(x, 1) for x in others))

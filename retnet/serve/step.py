@@ -37,7 +37,7 @@ class DecodeStep:
                 self.capture(parts)
             graph, sampled = self._captured[parts]
             graph.replay()
-        return Sampled(*(None if x is None else x.cpu() for x in sampled))
+        return sampled.each(Tensor.cpu)
 
     @torch.no_grad()
     def capture(self, parts: Parts) -> None:
@@ -66,7 +66,7 @@ class DecodeStep:
             self.tokens[:, None], self.state, mask=self.active[:, None], carry=True, in_place=True
         )
         sampled = self._pick(self.model.logits(hidden[:, 0]), self.state.position, self.active, parts)
-        return Sampled(*(None if x is None else x[:, None] for x in sampled))
+        return sampled.each(lambda x: x[:, None])
 
     def _pick(self, logits: Tensor, position: Tensor, rows: Tensor, parts: Parts) -> Sampled:
         """A token from logits [S, vocab]; it becomes the last one of the slots in rows [S]."""
