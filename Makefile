@@ -54,6 +54,7 @@ test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not gpu and not slow"
 
 test-all: $(VENV)/.installed-dev
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[quantize]'
 	$(PYTEST) -rs
 	$(MAKE) test-matrix
 
@@ -61,7 +62,7 @@ test-all: $(VENV)/.installed-dev
 test-matrix: $(VENV)/.installed-dev
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed-dev
 	.venv-oldest/bin/python -m pip install $(PIP_FLAGS) "transformers==5.17.*"
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(TEST_JOBS) -m "not gpu" tests/models tests/train tests/cli
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(TEST_JOBS) -m "not gpu" tests/hf tests/models tests/train tests/cli
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
