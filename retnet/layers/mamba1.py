@@ -18,6 +18,7 @@ from retnet.layers.rows import Mamba1Rows
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import Mamba1State
 from retnet.layers.time_step import reset_time_step_bias
+from retnet.layers.wide_rates import WideRates
 from retnet.ops.selective_scan import selective_scan, selective_scan_step
 
 
@@ -51,7 +52,7 @@ class Mamba1Config:
             )
 
 
-class Mamba1(nn.Module):
+class Mamba1(WideRates):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
 
     def __init__(self, config: Mamba1Config, d_model: int):
@@ -61,7 +62,7 @@ class Mamba1(nn.Module):
         self.conv = ShortConvolution(config.inner_dim, config.conv_width, config.conv_bias)
         self.x_proj = nn.Linear(config.inner_dim, config.time_step_rank + 2 * config.state_dim, bias=False)
         self.time_step_proj = nn.Linear(config.time_step_rank, config.inner_dim)
-        self.log_rate = nn.Parameter(torch.empty(config.inner_dim, config.state_dim))
+        self.log_rate = nn.Parameter(torch.empty(config.inner_dim, config.state_dim, dtype=torch.float32))
         self.skip = nn.Parameter(torch.empty(config.inner_dim))
         self.out_proj = nn.Linear(config.inner_dim, d_model, bias=config.bias)
         self.reset_own()

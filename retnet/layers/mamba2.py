@@ -22,6 +22,7 @@ from retnet.layers.rows import Mamba2Rows
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import Mamba2State
 from retnet.layers.time_step import reset_time_step_bias
+from retnet.layers.wide_rates import WideRates
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode
 
@@ -76,7 +77,7 @@ class Mamba2Config:
         return self.inner_dim + 2 * self.num_groups * self.state_dim
 
 
-class Mamba2(nn.Module):
+class Mamba2(WideRates):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
 
     def __init__(self, config: Mamba2Config, d_model: int):
@@ -84,8 +85,8 @@ class Mamba2(nn.Module):
         self.config = config
         self.in_proj = nn.Linear(d_model, config.inner_dim + config.conv_dim + config.num_heads, bias=config.bias)
         self.conv = ShortConvolution(config.conv_dim, config.conv_width, config.conv_bias)
-        self.log_rate = nn.Parameter(torch.empty(config.num_heads))
-        self.time_step_bias = nn.Parameter(torch.empty(config.num_heads))
+        self.log_rate = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+        self.time_step_bias = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.skip = nn.Parameter(torch.empty(config.num_heads))
         self.norm_weight = nn.Parameter(torch.ones(config.inner_dim))
         self.out_proj = nn.Linear(config.inner_dim, d_model, bias=config.bias)

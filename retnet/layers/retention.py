@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from retnet.layers.layout import TokenLayout
 from retnet.layers.rows import RetentionRows
 from retnet.layers.state import RetentionState
+from retnet.layers.wide_rates import WideRates
 from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode, retention, retention_step_
@@ -103,17 +104,17 @@ class RetentionConfig:
 
     @property
     def log_decay(self) -> Tensor | None:
-        """log gamma [H] that the layer starts from, float64; None if the decay is gated."""
+        """log gamma [H] that the layer starts from, float64, on the CPU whatever the default device; None if gated."""
         if self.decay == "gated":
             return None
         if self.decay == "none":
-            return torch.zeros(self.num_heads, dtype=torch.float64)
+            return torch.zeros(self.num_heads, dtype=torch.float64, device="cpu")
         if isinstance(self.decay, str):
             return SCHEDULES[self.decay](self.num_heads, dtype=torch.float64)
-        return torch.tensor(self.decay, dtype=torch.float64).log().expand(self.num_heads).clone()
+        return torch.tensor(self.decay, dtype=torch.float64, device="cpu").log().expand(self.num_heads).clone()
 
 
-class MultiScaleRetention(nn.Module):
+class MultiScaleRetention(WideRates):
     """x [B, T, D] -> y [B, T, D], state [N, H, K, V]."""
 
     GATE_POWER = 1 / 16  # of the gated decay: keeps it near 1, where long context lives
@@ -135,7 +136,9 @@ class MultiScaleRetention(nn.Module):
         }
         shape = affine[config.head_norm_affine]
         self.head_norm_weight = nn.Parameter(torch.ones(shape)) if shape else None
-        self.log_rate = nn.Parameter(torch.empty(config.num_heads)) if config.learnable_decay else None
+        self.log_rate = (
+            nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32)) if config.learnable_decay else None
+        )
         # Not buffers: `.bfloat16()` would round gammas to 1, and meta-device initialisation would lose them.
         self._fixed_log_decay: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.reset_own()
