@@ -21,7 +21,7 @@ def tune(
     """Measure block shapes of the GPU kernels on this device and store the best in the cache folder."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
-    sizes = dict.fromkeys([*(_size(text) for text in heads or []), *(_sizes_of(model) if model else [])])
+    sizes = [_size(text) for text in heads or []] + (_sizes_of(model) if model else [])
     if not sizes:
         raise ValueError("nothing to tune; accepted: a model with retention layers, or --heads KxV")
     import torch
@@ -31,7 +31,7 @@ def tune(
     from retnet.kernels.tiles import cache_file
     from retnet.kernels.tune import tune as measure
 
-    for key_dim, value_dim in sizes:
+    for key_dim, value_dim in dict.fromkeys(sizes):
         console.print(f"[bold]{key_dim} x {value_dim}[/], {dtype}")
         best = measure(key_dim, value_dim, getattr(torch, dtype), report=console.print)
         console.print(f"  best: {best}")
