@@ -144,6 +144,7 @@ def test_tasks_run_and_agree_with_the_huggingface_backend(harness, byte_model, t
     assert ours["retnet_rolling"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_runs_tasks(byte_model, tasks, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(

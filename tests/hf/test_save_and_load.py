@@ -86,7 +86,7 @@ def test_auto_classes_find_the_model(saved):
     assert torch.equal(body.model.logits(hidden), logits)
 
 
-@pytest.mark.parametrize("writer", ["face", "core"])
+@pytest.mark.parametrize("writer", ["face", pytest.param("core", marks=pytest.mark.slow)])
 def test_a_process_that_knows_nothing_loads_the_directory_by_its_shim(tmp_path, writer):
     directory, again = tmp_path / "model", tmp_path / "again"
     model = make_model(tie_embeddings=True)
@@ -109,6 +109,7 @@ def test_a_process_that_knows_nothing_loads_the_directory_by_its_shim(tmp_path, 
     assert json.loads((again / "config.json").read_text())["auto_map"]["AutoConfig"] == "retnet_shim.RetNetConfig"
 
 
+@pytest.mark.slow
 def test_the_shim_is_refused_without_trust(tmp_path, saved):
     code = f"from transformers import AutoConfig\nAutoConfig.from_pretrained({saved!r}, trust_remote_code=False)"
     with pytest.raises(AssertionError, match="trust_remote_code"):

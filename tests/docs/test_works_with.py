@@ -1,0 +1,21 @@
+"""Every cell of the table of what works names a test that exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TEXT = (DOCS / "works_with.md").read_text()
+
+
+def test_every_cell_names_a_test_that_exists():
+    rows = [line.strip("|").split("|") for line in TEXT.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 20
+    for _, *cells in rows:
+        assert cells[0].strip(), "a row without any test"
+        for cell in filter(None, map(str.strip, cells)):
+            found = re.fullmatch(r'\[(?:yes|refused)\]\((\S+) "(\w+)"\)', cell)
+            assert found, cell
+            file, name = found.groups()
+            assert re.search(rf"^def {name}\(", (DOCS / file).read_text(), re.MULTILINE), cell
