@@ -126,11 +126,13 @@ def train_points() -> list[Point]:
 def main() -> None:
     sections = {"rate": rate_points, "scaling": scaling_points, "train": train_points}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=[[], *sections], default=list(sections))
+    parser.add_argument("sections", nargs="*", metavar="|".join(sections), help="all if none is named")
     parser.add_argument("--csv", type=Path, default=None)
     options = parser.parse_args()
+    if unknown := set(options.sections) - set(sections):
+        parser.error(f"no section {', '.join(sorted(unknown))}; accepted: {', '.join(sections)}")
     torch.manual_seed(0)
-    points = [point for name in options.sections for point in sections[name]()]
+    points = [point for name in options.sections or sections for point in sections[name]()]
     if options.csv:
         append(options.csv, points)
 
