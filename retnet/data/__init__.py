@@ -1,19 +1,60 @@
-"""Text as packed rows of byte tokens: sources, split, tokenizer, packing. A leaf: it imports nothing else of ours."""
+"""Text as packed rows of tokens: sources, tokens on disk, documents, packing, mixtures. A leaf: it imports nothing else
+of ours.
 
-from retnet.data.packing import IGNORED, PackedDataset
-from retnet.data.sources import STDLIB, Document, Split, find_documents, split_documents
-from retnet.data.tokenizer import DOCUMENT_START, VOCAB_SIZE, ByteTokenizer, StreamDecoder
+Names are imported on first use (PEP 562): the processes that tokenise text load no torch.
+"""
 
-__all__ = [
-    "DOCUMENT_START",
-    "IGNORED",
-    "STDLIB",
-    "VOCAB_SIZE",
-    "ByteTokenizer",
-    "Document",
-    "PackedDataset",
-    "Split",
-    "StreamDecoder",
-    "find_documents",
-    "split_documents",
-]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# public name -> the module that defines it
+_EXPORTS = {
+    "DOCUMENT_START": "retnet.data.byte_vocabulary",
+    "IGNORED": "retnet.data.packing",
+    "STDLIB": "retnet.data.sources",
+    "VOCAB_SIZE": "retnet.data.byte_vocabulary",
+    "ByteCorpus": "retnet.data.corpus",
+    "ByteTokenizer": "retnet.data.tokenizer",
+    "Corpus": "retnet.data.corpus",
+    "Document": "retnet.data.sources",
+    "Mixture": "retnet.data.mixture",
+    "PackedDataset": "retnet.data.packing",
+    "Rows": "retnet.data.packing",
+    "Split": "retnet.data.sources",
+    "StreamDecoder": "retnet.data.tokenizer",
+    "find_documents": "retnet.data.sources",
+    "open_corpus": "retnet.data.corpus",
+    "split_documents": "retnet.data.sources",
+}
+
+if TYPE_CHECKING:
+    from retnet.data.byte_vocabulary import DOCUMENT_START as DOCUMENT_START
+    from retnet.data.byte_vocabulary import VOCAB_SIZE as VOCAB_SIZE
+    from retnet.data.corpus import ByteCorpus as ByteCorpus
+    from retnet.data.corpus import Corpus as Corpus
+    from retnet.data.corpus import open_corpus as open_corpus
+    from retnet.data.mixture import Mixture as Mixture
+    from retnet.data.packing import IGNORED as IGNORED
+    from retnet.data.packing import PackedDataset as PackedDataset
+    from retnet.data.packing import Rows as Rows
+    from retnet.data.sources import STDLIB as STDLIB
+    from retnet.data.sources import Document as Document
+    from retnet.data.sources import Split as Split
+    from retnet.data.sources import find_documents as find_documents
+    from retnet.data.sources import split_documents as split_documents
+    from retnet.data.tokenizer import ByteTokenizer as ByteTokenizer
+    from retnet.data.tokenizer import StreamDecoder as StreamDecoder
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'retnet.data' has no attribute {name!r}; it exports {', '.join(_EXPORTS)}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,112 +1,199 @@
-"""Documents packed into rows of T tokens, with the boundaries kept.
+"""Documents laid end to end and cut into rows of T tokens, with the boundaries kept.
 
-Rows are filled to the last token, so every batch has one shape and no compute goes to padding. Documents follow each
-other in a row; one that does not fit goes on in the next row as a piece that starts fresh. The first token of a piece
-is context and is not predicted: for the first piece it is the document start, for a later one the last token of the
-piece before. So each byte of each document is predicted exactly once, and a sum of losses divided by the bytes is
-bits per byte with nothing left out.
+An epoch is a stream: every document once, in an order drawn from (seed, epoch). Row r is the stream's tokens
+[r T, (r + 1) T) together with the token that follows each inside its document, so every token is processed exactly once
+and every token but the document starts is predicted exactly once: a sum of losses over `num_bytes` is bits per byte
+with nothing left out. Rows are full (only the last of an epoch is filled up), so every batch has one shape and no
+compute goes to padding. A row is computed from its number alone: a run resumes anywhere without reading what came
+before.
 
-Only the beginning of each row is kept in memory (16 bytes a row); bytes are read when a row is asked for. Carrying the
-state from one piece of a document to the next is left out.
+By default a document that crosses into another row starts there with a fresh state, and rows come in an order of their
+own. With `carry_state` they come in lanes for truncated backpropagation: batch after batch, row b of a batch goes on
+where row b of the batch before ended, and the trainer carries the state over unless `position_ids` begins with 0.
 """
 
 from __future__ import annotations
 
-import random
-from array import array
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from retnet.data.corpus import ByteCorpus, Corpus
+from retnet.data.shuffle import make_key, permute
 from retnet.data.sources import Document
-from retnet.data.tokenizer import DOCUMENT_START, ByteTokenizer
 
 IGNORED = -100
 
 
-class PackedDataset(Dataset[dict[str, Tensor]]):
-    """Rows of `length` tokens, by index; the same documents, length and seed give the same rows everywhere.
+class Rows(Dataset[dict[str, Tensor]]):
+    """Rows of `length` tokens: what `PackedDataset` and `Mixture` are to a trainer.
 
-    documents: what to pack. A document of n bytes is n + 1 tokens: the document start, then its bytes.
-    length: T, the tokens in a row, at least 2.
-    seed: order of the documents; None keeps the given order. (The order of the rows is the sampler's business.)
+    `len` is the rows of an epoch. Item i of an epoch is `row(i, epoch)`; indexing takes the epoch that `set_epoch` has
+    set, which is what accelerate's loaders call, and which reaches workers that are already running.
 
-    Item i is a dict of int64 tensors [T]:
+    num_bytes: bytes of text in all documents.
+    bytes_per_target: bytes of text for each token that is predicted; nats per token / ln 2 / this are bits per byte.
+
+    A row is a dict of int64 tensors [T]:
         input_ids: the tokens.
-        labels: the same tokens, -100 where nothing is to be predicted: at the first token of a piece and in what fills
-            up the last row. As Hugging Face models expect, they are not shifted.
-        position_ids: tokens since the piece began; 0 is a boundary.
-
-    Raises ValueError if there are no documents or the length is below 2.
+        shift_labels: the token that follows each in its document; -100 at a document's last token and in what fills up
+            the epoch. Transformers' loss and ours take them as they are, across the ends of rows.
+        labels: the same, not shifted, as Hugging Face's models expect; -100 at the first token of each piece. With
+            these alone the last token of a row predicts nothing.
+        position_ids: tokens since the state was fresh; 0 is a boundary.
     """
 
-    def __init__(self, documents: Sequence[Document], length: int, seed: int | None = 0):
-        if length < 2:
-            raise ValueError(f"a row needs at least 2 tokens to predict one, got length {length}")
-        if not documents:
-            raise ValueError("no documents to pack")
-        self.length = length
-        self.documents = list(documents)
-        if seed is not None:
-            random.Random(seed).shuffle(self.documents)
-        self.num_bytes = sum(document.size for document in self.documents)
-        # Row r begins with token `_first_token[r]` of document `_first_document[r]`.
-        self._first_document = array("q")
-        self._first_token = array("q")
-        self._index_rows()
+    length: int
+    num_bytes: int
+    bytes_per_target: float
 
-    def __len__(self) -> int:
-        return len(self._first_document)
+    def __init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def row(self, index: int, epoch: int = 0) -> dict[str, Tensor]:
+        """Row `index` of an epoch. Raises IndexError outside [0, len)."""
+
+    @abstractmethod
+    def describe(self, index: int, epoch: int = 0) -> list[str]:
+        """The documents of a row: where each comes from, and which of its tokens."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that indexing reads."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that indexing reads."""
+        self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.row(index, self.epoch)
+
+    def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        input_ids = torch.full((self.length,), DOCUMENT_START, dtype=torch.int64)
-        labels = torch.full((self.length,), IGNORED, dtype=torch.int64)
-        position_ids = torch.arange(self.length)
+
+
+class PackedDataset(Rows):
+    """Rows of one corpus; the same corpus, length, seed and epoch give the same rows everywhere.
+
+    corpus: what to pack.
+    length: T, the tokens in a row, at least 2.
+    seed: order of documents and rows, another one each epoch; None keeps the given order.
+    carry_state: documents go on from row to row of a lane.
+    lanes: with carry_state, rows in a batch over all processes: item i is step i // lanes of lane i % lanes. Read in
+        order, batches of B on each of P processes (lanes = B P) give process p the lanes [p B, (p + 1) B), always.
+
+    Raises ValueError if there are no documents, the length is below 2, or there are fewer rows than lanes.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus | Sequence[Document],
+        length: int,
+        seed: int | None = 0,
+        *,
+        carry_state: bool = False,
+        lanes: int = 1,
+    ):
+        super().__init__()
+        if not isinstance(corpus, Corpus):
+            corpus = ByteCorpus(corpus)
+        if length < 2:
+            raise ValueError(f"a row needs at least 2 tokens to predict one, got length {length}")
+        if not len(corpus):
+            raise ValueError("no documents to pack")
+        self.corpus, self.length, self.seed = corpus, length, seed
+        self.carry_state, self.lanes = carry_state, lanes if carry_state else 1
+        self.num_bytes = corpus.num_bytes
+        self.bytes_per_target = corpus.num_bytes / corpus.num_targets
+        self._rows = -(-corpus.num_tokens // length)
+        if not 1 <= self.lanes <= self._rows:
+            raise ValueError(
+                f"{corpus.name} has {self._rows} rows of {length} tokens, too few for {lanes} lanes; accepted: a lane "
+                "or more, each with at least one row"
+            )
+        self._ordered: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        return self.lanes * -(-self._rows // self.lanes)
+
+    def row(self, index: int, epoch: int = 0) -> dict[str, Tensor]:
+        input_ids = np.full(self.length, self.corpus.document_start, dtype=np.int64)
+        shift_labels = np.full(self.length, IGNORED, dtype=np.int64)
+        position_ids = np.zeros(self.length, dtype=np.int64)
+        labels = np.full(self.length, IGNORED, dtype=np.int64)
         filled = 0
-        for document, begin, size in self._pieces(index):
+        for document, begin, size, position in self._pieces(index, epoch):
             end = filled + size
-            input_ids[filled:end] = _tokens(document, begin, size)
-            labels[filled + 1 : end] = input_ids[filled + 1 : end]
-            position_ids[filled:end] = torch.arange(size)
+            tokens = self.corpus.tokens(document, begin, min(begin + size + 1, int(self.corpus.lengths[document])))
+            input_ids[filled:end] = tokens[:size]
+            shift_labels[filled : filled + len(tokens) - 1] = tokens[1:]
+            labels[filled + 1 : end] = tokens[1:size]
+            position_ids[filled:end] = np.arange(position, position + size)
             filled = end
-        position_ids[filled:] -= filled
-        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        position_ids[filled:] = np.arange(self.length - filled)
+        arrays = {
+            "input_ids": input_ids,
+            "shift_labels": shift_labels,
+            "labels": labels,
+            "position_ids": position_ids,
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def _index_rows(self) -> None:
-        """Find where each row begins.
+    def describe(self, index: int, epoch: int = 0) -> list[str]:
+        return [
+            f"{self.corpus.describe(document)}, tokens {begin} to {begin + size} of {self.corpus.lengths[document]}"
+            for document, begin, size, _ in self._pieces(index, epoch)
+        ]
 
-        A piece of s tokens moves the cursor of its document by s - 1, because its last token is the next one's context.
+    def _pieces(self, index: int, epoch: int) -> list[tuple[int, int, int, int]]:
+        """The pieces of a row: document, its first token here, number of tokens, position of the first."""
+        self._check(index)
+        row, first_of_lane = self._place(index, epoch)
+        if row is None:
+            return []
+        documents, ends = self._order(epoch)
+        at, stop = row * self.length, min((row + 1) * self.length, int(ends[-1]))
+        fresh = (row if first_of_lane is None else first_of_lane) * self.length
+        pieces = []
+        slot = int(np.searchsorted(ends, at, side="right"))
+        while at < stop:
+            document = int(documents[slot])
+            origin = int(ends[slot] - self.corpus.lengths[document])
+            size = min(stop, int(ends[slot])) - at
+            pieces.append((document, at - origin, size, at - max(origin, fresh)))
+            at += size
+            slot += 1
+        return pieces
+
+    def _place(self, index: int, epoch: int) -> tuple[int | None, int | None]:
+        """The row of the stream that an index stands for, and the first row of its lane.
+
+        Lanes differ by at most a row; a lane that has ended before the others has none.
         """
-        used = self.length
-        for index, document in enumerate(self.documents):
-            token = 0
-            while token < document.size:
-                if used == self.length:
-                    self._first_document.append(index)
-                    self._first_token.append(token)
-                    used = 0
-                size = min(self.length - used, document.size + 1 - token)
-                token += size - 1
-                used += size
+        if not self.carry_state:
+            if self.seed is None:
+                return index, None
+            return int(permute(index, self._rows, make_key("rows", self.seed, epoch))), None
+        step, lane = divmod(index, self.lanes)
+        first, last = (self._rows * bound // self.lanes for bound in (lane, lane + 1))
+        return (first + step if first + step < last else None), first
 
-    def _pieces(self, row: int) -> Iterator[tuple[Document, int, int]]:
-        """The pieces of a row: document, first token, number of tokens."""
-        index, token = self._first_document[row], self._first_token[row]
-        left = self.length
-        while left and index < len(self.documents):
-            document = self.documents[index]
-            size = min(left, document.size + 1 - token)
-            yield document, token, size
-            left -= size
-            index, token = index + 1, 0
-
-
-def _tokens(document: Document, begin: int, size: int) -> Tensor:
-    """Tokens [begin, begin + size) of a document, of which token 0 is the document start."""
-    starts = begin == 0
-    data = document.read(max(begin - 1, 0), size - starts)
-    return ByteTokenizer().encode(data, document_start=starts)
+    def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The documents of an epoch's stream, and where each ends in it."""
+        if self._ordered is None or (self.seed is not None and self._ordered[0] != epoch):
+            documents = np.arange(len(self.corpus))
+            if self.seed is not None:
+                documents = permute(documents, len(self.corpus), make_key("documents", self.seed, epoch))
+            self._ordered = epoch, documents, np.cumsum(self.corpus.lengths[documents])
+        return self._ordered[1:]

@@ -1,7 +1,7 @@
 """Bytes as tokens: 256 byte values and one more, the document start.
 
 A byte model reads any file on any machine with nothing to download or train, and its loss is bits per byte, which
-compressors share. Trained tokenizers (`tokenizer.json`) are Hugging Face's job, not this file's.
+compressors share. Trained tokenizers (`tokenizer.json`) are in `encoders`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-DOCUMENT_START = 256
-VOCAB_SIZE = 257
+from retnet.data.byte_vocabulary import DOCUMENT_START, VOCAB_SIZE
 
 
 class ByteTokenizer:

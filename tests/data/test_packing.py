@@ -1,97 +1,177 @@
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retnet.data import DOCUMENT_START, IGNORED, ByteTokenizer, Document, PackedDataset
-
-
-class InMemory(Document):
-    """A document whose bytes tell document and position apart."""
-
-    def read(self, start=0, length=None):
-        data = bytes((31 * int(self.name) + 7 * i) % 256 for i in range(self.size))
-        return data[start : self.size if length is None else start + length]
-
-
-def documents(sizes):
-    return [InMemory(str(i), Path(), size) for i, size in enumerate(sizes)]
-
+from retnet.data import IGNORED, ByteCorpus, PackedDataset, find_documents
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 lengths = st.integers(2, 40)
+seeds = st.sampled_from([None, 0, 7])
+
+
+def targets(rows, epoch=0):
+    """What is predicted, row after row."""
+    return [int(t) for i in range(len(rows)) for t in rows.row(i, epoch)["shift_labels"] if t != IGNORED]
+
+
+def read(rows, epoch=0):
+    """What is read, row after row, without the document starts."""
+    return [int(t) for i in range(len(rows)) for t in rows.row(i, epoch)["input_ids"] if t != 0]
+
+
+@given(sizes, lengths, seeds, st.integers(0, 2), st.sampled_from([0, 1, 2, 3]))
+def test_every_token_is_read_and_every_one_but_starts_predicted_exactly_once_an_epoch(
+    numbered, sizes, length, seed, epoch, lanes
+):
+    corpus = numbered(sizes)
+    if lanes * length > corpus.num_tokens:
+        lanes = 0
+    rows = PackedDataset(corpus, length, seed, carry_state=lanes > 0, lanes=lanes)
+    assert sorted(targets(rows, epoch)) == corpus.text_tokens()
+    assert sorted(read(rows, epoch)) == corpus.text_tokens()
 
 
 @given(sizes, lengths)
-def test_every_byte_is_predicted_exactly_once_and_in_order(sizes, length):
-    docs = documents(sizes)
-    rows = PackedDataset(docs, length, seed=None)
-    predicted = [int(t) for i in range(len(rows)) for t in rows[i]["labels"] if t != IGNORED]
-    assert bytes(predicted) == b"".join(d.read() for d in docs)
+def test_without_a_seed_everything_keeps_its_order(numbered, sizes, length):
+    corpus = numbered(sizes)
+    assert targets(PackedDataset(corpus, length, None)) == corpus.text_tokens()
 
 
-@given(sizes, lengths)
-def test_pieces_start_fresh_with_the_token_before_them_as_context(sizes, length):
-    docs = documents(sizes)
-    rows = PackedDataset(docs, length, seed=None)
-    tokens = {d.name: ByteTokenizer().encode(d.read()).tolist() for d in docs}
-    stream = iter(docs)
-    document, cursor = next(stream), 0
+@given(sizes, lengths, seeds)
+def test_a_token_predicts_the_next_one_of_its_own_document(numbered, sizes, length, seed):
+    corpus = numbered(sizes)
+    last = {1000 * document + size for document, size in enumerate(sizes)}
+    rows = PackedDataset(corpus, length, seed)
+    for i in range(len(rows)):
+        for token, target in zip(rows[i]["input_ids"].tolist(), rows[i]["shift_labels"].tolist()):
+            if token == 0:
+                assert target == IGNORED or target % 1000 == 1
+            else:
+                assert target == (IGNORED if token in last else token + 1)
+
+
+@given(sizes, lengths, seeds)
+def test_pieces_start_fresh_where_rows_and_documents_start(numbered, sizes, length, seed):
+    rows = PackedDataset(numbered(sizes), length, seed)
     for i in range(len(rows)):
         row = rows[i]
-        starts = (row["position_ids"] == 0).nonzero().flatten().tolist() + [length]
-        for begin, end in pairwise(starts):
-            piece = row["input_ids"][begin:end].tolist()
+        starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
+        assert starts[0] == 0
+        for begin, end in pairwise([*starts, length]):
             assert row["position_ids"][begin:end].tolist() == list(range(end - begin))
-            assert row["labels"][begin] == IGNORED
-            if document is None:  # the filling of the last row
-                assert i == len(rows) - 1
-                assert set(row["labels"][begin:end].tolist()) == {IGNORED}
-                continue
-            assert piece == tokens[document.name][cursor : cursor + len(piece)]
-            cursor += len(piece) - 1
-            if cursor == document.size:
-                document, cursor = next(stream, None), 0
-    assert document is None
+            assert begin == 0 or row["input_ids"][begin] == 0
+            piece = row["input_ids"][begin:end]
+            if row["shift_labels"][begin] != IGNORED:  # not what fills up the last row
+                assert (piece[1:] != 0).all()
 
 
-@given(sizes, lengths, st.integers(0, 3))
-def test_the_same_seed_gives_the_same_rows(sizes, length, seed):
-    first, second = (PackedDataset(documents(sizes), length, seed) for _ in range(2))
-    assert len(first) == len(second)
-    for i in range(len(first)):
-        for key, value in first[i].items():
+@given(sizes, lengths, seeds)
+def test_labels_are_the_same_targets_inside_a_row(numbered, sizes, length, seed):
+    rows = PackedDataset(numbered(sizes), length, seed)
+    for i in range(len(rows)):
+        row = rows[i]
+        assert torch.equal(row["labels"][1:], row["shift_labels"][:-1])
+        assert row["labels"][0] == IGNORED
+
+
+@given(sizes, lengths, st.integers(0, 3), st.integers(0, 3))
+def test_a_row_depends_on_seed_epoch_and_index_alone(numbered, sizes, length, seed, epoch):
+    first, second = (PackedDataset(numbered(sizes), length, seed) for _ in range(2))
+    expected = [first.row(i, epoch) for i in range(len(first))]
+    for i in reversed(range(len(second))):
+        second.row(i, epoch + 1)  # what was asked before must not matter
+        row = second.row(i, epoch)
+        for key, value in expected[i].items():
             assert value.dtype == torch.int64
             assert value.shape == (length,)
-            assert torch.equal(value, second[i][key])
+            assert torch.equal(value, row[key])
 
 
-def test_another_seed_orders_the_documents_differently():
-    names = [[d.name for d in PackedDataset(documents([5] * 20), 8, seed).documents] for seed in (0, 1)]
-    assert names[0] != names[1]
-    assert sorted(names[0]) == sorted(names[1])
+def test_seeds_and_epochs_order_documents_and_rows_differently(numbered):
+    corpus = numbered([5] * 40)
+    orders = [read(PackedDataset(corpus, 6, seed), epoch) for seed, epoch in [(0, 0), (1, 0), (0, 1)]]
+    assert len({tuple(order) for order in orders}) == 3
+    assert all(order != corpus.text_tokens() for order in orders)
 
 
-def test_rows_hold_several_documents_and_begin_them_with_the_document_start():
-    rows = PackedDataset(documents([3, 3]), 8, seed=None)
+@given(st.lists(st.integers(1, 60), min_size=4, max_size=12), st.integers(2, 12), seeds, st.integers(1, 4))
+def test_a_lane_goes_on_where_its_last_row_ended(numbered, sizes, length, seed, lanes):
+    rows = PackedDataset(numbered(sizes), length, seed, carry_state=True, lanes=min(lanes, sum(sizes) // length or 1))
+    assert len(rows) % rows.lanes == 0
+    for lane in range(rows.lanes):
+        expected = None  # the target at the end of the row before, and the position after it
+        for index in range(lane, len(rows), rows.lanes):
+            row = rows[index]
+            if index // rows.lanes == len(rows) // rows.lanes - 1 and (row["shift_labels"] == IGNORED).all():
+                continue  # a lane that ended before the others, or holds a last token alone
+            elif expected is not None and expected[0] != IGNORED:
+                assert row["input_ids"][0] == expected[0]
+                assert row["position_ids"][0] == expected[1]
+            elif expected is None or row["input_ids"][0] == 0:
+                assert row["position_ids"][0] == 0
+            expected = int(row["shift_labels"][-1]), int(row["position_ids"][-1]) + 1
+
+
+def test_lanes_keep_long_documents_together_and_differ_by_at_most_a_row(numbered):
+    rows = PackedDataset(numbered([700]), 10, carry_state=True, lanes=4)
+    assert len(rows) == 4 * 18
+    positions = [[int(rows[i]["position_ids"][0]) for i in range(lane, len(rows), 4)] for lane in range(4)]
+    assert all(lane[:17] == list(range(0, 170, 10)) for lane in positions)
+
+
+def test_with_two_processes_each_keeps_its_own_lanes(numbered):
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler, SequentialSampler
+
+    rows = PackedDataset(numbered([300, 500]), 10, carry_state=True, lanes=4)
+    for process in range(2):
+        batches = list(BatchSamplerShard(BatchSampler(SequentialSampler(rows), 2, False), 2, process))
+        assert len(batches) == len(rows) // 4
+        assert {index % 4 for batch in batches for index in batch} == {2 * process, 2 * process + 1}
+        assert [[index // 4 for index in batch] for batch in batches] == [[step, step] for step in range(len(batches))]
+
+
+def test_rows_hold_several_documents_and_begin_them_with_the_document_start(numbered):
+    rows = PackedDataset(numbered([3, 3]), 10, seed=None)
     assert len(rows) == 1
-    assert (rows[0]["input_ids"] == DOCUMENT_START).nonzero().flatten().tolist() == [0, 4]
-    assert rows[0]["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert rows[0]["input_ids"].tolist() == [0, 1, 2, 3, 0, 1001, 1002, 1003, 0, 0]
+    assert rows[0]["shift_labels"].tolist() == [1, 2, 3, -100, 1001, 1002, 1003, -100, -100, -100]
+    assert rows[0]["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
 
 
-def test_the_loader_can_stack_and_shuffle_rows():
-    rows = PackedDataset(documents([50, 7, 90]), 16)
-    loader = torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True)
-    assert {batch["input_ids"].shape[1] for batch in loader} == {16}
+def test_a_row_names_its_documents(numbered):
+    rows = PackedDataset(numbered([3, 30]), 10, seed=None)
+    assert rows.describe(0) == ["document 0, tokens 0 to 4 of 4", "document 1, tokens 0 to 6 of 31"]
+    assert rows.describe(1) == ["document 1, tokens 6 to 16 of 31"]
 
 
-def test_bad_arguments_say_what_was_given():
+def test_workers_that_keep_running_follow_the_epoch(numbered):
+    rows = PackedDataset(numbered([50, 7, 90, 20, 44]), 16)
+    loader = torch.utils.data.DataLoader(rows, batch_size=2, num_workers=1, persistent_workers=True)
+    for epoch in range(2):
+        rows.set_epoch(epoch)
+        batches = torch.cat([batch["input_ids"] for batch in loader])
+        assert torch.equal(batches, torch.stack([rows.row(i, epoch)["input_ids"] for i in range(len(rows))]))
+
+
+def test_bytes_are_tokens_with_a_start_before_each_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"ab\xff")
+    (tmp_path / "b.txt").write_bytes(b"c")
+    rows = PackedDataset(ByteCorpus(find_documents(tmp_path)), 6, seed=None)
+    assert rows[0]["input_ids"].tolist() == [256, 97, 98, 255, 256, 99]
+    assert rows[0]["shift_labels"].tolist() == [97, 98, 255, IGNORED, 99, IGNORED]
+    assert (rows.num_bytes, rows.bytes_per_target) == (4, 1.0)
+
+
+def test_bad_arguments_say_what_was_given(numbered):
     with pytest.raises(ValueError, match="at least 2 tokens to predict one, got length 1"):
-        PackedDataset(documents([3]), 1)
+        PackedDataset(numbered([3]), 1)
     with pytest.raises(ValueError, match="no documents"):
-        PackedDataset([], 8)
+        PackedDataset(numbered([]), 8)
     with pytest.raises(IndexError, match="row 1 of 1"):
-        PackedDataset(documents([3]), 8)[1]
+        PackedDataset(numbered([3]), 8)[1]
+    with pytest.raises(ValueError, match="numbered has 2 rows of 8 tokens, too few for 3 lanes"):
+        PackedDataset(numbered([12]), 8, carry_state=True, lanes=3)
