@@ -1,44 +1,50 @@
 """Cross-entropy of a linear head without the logits of all tokens: [R, vocab] is made and used a slice at a time.
 
 The gradient of the loss needs nothing that the forward did not just compute, so each slice's logits turn into their own
-gradient in place and are gone before the next slice. Sums are float32. (torch's own `linear_cross_entropy` appears in
-2.13, newer than what we support; liger-kernel's is for CUDA alone.)
+gradient and are gone before the next slice. A slice's elements are written three times (logits, log-probabilities in
+float32, gradient in the place of the logits), sums are float32, and nothing waits for a GPU. Labels to ignore are
+dealt with in the narrow operands of the two products, never in [R, vocab].
+
+torch's own `linear_cross_entropy` appears in 2.13, newer than what we support; liger-kernel's is for CUDA alone.
+benchmarks/bench_loss.py measures them side by side.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SLICE_BYTES = 256 << 20  # float32 logits in memory at a time
+# Float32 log-probabilities in memory at a time. Each slice reads and writes all of the weight's gradient, which a GPU
+# notices below some thousand rows.
+SLICE_BYTES = 64 << 20
+SLICE_BYTES_GPU = 512 << 20
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, soft_cap: float | None) -> Tensor:
-        rows = max(1, SLICE_BYTES // (4 * weight.shape[0]))
+        rows = max(1, (SLICE_BYTES_GPU if hidden.is_cuda else SLICE_BYTES) // (4 * weight.shape[0]))
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        count = (labels != -100).sum().clamp_min(1)
+        real = labels != -100
+        count = real.sum().clamp_min(1)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         for begin in range(0, len(labels), rows):
             part = slice(begin, begin + rows)
-            h, y = hidden[part], labels[part]
-            logits, capped = _logits(h, weight, soft_cap, wide)
-            total += F.cross_entropy(logits, y, ignore_index=-100, reduction="sum")
-            if not (need_hidden or need_weight):
-                continue
-            dlogits = logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_()
-            dlogits[torch.arange(len(y), device=y.device), y.clamp_min(0)] -= 1
-            dlogits *= (y != -100)[:, None]
-            if capped is not None:
-                dlogits *= 1 - capped.square_()
-            dlogits = dlogits.to(hidden.dtype)
-            if dhidden is not None:
-                torch.mm(dlogits, weight, out=dhidden[part])
-            if dweight is not None:
-                dweight += dlogits.T @ h
+            ignored = ~real[part]
+            h = hidden[part].masked_fill(ignored[:, None], 0)
+            logits, log_p, slope = _log_probabilities(h, weight, soft_cap, wide)
+            target = labels[part].clamp_min(0)[:, None]
+            log_p_target = log_p.gather(1, target)
+            total -= log_p_target[:, 0].masked_fill(ignored, 0).sum()
+            if need_hidden or need_weight:
+                dlogits = _logit_gradient(logits, log_p, log_p_target, target, slope)
+                if dhidden is not None:
+                    torch.mm(dlogits, weight, out=dhidden[part])
+                    dhidden[part].masked_fill_(ignored[:, None], 0)
+                if dweight is not None:
+                    dweight += dlogits.T @ h
         # Divided by the count only in the backward: beside a loss scale, float16 would underflow here.
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype), count)
         return total / count
@@ -49,13 +55,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g * (dloss / count).to(g.dtype) for g in gradients), None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, soft_cap: float | None, wide: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Logits [R, vocab] and, with a soft cap, tanh(x / c), whose square the gradient needs."""
-    logits = F.linear(hidden, weight).to(wide)
+def _log_probabilities(
+    hidden: Tensor, weight: Tensor, soft_cap: float | None, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits [R, vocab], their log-softmax in the wide dtype, and with a soft cap its slope at the logits."""
+    logits = F.linear(hidden, weight)
     if soft_cap is None:
-        return logits, None
-    capped = torch.tanh(logits / soft_cap)
-    return soft_cap * capped, capped
+        return logits, logits.log_softmax(-1, dtype=wide), None
+    capped = torch.tanh(logits.to(wide) / soft_cap)
+    return logits, (soft_cap * capped).log_softmax(-1), 1 - capped.square_()
+
+
+def _logit_gradient(
+    logits: Tensor, log_p: Tensor, log_p_target: Tensor, target: Tensor, slope: Tensor | None
+) -> Tensor:
+    """softmax - onehot, written over the logits; the targets' p - 1 is exact however near p is to 1."""
+    at_target = log_p_target.expm1()
+    if slope is not None:
+        return logits.copy_(log_p.exp_().scatter_(1, target, at_target).mul_(slope))
+    return torch.exp(log_p, out=logits).scatter_(1, target, at_target.to(logits.dtype))
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, soft_cap: float | None = None) -> Tensor:
