@@ -153,7 +153,7 @@ class MultiScaleRetention(WideRates):
         """[H], or [B, T, H] if gated; float32 (float64 for float64)."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.decay_proj is not None:
-            return F.logsigmoid(self.decay_proj(x).to(wide)) * self.GATE_POWER
+            return self.gated_log_decay(self.decay_proj(x))
         if self.log_rate is not None:
             return -self.log_rate.to(wide).exp()
         key = (x.device, wide)
@@ -161,6 +161,10 @@ class MultiScaleRetention(WideRates):
             with torch.inference_mode(False):
                 self._fixed_log_decay[key] = cast(Tensor, self.config.log_decay).to(x.device, wide)
         return self._fixed_log_decay[key]
+
+    def gated_log_decay(self, opened: Tensor) -> Tensor:
+        """log sigmoid(x W)^(1/16) from x W [..., H]."""
+        return F.logsigmoid(opened.to(torch.promote_types(opened.dtype, torch.float32))) * self.GATE_POWER
 
     def forward(
         self, x: Tensor, state: RetentionState | None, layout: TokenLayout

@@ -52,6 +52,11 @@ class ModelState:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no tensor holds NaN or infinity. Reads them all."""
+        return all(bool(x.isfinite().all()) for layer in self.layers for x in layer.tensors().values())
+
     def select(self, index: Tensor) -> "ModelState":
         """The states of sequences `index` [M], in that order, repetitions allowed (beams, forks)."""
         return ModelState(tuple(layer.select(index) for layer in self.layers))

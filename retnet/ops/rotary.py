@@ -73,12 +73,15 @@ def rotation(
     *,
     factor: float | Yarn = 1.0,
     dtype: torch.dtype = torch.float32,
+    plain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin) [B, T, K / 2] for positions [B, T]; `factor` divides positions (linear scaling), or is YaRN's.
 
-    YaRN's gain is in cos and sin, so that `rotate` gives grown queries and keys.
+    YaRN's gain is in cos and sin, so that `rotate` gives grown queries and keys. plain: `frequencies` of the other
+    arguments, from a caller that asks for every token.
     """
-    plain = frequencies(rotary, key_dim, base, dtype=dtype, device=positions.device)
+    if plain is None:
+        plain = frequencies(rotary, key_dim, base, dtype=dtype, device=positions.device)
     if isinstance(factor, Yarn):
         angle = positions.to(dtype)[..., None] * factor.frequencies(plain, rotary, base)
         return angle.cos() * factor.gain, angle.sin() * factor.gain

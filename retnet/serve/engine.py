@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from retnet.layers.moe import MoE
 from retnet.models.lm import LanguageModel
 from retnet.serve.pool import SlotCost, SlotPool
 from retnet.serve.prefix import PrefixCache, PrefixCounts
@@ -24,8 +25,13 @@ from retnet.serve.request import Generation, Refused, Request, Status, TokenLogp
 from retnet.serve.sampling import Parts, Sampled, SamplingTable
 from retnet.serve.snapshot import Snapshot, fingerprint
 from retnet.serve.speculation import PromptLookup, Speculation, VerifyStep
-from retnet.serve.step import DecodeStep
+from retnet.serve.step import FAILED, DecodeStep
 from retnet.serve.stopping import Decode, StopStrings
+
+
+# Tokens of a prompt a call. A GPU is busy only with many; a CPU computes fewer while running requests wait.
+PROMPT_BLOCK = {"cpu": 256, "cuda": 2048}
+LONGEST_RING = 64  # rows that a program keeps beside its slice of a state
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,18 @@ class Engine:
         model: in evaluation mode, on its device; stacks with Hyena layers are refused.
         num_slots, memory_bytes: requests that run at a time, or the bytes that they may take; one of the two.
         max_tokens: context that a slot has room for; needed by attention without a window, a limit for all requests.
-        prompt_block: tokens of a prompt a call; part of what the engine computes, as rounding depends on it.
-        prompt_budget: prompt tokens a step (at least one block is read), so that running requests keep their pace.
+        prompt_block: tokens of a prompt a call, 256 on a CPU and 2048 on a GPU if None; part of what the engine
+            computes, as rounding depends on it.
+        prompt_budget: prompt tokens a step (at least one block is read), so that running requests keep their pace; one
+            block if None.
         prefix_cache_bytes: keep states of prompts' beginnings; prefix_interval: also every so many tokens inside them.
         max_waiting: requests that may wait for a slot (any number if None).
         decode: token ids to text; needed for stop strings.
         speculation: guess several tokens a step from the context (`serve/speculation.py`).
-        graphs: capture decode steps as CUDA graphs; on a GPU if None.
+        deferred_writes: let retention states lie up to so many tokens behind and read the last ones beside them: near
+            half the state's traffic, for rows of k and v. A power of two; 0 writes every token.
+        graphs: capture decode steps as CUDA graphs; on a GPU if None, but for mixtures of experts, whose shapes depend
+            on what they route.
     """
 
     def __init__(
@@ -67,15 +78,20 @@ class Engine:
         num_slots: int | None = None,
         memory_bytes: int | None = None,
         max_tokens: int | None = None,
-        prompt_block: int = 256,
-        prompt_budget: int = 256,
+        prompt_block: int | None = None,
+        prompt_budget: int | None = None,
         prefix_cache_bytes: int | None = None,
         prefix_interval: int | None = None,
         max_waiting: int | None = None,
         decode: Decode | None = None,
         speculation: Speculation | None = None,
+        deferred_writes: int = 0,
         graphs: bool | None = None,
     ):
+        device = model.embedding.weight.device
+        if prompt_block is None:
+            prompt_block = PROMPT_BLOCK.get(device.type, PROMPT_BLOCK["cpu"])
+        prompt_budget = prompt_block if prompt_budget is None else prompt_budget
         for name, value in (("prompt_block", prompt_block), ("prompt_budget", prompt_budget)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; accepted: a positive integer")
@@ -88,17 +104,20 @@ class Engine:
         self.model, self.decode = model, decode
         self.prompt_block, self.prompt_budget = prompt_block, prompt_budget
         self.max_waiting, self.prefix_interval = max_waiting, prefix_interval
-        self.pool = SlotPool(model, num_slots=num_slots, memory_bytes=memory_bytes, max_tokens=max_tokens)
+        _check_deferred_writes(deferred_writes, speculation)
+        self.pool = SlotPool(
+            model,
+            num_slots=num_slots,
+            memory_bytes=memory_bytes,
+            max_tokens=max_tokens,
+            deferred_writes=deferred_writes,
+        )
         self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes)
-        device = self.pool.state.position.device
         self.table = SamplingTable(self.pool.num_slots, model.config.vocab_size, device)
-        on_gpu = device.type == "cuda"
-        if graphs and not on_gpu:
-            raise ValueError(f"graphs is True for a model on {device}; accepted there: False or None")
-        graphs = on_gpu if graphs is None else graphs
+        graphs = _use_graphs(graphs, model, device)
         self.speculation = speculation
         if speculation is None:
-            self._step = DecodeStep(model, self.pool.state, self.table, graphs)
+            self._step = DecodeStep(model, self.pool.state, self.table, graphs, self.pool.rings)
         else:
             speculation.check(model.config, max_tokens)
             width = speculation.draft_tokens + 1
@@ -151,9 +170,10 @@ class Engine:
         """
         seen = array("i", after.tokens if after is not None else ())
         vocab_size = self.model.config.vocab_size
-        wrong = [t for t in (*request.prompt, *request.sampling.logit_bias) if not 0 <= t < vocab_size]
-        if wrong:
-            raise Refused(f"token {wrong[0]} is not in the vocabulary; accepted: 0 to {vocab_size - 1}")
+        for tokens in (request.prompt, request.sampling.logit_bias):
+            if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                wrong = next(t for t in tokens if not 0 <= t < vocab_size)
+                raise Refused(f"token {wrong} is not in the vocabulary; accepted: 0 to {vocab_size - 1}")
         seen.extend(request.prompt)
         self._check(request, after, len(seen))
         stops = None
@@ -258,7 +278,11 @@ class Engine:
                 if end - generation.read > left < self.prompt_budget:
                     return
                 left -= end - generation.read
-                self._read_block(generation, end)
+                try:
+                    self._read_block(generation, end)
+                except ValueError as error:  # of this request alone: others are not in the call
+                    self._fail(generation, f"its prompt cannot be read: {error}")
+                    continue
             self._reading.popleft()
             if generation.unread:
                 self._reading.append(generation)
@@ -276,7 +300,7 @@ class Engine:
     def _read_block(self, generation: Generation, end: int) -> None:
         assert generation.slot is not None
         block = torch.tensor([generation.seen[generation.read : end].tolist()], device=self._step.tokens.device)
-        self.pool.read(self.model, generation.slot, block)
+        self.pool.read(self.model, generation.slot, block)  # raises ValueError where it computes what no decay can be
         self._prompt_tokens += end - generation.read
         generation.read = end
         inside = self.prefix_interval is not None and end % self.prefix_interval == 0
@@ -287,12 +311,14 @@ class Engine:
         if self.prefixes is not None and generation.slot is not None and generation.read:
             tokens = generation.seen[: generation.read]
             if not self.prefixes.has(tokens):
-                self.prefixes.store(tokens, self.pool.kept(generation.slot))
+                state = self.pool.kept(generation.slot)
+                if state.is_finite:  # a failed request's would fail all that begin alike
+                    self.prefixes.store(tokens, state)
 
     def _start_decoding(self, generation: Generation) -> None:
         slot = generation.slot
         assert slot is not None
-        seen = torch.tensor(generation.seen)
+        seen = torch.frombuffer(generation.seen, dtype=torch.int32).long()
         self.table.fill(slot, generation.request.sampling, generation.seed, seen, seen[generation.output_start :])
         self._step.tokens[slot] = generation.seen[-1]
         self._step.active[slot] = True
@@ -319,8 +345,9 @@ class Engine:
             new = generation.seen[first:].tolist()
             generation.read = len(generation.seen) - 1
             counts[slot] = len(new)
-            self._accepted += len(new) - 1
-            progress.append((generation, new))
+            self._accepted += max(0, len(new) - 1)
+            if new:
+                progress.append((generation, new))
             if reason is not None:
                 ended.append((generation, reason))
         self._step.settle(counts)
@@ -343,6 +370,10 @@ class Engine:
 
     def _accept(self, generation: Generation, token: int, sampled: Sampled, place: tuple[int, int]) -> str | None:
         """Add a new token, that of `place` [slot, t], to a request; returns why it ends the output, if it does."""
+        if token == FAILED:
+            position = len(generation.seen)
+            generation.error = f"the logits of token {position} are not all finite: weights or state hold NaN or infinity"
+            return "failed"
         request = generation.request
         generation.seen.append(token)
         self._new_tokens += 1
@@ -361,17 +392,44 @@ class Engine:
             return "length"
         return None
 
+    def _fail(self, generation: Generation, error: str) -> None:
+        generation.error = error
+        self._finish(generation, "failed")
+
     def _finish(self, generation: Generation, reason: str) -> None:
         if generation.status is Status.WAITING:
             self._waiting.remove(generation)
         elif generation.status is Status.READING:
             self._reading.remove(generation)
         elif generation.slot is not None:
-            if generation.request.keep_state:
-                generation.snapshot = self.snapshot(generation)
-            self._keep_prefix(generation)
+            if reason != "failed":
+                if generation.request.keep_state:
+                    generation.snapshot = self.snapshot(generation)
+                self._keep_prefix(generation)
             del self._decoding[generation.slot]
             self._step.active[generation.slot] = False
         if generation.slot is not None:
             self.pool.release(generation.slot)
         generation.slot, generation.status, generation.finish_reason = None, Status.FINISHED, reason
+
+
+def _check_deferred_writes(length: int, speculation: Speculation | None) -> None:
+    if length and (length < 2 or length & (length - 1) or length > LONGEST_RING):
+        raise ValueError(f"deferred_writes is {length}; accepted: 0, or a power of two from 2 to {LONGEST_RING}")
+    if length and speculation is not None:
+        raise ValueError(
+            f"deferred_writes is {length} with speculation, which keeps its drafts' rows itself; accepted: one of the two"
+        )
+
+
+def _use_graphs(asked: bool | None, model: LanguageModel, device: torch.device) -> bool:
+    on_gpu = device.type == "cuda"
+    routed = next((i for i, block in enumerate(model.layers) if isinstance(block.feed_forward, MoE)), None)
+    if asked and not on_gpu:
+        raise ValueError(f"graphs is True for a model on {device}; accepted there: False or None")
+    if asked and routed is not None:
+        raise ValueError(
+            f"graphs is True and layer {routed} is a mixture of experts, whose shapes depend on what it routes; accepted: "
+            "False or None"
+        )
+    return on_gpu and routed is None if asked is None else asked

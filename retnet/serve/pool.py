@@ -12,13 +12,17 @@ from retnet.layers.attention import AttentionConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
+from retnet.layers.state import RetentionState
 from retnet.models.states import ModelState
+from retnet.ops.decode import Ring
+from retnet.serve.fused import FusedBlock
 from retnet.serve.sampling import SamplingTable
 
 
 @dataclass(frozen=True)
 class SlotCost:
-    """Bytes that one slot keeps: the state (its attention layers sized for max_tokens) and the sampling tables."""
+    """Bytes that one slot keeps: the state (its attention layers sized for max_tokens), with deferred writes the rows
+    beside it, and the sampling tables."""
 
     state: int
     sampling: int
@@ -32,7 +36,10 @@ class SlotCost:
 
 
 class SlotPool:
-    """`num_slots` slots of a model, by number or by a budget in bytes; states of requests of up to max_tokens."""
+    """`num_slots` slots of a model, by number or by a budget in bytes; states of requests of up to max_tokens.
+
+    deferred_writes: rows that a retention state may lie behind, kept in `rings` beside it (0: none).
+    """
 
     def __init__(
         self,
@@ -41,12 +48,14 @@ class SlotPool:
         num_slots: int | None = None,
         memory_bytes: int | None = None,
         max_tokens: int | None = None,
+        deferred_writes: int = 0,
     ):
         check_servable(model.config, max_tokens)
         if (num_slots is None) == (memory_bytes is None):
             raise ValueError(f"num_slots is {num_slots}, memory_bytes {memory_bytes}; accepted: one of the two")
         one = _blank(model, 1, max_tokens)
-        self.cost = SlotCost(one.nbytes, SamplingTable.bytes_per_slot(model.config.vocab_size))
+        rows = sum(ring.nbytes for ring in _rings(model, one, deferred_writes) if ring is not None)
+        self.cost = SlotCost(one.nbytes + rows, SamplingTable.bytes_per_slot(model.config.vocab_size))
         if memory_bytes is not None:
             affordable = memory_bytes // self.cost.total
             num_slots = affordable if affordable < 4 else affordable // 4 * 4
@@ -61,6 +70,7 @@ class SlotPool:
         self.max_tokens = max_tokens
         self.num_slots = num_slots
         self.state = _blank(model, num_slots, max_tokens)
+        self.rings = _rings(model, self.state, deferred_writes)
         self._free = list(range(num_slots))[::-1]
 
     @property
@@ -72,6 +82,7 @@ class SlotPool:
         if not self._free:
             return None
         slot = self._free.pop()
+        self._forget(slot)
         if state is None:
             self.state.clear_(slot)
         else:
@@ -81,11 +92,22 @@ class SlotPool:
     def release(self, slot: int) -> None:
         """Give a slot back, with nothing left in it."""
         self.state.clear_(slot)
+        self._forget(slot)
         self._free.append(slot)
 
     def kept(self, slot: int) -> ModelState:
-        """A copy of a slot's state, without unused room."""
-        return self.state.slot(slot).trim().clone()
+        """A copy of a slot's state, without unused room; rows not written yet are written there."""
+        state = self.state.slot(slot).trim().clone()
+        for layer, ring in zip(state, self.rings, strict=True):
+            if ring is not None and isinstance(layer, RetentionState):
+                layer.memory = ring.slot(slot).folded(layer.memory)
+        return state
+
+    def _forget(self, slot: int) -> None:
+        """Drop a slot's rows; what lies there is not read again."""
+        ring = next((ring for ring in self.rings if ring is not None), None)
+        if ring is not None:  # the count is one for all layers
+            ring.pending[slot] = 0
 
     @torch.no_grad()
     def read(self, model: LanguageModel, slot: int, ids: torch.Tensor) -> None:
@@ -116,6 +138,28 @@ def check_servable(config: ModelConfig, max_tokens: int | None) -> None:
             )
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; accepted: a positive integer or None")
+
+
+def _rings(model: LanguageModel, state: ModelState, length: int) -> list[Ring | None]:
+    """Empty rings of `length` rows for the retention layers that the fused step runs."""
+    rings: list[Ring | None] = []
+    pending = torch.zeros_like(state.position)
+    for block, layer in zip(model.layers, state, strict=True):
+        if not length or not isinstance(layer, RetentionState) or not FusedBlock.fits(block):
+            rings.append(None)
+            continue
+        N, H, K, V = layer.memory.shape
+        G = block.mixer.config.num_kv_heads or H
+        rows = layer.memory.new_empty(0, dtype=model.embedding.weight.dtype)
+        rings.append(
+            Ring(
+                rows.new_zeros(N, G, length, K),
+                rows.new_zeros(N, G, length, V),
+                layer.memory.new_zeros(N, H, length),
+                pending,
+            )
+        )
+    return rings
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class TokenLogprobs:
 
 @dataclass(eq=False)
 class Generation:
-    """A request on its way. `finish_reason`: length, stop_token, stop_string or cancelled.
+    """A request on its way. `finish_reason`: length, stop_token, stop_string, cancelled, or failed (`error` says why).
 
     tokens: those of the output so far. seen: all tokens of its context, earlier ones of a snapshot included (4 bytes
     each); the state has read the first `read` of them. cached: how many of those were not read but found.
@@ -66,6 +66,7 @@ class Generation:
     stops: StopStrings | None = None
     status: Status = Status.WAITING
     finish_reason: str | None = None
+    error: str | None = None
     slot: int | None = None
     cached: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)

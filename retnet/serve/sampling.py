@@ -62,6 +62,7 @@ class Sampling:
     def parts(self) -> "Parts":
         edits = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
         return Parts(
+            draws=self.temperature > 0,
             filters=self.top_k is not None or self.top_p is not None or self.min_p is not None,
             edits=edits or bool(self.logit_bias),
             logprobs=self.logprobs is not None,
@@ -71,6 +72,7 @@ class Sampling:
 class Parts(NamedTuple):
     """Which parts of sampling a step needs: those that any of its requests does."""
 
+    draws: bool = False
     filters: bool = False
     edits: bool = False
     logprobs: bool = False
@@ -142,7 +144,7 @@ class SamplingTable:
     def sample(self, logits: Tensor, position: Tensor, parts: Parts) -> Sampled:
         """A token for each row of logits [R, vocab]; position [R] is what the new token's will be."""
         logits = logits.float()
-        chosen = self._choose(self._edited(logits) if parts.edits else logits, position, parts.filters)
+        chosen = self._choose(self._edited(logits) if parts.edits else logits, position, parts)
         if not parts.logprobs:
             return Sampled(chosen)
         logprobs = logits.log_softmax(-1)
@@ -156,10 +158,12 @@ class SamplingTable:
         logits = logits - self.presence[:, None] * (self.counts > 0) - self.frequency[:, None] * self.counts
         return logits + self.bias
 
-    def _choose(self, logits: Tensor, position: Tensor, filters: bool) -> Tensor:
+    def _choose(self, logits: Tensor, position: Tensor, parts: Parts) -> Tensor:
+        if not parts.draws:
+            return logits.argmax(-1)
         greedy = self.temperature == 0
         scaled = logits / self.temperature.masked_fill(greedy, 1)[:, None]
-        if filters:
+        if parts.filters:
             scaled = self._filtered(scaled)
         mass = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
         drawn = uniform(self.seed, position)[:, None] * mass[:, -1:]

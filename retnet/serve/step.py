@@ -1,9 +1,12 @@
 """The decode step: every slot reads its last token and picks the next one, in fixed shapes and in place.
 
-Slots without a running request are masked: they neither decay nor write. On a GPU the whole step, sampling included, is
-one captured graph (one for each set of sampling parts in use): a token costs one launch and one small copy back. On a
-CPU it runs as it is: weights are read from memory, and what Python adds is lost beside that.
+Slots without a running request are masked: they neither decay nor write. On a GPU the whole step, sampling and the copy
+of its results to pinned memory included, is one captured graph (one for each set of sampling parts in use): a token
+costs one launch and one wait. On a CPU it runs as it is: weights are read from memory, and what Python adds is lost
+beside that.
 """
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,16 +14,27 @@ from torch import Tensor
 from retnet.layers.state import TokenCache
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.ops.decode import Ring
+from retnet.serve.fused import FusedModel
 from retnet.serve.sampling import Parts, Sampled, SamplingTable
 
 WARM_UP_RUNS = 3  # before a capture: kernels compile, libraries allocate
+FAILED = -1  # in a token's place: the logits held NaN or infinity
 
 
 class DecodeStep:
     """tokens [S]: each slot's last token, not read yet. active [S] bool: slots that take part."""
 
-    def __init__(self, model: LanguageModel, state: ModelState, table: SamplingTable, graphs: bool):
+    def __init__(
+        self,
+        model: LanguageModel,
+        state: ModelState,
+        table: SamplingTable,
+        graphs: bool,
+        rings: list[Ring | None] | None = None,
+    ):
         self.model, self.state, self.table, self.graphs = model, state, table, graphs
+        self._rings = rings or [None] * len(state.layers)
         device = state.position.device
         self.tokens = torch.zeros(len(state.position), dtype=torch.long, device=device)
         self.active = torch.zeros_like(self.tokens, dtype=torch.bool)
@@ -29,15 +43,16 @@ class DecodeStep:
 
     @torch.no_grad()
     def __call__(self, parts: Parts) -> Sampled:
-        """One token [S, 1] for every active slot, on the host."""
+        """One token [S, 1] for every active slot, on the host, FAILED where there is none; read before the next call."""
         if not self.graphs:
-            sampled = self._run(parts)
-        else:
-            if parts not in self._captured:
-                self.capture(parts)
-            graph, sampled = self._captured[parts]
+            return self._run(parts).each(Tensor.cpu)
+        if parts not in self._captured:
+            self.capture(parts)
+        graph, on_host = self._captured[parts]
+        with torch.cuda.device(self.tokens.device):
             graph.replay()
-        return sampled.each(Tensor.cpu)
+            torch.cuda.current_stream().synchronize()
+        return on_host
 
     @torch.no_grad()
     def capture(self, parts: Parts) -> None:
@@ -46,27 +61,33 @@ class DecodeStep:
             return
         active = self.active.clone()
         self.active.zero_()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_RUNS):
-                self._run(parts)
-        torch.cuda.current_stream().wait_stream(stream)
-        for layer in self.state:
-            if isinstance(layer, TokenCache):
-                layer.filled = 0  # asking the device would break the capture; the engine keeps requests within the room
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            sampled = self._run(parts)
-        self._captured[parts] = graph, sampled
+        with torch.cuda.device(self.tokens.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_RUNS):
+                    sampled = self._run(parts)
+            torch.cuda.current_stream().wait_stream(stream)
+            for layer in self.state:
+                if isinstance(layer, TokenCache):
+                    layer.filled = 0  # asking the device would break the capture; requests are kept within the room
+            on_host = sampled.each(lambda x: torch.empty(x.shape, dtype=x.dtype, pin_memory=True))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                sampled = self._run(parts)
+                for here, there in zip(on_host, sampled, strict=True):
+                    if here is not None and there is not None:
+                        here.copy_(there, non_blocking=True)
+        self._captured[parts] = graph, on_host
         self.active.copy_(active)
 
+    @cached_property
+    def _fused(self) -> FusedModel:
+        return FusedModel(self.model, self.state, self._rings)
+
     def _run(self, parts: Parts) -> Sampled:
-        hidden, _ = self.model.hidden(
-            self.tokens[:, None], self.state, mask=self.active[:, None], carry=True, in_place=True
-        )
-        sampled = self._pick(self.model.logits(hidden[:, 0]), self.state.position, self.active, parts)
-        return sampled.each(lambda x: x[:, None])
+        logits = self._fused(self.tokens, self.active)
+        return self._pick(logits, self.state.position, self.active, parts).each(lambda x: x[:, None])
 
     def _pick(self, logits: Tensor, position: Tensor, rows: Tensor, parts: Parts) -> Sampled:
         """A token from logits [S, vocab]; it becomes the last one of the slots in rows [S]."""
@@ -74,7 +95,8 @@ class DecodeStep:
         if parts.edits:
             self.table.record(sampled.tokens, rows)
         self.tokens.copy_(torch.where(rows, sampled.tokens, self.tokens))
-        return sampled
+        total = logits.sum(-1, dtype=torch.float32)  # finite only if all are: one pass, where isfinite takes four
+        return sampled._replace(tokens=sampled.tokens.masked_fill(~total.isfinite(), FAILED))
 
     def settle(self, counts: Tensor) -> None:
         """Nothing: what this step reads, it has written."""

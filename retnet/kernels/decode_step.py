@@ -1,0 +1,149 @@
+"""Decoding: rotation of q and k, then one token of retention with the state in place, in one launch.
+
+    S <- gamma_t S + k_t^T v_t        out_t = scale q_t S        q, k: turned by the token's angles first
+
+As in `step.py`, a program owns a [K, BV] slice of one head's state, and no sum crosses programs. Sequences that take no
+part are left unread. Here, besides, q, k and v are columns of one packed product, and slow decays are added as
+expm1(log gamma) S: gamma itself, rounded to the same side at every token, would drift over a million of them.
+
+With a ring, writing is deferred. The state stays as it was W tokens ago or less, its later rows lie beside it, and
+
+    out_t = scale (gamma_(0..t) q_t S_0 + sum_i gamma_(i..t) (q_t k_i) v_i)
+
+The token that fills the ring folds all its rows into the state. A state is then read once a token and written once in
+W. Every sequence has its own count of rows, so what it computes does not depend on when others came.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retnet.kernels.tiles import power_of_two, step_tile
+
+RING_CELLS = 8192  # of a state slice beside the ring's keys, in registers
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    rotary: str,
+    log_decay: Tensor,
+    change: Tensor,
+    state: Tensor,
+    active: Tensor,
+    ring: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    scale: float,
+) -> Tensor:
+    """q [B, H, K], k [B, G, K], v [B, G, V], state [B, H, K, V] float32 (updated) -> out [B, H, V].
+
+    rotation: cos, sin [B, K / 2] float32. log_decay and change = expm1(log_decay): [H] or [B, H], float32. active [B].
+    ring: keys [B, G, W, K], values [B, G, W, V], log decays [B, H, W], pending [B] (rows there; the caller counts).
+    """
+    B, H, K = q.shape
+    G, V = v.shape[1:]
+    out = torch.empty(B, H, V, dtype=v.dtype, device=v.device)
+    BV, warps = step_tile(K, V, B * H, state.dtype)
+    keys = values = logs = pending = None
+    if ring is not None:
+        keys, values, logs, pending = ring
+        BV = max(16, min(BV, RING_CELLS // power_of_two(K)))
+    cos, sin = (None, None) if rotation is None else rotation
+    _decode_step_kernel[(B * H * triton.cdiv(V, BV),)](
+        q, k, v, cos, sin, log_decay, change, state, active.view(torch.uint8), out, keys, values, logs, pending,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], state.stride(0), scale,
+        H=H, HEADS_PER_GROUP=H // G, K=K, V=V, BK=power_of_two(K), BV=BV,
+        W=0 if keys is None else keys.shape[2], ROTARY="none" if rotation is None else rotary,
+        PER_TOKEN=log_decay.dim() == 2, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _turned(x, row, row_ok, cos, sin, K: tl.constexpr, ROTARY: tl.constexpr):
+    """x [BK] turned, in x's precision."""
+    own = tl.load(x + row, mask=row_ok, other=0.0)
+    if ROTARY == "none":
+        return own.to(tl.float32)
+    HALF: tl.constexpr = K // 2
+    if ROTARY == "interleaved":
+        pair, other, second = row // 2, row ^ 1, row % 2
+    else:
+        pair, other, second = row % HALF, (row + HALF) % K, row // HALF
+    partner = tl.load(x + other, mask=row_ok, other=0.0).to(tl.float32)
+    c, s = tl.load(cos + pair, mask=row_ok, other=0.0), tl.load(sin + pair, mask=row_ok, other=0.0)
+    turned = own.to(tl.float32) * c + tl.where(second == 1, partner, -partner) * s
+    return turned.to(own.dtype).to(tl.float32)
+
+
+@triton.jit
+def _decode_step_kernel(
+    q, k, v, cos, sin, log_decay, change, state, active, out, keys, values, logs, pending,
+    q_batch, q_head, k_batch, k_head, v_batch, v_head, state_batch, scale,
+    H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr,
+):  # fmt: skip
+    V_TILES: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    tile, h, b = pid % V_TILES, (pid // V_TILES) % H, (pid // (V_TILES * H)).to(tl.int64)
+    row, column = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    row_ok, column_ok = row < K, column < V
+    out += (b * H + h) * V
+    if tl.load(active + b) == 0:
+        tl.store(out + column, tl.zeros([BV], out.dtype.element_ty), mask=column_ok)
+    else:
+        state += b * state_batch + h * (K * V)
+        cell = row[:, None] * V + column[None, :]
+        in_state = row_ok[:, None] & column_ok[None, :]
+        S = tl.load(state + cell, mask=in_state, other=0.0)
+        g = h // HEADS_PER_GROUP
+        turn_cos = None if ROTARY == "none" else cos + b * (K // 2)
+        turn_sin = None if ROTARY == "none" else sin + b * (K // 2)
+        qt = _turned(q + b * q_batch + h * q_head, row, row_ok, turn_cos, turn_sin, K, ROTARY) * scale
+        kt = _turned(k + b * k_batch + g * k_head, row, row_ok, turn_cos, turn_sin, K, ROTARY)
+        vt = tl.load(v + b * v_batch + g * v_head + column, mask=column_ok, other=0.0).to(tl.float32)
+        decay_at = b * H + h if PER_TOKEN else h
+        decay = tl.load(log_decay + decay_at)
+        if W == 0:
+            slow = decay > -0.5
+            kept = tl.where(slow, 1.0, tl.exp(decay))
+            added = tl.where(slow, tl.load(change + decay_at), 0.0)
+            S = S * kept + S * added + kt[:, None] * vt[None, :]
+            tl.store(out + column, tl.sum(qt[:, None] * S, 0).to(out.dtype.element_ty), mask=column_ok)
+            tl.store(state + cell, S, mask=in_state)
+        else:
+            n = tl.load(pending + b).to(tl.int32)
+            i = tl.arange(0, W)
+            there = i < n
+            ring = (b * (H // HEADS_PER_GROUP) + g) * W
+            logs += (b * H + h) * W
+            age = tl.load(logs + i, mask=there, other=0.0)
+            # Decay since row i: of the later rows and of this token. Sums of logs, never differences: -inf is a reset.
+            since = tl.sum(tl.where(i[None, :] > i[:, None], age[None, :], 0.0), 1) + decay
+            total = tl.exp(tl.sum(age, 0) + decay)
+            k_rows = tl.load(
+                keys + ring * K + i[:, None] * K + row[None, :], mask=there[:, None] & row_ok[None, :], other=0.0
+            ).to(tl.float32)
+            v_rows = tl.load(
+                values + ring * V + i[:, None] * V + column[None, :],
+                mask=there[:, None] & column_ok[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            weight = tl.where(there, tl.exp(since), 0.0)
+            score = tl.sum(k_rows * qt[None, :], 1) * weight
+            y = total * tl.sum(qt[:, None] * S, 0) + tl.sum(score[:, None] * v_rows, 0) + tl.sum(qt * kt, 0) * vt
+            tl.store(out + column, y.to(out.dtype.element_ty), mask=column_ok)
+            if n == W - 1:
+                S = S * total + kt[:, None] * vt[None, :]
+                for j in range(W - 1):
+                    k_j = tl.load(keys + (ring + j) * K + row, mask=row_ok, other=0.0).to(tl.float32)
+                    v_j = tl.load(values + (ring + j) * V + column, mask=column_ok, other=0.0).to(tl.float32)
+                    S += k_j[:, None] * (v_j * tl.sum(tl.where(i == j, weight, 0.0), 0))[None, :]
+                tl.store(state + cell, S, mask=in_state)
+            else:
+                tl.store(values + (ring + n) * V + column, vt.to(values.dtype.element_ty), mask=column_ok)
+                if tile == 0:
+                    tl.store(keys + (ring + n) * K + row, kt.to(keys.dtype.element_ty), mask=row_ok)
+                    tl.store(logs + n, decay)

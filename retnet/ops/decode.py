@@ -1,0 +1,265 @@
+"""What one token a sequence costs, in as few passes and launches as possible: the operators of a decode step.
+
+    decode_linear   skip residual + branch (y W^T + bias)       y = norm(x) * act(gate)
+    decode_step_    q, k turned; S <- gamma S + k^T v; out = scale q S
+
+Both are definitions that layers already follow, fused for inference: no gradients, no masks but whole sequences, no
+checks of values (a NaN stays in the sequence that made it). On a GPU each is one launch while there are few rows
+(`kernels/decode_linear.py`, `kernels/decode_step.py`); on a CPU what counts is reading weights with all cores.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retnet.ops.rotary import Rotary, rotate
+
+MATVEC_ROWS = 4  # up to so many rows a GPU's product is bound by reading weights without tensor cores
+ROW_BLOCKS = 8  # of a weight, multiplied as a batch: MKL reads a single product of few rows with one core
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu, "none": lambda x: x}
+
+
+@dataclass(frozen=True)
+class InputNorm:
+    """A norm over each of `groups` equal parts of a row; weight and bias [width of a part], or of the whole row."""
+
+    kind: Literal["layer", "rms", "none"] = "none"
+    groups: int = 1
+    eps: float = 1e-6
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [B, K], in float32 (float64 for float64)."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.kind == "none":
+            return x
+        parts = x.unflatten(-1, (self.groups, -1))
+        norm = F.layer_norm if self.kind == "layer" else F.rms_norm
+        x = norm(parts, parts.shape[-1:], eps=self.eps)
+        if self.weight is not None:
+            x = x * self.weight.view(-1, x.shape[-1])
+        if self.bias is not None:
+            x = x + self.bias.view(-1, x.shape[-1])
+        return x.flatten(-2)
+
+
+@dataclass(frozen=True)
+class DecodeWeight:
+    """values [N, K], floating point, or int8 with scale [N] that multiplies the rows; bias [N]."""
+
+    values: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass
+class Ring:
+    """The rows that a state has not been given yet: keys [B, G, W, K], values [B, G, W, V], log_decay [B, H, W].
+
+    pending [B] int64 is how many there are of each sequence, fewer than W; layers that step together share it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    log_decay: Tensor
+    pending: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.log_decay))
+
+    def slot(self, index: int) -> "Ring":
+        """The rows of one sequence, as views."""
+        return Ring(*(x[index : index + 1] for x in (self.keys, self.values, self.log_decay, self.pending)))
+
+    def folded(self, state: Tensor) -> Tensor:
+        """The states [B, H, K, V] with the pending rows read, as new tensors."""
+        W, heads_per_group = self.keys.shape[2], state.shape[1] // self.keys.shape[1]
+        there = torch.arange(W, device=state.device) < self.pending[:, None]
+        decay, since = _decays(self.log_decay, there[:, None])
+        keys, values = (_per_head(x, there, heads_per_group).to(state.dtype) for x in (self.keys, self.values))
+        return state * decay[..., None, None] + (keys * since[..., None]).mT @ values
+
+
+NO_NORM = InputNorm()
+
+
+def decode_linear(
+    x: Tensor | None,
+    weight: DecodeWeight,
+    *,
+    norm: InputNorm = NO_NORM,
+    gate: Tensor | None = None,
+    activation: str = "none",
+    residual_: Tensor | None = None,
+    skip: float = 1.0,
+    branch: float = 1.0,
+) -> Tensor:
+    """skip residual + branch (y W^T + bias) [B, N], with y = norm(x) * activation(gate), in x's dtype.
+
+    Args:
+        x, gate: [B, K]; either may be None and is then left out.
+        weight: W [N, K] and what belongs to it.
+        residual_: [B, N], overwritten with the result; a plain product if None.
+    """
+    some = x if x is not None else gate
+    assert some is not None
+    if not some.is_cuda:
+        return _linear_on_cpu(x, weight, norm, gate, activation, residual_, skip, branch)
+    from retnet.kernels.decode_linear import matvec, prepare
+
+    described = (norm.kind, norm.groups, norm.eps, norm.weight, norm.bias)
+    if len(some) <= MATVEC_ROWS or weight.scale is not None:
+        out = some.new_empty(len(some), len(weight.values)) if residual_ is None else residual_
+        for rows in zip(*(x.split(MATVEC_ROWS) if x is not None else _nones(some) for x in (x, gate, out))):
+            matvec(
+                rows[0], rows[1], weight.values, weight.scale, weight.bias, described, activation, rows[2],
+                None if residual_ is None else rows[2], skip, branch,
+            )  # fmt: skip
+        return out
+    y = some
+    if gate is not None or norm.kind != "none":
+        y = torch.empty_like(some, memory_format=torch.contiguous_format)
+        prepare(x, gate, described, activation, y)
+    return _product(y, weight, residual_, skip, branch)
+
+
+def decode_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    rotary: Rotary,
+    log_decay: Tensor,
+    state: Tensor,
+    active: Tensor,
+    *,
+    change: Tensor | None = None,
+    ring: Ring | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """One token of retention for every active sequence, the state overwritten (Eq. 6): out [B, H, V], 0 elsewhere.
+
+    Args:
+        q: [B, H, K]; k: [B, G, K]; v: [B, G, V]; G divides H. Not turned yet.
+        rotation: (cos, sin) [B, K / 2] of the tokens' positions; None leaves q and k as they are.
+        log_decay: [H] or [B, H], natural log, <= 0; change: expm1 of it, if the caller has it.
+        state: [B, H, K, V] float32 (float64 for float64).
+        active: [B] bool; the others' states are not touched.
+        ring: rows that were not written yet; this token joins them, and where they fill it they are all written. The
+            caller counts `ring.pending` up, once for all layers.
+        scale: multiplies q; K ** -0.5 if None.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.is_cuda:
+        from retnet.kernels.decode_step import decode_step
+
+        rows = None if ring is None else (ring.keys, ring.values, ring.log_decay, ring.pending)
+        change = torch.expm1(log_decay) if change is None else change
+        return decode_step(q, k, v, rotation, rotary, log_decay, change, state, active, rows, scale)
+    if rotation is not None:
+        cos, sin = (x[:, None] for x in rotation)
+        q, k = (rotate(x[:, None], cos, sin, rotary)[:, 0] for x in (q, k))
+    B, H, heads_per_group = *q.shape[:2], q.shape[1] // k.shape[1]
+    q = q.to(state.dtype) * scale
+    idle = None if bool(active.all()) else ~active[:, None, None]
+    log_decay = log_decay.expand(B, H)
+    if ring is not None:
+        return _ring_step(q, k, v, log_decay, state, active, ring).to(v.dtype)
+    change = torch.expm1(log_decay) if change is None else change.expand(B, H)
+    k, v_wide = (x.to(state.dtype).repeat_interleave(heads_per_group, 1) for x in (k, v))
+    if idle is not None:
+        q, k, v_wide = (x.masked_fill(idle, 0) for x in (q, k, v_wide))
+        log_decay, change = (x.masked_fill(idle[..., 0], 0) for x in (log_decay, change))
+    slow = log_decay > -0.5  # exp of them would be rounded to one side at every token, and drift
+    if not bool(slow.all()):
+        state.mul_(log_decay.masked_fill(slow, 0).exp()[..., None, None])
+        change = change.masked_fill(~slow, 0)
+    state.addcmul_(state, change[..., None, None]).addcmul_(k[..., None], v_wide[..., None, :])
+    return torch.matmul(q[..., None, :], state)[..., 0, :].to(v.dtype)
+
+
+def _ring_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, active: Tensor, ring: Ring) -> Tensor:
+    """The step that leaves the state alone until its ring is full; q [B, H, K] scaled, k and v turned."""
+    W, heads_per_group = ring.keys.shape[2], q.shape[1] // k.shape[1]
+    place = ring.pending[:, None] == torch.arange(W, device=q.device)
+    here = place & active[:, None]
+    for rows, new in ((ring.keys, k), (ring.values, v)):
+        rows.copy_(torch.where(here[:, None, :, None], new[:, :, None].to(rows.dtype), rows))
+    ring.log_decay.copy_(torch.where(here[:, None], log_decay[..., None], ring.log_decay))
+    there = torch.arange(W, device=q.device) <= ring.pending[:, None]
+    decay, since = _decays(ring.log_decay, there[:, None])
+    keys, values = (_per_head(x, there, heads_per_group).to(state.dtype) for x in (ring.keys, ring.values))
+    score = (keys @ q[..., None])[..., 0] * since
+    out = (q[..., None, :] @ state)[..., 0, :] * decay[..., None] + (score[..., None, :] @ values)[..., 0, :]
+    for b in (active & (ring.pending == W - 1)).nonzero()[:, 0].tolist():
+        state[b].mul_(decay[b, :, None, None]).baddbmm_((keys[b] * since[b, ..., None]).mT, values[b])
+    return out.masked_fill(~active[:, None, None], 0)
+
+
+def _decays(log_decay: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """(over all rows [B, H], from each row to the last [B, H, W]) of log decays [B, H, W], of the rows that are there.
+
+    Suffix sums, not differences: -inf is a reset. 0 where there is no row.
+    """
+    log_decay = log_decay.masked_fill(~there, 0)
+    later = torch.ones(log_decay.shape[-1], log_decay.shape[-1], device=log_decay.device).tril(-1).bool()
+    since = torch.where(later.mT, log_decay[..., None, :], 0).sum(-1)
+    return log_decay.sum(-1).exp(), since.exp().masked_fill(~there, 0)
+
+
+def _per_head(rows: Tensor, there: Tensor, heads_per_group: int) -> Tensor:
+    """[B, G, W, K] -> [B, H, W, K], 0 where there is no row (what lies there may be anything)."""
+    return rows.masked_fill(~there[:, None, :, None], 0).repeat_interleave(heads_per_group, 1)
+
+
+def _linear_on_cpu(
+    x: Tensor | None,
+    weight: DecodeWeight,
+    norm: InputNorm,
+    gate: Tensor | None,
+    activation: str,
+    residual_: Tensor | None,
+    skip: float,
+    branch: float,
+) -> Tensor:
+    some = x if x is not None else gate
+    assert some is not None
+    y = None if x is None else norm(x)
+    if gate is not None:
+        opened = ACTIVATIONS[activation](gate)
+        y = opened if y is None else y * opened
+    assert y is not None
+    return _product(y.to(some.dtype), weight, residual_, skip, branch)
+
+
+def _product(y: Tensor, weight: DecodeWeight, residual_: Tensor | None, skip: float, branch: float) -> Tensor:
+    if residual_ is not None and y.is_cuda and weight.bias is None:
+        return residual_.addmm_(y, weight.values.t(), beta=skip, alpha=branch)
+    out = y @ weight.values.t() if y.is_cuda else _in_row_blocks(y, weight)
+    if weight.bias is not None:
+        out = out + weight.bias
+    if residual_ is None:
+        return out
+    if skip != 1.0:
+        residual_.mul_(skip)
+    return residual_.add_(out, alpha=branch)
+
+
+def _in_row_blocks(y: Tensor, weight: DecodeWeight) -> Tensor:
+    """y W^T with the rows of W in blocks, whose products run side by side on all cores."""
+    values, (B, K) = weight.values, y.shape
+    if weight.scale is not None:
+        return torch._weight_int8pack_mm(y, values, weight.scale)
+    if len(values) % ROW_BLOCKS:
+        return F.linear(y, values)
+    blocks = values.view(ROW_BLOCKS, -1, K).mT
+    return torch.bmm(y.expand(ROW_BLOCKS, B, K), blocks).transpose(0, 1).reshape(B, -1)
+
+
+def _nones(x: Tensor) -> list[None]:
+    return [None] * len(x.split(MATVEC_ROWS))

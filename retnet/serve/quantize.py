@@ -1,0 +1,46 @@
+"""Weight-only int8 through torchao: half the bytes of bfloat16 to keep and to read, a quarter of float32.
+
+Weights are rounded to 127 steps a row (torchao's Int8WeightOnlyConfig); activations and states keep their precision.
+torchao defines and stores the weights and multiplies them wherever a module runs on its own, as in prompts; the fused
+decode step reads the same tensors in its own product. Embeddings, norms, routers and the projection that makes gated
+decays stay as they are: they are small, and a decay's error grows with the context.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from retnet.models.lm import LanguageModel
+
+KEPT = ("decay_proj", "router")  # names of modules that are not quantised
+
+
+def quantize_int8_(model: LanguageModel) -> LanguageModel:
+    """Quantise the model's linear layers in place, the head's included (an embedding tied to it stays as it is).
+
+    Raises ImportError without torchao (`pip install retnet[quantize]`).
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ImportError("int8 weights need torchao: pip install retnet[quantize]") from error
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] not in KEPT
+
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=chosen)
+    return model
+
+
+def int8_parts(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(values [N, K] int8, scale [N]) of a weight that torchao quantised by rows; None for any other."""
+    values, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
+    if not isinstance(values, Tensor) or not isinstance(scale, Tensor) or values.dtype != torch.int8:
+        return None
+    return (values, scale.flatten()) if values.dim() == 2 and scale.numel() == len(values) else None
+
+
+def move_int8_(weight: Tensor, values: Tensor) -> None:
+    """Let a quantised weight read its values [N, K] from another place that holds the same."""
+    weight.qdata = values  # type: ignore[attr-defined] (torchao's tensor)
