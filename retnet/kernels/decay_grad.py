@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retnet.kernels.decay import Decay, running
-from retnet.kernels.layout import Layout, segment_bounds, tokens_ok
+from retnet.kernels.layout import Layout, segment_bounds, state_of, tokens_ok
 
 
 def decay_gradient(
@@ -22,7 +22,7 @@ def decay_gradient(
     k_dot_dk: Tensor,
     states: Tensor,
     dstates: Tensor,
-    final: Tensor,
+    final: Tensor | None,
     dfinal: Tensor | None,
     decay: Decay,
     layout: Layout,
@@ -75,17 +75,17 @@ def _decay_gradient_kernel(
     start, length, is_last = segment_bounds(slot, table, T, L, PACKED)
     if length <= 0:
         return
-    at_slot = slot.to(tl.int64) * H + h
     crossing = 0.0
     if not is_last:
-        crossing = _inner_product(states + (at_slot + H) * STATE, dstates + at_slot * STATE, STATE, BLOCK)
+        after, adjoint = state_of(states, slot + 1, h, H, STATE), state_of(dstates, slot, h, H, STATE)
+        crossing = _inner_product(after, adjoint, STATE, BLOCK)
     elif dfinal is not None:
         if PACKED:
             n = _sequence_of(slot, first_slot, num_sequences)
         else:
             n = slot // tl.cdiv(T, L)
-        at = (n.to(tl.int64) * H + h) * STATE
-        crossing = _inner_product(final + at, dfinal + at, STATE, BLOCK)
+        last, adjoint = state_of(final, n, h, H, STATE), state_of(dfinal, n, h, H, STATE)
+        crossing = _inner_product(last, adjoint, STATE, BLOCK)
 
     position = tl.arange(0, L)
     plane = num_tokens.to(tl.int64)

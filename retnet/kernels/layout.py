@@ -110,6 +110,18 @@ def sequence_bounds(n, cu_seqlens, first_slot, T, L: tl.constexpr, PACKED: tl.co
 
 
 @triton.jit
+def head_rows(pointer, start, head, row_stride, head_stride):
+    """The rows of one head from row `start` on. A head's stride may be a whole sequence long: 64 bits."""
+    return pointer + start * row_stride + tl.cast(head, tl.int64) * head_stride
+
+
+@triton.jit
+def state_of(states, row, head, H: tl.constexpr, SIZE: tl.constexpr):
+    """One head's state of `SIZE` cells among states [rows, H, SIZE]."""
+    return states + (tl.cast(row, tl.int64) * H + head) * SIZE
+
+
+@triton.jit
 def load_tile(pointer, rows, columns, row_stride, row_ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A [rows, columns] tile of a row-major matrix, zero where a row is not ok or a column lies past WIDTH.
 

@@ -12,63 +12,42 @@ from torch import Tensor
 from retnet.kernels.decay import Decay
 from retnet.kernels.decay_grad import decay_gradient
 from retnet.kernels.layout import Layout
+from retnet.kernels.problem import Gradients, Problem
 from retnet.kernels.segment import read_segments
 from retnet.kernels.states import walk_states
 from retnet.kernels.tiles import Tiles, tiles_on
 
 
-def portable_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    state_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """q, k [B, T, G, K], v [B, T, H, V] -> out [B, T, H, V] in v's dtype, final state [N, H, K, V] in `state_dtype`."""
-    tiles, layout, decay = _prepare(q, v, log_decay, mask, cu_seqlens, chunk_size)
-    q, k, v_rows = _rows(q), _rows(k), _rows(v)
+def portable_forward(problem: Problem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
+    tiles, layout, decay = _prepare(problem)
+    q, k, v = _rows(problem.q), _rows(problem.k), _rows(problem.v)
     states, final = walk_states(
-        k, v_rows, decay, layout, tiles.state, scale=1.0, initial=state, final_dtype=state_dtype, reverse=False
+        k, v, decay, layout, tiles.state, scale=1.0, initial=problem.state, final_dtype=state_dtype, reverse=False
     )
     out, _ = read_segments(
         q,
         k,
-        v_rows,
+        v,
         states,
         decay,
         layout,
         tiles.key_contraction,
-        state_scale=scale,
-        pair_scale=scale,
+        state_scale=problem.scale,
+        pair_scale=problem.scale,
         reverse=False,
         sum_heads=False,
     )
-    return out.view(v.shape), final
+    return out.view(problem.v.shape), final
 
 
 def portable_backward(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    need_dlog_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients (dq, dk, dv, dlog_decay or None, dstate [N, H, K, V] float32) from dout and dfinal, if any."""
-    tiles, layout, decay = _prepare(q, v, log_decay, mask, cu_seqlens, chunk_size)
-    shapes = q.shape, k.shape, v.shape
-    dout, q, k, v = _rows(dout.to(v.dtype)), _rows(q), _rows(k), _rows(v)
+    problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need_dlog_decay: bool, need_dstate: bool
+) -> Gradients:
+    """Gradients from those of the output and of the final state, if any."""
+    tiles, layout, decay = _prepare(problem)
+    scale = problem.scale
+    dout, q, k, v = (_rows(x) for x in (dout.to(problem.v.dtype), problem.q, problem.k, problem.v))
     states, final = walk_states(
         k,
         v,
@@ -76,8 +55,8 @@ def portable_backward(
         layout,
         tiles.state,
         scale=1.0,
-        initial=state,
-        final_dtype=torch.float32,
+        initial=problem.state,
+        final_dtype=torch.float32 if need_dlog_decay and dfinal is not None else None,
         reverse=False,
     )
     dq, q_dot_dq = read_segments(
@@ -97,7 +76,15 @@ def portable_backward(
     if not need_dlog_decay:
         del states  # before the adjoint states take as much memory
     dstates, dstate = walk_states(
-        q, dout, decay, layout, tiles.state, scale=scale, initial=dfinal, final_dtype=torch.float32, reverse=True
+        q,
+        dout,
+        decay,
+        layout,
+        tiles.state,
+        scale=scale,
+        initial=dfinal,
+        final_dtype=torch.float32 if need_dstate else None,
+        reverse=True,
     )
     dv, _ = read_segments(
         k,
@@ -130,25 +117,23 @@ def portable_backward(
     if q_dot_dq is not None and k_dot_dk is not None:
         dfinal = None if dfinal is None else dfinal.contiguous()
         grad = decay_gradient(q_dot_dq, k_dot_dk, states, dstates, final, dfinal, decay, layout)
-        dlog_decay = grad.view(log_decay.shape) if decay.per_token else grad.sum(0)
-    return dq.view(shapes[0]), dk.view(shapes[1]), dv.view(shapes[2]), dlog_decay, dstate
+        dlog_decay = grad.view(problem.log_decay.shape) if decay.per_token else grad.sum(0)
+    shapes = problem.q.shape, problem.k.shape, problem.v.shape
+    return Gradients(dq.view(shapes[0]), dk.view(shapes[1]), dv.view(shapes[2]), dlog_decay, dstate)
 
 
-def portable_tiles(
-    q: Tensor, v: Tensor, num_sequences: int, chunk_size: int | None, *, per_token: bool = False
-) -> Tiles:
-    """The block shapes for q [B, T, G, K] and v [B, T, H, V] in `num_sequences` sequences."""
-    heads = num_sequences * v.shape[2]
-    return tiles_on(q.device, v.dtype, q.shape[-1], v.shape[-1], heads, per_token, chunk_size)
+def portable_tiles(problem: Problem) -> Tiles:
+    """The block shapes of a problem."""
+    q, v = problem.q, problem.v
+    heads, per_token = problem.num_sequences * v.shape[2], problem.log_decay.dim() == 3
+    return tiles_on(q.device, v.dtype, q.shape[-1], v.shape[-1], heads, per_token, problem.chunk_size)
 
 
-def _prepare(
-    q: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int | None
-) -> tuple[Tiles, Layout, Decay]:
-    num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tiles = portable_tiles(q, v, num_sequences, chunk_size, per_token=log_decay.dim() == 3)
-    layout = Layout.of(q.shape[0], q.shape[1], tiles.segment, cu_seqlens)
-    return tiles, layout, Decay.of(log_decay, mask, layout)
+def _prepare(problem: Problem) -> tuple[Tiles, Layout, Decay]:
+    tiles = portable_tiles(problem)
+    B, T = problem.q.shape[:2]
+    layout = Layout.of(B, T, tiles.segment, problem.cu_seqlens)
+    return tiles, layout, Decay.of(problem.log_decay, problem.mask, layout)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retnet.kernels.decay import Decay, between, between_all, decay_of_head, enter, leave, running
-from retnet.kernels.layout import Layout, load_tile, segment_bounds, tokens_ok
+from retnet.kernels.layout import Layout, head_rows, load_tile, segment_bounds, state_of, tokens_ok
 from retnet.kernels.tiles import SegmentTile, precision
 
 
@@ -139,16 +139,16 @@ def _segment_kernel(
         else:
             h, xy_head = out_head, out_head // HEADS_PER_GROUP
         product = _one_head(
-            x + start * x_token + xy_head * x_head,
-            y + start * y_token + xy_head * y_head,
-            z + start * z_token + out_head * z_head,
-            states + (slot.to(tl.int64) * H + h) * (R * O),
+            head_rows(x, start, xy_head, x_token, x_head),
+            head_rows(y, start, xy_head, y_token, y_head),
+            head_rows(z, start, out_head, z_token, z_head),
+            state_of(states, slot, h, H, R * O),
             decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED),
             (mask, start, length), (row0, rows, ok, columns), (x_token, y_token, z_token), state_scale, pair_scale,
             R, O, BM, BN, BR, BS, BO, REVERSE, SUM_HEADS, PER_TOKEN, MASKED, PRECISION,
         )  # fmt: skip
         if dots is not None:
-            at = partner + start * partner_token + out_head * partner_head
+            at = head_rows(partner, start, out_head, partner_token, partner_head)
             other = load_tile(at, rows, columns, partner_token, ok, O, BO).to(tl.float32)
             at = dots + (column_tile * H + h) * num_tokens.to(tl.int64) + start + rows
             tl.store(at, tl.sum(product * other, 1), mask=rows < length)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retnet.kernels.decay import Decay, decay_of_head, enter, leave
-from retnet.kernels.layout import Layout, load_tile, sequence_bounds, tokens_ok
+from retnet.kernels.layout import Layout, head_rows, load_tile, sequence_bounds, state_of, tokens_ok
 from retnet.kernels.tiles import StateTile, precision
 
 
@@ -35,14 +35,16 @@ def walk_states(
     *,
     scale: float,
     initial: Tensor | None,
-    final_dtype: torch.dtype,
+    final_dtype: torch.dtype | None,
     reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """x [tokens, G, K], y [tokens, H, V] -> (states [slots, H, K, V], final [N, H, K, V])."""
+) -> tuple[Tensor, Tensor | None]:
+    """x [tokens, G, K], y [tokens, H, V] -> (states [slots, H, K, V], final [N, H, K, V]; no `final_dtype`: None)."""
     G, K = x.shape[1:]
     H, V = y.shape[1:]
     states = torch.empty(layout.num_slots, H, K, V, dtype=stored_dtype(x.dtype), device=x.device)
-    final = torch.empty(layout.num_sequences, H, K, V, dtype=final_dtype, device=x.device)
+    final = None
+    if final_dtype is not None:
+        final = torch.empty(layout.num_sequences, H, K, V, dtype=final_dtype, device=x.device)
     tiles = triton.cdiv(K, tile.BK) * triton.cdiv(V, tile.BV)
     if layout.num_sequences == 0:
         return states, final
@@ -106,22 +108,25 @@ def _walk_kernel(
 
     start, length, slot0, count = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
     log_decay, sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
-    x += start * x_token + (h // HEADS_PER_GROUP) * x_head
-    y += start * y_token + h * y_head
+    x = head_rows(x, start, h // HEADS_PER_GROUP, x_token, x_head)
+    y = head_rows(y, start, h, y_token, y_head)
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if initial is not None:
-        given = initial + (n * H + h).to(tl.int64) * (K * V) + cell
+        given = state_of(initial, n, h, H, K * V) + cell
         state += tl.load(given, mask=in_state, other=0.0).to(tl.float32)
 
-    for chunk in range(0, count * CHUNKS):
+    chunks = count * CHUNKS
+    if final is None:
+        chunks -= CHUNKS - 1  # nobody reads what the last segment adds
+    for chunk in range(0, chunks):
         s = chunk // CHUNKS
         if REVERSE:
             s = count - 1 - s
         begin = s * L  # of the segment, in its sequence
         inside = tl.minimum(length - begin, L)
         if chunk % CHUNKS == 0:
-            border = states + ((slot0 + s).to(tl.int64) * H + h) * (K * V) + cell
+            border = state_of(states, slot0 + s, h, H, K * V) + cell
             if x.dtype.element_ty == tl.float16:
                 tl.store(border, _round_to_tf32(state), mask=in_state)
             else:
@@ -139,8 +144,8 @@ def _walk_kernel(
         xs = (xs * (weight * scale)[None, :]).to(x.dtype.element_ty)
         state = tl.dot(xs, ys, state, input_precision=PRECISION)
 
-    last = final + (n * H + h).to(tl.int64) * (K * V) + cell
-    tl.store(last, state.to(final.dtype.element_ty), mask=in_state)
+    if final is not None:
+        tl.store(state_of(final, n, h, H, K * V) + cell, state.to(final.dtype.element_ty), mask=in_state)
 
 
 @triton.jit

@@ -69,8 +69,13 @@ def device_family(device: torch.device) -> str:
     """ "hopper" where a block has 227 KiB of shared memory, "small" elsewhere and where nothing is known."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "small"
-    major, minor = torch.cuda.get_device_capability(device)
-    return "hopper" if major == 9 or (major, minor) in ((10, 0), (10, 3)) else "small"
+    has_room = is_hopper(device) or torch.cuda.get_device_capability(device) in ((10, 0), (10, 3))
+    return "hopper" if has_room else "small"
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def cache_file() -> Path:

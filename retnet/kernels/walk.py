@@ -16,123 +16,77 @@ documents and gradients of their last ones, packing and a mask together, groups 
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from retnet.kernels.problem import Gradients, Problem
+from retnet.kernels.tiles import is_hopper, multiprocessors
 from retnet.kernels.walk_carry import carry_kernel
-from retnet.kernels.walk_kernel import walk_kernel
+from retnet.kernels.walk_launch import descriptor, launch, tile_of, tma_rows, variant_of
 from retnet.kernels.walk_places import walk_places
 from retnet.kernels.walk_roles import CHUNK, ROWS
 
 DTYPES = (torch.bfloat16, torch.float16)
 KEYS = (64, 128, 256)
 VALUES = (64, 128, 256, 512)
-MOST_KEYS = 256  # of a program: [64 values, 256 keys] in float32 take half the registers of a warpgroup's threads
-_BLOCK_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)  # of a descriptor's tile; made once, for it takes longer than a launch
 LEAST_PART = 16  # chunks a part of a split sequence has at least: below, its start costs more than it saves
 
 
-@dataclass(frozen=True)
-class WalkTile:
-    """How one walk is cut: keys and warpgroups (64 values each) a program, ring slots, registers of the roles."""
-
-    keys: int
-    splits: int
-    groups: int
-    x_stages: int
-    y_stages: int
-    z_stages: int
-    mix_registers: int
-    score_registers: int
-
-
-def walk_supported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dfinal_state: Tensor | None = None,
-) -> bool:
+def walk_supported(problem: Problem, dfinal: Tensor | None = None) -> bool:
     """Whether the walk takes these arguments: a Hopper GPU, 16 bits, fixed decay, one query head per value head.
 
     The caller asks apart whether the gradient of log_decay is wanted: the walk does not make it.
     """
-    packed_only = mask is None and state is None and dfinal_state is None
+    q, v, state = problem.q, problem.v, problem.state
+    q_shape, v_shape = q.shape, v.shape
     return (
-        q.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(q.device)[0] == 9
-        and q.dtype == k.dtype == v.dtype
+        is_hopper(q.device)
         and v.dtype in DTYPES
-        and (cu_seqlens is None or packed_only)
-        and log_decay.dim() == 1
-        and log_decay.dtype == torch.float32
+        and q_shape[2] == v_shape[2]
+        and q_shape[3] in KEYS
+        and v_shape[3] in VALUES
+        and min(q_shape[:3]) > 0
+        and problem.log_decay.dim() == 1
         and (state is None or state.dtype == torch.float32)
-        and q.shape[2] == v.shape[2]
-        and q.shape[-1] in KEYS
-        and v.shape[-1] in VALUES
-        and min(q.shape[:3]) > 0
+        and (problem.cu_seqlens is None or (problem.mask is None and state is None and dfinal is None))
     )
 
 
-def walk_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """q, k [B, T, H, K], v [B, T, H, V], state [N, H, K, V] -> out [B, T, H, V], final state in `state_dtype`."""
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    call = _Call.of(q, v, log_decay, scale, mask, cu_seqlens)
-    starts = call.part_starts(k, v, state, reverse=False)
+def walk_forward(problem: Problem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """out [B, T, H, V], and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
+    q, k, v = tma_rows(problem.q), tma_rows(problem.k), tma_rows(problem.v)
+    call = _Call.of(problem)
+    starts = call.part_starts(k, v, problem.state, reverse=False)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final = call.walk(q, k, v, starts, reverse=False, out=out, store_final=cu_seqlens is None)
-    if cu_seqlens is not None:
-        final = call.walk(None, k, v, None, reverse=False, out=None, store_final=True, documents=cu_seqlens)
-    return out, final[:, :, -1].to(state_dtype).contiguous()
+    packed, wanted = problem.cu_seqlens is not None, state_dtype is not None
+    ends = call.walk(q, k, v, starts, reverse=False, out=out, store_final=wanted and not packed)
+    if wanted and packed:
+        ends = call.walk(None, k, v, None, reverse=False, out=None, store_final=True, documents=problem.cu_seqlens)
+    return out, None if ends is None else ends[:, :, -1].to(state_dtype).contiguous()
 
 
-def walk_backward(
-    dout: Tensor,
-    dfinal_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv, dstate [N, H, K, V] float32) from those of the output and of the final state, if any.
+def walk_backward(problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need_dstate: bool) -> Gradients:
+    """Gradients from those of the output and of the final state, if any.
 
     Packed documents have no initial state here, and zeros for its gradient.
     """
-    q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout.to(v.dtype))
-    call = _Call.of(q, v, log_decay, scale, mask, cu_seqlens)
-    starts = call.part_starts(k, v, state, reverse=False)
+    q, k, v, dout = (tma_rows(x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
+    call = _Call.of(problem)
+    packed = problem.cu_seqlens is not None
+    starts = call.part_starts(k, v, problem.state, reverse=False)
     dq = call.walk_over_values(dout, v, k, starts, reverse=False)
-    dstarts = call.part_starts(q, dout, None if dfinal_state is None else dfinal_state.float(), reverse=True)
+    dstarts = call.part_starts(q, dout, None if dfinal is None else dfinal.float(), reverse=True)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    dstate = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=cu_seqlens is None)
+    ends = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=need_dstate and not packed)
     dk = call.walk_over_values(v, dout, q, dstarts, reverse=True)
-    if cu_seqlens is not None:
-        shape = (cu_seqlens.shape[0] - 1, v.shape[2], 1, q.shape[3], v.shape[3])
+    dstate = None if ends is None else ends[:, :, 0].contiguous()
+    if need_dstate and packed:
+        shape = (problem.num_sequences, v.shape[2], q.shape[3], v.shape[3])
         dstate = torch.zeros(shape, dtype=torch.float32, device=v.device)
-    return dq, dk, dv, dstate[:, :, 0].contiguous()
+    return Gradients(dq, dk, dv, None, dstate)
 
 
 def walk_plan(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> dict[str, object]:
@@ -143,44 +97,43 @@ def walk_plan(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> d
         "chunk": CHUNK,
         "parts": parts,
         "part_chunks": part_chunks,
-        "over_keys": _tile(K, V),
-        "over_values": _tile(V, K),
+        "over_keys": tile_of(K, V),
+        "over_values": tile_of(V, K),
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Call:
-    """The walks of one forward or backward pass over q [B, T, H, K] and v [B, T, H, V]."""
+    """The walks of one forward or backward pass."""
 
-    q: Tensor
-    v: Tensor
+    problem: Problem
     log_decay: Tensor
-    scale: float
     places: Tensor | None
+    parts: int
+    part_chunks: int
 
     @classmethod
-    def of(
-        cls, q: Tensor, v: Tensor, log_decay: Tensor, scale: float, mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> "_Call":
-        plain = mask is None and cu_seqlens is None
-        places = None if plain else walk_places(q.shape[0], q.shape[1], mask, cu_seqlens, q.device)
-        return cls(q, v, log_decay.contiguous(), scale, places)
+    def of(cls, problem: Problem) -> "_Call":
+        q, device = problem.q, problem.q.device
+        B, T, H, K = q.shape
+        places = None if problem.plain else walk_places(B, T, problem.mask, problem.cu_seqlens, device)
+        parts, part_chunks = _parts(B, T, H, K, problem.v.shape[3], device)
+        return cls(problem, problem.log_decay.contiguous(), places, parts, part_chunks)
 
     def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> Tensor | None:
         """States [B, H, parts, K, V] from which the parts of the sequence start; None stands for zeros."""
-        parts, part_chunks = self._parts
-        if parts == 1:
+        if self.parts == 1:
             return None if state is None else state.contiguous().unsqueeze(2)
         states = self.walk(None, y, z, None, reverse=reverse, out=None, store_final=True)
-        (B, T, H, K), V = self.q.shape, self.v.shape[-1]
+        (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
         carry_kernel[(B * H, triton.cdiv(K * V, 1024))](
             states,
             states if state is None else state.contiguous(),
             self.log_decay,
             self.log_decay if self.places is None else self.places,
             T,
-            part_chunks,
-            parts,
+            self.part_chunks,
+            self.parts,
             H,
             K * V,
             HAS_INITIAL=state is not None,
@@ -194,10 +147,11 @@ class _Call:
 
     def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: Tensor | None, reverse: bool) -> Tensor:
         """dQ = walk(dO, V, K), dK = reverse walk(V, dO, Q): the contraction runs over V, in ranges where V is wide."""
-        splits = _tile(self.v.shape[-1], self.q.shape[-1]).splits
-        sums = torch.empty(splits, *z.shape, dtype=z.dtype, device=z.device)
-        self.walk(x, y, z, starts, reverse=reverse, out=sums.flatten(0, 1), store_final=False, over_values=True)
-        return torch.add(sums[0], sums[1]) if splits == 2 else sums[0]
+        splits = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1]).splits
+        B, *rest = z.shape
+        sums = torch.empty(splits * B, *rest, dtype=z.dtype, device=z.device)
+        self.walk(x, y, z, starts, reverse=reverse, out=sums, store_final=False, over_values=True)
+        return sums if splits == 1 else torch.add(sums[:B], sums[B:])
 
     def walk(
         self,
@@ -215,23 +169,32 @@ class _Call:
 
         With `documents` (cu_seqlens) every document is walked by itself, from its first token on.
         """
-        (B, T, H, K), V = self.q.shape, self.v.shape[-1]
-        tile = _tile(V, K) if over_values else _tile(K, V)
-        values = K if over_values else V
-        parts, part_chunks = self._parts
+        (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
+        parts, part_chunks, places = self.parts, self.part_chunks, self.places
         if documents is not None:
-            B, parts, part_chunks = documents.shape[0] - 1, 1, triton.cdiv(T, CHUNK)
-        places = None if documents is not None else self.places
+            B, parts, part_chunks, places = documents.shape[0] - 1, 1, triton.cdiv(T, CHUNK), None
         ends = torch.empty(B, H, parts, K, V, dtype=torch.float32, device=y.device) if store_final else None
+        tile = tile_of(V, K) if over_values else tile_of(K, V)
+        variant = variant_of(
+            K,
+            V,
+            over_values,
+            reverse,
+            read=x is not None,
+            placed=places is not None,
+            per_document=documents is not None,
+            has_initial=starts is not None,
+            store_final=store_final,
+        )
+        y_desc = descriptor(y, tile.keys)
         unused = self.log_decay
-        y_desc = _descriptor(y, tile.keys)
-        walk_kernel[(B * H * parts * tile.splits * values // (ROWS * tile.groups),)](
-            y_desc if x is None else _descriptor(x, tile.keys),
+        arguments = (
+            y_desc if x is None else descriptor(x, tile.keys),
             y_desc,
-            _descriptor(z, ROWS * tile.groups),
-            _descriptor(z if out is None else out, ROWS),
+            descriptor(z, ROWS * tile.groups),
+            descriptor(z if out is None else out, ROWS),
             self.log_decay,
-            self.scale,
+            self.problem.scale,
             unused if starts is None else starts,
             unused if ends is None else ends,
             unused if places is None else places,
@@ -241,79 +204,16 @@ class _Call:
             H,
             parts,
             part_chunks,
-            KEYS=tile.keys,
-            VALUES=values,
-            SPLITS=tile.splits,
-            GROUPS=tile.groups,
-            KEY_STRIDE=1 if over_values else V,
-            VALUE_STRIDE=V if over_values else 1,
-            REVERSE=reverse,
-            READ=x is not None,
-            PLACED=places is not None,
-            PER_DOCUMENT=documents is not None,
-            HAS_INITIAL=starts is not None,
-            STORE_FINAL=store_final,
-            X_STAGES=tile.x_stages,
-            Y_STAGES=tile.y_stages,
-            Z_STAGES=tile.z_stages,
-            MIX_REGISTERS=tile.mix_registers,
-            SCORE_REGISTERS=tile.score_registers,
-            LOAD_REGISTERS=24,
-            num_warps=4,
         )
+        launch(variant, B * H * parts * variant.programs, arguments)
         return ends
 
-    @property
-    def _parts(self) -> tuple[int, int]:
-        (B, T, H, K), V = self.q.shape, self.v.shape[-1]
-        return _parts(B, T, H, K, V, self.q.device)
 
-
-@cache
-def _tile(keys: int, values: int) -> WalkTile:
-    """The tile of a walk that contracts over `keys` and makes `values`.
-
-    Two warpgroups share x and y tiles where that leaves enough programs. The registers of four roles at 256 keys are
-    what compiles without spills and without serialized products; there is no slack.
-    """
-    splits = max(1, keys // MOST_KEYS)
-    keys //= splits
-    groups = 2 if values >= 256 or (values == 128 and keys == 64) else 1
-    stages = 2 if keys == 256 else 3
-    mix_registers, score_registers = {256: (216, 64), 128: (184, 96), 64: (136, 96)}[keys]
-    if groups == 1:
-        score_registers = 96
-    return WalkTile(keys, splits, groups, stages, stages, stages, mix_registers, score_registers)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
+@lru_cache(maxsize=4096)
 def _parts(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> tuple[int, int]:
     """How many parts a sequence is split into, and the chunks of each (the last may have fewer)."""
     chunks = triton.cdiv(T, CHUNK)
-    programs = B * H * V // (ROWS * _tile(K, V).groups)
-    wanted = max(1, _processors(device) // programs)
+    programs = B * H * V // (ROWS * tile_of(K, V).groups)
+    wanted = max(1, multiprocessors(device) // programs)
     part_chunks = max(triton.cdiv(chunks, wanted), min(chunks, LEAST_PART))
     return triton.cdiv(chunks, part_chunks), part_chunks
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Strides for TMA, which reads those of axes of size 1 as well: there any aligned one will do."""
-    return [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride())] + [x.stride(-1)]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x itself if TMA can address it (contiguous last axis, base and other strides of 16 bytes each), else a copy."""
-    step = 16 // x.element_size()
-    *outer, last = _strides(x)
-    if last == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % step == 0 for stride in outer):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _descriptor(x: Tensor, width: int) -> TensorDescriptor:
-    """Tiles [CHUNK tokens, width features] of one head of x [B, T, H, features]."""
-    return TensorDescriptor(x, list(x.shape), _strides(x), [1, CHUNK, 1, width], _BLOCK_LAYOUT)

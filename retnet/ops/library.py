@@ -2,16 +2,31 @@
 
 Each has a CPU kernel (`ops/chunkwise.py`, `ops/recurrent.py`), a CUDA one (`retnet/kernels`, imported when the first
 CUDA tensor arrives), a fake for tracing, and retention its gradient. Arguments are those of `ops/retention.py`, checked
-there; values are checked here, by the CPU kernels alone.
+there; values are checked here, by the CPU kernels alone. Retention and its backward are registered piece by piece, not
+as a `torch.library.custom_op`: what that wraps around a call took a GPU's host longer than all the kernels' launches.
 """
 
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from retnet.ops import chunkwise, recurrent
 from retnet.ops.ragged import Compaction
+
+_library = torch.library.Library("retnet", "FRAGMENT")
+_library.define(
+    "retention(Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? state, Tensor? mask, "
+    "Tensor? cu_seqlens, str mode, int chunk_size, ScalarType state_dtype, bool return_state) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "retention_backward(Tensor dout, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, "
+    "Tensor? state, Tensor? mask, Tensor? cu_seqlens, str mode, int chunk_size, bool need_dlog_decay, "
+    "bool need_dstate) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,8 +46,8 @@ def check_values(log_decay: Tensor, cu_seqlens: Tensor | None, num_tokens: int) 
     return bounds
 
 
-@torch.library.custom_op("retnet::retention", mutates_args=(), device_types="cpu")
-def _retention(
+@torch.library.impl(_library, "retention", "CPU")
+def _retention_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -59,8 +74,8 @@ def _retention(
     return out if compaction is None else compaction.scatter(out), final if return_state else final.new_empty(0)
 
 
-@torch.library.custom_op("retnet::retention_backward", mutates_args=(), device_types="cpu")
-def _retention_backward(
+@torch.library.impl(_library, "retention_backward", "CPU")
+def _retention_backward_cpu(
     dout: Tensor,
     dfinal: Tensor | None,
     q: Tensor,
@@ -74,6 +89,7 @@ def _retention_backward(
     mode: str,
     chunk_size: int,
     need_dlog_decay: bool,
+    need_dstate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     compaction = None if mask is None else Compaction.of(mask, cu_seqlens)
@@ -88,7 +104,8 @@ def _retention_backward(
     if compaction is not None:
         dq, dk, dv = (compaction.scatter(x) for x in (dq, dk, dv))
         dlog = compaction.scatter(dlog) if dlog is not None and per_token else dlog
-    return dq, dk, dv, log_decay.new_empty(0) if dlog is None else dlog, dstate
+    nothing = log_decay.new_empty(0)
+    return dq, dk, dv, nothing if dlog is None else dlog, dstate if need_dstate else nothing
 
 
 @torch.library.custom_op("retnet::retention_step_", mutates_args=("state",), device_types="cpu")
@@ -99,28 +116,32 @@ def _retention_step(
     return recurrent.step_(q, k, v, log_decay, state, scale, mask)
 
 
-@_retention.register_kernel("cuda")
+@torch.library.impl(_library, "retention", "CUDA")
 def _retention_cuda(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype, return_state):
-    if mode == "recurrent" and cu_seqlens is None:
-        from retnet.kernels.step import retention_recurrent
-
-        return retention_recurrent(q, k, v, log_decay, scale, state, mask, state_dtype)
     from retnet.kernels.chunkwise import retention_forward
+    from retnet.kernels.problem import Problem
+    from retnet.kernels.step import retention_recurrent
 
-    out, final = retention_forward(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size, state_dtype)
-    return out, final if return_state else final.new_empty(0)
+    if mode == "recurrent" and cu_seqlens is None:
+        out, final = retention_recurrent(q, k, v, log_decay, scale, state, mask, state_dtype)
+    else:
+        problem = Problem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
+        out, final = retention_forward(problem, state_dtype if return_state else None)
+    return out, final if return_state else v.new_empty(0, dtype=state_dtype)
 
 
-@_retention_backward.register_kernel("cuda")
+@torch.library.impl(_library, "retention_backward", "CUDA")
 def _retention_backward_cuda(
-    dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, need_dlog_decay
+    dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, need_dlog_decay, need_dstate
 ):
     from retnet.kernels.chunkwise import retention_backward
+    from retnet.kernels.problem import Problem
 
-    dq, dk, dv, dlog, dstate = retention_backward(
-        dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size, need_dlog_decay
-    )
-    return dq, dk, dv, log_decay.new_empty(0) if dlog is None else dlog, dstate
+    problem = Problem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
+    grads = retention_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
+    nothing = log_decay.new_empty(0)
+    dlog, dstate = (nothing if x is None else x for x in (grads.dlog_decay, grads.dstate))
+    return grads.dq, grads.dk, grads.dv, dlog, dstate
 
 
 @_retention_step.register_kernel("cuda")
@@ -130,7 +151,7 @@ def _retention_step_cuda(q, k, v, log_decay, state, scale, mask):
     return retention_step(q, k, v, log_decay, state, scale, mask)
 
 
-@_retention.register_fake
+@torch.library.register_fake("retnet::retention", lib=_library)
 def _(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype, return_state):
     if not return_state:
         return v.new_empty(v.shape), v.new_empty(0, dtype=state_dtype)
@@ -139,10 +160,11 @@ def _(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, stat
     return v.new_empty(v.shape), final
 
 
-@_retention_backward.register_fake
-def _(dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, need_dlog_decay):
+@torch.library.register_fake("retnet::retention_backward", lib=_library)
+def _(dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, need_dlog_decay, need_dstate):
     num_sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dstate = v.new_empty((num_sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=wide_dtype(v.dtype))
+    shape = (num_sequences, v.shape[2], q.shape[3], v.shape[3]) if need_dstate else (0,)
+    dstate = v.new_empty(shape, dtype=wide_dtype(v.dtype))
     dlog = log_decay.new_empty(log_decay.shape if need_dlog_decay else 0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlog, dstate
 
@@ -152,34 +174,45 @@ def _(q, k, v, log_decay, state, scale, mask):
     return v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, _, return_state = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, log_decay, state, mask, cu_seqlens)
-    ctx.scale, ctx.mode, ctx.chunk_size, ctx.return_state = scale, mode, chunk_size, return_state
+class _Retention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, _, return_state = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, log_decay, state, mask, cu_seqlens)
+        ctx.scale, ctx.mode, ctx.chunk_size, ctx.return_state = scale, mode, chunk_size, return_state
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.retnet.retention.default(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor | None, dfinal: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, log_decay, state, mask, cu_seqlens = ctx.saved_tensors
+        need_dlog_decay, need_dstate = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+        dq, dk, dv, dlog, dstate = torch.ops.retnet.retention_backward.default(
+            torch.zeros_like(v) if dout is None else dout,
+            dfinal if ctx.return_state else None,
+            q,
+            k,
+            v,
+            log_decay,
+            ctx.scale,
+            state,
+            mask,
+            cu_seqlens,
+            ctx.mode,
+            ctx.chunk_size,
+            need_dlog_decay,
+            need_dstate,
+        )
+        dlog = dlog if need_dlog_decay else None
+        dstate = dstate.to(state.dtype) if need_dstate else None
+        return dq, dk, dv, dlog, None, dstate, None, None, None, None, None, None
 
 
-def _autograd_backward(ctx, dout: Tensor | None, dfinal: Tensor | None):
-    q, k, v, log_decay, state, mask, cu_seqlens = ctx.saved_tensors
-    dout = torch.zeros_like(v) if dout is None else dout
-    dq, dk, dv, dlog, dstate = torch.ops.retnet.retention_backward(
-        dout,
-        dfinal if ctx.return_state else None,
-        q,
-        k,
-        v,
-        log_decay,
-        ctx.scale,
-        state,
-        mask,
-        cu_seqlens,
-        ctx.mode,
-        ctx.chunk_size,
-        ctx.needs_input_grad[3],
-    )
-    dlog = dlog if ctx.needs_input_grad[3] else None
-    dstate = dstate.to(state.dtype) if ctx.needs_input_grad[5] else None
-    return dq, dk, dv, dlog, None, dstate, None, None, None, None, None, None
-
-
-_retention.register_autograd(_autograd_backward, setup_context=_setup_context)
+@torch.library.impl(_library, "retention", "Autograd")
+def _retention_autograd(*inputs):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return _Retention.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.retnet.retention.default(*inputs)

@@ -10,6 +10,9 @@ from retnet.ops import reference
 
 pytest.importorskip("triton")
 
+from retnet.kernels.chunkwise import retention_backward, retention_forward
+from retnet.kernels.problem import Problem
+
 
 @dataclass(frozen=True)
 class Case:
@@ -103,16 +106,26 @@ def by_reference(form, inputs: dict[str, Tensor | None], dtype: torch.dtype, **o
     return result
 
 
-def by_kernels(case: Case, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    from retnet.kernels.chunkwise import retention_backward, retention_forward
-
+def make_problem(case: Case, inputs: dict[str, Tensor | None]) -> tuple[Problem, Tensor, Tensor | None]:
+    """The problem in the case's dtype, and the gradients of its output and final state."""
     q, k, v, dout = (inputs[name].to(case.dtype) for name in ("q", "k", "v", "dout"))
     state, dfinal = (None if inputs[name] is None else inputs[name].float() for name in ("state", "dfinal"))
     rest = (inputs["log_decay"].float(), 0.3, state, inputs["mask"], inputs["cu_seqlens"], case.chunk)
-    out, final = retention_forward(q, k, v, *rest, torch.float32)
-    dq, dk, dv, dlog_decay, dstate = retention_backward(dout, dfinal, q, k, v, *rest, True)
-    result = {"out": out, "final": final, "dq": dq, "dk": dk, "dv": dv, "dlog_decay": dlog_decay}
-    return {**result, "dstate": dstate} if case.state else result
+    return Problem(q, k, v, *rest), dout, dfinal
+
+
+def run(problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need_dlog_decay: bool = True) -> dict[str, Tensor]:
+    """The output, the final state and every gradient there is, by name."""
+    out, final = retention_forward(problem, torch.float32)
+    need_dstate = problem.state is not None
+    grads = retention_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
+    assert (grads.dlog_decay is not None, grads.dstate is not None) == (need_dlog_decay, need_dstate)
+    results = {"out": out, "final": final, **{name: getattr(grads, name) for name in grads.__slots__}}
+    return {name: x for name, x in results.items() if x is not None}
+
+
+def by_kernels(case: Case, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return run(*make_problem(case, inputs))
 
 
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -137,6 +150,20 @@ def test_kernels_agree_with_the_oracle(case, device):
     bound = {torch.float32: 2e-6, torch.float16: 2e-3}[case.dtype]
     bad = {name: error for name, error in found.items() if error > (10 * bound if name == "dlog_decay" else bound)}
     assert not bad, bad
+
+
+@pytest.mark.parametrize("cu", [None, (0, 65, 65, 133)], ids=["rows", "packed"])
+def test_states_that_nobody_wants_are_not_made_and_change_nothing_else(cu, device):
+    inputs = make_inputs(Case("", T=133, state=False, dfinal=False, cu=cu), device)
+    problem, dout, _ = make_problem(Case(""), inputs)
+    out, final = retention_forward(problem, None)
+    assert final is None
+    assert torch.equal(out, retention_forward(problem, torch.float32)[0])
+    lean = retention_backward(problem, dout, None, need_dlog_decay=False, need_dstate=False)
+    full = retention_backward(problem, dout, None, need_dlog_decay=True, need_dstate=True)
+    assert lean.dlog_decay is None
+    assert lean.dstate is None
+    assert all(torch.equal(getattr(lean, name), getattr(full, name)) for name in ("dq", "dk", "dv"))
 
 
 def test_the_last_segment_length_of_a_chunk_size_is_the_nearest_supported():
@@ -174,18 +201,11 @@ def test_every_dtype_and_head_size_is_as_exact_as_the_parallel_form(sizes, dtype
 @pytest.mark.parametrize("T", [1, 63, 389])
 def test_the_choice_of_kernels_does_not_change_the_result(sizes, T, device):
     """With a fixed decay whose gradient nobody asks for, a Hopper GPU takes the walk."""
-    from retnet.kernels.chunkwise import retention_backward, retention_forward
-
     case = Case("", B=2, T=T, K=sizes[0], V=sizes[1], dtype=torch.bfloat16, chunk=0)
     inputs = make_inputs(case, device)
     expected = by_reference(reference.parallel, inputs, torch.float64)
     plain = by_reference(reference.parallel, inputs, case.dtype)
-    q, k, v, dout = (inputs[name].to(case.dtype) for name in ("q", "k", "v", "dout"))
-    rest = (inputs["log_decay"].float(), 0.3, inputs["state"].float(), None, None, None)
-    found = dict(zip(("out", "final"), retention_forward(q, k, v, *rest, torch.float32)))
-    dq, dk, dv, dlog_decay, dstate = retention_backward(dout, inputs["dfinal"].float(), q, k, v, *rest, False)
-    assert dlog_decay is None
-    for name, x in {**found, "dq": dq, "dk": dk, "dv": dv, "dstate": dstate}.items():
+    for name, x in run(*make_problem(case, inputs), need_dlog_decay=False).items():
         allowed = 2 * (plain[name].double() - expected[name].double()).norm()
         assert (x.double() - expected[name].double()).norm() <= allowed, name
 
@@ -242,8 +262,6 @@ def test_what_lies_under_the_mask_is_never_read(device):
 @pytest.mark.slow
 def test_offsets_past_two_to_the_31_elements(device):
     """v has more than 2^31 elements; the tail is held against the oracle, started from the kernels' own state."""
-    from retnet.kernels.chunkwise import retention_backward, retention_forward
-
     T, H, K, V, tail = (1 << 19) + 77, 32, 32, 128, 1000
     generator = torch.Generator(device=device).manual_seed(0)
     q, k, v = (
@@ -252,18 +270,17 @@ def test_offsets_past_two_to_the_31_elements(device):
     )
     assert v.numel() > 2**31
     log_decay = torch.log1p(-torch.exp2(-5.0 - 0.1 * torch.arange(H, device=device)))
-    out, final = retention_forward(q, k, v, log_decay, 0.3, None, None, None, 0, torch.float32)
-    _, middle = retention_forward(
-        q[:, :-tail], k[:, :-tail], v[:, :-tail], log_decay, 0.3, None, None, None, 0, torch.float32
-    )
+    problem = Problem(q, k, v, log_decay, 0.3)
+    out, final = retention_forward(problem, torch.float32)
+    _, middle = retention_forward(Problem(q[:, :-tail], k[:, :-tail], v[:, :-tail], log_decay, 0.3), torch.float32)
     parts = [x[:, -tail:].double() for x in (q, k, v)]
     parts = [x.requires_grad_() for x in parts]
     expected, last = reference.parallel(*parts, log_decay.double(), scale=0.3, state=middle.double())
     assert (out[:, -tail:].double() - expected).norm() / expected.norm() < 5e-3
     assert (final - last).norm() / last.norm() < 5e-3
     grads = torch.autograd.grad((expected * v[:, -tail:].double()).sum(), parts)
-    found = retention_backward(v, None, q, k, v, log_decay, 0.3, None, None, None, 0, False)
-    for x, ref in zip(found, grads):
+    found = retention_backward(problem, v, None, need_dlog_decay=False, need_dstate=False)
+    for x, ref in zip((found.dq, found.dk, found.dv), grads):
         assert (x[:, -tail:].double() - ref).norm() / ref.norm() < 2e-2
 
 

@@ -6,6 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from retnet.kernels import walk
+from retnet.kernels.problem import Problem
+from retnet.kernels.walk_launch import _strides, tma_rows
 from retnet.ops import reference
 
 CASES = [  # B, T, H, K, V, extras
@@ -60,12 +62,12 @@ def make(B, T, H, K, V, extras, device="cuda"):
 
 
 def run(q, k, v, dout, log_decay, state, dfinal, mask, cu):
-    assert walk.walk_supported(q, k, v, log_decay, state, mask, cu, dfinal)
-    scale = q.shape[-1] ** -0.5
-    out, final = walk.walk_forward(q, k, v, log_decay, scale, state, mask, cu, torch.float32)
-    dq, dk, dv, dstate = walk.walk_backward(dout, dfinal, q, k, v, log_decay, scale, state, mask, cu)
-    results = {"out": out, "final": final, "dq": dq, "dk": dk, "dv": dv}
-    return results if state is None else {**results, "dstate": dstate}
+    problem = Problem(q, k, v, log_decay, q.shape[-1] ** -0.5, state, mask, cu)
+    assert walk.walk_supported(problem, dfinal)
+    out, final = walk.walk_forward(problem, torch.float32)
+    grads = walk.walk_backward(problem, dout, dfinal, need_dstate=state is not None)
+    results = {"out": out, "final": final, "dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
+    return results if state is None else {**results, "dstate": grads.dstate}
 
 
 def plain(dtype, q, k, v, dout, log_decay, state, dfinal, mask, cu):
@@ -137,9 +139,34 @@ def test_tensors_that_are_slices_of_a_wider_one_are_read_in_place():
     assert all(torch.equal(x, apart[name]) for name, x in together.items())
 
 
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("extras", ["", "packed"])
+def test_states_that_nobody_wants_are_not_made_and_change_nothing_else(extras):
+    q, k, v, dout, log_decay, _, _, mask, cu = make(1, 2573, 2, 256, 512, extras)
+    problem = Problem(q, k, v, log_decay, 1.0, None, mask, cu)
+    out, final = walk.walk_forward(problem, None)
+    assert final is None
+    assert torch.equal(out, walk.walk_forward(problem, torch.float32)[0])
+    lean, full = (walk.walk_backward(problem, dout, None, need_dstate=need) for need in (False, True))
+    assert lean.dstate is None
+    assert all(torch.equal(getattr(lean, name), getattr(full, name)) for name in ("dq", "dk", "dv"))
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_state_at_an_odd_address_gives_the_same_bits():
+    """Compiled walks are kept by what their code depends on: an aligned state's code must not read this one."""
+    q, k, v, _, log_decay, state, _, _, _ = make(2, 200, 2, 64, 128, "state")
+    odd = torch.empty(state.numel() + 1, device="cuda")[1:].view(state.shape).copy_(state)
+    for _ in range(2):
+        aligned, shifted = (walk.walk_forward(Problem(q, k, v, log_decay, 1.0, x), torch.float32) for x in (state, odd))
+        assert all(torch.equal(a, b) for a, b in zip(aligned, shifted))
+
+
 def test_what_the_walk_does_not_take_is_refused():
     q, k, v, _, log_decay, _, _, _, _ = make(1, 70, 2, 64, 128, "", device="cpu")
-    assert not walk.walk_supported(q, k, v, log_decay, None, None, None)
+    assert not walk.walk_supported(Problem(q, k, v, log_decay, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -155,8 +182,8 @@ def test_what_the_walk_does_not_take_is_refused():
     ],
 )
 def test_tensors_that_tma_cannot_address_are_copied(x, copied):
-    rows = walk._rows(x)
+    rows = tma_rows(x)
     assert (rows.data_ptr() != x.data_ptr()) == copied
     assert rows.data_ptr() % 16 == 0
-    assert all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in walk._strides(rows)[:-1])
+    assert all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in _strides(rows)[:-1])
     assert rows.stride(-1) == 1

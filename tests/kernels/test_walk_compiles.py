@@ -12,6 +12,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 walk = pytest.importorskip("retnet.kernels.walk")
+walk_launch = pytest.importorskip("retnet.kernels.walk_launch")
 roles = pytest.importorskip("retnet.kernels.walk_roles")
 CHUNK, ROWS = roles.CHUNK, roles.ROWS
 
@@ -32,31 +33,24 @@ def compile_walk(keys: int, values: int, reverse: bool, read: bool, placed: bool
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    tile = walk._tile(keys, values)
+    tile = walk_launch.tile_of(keys, values)
 
     def descriptor(width: int) -> str:
         return f"tensordesc<bf16[1,{CHUNK},1,{width}],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
 
-    constants = {
-        "KEYS": tile.keys,
-        "VALUES": values,
-        "SPLITS": tile.splits,
-        "GROUPS": tile.groups,
-        "KEY_STRIDE": values,
-        "VALUE_STRIDE": 1,
-        "REVERSE": reverse,
-        "READ": read,
-        "PLACED": placed,
-        "PER_DOCUMENT": False,
-        "HAS_INITIAL": True,
-        "STORE_FINAL": True,
-        "X_STAGES": tile.x_stages,
-        "Y_STAGES": tile.y_stages,
-        "Z_STAGES": tile.z_stages,
-        "MIX_REGISTERS": tile.mix_registers,
-        "SCORE_REGISTERS": tile.score_registers,
-        "LOAD_REGISTERS": 24,
-    }
+    over_values = keys > values
+    variant = walk_launch.variant_of(
+        min(keys, values) if over_values else keys,
+        max(keys, values) if over_values else values,
+        over_values,
+        reverse,
+        read=read,
+        placed=placed,
+        per_document=False,
+        has_initial=True,
+        store_final=True,
+    )
+    constants = dict(zip(walk_launch.walk_kernel.arg_names[-len(variant.constants) :], variant.constants))
     pointers = {"log_decay": "*fp32", "state_in": "*fp32", "state_out": "*fp32", "places": "*i32", "cu_seqlens": "*i64"}
     descriptors = {"x_desc": tile.keys, "y_desc": tile.keys, "z_desc": ROWS * tile.groups, "out_desc": ROWS}
     signature = {
@@ -65,10 +59,10 @@ def compile_walk(keys: int, values: int, reverse: bool, read: bool, placed: bool
         else descriptor(descriptors[name])
         if name in descriptors
         else pointers.get(name, "fp32" if name == "scale" else "i32")
-        for name in walk.walk_kernel.arg_names
+        for name in walk_launch.walk_kernel.arg_names
     }
-    aligned = {(walk.walk_kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    source = GluonASTSource(walk.walk_kernel, signature, constants, aligned)
+    aligned = {(walk_launch.walk_kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = GluonASTSource(walk_launch.walk_kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 
@@ -110,6 +104,6 @@ def test_every_head_size_has_a_tile():
     for K in walk.KEYS:
         for V in walk.VALUES:
             for keys, values in ((K, V), (V, K)):
-                tile = walk._tile(keys, values)
+                tile = walk_launch.tile_of(keys, values)
                 assert tile.keys * tile.splits == keys
                 assert values % (ROWS * tile.groups) == 0

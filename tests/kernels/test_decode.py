@@ -1,0 +1,119 @@
+"""The fused kernels of a decode step against their plain definitions (`ops/decode.py` on a CPU)."""
+
+import pytest
+import torch
+
+from retnet.ops.decode import ACTIVATIONS, InputNorm, Ring, decode_step_
+from retnet.ops.rotary import rotation
+
+pytest.importorskip("triton")
+
+
+def norm_of(kind: str, groups: int, width: int, affine: str, device: str) -> InputNorm:
+    shapes = {"none": None, "shared": (width // groups,), "whole": (width,)}
+    weight = bias = None
+    if shapes[affine] is not None:
+        weight, bias = torch.randn(shapes[affine], device=device), torch.randn(shapes[affine], device=device)
+    return InputNorm(kind, groups, 1e-5, weight, bias)
+
+
+def described(norm: InputNorm) -> tuple:
+    return norm.kind, norm.groups, norm.eps, norm.weight, norm.bias
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "K", "affine", "gated", "activation"),
+    [
+        ("layer", 1, 48, "whole", False, "none"),
+        ("rms", 1, 64, "whole", False, "none"),
+        ("layer", 3, 96, "none", True, "swish"),
+        ("rms", 3, 72, "shared", True, "swish"),
+        ("layer", 2, 64, "whole", True, "gelu"),
+        ("none", 1, 40, "none", True, "relu"),
+    ],
+)
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
+def test_products_agree_with_norm_gate_weight_and_residual_one_after_another(
+    kind, groups, K, affine, gated, activation, quantized, device
+):
+    from retnet.kernels.decode_linear import matvec, prepare
+
+    torch.manual_seed(0)
+    N, B = 37, 3
+    both = torch.randn(B, 2 * K, device=device)
+    x, gate = both[:, :K], both[:, K:] if gated else None  # columns of one product
+    norm, bias, residual = norm_of(kind, groups, K, affine, device), torch.randn(N, device=device), torch.randn(B, N)
+    weight, scale = torch.randn(N, K, device=device), None
+    if quantized:
+        weight, scale = torch.randint(-127, 128, (N, K), device=device).to(torch.int8), torch.rand(N, device=device)
+    y = norm(x.double()) * (1 if gate is None else ACTIVATIONS[activation](gate.double()))
+    wide = weight.double() * (1 if scale is None else scale.double()[:, None])
+    product = y @ wide.mT + bias.double()
+    out = torch.empty(B, N, device=device)
+    matvec(x, gate, weight, scale, bias, described(norm), activation, out, None, 1.0, 1.0)
+    torch.testing.assert_close(out.double(), product, rtol=1e-5, atol=1e-5 * float(product.abs().max()))
+    stream = residual.to(device).clone()
+    matvec(x, gate, weight, scale, bias, described(norm), activation, stream, stream, 0.5, 2.0)
+    expected = 0.5 * residual.to(device).double() + 2 * product
+    torch.testing.assert_close(stream.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    prepared = torch.empty(B, K, device=device)
+    prepare(x, gate, described(norm), activation, prepared)
+    torch.testing.assert_close(prepared.double(), y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_without_x_is_of_the_activated_gate_alone(device):
+    from retnet.kernels.decode_linear import matvec
+
+    torch.manual_seed(0)
+    gate, weight = torch.randn(2, 24, device=device), torch.randn(16, 24, device=device)
+    out = torch.empty(2, 16, device=device)
+    matvec(None, gate, weight, None, None, described(InputNorm()), "gelu", out, None, 1.0, 1.0)
+    torch.testing.assert_close(out, torch.nn.functional.gelu(gate) @ weight.mT, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rotary", "H", "G", "per_token"),
+    [("interleaved", 2, 2, False), ("half", 4, 2, True), ("none", 2, 2, True)],
+)
+@pytest.mark.parametrize("W", [0, 4])
+def test_steps_agree_with_rotation_and_retention_one_after_another(rotary, H, G, per_token, W, device):
+    from retnet.kernels.decode_step import decode_step
+
+    torch.manual_seed(0)
+    B, K, V = 3, 24, 40
+    active = torch.tensor([True, False, True])
+    state = torch.randn(B, H, K, V)
+    ours = state.to(device).clone()
+    # Every sequence at another row of its ring; what lies in the rows beyond is of no request.
+    pending = torch.tensor([0, 2, 3] if W else [0, 0, 0])
+    ring = theirs = None
+    if W:
+        ring = Ring(torch.randn(B, G, W, K), torch.randn(B, G, W, V), -torch.rand(B, H, W), pending)
+        theirs = tuple(x.to(device).clone() for x in (ring.keys, ring.values, ring.log_decay, ring.pending))
+    for step in range(6):
+        q, k, v = torch.randn(B, H, K), torch.randn(B, G, K), torch.randn(B, G, V)
+        log_decay = -torch.rand(B, H) if per_token else torch.tensor([-1e-4, -2.0, -0.3, -0.01])[:H]
+        if per_token and step == 3:
+            log_decay[0, 0] = -torch.inf
+        turn = None
+        if rotary != "none":
+            cos, sin = rotation(torch.full((B, 1), 1000 + step), rotary, K, 10000.0)
+            turn = cos[:, 0], sin[:, 0]
+        expected = decode_step_(
+            q, k, v, turn, "half" if rotary == "none" else rotary, log_decay, state, active, ring=ring, scale=0.3
+        )
+        out = decode_step(
+            *(x.to(device) for x in (q, k, v)),
+            None if turn is None else tuple(x.to(device).contiguous() for x in turn),
+            rotary,
+            *(x.to(device) for x in (log_decay, torch.expm1(log_decay))),
+            ours,
+            active.to(device),
+            theirs,
+            0.3,
+        )
+        torch.testing.assert_close(out.cpu(), expected, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(ours.cpu(), state, rtol=2e-5, atol=2e-5)
+        if ring is not None and theirs is not None:
+            for counts in (ring.pending, theirs[3]):
+                counts.add_(active.to(counts.device)).remainder_(W)
