@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet.data.byte_vocabulary import DOCUMENT_START, VOCAB_SIZE
-from retnet.data.sources import Document, find_documents, split_documents
+from retnet.data.encoders import BYTES, ByteEncoder
+from retnet.data.shards import TOKENIZER, Column, ShardFolder, is_shard_folder
+from retnet.data.sources import STDLIB, Document, find_documents, split_documents
 
 _HASH_BLOCK = 1 << 20
 
@@ -29,9 +31,11 @@ class Corpus(ABC):
     name: what it was opened as, for messages.
     vocab_size: tokens are below it.
     document_start: the token that stands before every document, and is its token 0.
-    lengths: int64 [N], tokens of each document, its start included; at least 2.
+    lengths: int64 [N], tokens of each document, its start included; at least 1.
     num_bytes: bytes of text in all documents together (UTF-8, or as they lie in the files): what bits per byte are per.
-    tokenizer_directory: folder with the `tokenizer.json` that the tokens belong to; None for bytes.
+    tokenizer_id: equal for corpora whose tokens mean the same: `bytes`, or the SHA-256 of a `tokenizer.json`.
+    tokenizer_directory: folder with that `tokenizer.json` and its `tokenizer_config.json`, which transformers'
+        AutoTokenizer loads; None for bytes.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Corpus(ABC):
     document_start: int
     lengths: NDArray[np.int64]
     num_bytes: int
+    tokenizer_id: str = BYTES
     tokenizer_directory: Path | None = None
 
     def __len__(self) -> int:
@@ -107,7 +112,7 @@ class ByteCorpus(Corpus):
         return f"{chosen.path} from byte {chosen.offset}" if chosen.offset else str(chosen.path)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return bytes(token for token in tokens if token != DOCUMENT_START).decode(errors="replace")
+        return ByteEncoder().decode(tokens)
 
     def split(self, valid_fraction: float) -> tuple[Self, Self]:
         split = split_documents(self.documents, valid_fraction)
@@ -124,9 +129,116 @@ class ByteCorpus(Corpus):
         return digest.hexdigest()
 
 
+class ShardCorpus(Corpus):
+    """Documents of token shards, all of them or the part that a split has chosen.
+
+    folder: the opened shards.
+    documents: their numbers in it, int64 [N].
+    skipped: tokens of text left out at the beginning of each, int64 [N], and kept: tokens of text after that; None for
+        whole documents. A document start stands before what is left.
+    """
+
+    def __init__(self, folder: ShardFolder, name: str):
+        self.folder, self.name = folder, name
+        encoder = folder.manifest["tokenizer"]
+        self.vocab_size, self.document_start = encoder["vocab_size"], encoder["document_start"]
+        self.tokenizer_id = encoder["identity"]
+        self.tokenizer_directory = None if self.tokenizer_id == BYTES else folder.directory / TOKENIZER
+        self._documents: NDArray[np.int64] | None = None
+        self._skipped: NDArray[np.int64] | None = None
+        self.lengths = folder.lengths
+        self.num_bytes = int(folder.manifest["bytes"])
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]:
+        stop = int(self.lengths[document]) if stop is None else stop
+        whole = document if self._documents is None else int(self._documents[document])
+        skipped = 0 if self._skipped is None else int(self._skipped[document])
+        tokens = self.folder.tokens(whole, start + skipped, stop + skipped)
+        if skipped and start == 0 and len(tokens):
+            tokens = np.concatenate([np.array([self.document_start], dtype=tokens.dtype), tokens[1:]])
+        return tokens
+
+    def describe(self, document: int) -> str:
+        whole = document if self._documents is None else int(self._documents[document])
+        text = self.folder.describe(whole)
+        skipped = 0 if self._skipped is None else int(self._skipped[document])
+        return f"{text} from token {skipped}" if skipped else text
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self.folder.encoder.decode(tokens)
+
+    def split(self, valid_fraction: float) -> tuple[Self, Self]:
+        """By the hash of each document's text, so that copies of a text land on the same side.
+
+        Where that leaves one side empty (few documents), the last `valid_fraction` of every document's tokens is
+        validation, cut between characters. Its bytes are those of its text decoded, which is exact for tokenizers whose
+        decoding gives back the text.
+        """
+        if not 0 < valid_fraction < 1:
+            raise ValueError(f"valid_fraction lies between 0 and 1, got {valid_fraction}")
+        hashes = self.folder.column(Column.HASH).view(np.uint64)
+        valid = hashes < np.uint64(valid_fraction * 2**64)
+        if 0 < valid.sum() < len(valid):
+            sizes = self.folder.column(Column.BYTES)
+            return self._choose(~valid, "training", sizes), self._choose(valid, "validation", sizes)
+        return self._cut(valid_fraction)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The manifest's hashes and the documents chosen; no token is read."""
+        manifest = self.folder.manifest
+        digest = hashlib.sha256(repr((manifest["dtype"], sorted(manifest["tokenizer"].items()))).encode())
+        for shard in manifest["shards"]:
+            digest.update(f"{shard['sha256']['tokens']}{shard['sha256']['index']}".encode())
+        for array in (self._documents, self._skipped, self.lengths):
+            digest.update(b"whole" if array is None else np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def _choose(self, chosen: NDArray[np.bool_], side: str, sizes: NDArray[np.int64]) -> Self:
+        part = type(self)(self.folder, f"{self.name} ({side})")
+        part._documents = np.flatnonzero(chosen)
+        part.lengths = self.lengths[chosen]
+        part.num_bytes = int(sizes[chosen].sum())
+        return part
+
+    def _cut(self, valid_fraction: float) -> tuple[Self, Self]:
+        """The heads and the tails of all documents that have two tokens of text."""
+        documents = np.flatnonzero(self.lengths > 2)
+        if not len(documents):
+            raise ValueError(
+                f"too little text in {self.name} for a training and a validation side: {self.num_bytes} bytes in all"
+            )
+        text = self.lengths[documents] - 1
+        heads = np.clip(np.rint(text * (1 - valid_fraction)).astype(np.int64), 1, text - 1)
+        tail_bytes = 0
+        for slot, document in enumerate(documents):
+            heads[slot], size = self._cut_at_character(int(document), int(heads[slot]))
+            tail_bytes += size
+        sizes = self.folder.column(Column.BYTES)[documents]
+        train, valid = (type(self)(self.folder, f"{self.name} ({side})") for side in ("training", "validation"))
+        train._documents = valid._documents = documents
+        train.lengths, train.num_bytes = heads + 1, int(sizes.sum()) - tail_bytes
+        valid._skipped, valid.lengths, valid.num_bytes = heads, text - heads + 1, tail_bytes
+        return train, valid
+
+    def _cut_at_character(self, document: int, head: int) -> tuple[int, int]:
+        """Tokens of text before the first cut from `head` on that is not inside a character, and bytes after it."""
+        last = int(self.lengths[document]) - 1
+        if self.tokenizer_id == BYTES:
+            return head, last - head
+        tails = (
+            (cut, self.decode(self.tokens(document, cut + 1).tolist())) for cut in range(head, min(head + 4, last))
+        )
+        whole = ((cut, tail) for cut, tail in tails if not tail.startswith("\N{REPLACEMENT CHARACTER}"))
+        cut, tail = next(whole, (head, self.decode(self.tokens(document, head + 1).tolist())))
+        return cut, len(tail.encode())
+
+
 def open_corpus(source: str | os.PathLike[str]) -> Corpus:
     """The documents of a source: a folder that `retnet data` wrote, or text read as bytes (see `find_documents`).
 
     Raises FileNotFoundError if there is no such path, ValueError if it holds no text or its shards are not whole.
     """
+    if os.fspath(source) != STDLIB and is_shard_folder(Path(source)):
+        return ShardCorpus(ShardFolder(Path(source)), os.fspath(source))
     return ByteCorpus(find_documents(source), os.fspath(source))

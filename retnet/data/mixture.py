@@ -103,10 +103,12 @@ def _check_corpora(corpora: Sequence[Corpus], weights: Sequence[float]) -> None:
     for corpus, weight in zip(corpora, weights):
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"the weight of {corpus.name} is {weight}; accepted: numbers above 0")
-    kinds = {(corpus.vocab_size, corpus.document_start) for corpus in corpora}
+    kinds = {(corpus.tokenizer_id, corpus.vocab_size, corpus.document_start) for corpus in corpora}
     if len(kinds) > 1:
-        each = ", ".join(f"{c.name}: {c.vocab_size}, document start {c.document_start}" for c in corpora)
-        raise ValueError(f"corpora of different vocabularies cannot be mixed ({each})")
+        each = ", ".join(
+            f"{c.name}: {c.tokenizer_id[:12]} of {c.vocab_size}, start {c.document_start}" for c in corpora
+        )
+        raise ValueError(f"corpora of different tokenizers cannot be mixed ({each})")
 
 
 def _table_counts(weights: Sequence[float]) -> NDArray[np.int64]:

@@ -110,7 +110,7 @@ class PackedDataset(Rows):
             corpus = ByteCorpus(corpus)
         if length < 2:
             raise ValueError(f"a row needs at least 2 tokens to predict one, got length {length}")
-        if not len(corpus):
+        if not corpus.num_targets:
             raise ValueError("no documents to pack")
         self.corpus, self.length, self.seed = corpus, length, seed
         self.carry_state, self.lanes = carry_state, lanes if carry_state else 1

@@ -2,20 +2,26 @@
 
 A document is a file. Only its path and size are kept here; its bytes are read when a batch needs them, so a folder
 larger than memory is fine. Nothing is decoded: any encoding is bytes. Formats that hold many documents in a file
-(jsonl, parquet) are left out.
+(jsonl, parquet) are for `retnet data`, which writes them as shards.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import lzma
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 STDLIB = "stdlib"
 SNIFF_BYTES = 8192
+COMPRESSED = {".gz", ".xz"}
+DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
 # Installed packages and tests, which differ from one distribution to the next, and one generated 700 KB file of prose.
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
 
@@ -56,11 +62,12 @@ class Split:
     valid: tuple[Document, ...]
 
 
-def find_documents(source: str | os.PathLike[str]) -> tuple[Document, ...]:
+def find_documents(source: str | os.PathLike[str], *, unpack: bool = False) -> tuple[Document, ...]:
     """The documents of a source, sorted by name.
 
     source: `stdlib` (the Python standard library's own source, found through sysconfig, without its tests,
         generated documentation and installed packages), a file, or a folder, searched to any depth.
+    unpack: take compressed text and parquet too, for readers that can open them; sizes are those on disk.
 
     In a folder, names that start with a dot and `__pycache__` are not looked at, and links to folders are not
     followed. Empty files are skipped, and so are binary ones: those with a zero byte in their first 8 KiB (the rule
@@ -76,7 +83,7 @@ def find_documents(source: str | os.PathLike[str]) -> tuple[Document, ...]:
         if not root.exists():
             raise FileNotFoundError(f"no such file or folder: {root} (data is a file, a folder, or {STDLIB!r})")
         candidates = _walk(root, set()) if root.is_dir() else iter([root])
-    return _keep_text(root, candidates)
+    return _keep_text(root, candidates, unpack)
 
 
 def split_documents(documents: Sequence[Document], valid_fraction: float = 0.05) -> Split:
@@ -106,7 +113,7 @@ def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
         yield from (Path(folder, file) for file in sorted(files) if not file.startswith("."))
 
 
-def _keep_text(root: Path, candidates: Iterable[Path]) -> tuple[Document, ...]:
+def _keep_text(root: Path, candidates: Iterable[Path], unpack: bool) -> tuple[Document, ...]:
     documents: list[Document] = []
     seen = empty = binary = 0
     for path in candidates:
@@ -117,15 +124,28 @@ def _keep_text(root: Path, candidates: Iterable[Path]) -> tuple[Document, ...]:
         if size == 0:
             empty += 1
             continue
-        with open(path, "rb") as file:
-            if b"\0" in file.read(SNIFF_BYTES):
-                binary += 1
-                continue
+        if not (unpack and path.suffix == ".parquet") and _is_binary(path, unpack):
+            binary += 1
+            continue
         name = path.name if path == root else path.relative_to(root).as_posix()
         documents.append(Document(name, path, size))
     if not documents:
         raise ValueError(f"no text in {root}: {seen} files seen, {empty} empty, {binary} binary")
     return tuple(sorted(documents, key=lambda document: document.name))
+
+
+def unpacked(raw: BinaryIO, suffix: str) -> BinaryIO:
+    """An open file as it would read decompressed, if its suffix is one of `COMPRESSED`; damage raises a `DAMAGED`."""
+    openers = {".gz": gzip.open, ".xz": lzma.open}
+    return cast(BinaryIO, openers[suffix](raw)) if suffix in openers else raw
+
+
+def _is_binary(path: Path, unpack: bool) -> bool:
+    try:
+        with open(path, "rb") as raw, unpacked(raw, path.suffix if unpack else "") as file:
+            return b"\0" in file.read(SNIFF_BYTES)
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged or cut off: {error}") from error
 
 
 def _hash_fraction(name: str) -> float:

@@ -95,7 +95,7 @@ def test_bad_arguments_say_what_was_given(three, numbered):
         Mixture(three[:2], [1, 1e-6], 16)
     with pytest.raises(ValueError, match=r"give 2\.8, 1\.2 of 4 lanes"):
         Mixture(three[:2], [0.7, 0.3], 16, carry_state=True, lanes=4)
-    with pytest.raises(ValueError, match=r"different vocabularies .*numbered: 257, document start 0"):
+    with pytest.raises(ValueError, match=r"different tokenizers .*numbered: bytes of 257, start 0"):
         Mixture([three[0], numbered([9], vocab_size=257)], [1, 1], 16)
     with pytest.raises(IndexError, match="row -1"):
         Mixture(three, [1, 1, 1], 16)[-1]

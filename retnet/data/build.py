@@ -1,0 +1,206 @@
+"""Sources to a folder of token shards: the whole run, which can be interrupted anywhere and goes on where it was.
+
+Everything is written into `OUT.partial`, and OUT appears, by one rename, when all of it is on disk. What has been
+interrupted (killed, out of disk) leaves `OUT.partial` with the shards that are done; the same command goes on from
+there and ends with the same bytes as a run that was never interrupted. Data that cannot be read ends the run, and
+nothing remains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from retnet.data.durable import sync_folder, write_json
+from retnet.data.encoders import BYTES, Encoder, find_encoder
+from retnet.data.plan import Piece, Settings, describe_files, make_plan
+from retnet.data.pool import write_here, write_in_parallel
+from retnet.data.readers import DataError
+from retnet.data.shard_writer import Counts
+from retnet.data.shards import FORMAT, MANIFEST, SUFFIXES, TOKENIZER, VERSION, hash_file
+
+PARTIAL = ".partial"
+_DATA, _RUN, _LOCK = "data", "run.json", "lock"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """counts: so far, with the shards that an earlier run had done; size: of everything, in the unit of counts.size."""
+
+    counts: Counts
+    size: int
+
+
+def build_shards(
+    sources: Sequence[str],
+    out: Path,
+    *,
+    tokenizer: str = BYTES,
+    document_start: str | None = None,
+    with_end: bool = False,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    shard_size: int | None = None,
+    workers: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Write the folder `out` and return its manifest.
+
+    sources, settings, shard_size: see `make_plan`. tokenizer, document_start, with_end: see `find_encoder`.
+    workers: processes; None: one a core. A script that asks for more than one needs the usual
+        `if __name__ == "__main__"`.
+
+    Raises DataError (a ValueError) for data that cannot be read, named by file and line; ValueError or
+    FileNotFoundError for arguments that cannot be used, `out` that exists, or sources that have changed since an
+    interrupted run; OSError for what cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists; accepted: a folder that does not, or is empty")
+    encoder = find_encoder(tokenizer, document_start, with_end=with_end)
+    plan = make_plan(sources, settings, shard_size)
+    run = {
+        "sources": list(sources),
+        "settings": asdict(settings),
+        "tokenizer": encoder.describe(),
+        "shard_size": shard_size,
+        "files": describe_files(plan),
+    }
+    partial = out.with_name(out.name + PARTIAL)
+    with _locked(partial):
+        _begin(partial, run, encoder)
+        try:
+            _write_missing(plan, settings, encoder, partial / _DATA, workers or os.cpu_count() or 1, on_progress)
+            manifest = _finish(partial / _DATA, plan, run, encoder)
+        except DataError:
+            shutil.rmtree(partial)
+            raise
+        if out.is_dir():
+            out.rmdir()
+        (partial / _DATA).rename(out)
+        sync_folder(out.parent)
+        shutil.rmtree(partial)
+    return manifest
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold the folder of an unfinished run, made if it is not there; the lock goes with the process."""
+    import fcntl
+
+    partial.mkdir(parents=True, exist_ok=True)
+    strangers = [entry.name for entry in partial.iterdir() if entry.name not in (_DATA, _RUN, _LOCK)]
+    strangers = [name for name in strangers if not name.startswith(f".{_RUN}")]
+    if strangers:
+        raise ValueError(f"{partial} is in the way: it holds {strangers[0]}, which `retnet data` does not write")
+    with open(partial / _LOCK, "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another run is writing {partial}") from error
+        yield
+
+
+def _begin(partial: Path, run: dict[str, Any], encoder: Encoder) -> None:
+    """Start a run, or check that what is there is the same run and clear what it left half-written."""
+    data = partial / _DATA
+    if (partial / _RUN).is_file():
+        before = json.loads((partial / _RUN).read_bytes())
+        if changed := list(_differences(before, json.loads(json.dumps(run)))):
+            raise ValueError(
+                f"{partial} holds an interrupted run with other {', '.join(changed)}; remove it to begin anew, or give "
+                "what it was given"
+            )
+    else:
+        if data.exists():
+            shutil.rmtree(data)
+        data.mkdir()
+        encoder.save(data / TOKENIZER)
+        write_json(partial / _RUN, run)
+    for file in data.iterdir():
+        if file.is_file() and (file.name.startswith(".") or not file.with_suffix(".json").exists()):
+            file.unlink()
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for key in before.keys() | now.keys():
+        if before.get(key) == now.get(key):
+            continue
+        if key != "files":
+            yield key
+            continue
+        changed = [path for path in before[key].keys() | now[key].keys() if before[key].get(path) != now[key].get(path)]
+        yield f"files ({min(changed)}{f' and {len(changed) - 1} more' if changed[1:] else ''})"
+
+
+def _write_missing(
+    plan: list[list[Piece]],
+    settings: Settings,
+    encoder: Encoder,
+    data: Path,
+    workers: int,
+    on_progress: Callable[[Progress], None] | None,
+) -> None:
+    """Write the shards that are not there yet."""
+    counts: dict[int, Counts] = {}
+    missing: dict[int, list[Piece]] = {}
+    for number, pieces in enumerate(plan):
+        if (data / f"{number:05}.json").is_file():
+            record = json.loads((data / f"{number:05}.json").read_bytes())
+            counts[number] = Counts(sum(p.size for p in pieces), record["documents"], record["tokens"])
+        else:
+            missing[number] = pieces
+    size = sum(piece.size for pieces in plan for piece in pieces)
+    total = Counts(*(sum(column) for column in zip(Counts(), *counts.values())))
+
+    def report(number: int, latest: Counts) -> None:
+        nonlocal total
+        total = Counts(*(t + new - old for t, new, old in zip(total, latest, counts.get(number, Counts()))))
+        counts[number] = latest
+        if on_progress:
+            on_progress(Progress(total, size))
+
+    workers = min(workers, len(missing))
+    if workers > 1:
+        write_in_parallel(missing, settings, encoder.describe(), data / TOKENIZER, data, workers, report)
+    else:
+        write_here(missing, settings, encoder, data, report)
+
+
+def _finish(data: Path, plan: list[list[Piece]], run: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
+    """Write the manifest, which makes the folder whole."""
+    shards = []
+    lines = 0
+    for number in range(len(plan)):
+        name = f"{number:05}"
+        record = json.loads((data / f"{name}.json").read_bytes())
+        before = lines if record["continues"] else 0
+        lines = record["pieces"][-1]["lines"] + (before if len(record["pieces"]) == 1 else 0)
+        shards.append(
+            {
+                "name": name,
+                **{key: record[key] for key in ("documents", "tokens", "bytes")},
+                "lines_before": before,
+                "size": {suffix: (data / f"{name}.{suffix}").stat().st_size for suffix in SUFFIXES},
+                "sha256": record["sha256"] | {"json": hash_file(data / f"{name}.json")},
+            }
+        )
+    totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
+    if not totals["bytes"]:
+        raise DataError(f"no text in {', '.join(run['sources'])}")
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        **totals,
+        "dtype": encoder.dtype.str,
+        "tokenizer": encoder.describe(),
+        "sources": [Path(source).name for source in run["sources"]],
+        "settings": run["settings"],
+        "shards": shards,
+    }
+    write_json(data / MANIFEST, manifest)
+    return manifest

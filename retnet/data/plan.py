@@ -1,0 +1,210 @@
+"""What is to be read, before anything is: sources to files, files to pieces, pieces to shards.
+
+A shard is a task: a run of pieces of about the same size, read and written by one process. The plan depends on the
+sources and settings alone, so any number of processes writes the same bytes, and an interrupted run knows what is left.
+Big files are cut between documents, here, by looking at the few bytes around each cut; compressed ones are not cut.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from retnet.data.sources import COMPRESSED, STDLIB, find_documents
+
+HUB_PREFIX = "hf:"
+MIN_SHARD, MAX_SHARD, SHARDS = 1 << 24, 1 << 29, 256
+_LOOK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How text is found in files.
+
+    field: the text in a record of jsonl, parquet or a dataset.
+    separator: what stands between documents of a text file; None: a file is a document.
+    config, split: of a dataset.
+    """
+
+    field: str = "text"
+    separator: str | None = None
+    config: str | None = None
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file, between documents: bytes [begin, end) of text or jsonl, row groups of parquet, rows of arrow.
+
+    name: the file's path from the folder that holds its source: the same on every machine.
+    kind: text, jsonl, parquet or arrow.
+    size: bytes on disk, or of the rows: what progress counts.
+    first_row: number of the first row in parquet and arrow.
+    """
+
+    path: str
+    name: str
+    kind: str
+    begin: int
+    end: int
+    size: int
+    first_row: int = 0
+
+
+def make_plan(sources: Sequence[str], settings: Settings, shard_size: int | None = None) -> list[list[Piece]]:
+    """The pieces of each shard.
+
+    sources: files, folders, `stdlib`, folders of `Dataset.save_to_disk`, or `hf:NAME` for a dataset of the hub.
+    shard_size: bytes of input in a shard, about; None: a 256th of everything, between 16 MiB and 512 MiB.
+
+    Raises FileNotFoundError if there is no such source, ValueError if there is no text in one.
+    """
+    files = [piece for source in sources for piece in _find_files(source, settings)]
+    if shard_size is None:
+        shard_size = min(max(sum(file.size for file in files) // SHARDS, MIN_SHARD), MAX_SHARD)
+    shards: list[list[Piece]] = []
+    room = 0
+    for file in files:
+        for piece in _cut(file, room if shards else shard_size, shard_size, settings.separator):
+            if room <= 0:
+                shards.append([])
+                room = shard_size
+            shards[-1].append(piece)
+            room -= piece.size
+    return shards
+
+
+def describe_files(plan: Iterable[Iterable[Piece]]) -> dict[str, list[int]]:
+    """Size and time of change of every file: what must not change while a run is interrupted."""
+    paths = sorted({piece.path for pieces in plan for piece in pieces})
+    return {path: [(stat := Path(path).stat()).st_size, stat.st_mtime_ns] for path in paths}
+
+
+def plan_record(pieces: Iterable[Piece]) -> list[dict[str, Any]]:
+    """Pieces as JSON keeps them."""
+    return [asdict(piece) for piece in pieces]
+
+
+def _find_files(source: str, settings: Settings) -> Iterator[Piece]:
+    if source.startswith(HUB_PREFIX):
+        yield from _hub_files(source.removeprefix(HUB_PREFIX), settings)
+        return
+    path = Path(source)
+    if source != STDLIB and not path.exists():
+        raise FileNotFoundError(
+            f"no such file or folder: {path} (accepted: files, folders, {STDLIB!r}, {HUB_PREFIX}NAME for a dataset)"
+        )
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        yield from _saved_dataset(path, settings.split)
+        return
+    for document in find_documents(source, unpack=True):
+        base = path.name if path.is_dir() else ""
+        name = f"{base or STDLIB}/{document.name}" if source == STDLIB or path.is_dir() else document.name
+        yield from _whole_file(document.path, name, document.size)
+
+
+def _whole_file(path: Path, name: str, size: int) -> Iterator[Piece]:
+    """A file as one piece, or parquet as a piece for each row group."""
+    kind = file_kind(path)
+    if kind == "parquet":
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import read_metadata
+
+        try:
+            metadata = read_metadata(path)
+        except (ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path} is not parquet: {error}") from error
+        row = 0
+        for group in range(metadata.num_row_groups):
+            entry = metadata.row_group(group)
+            yield Piece(str(path), name, kind, group, group + 1, entry.total_byte_size, row)
+            row += entry.num_rows
+        return
+    yield Piece(str(path), name, kind, 0, size, size)
+
+
+def file_kind(path: Path) -> str:
+    """How a file is read, by its name."""
+    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(plain.suffix, "text")
+
+
+def _hub_files(name: str, settings: Settings) -> Iterator[Piece]:
+    """A dataset of the hub, downloaded, as the arrow files of its cache."""
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, settings.config, split=settings.split)
+    except Exception as error:  # datasets and the hub have many
+        raise FileNotFoundError(f"cannot load dataset {name}, split {settings.split}: {error}") from error
+    files = [
+        piece
+        for number, file in enumerate(dataset.cache_files)
+        for piece in _arrow_file(Path(file["filename"]), f"{name}/{settings.split}-{number:05}")
+    ]
+    if (rows := sum(file.end for file in files)) != dataset.num_rows:
+        raise ValueError(
+            f"split {settings.split!r} of {name} is {dataset.num_rows} of {rows} rows; accepted: a whole split, or a "
+            "folder that `save_to_disk` wrote"
+        )
+    yield from files
+
+
+def _saved_dataset(path: Path, split: str) -> Iterator[Piece]:
+    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
+        if split not in splits:
+            raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(splits)} (choose one with --split)")
+        path = path / split
+    for file in json.loads((path / "state.json").read_bytes())["_data_files"]:
+        yield from _arrow_file(path / file["filename"], f"{path.name}/{file['filename']}")
+
+
+def _arrow_file(path: Path, name: str) -> Iterator[Piece]:
+    from pyarrow import ArrowInvalid, ipc, memory_map
+
+    try:
+        with memory_map(str(path)) as file:
+            rows = sum(batch.num_rows for batch in ipc.open_stream(file))
+    except (ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not an arrow stream: {error}") from error
+    yield Piece(str(path), name, "arrow", 0, rows, path.stat().st_size)
+
+
+def _cut(file: Piece, room: int, shard_size: int, separator: str | None) -> Iterator[Piece]:
+    """A file in pieces that fill the shard that is being filled, then whole shards."""
+    compressed = Path(file.path).suffix in COMPRESSED
+    if file.size <= room or compressed or file.kind == "parquet" or (file.kind == "text" and separator is None):
+        yield file
+        return
+    begin, want = file.begin, room if room > 0 else shard_size
+    while begin < file.end:
+        if file.kind == "arrow":
+            rows = max(1, (file.end - file.begin) * want // file.size)
+            end = min(file.end, begin + rows)
+            size = file.size * (end - begin) // (file.end - file.begin)
+        else:
+            mark = b"\n" if file.kind == "jsonl" else (separator or "").encode()
+            end = _after(Path(file.path), mark, begin, begin + want, file.end)
+            size = end - begin
+        yield replace(file, begin=begin, end=end, size=size, first_row=begin if file.kind == "arrow" else 0)
+        begin, want = end, shard_size
+
+
+def _after(path: Path, mark: bytes, begin: int, at: int, end: int) -> int:
+    """Where the first mark inside [begin, end) that ends at `at` or later ends; `end` if there is none."""
+    begin = max(at - len(mark), begin)
+    window = b""
+    with open(path, "rb") as file:
+        file.seek(begin)
+        while block := file.read(_LOOK):
+            window += block
+            if (found := window.find(mark)) >= 0:
+                return min(begin + found + len(mark), end)
+            kept = min(len(mark) - 1, len(window))
+            begin, window = begin + len(window) - kept, window[len(window) - kept :]
+    return end

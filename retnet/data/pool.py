@@ -1,0 +1,116 @@
+"""Shards over worker processes: each writes whole shards by itself and sends back counts alone.
+
+The pool of the standard library waits for ever for a worker that was killed, and its executor cannot be stopped in the
+middle of a task. Here a worker that dies is noticed at once, and workers end by themselves when the parent has gone.
+Workers are spawned, not forked: the parent may have threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, cast
+
+from retnet.data.encoders import Encoder, saved_encoder
+from retnet.data.plan import Piece, Settings
+from retnet.data.readers import DataError
+from retnet.data.shard_writer import Counts, write_shard
+
+Shards = Mapping[int, list[Piece]]
+Report = Callable[[int, Counts], None]
+
+
+def write_here(shards: Shards, settings: Settings, encoder: Encoder, directory: Path, report: Report) -> None:
+    """Write shards one after the other in this process; `report` gets a shard's number and counts after every batch."""
+    for number, pieces in shards.items():
+        write_shard(number, pieces, settings, encoder, directory, partial(report, number))
+
+
+def write_in_parallel(
+    shards: Shards,
+    settings: Settings,
+    tokenizer: dict[str, Any],
+    tokenizer_folder: Path,
+    directory: Path,
+    count: int,
+    report: Report,
+) -> None:
+    """The same in `count` processes, shards in no fixed order.
+
+    Raises what a worker raised, and ChildProcessError for a worker that died.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers: dict[Connection, Any] = {}
+    waiting = iter(shards.items())
+    try:
+        for _ in range(min(count, len(shards))):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work, args=(theirs, settings, tokenizer, tokenizer_folder, directory), daemon=True
+            )
+            process.start()
+            theirs.close()
+            workers[ours] = process
+            ours.send(next(waiting))
+        while workers:
+            for connection in cast(list[Connection], wait(list(workers))):
+                message = _receive(connection, workers[connection])
+                if isinstance(message, BaseException):
+                    raise message
+                if message is not None:
+                    report(*message)
+                    continue
+                task = next(waiting, None)  # the worker is idle
+                connection.send(task)
+                if task is None:
+                    workers.pop(connection).join()
+                    connection.close()
+    finally:
+        for connection, process in workers.items():
+            process.terminate()
+            process.join()
+            connection.close()
+
+
+def _receive(connection: Connection, process: Any) -> tuple[int, Counts] | BaseException | None:
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        return ChildProcessError(
+            f"a worker process died (exit code {process.exitcode}; killed for its memory, perhaps: fewer --workers "
+            "need less); the same command goes on where it stopped"
+        )
+
+
+def _send(connection: Connection, number: int, counts: Counts) -> None:
+    connection.send((number, counts))
+
+
+def _work(
+    connection: Connection, settings: Settings, tokenizer: dict[str, Any], tokenizer_folder: Path, directory: Path
+) -> None:
+    """A worker: tasks come and counts go through the connection; None says idle, or from the parent, the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+        encoder = saved_encoder(tokenizer_folder, tokenizer)
+        while (task := connection.recv()) is not None:
+            number, pieces = task
+            try:
+                write_shard(number, pieces, settings, encoder, directory, partial(_send, connection, number))
+            except (BrokenPipeError, ConnectionResetError):
+                raise
+            except (DataError, OSError) as error:
+                connection.send(error)
+            except Exception:
+                connection.send(RuntimeError(f"shard {number}: {traceback.format_exc()}"))
+            else:
+                connection.send(None)
