@@ -28,7 +28,6 @@ from retnet.serve.speculation import PromptLookup, Speculation, VerifyStep
 from retnet.serve.step import FAILED, DecodeStep
 from retnet.serve.stopping import Decode, StopStrings
 
-
 # Tokens of a prompt a call. A GPU is busy only with many; a CPU computes fewer while running requests wait.
 PROMPT_BLOCK = {"cpu": 256, "cuda": 2048}
 LONGEST_RING = 64  # rows that a program keeps beside its slice of a state
@@ -372,7 +371,9 @@ class Engine:
         """Add a new token, that of `place` [slot, t], to a request; returns why it ends the output, if it does."""
         if token == FAILED:
             position = len(generation.seen)
-            generation.error = f"the logits of token {position} are not all finite: weights or state hold NaN or infinity"
+            generation.error = (
+                f"the logits of token {position} are not finite: its state or the weights are not"
+            )
             return "failed"
         request = generation.request
         generation.seen.append(token)
@@ -418,7 +419,7 @@ def _check_deferred_writes(length: int, speculation: Speculation | None) -> None
         raise ValueError(f"deferred_writes is {length}; accepted: 0, or a power of two from 2 to {LONGEST_RING}")
     if length and speculation is not None:
         raise ValueError(
-            f"deferred_writes is {length} with speculation, which keeps its drafts' rows itself; accepted: one of the two"
+            f"deferred_writes is {length} with speculation, which keeps its drafts' rows itself; accepted: either one"
         )
 
 
@@ -429,7 +430,7 @@ def _use_graphs(asked: bool | None, model: LanguageModel, device: torch.device) 
         raise ValueError(f"graphs is True for a model on {device}; accepted there: False or None")
     if asked and routed is not None:
         raise ValueError(
-            f"graphs is True and layer {routed} is a mixture of experts, whose shapes depend on what it routes; accepted: "
-            "False or None"
+            f"graphs is True and layer {routed} is a mixture of experts, whose shapes depend on what it routes; "
+            "accepted: False or None"
         )
     return on_gpu and routed is None if asked is None else asked

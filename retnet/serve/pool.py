@@ -10,9 +10,9 @@ import torch
 
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.hyena import HyenaConfig
+from retnet.layers.state import RetentionState
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
-from retnet.layers.state import RetentionState
 from retnet.models.states import ModelState
 from retnet.ops.decode import Ring
 from retnet.serve.fused import FusedBlock

@@ -43,7 +43,7 @@ class DecodeStep:
 
     @torch.no_grad()
     def __call__(self, parts: Parts) -> Sampled:
-        """One token [S, 1] for every active slot, on the host, FAILED where there is none; read before the next call."""
+        """One token [S, 1] for every active slot, on the host, FAILED if there is none; read before the next call."""
         if not self.graphs:
             return self._run(parts).each(Tensor.cpu)
         if parts not in self._captured:

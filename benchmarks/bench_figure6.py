@@ -1,0 +1,158 @@
+"""The paper's Figure 6 redrawn: memory, latency and throughput of decoding at the 6.7B shape, against a fair rival.
+
+    python benchmarks/bench_figure6.py --lengths 512 2048 8192 32768 --batch 8 --budget 64 --plot out/figure6
+
+The paper compares with a Transformer whose cache grows by concatenation. Here the Transformer has a static cache, one
+CUDA graph a token, the same fused products, attention over exactly the cached tokens, and either as many heads of keys
+and values as of queries (MHA) or 8 (GQA). Weights are random, bfloat16; RetNet's states are float32. Points:
+
+    memory      MiB that one sequence keeps beside the weights
+    latency     a step of --batch sequences, as the host waits for it
+    throughput  a step of as many sequences as fit into --budget GiB beside the weights (at most --most)
+
+The crossover is where the Transformer's cache, and where its step, becomes the larger: below it RetNet loses.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import runner
+import torch
+from plots import save_lines
+from rivals import LLAMAS, TransformerStep
+from runner import Point, append, median_milliseconds, table
+
+from retnet.models.lm import LanguageModel
+from retnet.models.presets import preset
+from retnet.serve.engine import Engine
+from retnet.serve.request import Request
+from retnet.serve.sampling import Sampling
+
+GQA_HEADS = 8
+RING = 32
+STEPS = 2 * RING  # a multiple of the ring: the steps that fold count
+
+
+def affordable(budget: float, one: int, most: int) -> int:
+    """Sequences of `one` bytes in `budget` GiB: a multiple of 4, or fewer than 4."""
+    count = min(most, int(budget * 2**30 / one))
+    return count if count < 4 else count // 4 * 4
+
+
+def point(case: str, name: str, what: str, milliseconds: float, bytes_a_sequence: int, batch: int) -> Point:
+    note = f"batch {batch}, {1e3 * batch / milliseconds:.0f} tokens/s"
+    return Point("figure6", case, name, what, milliseconds, extra_mebibytes=bytes_a_sequence / 2**20, note=note)
+
+
+def retnet_step(model: LanguageModel, batch: int, ring: int) -> tuple[float, int]:
+    """(milliseconds of a step, bytes a sequence); the context's length is nowhere in it."""
+    engine = Engine(model, num_slots=batch, deferred_writes=ring)
+    for slot in range(batch):
+        engine.submit(Request([slot], None, Sampling(temperature=0), ignore_eos=True))
+    while engine.stats().waiting or engine.stats().running < batch:
+        engine.step()
+    for _ in range(RING):
+        engine.step()
+    taken = median_milliseconds(lambda: [engine.step() for _ in range(STEPS)], budget=0.5, least=1) / STEPS
+    return taken, engine.pool.cost.state
+
+
+def by_retnet(options: argparse.Namespace) -> Iterator[Point]:
+    """The same for every length: measured once, drawn at each."""
+    with torch.device("cuda"):
+        model = LanguageModel(replace(preset(options.model), dtype="bfloat16")).eval()
+    for name, ring in (("RetNet", 0), (f"RetNet, writes deferred by {RING}", RING)):
+        _, one = retnet_step(model, 1, ring)
+        for what, batch in (("latency", options.batch), ("throughput", affordable(options.budget, one, options.most))):
+            taken, one = retnet_step(model, batch, ring)
+            torch.cuda.empty_cache()
+            for length in options.lengths:
+                yield point(f"length {length}", name, what, taken, one, batch)
+    del model
+    torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def by_transformer(options: argparse.Namespace) -> Iterator[Point]:
+    heads = LLAMAS[options.model][2]
+    for name, kv_heads in (("Transformer, MHA", heads), (f"Transformer, GQA {GQA_HEADS}", GQA_HEADS)):
+        weights = None
+        for length in options.lengths:
+            step = TransformerStep(options.model, kv_heads, 1, length, weights)
+            weights, one = step.weights, step.cache.numel() * step.cache.element_size()
+            del step
+            for what, batch in (
+                ("latency", options.batch),
+                ("throughput", affordable(options.budget, one, options.most)),
+            ):
+                if batch < 1 or batch * one > options.budget * 2**30:
+                    print(f"{name}, length {length}, {what}: {max(1, batch)} sequences do not fit into the budget")
+                    continue
+                step = TransformerStep(options.model, kv_heads, batch, length, weights)
+                taken, _ = runner.device_milliseconds(step.run)
+                yield point(f"length {length}", name, what, taken, one, batch)
+                del step
+                torch.cuda.empty_cache()
+
+
+def crossovers(points: list[Point]) -> Iterator[str]:
+    """For each rival and quantity, the first measured length at which RetNet is ahead."""
+    lengths = sorted({int(p.case.split()[-1]) for p in points})
+    ours = [p for p in points if p.implementation == "RetNet"]
+    for rival in dict.fromkeys(p.implementation for p in points if p.implementation.startswith("Transformer")):
+        theirs = [p for p in points if p.implementation == rival]
+        at = {(p.what, p.case): p for p in theirs}
+        for label, what, larger in (
+            ("memory a sequence", "latency", lambda a, b: a.extra_mebibytes > b.extra_mebibytes),
+            ("latency", "latency", lambda a, b: a.milliseconds > b.milliseconds),
+            ("throughput", "throughput", lambda a, b: tokens_per_second(a) < tokens_per_second(b)),
+        ):
+            pairs = [(int(p.case.split()[-1]), at.get((what, p.case)), p) for p in ours if p.what == what]
+            ahead = [length for length, theirs_at, mine in pairs if theirs_at is not None and larger(theirs_at, mine)]
+            where = f"from {min(ahead)} tokens on" if ahead else f"nowhere up to {lengths[-1]}"
+            yield f"{label}: RetNet is ahead of {rival} {where}"
+
+
+def tokens_per_second(p: Point) -> float:
+    return float(p.note.split(", ")[1].split()[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="retnet-6.7b", choices=sorted(LLAMAS))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--budget", type=float, default=64.0, help="GiB for states or caches")
+    parser.add_argument("--most", type=int, default=256, help="sequences at a time")
+    parser.add_argument("--csv", type=Path, default=Path("out/bench_figure6.csv"))
+    parser.add_argument("--plot", type=Path, help="write PLOT_memory.png, PLOT_latency.png, PLOT_throughput.png")
+    options = parser.parse_args()
+    points = []
+    for measured in (by_retnet, by_transformer):
+        for p in measured(options):
+            print(table([p]), flush=True)
+            append(options.csv, [p])
+            points.append(p)
+    for line in crossovers(points):
+        print(line)
+    if options.plot is not None:
+        latency = [p for p in points if p.what == "latency"]
+        throughput = [
+            replace(p, milliseconds=tokens_per_second(p)) for p in points if p.what == "throughput"
+        ]  # drawn in tokens a second
+        name = options.model
+        save_lines(Path(f"{options.plot}_memory.png"), latency, "length", f"{name}: memory a sequence", "MiB")
+        save_lines(Path(f"{options.plot}_latency.png"), latency, "length", f"{name}: a step of {options.batch}")
+        save_lines(
+            Path(f"{options.plot}_throughput.png"),
+            throughput,
+            "length",
+            f"{name}: as many sequences as fit into {options.budget:g} GiB",
+            "tokens a second",
+        )
+
+
+if __name__ == "__main__":
+    main()

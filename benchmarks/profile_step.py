@@ -1,0 +1,59 @@
+"""Where one decode step's time goes: its kernels on a GPU, its operators on a CPU, and what the host adds.
+
+python benchmarks/profile_step.py --model retnet-1.3b --dtype bfloat16 --batch 1
+"""
+
+import argparse
+import time
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from retnet.models.lm import LanguageModel
+from retnet.models.presets import preset
+from retnet.serve.engine import Engine
+from retnet.serve.request import Request
+from retnet.serve.sampling import Sampling
+
+STEPS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="retnet-125m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--deferred", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--rows", type=int, default=14)
+    options = parser.parse_args()
+    with torch.device(options.device):
+        model = LanguageModel(preset(options.model)).to(getattr(torch, options.dtype)).eval()
+    engine = Engine(model, num_slots=options.batch, deferred_writes=options.deferred)
+    sampling = Sampling(temperature=options.temperature, seed=0)
+    for slot in range(options.batch):
+        engine.submit(Request([slot, 1], None, sampling, ignore_eos=True))
+    for _ in range(3 + options.batch):
+        engine.step()
+    begin = time.perf_counter()
+    for _ in range(STEPS):
+        engine.step()
+    wall = 1e3 * (time.perf_counter() - begin) / STEPS
+    on_gpu = options.device.startswith("cuda")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiled:
+        for _ in range(STEPS):
+            engine.step()
+    rows = [e for e in profiled.key_averages() if not on_gpu or e.self_device_time_total > 0]
+    taken = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / STEPS for e in rows}
+    calls = sum(e.count for e in rows) / STEPS
+    busy = sum(taken.values()) / 1e3
+    print(f"{wall:.3f} ms a step without the profiler; {calls:.0f} kernels or operators, {busy:.3f} ms in them")
+    for e in sorted(rows, key=lambda e: -taken[e.key])[: options.rows]:
+        each = taken[e.key] / max(1.0, e.count / STEPS)
+        print(f"{taken[e.key]:9.1f} us {e.count / STEPS:6.1f} x {each:8.2f} us  {e.key[:110]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What generation is measured beside: transformers' Llama, FLA's RetNet, and a Transformer step as fast as ours.
+
+`generation_milliseconds` times `generate` of transformers as its users call it. `TransformerStep` is the rival that the
+paper's Figure 6 ought to have: the same fused products around attention (`retnet.ops.decode`), a static cache, one CUDA
+graph a token, attention over exactly the cached tokens. It times a step at a fixed length, which flatters it: a real
+one must also grow its cache.
+"""
+
+import importlib.util
+import time
+
+import torch
+import torch.nn.functional as F
+from runner import median_milliseconds
+from torch import Tensor
+
+from retnet.ops.decode import DecodeWeight, InputNorm, decode_linear
+from retnet.ops.rotary import rotate, rotation
+
+# Shapes of Llamas with the parameters of our presets: (layers, width, heads, feed-forward width).
+LLAMAS = {"retnet-125m": (12, 768, 12, 2048), "retnet-1.3b": (24, 2048, 16, 5504), "retnet-6.7b": (32, 4096, 32, 11008)}
+VOCAB = 50304
+
+
+def llama(shape: str, device: torch.device, max_tokens: int):
+    """transformers' Llama of a preset's size, bfloat16, random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers, width, heads, hidden = LLAMAS[shape]
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max_tokens,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return _built(LlamaForCausalLM, config, device)
+
+
+def fla_retnet(shape: str, device: torch.device, max_tokens: int):
+    """FLA's RetNet of a preset's size; None if it is not installed."""
+    if importlib.util.find_spec("fla") is None:
+        return None
+    from fla.models import RetNetConfig, RetNetForCausalLM
+
+    layers, width, heads, _ = LLAMAS[shape]
+    config = RetNetConfig(vocab_size=VOCAB, hidden_size=width, num_hidden_layers=layers, num_heads=heads // 2)
+    config.eos_token_id = None
+    config.max_position_embeddings = max_tokens
+    return _built(RetNetForCausalLM, config, device)
+
+
+def _built(kind, config, device: torch.device):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            return kind(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def generation_milliseconds(model, batch: int, prompt: int, tokens: int, cache: str | None) -> float:
+    """A token of `generate`, the time of its prompt taken off. cache: "static" compiles the step, None grows."""
+    ids = torch.randint(VOCAB, (batch, prompt), device=model.device)
+    options = {"do_sample": False, "pad_token_id": 0} | ({} if cache is None else {"cache_implementation": cache})
+
+    def seconds(count: int) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        model.generate(ids, min_new_tokens=count, max_new_tokens=count, **options)
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    seconds(tokens + 1)  # compiles, captures
+    return 1e3 * (seconds(tokens + 1) - seconds(1)) / tokens
+
+
+@torch.no_grad()
+def prompt_milliseconds(model, prompt: int) -> float:
+    """One forward over a prompt, the logits of its last token."""
+    ids = torch.randint(VOCAB, (1, prompt), device=model.device)
+    return median_milliseconds(lambda: model(ids, use_cache=True, logits_to_keep=1), budget=1.0, least=2)
+
+
+class TransformerStep:
+    """One token of a Llama-shaped Transformer for B sequences with L cached tokens each; random weights.
+
+    kv_heads: heads of keys and values, fewer than heads in grouped-query attention.
+    """
+
+    def __init__(self, shape: str, kv_heads: int, batch: int, length: int, weights: list[DecodeWeight] | None = None):
+        self.layers, width, self.heads, self.hidden = LLAMAS[shape]
+        self.kv_heads, self.head_dim = kv_heads, width // self.heads
+        keys = kv_heads * self.head_dim
+        sizes = [(width + 2 * keys, width), (width, width), (2 * self.hidden, width), (width, self.hidden)]
+        self.weights = weights or [_weight(*size) for _ in range(self.layers) for size in sizes] + [
+            _weight(VOCAB, width)
+        ]
+        self.norm = InputNorm("rms", 1, 1e-6, torch.ones(width, device="cuda", dtype=torch.bfloat16))
+        cache = (self.layers, 2, batch, kv_heads, length, self.head_dim)
+        self.cache = torch.randn(cache, device="cuda", dtype=torch.bfloat16)
+        self.tokens = torch.zeros(batch, dtype=torch.long, device="cuda")
+        self.position = torch.full((batch, 1), length - 1, device="cuda")
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(2 * weight.values.numel() for weight in self.weights)
+
+    def run(self) -> None:
+        """Embed, all layers, the next token; the new key and value overwrite the cache's last."""
+        x = F.embedding(self.tokens, self.weights[-1].values)
+        cos, sin = rotation(self.position, "half", self.head_dim, 10000.0)
+        for i in range(self.layers):
+            inputs, output, up, down = self.weights[4 * i : 4 * i + 4]
+            x = self._attend(x, inputs, output, self.cache[i], cos, sin)
+            opened, other = decode_linear(x, up, norm=self.norm).chunk(2, -1)
+            x = decode_linear(other, down, gate=opened, activation="swish", residual_=x)
+        self.tokens.copy_(decode_linear(x, self.weights[-1], norm=self.norm).argmax(-1))
+
+    def _attend(
+        self, x: Tensor, inputs: DecodeWeight, output: DecodeWeight, cache: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        G, K = self.kv_heads, self.head_dim
+        q, k, v = decode_linear(x, inputs, norm=self.norm).split([self.heads * K, G * K, G * K], -1)
+        q, k = (rotate(z.unflatten(-1, (-1, K))[:, None], cos, sin, "half").transpose(1, 2) for z in (q, k))
+        keys, values = cache
+        keys[:, :, -1:] = k
+        values[:, :, -1] = v.unflatten(-1, (G, K))
+        y = F.scaled_dot_product_attention(q, keys, values, enable_gqa=self.heads != G)
+        return decode_linear(y.transpose(1, 2).flatten(1), output, residual_=x)
+
+
+def _weight(rows: int, columns: int) -> DecodeWeight:
+    return DecodeWeight(torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16).mul_(0.02))
