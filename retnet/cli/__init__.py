@@ -15,6 +15,7 @@ from retnet import __version__
 from retnet.cli._common import Session, report_error
 from retnet.cli.check import check
 from retnet.cli.convert import convert
+from retnet.cli.data import data_app
 from retnet.cli.eval import evaluate
 from retnet.cli.generate import generate
 from retnet.cli.info import info
@@ -41,6 +42,7 @@ app.command("eval")(evaluate)
 app.command()(convert)
 app.command()(tune)
 app.add_typer(stack_app, name="stack")
+app.add_typer(data_app, name="data")
 
 
 def _show_version(wanted: bool) -> None:

@@ -81,7 +81,7 @@ class Corpus(ABC):
         Raises ValueError if the fraction is not between 0 and 1, or if there is too little text for both sides.
         """
 
-    @property
+    @cached_property
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash (hexadecimal) of all that the tokens depend on: equal ones give equal training rows."""

@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from retnet.data.encoders import Encoder, saved_encoder
 from retnet.data.plan import Piece, Settings
@@ -47,7 +47,7 @@ def write_in_parallel(
     Raises what a worker raised, and ChildProcessError for a worker that died.
     """
     context = multiprocessing.get_context("spawn")
-    workers: dict[Connection, Any] = {}
+    workers: dict[Any, Any] = {}  # connection -> process
     waiting = iter(shards.items())
     try:
         for _ in range(min(count, len(shards))):
@@ -60,7 +60,8 @@ def write_in_parallel(
             workers[ours] = process
             ours.send(next(waiting))
         while workers:
-            for connection in cast(list[Connection], wait(list(workers))):
+            ready: list[Any] = list(wait(list(workers)))
+            for connection in ready:
                 message = _receive(connection, workers[connection])
                 if isinstance(message, BaseException):
                     raise message
@@ -79,7 +80,7 @@ def write_in_parallel(
             connection.close()
 
 
-def _receive(connection: Connection, process: Any) -> tuple[int, Counts] | BaseException | None:
+def _receive(connection: Any, process: Any) -> tuple[int, Counts] | BaseException | None:
     try:
         return connection.recv()
     except (EOFError, ConnectionResetError):

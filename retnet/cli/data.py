@@ -1,0 +1,230 @@
+"""`retnet data`: text to token shards, and what is in them."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retnet.cli._common import console, errors, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from retnet.data import Corpus
+    from retnet.data.build import Progress
+
+WRITE = "write"
+PLOT = "lengths.png"
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
+
+
+class _WriteByDefault(typer.core.TyperGroup):
+    """`retnet data SOURCE... OUT` is `retnet data write SOURCE... OUT`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, "-h", "--help"}:
+            args = [WRITE, *args]
+        return super().parse_args(ctx, args)
+
+
+data_app = typer.Typer(
+    cls=_WriteByDefault,
+    help="Text to token shards: retnet data SOURCE... OUT. Then: show, check.",
+    no_args_is_help=True,
+)
+
+
+@data_app.command(WRITE)
+def write(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE... OUT",
+            help="Files (text, jsonl, parquet; .gz and .xz too), folders, 'stdlib', folders of save_to_disk, hf:NAME "
+            "for a dataset of the Hugging Face hub; then the folder to write.",
+        ),
+    ],
+    tokenizer: Annotated[
+        str, typer.Option(help="bytes, a tokenizer.json, a folder with one, or a model of the hub.")
+    ] = "bytes",
+    document_start: Annotated[
+        str | None, typer.Option(help="Special token before documents; by default bos, or else eos.")
+    ] = None,
+    with_end: Annotated[bool, typer.Option("--with-end", help="Also put the eos token after documents.")] = False,
+    field: Annotated[str, typer.Option(help="The text in jsonl, parquet and datasets.")] = "text",
+    separator: Annotated[
+        str | None, typer.Option(help=r"What stands between documents of a text file, such as '\n\n\n' or '<|end|>'.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    shard_size: Annotated[
+        float | None, typer.Option(min=0.001, help="MiB of input in a shard; by default a 256th of all, 16 to 512.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core by default.")] = None,
+) -> None:
+    r"""Write text as token shards that keep documents apart: what `retnet train data=OUT` reads.
+
+    A text file is a document unless --separator cuts it. OUT appears when all of it is on disk; until then the work is
+    in OUT.partial, and an interrupted command goes on from there when it is given again. Data that cannot be read is
+    named by file and line, and nothing is left behind.
+
+    Example: retnet data wiki.txt tokens/wiki --separator '\n\n\n' --tokenizer gpt2/tokenizer.json
+    """
+    if len(paths) < 2:
+        raise ValueError("accepted: retnet data SOURCE... OUT, one source at least and the folder to write")
+    if separator == "":
+        raise ValueError("--separator is empty; accepted: one character at least")
+
+    from retnet.data.build import build_shards
+    from retnet.data.plan import Settings
+
+    *sources, out = paths
+    began = time.perf_counter()
+    try:
+        with _progress() as show_progress:
+            manifest = build_shards(
+                sources,
+                Path(out),
+                tokenizer=tokenizer,
+                document_start=document_start,
+                with_end=with_end,
+                settings=Settings(field, None if separator is None else _unescape(separator), config, split),
+                shard_size=None if shard_size is None else int(shard_size * 2**20),
+                workers=workers,
+                on_progress=show_progress,
+            )
+    except KeyboardInterrupt:
+        errors.print("[dim]interrupted; the same command goes on from here[/]")
+        raise
+    seconds = time.perf_counter() - began
+    shards, documents, tokens = len(manifest["shards"]), manifest["documents"], manifest["tokens"]
+    console.print(
+        f"{escape(out)}: {_count(documents, 'document')}, {tokens / 1e6:.2f}M tokens, {manifest['bytes'] / 1e6:.2f} MB "
+        f"of text in {_count(shards, 'shard')}; {seconds:.1f} s ({manifest['bytes'] / 1e6 / seconds:.1f} MB/s)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@data_app.command()
+def show(
+    source: Annotated[str, typer.Argument(help="A folder that `retnet data` wrote; or text, read as bytes.")],
+    samples: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 3,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 120,
+    seed: Annotated[int, typer.Option(help="Which documents.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help=f"Picture of the document lengths; {PLOT} in the folder by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what a corpus holds: counts, document lengths as numbers and as a picture, and documents decoded."""
+    import numpy as np
+
+    from retnet.data import open_corpus
+    from retnet.data.lengths_plot import save_lengths_plot
+    from retnet.data.shards import is_shard_folder
+    from retnet.data.shuffle import make_key, permute
+
+    corpus = open_corpus(source)
+    if plot is None and is_shard_folder(Path(source)):
+        plot = Path(source) / PLOT
+    if plot is not None:
+        save_lengths_plot(corpus.lengths, f"{source}: {_count(len(corpus), 'document')}", plot)
+    wanted = np.arange(min(samples, len(corpus)))
+    chosen = [int(document) for document in permute(wanted, len(corpus), make_key("samples", seed))]
+    stops = {document: min(length, int(corpus.lengths[document])) for document in chosen}
+    texts = {document: corpus.decode(corpus.tokens(document, 0, stop).tolist()) for document, stop in stops.items()}
+    if as_json:
+        documents = [
+            {"document": d, "from": corpus.describe(d), "tokens": int(corpus.lengths[d]), "text": texts[d]}
+            for d in chosen
+        ]
+        write_json(_facts(corpus) | {"plot": None if plot is None else str(plot), "samples": documents})
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in _facts(corpus).items():
+        table.add_row(f"[bold]{name.replace('_', ' ')}[/]", f"{value:,}" if isinstance(value, int) else str(value))
+    console.print(table)
+    if plot is not None:
+        console.print(f"[dim]document lengths in {escape(str(plot))}[/]", soft_wrap=True)
+    for document in chosen:
+        place = f"{corpus.describe(document)}, {corpus.lengths[document]:,} tokens"
+        console.print(f"\n[bold]document {document:,}[/] [dim]{escape(place)}[/]", soft_wrap=True, highlight=False)
+        console.print(escape(texts[document]), soft_wrap=True, highlight=False)
+
+
+@data_app.command()
+def check(directory: Annotated[Path, typer.Argument(help="A folder that `retnet data` wrote.")]) -> None:
+    """Read every byte and compare it with the manifest's SHA-256; exit code 1 if anything is damaged."""
+    from retnet.data.shards import check_shards
+
+    problems = []
+    shards = 0
+    for _, problem in check_shards(directory):
+        shards += 1
+        problems += [problem] if problem else []
+    for problem in problems:
+        errors.print(f"[bold red]damaged:[/] {escape(problem)}", soft_wrap=True, highlight=False)
+    if problems:
+        raise typer.Exit(1)
+    console.print(f"{escape(str(directory))}: {_count(shards, 'shard')}, all as written", soft_wrap=True)
+
+
+def _facts(corpus: Corpus) -> dict[str, int | float | str]:
+    import numpy as np
+
+    ranks = {"shortest": 0, "median": 50, "90th percentile": 90, "longest": 100}
+    lengths = np.percentile(corpus.lengths, list(ranks.values()), method="nearest")
+    return {
+        "documents": len(corpus),
+        "tokens": corpus.num_tokens,
+        "bytes": corpus.num_bytes,
+        "bytes_per_token": round(corpus.num_bytes / max(corpus.num_targets, 1), 3),
+        "vocabulary": corpus.vocab_size,
+        "tokenizer": corpus.tokenizer_id,
+        **{f"{name} document": int(length) for name, length in zip(ranks, lengths)},
+        "fingerprint": corpus.fingerprint,
+    }
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = ("{task.fields[status]}", BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn())
+    with Bar(
+        *(TextColumn(c) if isinstance(c, str) else c for c in columns),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=errors,
+        transient=True,
+        disable=not errors.is_terminal,
+    ) as bar:
+        task = bar.add_task("", total=None, status="looking for files")
+
+        def show_progress(progress: Progress) -> None:
+            size, documents, tokens = progress.counts
+            status = f"{_count(documents, 'document')}, {tokens / 1e6:,.1f}M tokens"
+            bar.update(task, completed=size, total=progress.size, status=status)
+
+        yield show_progress
+
+
+def _unescape(text: str) -> str:
+    r"""\n, \t, \r, \0 and \\ as the characters they stand for."""
+    return re.sub(r"\\([ntr0\\])", lambda match: _ESCAPES[match[1]], text)
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'' if number == 1 else 's'}"
