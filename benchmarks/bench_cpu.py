@@ -3,11 +3,13 @@
     python benchmarks/bench_cpu.py [rate] [scaling] [train] [--csv FILE]
 
 The floor of a `rate` point counts the recurrence's operations alone, 4 K V a token and head forward and 12 K V with the
-backward, at the rate of a 2048^3 float32 matrix product measured after it. What chunks cost on top, C (K + V), counts
-as loss.
+backward, at the rate of a 2048^3 float32 matrix product measured by turns with it. What chunks cost on top, C (K + V),
+counts as loss.
 """
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,10 +26,19 @@ SCALING_TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 65536)
 ATTENTION_TOKENS = 8192  # longest; beyond it attention takes minutes
 
 
-def matrix_rate() -> float:
-    """Operations a second of a 2048^3 float32 matrix product."""
+def seconds_beside_products(run: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """(median seconds of a call, median rate in operations a second of a 2048^3 product), measured by turns.
+
+    A shared machine changes its speed from second to second: only neighbours in time compare.
+    """
     a, b, c = (torch.randn(2048, 2048) for _ in range(3))
-    return 2 * 2048**3 / (1e-3 * median_milliseconds(lambda: torch.mm(a, b, out=c)))
+    seconds, rates = [], []
+    for _ in range(rounds + 1):
+        for work, into in ((run, seconds), (lambda: torch.mm(a, b, out=c), rates)):
+            start = time.perf_counter()
+            work()
+            into.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]), 2 * 2048**3 / statistics.median(rates[1:])
 
 
 def forward_and_backward(run: Callable[..., torch.Tensor], inputs: list[torch.Tensor], dout: torch.Tensor) -> Callable:
@@ -45,11 +56,13 @@ def rate_points() -> list[Point]:
             return retention(q, k, v, log_decay, mode="chunkwise", return_state=False)[0]
 
         operations = 4 * K * V * B * T * H
-        with torch.no_grad():
-            forward = 1e-3 * median_milliseconds(lambda run=run, inputs=inputs: run(*inputs))
-        both = 1e-3 * median_milliseconds(forward_and_backward(run, inputs, torch.randn(B, T, H, V)))
-        rate = matrix_rate()
-        for what, seconds, count in (("forward", forward, operations), ("forward+backward", both, 3 * operations)):
+        both = forward_and_backward(run, inputs, torch.randn(B, T, H, V))
+        for what, call, count in (
+            ("forward", lambda run=run, inputs=inputs: run(*inputs), operations),
+            ("forward+backward", both, 3 * operations),
+        ):
+            with torch.set_grad_enabled(what != "forward"):
+                seconds, rate = seconds_beside_products(call, rounds=11)
             note = f"matrix product at {rate / 1e9:.0f} GFLOP/s"
             points.append(
                 Point("cpu", f"{B},{T},{H},{K},{V}", "ours", what, 1e3 * seconds, 1e3 * count / rate, note=note)
@@ -75,8 +88,8 @@ def scaling_points() -> list[Point]:
                     lambda a=a, b=b, c=c: F.scaled_dot_product_attention(a, b, c, is_causal=True)
                 )
             cases.append(("attention", attend))
-        for name, time in cases:
-            points.append(Point("cpu", f"T={T}", name, "forward", 1e3 * time, note=f"{1e6 * time / T:.2f} us a token"))
+        for name, took in cases:
+            points.append(Point("cpu", f"T={T}", name, "forward", 1e3 * took, note=f"{1e6 * took / T:.2f} us a token"))
             print(table(points[-1:]), flush=True)
     return points
 

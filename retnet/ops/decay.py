@@ -69,13 +69,17 @@ def running_log_decay(log_decay: Tensor, mask: Tensor | None, num_tokens: int) -
     return finite.cumsum(1), is_reset.long().cumsum(1)
 
 
-def pairwise_decay(total: Tensor, resets: Tensor) -> Tensor:
-    """D[t, s] = product of the decays of tokens s < i <= t, 0 for s > t: [B or 1, T, H] twice -> [B or 1, H, T, T]."""
+def pairwise_decay(total: Tensor, resets: Tensor | None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """D[t, s] = product of the decays of tokens s < i <= t, 0 for s > t: [B or 1, T, H] twice -> [B or 1, H, T, T].
+
+    resets None: there are none. Exponents are differences in float64; exp() and the result are of `dtype`.
+    """
     t_first, s_first = total.transpose(1, 2)[..., :, None], total.transpose(1, 2)[..., None, :]
-    same_segment = resets.transpose(1, 2)[..., :, None] == resets.transpose(1, 2)[..., None, :]
-    causal = torch.ones(total.shape[1], total.shape[1], dtype=torch.bool, device=total.device).tril()
+    apart = torch.ones(total.shape[1], total.shape[1], dtype=torch.bool, device=total.device).triu(1)
+    if resets is not None:
+        apart = apart | (resets.transpose(1, 2)[..., :, None] != resets.transpose(1, 2)[..., None, :])
     # Masked before exp: above the diagonal the exponent is positive and may overflow.
-    return torch.exp((t_first - s_first).masked_fill(~(causal & same_segment), -math.inf))
+    return torch.exp((t_first - s_first).to(dtype).masked_fill(apart, -math.inf))
 
 
 def decay_from_start(total: Tensor, resets: Tensor) -> Tensor:

@@ -20,6 +20,10 @@ from retnet.ops.library import check_values, wide_dtype
 Mode = Literal["auto", "parallel", "recurrent", "chunkwise"]
 Backend = Literal["auto", "torch", "triton", "aten"]
 
+# Tokens a chunk on the CPU. At every head size tried, from (64, 64) to (256, 512), 64 was the fastest or within 10% of
+# it (dev/LOG.md): fewer tokens cost more passes over the state, more cost work inside the chunk.
+CPU_CHUNK_SIZE = 64
+
 
 @dataclass(frozen=True)
 class RetentionPlan:
@@ -159,17 +163,12 @@ def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: 
         if mode == "auto":
             mode = "recurrent" if num_tokens == 1 else "chunkwise"
         return RetentionPlan(mode, chunk_size or 0, backend, {})
-    chunk = chunk_size or _default_chunk_size(q.shape[-1], v.shape[-1])
+    chunk = chunk_size or CPU_CHUNK_SIZE
     if mode == "auto":
         mode = "recurrent" if num_tokens == 1 else "parallel" if num_tokens <= chunk else "chunkwise"
     if mode != "chunkwise":
         chunk = 1 if mode == "recurrent" else max(1, num_tokens)
     return RetentionPlan(mode, chunk, backend, {})
-
-
-def _default_chunk_size(key_dim: int, value_dim: int) -> int:
-    """Measured on the CPU (benchmarks/bench_cpu.py): the wider the state, the less a chunk may spend on C (K + V)."""
-    return 64 if key_dim * value_dim >= 256 * 256 else 128
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

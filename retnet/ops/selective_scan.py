@@ -4,10 +4,11 @@
 
 A channel d has N states, each with a decay of its own: step [D] times rate [D, N] (the paper's Delta and A; write and
 read are its B and C). Matrix products cannot do that chunk by chunk, as they can with retention's one decay a head, so
-tokens are read one after another. All else is vectorised: [B, C, D, N] tensors exist for one chunk of C tokens at a
-time, in the backward too, which keeps the state at the start of each chunk and computes the rest again. On a GPU, where
+tokens are read one after another. On a GPU `retnet/kernels/selective_scan.py` does so in segments side by side. Here
+all but time is vectorised: [B, C, D, N] tensors exist for one chunk of C tokens at a time, in the backward too, which
+keeps the state at the start of each chunk and computes the rest again. float64 on a GPU runs here as well: there, where
 launching a kernel a token takes longer than its work, a chunk is cut into blocks that are scanned side by side and then
-joined: 3 sqrt(C) kernels instead of C.
+joined, 3 sqrt(C) launches instead of C.
 """
 
 from itertools import pairwise
@@ -20,6 +21,7 @@ from retnet.ops.ragged import equal_blocks
 
 # (tokens a chunk, blocks side by side); larger chunks leave a CPU's cache
 _CPU, _CUDA = (32, 1), (256, 16)
+_SEGMENT = 32  # tokens; the kernels keep the state before each for the backward
 
 
 def selective_scan(
@@ -30,7 +32,7 @@ def selective_scan(
     read: Tensor,
     *,
     state: Tensor | None = None,
-    bounds: list[int] | None = None,
+    cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
     blocks: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -41,13 +43,17 @@ def selective_scan(
         rate: [D, N], < 0.
         write, read: [B, T, N].
         state: [S, D, N] before the first token (zeros if None); S = B, or the number of packed sequences.
-        bounds: of the sequences packed into one row (B = 1): 0, ..., T.
+        cu_seqlens: [S + 1] bounds of the sequences packed into one row (B = 1): 0, ..., T.
         chunk_size: tokens whose states are held at a time. blocks: parts of a chunk scanned side by side, where
-            they divide it. Neither changes the result beyond rounding.
+            they divide it. Neither changes the result beyond rounding; given either, a GPU does without its kernels.
 
     Returns y [B, T, D] in x's dtype, and the state [S, D, N] after the last token in float32 (float64 for float64).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    if x.is_cuda and wide == torch.float32 and chunk_size is None and blocks is None:
+        y, final, _ = torch.ops.retnet.selective_scan(x, step, rate, write, read, state, cu_seqlens)
+        return y, final
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     defaults = _CUDA if x.is_cuda else _CPU
     plan = (chunk_size or defaults[0], blocks or defaults[1])
     num_sequences = x.shape[0] if bounds is None else len(bounds) - 1
@@ -135,3 +141,76 @@ class _SelectiveScan(torch.autograd.Function):
             dx[:, c] = dinput * step[:, c]
             drate += torch.einsum("bcdn,bcd->dn", dlog, step[:, c])
         return dx, dstep, drate, dwrite, dread, carried, None, None
+
+
+@torch.library.custom_op("retnet::selective_scan", mutates_args=(), device_types="cuda")
+def _scan_cuda(
+    x: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    write: Tensor,
+    read: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, the last state, the state [segments, N, D] before each segment)."""
+    from retnet.kernels.selective_scan import Scan, scan_forward
+
+    return scan_forward(Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT))
+
+
+@torch.library.custom_op("retnet::selective_scan_backward", mutates_args=(), device_types="cuda")
+def _scan_backward_cuda(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    write: Tensor,
+    read: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from retnet.kernels.selective_scan import Scan
+    from retnet.kernels.selective_scan_grad import scan_backward
+
+    scan = Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT)
+    dx, dstep, drate, dwrite, dread, dstate = scan_backward(scan, starts, dy, dfinal)
+    return dx, dstep, drate.to(rate.dtype), dwrite, dread, dstate
+
+
+@_scan_cuda.register_fake
+def _(x, step, rate, write, read, state, cu_seqlens):
+    B, T, D = x.shape
+    segments = -(-T // _SEGMENT)
+    sequences, slots = B, B * segments
+    if cu_seqlens is not None:
+        sequences = cu_seqlens.shape[0] - 1
+        slots = segments + sequences
+    final = x.new_empty(sequences, D, rate.shape[1], dtype=torch.float32)
+    return x.new_empty(x.shape), final, final.new_empty(slots, rate.shape[1], D)
+
+
+@_scan_backward_cuda.register_fake
+def _(dy, dfinal, x, step, rate, write, read, state, cu_seqlens, starts):
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dstate = x.new_empty(sequences, x.shape[2], rate.shape[1], dtype=torch.float32)
+    return *(z.new_empty(z.shape) for z in (x, step, rate, write, read)), dstate
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[2])
+
+
+def _gradients(ctx, dy, dfinal, _):
+    x, step, rate, write, read, state, cu_seqlens, starts = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    *grads, dstate = torch.ops.retnet.selective_scan_backward(
+        dy, dfinal, x, step, rate, write, read, state, cu_seqlens, starts
+    )
+    return *grads, None if state is None else dstate.to(state.dtype), None
+
+
+_scan_cuda.register_autograd(_gradients, setup_context=_save)
