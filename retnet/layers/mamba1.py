@@ -101,7 +101,7 @@ class Mamba1(WideRates):
             memory = state.memory.copy_(memory) if layout.in_place else memory
         else:
             before = None if state is None else state.memory
-            out, memory = selective_scan(u, step, rate, write, read, state=before, bounds=layout.bounds)
+            out, memory = selective_scan(u, step, rate, write, read, state=before, cu_seqlens=layout.cu_seqlens)
         out = (out + self.skip * u) * F.silu(z)
         out = self.out_proj(out)
         if layout.deferred:

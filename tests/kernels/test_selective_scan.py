@@ -38,7 +38,7 @@ def both(tensors, cu_seqlens, dy, dfinal):
     from retnet.kernels.selective_scan import Scan, scan_forward
     from retnet.kernels.selective_scan_grad import scan_backward
 
-    scan = Scan.of(*tensors, cu_seqlens)
+    scan = Scan.of(*tensors, cu_seqlens, segment=16)
     y, final, starts = scan_forward(scan)
     dx, dstep, drate, dwrite, dread, dstate = scan_backward(scan, starts, dy, dfinal)
     return [y, final, dx, dstep, drate, dwrite, dread, dstate]
@@ -80,6 +80,35 @@ def test_a_packed_sequence_has_the_bits_of_the_same_sequence_alone(device):
         assert torch.equal(a[:, :40], b)
     assert torch.equal(packed[1][:1], alone[1])
     assert torch.equal(packed[7][:1], alone[7])
+
+
+def test_the_operator_has_the_shapes_and_gradients_of_its_kernels(device):
+    """`torch.ops.retnet.selective_scan` and its autograd, fed by the kernels wherever they run."""
+    from retnet.kernels.selective_scan import Scan, scan_forward
+    from retnet.kernels.selective_scan_grad import scan_backward
+    from retnet.ops import selective_scan as ops
+
+    if device == "cpu":
+
+        def forward(*arguments):
+            return scan_forward(Scan.of(*arguments, 32))
+
+        def backward(dy, dfinal, *rest):
+            return scan_backward(Scan.of(*rest[:-1], 32), rest[-1], dy, dfinal)
+
+        ops._scan_cuda.register_kernel("cpu")(forward)
+        ops._scan_backward_cuda.register_kernel("cpu")(backward)
+    *tokens, state = (z.requires_grad_() for z in inputs(1, 19, 5, 4, 2, device))
+    cu_seqlens = torch.tensor([0, 7, 19], device=device)
+    torch.library.opcheck(torch.ops.retnet.selective_scan, (*tokens, state, cu_seqlens))
+    y, final, _ = torch.ops.retnet.selective_scan(*tokens, state, cu_seqlens)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad((y * dy).sum() + final.square().sum(), (*tokens, state))
+    wide = [z.detach().double().requires_grad_() for z in (*tokens, state)]
+    y, final = by_definition(*wide, [0, 7, 19])
+    expected = torch.autograd.grad((y * dy).sum() + final.square().sum(), wide)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 2e-6 * b.norm()
 
 
 @pytest.mark.gpu

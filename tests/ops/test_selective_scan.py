@@ -49,7 +49,7 @@ def test_gradients_are_right_without_the_final_state():
 def test_packed_sequences_equal_each_alone():
     *tokens, state = inputs(rows=1, sequences=4)
     rate, bounds = tokens[2], [0, 3, 3, 4, 11]
-    y, final = selective_scan(*tokens, state=state, bounds=bounds, chunk_size=2)
+    y, final = selective_scan(*tokens, state=state, cu_seqlens=torch.tensor(bounds), chunk_size=2)
     for n in range(4):
         x, step, write, read = (z[:, bounds[n] : bounds[n + 1]] for z in (*tokens[:2], *tokens[3:]))
         expected, last = selective_scan(x, step, rate, write, read, state=state[n : n + 1], chunk_size=2)
