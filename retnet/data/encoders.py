@@ -15,12 +15,15 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retnet.data.byte_vocabulary import DOCUMENT_START, VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BYTES = "bytes"
 TOKENIZER_FILE = "tokenizer.json"
@@ -100,18 +103,12 @@ class TokenizerEncoder(Encoder):
     reads_text = True
 
     def __init__(self, file: Path, start: int, end: int | None):
-        from tokenizers import Tokenizer
-
         self.file = file
-        data = file.read_bytes()
-        try:
-            self._tokenizer = Tokenizer.from_str(data.decode())
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ValueError(f"{file} is not a tokenizer: {error}") from error
+        self._tokenizer = _load(file)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.identity = hashlib.sha256(data).hexdigest()
+        self.identity = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.document_start, self.document_end = start, end
 
@@ -155,24 +152,23 @@ def find_encoder(name: str, start: str | None = None, *, with_end: bool = False)
             raise ValueError("bytes have one document start, 256, and no end; other tokens need a tokenizer.json")
         return ByteEncoder()
     file = _tokenizer_file(name)
-    data = json.loads(file.read_bytes())
-    added = {token["content"]: token for token in data.get("added_tokens", [])}
-    special = [content for content, token in added.items() if token["special"]]
+    added = _load(file).get_added_tokens_decoder()
+    special = {token.content: number for number, token in added.items() if token.special}
+    listed = ", ".join(special) or "none"
     config = _read_config(file)
     if start is None:
-        only = special[0] if len(special) == 1 else None
+        only = next(iter(special)) if len(special) == 1 else None
         start = config.get("bos_token") or config.get("eos_token") or only
-    end = (config.get("eos_token") or start) if with_end else None
-    vocabulary = {content: token["id"] for content, token in added.items()}
-    for token in (start, end):
-        if token is not None and token not in vocabulary:
-            raise ValueError(f"{file} has no special token {token!r}; it has: {', '.join(special) or 'none'}")
     if start is None:
         raise ValueError(
-            f"{file} does not say which token stands before documents; its special tokens: "
-            f"{', '.join(special) or 'none'} (choose one with --document-start)"
+            f"{file} does not say which token stands before documents; its special tokens: {listed} (choose one with "
+            "--document-start)"
         )
-    return TokenizerEncoder(file, vocabulary[start], None if end is None else vocabulary[end])
+    end = config.get("eos_token", start) if with_end else None
+    for token in (start, end):
+        if token is not None and token not in special:
+            raise ValueError(f"{file} has no special token {token!r}; it has: {listed}")
+    return TokenizerEncoder(file, special[start], None if end is None else special[end])
 
 
 def saved_encoder(directory: Path, description: dict[str, Any]) -> Encoder:
@@ -183,6 +179,15 @@ def saved_encoder(directory: Path, description: dict[str, Any]) -> Encoder:
     if encoder.identity != description["identity"]:
         raise ValueError(f"{encoder.file} is not the tokenizer of these tokens: its SHA-256 is {encoder.identity}")
     return encoder
+
+
+def _load(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the class that tokenizers raises
+        raise ValueError(f"{file} is not a tokenizer: {error}") from error
 
 
 def _tokenizer_file(name: str) -> Path:

@@ -1,6 +1,8 @@
-"""A corpus in memory whose tokens tell document and position apart."""
+"""What the tests of data share: a corpus in memory whose tokens tell documents apart, texts, and a small tokenizer."""
 
 from __future__ import annotations
+
+import random
 
 import numpy as np
 import pytest
@@ -46,3 +48,34 @@ class NumberedCorpus(Corpus):
 @pytest.fixture(scope="session")
 def numbered():
     return NumberedCorpus
+
+
+@pytest.fixture(scope="session")
+def articles():
+    """60 texts of a few hundred characters, some of them not ASCII."""
+    rng = random.Random(0)
+    words = ["state", "decay", "chunk", "naïve", "φύσις", "状态", "😀", "It's", "1234", "(x+y)", "token"]
+    lines = [[" ".join(rng.choices(words, k=rng.randint(3, 12))) for _ in range(rng.randint(1, 12))] for _ in range(60)]
+    return ["\n".join(text) for text in lines]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory, articles):
+    """A byte-level BPE tokenizer as GPT-2's, of 400 tokens; as many on the hub do, it cuts texts off and pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(articles, trainer)
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path

@@ -1,0 +1,173 @@
+import gzip
+import json
+import lzma
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retnet.data import readers
+from retnet.data.encoders import find_encoder
+from retnet.data.plan import Piece, Settings
+from retnet.data.readers import DataError, Reading, cut_documents
+
+
+@pytest.fixture(scope="session")
+def small_blocks():
+    """Blocks of 32 bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BLOCK_BYTES", 32)
+        patch.setattr(readers, "_TAIL", 16)
+        yield
+
+
+def piece_of(path, begin=0, end=None, kind=None):
+    kind = kind or {".jsonl": "jsonl", ".parquet": "parquet"}.get(path.suffixes[0], "text")
+    end = path.stat().st_size if end is None else end
+    return Piece(str(path), path.name, kind, begin, end, end - begin)
+
+
+def read(path, *, utf8=True, begin=0, end=None, **settings):
+    """(number, text) of each document."""
+    reading = Reading(piece_of(path, begin, end), Settings(**settings), utf8=utf8)
+    documents, open_text = [], b""
+    for block in reading.blocks():
+        open_text += block.data
+        if block.last:
+            documents.append((block.number, open_text))
+            open_text = b""
+    assert open_text == b""
+    assert reading.progress == 1.0
+    return documents
+
+
+text_of_few_letters = st.text("ab é状 \n;", max_size=200)
+
+
+@given(text_of_few_letters, st.sampled_from(["", ";", ";\n", "ab"]), st.lists(st.integers(1, 40), min_size=1))
+def test_documents_are_what_lies_between_separators_however_the_text_arrives(small_blocks, text, separator, sizes):
+    data = text.encode()
+    chunks, at = [], 0
+    while at < len(data):
+        chunks.append(data[at : at + sizes[len(chunks) % len(sizes)]])
+        at += len(chunks[-1])
+    blocks = list(cut_documents(chunks, separator.encode()))
+    documents = "".join(block.decode() + ("\1" if last else "") for block, last in blocks).split("\1")[:-1]
+    assert documents == (text.split(separator) if separator else [text])
+    assert blocks == list(cut_documents([data], separator.encode()))
+    assert max(len(block) for block, _ in blocks) <= 32
+
+
+def test_a_long_document_in_blocks_has_the_tokens_it_has_at_once(small_blocks, tokenizer_file, articles):
+    encoder = find_encoder(str(tokenizer_file))
+    prose = [text for text in articles if not any(len(word.encode()) > 14 for word in text.split())]
+    assert len(prose) > 20
+    for text in prose:
+        blocks = [block for block, _ in cut_documents([text.encode()], b"")]
+        whole, *parts = encoder.encode([text.encode(), *blocks])
+        assert [token for part in parts for token in part] == whole.tolist()
+    assert len(blocks) > 1
+
+
+def test_a_text_file_is_a_document_and_an_empty_one_is_none(tmp_path):
+    (tmp_path / "a.txt").write_bytes("naïve\n\n\nend".encode())
+    (tmp_path / "empty.txt").write_bytes(b"")
+    assert read(tmp_path / "a.txt") == [(-1, "naïve\n\n\nend".encode())]
+    assert read(tmp_path / "empty.txt") == []
+
+
+def test_a_separator_cuts_a_text_file_and_documents_know_their_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\nmore\n\n\ntwo\n\n\n\n\n\n \n\n\nthree\n\n\n")
+    assert read(path, separator="\n\n\n") == [(1, b"one\nmore"), (5, b"two"), (14, b"three")]
+    assert path.read_bytes().split(b"\n")[13] == b"three"
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_compressed_files_read_as_what_they_hold_and_damage_is_named(tmp_path, suffix, compress):
+    path = tmp_path / f"a.txt{suffix}"
+    whole = compress("naïve text ".encode() * 5000)
+    path.write_bytes(whole)
+    assert read(path) == [(-1, "naïve text ".encode() * 5000)]
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=rf"a\.txt\{suffix} is damaged or cut off"):
+        read(path)
+
+
+def test_bad_utf8_is_named_by_line_and_bytes_take_it_as_it_is(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo\nth\xffree")
+    with pytest.raises(DataError, match=r"a\.txt:3: not UTF-8: invalid start byte 0xff"):
+        read(path)
+    with pytest.raises(DataError, match=r"a\.txt:3: not UTF-8"):
+        read(path, begin=4)
+    with pytest.raises(DataError, match=r"a\.txt:3: not UTF-8"):
+        read(path, separator="\n")
+    assert read(path, utf8=False) == [(-1, b"one\ntwo\nth\xffree")]
+
+
+def test_jsonl_gives_the_field_of_each_line_with_its_number(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": text, "id": 1}) for text in ("first", "", "línea\ntwo", "x" * 100)]
+    path.write_text("\n".join([lines[0], "", *lines[1:]]), encoding="utf-8")
+    assert read(path) == [(1, b"first"), (4, "línea\ntwo".encode()), (5, b"x" * 100)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut', "not JSON: Invalid control character"),
+        (b'{"body": "x", "id": 3}', "no field 'text'; it has: body, id"),
+        (b'{"text": 7}', "'text' is int, not text"),
+        (b'{"text": null}', "'text' is null, not text"),
+        (b'["text"]', "a JSON list; accepted: an object with 'text'"),
+        (b'{"text": "\xff"}', "not UTF-8: invalid start byte 0xff"),
+        (b'{"text": "\\ud800"}', "half a surrogate pair"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"text": "' + b"x" * 3000 + b'"}', "a line of more than 0 MiB"),
+    ],
+)
+def test_a_bad_line_of_jsonl_is_named(tmp_path, monkeypatch, line, message):
+    monkeypatch.setattr(readers, "LINE_BYTES", 2000 if b"xxx" in line else 1 << 26)
+    path = tmp_path / "a.jsonl"
+    good = b'{"text": "good"}\n'
+    path.write_bytes(good * 2 + line + b"\n" + good)
+    with pytest.raises(DataError, match=rf"a\.jsonl:3: .*{message}"):
+        read(path)
+    with pytest.raises(DataError, match=rf"a\.jsonl:3: .*{message}"):
+        read(path, begin=len(good))  # a piece that begins at line 2
+
+
+def test_parquet_and_arrow_give_a_column_and_name_bad_rows(tmp_path):
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    texts = [f"text {i}" for i in range(150)]
+    table = pa.table({"text": texts, "number": range(150), "gaps": [None if i == 70 else "x" for i in range(150)]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100)
+    with ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=40)
+    group = Piece(str(tmp_path / "a.parquet"), "a", "parquet", 1, 2, 1, first_row=100)
+    rows = Piece(str(tmp_path / "a.arrow"), "a", "arrow", 30, 110, 1, first_row=30)
+    for piece, first, last in ((group, 100, 150), (rows, 30, 110)):
+        blocks = list(Reading(piece, Settings(), utf8=True).blocks())
+        assert [(b.number, b.data.decode()) for b in blocks] == [(i, f"text {i}") for i in range(first, last)]
+        with pytest.raises(DataError, match=r"no column 'body'; it has: text, number, gaps"):
+            list(Reading(piece, Settings("body"), utf8=True).blocks())
+        with pytest.raises(DataError, match="column 'number' holds int64; accepted: strings"):
+            list(Reading(piece, Settings("number"), utf8=True).blocks())
+    with pytest.raises(DataError, match=r"a\.arrow row 70: 'gaps' is null, not text"):
+        list(Reading(rows, Settings("gaps"), utf8=True).blocks())
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": [str(i) * 50 for i in range(1000)]}), path, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[100:400] = bytes(300)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.parquet row 0 or after"):
+        list(Reading(Piece(str(path), "a", "parquet", 0, 1, 1), Settings(), utf8=True).blocks())
