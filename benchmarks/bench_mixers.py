@@ -1,0 +1,309 @@
+"""Mixers and stacks of them, side by side in one run.
+
+    python benchmarks/bench_mixers.py mixer [--csv FILE]       one Mamba layer's mixing: ours, FLA's, mamba-ssm's;
+                                                               on a CPU whole layers: ours, transformers' slow path
+    python benchmarks/bench_mixers.py stack [--only NAME ...]  a training step of the tri-mixer `arch_expert_research`
+                                                               (1.53B), a pure RetNet and a Llama of as many parameters
+
+On a GPU bfloat16 throughout, fused AdamW for `stack`. Mamba-2's recurrence is retention with queries and keys shared by
+all heads; flash-linear-attention wants them for every head, so "fla" copies them as a Mamba-2 of its would, and "per
+head" compares the operators alone, both with queries and keys a head. Implementations that are not installed are left
+out and named.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from runner import Point, append, device_milliseconds, extra_mebibytes, floor_milliseconds, median_milliseconds, table
+from torch import Tensor, nn
+
+from retnet import LanguageModel, ModelConfig, retention
+from retnet.layers.layout import TokenLayout
+from retnet.layers.mamba1 import Mamba1, Mamba1Config
+from retnet.layers.mamba2 import Mamba2, Mamba2Config
+from retnet.models.cost import parameter_counts
+from retnet.models.loss import linear_cross_entropy
+from retnet.ops.selective_scan import selective_scan
+from retnet.stack.resolve import resolve_config
+
+MAMBA2_CASES = ((4, 8192, 32, 128, 64), (1, 32768, 32, 128, 64))  # B, T, heads, d_state, width of a head
+MAMBA1_CASES = ((1, 8192, 1536, 16), (4, 8192, 1536, 16))  # B, T, D, d_state
+CPU_CASE = (1, 1024, 768)  # B, T, width of the model
+CHUNK = 64  # of the floor's count of operations
+
+
+# --- one mixer on a GPU ---
+
+
+def mamba2_forms(T: int, H: int) -> dict[str, tuple[bool, Callable[..., Tensor]]]:
+    """Implementation -> (queries and keys a head?, (C, B, v, log_decay) -> out)."""
+
+    def ours(q, k, v, log_decay):
+        return retention(q, k, v, log_decay, scale=1.0, return_state=False)[0]
+
+    forms: dict[str, tuple[bool, Callable[..., Tensor]]] = {"ours": (False, ours), "ours per head": (True, ours)}
+    if importlib.util.find_spec("fla"):
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        def fla(q, k, v, log_decay):
+            q, k = (x.expand(-1, -1, v.shape[2], -1).contiguous() if x.shape[2] == 1 else x for x in (q, k))
+            return chunk_simple_gla(q, k, v, log_decay, scale=1.0)[0]
+
+        forms |= {"fla": (False, fla), "fla per head": (True, fla)}
+    else:
+        print("flash-linear-attention is not installed (pip install retnet[bench]): left out")
+    if importlib.util.find_spec("mamba_ssm"):
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        step = torch.ones(1, T, H, device="cuda")
+
+        def mamba_ssm(q, k, v, log_decay):
+            # Its decay is dt A: with A = -1 the time step is -log_decay, and its input x is v / dt.
+            dt = -log_decay
+            return mamba_chunk_scan_combined(v / dt[..., None].to(v.dtype), dt, -step[0, 0], k, q, chunk_size=256)
+
+        forms["mamba-ssm"] = (False, mamba_ssm)
+    else:
+        print("mamba-ssm is not installed: left out")
+    return forms
+
+
+def mamba2_points(B: int, T: int, H: int, K: int, V: int) -> list[Point]:
+    points = []
+    for name, (per_head, form) in mamba2_forms(T, H).items():
+        G = H if per_head else 1
+        generator = torch.Generator("cuda").manual_seed(0)
+        draw = partial(torch.randn, generator=generator, device="cuda", dtype=torch.bfloat16)
+        q, k, v = draw(B, T, G, K), draw(B, T, G, K) * K**-0.5, draw(B, T, H, V)
+        log_decay = -0.1 * torch.rand(B, T, H, generator=generator, device="cuda")
+        floors = [_mamba2_floor(B * T, G, H, K, V, backward) for backward in (False, True)]
+        points += _timed("mamba2", f"{B},{T},{H},{K},{V}", name, form, [q, k, v, log_decay], floors)
+    return points
+
+
+def _mamba2_floor(tokens: int, G: int, H: int, K: int, V: int, backward: bool) -> float:
+    """Operations of retention's count; queries and keys are moved once a group, log decays in float32."""
+    operations = H * (CHUNK * (K + V) + 4 * K * V)
+    moved = 2 * (2 * G * K + 2 * H * V) + 4 * H
+    if backward:
+        operations += H * (CHUNK * (3 * K + 2 * V) + 10 * K * V)
+        moved += 2 * (4 * G * K + 3 * H * V) + 8 * H
+    return floor_milliseconds(tokens * operations, tokens * moved)
+
+
+def mamba1_points(B: int, T: int, D: int, N: int) -> list[Point]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device="cuda")
+    x, write, read = draw(B, T, D).bfloat16(), draw(B, T, N).bfloat16(), draw(B, T, N).bfloat16()
+    step, rate = F.softplus(draw(B, T, D) - 4), -torch.arange(1, N + 1, device="cuda").expand(D, N).float()
+    forms: dict[str, Callable[..., Tensor]] = {"ours": lambda *z: selective_scan(*z)[0]}
+    if importlib.util.find_spec("mamba_ssm"):
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        def mamba_ssm(x, step, rate, write, read):
+            turned = [z.transpose(1, 2) for z in (x, step.to(x.dtype), write, read)]
+            return selective_scan_fn(turned[0], turned[1], rate, *turned[2:]).transpose(1, 2)
+
+        forms["mamba-ssm"] = mamba_ssm
+    # Read x, step, write, read and write y; the backward reads them and dy and writes their gradients.
+    moved = [B * T * (2 * D + 4 * D + 2 * 2 * N + 2 * D)]
+    moved.append(2 * moved[0] + B * T * (2 * D + 4 * D + 2 * 2 * N))
+    floors = [floor_milliseconds(0, count) for count in moved]
+    tensors = [x, step, rate.contiguous(), write, read]
+    timed = partial(_timed, "mamba1", f"{B},{T},{D},{N}")
+    return [point for name, form in forms.items() for point in timed(name, form, tensors, floors)]
+
+
+def _timed(bench: str, case: str, name: str, form: Callable, tensors: list[Tensor], floors: list[float]) -> list[Point]:
+    """Forward, and forward and backward with its peak memory; a point that fails says why."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    dout = torch.randn_like(tensors[2] if bench == "mamba2" else tensors[0])
+
+    def forward():
+        with torch.no_grad():
+            return form(*leaves)
+
+    def both():
+        return torch.autograd.grad(form(*leaves), leaves, dout)
+
+    try:
+        both()
+        memory = extra_mebibytes(both, sum(x.numel() * x.element_size() for x in leaves))
+        times = [device_milliseconds(forward), device_milliseconds(both)]
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        return [Point(bench, case, name, "failed", float("inf"), note=str(error).splitlines()[0][:100])]
+    finally:
+        torch.cuda.empty_cache()
+    return [
+        Point(bench, case, name, what, device, floor, host, mebibytes)
+        for what, (device, host), floor, mebibytes in zip(
+            ("forward", "forward+backward"), times, floors, (None, memory), strict=True
+        )
+    ]
+
+
+# --- whole layers on a CPU ---
+
+
+def cpu_points() -> list[Point]:
+    """A layer's forward and backward in float32, and how much of it is the operator."""
+    B, T, D = CPU_CASE
+    x, points = torch.randn(B, T, D), []
+    layout = TokenLayout.of((B, T), x.device)
+    for name, (ours, theirs) in {"mamba2": _mamba2_layers(D), "mamba1": _mamba1_layers(D)}.items():
+        runs = {"ours": lambda y, ours=ours: ours(y, None, layout)[0], "transformers": theirs}
+        for implementation, run in runs.items():
+            input = x.clone().requires_grad_()
+            with torch.no_grad():
+                forward = median_milliseconds(lambda run=run: run(x))
+            both = median_milliseconds(lambda run=run, input=input: run(input).sum().backward())
+            case = f"{B},{T},{D}"
+            points += [
+                Point(name, case, implementation, "forward", forward),
+                Point(name, case, implementation, "forward+backward", both),
+            ]
+            print(table(points[-2:]), flush=True)
+    return points
+
+
+def _mamba2_layers(D: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from transformers import Mamba2Config as Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    theirs = Mamba2Mixer(
+        Config(hidden_size=D, num_heads=2 * D // 64, head_dim=64, state_size=128, n_groups=1, expand=2), layer_idx=0
+    )
+    return Mamba2(Mamba2Config(2 * D), D), theirs.torch_forward
+
+
+def _mamba1_layers(D: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from transformers import MambaConfig as Config
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    return Mamba1(Mamba1Config(2 * D, D // 16), D), MambaMixer(Config(hidden_size=D), layer_idx=0).slow_forward
+
+
+# --- training stacks of 1.5B ---
+
+# (model, its hidden states, the head's weight)
+Built = tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]
+WIDTH_STEP = 128  # of feed-forwards, so that tensor cores are full
+
+
+def stack_configs() -> dict[str, ModelConfig]:
+    """The preset, and its retention layer in every place with the preset's parameters."""
+    tri_mixer = replace(resolve_config("arch_expert_research"), gradient_checkpointing=False)
+    target = parameter_counts(tri_mixer)["total"]
+    layer = next(layer for layer in tri_mixer.layers if layer.mixer.kind == "retention")
+
+    def pure(width: int) -> ModelConfig:
+        block = replace(layer, feed_forward=replace(layer.feed_forward, hidden_dim=width))
+        return replace(tri_mixer, layers=(block,) * len(tri_mixer.layers))
+
+    width = _matching_width(lambda width: parameter_counts(pure(width))["total"], target)
+    return {"tri-mixer": tri_mixer, "retnet": pure(width)}
+
+
+def _matching_width(parameters: Callable[[int], int], target: int) -> int:
+    """The feed-forward width at which parameters, linear in it, come nearest to the target."""
+    one, two = parameters(WIDTH_STEP), parameters(2 * WIDTH_STEP)
+    return WIDTH_STEP * (1 + round((target - one) / (two - one)))
+
+
+def ours(config: ModelConfig, compile: bool) -> Built:
+    with torch.device("cuda"):
+        model = LanguageModel(config).bfloat16()
+    if compile:
+        for layer in model.layers:
+            layer.compile()
+    return model, lambda ids: model.hidden(ids)[0], model.head.weight
+
+
+def llama(like: ModelConfig, compile: bool) -> Built:
+    """transformers' Llama of the width, depth, heads and vocabulary, attention by SDPA."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def config(width: int) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=like.vocab_size,
+            hidden_size=like.d_model,
+            intermediate_size=width,
+            num_hidden_layers=len(like.layers),
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            max_position_embeddings=32768,
+            tie_word_embeddings=True,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+
+    def parameters(width: int) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in LlamaForCausalLM(config(width)).parameters())
+
+    width = _matching_width(parameters, parameter_counts(like)["total"])
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config(width)).bfloat16()
+    if compile:
+        for layer in model.model.layers:
+            layer.compile()
+    return model, lambda ids: model.model(ids).last_hidden_state, model.lm_head.weight
+
+
+def stack_point(name: str, batch: int, tokens: int, compile: bool) -> Point:
+    configs = stack_configs()
+    model, hidden, weight = llama(configs["tri-mixer"], compile) if name == "llama" else ours(configs[name], compile)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ids = torch.randint(0, configs["tri-mixer"].vocab_size, (batch, tokens + 1), device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        linear_cross_entropy(hidden(ids[:, :-1]), weight, ids[:, 1:]).backward()
+        optimizer.step()
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    milliseconds = median_milliseconds(step, budget=3.0)
+    parameters = sum(p.numel() for p in model.parameters())
+    note = f"{1e3 * batch * tokens / milliseconds:.0f} tokens/s, {parameters / 1e9:.3f}B parameters"
+    note += ", compiled" if compile else ", eager"
+    peak = torch.cuda.max_memory_allocated() / 2**20
+    return Point("stack", f"B={batch} T={tokens}", name, "step", milliseconds, extra_mebibytes=peak, note=note)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["mixer", "stack"])
+    parser.add_argument("--only", nargs="+", choices=["tri-mixer", "retnet", "llama"], help="of the stacks")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--eager", action="store_true", help="do not compile the stacks' layers")
+    parser.add_argument("--csv", type=Path, default=None)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    points: list[Point] = []
+    if options.what == "stack":
+        for name in options.only or ("tri-mixer", "retnet", "llama"):
+            points.append(stack_point(name, options.batch, options.tokens, not options.eager))
+            print(table(points[-1:]), flush=True)
+            torch.cuda.empty_cache()
+    elif not torch.cuda.is_available():
+        points = cpu_points()
+    else:
+        cases = [partial(mamba2_points, *case) for case in MAMBA2_CASES]
+        for measure in cases + [partial(mamba1_points, *case) for case in MAMBA1_CASES]:
+            points += (found := measure())
+            print(table(found), flush=True)
+    if options.csv:
+        append(options.csv, points)
+
+
+if __name__ == "__main__":
+    main()

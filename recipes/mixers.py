@@ -1,0 +1,220 @@
+"""Language models that differ in their mixers alone: equal parameters, the same bytes, the same number of tokens.
+
+    python recipes/mixers.py tiny --out out/mixers        CPU, minutes
+    python recipes/mixers.py full --out out/mixers        one GPU, about 3 minutes
+    python recipes/mixers.py plot --out out/mixers [--recall out/mqar/mqar.csv]     picture and table from the figures
+
+Three questions. How fast does each learn (validation loss against tokens)? What does it make of a long past (loss at a
+position against how much came before, to four times the length trained on)? What must decoding carry (bytes of state
+against context)? With `--recall`, the table adds `mqar.py`'s accuracies: exact recall beside summary beside cost.
+"""
+
+import argparse
+import csv
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from mixers_pictures import Panel, draw
+from mixers_stacks import Size, equal_stacks
+from mixers_train import Batch, Run, precision, train
+from mqar import best
+from torch import Tensor
+
+from retnet import LanguageModel
+from retnet.data import DOCUMENT_START, Document, find_documents, split_documents
+from retnet.models.cost import model_cost, parameter_counts
+
+STRETCH = 4  # longest context tested, in lengths trained on
+CONTEXTS = tuple(2**n for n in range(7, 18))  # of the state's panel
+SERVED = 32768  # the context of the table's costs
+
+
+@dataclass(frozen=True)
+class Setting:
+    """batch sequences of length tokens a step; tests windows of STRETCH lengths score a model, `points` times."""
+
+    size: Size
+    length: int
+    batch: int
+    steps: int
+    rate: float
+    tests: int
+    points: int
+
+
+SETTINGS = {
+    "tiny": Setting(Size(64, num_layers=3, feed_forward=128), 128, 8, 240, 3e-3, 16, 8),
+    "full": Setting(Size(), 1024, 64, 1500, 2e-3, 64, 15),
+}
+
+
+def tokens_of(documents: tuple[Document, ...], device: torch.device) -> Tensor:
+    """All documents in one row of byte tokens, each after a document start."""
+    parts = []
+    for document in documents:
+        parts += [torch.tensor([DOCUMENT_START], dtype=torch.int16)]
+        parts += [torch.frombuffer(bytearray(document.read()), dtype=torch.uint8).to(torch.int16)]
+    return torch.cat(parts).to(device)
+
+
+def windows(tokens: Tensor, starts: Tensor, length: int) -> Tensor:
+    """[len(starts), length] token ids."""
+    return tokens[starts[:, None] + torch.arange(length, device=tokens.device)].long()
+
+
+def batches(tokens: Tensor, setting: Setting, seed: int) -> Iterator[Batch]:
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    last = len(tokens) - setting.length - 1
+    while True:
+        starts = torch.randint(last, (setting.batch,), generator=generator, device=tokens.device)
+        yield (windows(tokens, starts, setting.length + 1),)
+
+
+def next_byte_loss(model: LanguageModel, ids: Tensor) -> Tensor:
+    return model.loss(ids[:, :-1], ids[:, 1:])
+
+
+@torch.no_grad()
+def bits_by_position(model: LanguageModel, tokens: Tensor, tests: int, length: int) -> Tensor:
+    """Bits a byte [length] at each position, the mean over `tests` windows spread evenly over the text."""
+    starts = torch.linspace(0, len(tokens) - length - 2, tests, device=tokens.device).long()
+    total = torch.zeros(length, dtype=torch.float64, device=tokens.device)
+    for part in starts.split(8):
+        ids = windows(tokens, part, length + 1)
+        with precision(tokens.device):
+            logits = model(ids[:, :-1]).logits
+        total += F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none").double().sum(0)
+    return total.cpu() / (tests * math.log(2))
+
+
+def measure(setting: Setting, source: str, device: torch.device, graphs: bool) -> dict:
+    """What the picture and the table need, as plain data."""
+    split = split_documents(find_documents(source))
+    train_tokens, valid_tokens = tokens_of(split.train, device), tokens_of(split.valid, device)
+    configs = equal_stacks(setting.size)
+    runs = [Run(name, config, setting.rate, next_byte_loss, device, graphs) for name, config in configs.items()]
+    curves: dict[str, list[tuple[int, float]]] = {name: [] for name in configs}
+    begin, every = time.perf_counter(), max(1, setting.steps // setting.points)
+
+    def report(step: int) -> None:
+        if (step + 1) % every:
+            return
+        for run in runs:
+            run.wait()
+            bits = bits_by_position(run.model, valid_tokens, setting.tests, setting.length).mean().item()
+            curves[run.name].append(((step + 1) * setting.batch * setting.length, bits))
+        scores = ", ".join(f"{name} {points[-1][1]:.3f}" for name, points in curves.items())
+        print(f"step {step + 1}, {time.perf_counter() - begin:.0f} s, bits a byte: {scores}", flush=True)
+
+    train(runs, batches(train_tokens, setting, 0), setting.steps, report)
+    longest = STRETCH * setting.length
+    positions = {run.name: bits_by_position(run.model, valid_tokens, setting.tests, longest) for run in runs}
+    return {
+        "data": source,
+        "train_bytes": len(train_tokens),
+        "length": setting.length,
+        "tokens": setting.steps * setting.batch * setting.length,
+        "curves": curves,
+        "positions": {name: bucketed(bits) for name, bits in positions.items()},
+        "parameters": {name: parameter_counts(config)["total"] for name, config in configs.items()},
+        "state_bytes": {name: [model_cost(c, T).state_bytes for T in CONTEXTS] for name, c in configs.items()},
+        "served_bytes": {name: model_cost(config, SERVED).state_bytes for name, config in configs.items()},
+        "served_flops": {name: model_cost(config, SERVED).decode_flops for name, config in configs.items()},
+    }
+
+
+def bucketed(bits: Tensor) -> list[tuple[int, float]]:
+    """(last position, mean) of positions 1-16, 17-32, 33-64, ...: what a context of that length is worth."""
+    edges = [0, *(2**n for n in range(4, int(math.log2(len(bits))) + 1))]
+    return [(high, bits[low:high].mean().item()) for low, high in pairwise(edges)]
+
+
+def table(found: dict, recall: list[dict]) -> str:
+    """Markdown, a row a stack. Context is worth what the loss falls from the first bucket that it fills to the last."""
+    length, recalled = found["length"], {}
+    for (name, width), accuracies in best(recall).items():
+        recalled.setdefault(name, {})[width] = accuracies
+    lines = [
+        f"| stack | parameters | bits a byte, {length} tokens | of the tokens at {length} | at {STRETCH * length} "
+        f"| recall of most pairs, % | state at {SERVED}, KiB | decode MFLOP a token at {SERVED} |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, count in found["parameters"].items():
+        places = dict(map(tuple, found["positions"][name]))
+        widest = recalled.get(name, {})
+        exact = ""
+        if widest:
+            accuracies = widest[max(widest)]
+            seen = accuracies[max(accuracies)]
+            exact = f"{100 * sum(seen) / len(seen):.0f} ({max(accuracies)} pairs)"
+        lines.append(
+            f"| {name} | {count} | {found['curves'][name][-1][1]:.3f} | {places[length]:.3f} "
+            f"| {places[STRETCH * length]:.3f} | {exact} | {found['served_bytes'][name] / 1024:.0f} "
+            f"| {found['served_flops'][name] / 1e6:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def picture(found: dict, path: Path) -> None:
+    millions = {name: [(tokens / 1e6, bits) for tokens, bits in line] for name, line in found["curves"].items()}
+    state = {
+        name: [(T, count / 1024) for T, count in zip(CONTEXTS, line, strict=True)]
+        for name, line in found["state_bytes"].items()
+    }
+    # The first points are far above all that differs later.
+    late = sorted(bits for line in millions.values() for _, bits in line[1:])
+    panels = [
+        Panel(
+            "learning", "million tokens", "validation, bits a byte", millions, markers=False,
+            y_range=(late[0] - 0.05, late[-1] + 0.1),
+        ),
+        Panel(
+            "what a past is worth", "tokens before", "bits a byte", found["positions"], x_base=2,
+            limit=(found["length"], "trained to here"),
+        ),
+        Panel("what decoding carries", "tokens before", "state, KiB", state, x_base=2, y_base=2, markers=False),
+    ]  # fmt: skip
+    count = sum(found["parameters"].values()) / len(found["parameters"])
+    draw(
+        panels,
+        path,
+        f"Mixers compared: {count / 1e6:.2f} million parameters, {found['tokens'] / 1e6:.0f} million bytes",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", choices=[*SETTINGS, "plot"])
+    parser.add_argument("--data", default="stdlib", help="as for `retnet train`")
+    parser.add_argument("--out", type=Path, default=Path("out/mixers"))
+    parser.add_argument("--recall", type=Path, default=None, help="rows of mqar.py for the table")
+    parser.add_argument("--steps", type=int, default=None, help="instead of the setting's")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    options = parser.parse_args()
+    figures = options.out / "mixers.json"
+    if options.setting == "plot":
+        found = json.loads(figures.read_text())
+    else:
+        setting = SETTINGS[options.setting]
+        setting = replace(setting, steps=options.steps or setting.steps)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = measure(setting, options.data, device, graphs=not options.eager)
+        options.out.mkdir(parents=True, exist_ok=True)
+        figures.write_text(json.dumps(found))
+    recall = []
+    if options.recall:
+        with options.recall.open() as file:
+            recall = list(csv.DictReader(file))
+    print(table(found, recall))
+    picture(found, options.out / "mixers.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Recall measured: stacks of equal parameters on multi-query associative recall, accuracy against number of pairs.
+
+    python recipes/mqar.py tiny --out out/mqar            CPU, minutes
+    python recipes/mqar.py full --out out/mqar            one GPU, about 4 minutes
+    python recipes/mqar.py plot --out out/mqar            the picture and table again from the rows
+
+It stands among the recipes, not the benchmarks: it trains, and its figures are accuracies. Each stack (`mixers_stacks`)
+is trained from every seed at every learning rate on one stream of fresh sequences of all the numbers of pairs in turn
+(`mqar_task`), shortest first within a round. What is reported is the best learning rate of each stack at each width, as
+in the paper, and the range over seeds. The width sets the state: 2 width^2 / heads floats a recurrent layer.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from mixers_pictures import Panel, draw
+from mixers_stacks import PATTERNS, Size, equal_stacks
+from mixers_train import Batch, Run, precision, train
+from mqar_task import Recall
+from torch import Tensor
+
+from retnet import LanguageModel
+from retnet.models.cost import model_cost
+from retnet.models.loss import linear_cross_entropy
+
+TEST_SEED = 2**31
+
+
+@dataclass(frozen=True)
+class Setting:
+    """lengths and pairs of the tasks that are trained in turn and tested; batch: sequences a step."""
+
+    tasks: tuple[tuple[int, int], ...]
+    widths: tuple[int, ...]
+    rates: tuple[float, ...]
+    seeds: int
+    steps: int
+    batch: int
+    tests: int
+    vocab_size: int = 8192
+    heads: int = 4
+    attention_heads: int = 1
+    num_layers: int = 3
+    stacks: tuple[str, ...] = tuple(PATTERNS)
+
+    def size(self, width: int) -> Size:
+        return Size(
+            width,
+            self.heads,
+            self.attention_heads,
+            self.num_layers,
+            self.vocab_size,
+            feed_forward=2 * width,
+            init="paper",
+        )
+
+
+SETTINGS = {
+    "tiny": Setting(((32, 2), (32, 4), (32, 8)), (64,), (3e-3,), 1, 1200, 64, 256, vocab_size=256),
+    "full": Setting(((64, 4), (64, 8), (64, 16), (128, 32), (256, 64)), (64, 128), (1e-3, 3e-3), 2, 3000, 128, 512),
+}
+
+
+def recall_loss(model: LanguageModel, ids: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """Mean nats of the values asked for."""
+    return linear_cross_entropy(_asked(model, ids, places), model.head.weight, values)
+
+
+def _asked(model: LanguageModel, ids: Tensor, places: Tensor) -> Tensor:
+    """Hidden states [B, P, D] at the queries."""
+    hidden, _ = model.hidden(ids)
+    return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+@torch.no_grad()
+def accuracy(model: LanguageModel, task: Recall, tests: int, device: torch.device) -> float:
+    """Share of queries, on sequences that nobody trained on, whose value is the likeliest of all tokens."""
+    generator = torch.Generator(device).manual_seed(TEST_SEED)
+    right = asked = 0
+    while asked < tests * task.pairs:
+        ids, places, values = task.batch(min(128, tests), generator)
+        with precision(device):
+            guess = model.logits(_asked(model, ids, places)).argmax(-1)
+        right, asked = right + (guess == values).sum().item(), asked + values.numel()
+    return right / asked
+
+
+def batches(setting: Setting, seed: int, device: torch.device) -> Iterator[Batch]:
+    generator = torch.Generator(device).manual_seed(seed)
+    tasks = [Recall(length, pairs, setting.vocab_size) for length, pairs in setting.tasks]
+    while True:
+        for task in tasks:
+            yield task.batch(setting.batch, generator)
+
+
+def measure(setting: Setting, device: torch.device, graphs: bool) -> list[dict]:
+    """A row for each stack, width, learning rate, seed and number of pairs. Runs of a seed and width train at once."""
+    rows = []
+    for width in setting.widths:
+        for seed in range(setting.seeds):
+            begin = time.perf_counter()
+            configs = equal_stacks(setting.size(width), setting.stacks, seed)
+            runs = [
+                Run(name, config, rate, recall_loss, device, graphs)
+                for rate in setting.rates
+                for name, config in configs.items()
+            ]
+            train(runs, batches(setting, seed, device), setting.steps)
+            rows += [row for run in runs for row in tested(run, setting, width, seed)]
+            print(f"width {width}, seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+    return rows
+
+
+def tested(run: Run, setting: Setting, width: int, seed: int) -> list[dict]:
+    longest = max(length for length, _ in setting.tasks)
+    common = {
+        "stack": run.name,
+        "width": width,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "state_bytes": model_cost(run.config, longest).state_bytes,
+        "rate": run.peak,
+        "seed": seed,
+        "final_loss": round(torch.stack(run.losses[-20:]).mean().item(), 4),
+    }
+    return [
+        common
+        | {
+            "length": length,
+            "pairs": pairs,
+            "accuracy": accuracy(run.model, Recall(length, pairs, setting.vocab_size), setting.tests, run.device),
+        }
+        for length, pairs in setting.tasks
+    ]
+
+
+def best(rows: list[dict]) -> dict[tuple[str, int], dict[int, list[float]]]:
+    """(stack, width) -> pairs -> accuracies of all seeds, at the learning rate best over all pairs and seeds."""
+    groups: dict[tuple[str, int], dict[float, dict[int, list[float]]]] = {}
+    for row in rows:
+        by_rate = groups.setdefault((row["stack"], int(row["width"])), {})
+        by_rate.setdefault(float(row["rate"]), {}).setdefault(int(row["pairs"]), []).append(float(row["accuracy"]))
+    return {
+        key: max(by_rate.values(), key=lambda pairs: sum(map(statistics.mean, pairs.values())))
+        for key, by_rate in groups.items()
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Mean accuracy over seeds in percent, as Markdown."""
+    found, pairs = best(rows), sorted({int(row["pairs"]) for row in rows})
+    facts = {(row["stack"], int(row["width"])): (int(row["parameters"]), int(row["state_bytes"])) for row in rows}
+    lines = [
+        f"| stack | width | parameters | state, KiB | {' | '.join(f'{p} pairs' for p in pairs)} |",
+        "|---|---:|---:|---:|" + "---:|" * len(pairs),
+    ]
+    for (name, width), accuracies in found.items():
+        parameters, state = facts[name, width]
+        cells = " | ".join(f"{100 * statistics.mean(accuracies[p]):.1f}" for p in pairs)
+        lines.append(f"| {name} | {width} | {parameters} | {state / 1024:.0f} | {cells} |")
+    return "\n".join(lines)
+
+
+def picture(rows: list[dict], path: Path) -> None:
+    """One panel a width; lines are means over seeds, bands their range."""
+    found, panels = best(rows), []
+    for width in sorted({int(row["width"]) for row in rows}):
+        state = next(int(row["state_bytes"]) for row in rows if row["stack"] == "RetNet" and int(row["width"]) == width)
+        lines = {
+            name: [
+                (pairs, 100 * statistics.mean(seen), 100 * min(seen), 100 * max(seen))
+                for pairs, seen in sorted(accuracies.items())
+            ]
+            for (name, of), accuracies in found.items()
+            if of == width
+        }
+        title = f"width {width}, RetNet's state {state / 1024:.0f} KiB"
+        panels.append(Panel(title, "pairs to remember", "queries answered, %", lines, x_base=2, y_range=(-3, 103)))
+    draw(panels, path, "Multi-query associative recall, stacks of equal parameters")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", choices=[*SETTINGS, "plot"])
+    parser.add_argument("--out", type=Path, default=Path("out/mqar"))
+    parser.add_argument("--steps", type=int, default=None, help="instead of the setting's")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    options = parser.parse_args()
+    rows_path = options.out / "mqar.csv"
+    if options.setting == "plot":
+        with rows_path.open() as file:
+            rows = list(csv.DictReader(file))
+    else:
+        setting = SETTINGS[options.setting]
+        setting = replace(setting, steps=options.steps or setting.steps)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rows = measure(setting, device, graphs=not options.eager)
+        options.out.mkdir(parents=True, exist_ok=True)
+        with rows_path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    print(table(rows))
+    picture(rows, options.out / "mqar.png")
+
+
+if __name__ == "__main__":
+    main()
