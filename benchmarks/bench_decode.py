@@ -1,14 +1,19 @@
 """One decode step of retention on a GPU: a captured graph rotates over enough states that none stays in cache.
 
     python benchmarks/bench_decode.py --batch 1 16 128 512
+    python benchmarks/bench_decode.py --variants          tiles of the step, for the table in retnet/kernels/tiles.py
 
 The floor is the state read and written once over the copy bandwidth measured in the same run: what any step with a
-state in memory must move. FLA's step is its fused recurrent kernel, which returns a new state.
+state in memory must move. "deferred" reads the state and a half full ring of 32 waiting rows, and folds every 32 steps:
+its time is a step and the 32nd part of a fold, against the same floor. FLA's step is its fused recurrent kernel, which
+returns a new state.
 """
 
 import argparse
 import importlib.util
+import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +21,35 @@ from runner import Point, append, copy_bandwidth, median_milliseconds, table
 from torch import Tensor
 
 from retnet.ops.decay import paper_log_decay
+from retnet.ops.deferred import retention_defer_, retention_fold_
 from retnet.ops.retention import retention_step_
 
+RING = 32
 CACHE_BYTES = 1 << 29  # several times the L2 cache of any device so far
 
 
 def our_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
     retention_step_(q, k, v, log_decay, state)
+
+
+def deferred_step(rows: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
+    retention_defer_(q, k, v, log_decay, state, *rows)
+
+
+def deferred_fold(rows: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
+    retention_fold_(log_decay, state, *rows)
+
+
+def ring(batch: int, H: int, K: int, V: int, waiting: int) -> tuple[Tensor, ...]:
+    """Keys and values of RING tokens, `waiting` of them not yet in the state."""
+    k, v = (torch.randn(batch, RING, H, width, device="cuda", dtype=torch.bfloat16) for width in (K, V))
+    return k, v, torch.full((batch,), waiting, device="cuda", dtype=torch.int32)
+
+
+def tiled_step(tile, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
+    from retnet.kernels.step import retention_step
+
+    retention_step(q, k, v, log_decay, state, q.shape[-1] ** -0.5, None, tile)
 
 
 def fla_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
@@ -45,35 +72,85 @@ def captured(steps: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def measure(batch: int, H: int, K: int, V: int, state_dtype: torch.dtype, implementation: str) -> Point:
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+
+def step_milliseconds(batch: int, H: int, K: int, V: int, state_dtype: torch.dtype, run: Step) -> float:
     size = batch * H * K * V * state_dtype.itemsize
     count = max(2, -(-CACHE_BYTES // size))
     states = [torch.randn(batch, H, K, V, device="cuda").to(state_dtype) for _ in range(count)]
     q, k, v = (torch.randn(batch, 1, H, width, device="cuda", dtype=torch.bfloat16) for width in (K, K, V))
     log_decay = paper_log_decay(H).cuda()
-    run = {"ours": our_step, "fla": fla_step}[implementation]
-    graph = captured([lambda s=s: run(q, k, v, s, log_decay) for s in states])
-    case = f"{batch},{H},{K},{V} {str(state_dtype).removeprefix('torch.')}"
-    floor = 2e3 * size / copy_bandwidth()
-    return Point("decode", case, implementation, "step", median_milliseconds(graph.replay) / count, floor)
+    graph = captured([partial(run, q, k, v, state, log_decay) for state in states])
+    return median_milliseconds(graph.replay) / count
+
+
+def measure(batch: int, H: int, K: int, V: int, state_dtype: torch.dtype, implementation: str) -> Point:
+    clock = partial(step_milliseconds, batch, H, K, V, state_dtype)
+    note = ""
+    if implementation == "deferred":
+        step = clock(partial(deferred_step, ring(batch, H, K, V, RING // 2)))
+        fold = clock(partial(deferred_fold, ring(batch, H, K, V, RING)))
+        milliseconds, note = step + fold / RING, f"step {1e3 * step:.1f} us, fold {1e3 * fold:.1f} us"
+    else:
+        milliseconds = clock({"ours": our_step, "fla": fla_step}[implementation])
+    return point(batch, H, K, V, state_dtype, implementation, milliseconds, note)
+
+
+def point(
+    batch: int, H: int, K: int, V: int, dtype: torch.dtype, name: str, milliseconds: float, note: str = ""
+) -> Point:
+    case = f"{batch},{H},{K},{V} {str(dtype).removeprefix('torch.')}"
+    floor = 2e3 * batch * H * K * V * dtype.itemsize / copy_bandwidth()
+    return Point("decode", case, name, "step", milliseconds, floor, note=note)
+
+
+def measure_variants(batch: int, H: int, K: int, V: int, state_dtype: torch.dtype) -> list[Point]:
+    """Every tile of the step that compiles, the best one first."""
+    from triton.runtime.errors import OutOfResources
+
+    from retnet.kernels.tiles import StepTile
+
+    points = []
+    for BV, slab, warps in itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (4, 8)):
+        cells = BV * slab // (32 * warps)  # of a slab in a thread's registers
+        if BV > V or slab > K or not 16 <= cells <= (64 if slab < K else 128):
+            continue
+        tile = StepTile(BV, slab, warps)
+        try:
+            milliseconds = step_milliseconds(batch, H, K, V, state_dtype, partial(tiled_step, tile))
+        except OutOfResources:
+            continue
+        points.append(point(batch, H, K, V, state_dtype, "ours", milliseconds, str(tile)))
+    return sorted(points, key=lambda p: p.milliseconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 128, 512])
     parser.add_argument("--heads", type=int, nargs=3, default=[16, 256, 512], metavar=("H", "K", "V"))
-    parser.add_argument("--implementations", default="ours,fla")
+    parser.add_argument("--implementations", default="ours,deferred,fla")
+    parser.add_argument("--variants", action="store_true", help="every tile of our step, at each batch and state dtype")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the state, for ours")
     parser.add_argument("--csv", type=Path, default=Path("out/bench_decode.csv"))
     options = parser.parse_args()
+    dtypes = [getattr(torch, name) for name in options.dtypes]
+    if options.variants:
+        for state_dtype, batch in itertools.product(dtypes, options.batch):
+            points = measure_variants(batch, *options.heads, state_dtype)
+            print(table(points[:6]), flush=True)
+            append(options.csv, points)
+            torch.cuda.empty_cache()
+        return
     for implementation in options.implementations.split(","):
         if implementation == "fla" and importlib.util.find_spec("fla") is None:
             print("flash-linear-attention is not installed (pip install retnet[bench]): left out")
             continue
-        for state_dtype in (torch.float32, torch.bfloat16) if implementation == "ours" else (torch.float32,):
+        for state_dtype in (torch.float32,) if implementation == "fla" else dtypes:
             for batch in options.batch:
-                point = measure(batch, *options.heads, state_dtype, implementation)
-                print(table([point]), flush=True)
-                append(options.csv, [point])
+                points = [measure(batch, *options.heads, state_dtype, implementation)]
+                print(table(points), flush=True)
+                append(options.csv, points)
                 torch.cuda.empty_cache()
 
 

@@ -5,8 +5,10 @@ causal attention of the same width (16 heads of 128 for d = 2048) through PyTorc
     python benchmarks/bench_retention.py --sweep                  T from 512 to 32768 at 32768 tokens in all
     python benchmarks/bench_retention.py --plot DIR               pictures of the sweep's rows
 
-Prints time, share of the floor, and peak memory beyond inputs, outputs and gradients, and appends rows to a CSV file.
-Implementations that are not installed are left out and named.
+Prints the device's time (a captured graph), share of the floor, the host's time to launch a call, the time of a call
+among many eager ones, and peak memory beyond inputs, outputs and gradients; appends rows to a CSV file. The tensors of
+every case exceed the caches. Implementations that are not installed are left out and named. The first call of
+flash-linear-attention tunes its kernels for minutes; `warm_fla.py` has several processes compile what it will try.
 """
 
 import argparse
@@ -18,12 +20,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from runner import Point, append, device_milliseconds, extra_mebibytes, floor_milliseconds, table
+from runner import (
+    Point,
+    append,
+    device_milliseconds,
+    eager_milliseconds,
+    extra_mebibytes,
+    floor_milliseconds,
+    table,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from retnet.kernels.portable import portable_backward, portable_forward
+from retnet.kernels.problem import Problem
 from retnet.ops.decay import paper_log_decay
 from retnet.ops.retention import retention
 
@@ -70,7 +81,7 @@ Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def our_form(log_decay: Tensor) -> Form:
-    return lambda q, k, v: retention(q, k, v, log_decay, mode="chunkwise")[0]
+    return lambda q, k, v: retention(q, k, v, log_decay, mode="chunkwise", return_state=False)[0]
 
 
 def fla_form() -> Form:
@@ -105,11 +116,11 @@ def measure(case: Case, implementation: str) -> list[Point]:
     q, k, v, dout = inputs(case, implementation)
     log_decay = paper_log_decay(case.H).cuda()
     if implementation == "portable":
-        rest = (log_decay, case.K**-0.5, None, None, None, None)
-        forward = partial(portable_forward, q, k, v, *rest, torch.float32)
+        problem = Problem(q, k, v, log_decay, case.K**-0.5)
+        forward = partial(portable_forward, problem, None)
 
         def both():
-            return forward()[0], *portable_backward(dout, None, q, k, v, *rest, False)[:3]
+            return forward(), portable_backward(problem, dout, None, need_dlog_decay=False, need_dstate=False)
     else:
         form = {
             "ours": partial(our_form, log_decay),
@@ -132,11 +143,13 @@ def measure(case: Case, implementation: str) -> list[Point]:
     both()  # what the first call compiles and allocates is not the operator's
     kept = sum(x.numel() * x.element_size() for x in (q, k, v, dout))
     memory = extra_mebibytes(both, kept)
-    (device, host), (device_both, host_both) = device_milliseconds(forward), device_milliseconds(both)
-    return [
-        point("forward", device, case.floor(backward=False) if own else None, host),
-        point("forward+backward", device_both, case.floor(backward=True) if own else None, host_both, memory),
-    ]
+    rows = []
+    for what, run in (("forward", forward), ("forward+backward", both)):
+        device, host = device_milliseconds(run)
+        floor = case.floor(backward=run is both) if own else None
+        extra = memory if run is both else None
+        rows.append(point(what, device, floor, host, eager_milliseconds(run), extra))
+    return rows
 
 
 def plot(rows: Path, folder: Path) -> None:

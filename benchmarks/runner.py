@@ -35,6 +35,7 @@ class Point:
     milliseconds: float
     floor_milliseconds: float | None = None
     host_milliseconds: float | None = None
+    eager_milliseconds: float | None = None
     extra_mebibytes: float | None = None
     note: str = ""
     certificate: dict[str, str] = field(default_factory=dict)
@@ -78,6 +79,7 @@ def table(points: list[Point]) -> str:
     for p in points:
         share = "" if p.share_of_floor is None else f"{p.share_of_floor:6.1%} of floor"
         host = "" if p.host_milliseconds is None else f"host {p.host_milliseconds:7.3f} ms"
+        host += "" if p.eager_milliseconds is None else f" eager {p.eager_milliseconds:8.3f} ms"
         memory = "" if p.extra_mebibytes is None else f"{p.extra_mebibytes:9.0f} MiB"
         name = f"{p.case:26s} {p.implementation:10s} {p.what:17s}"
         lines.append(f"{name} {p.milliseconds:10.4f} ms {share:15s} {host} {memory} {p.note}")
@@ -131,6 +133,17 @@ def extra_mebibytes(run: Callable[[], object], kept: int) -> float:
     torch.cuda.synchronize()
     del result
     return (torch.cuda.max_memory_allocated() - before - kept) / 2**20
+
+
+def eager_milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
+    """What a call takes among many that are launched one after another, the slower of host and device."""
+    run()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin) / repeats
 
 
 @cache

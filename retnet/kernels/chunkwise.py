@@ -41,8 +41,8 @@ def retention_backward(
 def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None) -> dict[str, object]:
     """The kernels and block shapes that q [B, T, G, K] and v [B, T, H, V] will run with in a mode."""
     if mode == "recurrent":
-        BV, warps = step_tile(q.shape[-1], v.shape[-1], v.shape[0] * v.shape[2], torch.float32)
-        return {"kernels": "step", "device_family": device_family(q.device), "BV": BV, "warps": warps}
+        tile = step_tile(q.shape[-1], v.shape[-1], v.shape[0] * v.shape[2], torch.float32, q.shape[1])
+        return {"kernels": "step", "device_family": device_family(q.device), **asdict(tile)}
     fixed = torch.empty(v.shape[2], dtype=torch.float32, device=v.device)
     problem = Problem(q, q, v, fixed, 1.0, chunk_size=chunk_size)
     tiles = portable_tiles(problem)

@@ -168,6 +168,15 @@ def enter(log_decay, sums, plane, position, length, PER_TOKEN: tl.constexpr, MAS
 
 
 @triton.jit
+def enter_exponent(log_decay, sums, plane, last, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr):
+    """The log of the product of a whole segment's decays, `last` its last token; far below 0 for a reset."""
+    high, low, resets = running(sums, plane, last, last + 1, PER_TOKEN, MASKED)
+    if PER_TOKEN:
+        return tl.where(resets == 0.0, high + low, -1000.0)
+    return high * log_decay
+
+
+@triton.jit
 def leave(log_decay, sums, plane, position, length, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr):
     if PER_TOKEN:
         return tl.load(sums + 4 * plane + position, mask=position < length, other=0.0)
@@ -176,3 +185,24 @@ def leave(log_decay, sums, plane, position, length, PER_TOKEN: tl.constexpr, MAS
     else:
         remaining = tl.maximum(length - 1 - position, 0).to(tl.float32)
     return tl.exp(remaining * log_decay)
+
+
+@triton.jit
+def decay_parts(exponent):
+    """(factor, rest) whose sum is exp(exponent): (1, expm1) above -1/2, (exp, 0) below.
+
+    `S factor + S rest` multiplies a float32 state by a decay near 1 exactly, where rounding the decay itself would err
+    to the same side every time; below, what is left of a state is gone before that adds up.
+    """
+    # expm1 by its series, whose tenth term is below 2^-32 of the first: CUDA's and AMD's libraries name it differently.
+    x = tl.maximum(exponent, -0.5)
+    series = 1.0 + x * (1.0 / 9.0)
+    series = 1.0 + x * series * (1.0 / 8.0)
+    series = 1.0 + x * series * (1.0 / 7.0)
+    series = 1.0 + x * series * (1.0 / 6.0)
+    series = 1.0 + x * series * (1.0 / 5.0)
+    series = 1.0 + x * series * (1.0 / 4.0)
+    series = 1.0 + x * series * (1.0 / 3.0)
+    series = 1.0 + x * series * (1.0 / 2.0)
+    slow = exponent > -0.5
+    return tl.where(slow, 1.0, tl.exp(exponent)), tl.where(slow, x * series, 0.0)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retnet.kernels.decay import Decay, decay_of_head, enter, leave
+from retnet.kernels.decay import Decay, decay_of_head, decay_parts, enter, enter_exponent, leave
 from retnet.kernels.layout import Layout, head_rows, load_tile, sequence_bounds, state_of, tokens_ok
 from retnet.kernels.tiles import StateTile, precision
 
@@ -131,7 +131,8 @@ def _walk_kernel(
                 tl.store(border, _round_to_tf32(state), mask=in_state)
             else:
                 tl.store(border, state.to(states.dtype.element_ty), mask=in_state)
-            state *= enter(log_decay, sums + begin, plane, inside - 1, inside, PER_TOKEN, MASKED)
+            factor, rest = decay_parts(enter_exponent(log_decay, sums + begin, plane, inside - 1, PER_TOKEN, MASKED))
+            state = state * factor + state * rest
         position = (chunk % CHUNKS) * BT + tl.arange(0, BT)
         if REVERSE:
             weight = enter(log_decay, sums + begin, plane, position, inside, PER_TOKEN, MASKED)

@@ -50,6 +50,15 @@ class Tiles:
     value_contraction: SegmentTile  # dq and dk: contract over V, K columns out
 
 
+@dataclass(frozen=True)
+class StepTile:
+    """A decode step: BV values of a head a program; one token passes them in slabs of `slab` rows."""
+
+    BV: int
+    slab: int
+    warps: int
+
+
 # Walks from large tiles (fewer bytes) to small ones (more programs): the first that fills the chip is taken.
 STATE_TILES = {
     "large": (
@@ -213,11 +222,12 @@ def _hopper_tile(R: int, O: int) -> SegmentTile:
     return SegmentTile(64, 64, step, step, min(power_of_two(O), 128), 4, 3)
 
 
-def step_tile(K: int, V: int, heads: int, state_dtype: torch.dtype) -> tuple[int, int]:
-    """(BV, warps) of a decode step over `heads` states: a [K, BV] slice fills a program's registers, and is narrowed
-    until enough programs are in flight to hide the memory's latency. Rounding a narrow state takes registers too."""
+def step_tile(K: int, V: int, heads: int, state_dtype: torch.dtype, tokens: int = 1) -> StepTile:
+    """The tile of a decode step over `heads` states. A slab, or for several tokens all of the [K, BV] slice, fills a
+    program's registers; slices narrow until enough programs are in flight to hide the memory's latency. Rounding a
+    narrow state takes registers too."""
     cells = 16384 if state_dtype == torch.float32 else 8192
     BV = max(16, min(cells // power_of_two(K), power_of_two(V)))
     while BV > 16 and heads * V // BV < 4096:
         BV //= 2
-    return BV, 4
+    return StepTile(BV, power_of_two(K), 4)
