@@ -6,11 +6,13 @@ from pathlib import Path
 
 from mixers_stacks import PATTERNS
 
-# Colours that colour-blind readers tell apart (Okabe and Ito); hybrids are thick, pure stacks thinner.
+# Colours that colour-blind readers tell apart (Okabe and Ito); hybrids are thick, pure stacks thinner; of two lines
+# that may lie on each other the later is dashed.
 _COLOURS = ("#000000", "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#D55E00")
+_DASHES = ("-", "-", "--", "-", "-", "--")
 STYLE = {
-    name: {"color": colour, "linewidth": 2.6 if len(pattern) > 1 else 1.7, "marker": marker}
-    for (name, pattern), colour, marker in zip(PATTERNS.items(), _COLOURS, "osDv^P", strict=True)
+    name: {"color": colour, "linestyle": dash, "linewidth": 2.6 if len(pattern) > 1 else 1.7, "marker": marker}
+    for (name, pattern), colour, dash, marker in zip(PATTERNS.items(), _COLOURS, _DASHES, "osDv^P", strict=True)
 }
 
 

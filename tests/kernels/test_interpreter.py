@@ -12,7 +12,9 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel tests run on it")
-@pytest.mark.parametrize("module", ["test_chunkwise.py", "test_step.py", "test_deferred.py", "test_walk_places.py", "test_selective_scan.py"])
+@pytest.mark.parametrize(
+    "module", ["test_chunkwise.py", "test_step.py", "test_deferred.py", "test_walk_places.py", "test_selective_scan.py"]
+)
 def test_kernels_agree_with_the_oracle_in_the_interpreter(module):
     command = [
         sys.executable,

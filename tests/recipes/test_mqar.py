@@ -1,0 +1,138 @@
+"""Multi-query associative recall: the task is the paper's, exactly; a micro run goes through all of the recipe."""
+
+from dataclasses import replace
+
+import mqar
+import pytest
+import torch
+from mixers_stacks import PATTERNS, REFERENCE, Size, equal_stacks
+from mqar_task import POWER, Recall
+
+from retnet import LanguageModel
+from retnet.models.cost import parameter_counts
+from retnet.stack.resolve import resolve_config
+
+
+def drawn(length: int = 64, pairs: int = 16, size: int = 200, seed: int = 0):
+    return Recall(length, pairs, 256).batch(size, torch.Generator().manual_seed(seed))
+
+
+def test_a_sequence_starts_with_pairs_of_distinct_keys_and_distinct_values():
+    ids, _, _ = drawn()
+    keys, values = ids[:, 0:32:2], ids[:, 1:32:2]
+    assert keys.min() >= 1
+    assert keys.max() < 128
+    assert values.min() >= 128
+    assert values.max() < 256
+    for tokens in (keys, values):
+        assert all(len(set(row.tolist())) == 16 for row in tokens)
+
+
+def test_every_query_asks_for_a_key_whose_value_stands_earlier():
+    ids, places, answers = drawn()
+    for row, asked, right in zip(ids.tolist(), places.tolist(), answers.tolist(), strict=True):
+        pairs = dict(zip(row[0:32:2], row[1:32:2], strict=True))
+        assert all(32 <= place < 64 for place in asked)
+        assert [pairs[row[place]] for place in asked] == right
+
+
+def test_each_key_is_asked_for_once_at_places_of_their_own():
+    ids, places, _ = drawn()
+    assert all(len(set(row)) == 16 for row in places.tolist())
+    assert torch.equal(ids.gather(1, places), ids[:, 0:32:2])
+    assert not (places % 2).any()
+
+
+def test_queries_come_soon_as_the_power_law_says():
+    """One query a row: its gap has odds proportional to g^(a - 1)."""
+    _, places, _ = drawn(length=64, pairs=1, size=40_000)
+    gaps = (places[:, 0] - 2) // 2
+    odds = torch.arange(1, 32, dtype=torch.float64) ** (POWER - 1)
+    expected = 40_000 * odds / odds.sum()
+    seen = torch.bincount(gaps, minlength=31).double()
+    chi_squared = ((seen - expected) ** 2 / expected).sum()
+    assert chi_squared < 60  # 30 degrees of freedom: 1 in 1000
+
+
+def test_other_places_hold_tokens_of_the_whole_vocabulary():
+    ids, places, _ = drawn()
+    other = torch.ones_like(ids, dtype=torch.bool).scatter_(1, places, False)
+    other[:, :32] = False
+    assert len(ids[other].unique()) == 256
+
+
+def test_a_seed_gives_one_batch():
+    assert all(torch.equal(a, b) for a, b in zip(drawn(seed=1), drawn(seed=1), strict=True))
+    assert not torch.equal(drawn(seed=1)[0], drawn(seed=2)[0])
+
+
+@pytest.mark.parametrize(("length", "pairs", "vocab"), [(63, 4, 256), (64, 17, 256), (64, 0, 256), (256, 4, 256)])
+def test_tasks_that_the_paper_does_not_define_are_refused(length, pairs, vocab):
+    with pytest.raises(ValueError, match="accepted"):
+        Recall(length, pairs, vocab)
+
+
+def test_the_loss_is_of_the_queries_alone():
+    """What stands after a query, its answer's place in the text included, changes nothing."""
+    config = equal_stacks(Size(32, num_layers=1, vocab_size=256, feed_forward=32), ("attention",))["attention"]
+    model, (ids, places, answers) = LanguageModel(config), drawn(size=4)
+    loss = mqar.recall_loss(model, ids, places, answers)
+    logits = model(ids).logits.gather(1, places[..., None].expand(-1, -1, 256))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
+    torch.testing.assert_close(loss, expected)
+    last = places.max(1).values
+    changed = ids.clone()
+    for row, place in enumerate(last.tolist()):
+        changed[row, place + 1 :] = 7
+    torch.testing.assert_close(mqar.recall_loss(model, changed, places, answers), loss)
+
+
+@pytest.mark.parametrize("size", [Size(), Size(64, 4, 1, 3, 8192, 128), Size(128, 4, 1, 3, 8192, 256)], ids=str)
+def test_stacks_have_equal_parameters_within_two_percent(size):
+    counts = {name: parameter_counts(config) for name, config in equal_stacks(size).items()}
+    assert set(counts) == set(PATTERNS)
+    for part in ("total", "layers"):
+        parts = [count[part] for count in counts.values()]
+        assert max(parts) <= 1.02 * min(parts), part
+
+
+def test_recurrent_layers_have_equal_memories():
+    mixers = {layer.mixer.kind: layer.mixer for layer in equal_stacks(Size())[REFERENCE].layers}
+    mamba, retention = mixers["mamba2"], mixers["retention"]
+    assert mamba.inner_dim * mamba.state_dim == retention.key_dim * retention.value_dim // retention.num_heads
+
+
+def test_the_tri_mixer_is_the_preset():
+    preset = resolve_config("arch_expert_research_mini")
+    assert equal_stacks(Size())[REFERENCE].layers == preset.layers
+
+
+def test_a_micro_run_measures_draws_and_tabulates(tmp_path):
+    setting = replace(
+        mqar.SETTINGS["tiny"], tasks=((8, 1), (8, 2)), widths=(16,), steps=3, batch=4, tests=8, vocab_size=32,
+        rates=(1e-3, 3e-3),
+    )  # fmt: skip
+    rows = mqar.measure(setting, torch.device("cpu"), graphs=False)
+    assert len(rows) == 2 * len(PATTERNS) * 2  # rates, stacks, tasks
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert mqar.table(rows).count("\n") == 1 + len(PATTERNS)
+    mqar.picture(rows, tmp_path / "mqar.png")
+    assert (tmp_path / "mqar.png").stat().st_size > 10_000
+
+
+def test_the_best_rate_is_chosen_over_all_pairs_and_seeds():
+    rows = [
+        {"stack": "attention", "width": 16, "rate": rate, "pairs": pairs, "accuracy": accuracy}
+        for rate, pairs, accuracy in [(1, 2, 1.0), (1, 4, 0.1), (2, 2, 0.8), (2, 4, 0.5), (2, 4, 0.7)]
+    ]
+    assert mqar.best(rows) == {("attention", 16): {2: [0.8], 4: [0.5, 0.7]}}
+
+
+@pytest.mark.slow
+def test_a_hybrid_learns_to_recall():
+    """Retention finds the token before, attention the pair: in 400 steps, where a guess among the values gives 0.25."""
+    setting = replace(
+        mqar.SETTINGS["tiny"], tasks=((16, 2), (16, 4)), rates=(3e-3,), steps=400, stacks=("RetNet + attention",)
+    )
+    rows = mqar.measure(setting, torch.device("cpu"), graphs=False)
+    assert min(row["accuracy"] for row in rows) > 0.9
