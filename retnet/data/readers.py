@@ -72,17 +72,19 @@ class Reading:
 
     def _text(self, raw: BinaryIO, file: BinaryIO) -> Iterator[Block]:
         separator = (self.settings.separator or "").encode()
-        began, first = 1, True
+        began, documents, open_document = 0, 0, False
         for data, last in cut_documents(self._chunks(raw, file), separator):
+            if not open_document:
+                self.lines += separator.count(b"\n") if documents else 0
+                began = self.lines + 1 if separator else -1
+                documents += 1
             if self.utf8:
                 self._check_utf8(data)
-            empty = first and last and (data.isspace() if separator and data else not data)
-            if not empty:
-                yield Block(began if separator else -1, data, last)
-            self.lines += data.count(b"\n") + (separator.count(b"\n") if last else 0)
-            if last:
-                began = self.lines + 1
-            first = last
+            empty = not data or (separator and data.isspace())
+            if open_document or not (last and empty):
+                yield Block(began, data, last)
+            self.lines += data.count(b"\n")
+            open_document = not last
 
     def _chunks(self, raw: BinaryIO, file: BinaryIO) -> Iterator[bytes]:
         left = None if self._path.suffix in COMPRESSED else self.piece.end - self.piece.begin

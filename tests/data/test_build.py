@@ -1,0 +1,260 @@
+"""Whole runs: what they write, what they leave behind when they fail, and that stopping them changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from retnet.data import open_corpus, readers
+from retnet.data.build import build_shards
+from retnet.data.plan import Settings
+from retnet.data.readers import DataError
+
+SEPARATOR = "\n--\n"
+SHARD_SIZE = 1 << 14
+
+
+def contents(folder):
+    """Every file of a folder: name -> bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def texts_of(corpus):
+    return [corpus.decode(corpus.tokens(document).tolist()) for document in range(len(corpus))]
+
+
+@pytest.fixture
+def source(tmp_path, articles):
+    """A text file of 60 documents, and 60 more as jsonl."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "a.txt").write_text(SEPARATOR.join(articles), encoding="utf-8")
+    lines = "".join(json.dumps({"text": text[::-1]}) + "\n" for text in articles)
+    (folder / "b.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def build(source, tokenizer_file):
+    def run(out, shard_size=4000, workers=1, sources=(str(source),), **options):
+        options = {"tokenizer": str(tokenizer_file), "settings": Settings(separator=SEPARATOR)} | options
+        return build_shards(sources, out, shard_size=shard_size, workers=workers, **options)
+
+    return run
+
+
+def test_shards_give_back_every_document_and_what_the_manifest_says(build, tmp_path, articles):
+    manifest = build(tmp_path / "out")
+    corpus = open_corpus(tmp_path / "out")
+    assert texts_of(corpus) == articles + [text[::-1] for text in articles]
+    assert len(manifest["shards"]) > 5
+    assert manifest["documents"] == len(corpus) == 120
+    assert manifest["tokens"] == corpus.num_tokens == int(corpus.lengths.sum())
+    assert manifest["bytes"] == corpus.num_bytes == 2 * sum(len(text.encode()) for text in articles)
+    assert all(corpus.tokens(d)[0] == corpus.document_start for d in range(120))
+    assert json.loads((tmp_path / "out/manifest.json").read_bytes()) == manifest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_the_number_of_processes_changes_no_byte(build, tmp_path):
+    build(tmp_path / "one")
+    build(tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_shard_sizes_change_no_token(build, tmp_path):
+    build(tmp_path / "small", 500)
+    build(tmp_path / "large", None)
+    small, large = open_corpus(tmp_path / "small"), open_corpus(tmp_path / "large")
+    assert len(small.folder.shards) > 20
+    assert len(large.folder.shards) == 1
+    assert texts_of(small) == texts_of(large)
+    assert [small.tokens(d).tolist() for d in range(120)] == [large.tokens(d).tolist() for d in range(120)]
+    assert [small.describe(d) for d in range(120)] == [large.describe(d) for d in range(120)]
+
+
+def test_documents_say_the_line_they_begin_at(build, tmp_path, source):
+    build(tmp_path / "out", 700)
+    corpus = open_corpus(tmp_path / "out")
+    lines = (source / "a.txt").read_text(encoding="utf-8").split("\n")
+    for document in (0, 7, 31, 59):
+        name, line = corpus.describe(document).split(":")
+        assert name == "source/a.txt"
+        assert texts_of(corpus)[document].split("\n")[0] == lines[int(line) - 1]
+    assert corpus.describe(119) == "source/b.jsonl:60"
+
+
+def test_a_document_longer_than_a_shard_and_a_block_stays_whole(build, tmp_path, articles, monkeypatch):
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(readers, "_TAIL", 300)
+    text = " ".join(articles)
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    build(tmp_path / "out", 1000, sources=[str(tmp_path / "long.txt")])
+    corpus = open_corpus(tmp_path / "out")
+    assert len(text.encode()) > 12_000
+    assert texts_of(corpus) == [text]
+
+
+def test_ends_are_written_where_asked_for(build, tmp_path):
+    build(tmp_path / "out", with_end=True)
+    corpus = open_corpus(tmp_path / "out")
+    assert all(corpus.tokens(d)[-1] == corpus.tokens(d)[0] == corpus.document_start for d in range(len(corpus)))
+    without_ends = build(tmp_path / "plain")
+    assert corpus.num_tokens == without_ends["tokens"] + 120
+
+
+def test_a_bad_line_is_named_and_nothing_remains(build, tmp_path, source):
+    with open(source / "b.jsonl", "a") as file:
+        file.write("{broken\n")
+    before = sorted(tmp_path.rglob("*"))
+    for workers in (1, 2):
+        with pytest.raises(DataError, match=r"b\.jsonl:61: not JSON"):
+            build(tmp_path / "out", workers=workers)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sources_without_text_leave_nothing(build, tmp_path):
+    (tmp_path / "blank.jsonl").write_text('\n{"text": ""}\n')
+    with pytest.raises(DataError, match=r"no text in .*blank\.jsonl"):
+        build(tmp_path / "out", sources=[str(tmp_path / "blank.jsonl")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["blank.jsonl", "source"]
+
+
+@pytest.fixture
+def start(source, tokenizer_file, tmp_path):
+    """Start `retnet data` of the source, made 20 times as long, into tmp_path / "out"; `limit` is shell before it."""
+    texts = (source / "a.txt").read_text(encoding="utf-8")
+    (source / "a.txt").write_text(SEPARATOR.join(f"{i} {texts}" for i in range(20)), encoding="utf-8")
+
+    def run(limit="true"):
+        words = [sys.executable, "-m", "retnet.cli", "data", source, tmp_path / "out", "--tokenizer", tokenizer_file]
+        words += ["--separator", r"\n--\n", "--shard-size", SHARD_SIZE / 2**20, "--workers", 2]
+        words = ["bash", "-c", f'{limit}; exec "$@"', "bash", *map(str, words)]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return run
+
+
+def stop_in_the_middle(process, data, number):
+    """Send a signal when three shards are there; the shards that were, and when they were written."""
+    deadline = time.monotonic() + 60
+    while len(list(data.glob("0*.json"))) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    process.communicate()
+    return {path.name: path.stat().st_mtime_ns for path in data.glob("0*.json")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_stopped_in_the_middle_goes_on_and_ends_with_the_same_bytes(start, build, tmp_path, number):
+    process = start()
+    done = stop_in_the_middle(process, tmp_path / "out.partial/data", number)
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert not (tmp_path / "out").exists()
+    manifest = build(tmp_path / "out", SHARD_SIZE)
+    assert 3 <= len(done) < len(manifest["shards"])
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in done} == done  # not written again
+    build(tmp_path / "fresh", SHARD_SIZE)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_full_disk_leaves_only_whole_shards_and_the_run_goes_on_later(start, build, tmp_path):
+    process = start("ulimit -f 5")
+    _, message = process.communicate()
+    assert process.returncode == 2
+    assert os.strerror(errno.EFBIG) in message
+    assert not (tmp_path / "out").exists()
+    left = [path.name for path in (tmp_path / "out.partial/data").iterdir() if path.name != "tokenizer"]
+    assert all((tmp_path / "out.partial/data" / name).with_suffix(".json").exists() for name in left)
+    build(tmp_path / "out", SHARD_SIZE)
+    assert len(texts_of(open_corpus(tmp_path / "out"))) == 120 + 19 * 60
+
+
+def test_a_worker_that_is_killed_is_noticed_and_the_run_goes_on_later(build, tmp_path):
+    def kill_one(progress):
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    with pytest.raises(ChildProcessError, match=r"a worker process died \(exit code -9"):
+        build(tmp_path / "out", workers=2, on_progress=kill_one)
+    assert not multiprocessing.active_children()
+    build(tmp_path / "out")
+    build(tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def interrupt(progress):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on_only_as_what_it_was(build, tmp_path, source):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "out", on_progress=interrupt)
+    with pytest.raises(ValueError, match=r"out\.partial holds an interrupted run with other settings; remove it"):
+        build(tmp_path / "out", settings=Settings(separator="\n"))
+    with pytest.raises(ValueError, match="with other tokenizer"):
+        build(tmp_path / "out", tokenizer="bytes")
+    with open(source / "a.txt", "a") as file:
+        file.write("more")
+    with pytest.raises(ValueError, match=r"with other files \(.*a\.txt\)"):
+        build(tmp_path / "out")
+
+
+def test_leftovers_of_a_shard_are_cleared(build, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "out", on_progress=interrupt)
+    data = tmp_path / "out.partial/data"
+    (data / "00002.tokens").write_bytes(b"half")
+    (data / ".00003.index.999").write_bytes(b"half")
+    build(tmp_path / "out")
+    build(tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_progress_reaches_the_size_of_everything(build, tmp_path):
+    seen = []
+    manifest = build(tmp_path / "out", on_progress=seen.append)
+    assert seen[-1].counts == (seen[-1].size, manifest["documents"], manifest["tokens"])
+    assert [progress.counts.size for progress in seen] == sorted(progress.counts.size for progress in seen)
+
+
+def test_what_is_there_is_never_written_over(build, tmp_path):
+    for name in ("out", "other.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"out exists; accepted: a folder that does not"):
+        build(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"other\.partial is in the way: it holds mine\.txt"):
+        build(tmp_path / "other")
+    assert (tmp_path / "other.partial/mine.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert build(tmp_path / "empty")["documents"] == 120
+
+
+def test_two_runs_into_one_folder_are_refused(build, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    with open(tmp_path / "out.partial/lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"another run is writing .*out\.partial"):
+            build(tmp_path / "out")
+    build(tmp_path / "out")
+
+
+def test_unicode_survives_in_text_and_names(tmp_path):
+    (tmp_path / "日本語").mkdir()
+    (tmp_path / "日本語/ñ.txt").write_text("naïve 状态 😀", encoding="utf-8")
+    build_shards([str(tmp_path / "日本語")], tmp_path / "out", workers=1)
+    corpus = open_corpus(tmp_path / "out")
+    assert texts_of(corpus) == ["naïve 状态 😀"]
+    assert corpus.describe(0) == "日本語/ñ.txt"
