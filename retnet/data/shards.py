@@ -95,10 +95,14 @@ class ShardFolder:
     def tokens(self, document: int, start: int, stop: int) -> NDArray[np.integer]:
         """Tokens [start, stop) of a document."""
         shard, local = self.place(document)
+        begin = int(self.index(shard)[Column.END, local - 1]) if local else 0
+        return self.shard_tokens(shard)[begin + start : begin + stop]
+
+    def shard_tokens(self, shard: int) -> NDArray[np.integer]:
+        """All tokens of a shard, end to end."""
         if shard not in self._tokens:
             self._tokens[shard] = self._map(shard, "tokens", self.dtype)
-        begin = int(self.index(shard)[Column.END, local - 1]) if local else 0
-        return self._tokens[shard][begin + start : begin + stop]
+        return self._tokens[shard]
 
     def describe(self, document: int) -> str:
         """The file of a document, and its line or row."""
@@ -178,10 +182,11 @@ def _check_shard(folder: ShardFolder, number: int) -> str | None:
     ends = folder.index(number)[Column.END]
     if (np.diff(ends, prepend=0) < 1).any() or (len(ends) and ends[-1] != shard["tokens"]):
         return f"{shard['name']}.index does not add up to the {shard['tokens']} tokens of the shard"
-    first = int(folder.first_document[number])
-    for begin in range(0, shard["documents"]):
-        if int(folder.tokens(first + begin, 0, 1)[0]) != folder.encoder.document_start:
-            return f"{folder.describe(first + begin)} does not begin with the document start"
+    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    wrong = np.flatnonzero(folder.shard_tokens(number)[starts] != folder.encoder.document_start)
+    if len(wrong):
+        document = int(folder.first_document[number]) + int(wrong[0])
+        return f"{folder.describe(document)} does not begin with the document start"
     return None
 
 
