@@ -14,13 +14,16 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A YAML file of settings, then settings one by one."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="File or folder of text, or 'stdlib'; same as data=...")] = None,
+    data: Annotated[str | None, typer.Option(help="Shards, file or folder of text, or 'stdlib': data=...")] = None,
     model: Annotated[str | None, typer.Option(help="Preset, stack file or saved directory; same as model=...")] = None,
 ) -> None:
     """Train a model on text.
 
-    Settings are model, data, length (tokens in a row), valid_fraction, and every field of transformers'
-    TrainingArguments: learning_rate, max_steps, per_device_train_batch_size, output_dir, bf16, torch_compile, ...
+    Settings are model, data (a source, or several with their weights), valid, length (tokens in a row), carry_state,
+    max_minutes, and every field of transformers' TrainingArguments: learning_rate, max_steps, bf16, torch_compile,
+    resume_from_checkpoint (auto takes the newest complete checkpoint), ...
+
+    After a SIGTERM a checkpoint is saved and the exit code is 143.
 
     Example: retnet train data=my/texts model=retnet-tiny max_steps=1000
     """
@@ -33,12 +36,19 @@ def train(
 
     from retnet.train.recipe import load_recipe
     from retnet.train.run import train as run
+    from retnet.train.stopping import SIGTERM_EXIT_CODE, Terminated
 
     recipe = load_recipe(files[0] if files else None, [w for w in words if "=" in w], data=data, model=model)
     disable_progress_bar()  # transformers' own bars for every file it writes
-    summary = run(recipe, console)
+    try:
+        summary = run(recipe, console)
+    except Terminated as ended:
+        console.print(str(ended), highlight=False, soft_wrap=True)
+        raise typer.Exit(SIGTERM_EXIT_CODE) from ended
     rate = summary.tokens / summary.seconds
     parts = [f"{summary.tokens / 1e6:.2f}M tokens in {summary.seconds:.0f} s ({rate:,.0f} tokens/s)"]
     if summary.valid_bits_per_byte is not None:
-        parts.append(f"validation {summary.valid_bits_per_byte:.3f} bits per byte")
+        parts.append(
+            f"validation perplexity {summary.valid_perplexity:.2f}, {summary.valid_bits_per_byte:.3f} bits per byte"
+        )
     console.print("; ".join([*parts, f"saved in {recipe.training['output_dir']}"]), highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ def save_loss_curve(log: Sequence[dict[str, Any]], tokens_per_step: float, path:
     """Training and validation bits per byte against tokens, from the Trainer's log, as PNG or SVG by the name."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o")):
-        points = [(entry["step"] * tokens_per_step, entry[key] / math.log(2)) for entry in log if key in entry]
+    for key, label, style in (("bits_per_byte", "training", "-"), ("eval_bits_per_byte", "validation", "o")):
+        points = [(entry["step"] * tokens_per_step, entry[key]) for entry in log if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.4, markersize=5)
     axes.set(xlabel="tokens", ylabel="bits per byte", title="Loss")

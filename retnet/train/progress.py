@@ -1,11 +1,10 @@
-"""What a user sees while a model trains: loss, bits per byte, tokens a second, time left.
+"""What a user sees while a model trains: loss, bits per byte, tokens a second, utilisation, memory, time left.
 
-On a terminal one line that changes, elsewhere a line at each log. A loss that is not finite ends the run at once.
+On a terminal one line that changes, elsewhere a line at each log.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -17,12 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class ProgressCallback(TrainerCallback):
     """Shows a run on a console.
 
-    tokens_per_step: over all processes and accumulation steps.
+    max_minutes: a limit on its time, if there is one.
     """
 
-    def __init__(self, console: Console, tokens_per_step: int):
+    def __init__(self, console: Console, max_minutes: float | None = None):
         self._console = console
-        self._tokens_per_step = tokens_per_step
+        self._max_seconds = None if max_minutes is None else 60 * max_minutes
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._began = 0.0
@@ -58,18 +57,15 @@ class ProgressCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
-        for name in ("loss", "eval_loss"):
-            if name in logs and not math.isfinite(logs[name]):
-                raise ValueError(
-                    f"{name} is {logs[name]} at step {state.global_step}; a lower learning_rate "
-                    f"(now {args.learning_rate:g}) or max_grad_norm (now {args.max_grad_norm:g}) usually helps"
-                )
         if not state.is_world_process_zero:
             return
         if "loss" in logs:
-            self._show(state, logs["loss"])
+            self._show(state, logs)
         elif "eval_loss" in logs:
-            self._print(f"step {state.global_step}: validation {_describe(logs['eval_loss'])}")
+            self._print(
+                f"step {state.global_step}: validation loss {logs['eval_loss']:.3f}, "
+                f"perplexity {logs['eval_perplexity']:.2f}, {logs['eval_bits_per_byte']:.3f} bits per byte"
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,20 +78,24 @@ class ProgressCallback(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
-    def _show(self, state: TrainerState, loss: float) -> None:
-        seconds = time.perf_counter() - self._began
-        done = state.global_step - self._first_step
-        rate = done * self._tokens_per_step / seconds
-        status = f"{_describe(loss)}, {rate:,.0f} tokens/s"
+    def _show(self, state: TrainerState, logs: dict[str, float]) -> None:
+        parts = [f"loss {logs['loss']:.3f} ({logs['bits_per_byte']:.3f} bits per byte)"]
+        if "tokens_per_second" in logs:
+            parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"MFU {logs['mfu']:.1%}")
+            parts.append(f"waiting for data {logs['data_wait']:.2%}")
+        parts.append(f"{logs['memory_gib']:.1f} GiB")
+        status = ", ".join(parts)
         if self._bar is not None:
             self._bar.update(self._task, status=status)
         else:
-            left = (state.max_steps - state.global_step) * seconds / max(done, 1)
-            self._print(f"step {state.global_step}/{state.max_steps}: {status}, {left:.0f} s left")
+            self._print(f"step {state.global_step}/{state.max_steps}: {status}, {self._left(state):.0f} s left")
+
+    def _left(self, state: TrainerState) -> float:
+        seconds = time.perf_counter() - self._began
+        done = max(1, state.global_step - self._first_step)
+        left = (state.max_steps - state.global_step) * seconds / done
+        return left if self._max_seconds is None else max(0.0, min(left, self._max_seconds - seconds))
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)
-
-
-def _describe(loss: float) -> str:
-    return f"loss {loss:.3f} ({loss / math.log(2):.3f} bits per byte)"

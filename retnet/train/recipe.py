@@ -11,7 +11,7 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import yaml
@@ -24,6 +24,7 @@ from retnet.stack.training import router_lr_multiplier, training_defaults
 # The optimizer is the paper's (section 3.1 and its table of hyperparameters: betas, weight decay, clipping, linear
 # decay); the rest is what a run needs that must not lose its work or hide its failures.
 DEFAULTS: dict[str, Any] = {
+    "ddp_find_unused_parameters": False,
     "adam_beta2": 0.98,
     "weight_decay": 0.05,
     "max_grad_norm": 2.0,
@@ -44,17 +45,27 @@ DEFAULTS: dict[str, Any] = {
 
 _REQUIRED = {
     "model": "a preset's name (such as retnet-tiny), a stack's file, or a saved directory",
-    "data": "a file or folder of text, or stdlib",
+    "data": "a folder that `retnet data` wrote, a file or folder of text, or stdlib; or several with their weights",
 }
+# Where TrainingArguments take more than they declare.
+_HINTS: dict[str, Any] = {"fsdp": bool | str, "resume_from_checkpoint": bool | str | None}
+_COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+
+
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Recipe(BaseModel):
     """A training run.
 
     model: a preset's name, a stack's file, or a saved directory to go on from.
-    data: a file or folder of text, or `stdlib`.
+    data: a folder of shards, a file or folder of text, or `stdlib`; or a mapping of several to their shares of tokens.
+    valid: the same for validation, in place of a share of `data`.
     length: tokens in a row; longer documents are cut into pieces that start fresh.
-    valid_fraction: share of the documents held out, by the hash of their paths.
+    carry_state: pieces start from the state that the one before ended with instead.
+    valid_fraction: share of the documents held out where `valid` does not name others.
+    max_minutes: of training, over all its parts; the schedule then ends with them if they are over before the steps.
+    num_samples: continuations of validation documents that are written at the end.
     router_lr_multiplier: learning rate of MoE routers over that of everything else.
     training: fields of TrainingArguments, defaults filled in: those of a stack's training_hints, then `DEFAULTS`.
     """
@@ -62,17 +73,38 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    data: str
+    data: str | dict[str, Weight]
+    valid: str | None = None
     length: int = Field(default=1024, ge=2)
+    carry_state: bool = False
     valid_fraction: float = Field(default=0.05, gt=0, lt=1)
+    max_minutes: float | None = Field(default=None, gt=0)
+    num_samples: int = Field(default=3, ge=0)
     router_lr_multiplier: float = Field(default=1.0, ge=0)
     training: dict[str, Any]
 
     def training_arguments(self) -> TrainingArguments:
-        """The arguments for the Trainer. Raises ValueError for a combination that transformers refuses."""
-        # Pinning without an accelerator is a warning and nothing else.
-        values: dict[str, Any] = {"dataloader_pin_memory": torch.cuda.is_available(), **self.training}
-        return TrainingArguments(**values)
+        """The arguments for the Trainer. Raises ValueError for a combination that transformers refuses.
+
+        Without those of compilation: blocks are compiled one by one (`compile_options`), not the model as a whole.
+        """
+        # Pinning without an accelerator is a warning and nothing else; bf16 and gloo want the CPU to be asked for.
+        device = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
+        values: dict[str, Any] = {**device, **self.training}
+        return TrainingArguments(**{key: value for key, value in values.items() if key not in _COMPILE})
+
+    @property
+    def compile_options(self) -> dict[str, str] | None:
+        """Arguments for torch.compile; None if nothing is to be compiled."""
+        wanted, backend, mode = (self.training.get(key) for key in _COMPILE)
+        if not (wanted or backend or mode):
+            return None
+        return {key: value for key, value in (("backend", backend), ("mode", mode)) if value}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The sources of `data` and their shares."""
+        return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
 
 def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = (), **sugar: Any) -> Recipe:
@@ -84,6 +116,8 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
     values |= dict(map(_parse_override, overrides))
     values |= {key: value for key, value in sugar.items() if value is not None}
     own = set(Recipe.model_fields) - {"training"}
+    if isinstance(values.get("data"), str) and values["data"].lstrip().startswith("{"):
+        values["data"] = yaml.safe_load(values["data"])
     hints = get_type_hints(TrainingArguments)
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     problems = [_unknown(key, own | fields) for key in values if key not in own | fields]
@@ -95,7 +129,7 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
         values.setdefault("router_lr_multiplier", router_lr_multiplier(stack.spec))
     for key in sorted(values.keys() & fields):
         try:
-            training[key] = _coerce(hints[key], values[key])
+            training[key] = _coerce(_HINTS.get(key, hints[key]), values[key])
         except ValidationError as error:
             problems.append(f"{key} is {values[key]!r}: {error.errors()[0]['msg']}")
     if not problems:
@@ -134,13 +168,13 @@ def _coerce(hint: Any, value: Any) -> Any:
     Raises ValidationError.
     """
     adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        value = yaml.safe_load(value)
     try:
         return adapter.validate_python(value)
     except ValidationError:
         if value is False:
             return adapter.validate_python("no")
-        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-            return adapter.validate_python(yaml.safe_load(value))
         raise
 
 
@@ -149,6 +183,7 @@ def _unknown(key: str, known: set[str]) -> str:
     hint = (
         f"did you mean {near[0]!r}?"
         if near
-        else "accepted: model, data, length, valid_fraction, TrainingArguments' fields"
+        else f"accepted: {', '.join(name for name in Recipe.model_fields if name != 'training')}, "
+        "TrainingArguments' fields"
     )
     return f"unknown key {key!r}, {hint}"

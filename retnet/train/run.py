@@ -1,82 +1,37 @@
-"""A training run from a recipe to a saved model: data, Trainer, validation, loss curve.
+"""A training run from a recipe to a saved model: data, Trainer, validation, what is left behind.
 
-The Trainer does the training. Ours are the batches (packed documents), which weights decay, and what is shown.
+The Trainer does the training (`trainer.py`). Here a run is put together, and its checkpoint to go on from is chosen.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from torch import nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainingArguments
 
-from retnet.data import VOCAB_SIZE, PackedDataset, Split, find_documents, split_documents
-from retnet.layers.moe import ExpertLinear, MoE
-from retnet.models.hf import RetNetForCausalLM
-from retnet.stack.resolve import resolve_model
-from retnet.train.curve import save_loss_curve
+from retnet.train.checkpoints import CheckpointError, choose, inspect, list_checkpoints
+from retnet.train.finish import TrainingSummary, continuations, record, save_whole_model
+from retnet.train.inputs import RunData, open_data, open_model, run_identity
 from retnet.train.progress import ProgressCallback
 from retnet.train.recipe import Recipe
+from retnet.train.stopping import Terminated
+from retnet.train.trainer import RUN_FILE, PackedTrainer, RunOptions
 
-SUMMARY_FILE = "training.json"
-CURVE_FILE = "loss_curve.png"
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """What a run did; also in `training.json` beside the weights, with the log."""
-
-    steps: int
-    tokens: int
-    seconds: float
-    train_bytes: int
-    valid_bytes: int
-    valid_bits_per_byte: float | None
-    parameters: int
-
-
-class PackedTrainer(Trainer):
-    """Trainer whose weight decay leaves norms, biases and decays alone; routers learn at a rate of their own."""
-
-    def __init__(self, *args: Any, router_lr_multiplier: float = 1.0, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.router_lr_multiplier = router_lr_multiplier
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, routers moved to groups of their own."""
-        made = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        assert self.model is not None
-        modules = (module for module in self.model.modules() if isinstance(module, MoE))
-        routers = {id(module.router.weight) for module in modules}
-        if made and routers and self.router_lr_multiplier != 1.0:
-            for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in routers]
-                if own:
-                    group["params"] = [p for p in group["params"] if id(p) not in routers]
-                    optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self.router_lr_multiplier})
-        return optimizer
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        matrices = {
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, nn.Embedding, ExpertLinear)) and not name.endswith("decay_proj")
-        }
-        return [name for name, _ in model.named_parameters() if name in matrices]
+NEWEST = ("auto", "true")  # values of resume_from_checkpoint that name no checkpoint
 
 
 def train(recipe: Recipe, console: Console) -> TrainingSummary:
-    """Run a recipe. The output directory holds the model, `training.json` and `loss_curve.png`.
+    """Run a recipe. The output directory holds the model with its tokenizer, `training.json`, `loss_curve.png` and
+    `samples.txt`.
 
-    Raises ValueError or OSError for a model or data that cannot be used, and ValueError if the loss is not finite.
+    Raises ValueError or OSError for a model or data that cannot be used, NonFiniteLoss (a ValueError) if the loss is
+    not finite, CheckpointError (an OSError) if a checkpoint cannot be written or read, and Terminated after a SIGTERM,
+    when a checkpoint has been saved.
     """
     arguments = recipe.training_arguments()
     if arguments.n_gpu > 1:
@@ -84,82 +39,118 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
             f"{arguments.n_gpu} GPUs in one process would split packed rows: start one process a GPU with torchrun, "
             "or choose one with CUDA_VISIBLE_DEVICES"
         )
-    split = split_documents(find_documents(recipe.data), recipe.valid_fraction)
-    model = load_for_training(recipe.model)
-    train_rows = PackedDataset(split.train, recipe.length, arguments.seed)
-    valid_rows = PackedDataset(split.valid, recipe.length, None)
-    tokens_per_step = (
-        arguments.per_device_train_batch_size
-        * arguments.gradient_accumulation_steps
-        * arguments.world_size
-        * recipe.length
-    )
-    progress = ProgressCallback(console, tokens_per_step)
-    trainer = PackedTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=valid_rows,
-        callbacks=[progress],
+    if arguments.process_index > 0:
+        console = Console(quiet=True)
+    output = Path(str(arguments.output_dir))
+    data = open_data(recipe, arguments)
+    model = open_model(recipe, data.corpus)
+    parameters = sum(p.numel() for p in model.parameters())
+    options = RunOptions(
+        carry_state=recipe.carry_state,
         router_lr_multiplier=recipe.router_lr_multiplier,
+        max_minutes=recipe.max_minutes,
+        identity=run_identity(recipe, arguments, data, model),
     )
-    trainer.remove_callback(PrinterCallback)
-    if trainer.is_world_process_zero():
-        _describe(console, recipe, model, split, train_rows)
+    resumed = _checkpoint(recipe, arguments, options, console)
+    progress = ProgressCallback(console, recipe.max_minutes)
+    trainer = PackedTrainer(model, arguments, data.train, data.valid, options, callbacks=[progress])
+    trainer.resumed = resumed
+    _describe(console, recipe, parameters, data, trainer)
     try:
-        outcome = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        with trainer.signal:
+            outcome = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     finally:
         progress.close()
-    valid_loss = trainer.evaluate()["eval_loss"] if arguments.do_eval else None
-    output = Path(str(arguments.output_dir))
-    trainer.save_model(str(output))
+    if trainer.terminated:
+        raise Terminated(trainer.state.global_step, f"resume_from_checkpoint=auto goes on from {output}")
+    metrics = trainer.evaluate() if arguments.do_eval else {}
+    save_whole_model(trainer, output, data.corpus)
     steps = trainer.state.global_step
     summary = TrainingSummary(
         steps=steps,
-        tokens=steps * tokens_per_step,
+        tokens=steps * options.identity["rows_per_step"] * recipe.length,
         seconds=outcome.metrics["train_runtime"],
-        train_bytes=train_rows.num_bytes,
-        valid_bytes=valid_rows.num_bytes,
-        valid_bits_per_byte=None if valid_loss is None else valid_loss / math.log(2),
-        parameters=sum(p.numel() for p in model.parameters()),
+        train_bytes=data.train.num_bytes,
+        valid_bytes=sum(rows.num_bytes for rows in data.valid.values()),
+        valid_loss=metrics.get("eval_loss"),
+        valid_perplexity=metrics.get("eval_perplexity"),
+        valid_bits_per_byte=metrics.get("eval_bits_per_byte"),
+        parameters=parameters,
+        data_wait=trainer.meter.total_waited / max(trainer.meter.total_seconds, 1e-9),
+        mfu_peak=trainer.meter.peak.source,
     )
     if trainer.is_world_process_zero():
-        _record(output, recipe, arguments, summary, trainer.state.log_history)
+        documents = next(iter(data.valid.values())).corpus
+        samples = continuations(output, documents, recipe.num_samples, arguments.seed, arguments.device)
+        record(output, recipe, arguments, summary, trainer.state.log_history, samples, console)
     return summary
 
 
-def load_for_training(name: str) -> RetNetForCausalLM:
-    """The model that a name stands for: fresh from a preset or a stack, or a saved one to go on from.
+def _checkpoint(recipe: Recipe, arguments: TrainingArguments, options: RunOptions, console: Console) -> Path | None:
+    """The checkpoint to go on from, chosen by one process for all."""
+    chosen: list[Any] = [None]
+    if arguments.process_index == 0:
+        chosen = [_choose_checkpoint(recipe, Path(str(arguments.output_dir)), console)]
+    if arguments.world_size > 1:
+        broadcast_object_list(chosen)
+    path: Path | None = chosen[0]
+    if path is not None:
+        _check_identity(path, options.identity)
+    return path
 
-    Raises ValueError or OSError if there is none, or if it does not read bytes.
-    """
-    model = resolve_model(name)
-    if model.config.vocab_size < VOCAB_SIZE:
+
+def _choose_checkpoint(recipe: Recipe, output: Path, console: Console) -> Path | None:
+    asked = recipe.training.get("resume_from_checkpoint")
+    if not asked or str(asked).lower() in ("false", "no"):
+        existing = list_checkpoints(output)
+        if existing:
+            raise ValueError(
+                f"{output} holds checkpoints of an earlier run, up to {existing[-1].path.name}; accepted: "
+                "resume_from_checkpoint=auto to go on with it, or another output_dir"
+            )
+        return None
+    if str(asked).lower() not in NEWEST:
+        checkpoint = inspect(Path(str(asked)))
+        if checkpoint.problem is not None:
+            raise CheckpointError(f"{asked} is not a complete checkpoint: {checkpoint.problem}")
+        return checkpoint.path
+    newest, damaged = choose(output)
+    for checkpoint in damaged:
+        console.print(f"[yellow]skipped {checkpoint.path}: {checkpoint.problem}[/]", highlight=False, soft_wrap=True)
+    if newest is None:
+        console.print(f"no checkpoint in {output}: starting from the beginning", highlight=False)
+        return None
+    console.print(f"going on from {newest.path}", highlight=False, soft_wrap=True)
+    return newest.path
+
+
+def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint is of another run: it would go on with other rows than come next."""
+    saved = json.loads((checkpoint / RUN_FILE).read_text())
+    differences = [
+        f"{key} was {saved.get(key)!r} and is {value!r}" for key, value in identity.items() if saved.get(key) != value
+    ]
+    if differences:
         raise ValueError(
-            f"{name} has a vocabulary of {model.config.vocab_size}; bytes and the document start need {VOCAB_SIZE}"
+            f"{checkpoint} is of another run: {'; '.join(differences)}. Accepted: the same, or model={checkpoint} "
+            "in another output_dir to start from its weights"
         )
-    return RetNetForCausalLM.wrap(model)
 
 
-def _describe(console: Console, recipe: Recipe, model: nn.Module, split: Split, rows: PackedDataset) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    valid_bytes = sum(document.size for document in split.valid)
+def _describe(console: Console, recipe: Recipe, parameters: int, data: RunData, trainer: PackedTrainer) -> None:
+    arguments: TrainingArguments = trainer.args
+    names = ", ".join(f"[bold]{name}[/]" for name in recipe.weights)
+    documents = sum(len(corpus) for corpus in data.corpora.values())
+    valid_bytes = sum(rows.num_bytes for rows in data.valid.values())
     console.print(
-        f"[bold]{recipe.model}[/] {parameters / 1e6:.2f}M parameters, {torch.get_num_threads()} threads; "
-        f"[bold]{recipe.data}[/] {rows.num_bytes / 1e6:.2f} MB in {len(split.train)} documents, "
-        f"{len(rows)} rows of {rows.length}; validation {valid_bytes / 1e6:.2f} MB in {len(split.valid)}"
+        f"[bold]{recipe.model}[/] {parameters / 1e6:.2f}M parameters; {names} {data.train.num_bytes / 1e6:.2f} MB "
+        f"in {documents} documents, {len(data.train)} rows of {recipe.length}; validation {valid_bytes / 1e6:.2f} MB",
+        soft_wrap=True,
     )
-
-
-def _record(
-    output: Path, recipe: Recipe, arguments: TrainingArguments, summary: TrainingSummary, log: list[dict[str, Any]]
-) -> None:
-    record = {
-        "recipe": recipe.model_dump(mode="json", exclude={"training"}) | {"training": arguments.to_sanitized_dict()},
-        "summary": asdict(summary),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "log": log,
-    }
-    (output / SUMMARY_FILE).write_text(json.dumps(record, indent=1) + "\n")
-    save_loss_curve(log, summary.tokens / summary.steps, output / CURVE_FILE)
+    where = f"{arguments.world_size} x {arguments.device.type}" if arguments.world_size > 1 else arguments.device.type
+    console.print(
+        f"on {where}, {torch.get_num_threads()} threads, {trainer.options.identity['rows_per_step']} rows a step; "
+        f"MFU is of {trainer.meter.peak.source}",
+        highlight=False,
+        soft_wrap=True,
+    )

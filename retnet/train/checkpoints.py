@@ -1,0 +1,201 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is written into a staging folder, every file is flushed to the disk, a marker with the size and the hash of
+each file is written last, and then the folder is renamed to `checkpoint-STEP`. What a crash leaves behind is therefore
+a staging folder, which nobody reads. A checkpoint counts as complete if its marker is there and every file is as the
+marker says; a damaged one is named and skipped as a whole.
+
+Order is by `serial`, which grows with every save, and not by step: a run resumed from an older checkpoint is the one
+to go on with. What is in the files is the Trainer's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+MARKER = "complete.json"
+STAGING = ".saving"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder `checkpoint-STEP`. problem: what is wrong with it; None if it is complete, and serial is then set."""
+
+    path: Path
+    step: int
+    serial: int = -1
+    problem: str | None = None
+
+
+@contextmanager
+def staged(output: Path, step: int, *, writes: bool = True) -> Iterator[Path]:
+    """A folder to write the checkpoint of a step into; `commit` publishes it.
+
+    writes: whether this process makes and removes it (one process a file system). An error inside removes it and
+    becomes a CheckpointError that names the last complete checkpoint.
+    """
+    root = output / STAGING
+    if writes:
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+    try:
+        yield root / f"checkpoint-{step}"
+    except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
+        if writes:
+            shutil.rmtree(root, ignore_errors=True)
+        raise CheckpointError(_not_saved(output, step, error)) from error
+
+
+def commit(staging: Path) -> Checkpoint:
+    """Make a staged checkpoint complete and give it its place; one of the same step makes way."""
+    output = staging.parent.parent
+    serial = 1 + max((c.serial for c in list_checkpoints(output)), default=0)
+    files = {}
+    for file in _files(staging):
+        files[file.relative_to(staging).as_posix()] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
+        _flush(file)
+    marker = staging / MARKER
+    marker.write_text(json.dumps({"serial": serial, "files": files}, indent=1) + "\n")
+    _flush(marker)
+    for folder in {file.parent for file in _files(staging)}:
+        _flush(folder)
+    final = output / staging.name
+    if final.exists():
+        _discard(final)
+    staging.rename(final)
+    _flush(output)
+    shutil.rmtree(staging.parent, ignore_errors=True)
+    return Checkpoint(final, int(_NAME.fullmatch(final.name).group(1)), serial)  # type: ignore[union-attr]
+
+
+def list_checkpoints(output: Path, *, hashes: bool = False) -> list[Checkpoint]:
+    """All checkpoints of a run, complete ones in the order in which they were saved, after those with a problem.
+
+    hashes: read every file; otherwise its size must do.
+    """
+    if not output.is_dir():
+        return []
+    found = [inspect(path, hashes=hashes) for path in output.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda checkpoint: (checkpoint.serial, checkpoint.step))
+
+
+def inspect(path: Path, *, hashes: bool = True) -> Checkpoint:
+    """A checkpoint and what is wrong with it, if anything."""
+    match = _NAME.fullmatch(path.name)
+    step = int(match.group(1)) if match else -1
+    try:
+        marker = json.loads((path / MARKER).read_text())
+        serial, files = int(marker["serial"]), dict(marker["files"])
+    except FileNotFoundError:
+        return Checkpoint(path, step, problem=f"it has no {MARKER}: it was not finished")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Checkpoint(path, step, problem=f"its {MARKER} cannot be read: {error}")
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return Checkpoint(path, step, problem=f"{name} is missing")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            return Checkpoint(path, step, problem=f"{name} has {size} bytes, not {expected['bytes']}")
+        if hashes and _hash(file) != expected["sha256"]:
+            return Checkpoint(path, step, problem=f"{name} is not what was written: its hash differs")
+    return Checkpoint(path, step, serial)
+
+
+def choose(output: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
+    """The newest complete checkpoint of a run, every byte of it read, and the damaged ones that were looked at.
+
+    (None, []) if there are none. Raises CheckpointError if there are some and none is complete.
+    """
+    damaged = []
+    for checkpoint in reversed(list_checkpoints(output)):
+        checked = inspect(checkpoint.path) if checkpoint.problem is None else checkpoint
+        if checked.problem is None:
+            # Those without a marker sort last; name them too.
+            rest = [c for c in list_checkpoints(output) if c.problem is not None and c not in damaged]
+            return checked, damaged + rest
+        damaged.append(checked)
+    if damaged:
+        each = "; ".join(f"{c.path}: {c.problem}" for c in damaged)
+        raise CheckpointError(f"no complete checkpoint in {output} ({each}); remove them to start from the beginning")
+    return None, []
+
+
+def rotate(output: Path, keep: int | None, best: Path | None = None) -> None:
+    """Remove all but the `keep` newest complete checkpoints and the best one; None or 0 keeps all.
+
+    Damaged ones older than those kept go too. The newest complete one is never removed.
+    """
+    if not keep:
+        return
+    checkpoints = list_checkpoints(output)
+    complete = [c for c in checkpoints if c.problem is None]
+    kept = {c.path for c in complete[-max(keep, 1) :]}
+    if best is not None:
+        kept.add(best)
+    oldest = min((c.step for c in complete if c.path in kept), default=-1)
+    for checkpoint in checkpoints:
+        if checkpoint.path not in kept and (checkpoint.problem is None or checkpoint.step < oldest):
+            _discard(checkpoint.path)
+
+
+def publish(staging: Path, output: Path) -> None:
+    """Move finished files into a folder, each flushed and renamed over what had its name."""
+    for file in _files(staging):
+        target = output / file.relative_to(staging)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _flush(file)
+        os.replace(file, target)
+    _flush(output)
+    shutil.rmtree(staging)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder so that an interruption leaves no half of it under its name."""
+    doomed = path.parent / STAGING / f"removed-{path.name}"
+    doomed.parent.mkdir(exist_ok=True)
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(OSError):  # it holds what is being saved
+        doomed.parent.rmdir()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _not_saved(output: Path, step: int, error: Exception) -> str:
+    complete = [c for c in list_checkpoints(output) if c.problem is None]
+    last = f"the last complete one, {complete[-1].path}, is whole" if complete else "there is no earlier one"
+    free = shutil.disk_usage(output).free / 2**20
+    return f"the checkpoint of step {step} could not be written ({error}; {free:,.0f} MiB free): {last}"

@@ -1,0 +1,131 @@
+"""What a finished run leaves: the model with its tokenizer, the log, the loss curve, and continuations to read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.training_args import TrainingArguments
+
+from retnet.data import Corpus
+from retnet.models.directory import load_model
+from retnet.models.generation import generate
+from retnet.models.hf.tokenizer import byte_tokenizer
+from retnet.train.checkpoints import STAGING, publish
+from retnet.train.curve import save_loss_curve
+from retnet.train.recipe import Recipe
+from retnet.train.trainer import PackedTrainer
+
+SUMMARY_FILE = "training.json"
+CURVE_FILE = "loss_curve.png"
+SAMPLES_FILE = "samples.txt"
+PROMPT_TOKENS = 32
+SAMPLE_TOKENS = 128
+TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a run did; also in `training.json` beside the weights, with the log.
+
+    seconds: of training, validation and checkpoints in it included. data_wait: share of the time of steps that was
+    spent waiting for batches. mfu_peak: what utilisation is of.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    train_bytes: int
+    valid_bytes: int
+    valid_loss: float | None
+    valid_perplexity: float | None
+    valid_bits_per_byte: float | None
+    parameters: int
+    data_wait: float
+    mfu_peak: str
+
+
+def save_whole_model(trainer: PackedTrainer, output: Path, corpus: Corpus) -> None:
+    """The model and its tokenizer into the run's folder, staged first. All processes call this."""
+    staging = output / STAGING / "model"
+    if trainer.args.should_save:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_fsdp_enabled:  # the Trainer saves no whole model of sharded weights
+        state_dict = trainer.accelerator.get_state_dict(trainer.model)
+        trainer._save(str(staging), state_dict=state_dict)
+    else:
+        trainer.save_model(str(staging))
+    if trainer.args.should_save:
+        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
+        tokenizer_of(corpus).save_pretrained(str(staging))
+        publish(staging, output)
+    trainer.accelerator.wait_for_everyone()
+
+
+def tokenizer_of(corpus: Corpus) -> PreTrainedTokenizerBase:
+    """The tokenizer of a corpus, for transformers; its document start begins and ends texts."""
+    if corpus.tokenizer_directory is None:
+        return byte_tokenizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(corpus.tokenizer_directory / "tokenizer.json"))
+    start = tokenizer.convert_ids_to_tokens(corpus.document_start)
+    tokenizer.add_special_tokens({"bos_token": start, "eos_token": start, "pad_token": start})
+    return tokenizer
+
+
+def continuations(output: Path, corpus: Corpus, count: int, seed: int, device: torch.device) -> list[tuple[str, str]]:
+    """(beginning of a validation document, what the saved model goes on with), sampled."""
+    if not count:
+        return []
+    model = load_model(output, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    texts = []
+    for document in range(min(count, len(corpus))):
+        tokens = corpus.tokens(document, 0, min(PROMPT_TOKENS, int(corpus.lengths[document])))
+        prompt = torch.tensor(tokens.astype("int64"), device=device)[None]
+        new = generate(model, prompt, SAMPLE_TOKENS, temperature=TEMPERATURE, generator=generator)
+        # Padding of the vocabulary is never a target, so that a trained model does not sample it; a fresh one may.
+        ids = [int(token) for token in new if int(token) < corpus.vocab_size]
+        texts.append((corpus.decode(prompt[0].tolist()), corpus.decode(ids)))
+    return texts
+
+
+def record(
+    output: Path,
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    summary: TrainingSummary,
+    log: Sequence[dict[str, Any]],
+    samples: Sequence[tuple[str, str]],
+    console: Console,
+) -> None:
+    """Write the log and the pictures, and show the samples."""
+    data = {
+        "recipe": recipe.model_dump(mode="json", exclude={"training"}) | {"training": arguments.to_sanitized_dict()},
+        "summary": asdict(summary),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "log": log,
+    }
+    (output / SUMMARY_FILE).write_text(json.dumps(data, indent=1) + "\n")
+    save_loss_curve(log, summary.tokens / summary.steps, output / CURVE_FILE)
+    if samples:
+        (output / SAMPLES_FILE).write_text(
+            "\n\n".join(f"--- {number}\n{begun}>>>{new}" for number, (begun, new) in enumerate(samples, 1)) + "\n"
+        )
+        for begun, new in samples:
+            console.print(f"[dim]{_line(begun)}[/]{_line(new)}", highlight=False, soft_wrap=True)
+
+
+def _line(text: str) -> str:
+    """Text in one line, safe for rich."""
+    return escape("".join(c if c.isprintable() else " " for c in " ".join(text.split()))) + " "

@@ -1,0 +1,98 @@
+"""What a recipe names, opened: the model to train, and the rows of its training and validation documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from retnet.data import Corpus, Mixture, PackedDataset, Rows, open_corpus
+from retnet.stack.resolve import resolve_model
+from retnet.train.packed_model import PackedForCausalLM
+from retnet.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Training rows, validation rows by name, and the corpora that they come from, by name."""
+
+    train: Rows
+    valid: Mapping[str, PackedDataset]
+    corpora: Mapping[str, Corpus]
+
+    @property
+    def corpus(self) -> Corpus:
+        """One of them: vocabulary, document start and tokenizer are those of all."""
+        return next(iter(self.corpora.values()))
+
+
+def open_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
+    """Open the sources and pack them. Raises FileNotFoundError or ValueError for sources that cannot be used."""
+    opened = {source: open_corpus(source) for source in recipe.weights}
+    if recipe.valid is None:
+        split = {source: corpus.split(recipe.valid_fraction) for source, corpus in opened.items()}
+        train, valid = {s: pair[0] for s, pair in split.items()}, {s: pair[1] for s, pair in split.items()}
+    else:
+        train, valid = opened, {recipe.valid: open_corpus(recipe.valid)}
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    lanes = arguments.train_batch_size * arguments.world_size
+    options: dict[str, Any] = {"carry_state": recipe.carry_state, "lanes": lanes if recipe.carry_state else 1}
+    corpora = list(train.values())
+    if len(corpora) == 1:
+        rows: Rows = PackedDataset(corpora[0], recipe.length, seed, **options)
+    else:
+        rows = Mixture(corpora, list(recipe.weights.values()), recipe.length, seed, **options)
+    return RunData(rows, {name: _valid_rows(c, recipe, arguments) for name, c in valid.items()}, train)
+
+
+def _valid_rows(corpus: Corpus, recipe: Recipe, arguments: TrainingArguments) -> PackedDataset:
+    """In the given order; with carry_state in as many lanes as the corpus has rows for, the same for each process."""
+    if not recipe.carry_state:
+        return PackedDataset(corpus, recipe.length, None)
+    available = -(-corpus.num_tokens // recipe.length)
+    per_process = max(1, min(arguments.eval_batch_size, available // arguments.world_size))
+    lanes = per_process * arguments.world_size
+    return PackedDataset(corpus, recipe.length, None, carry_state=True, lanes=lanes)
+
+
+def open_model(recipe: Recipe, corpus: Corpus) -> PackedForCausalLM:
+    """The model that a recipe names: fresh from a preset or a stack, or a saved one to go on from.
+
+    Raises ValueError or OSError if there is none, or if it does not read the corpus's tokens.
+    """
+    model = resolve_model(recipe.model)
+    if model.config.vocab_size < corpus.vocab_size:
+        raise ValueError(
+            f"{recipe.model} has a vocabulary of {model.config.vocab_size}; the tokens of {corpus.name} need "
+            f"{corpus.vocab_size}"
+        )
+    if recipe.compile_options is not None:
+        if model.config.gradient_checkpointing or recipe.training.get("gradient_checkpointing"):
+            # What the first block leaves for the others (rotations) is there when it is recomputed: another graph.
+            raise ValueError("torch_compile with gradient_checkpointing is not supported; accepted: one of them")
+        for layer in model.layers:
+            layer.compile(**recipe.compile_options)
+    return PackedForCausalLM.wrap(model)
+
+
+def run_identity(
+    recipe: Recipe, arguments: TrainingArguments, data: RunData, model: PackedForCausalLM
+) -> dict[str, Any]:
+    """What two runs must share for one to go on where the other stopped: the same model, rows, order and batches."""
+    rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    config = {k: v for k, v in model.model.config.to_dict().items() if k != "gradient_checkpointing"}
+    identity: dict[str, Any] = {
+        "model": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "data": {corpus.fingerprint: recipe.weights[name] for name, corpus in data.corpora.items()},
+        "length": recipe.length,
+        "rows_per_step": rows_per_step,
+        "data_seed": arguments.seed if arguments.data_seed is None else arguments.data_seed,
+        "carry_state": recipe.carry_state,
+    }
+    if recipe.carry_state:  # each process keeps its lanes
+        identity["lanes"] = [arguments.train_batch_size] * arguments.world_size
+    return identity

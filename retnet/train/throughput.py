@@ -1,0 +1,153 @@
+"""How fast a run is: tokens a second, model FLOP utilisation, the share of time spent waiting for batches, memory.
+
+Utilisation is the operations that the model needs (`models/cost.py`, one function a mixer; nothing for recomputation)
+over what the devices could do. The dense peak of a known GPU is the vendor's; of anything else the rate of a matrix
+product is measured, and the log says which it was. Attention is counted over what it can see: the documents in the
+rows, not the length of the rows.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from retnet.models.config import ModelConfig
+from retnet.models.cost import model_cost
+from retnet.train.batches import BatchFacts
+
+# Vendors' dense matrix rates in bfloat16, operations a second; the first name that a device's name contains counts.
+PEAK_RATES = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "MI300X": 1307e12,
+}
+_PRODUCT = 1024  # rows and columns of the measured product on a CPU
+_PRODUCT_GPU = 8192
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Operations a second that one device could do, and where the number comes from."""
+
+    rate: float
+    source: str
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The vendor's rate where it is known, for bfloat16 and float16; otherwise that of a product, measured now."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        for known, rate in PEAK_RATES.items():
+            if known in name:
+                return Peak(rate, f"{known} dense bfloat16, vendor's {rate / 1e12:.0f} TFLOP/s")
+    rate = _product_rate(device, dtype)
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    kind = str(dtype).removeprefix("torch.")
+    return Peak(rate, f"{name}{threads}, {kind} product measured at {rate / 1e12:.3g} TFLOP/s")
+
+
+@torch.no_grad()
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The best of five square products. Random numbers are not drawn: a run's generators stay as they are."""
+    size = _PRODUCT_GPU if device.type == "cuda" else _PRODUCT
+    a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        synchronize(device)
+        begin = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The peak so far: of the GPU's allocator, or on a CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+class Meter:
+    """Sums over the steps since the last reading. Time for validation and checkpoints is left out (`pause`).
+
+    num_processes: that do the same work each; what one counts stands for all.
+    """
+
+    def __init__(self, config: ModelConfig, peak: Peak, num_processes: int):
+        self.peak = peak
+        self._config, self._num_processes = config, num_processes
+        self.total_waited = self.total_seconds = 0.0
+        self._reset()
+
+    def waited(self, seconds: float) -> None:
+        """The step's batches came after so long."""
+        self._waited += seconds
+
+    def count(self, facts: BatchFacts) -> None:
+        """A batch has been given to the device."""
+        self._tokens += facts.num_tokens
+        self._seen += facts.seen
+
+    def pause(self, seconds: float) -> None:
+        """So much of the time was for something else."""
+        self._paused += seconds
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self._reset()
+
+    def read(self) -> dict[str, float]:
+        """What the log gets, over the time since the last reading; {} if there was none."""
+        seconds = time.perf_counter() - self._began - self._paused
+        tokens, seen, waited = self._tokens, self._seen, self._waited
+        self._reset()
+        if not tokens or seconds <= 0:
+            return {}
+        self.total_seconds += seconds
+        self.total_waited += waited
+        rate = tokens / seconds
+        return {
+            "tokens_per_second": rate * self._num_processes,
+            "mfu": rate * flops_per_token(self._config, tokens, seen) / self.peak.rate,
+            "data_wait": waited / seconds,
+        }
+
+    def _reset(self) -> None:
+        self._began = time.perf_counter()
+        self._waited = self._paused = 0.0
+        self._tokens = self._seen = 0
+
+
+def flops_per_token(config: ModelConfig, num_tokens: int, seen: int) -> float:
+    """Operations a token, forward and backward, in pieces of documents of which `seen` is the sum of squared lengths.
+
+    Attention's work in a piece grows with its square, so that the mean over tokens is that of one length.
+    """
+    return model_cost(config, max(1, round(seen / num_tokens))).training_flops

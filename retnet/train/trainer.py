@@ -1,0 +1,381 @@
+"""The Hugging Face Trainer with what is ours: batches by number, weighted losses, states carried, whole checkpoints.
+
+Optimizer, mixed precision, distribution, schedules and reporting stay the Trainer's. Overridden are the places where a
+run would not be the same run after a restart, or where what it reports would not be what was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from retnet.data import PackedDataset, Rows
+from retnet.layers.moe import ExpertLinear, MoE
+from retnet.models.states import ModelState
+from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainBatches, ValidBatches, collate, to_device
+from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged
+from retnet.train.losses import LOOK_EVERY, LossWatch, NonFiniteLoss, all_finite
+from retnet.train.packed_model import PackedForCausalLM, lanes_file
+from retnet.train.stopping import Agreement, RunClock, TerminationSignal
+from retnet.train.throughput import Meter, device_peak, flops_per_token, memory_gib, synchronize
+
+RUN_FILE = "run.json"
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run has beside TrainingArguments.
+
+    identity: what has to be equal for a checkpoint to be one of this run.
+    """
+
+    carry_state: bool = False
+    router_lr_multiplier: float = 1.0
+    max_minutes: float | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+class PackedTrainer(Trainer):
+    """Trains on rows of packed documents.
+
+    train_rows: their stream (`batches.py`). valid_rows: by name; all of them are the validation set.
+    """
+
+    def __init__(
+        self,
+        model: PackedForCausalLM,
+        args: TrainingArguments,
+        train_rows: Rows,
+        valid_rows: Mapping[str, PackedDataset],
+        options: RunOptions,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.rows, self.valid_rows, self.options = RowStream(train_rows), valid_rows, options
+        super().__init__(model=model, args=args, train_dataset=self.rows, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Hooks(self))
+        self.agreement, self.signal = Agreement(), TerminationSignal()
+        self.clock = RunClock(options.max_minutes)
+        self.watch = LossWatch(self.rows.describe)
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+        self.meter = Meter(model.model.config, device_peak(args.device, dtype), args.world_size)
+        self.terminated = False
+        self.lanes: ModelState | None = None
+        self.resumed: Path | None = None
+        self._ahead: ReadAhead | None = None
+        self._source: Iterator[Any] | None = None
+        self._staging: Path | None = None
+        self._saved_step = -1
+
+    # Batches
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        self.batches = TrainBatches(
+            len(self.rows),
+            self._train_batch_size,
+            args.gradient_accumulation_steps,
+            args.process_index,
+            args.world_size,
+        )
+        return self._loader(self.rows, self.batches)
+
+    def _loader(self, rows: RowStream, batches: TrainBatches | ValidBatches) -> DataLoader:
+        args = self.args
+        return DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, on the device, and what their losses are to be divided by."""
+        if epoch_iterator is not self._source:
+            self._close_ahead()
+            self._source = epoch_iterator
+            self._ahead = ReadAhead(to_device(batch, device) for batch in epoch_iterator)
+        assert self._ahead is not None
+        begin = time.perf_counter()
+        batches = list(islice(self._ahead, num_batches))
+        self.meter.waited(time.perf_counter() - begin)
+        mine = sum(batch[FACTS].num_targets for batch in batches)
+        agreed = self.agreement.reach(mine, self.signal.received, self.clock.read())
+        self.clock.seconds, self.terminated = agreed.seconds, agreed.terminate
+        return batches, max(1, agreed.num_targets if self.args.average_tokens_across_devices else mine)
+
+    def _close_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = self._source = None
+
+    # Steps
+
+    def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = dict(inputs)
+        facts: BatchFacts = inputs.pop(FACTS)
+        inputs |= {"lanes": self.lanes, "carry": self.options.carry_state}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.options.carry_state:
+            self.lanes = outputs.past_key_values.state
+        self.meter.count(facts)
+        self.watch.add(self.state.global_step + 1, facts.rows, loss.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
+        facts: BatchFacts = inputs[FACTS]
+        config = self.accelerator.unwrap_model(self.model).model.config
+        return facts.num_tokens * flops_per_token(config, facts.num_tokens, facts.seen)
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteLoss if any process had a loss that is not a number. All processes call this together."""
+        problem = self.watch.look()
+        if self.agreement.any(problem is not None):
+            problem = problem or f"another process had a loss that is not finite by step {self.state.global_step}"
+            raise NonFiniteLoss(f"{problem}. {self._advice()}", getattr(self.watch, "documents", []))
+
+    def _advice(self) -> str:
+        complete = [c for c in list_checkpoints(Path(str(self.args.output_dir))) if c.problem is None]
+        last = f"The last good checkpoint is {complete[-1].path}" if complete else "There is no checkpoint"
+        return (
+            f"{last}; a lower learning_rate (now {self.args.learning_rate:g}) or max_grad_norm "
+            f"(now {self.args.max_grad_norm:g}) usually helps"
+        )
+
+    # Optimizer and schedule
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, routers moved to groups of their own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        assert self.model is not None
+        modules = (module for module in self.model.modules() if isinstance(module, MoE))
+        routers = {id(module.router.weight) for module in modules}
+        if made and routers and self.options.router_lr_multiplier != 1.0:
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in routers]
+                if own:
+                    group["params"] = [p for p in group["params"] if id(p) not in routers]
+                    lr = group["lr"] * self.options.router_lr_multiplier
+                    optimizer.add_param_group({**group, "params": own, "lr": lr})
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        matrices = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, nn.Embedding, ExpertLinear)) and not name.endswith("decay_proj")
+        }
+        return [name for name, _ in model.named_parameters() if name in matrices]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.options.max_minutes is not None:
+            if not isinstance(scheduler, LambdaLR):
+                raise ValueError(
+                    f"lr_scheduler_type is {self.args.lr_scheduler_type} with max_minutes; accepted there: a schedule "
+                    "that is a function of the step, such as linear or cosine"
+                )
+            scheduler.lr_lambdas = [self.clock.schedule(f, num_training_steps) for f in scheduler.lr_lambdas]
+        return scheduler
+
+    # Validation and log
+
+    def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Nats over all tokens of the validation documents, by corpus and together; every token is scored once."""
+        begin = time.perf_counter()
+        each = {name: self._score(rows) for name, rows in self.valid_rows.items()}
+        metrics: dict[str, float] = {}
+        if len(each) > 1:
+            for name, sums in each.items():
+                metrics |= _metrics(f"{metric_key_prefix}_{name}", sums, self.valid_rows[name].num_bytes)
+        num_bytes = sum(rows.num_bytes for rows in self.valid_rows.values())
+        metrics |= _metrics(metric_key_prefix, torch.stack(list(each.values())).sum(0), num_bytes)
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begin
+        self.meter.pause(metrics[f"{metric_key_prefix}_runtime"])
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _score(self, rows: PackedDataset) -> Tensor:
+        """(nats, targets) [2] of all rows, float64, over all processes."""
+        args, model = self.args, self.model
+        assert model is not None
+        per_process = rows.lanes // args.world_size if rows.carry_state else args.eval_batch_size
+        loader = self._loader(
+            RowStream(rows), ValidBatches(len(rows), per_process, args.process_index, args.world_size)
+        )
+        was_training, lanes = model.training, None
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=args.device)
+        ahead = ReadAhead(to_device(batch, args.device) for batch in loader)
+        for batch in ahead:
+            facts: BatchFacts = batch.pop(FACTS)
+            output = model(**batch, lanes=lanes, carry=rows.carry_state, num_items_in_batch=1)
+            lanes = output.past_key_values.state if rows.carry_state else None
+            total[0] += output.loss.double()
+            total[1] += facts.num_targets
+        ahead.close()
+        model.train(was_training)
+        return self.accelerator.reduce(total, "sum").cpu()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self.check_finite()
+            logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.rows.rows.bytes_per_target
+            logs |= self.meter.read()
+            logs["memory_gib"] = memory_gib(self.args.device)
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """After the checkpoint has its name: `_save_checkpoint` calls it."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint and ours beside it, staged and then published."""
+        step, args = self.state.global_step, self.args
+        if step == self._saved_step:
+            return
+        self.check_finite()
+        if self.agreement.any(not all_finite(model)):
+            raise NonFiniteLoss(f"weights are not finite after step {step}. {self._advice()}", [])
+        synchronize(args.device)
+        begin = time.perf_counter()
+        output = Path(self._get_output_dir(trial))
+        with staged(output, step, writes=args.should_save) as folder:
+            self.accelerator.wait_for_everyone()
+            self._staging = folder.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self._save_progress(folder, output)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                commit(folder)
+            self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if args.should_save:
+            rotate(output, args.save_total_limit, None if best is None else Path(best))
+        if args.push_to_hub:
+            super()._push_from_checkpoint(str(output / folder.name))
+        self._saved_step = step
+        self.meter.pause(time.perf_counter() - begin)
+
+    def _save_progress(self, folder: Path, output: Path) -> None:
+        """What the Trainer does not keep: losses since the last log, lanes, time, and whose checkpoint this is."""
+        process = self.args.process_index
+        progress = {"loss": float(self._tr_loss), "last_logged": self._globalstep_last_logged}
+        _progress_file(folder, process).write_text(json.dumps(progress))
+        if self.lanes is not None:
+            self.lanes.trim().save(lanes_file(folder, process))
+        if self.args.should_save:
+            run = {**self.options.identity, "seconds": self.clock.seconds, "processes": self.args.world_size}
+            (folder / RUN_FILE).write_text(json.dumps(run, indent=1))
+            if self.state.best_global_step:  # the Trainer saw the staging folder
+                self.state.best_model_checkpoint = str(output / f"checkpoint-{self.state.best_global_step}")
+                self.state.save_to_json(str(folder / STATE_FILE))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint whose weights are not those of the model is an error, not a warning. A tied head is not stored."""
+        tied = {"model.head.weight"} if self.model.model.config.tie_embeddings else set()  # type: ignore[union-attr]
+        wrong = sorted((set(load_result.missing_keys) - tied) | set(load_result.unexpected_keys))
+        if wrong:
+            raise CheckpointError(f"the weights of {self.resumed} are not those of the model: {', '.join(wrong[:5])}")
+
+    def _restore_progress(self) -> None:
+        """The inverse of `_save_progress`, once the Trainer has loaded its part."""
+        if self.resumed is None:
+            self.clock.start(0.0)
+            return
+        process = self.args.process_index
+        self.clock.start(json.loads((self.resumed / RUN_FILE).read_text())["seconds"])
+        if _progress_file(self.resumed, process).exists():
+            progress = json.loads(_progress_file(self.resumed, process).read_text())
+            self._tr_loss.fill_(progress["loss"])
+            self._globalstep_last_logged = progress["last_logged"]
+        if self.options.carry_state and lanes_file(self.resumed, process).exists():
+            self.lanes = ModelState.load(lanes_file(self.resumed, process)).to(self.args.device)
+
+
+class _Hooks(TrainerCallback):
+    """The places in the Trainer's loop that it tells of."""
+
+    def __init__(self, trainer: PackedTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer._restore_progress()
+        self._trainer.meter.restart()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        batches = self._trainer.batches
+        batches.epoch = state.global_step // (len(batches) // args.gradient_accumulation_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self._trainer
+        if args.device.type == "cpu" or state.global_step % LOOK_EVERY == 0:
+            trainer.check_finite()
+        if trainer.terminated:
+            control.should_training_stop = control.should_save = control.should_log = True
+            control.should_evaluate = False
+        elif trainer.clock.fraction >= 1:
+            control.should_training_stop = control.should_log = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._trainer.terminated:
+            control.should_evaluate = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer._close_ahead()
+
+
+def _metrics(prefix: str, sums: Tensor, num_bytes: int) -> dict[str, float]:
+    """sums: (nats, targets)."""
+    nats, targets = sums.tolist()
+    mean = nats / max(1.0, targets)
+    return {
+        f"{prefix}_loss": mean,
+        f"{prefix}_perplexity": math.exp(min(mean, 700.0)),
+        f"{prefix}_bits_per_byte": nats / math.log(2) / num_bytes,
+    }
+
+
+def _progress_file(checkpoint: Path, process: int) -> Path:
+    return checkpoint / f"progress-{process}.json"
