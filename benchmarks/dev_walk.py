@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from retnet.kernels import walk
+from retnet.kernels.problem import Problem
 
 SHAPES = [
     (4, 8192, 8, 256, 512, ""),
@@ -60,10 +61,11 @@ def extra_bytes(call: Callable[[], tuple[torch.Tensor, ...]]) -> int:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     results = call()
+    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before - sum(x.untyped_storage().nbytes() for x in results)
 
 
-def problem(B: int, T: int, H: int, K: int, V: int, kind: str):
+def make(B: int, T: int, H: int, K: int, V: int, kind: str):
     """Random q, k, v, dout, log_decay of the paper's schedule, and documents of 1000 tokens for "packed"."""
     q, k = (torch.randn(B, T, H, K, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     v, dout = (torch.randn(B, T, H, V, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -76,15 +78,17 @@ def problem(B: int, T: int, H: int, K: int, V: int, kind: str):
 
 
 def stages(B: int, T: int, H: int, K: int, V: int, kind: str) -> None:
-    q, k, v, dout, log_decay, cu = problem(B, T, H, K, V, kind)
+    q, k, v, dout, log_decay, cu = make(B, T, H, K, V, kind)
     scale, out, dv = K**-0.5, torch.empty_like(v), torch.empty_like(v)
-    call = walk._Call.of(q, v, log_decay, scale, None, cu)
+    problem = Problem(q, k, v, log_decay, scale, cu_seqlens=cu)
+    call = walk._Call.of(problem)
 
     def forward():
-        return walk.walk_forward(q, k, v, log_decay, scale, None, None, cu, torch.float32)
+        return walk.walk_forward(problem, None)[:1]
 
     def backward():
-        return walk.walk_backward(dout, None, q, k, v, log_decay, scale, None, None, cu)
+        grads = walk.walk_backward(problem, dout, None, need_dstate=False)
+        return grads.dq, grads.dk, grads.dv
 
     calls = {
         "forward": forward,
@@ -104,8 +108,8 @@ def stages(B: int, T: int, H: int, K: int, V: int, kind: str) -> None:
 
 
 def once() -> None:
-    q, k, v, _, log_decay, _ = problem(*SHAPES[0])
-    walk.walk_forward(q, k, v, log_decay, 1 / 16, None, None, None, torch.float32)
+    q, k, v, _, log_decay, _ = make(*SHAPES[0])
+    walk.walk_forward(Problem(q, k, v, log_decay, 1 / 16), None)
     torch.cuda.synchronize()
 
 

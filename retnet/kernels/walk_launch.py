@@ -92,16 +92,17 @@ _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
 def launch(variant: Variant, programs: int, arguments: tuple) -> None:
     """Launch the walk; the key holds all that its code depends on, with aligned pointers (others take Triton's way)."""
-    pointers = arguments[4], *arguments[6:10]
+    log_decay, states_in, states_out, places, documents = arguments[4], *arguments[6:10]
     key = (
         variant.constants,
         arguments[0].base.dtype,
         arguments[12],
-        pointers[-1].dtype,
+        documents.dtype,
         driver.active.get_current_device(),
     )
     compiled = _compiled.get(key)
-    aligned = all(x.data_ptr() % 16 == 0 for x in pointers)
+    bits = log_decay.data_ptr() | states_in.data_ptr() | states_out.data_ptr() | places.data_ptr()
+    aligned = (bits | documents.data_ptr()) % 16 == 0
     if compiled is not None and aligned:
         compiled[programs, 1, 1](*arguments, *variant.constants)
         return
@@ -110,21 +111,23 @@ def launch(variant: Variant, programs: int, arguments: tuple) -> None:
         _compiled[key] = compiled
 
 
-def _strides(x: Tensor) -> list[int]:
-    """Strides for TMA, which reads those of axes of size 1 as well: there any aligned one will do."""
-    return [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride())] + [x.stride(-1)]
-
-
 def tma_rows(x: Tensor) -> Tensor:
     """x itself if TMA can address it (contiguous last axis, base and other strides of 16 bytes each), else a copy."""
     if x.data_ptr() % 16 == 0:
         if x.is_contiguous():
             return x
         step = 16 // x.element_size()
-        *outer, last = _strides(x)
+        *outer, last = _geometry(x.shape, x.stride())[1]
         if last == 1 and all(stride > 0 and stride % step == 0 for stride in outer):
             return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=1024)
+def _geometry(shape: torch.Size, strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Sizes and strides for TMA, which reads the strides of axes of size 1 as well: there any aligned one will do."""
+    outer = [stride if size > 1 else shape[-1] for size, stride in zip(shape[:-1], strides)]
+    return list(shape), [*outer, strides[-1]]
 
 
 def descriptor(x: Tensor, width: int) -> TensorDescriptor:
@@ -132,6 +135,7 @@ def descriptor(x: Tensor, width: int) -> TensorDescriptor:
 
     Made without the constructor, whose checks `tma_rows` has made, and which would take as long as the launch."""
     described = object.__new__(TensorDescriptor)
-    described.base, described.shape, described.strides = x, list(x.shape), _strides(x)
+    described.base = x
+    described.shape, described.strides = _geometry(x.shape, x.stride())
     described.block_shape, described.layout = [1, CHUNK, 1, width], _BLOCK_LAYOUT
     return described

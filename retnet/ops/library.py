@@ -212,7 +212,9 @@ class _Retention(torch.autograd.Function):
 
 @torch.library.impl(_library, "retention", "Autograd")
 def _retention_autograd(*inputs):
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+    q, k, v, log_decay, _, state, *_ = inputs
+    differentiable = (q, k, v, log_decay) if state is None else (q, k, v, log_decay, state)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
         return _Retention.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.retnet.retention.default(*inputs)

@@ -152,6 +152,17 @@ def test_kernels_agree_with_the_oracle(case, device):
     assert not bad, bad
 
 
+@pytest.mark.parametrize("decay", ["fixed", "token"])
+def test_slow_decays_keep_float32_digits_over_many_segments(decay, device):
+    case = Case("", T=4096, G=1, H=1, state=True)
+    inputs = make_inputs(case, device)
+    slow = torch.log1p(-torch.exp2(torch.tensor([-12.3], dtype=torch.float64, device=device))).float().double()
+    inputs["log_decay"] = slow if decay == "fixed" else slow.expand(1, 4096, 1).contiguous()
+    found = errors(by_kernels(case, inputs), by_reference(reference.chunkwise, inputs, torch.float64, chunk_size=256))
+    bad = {name: error for name, error in found.items() if error > (2e-5 if name == "dlog_decay" else 2e-6)}
+    assert not bad, bad
+
+
 @pytest.mark.parametrize("cu", [None, (0, 65, 65, 133)], ids=["rows", "packed"])
 def test_states_that_nobody_wants_are_not_made_and_change_nothing_else(cu, device):
     inputs = make_inputs(Case("", T=133, state=False, dfinal=False, cu=cu), device)

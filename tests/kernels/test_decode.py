@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from retnet.ops.decode import ACTIVATIONS, InputNorm, Ring, decode_step_
+from retnet.ops.decode import ACTIVATIONS, Decay, InputNorm, Ring, decode_step_
 from retnet.ops.rotary import rotation
 
 pytest.importorskip("triton")
@@ -100,7 +100,16 @@ def test_steps_agree_with_rotation_and_retention_one_after_another(rotary, H, G,
             cos, sin = rotation(torch.full((B, 1), 1000 + step), rotary, K, 10000.0)
             turn = cos[:, 0], sin[:, 0]
         expected = decode_step_(
-            q, k, v, turn, "half" if rotary == "none" else rotary, log_decay, state, active, ring=ring, scale=0.3
+            q,
+            k,
+            v,
+            turn,
+            "half" if rotary == "none" else rotary,
+            Decay.of(log_decay),
+            state,
+            active,
+            ring=ring,
+            scale=0.3,
         )
         out = decode_step(
             *(x.to(device) for x in (q, k, v)),

@@ -31,6 +31,23 @@ def test_steps_agree_with_the_oracle(B, T, G, H, K, V, per_token, masked, state_
     assert (state.double() - last).norm() <= (2e-6 if state_dtype == torch.float32 else 1e-3) * last.norm()
 
 
+def test_thousands_of_slow_decays_keep_float32_digits(device):
+    """Each rounding of exp(log_decay) goes to the same side: multiplied 4096 times, it is 2e-5 off."""
+    from retnet.kernels.step import retention_step
+
+    torch.manual_seed(0)
+    T = 4096
+    q, k, v = (torch.randn(1, T, 1, 16, device=device) for _ in range(3))
+    log_decay = torch.log1p(-torch.exp2(torch.tensor([-12.3], device=device)))
+    state = torch.randn(1, 1, 16, 16, device=device)
+    expected, last = reference.chunkwise(
+        *(x.double() for x in (q, k, v, log_decay)), scale=0.3, state=state.double(), chunk_size=256
+    )
+    out = retention_step(q, k, v, log_decay, state, 0.3, None)
+    assert (out.double() - expected).norm() <= 2e-6 * expected.norm()
+    assert (state.double() - last).norm() <= 2e-6 * last.norm()
+
+
 def test_a_narrow_state_forgets_at_the_rate_of_its_decay(device):
     """Rounded to nearest, float16 would keep a state forever under a decay of 1 - 2^-13."""
     from retnet.kernels.step import retention_step
