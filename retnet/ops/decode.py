@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retnet.ops.norms import normalize
 from retnet.ops.rotary import Rotary, rotate
 
 MATVEC_ROWS = 4  # up to so many rows a GPU's product is bound by reading weights without tensor cores
-ROW_BLOCKS = 8  # of a weight, multiplied as a batch: MKL reads a single product of few rows with one core
+# Parts of a weight that a CPU multiplies as a batch: MKL reads one product of few rows with one core, a batch with all.
+ROW_BLOCKS = (32, 16, 8, 4, 2, 1)  # of W [N, K], the first that divides N
+COLUMN_BLOCKS = (4, 2, 1)  # of W kept as [K, N], the first that divides K; their sums are added
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu, "none": lambda x: x}
 
 
@@ -37,23 +40,51 @@ class InputNorm:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.kind == "none":
             return x
-        parts = x.unflatten(-1, (self.groups, -1))
-        norm = F.layer_norm if self.kind == "layer" else F.rms_norm
-        x = norm(parts, parts.shape[-1:], eps=self.eps)
+        x = x.view(len(x), self.groups, -1)
+        x = normalize(x, self.kind, self.eps)
         if self.weight is not None:
             x = x * self.weight.view(-1, x.shape[-1])
         if self.bias is not None:
             x = x + self.bias.view(-1, x.shape[-1])
-        return x.flatten(-2)
+        return x.flatten(1)
 
 
 @dataclass(frozen=True)
 class DecodeWeight:
-    """values [N, K], floating point, or int8 with scale [N] that multiplies the rows; bias [N]."""
+    """values [N, K], floating point, or int8 with scale [N] that multiplies the rows; bias [N].
+
+    Where they lie as [K, N] (strides (1, N)), a CPU reads them faster if N > K.
+    """
 
     values: Tensor
     scale: Tensor | None = None
     bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Decay:
+    """log_decay [H] or [B, H], natural log, <= 0, float32 (float64), and its expm1, which slow decays are added by.
+
+    all_slow: whether it is known, without asking a device, that all are slow.
+    """
+
+    log_decay: Tensor
+    change: Tensor
+    all_slow: bool = False
+
+    SLOWEST_FAST = -0.5  # exp of slower ones would be rounded to one side at every token, and drift
+
+    @classmethod
+    def of(cls, log_decay: Tensor) -> "Decay":
+        """Decays that change with every token."""
+        return cls(log_decay, torch.expm1(log_decay))
+
+    @classmethod
+    def fixed(cls, log_decay: Tensor) -> "Decay":
+        """Decays that stay, to be asked about once."""
+        log_decay = log_decay.detach().clone()
+        change = log_decay.double().expm1().to(log_decay.dtype)
+        return cls(log_decay, change, bool((log_decay > cls.SLOWEST_FAST).all()))
 
 
 @dataclass
@@ -134,11 +165,10 @@ def decode_step_(
     v: Tensor,
     rotation: tuple[Tensor, Tensor] | None,
     rotary: Rotary,
-    log_decay: Tensor,
+    decay: Decay,
     state: Tensor,
-    active: Tensor,
+    active: Tensor | None,
     *,
-    change: Tensor | None = None,
     ring: Ring | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -147,9 +177,9 @@ def decode_step_(
     Args:
         q: [B, H, K]; k: [B, G, K]; v: [B, G, V]; G divides H. Not turned yet.
         rotation: (cos, sin) [B, K / 2] of the tokens' positions; None leaves q and k as they are.
-        log_decay: [H] or [B, H], natural log, <= 0; change: expm1 of it, if the caller has it.
+        decay: of each head [H], or of each token and head [B, H].
         state: [B, H, K, V] float32 (float64 for float64).
-        active: [B] bool; the others' states are not touched.
+        active: [B] bool; the others' states are not touched. None where all are (a GPU is always told).
         ring: rows that were not written yet; this token joins them, and where they fill it they are all written. The
             caller counts `ring.pending` up, once for all layers.
         scale: multiplies q; K ** -0.5 if None.
@@ -159,46 +189,48 @@ def decode_step_(
         from retnet.kernels.decode_step import decode_step
 
         rows = None if ring is None else (ring.keys, ring.values, ring.log_decay, ring.pending)
-        change = torch.expm1(log_decay) if change is None else change
-        return decode_step(q, k, v, rotation, rotary, log_decay, change, state, active, rows, scale)
+        assert active is not None
+        return decode_step(q, k, v, rotation, rotary, decay.log_decay, decay.change, state, active, rows, scale)
     if rotation is not None:
         cos, sin = (x[:, None] for x in rotation)
-        q, k = (rotate(x[:, None], cos, sin, rotary)[:, 0] for x in (q, k))
-    B, H, heads_per_group = *q.shape[:2], q.shape[1] // k.shape[1]
+        turned = rotate(torch.cat((q, k), 1)[:, None], cos, sin, rotary)[:, 0]
+        q, k = turned.split([q.shape[1], k.shape[1]], 1)
     q = q.to(state.dtype) * scale
-    idle = None if bool(active.all()) else ~active[:, None, None]
-    log_decay = log_decay.expand(B, H)
     if ring is not None:
-        return _ring_step(q, k, v, log_decay, state, active, ring).to(v.dtype)
-    change = torch.expm1(log_decay) if change is None else change.expand(B, H)
-    k, v_wide = (x.to(state.dtype).repeat_interleave(heads_per_group, 1) for x in (k, v))
-    if idle is not None:
-        q, k, v_wide = (x.masked_fill(idle, 0) for x in (q, k, v_wide))
-        log_decay, change = (x.masked_fill(idle[..., 0], 0) for x in (log_decay, change))
-    slow = log_decay > -0.5  # exp of them would be rounded to one side at every token, and drift
-    if not bool(slow.all()):
+        return _ring_step(q, k, v, decay.log_decay.expand(q.shape[:2]), state, active, ring).to(v.dtype)
+    dtype, heads_per_group = v.dtype, q.shape[1] // k.shape[1]
+    k, v = k.to(state.dtype), v.to(state.dtype)
+    if heads_per_group > 1:
+        k, v = (x.repeat_interleave(heads_per_group, 1) for x in (k, v))
+    log_decay, change = decay.log_decay, decay.change
+    if active is not None:
+        idle = ~active[:, None]
+        q, k, v = (x.masked_fill(idle[..., None], 0) for x in (q, k, v))
+        log_decay, change = (x.expand(len(q), -1).masked_fill(idle, 0) for x in (log_decay, change))
+    slow = log_decay > Decay.SLOWEST_FAST
+    if not decay.all_slow and not bool(slow.all()):
         state.mul_(log_decay.masked_fill(slow, 0).exp()[..., None, None])
         change = change.masked_fill(~slow, 0)
-    state.addcmul_(state, change[..., None, None]).addcmul_(k[..., None], v_wide[..., None, :])
-    return torch.matmul(q[..., None, :], state)[..., 0, :].to(v.dtype)
+    state.addcmul_(state, change[..., None, None]).addcmul_(k[..., None], v[..., None, :])
+    return torch.matmul(q[..., None, :], state)[..., 0, :].to(dtype)
 
 
 def _ring_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, active: Tensor, ring: Ring) -> Tensor:
     """The step that leaves the state alone until its ring is full; q [B, H, K] scaled, k and v turned."""
     W, heads_per_group = ring.keys.shape[2], q.shape[1] // k.shape[1]
-    place = ring.pending[:, None] == torch.arange(W, device=q.device)
-    here = place & active[:, None]
-    for rows, new in ((ring.keys, k), (ring.values, v)):
-        rows.copy_(torch.where(here[:, None, :, None], new[:, :, None].to(rows.dtype), rows))
-    ring.log_decay.copy_(torch.where(here[:, None], log_decay[..., None], ring.log_decay))
+    sequence = torch.arange(len(q), device=q.device)
+    if active is not None:
+        sequence = sequence[active]
+    for rows, new in ((ring.keys, k), (ring.values, v), (ring.log_decay, log_decay)):
+        rows[sequence, :, ring.pending[sequence]] = new[sequence].to(rows.dtype)
     there = torch.arange(W, device=q.device) <= ring.pending[:, None]
     decay, since = _decays(ring.log_decay, there[:, None])
     keys, values = (_per_head(x, there, heads_per_group).to(state.dtype) for x in (ring.keys, ring.values))
     score = (keys @ q[..., None])[..., 0] * since
     out = (q[..., None, :] @ state)[..., 0, :] * decay[..., None] + (score[..., None, :] @ values)[..., 0, :]
-    for b in (active & (ring.pending == W - 1)).nonzero()[:, 0].tolist():
+    for b in sequence[ring.pending[sequence] == W - 1].tolist():
         state[b].mul_(decay[b, :, None, None]).baddbmm_((keys[b] * since[b, ..., None]).mT, values[b])
-    return out.masked_fill(~active[:, None, None], 0)
+    return out if active is None else out.masked_fill(~active[:, None, None], 0)
 
 
 def _decays(log_decay: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,7 +246,8 @@ def _decays(log_decay: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
 
 def _per_head(rows: Tensor, there: Tensor, heads_per_group: int) -> Tensor:
     """[B, G, W, K] -> [B, H, W, K], 0 where there is no row (what lies there may be anything)."""
-    return rows.masked_fill(~there[:, None, :, None], 0).repeat_interleave(heads_per_group, 1)
+    rows = rows.masked_fill(~there[:, None, :, None], 0)
+    return rows if heads_per_group == 1 else rows.repeat_interleave(heads_per_group, 1)
 
 
 def _linear_on_cpu(
@@ -240,7 +273,7 @@ def _linear_on_cpu(
 def _product(y: Tensor, weight: DecodeWeight, residual_: Tensor | None, skip: float, branch: float) -> Tensor:
     if residual_ is not None and y.is_cuda and weight.bias is None:
         return residual_.addmm_(y, weight.values.t(), beta=skip, alpha=branch)
-    out = y @ weight.values.t() if y.is_cuda else _in_row_blocks(y, weight)
+    out = y @ weight.values.t() if y.is_cuda else _in_blocks(y, weight)
     if weight.bias is not None:
         out = out + weight.bias
     if residual_ is None:
@@ -250,15 +283,18 @@ def _product(y: Tensor, weight: DecodeWeight, residual_: Tensor | None, skip: fl
     return residual_.add_(out, alpha=branch)
 
 
-def _in_row_blocks(y: Tensor, weight: DecodeWeight) -> Tensor:
-    """y W^T with the rows of W in blocks, whose products run side by side on all cores."""
+def _in_blocks(y: Tensor, weight: DecodeWeight) -> Tensor:
+    """y W^T on a CPU with W in blocks, whose products run side by side on all cores."""
     values, (B, K) = weight.values, y.shape
     if weight.scale is not None:
         return torch._weight_int8pack_mm(y, values, weight.scale)
-    if len(values) % ROW_BLOCKS:
-        return F.linear(y, values)
-    blocks = values.view(ROW_BLOCKS, -1, K).mT
-    return torch.bmm(y.expand(ROW_BLOCKS, B, K), blocks).transpose(0, 1).reshape(B, -1)
+    if values.stride(0) == 1:
+        blocks = next(n for n in COLUMN_BLOCKS if K % n == 0)
+        columns = values.t().view(blocks, K // blocks, -1)
+        return torch.bmm(y.view(B, blocks, -1).transpose(0, 1), columns).sum(0)
+    blocks = next(n for n in ROW_BLOCKS if len(values) % n == 0)
+    rows = values.view(blocks, -1, K).mT
+    return torch.bmm(y.expand(blocks, B, K), rows).transpose(0, 1).reshape(B, -1)
 
 
 def _nones(x: Tensor) -> list[None]:

@@ -371,9 +371,7 @@ class Engine:
         """Add a new token, that of `place` [slot, t], to a request; returns why it ends the output, if it does."""
         if token == FAILED:
             position = len(generation.seen)
-            generation.error = (
-                f"the logits of token {position} are not finite: its state or the weights are not"
-            )
+            generation.error = f"the logits of token {position} are not finite: its state or the weights are not"
             return "failed"
         request = generation.request
         generation.seen.append(token)

@@ -26,7 +26,7 @@ from retnet.layers.retention import MultiScaleRetention
 from retnet.layers.state import RetentionState
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
-from retnet.ops.decode import DecodeWeight, InputNorm, Ring, decode_linear, decode_step_
+from retnet.ops.decode import Decay, DecodeWeight, InputNorm, Ring, decode_linear, decode_step_
 from retnet.ops.rotary import Rotary, Yarn, frequencies, rotation, scaling
 from retnet.serve.quantize import int8_parts, move_int8_
 
@@ -61,11 +61,9 @@ class FusedBlock:
         self.decay_input = None if mixer.decay_proj is None else packed([mixer.decay_proj])
         head = self.config
         self.head_norm = InputNorm(head.head_norm, head.num_heads, head.head_norm_eps, _data(mixer.head_norm_weight))
-        self.log_decay = self.change = None
+        self.decay = None
         if mixer.decay_proj is None:
-            with torch.no_grad():
-                self.log_decay = mixer.log_decay(torch.empty(0, device=self.inputs.values.device)).clone()
-                self.change = self.log_decay.double().expm1().to(self.log_decay.dtype)
+            self.decay = Decay.fixed(mixer.log_decay(torch.empty(0, device=self.inputs.values.device)))
         self.up = self.down = None
         if block.feed_forward is not None:
             self._add_feed_forward(block)
@@ -106,18 +104,21 @@ class FusedBlock:
         projections = [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.out_proj]
         return plain and all(isinstance(p, nn.Linear) for p in projections) and all(map(readable, linears))
 
-    def __call__(self, x: Tensor, state: RetentionState, turn: Rotation, active: Tensor, ring: Ring | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, state: RetentionState, turn: Rotation, active: Tensor | None, ring: Ring | None
+    ) -> Tensor:
+        """active [S], None if all are."""
         config = self.config
         parts = decode_linear(x, self.inputs, norm=self.mixer_norm).split(self.widths, -1)
         q, k = (z.unflatten(-1, (-1, config.head_key_dim)) for z in parts[:2])
         v = parts[2].unflatten(-1, (-1, config.head_value_dim))
-        log_decay, change = self.log_decay, self.change
+        decay = self.decay
         if self.decay_input is not None:
             opened = decode_linear(x, self.decay_input, norm=self.mixer_norm)
-            log_decay, change = self.mixer.gated_log_decay(opened), None
-        assert log_decay is not None
+            decay = Decay.of(self.mixer.gated_log_decay(opened))
+        assert decay is not None
         rotary: Rotary = "half" if config.rotary == "none" else config.rotary
-        y = decode_step_(q, k, v, turn, rotary, log_decay, state.memory, active, change=change, ring=ring)
+        y = decode_step_(q, k, v, turn, rotary, decay, state.memory, active, ring=ring)
         x = decode_linear(
             y.flatten(-2),
             self.output,
@@ -173,10 +174,11 @@ class FusedModel:
             layout = TokenLayout.of(
                 (len(x), 1), x.device, start=self.state.position, mask=active[:, None], carry=True, in_place=True
             )
+        some = None if not active.is_cuda and bool(active.all()) else active
         for block, layer, state, ring in zip(self.blocks, model.layers, self.state, self.rings, strict=True):
             if block is not None:
                 assert isinstance(state, RetentionState)
-                x = block(x, state, turns[block.rotation], active, ring)
+                x = block(x, state, turns[block.rotation], some, ring)
             else:
                 x = layer(x[:, None], state, layout)[0][:, 0].contiguous()
         self._count(active)
@@ -217,7 +219,12 @@ def readable(linear: nn.Linear) -> bool:
 
 @torch.no_grad()
 def packed(linears: list[nn.Linear]) -> DecodeWeight:
-    """Linears of one input as one; their weights become views of it, or are found to be already."""
+    """Linears of one input as one; their weights become views of it, or are found to be already.
+
+    On a CPU what is wider than deep is laid out by columns.
+    """
+    width = sum(linear.out_features for linear in linears)
+    by_columns = linears[0].weight.device.type == "cpu" and width > linears[0].in_features
     biases = [linear.bias for linear in linears]
     some = next((bias for bias in biases if bias is not None), None)
     bias = None
@@ -230,21 +237,22 @@ def packed(linears: list[nn.Linear]) -> DecodeWeight:
         for linear, rows in zip(linears, whole.split([len(x) for x in values]), strict=True):
             move_int8_(linear.weight, rows)
         return DecodeWeight(whole, torch.cat(scales), bias)
-    whole = _together([linear.weight.data for linear in linears])
+    whole = _together([linear.weight.data for linear in linears], by_columns)
     for linear, rows in zip(linears, whole.split([m.out_features for m in linears]), strict=True):
         linear.weight.data = rows
     return DecodeWeight(whole, None, bias)
 
 
-def _together(weights: list[Tensor]) -> Tensor:
-    """[N_i, K] matrices as one [sum N_i, K]: a copy, unless they lie one after the other already."""
-    first = weights[0]
+def _together(weights: list[Tensor], by_columns: bool = False) -> Tensor:
+    """[N_i, K] matrices as one [sum N_i, K], which by_columns lies as [K, sum N_i]: a copy, unless they lie so."""
+    first, N, K = weights[0], sum(map(len, weights)), weights[0].shape[1]
+    strides, row = ((1, N), first.element_size()) if by_columns else ((K, 1), K * first.element_size())
     starts = [weight.data_ptr() for weight in weights]
-    ends = [weight.data_ptr() + weight.numel() * weight.element_size() for weight in weights]
+    ends = [weight.data_ptr() + len(weight) * row for weight in weights]
     one_storage = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    if one_storage and starts[1:] == ends[:-1] and all(weight.is_contiguous() for weight in weights):
-        return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
-    return torch.cat(weights)
+    if one_storage and starts[1:] == ends[:-1] and all(weight.stride() == strides for weight in weights):
+        return first.as_strided((N, K), strides)
+    return torch.cat([weight.t() for weight in weights], 1).t() if by_columns else torch.cat(weights)
 
 
 def _data(weight: Tensor | None) -> Tensor | None:
