@@ -21,6 +21,7 @@ from runner import Point, append, copy_bandwidth, median_milliseconds, table
 from torch import Tensor
 
 from retnet.ops.decay import paper_log_decay
+from retnet.ops.decode import Decay, Ring, decode_step_
 from retnet.ops.deferred import retention_defer_, retention_fold_
 from retnet.ops.retention import retention_step_
 
@@ -44,6 +45,18 @@ def ring(batch: int, H: int, K: int, V: int, waiting: int) -> tuple[Tensor, ...]
     """Keys and values of RING tokens, `waiting` of them not yet in the state."""
     k, v = (torch.randn(batch, RING, H, width, device="cuda", dtype=torch.bfloat16) for width in (K, V))
     return k, v, torch.full((batch,), waiting, device="cuda", dtype=torch.int32)
+
+
+def ring_step(ring: Ring, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
+    everyone = torch.ones(len(q), dtype=torch.bool, device="cuda")
+    decay = Decay(log_decay, log_decay.expm1())
+    decode_step_(q[:, 0], k[:, 0], v[:, 0], None, "none", decay, state, everyone, ring=ring)
+
+
+def engine_ring(batch: int, H: int, K: int, V: int, waiting: int) -> Ring:
+    k, v = (torch.randn(batch, H, RING, width, device="cuda", dtype=torch.bfloat16) for width in (K, V))
+    logs = paper_log_decay(H).cuda()[:, None].expand(batch, H, RING).contiguous()
+    return Ring(k, v, logs, torch.full((batch,), waiting, device="cuda"))
 
 
 def tiled_step(tile, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
@@ -92,6 +105,11 @@ def measure(batch: int, H: int, K: int, V: int, state_dtype: torch.dtype, implem
         step = clock(partial(deferred_step, ring(batch, H, K, V, RING // 2)))
         fold = clock(partial(deferred_fold, ring(batch, H, K, V, RING)))
         milliseconds, note = step + fold / RING, f"step {1e3 * step:.1f} us, fold {1e3 * fold:.1f} us"
+    elif implementation == "ring":
+        step = clock(partial(ring_step, engine_ring(batch, H, K, V, RING // 2)))
+        fold = clock(partial(ring_step, engine_ring(batch, H, K, V, RING - 1)))
+        milliseconds = step + (fold - step) / RING
+        note = f"step {1e3 * step:.1f} us, with the fold {1e3 * fold:.1f} us"
     else:
         milliseconds = clock({"ours": our_step, "fla": fla_step}[implementation])
     return point(batch, H, K, V, state_dtype, implementation, milliseconds, note)
@@ -148,6 +166,8 @@ def main() -> None:
             continue
         for state_dtype in (torch.float32,) if implementation == "fla" else dtypes:
             for batch in options.batch:
+                if implementation == "ring" and state_dtype != torch.float32:
+                    continue
                 points = [measure(batch, *options.heads, state_dtype, implementation)]
                 print(table(points), flush=True)
                 append(options.csv, points)

@@ -88,7 +88,7 @@ def _running_sums_kernel(
         step = tl.load(log_decay + (start + position) * H + h, mask=ok, other=0.0)
         reset = step < -104.0
         step = tl.where(reset, 0.0, step)
-        coarse = tl.floor(step * 512.0) / 512.0
+        coarse = tl.ceil(step * 512.0) / 512.0  # towards 0: slow decays lie in `low` alone
         high, low = tl.cumsum(coarse, 0), tl.cumsum(step - coarse, 0)
         resets = tl.cumsum(reset.to(tl.float32), 0)
         leave = (tl.sum(coarse, 0) - high) + (tl.sum(step - coarse, 0) - low)

@@ -45,7 +45,8 @@ def decode_step(
     B, H, K = q.shape
     G, V = v.shape[1:]
     out = torch.empty(B, H, V, dtype=v.dtype, device=v.device)
-    BV, warps = step_tile(K, V, B * H, state.dtype)
+    shape = step_tile(K, V, B * H, state.dtype)
+    BV, warps = shape.BV, shape.warps
     keys = values = logs = pending = None
     if ring is not None:
         keys, values, logs, pending = ring

@@ -152,6 +152,7 @@ def test_kernels_agree_with_the_oracle(case, device):
     assert not bad, bad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["fixed", "token"])
 def test_slow_decays_keep_float32_digits_over_many_segments(decay, device):
     case = Case("", T=4096, G=1, H=1, state=True)

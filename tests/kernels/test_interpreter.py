@@ -11,23 +11,20 @@ import torch
 pytest.importorskip("triton")
 
 
+MODULES = ["test_chunkwise.py", "test_step.py", "test_deferred.py", "test_walk_places.py"]
+SLOW = ["test_chunkwise.py", "test_step.py"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel tests run on it")
 @pytest.mark.parametrize(
-    "module", ["test_chunkwise.py", "test_step.py", "test_deferred.py", "test_walk_places.py", "test_selective_scan.py"]
+    ("module", "marks"),
+    [
+        *(pytest.param(module, "not gpu and not slow", id=module) for module in MODULES),
+        *(pytest.param(module, "slow and not gpu", id=f"{module}, slow", marks=pytest.mark.slow) for module in SLOW),
+    ],
 )
-def test_kernels_agree_with_the_oracle_in_the_interpreter(module):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "not gpu and not slow",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
+def test_kernels_agree_with_the_oracle_in_the_interpreter(module, marks):
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     run = subprocess.run(

@@ -31,6 +31,7 @@ def test_steps_agree_with_the_oracle(B, T, G, H, K, V, per_token, masked, state_
     assert (state.double() - last).norm() <= (2e-6 if state_dtype == torch.float32 else 1e-3) * last.norm()
 
 
+@pytest.mark.slow
 def test_thousands_of_slow_decays_keep_float32_digits(device):
     """Each rounding of exp(log_decay) goes to the same side: multiplied 4096 times, it is 2e-5 off."""
     from retnet.kernels.step import retention_step
