@@ -159,19 +159,28 @@ def walk_kernel(
         x_smem, y_smem, z_smem, p_smem, outs_smem, tickets, decays, out_desc, state_in + state_at, state_out + state_at,
         split * batches + batch, head, value, start, count, last_step, row_places,
     )  # fmt: skip
+    _start_roles(
+        mixing, scoring, loading,
+        GROUPS, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE,
+        MIX_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _start_roles(
+    mixing, scoring, loading,
+    GROUPS: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, PLACED: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
+    MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One or two warpgroups mix, one scores if there are readers, and one warp loads."""
     LOWER: gl.constexpr = 0
     UPPER: gl.constexpr = 1
     if GROUPS == 2 and READ:
         gl.warp_specialize(
             [
-                (
-                    mix_role,
-                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE),
-                ),
-                (
-                    mix_role,
-                    (mixing, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE),
-                ),
+                (mix_role, (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (mix_role, (mixing, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
                 (score_role, (scoring, REVERSE, PLACED)),
                 (load_role, (loading, REVERSE, READ)),
             ],
@@ -181,14 +190,8 @@ def walk_kernel(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    mix_role,
-                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE),
-                ),
-                (
-                    mix_role,
-                    (mixing, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE),
-                ),
+                (mix_role, (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (mix_role, (mixing, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [4, 1],
@@ -197,10 +200,7 @@ def walk_kernel(
     elif READ:
         gl.warp_specialize(
             [
-                (
-                    mix_role,
-                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE),
-                ),
+                (mix_role, (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
                 (score_role, (scoring, REVERSE, PLACED)),
                 (load_role, (loading, REVERSE, READ)),
             ],
@@ -210,10 +210,7 @@ def walk_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    mix_role,
-                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE),
-                ),
+                (mix_role, (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [1],
