@@ -28,6 +28,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def hybrid_byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same width with attention and Mamba-2 beside retention."""
+    from retnet.layers.attention import AttentionConfig
+    from retnet.layers.block import BlockConfig
+    from retnet.layers.mamba2 import Mamba2Config
+    from retnet.layers.retention import RetentionConfig
+    from retnet.models.config import ModelConfig
+    from retnet.models.directory import save_model
+    from retnet.models.lm import LanguageModel
+
+    mixers = (Mamba2Config(64, head_dim=16, state_dim=8), RetentionConfig(2, 32, 64), AttentionConfig(4, 2, head_dim=8))
+    layers = tuple(BlockConfig(mixer, None, norm="rms") for mixer in mixers)
+    directory = tmp_path_factory.mktemp("models") / "hybrid-byte-model"
+    save_model(LanguageModel(ModelConfig(257, 32, layers, name="hybrid-byte-model", bos_token_id=256)), directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a byte model small enough to run anywhere, weights at unit gain so that its state matters."""
     from retnet.models.directory import save_model

@@ -64,9 +64,14 @@ def tasks(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture(params=["byte_model", "hybrid_byte_model"])
+def model_directory(request):
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
-def harness(byte_model) -> RetNetLM:
-    return RetNetLM(str(byte_model))
+def harness(model_directory) -> RetNetLM:
+    return RetNetLM(str(model_directory))
 
 
 def request(kind, *arguments):
@@ -81,8 +86,8 @@ def log_likelihood(model, context: str, answer: str) -> float:
     return sum(logs[t - 1, ids[0, t]].item() for t in range(first, ids.shape[1]))
 
 
-def test_answers_are_scored_as_by_one_forward_whatever_contexts_share(harness, byte_model):
-    model = load_model(byte_model)
+def test_answers_are_scored_as_by_one_forward_whatever_contexts_share(harness, model_directory):
+    model = load_model(model_directory)
     shots = "Question: what?\nAnswer: that\n\n"
     pairs = [
         (shots + "Question: one", " a"),
@@ -119,7 +124,7 @@ def test_generation_stops_before_a_string(harness):
     assert cut == free.split("\ufffd")[0]
 
 
-def test_tasks_run_and_agree_with_the_huggingface_backend(harness, byte_model, tasks, tmp_path):
+def test_tasks_run_and_agree_with_the_huggingface_backend(harness, model_directory, tasks, tmp_path):
     """The same directory through `--model hf`, which knows nothing of our states."""
     from retnet.models.hf.tokenizer import byte_tokenizer
 
@@ -130,7 +135,7 @@ def test_tasks_run_and_agree_with_the_huggingface_backend(harness, byte_model, t
     directory = tmp_path / "with-tokenizer"
     from retnet.models.hf import RetNetForCausalLM
 
-    RetNetForCausalLM.from_pretrained(byte_model).save_pretrained(directory)
+    RetNetForCausalLM.from_pretrained(model_directory).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     theirs = {}
     for name, add_start in zip(names, (True, False)):  # the harness starts rolling documents itself

@@ -55,12 +55,12 @@ def retnet_model() -> RetNetForCausalLM:
     return make_model()
 
 
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory) -> str:
+@pytest.fixture(scope="session", params=list(STACKS))
+def saved(request, tmp_path_factory) -> str:
     """A byte model with its tokenizer, as users keep one."""
     from retnet.models.hf.tokenizer import byte_tokenizer
 
     directory = tmp_path_factory.mktemp("hf") / "model"
-    make_model(tie_embeddings=True).save_pretrained(directory)
+    make_model(request.param, tie_embeddings=True).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return str(directory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .conftest import make_model, random_ids
+from .conftest import STACKS, make_model, random_ids
 
 peft = pytest.importorskip("peft")
 
@@ -27,9 +27,13 @@ def train(model, steps=8):
     return losses
 
 
-@pytest.mark.parametrize("targets", [RETENTION, "all-linear", [*RETENTION, "head"]], ids=["retention", "all", "head"])
-def test_lora_trains_is_saved_and_merged(tmp_path, targets):
-    base = make_model(init_std=0.05)
+@pytest.mark.parametrize(
+    ("stack", "targets"),
+    [("retnet", RETENTION), ("retnet", "all-linear"), ("retnet", [*RETENTION, "head"]), ("hybrid", "all-linear")],
+    ids=["retention", "all", "head", "hybrid"],
+)
+def test_lora_trains_is_saved_and_merged(tmp_path, stack, targets):
+    base = make_model(stack, init_std=0.05)
     frozen = {name: p.clone() for name, p in base.named_parameters()}
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
     losses = train(model)
@@ -47,7 +51,7 @@ def test_lora_trains_is_saved_and_merged(tmp_path, targets):
     ids = random_ids(2, 7)
     adapted = model(ids).logits
     model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(make_model(init_std=0.05), tmp_path).eval()
+    again = peft.PeftModel.from_pretrained(make_model(stack, init_std=0.05), tmp_path).eval()
     torch.testing.assert_close(again(ids).logits, adapted)
     assert torch.equal(
         model.generate(input_ids=ids, max_new_tokens=5, do_sample=False),
@@ -58,8 +62,9 @@ def test_lora_trains_is_saved_and_merged(tmp_path, targets):
     assert {name for name, _ in merged.named_parameters()} == set(frozen)
 
 
-def test_prompt_tuning_trains_in_front_of_the_text():
-    base = make_model(init_std=0.05)
+@pytest.mark.parametrize("stack", STACKS)
+def test_prompt_tuning_trains_in_front_of_the_text(stack):
+    base = make_model(stack, init_std=0.05)
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, token_dim=32, num_layers=2,
                                      num_attention_heads=2)  # fmt: skip
     model = peft.get_peft_model(base, config)

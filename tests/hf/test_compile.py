@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .conftest import make_model, random_ids
+from .conftest import STACKS, make_model, random_ids
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_whole_model_compiles_without_a_graph_break(device):
+@pytest.mark.parametrize("stack", STACKS)
+def test_the_whole_model_compiles_without_a_graph_break(stack, device):
     torch._dynamo.reset()
-    model, ids = make_model().to(device).train(), random_ids(2, 40).to(device)
+    model, ids = make_model(stack).to(device).train(), random_ids(2, 40).to(device)
     compiled = torch.compile(model, fullgraph=True)
     losses, gradients = [], []
     for run in (model, compiled):

@@ -14,12 +14,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import retnet.hf
 from retnet.data.tokenizer import ByteTokenizer
+from retnet.layers.retention import MultiScaleRetention
+from retnet.layers.wide_rates import WIDE_PARAMETERS
 from retnet.models.directory import load_model, save_model
 from retnet.models.hf import RetNetForCausalLM, RetNetModel
 from retnet.models.hf.card import model_card
 from retnet.models.hf.tokenizer import byte_tokenizer
 
-from .conftest import make_model, random_ids
+from .conftest import STACKS, make_model, random_ids
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -29,9 +31,9 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_shards_are_written_and_read_by_both_faces(tmp_path, tied):
-    model = make_model(tie_embeddings=tied)
+@pytest.mark.parametrize(("stack", "tied"), [("retnet", True), ("retnet", False), ("hybrid", True)])
+def test_shards_are_written_and_read_by_both_faces(tmp_path, stack, tied):
+    model = make_model(stack, tie_embeddings=tied)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     ids = random_ids(2, 7)
@@ -44,7 +46,9 @@ def test_shards_are_written_and_read_by_both_faces(tmp_path, tied):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_dtype_that_is_asked_for_is_what_the_weights_have(saved, dtype):
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=dtype)
-    assert {p.dtype for p in model.parameters()} == {dtype}
+    for name, parameter in model.named_parameters():
+        is_rate = name.rpartition(".")[2] in WIDE_PARAMETERS
+        assert parameter.dtype == (torch.promote_types(dtype, torch.float32) if is_rate else dtype), name
     assert model.model.config.torch_dtype == dtype
     assert model(random_ids(1, 5)).logits.dtype == dtype
 
@@ -58,7 +62,7 @@ def test_a_model_saved_in_half_precision_comes_back_in_it(tmp_path):
 def test_half_precision_decays_are_those_of_the_configuration(saved):
     """A gamma above 1 - 2^-8 would round to 1 in bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
-    mixer = model.model.layers[0].mixer
+    mixer = next(m for m in model.modules() if isinstance(m, MultiScaleRetention))
     decay = mixer.log_decay(torch.zeros(1, 1, 32, dtype=torch.bfloat16))
     assert decay.dtype == torch.float32
     torch.testing.assert_close(decay, mixer.config.log_decay.float())
@@ -66,8 +70,8 @@ def test_half_precision_decays_are_those_of_the_configuration(saved):
 
 def test_layers_can_lie_on_a_disk(saved, tmp_path):
     whole = RetNetForCausalLM.from_pretrained(saved)
-    places = {"model.embedding": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-    places |= {"model.final_norm": "cpu", "model.head": "cpu"}
+    places = {f"model.layers.{n}": "disk" if n == 1 else "cpu" for n in range(len(whole.model.layers))}
+    places |= {"model.embedding": "cpu", "model.final_norm": "cpu", "model.head": "cpu"}
     spread = RetNetForCausalLM.from_pretrained(saved, device_map=places, offload_folder=tmp_path)
     assert {p.device.type for p in spread.model.layers[1].parameters()} == {"meta"}
     ids = random_ids(2, 6)
@@ -86,10 +90,16 @@ def test_auto_classes_find_the_model(saved):
     assert torch.equal(body.model.logits(hidden), logits)
 
 
-@pytest.mark.parametrize("writer", ["face", pytest.param("core", marks=pytest.mark.slow)])
-def test_a_process_that_knows_nothing_loads_the_directory_by_its_shim(tmp_path, writer):
+@pytest.mark.parametrize(
+    ("stack", "writer"),
+    [
+        ("retnet", "face"),
+        *(pytest.param(s, w, marks=pytest.mark.slow) for s, w in [("retnet", "core"), ("hybrid", "face")]),
+    ],
+)
+def test_a_process_that_knows_nothing_loads_the_directory_by_its_shim(tmp_path, stack, writer):
     directory, again = tmp_path / "model", tmp_path / "again"
-    model = make_model(tie_embeddings=True)
+    model = make_model(stack, tie_embeddings=True)
     model.save_pretrained(directory) if writer == "face" else save_model(model.model, directory)
     output = run_python(
         "import sys\n"
@@ -151,12 +161,13 @@ def test_the_model_card_says_what_the_model_is_and_how_to_load_it(saved):
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.tags == ["retnet", "linear-attention"]
     assert (card.data.license, card.data.datasets) == ("apache-2.0", ["tiny"])
-    for fact in ("trust_remote_code=True", "2 layers", "257"):
+    for fact in ("trust_remote_code=True", f"{len(model.model.layers)} layers", "257"):
         assert fact in card.text
 
 
-def test_a_resized_vocabulary_is_saved(tmp_path):
-    model = make_model(tie_embeddings=True)
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_resized_vocabulary_is_saved(tmp_path, stack):
+    model = make_model(stack, tie_embeddings=True)
     ids = random_ids(1, 5)
     before = model(ids).logits
     model.resize_token_embeddings(300)

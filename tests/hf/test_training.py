@@ -9,7 +9,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from retnet.models.hf.inputs import document_bounds, last_columns, without_first_labels
 
-from .conftest import make_model, random_ids
+from .conftest import STACKS, make_model, random_ids
 
 FEATURES = [{"input_ids": random_ids(1, length)[0].tolist()} for length in (9, 4, 12)]
 
@@ -144,8 +144,9 @@ def test_first_labels_are_found_by_bounds_with_empty_documents():
     assert without_first_labels(labels, torch.tensor([0, 3, 3, 5, 6, 6])).tolist() == [[-100, 1, 2, -100, 4, -100]]
 
 
-def test_the_trainer_trains_packed_rows_and_evaluates(tmp_path):
-    model = make_model(init_std=0.05)
+@pytest.mark.parametrize("stack", STACKS)
+def test_the_trainer_trains_packed_rows_and_evaluates(tmp_path, stack):
+    model = make_model(stack, init_std=0.05)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=3, gradient_accumulation_steps=2,
         learning_rate=3e-2, logging_steps=1, report_to=[], gradient_checkpointing=True, use_cpu=True, disable_tqdm=True,
