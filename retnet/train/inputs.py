@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from retnet.data import Corpus, Mixture, PackedDataset, Rows, open_corpus
 from retnet.stack.resolve import resolve_model
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
+
+RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def open_model(recipe: Recipe, corpus: Corpus) -> PackedForCausalLM:
         if model.config.gradient_checkpointing or recipe.training.get("gradient_checkpointing"):
             # What the first block leaves for the others (rotations) is there when it is recomputed: another graph.
             raise ValueError("torch_compile with gradient_checkpointing is not supported; accepted: one of them")
+        # Blocks differ by their configuration, by gradients or none, and by what the first one leaves for the others.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for layer in model.layers:
             layer.compile(**recipe.compile_options)
     return PackedForCausalLM.wrap(model)

@@ -58,6 +58,7 @@ class PackedForCausalLM(RetNetForCausalLM):
     ) -> CausalLMOutputWithPast:
         """The sum of the targets' nats over num_items_in_batch."""
         bounds, (B, T) = cu_seq_lens_q, input_ids.shape
+        torch._dynamo.maybe_mark_dynamic(bounds, 0)  # as many as there are documents: no graph of its own for each
         starts = torch.arange(0, B * T, T, device=bounds.device)
         before = None if lanes is None else _states_before(lanes, begins_fresh, bounds, starts)
         losses: list[Tensor] = []

@@ -305,7 +305,7 @@ class PackedTrainer(Trainer):
                 self.state.save_to_json(str(folder / STATE_FILE))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A checkpoint whose weights are not those of the model is an error, not a warning. A tied head is not stored."""
+        """Weights that are not those of the model are an error, not a warning. (A tied head is not stored.)"""
         tied = {"model.head.weight"} if self.model.model.config.tie_embeddings else set()  # type: ignore[union-attr]
         wrong = sorted((set(load_result.missing_keys) - tied) | set(load_result.unexpected_keys))
         if wrong:

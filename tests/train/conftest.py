@@ -1,0 +1,76 @@
+"""Small runs: a byte model with dropout on, a folder of texts, one thread."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from retnet.train.recipe import Recipe, load_recipe
+
+# 283 rows of 48 tokens: an epoch is 18 steps of 16 rows.
+SETTINGS: dict[str, Any] = {
+    "length": 48,
+    "valid_fraction": 0.2,
+    "max_steps": 24,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "num_samples": 0,
+    "do_eval": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The order of sums is then the same in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def dropout_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from retnet.models.directory import save_model
+    from retnet.models.lm import LanguageModel
+    from retnet.models.presets import retnet_config
+
+    directory = tmp_path_factory.mktemp("models") / "dropout-model"
+    config = retnet_config("dropout-model", 2, 32, 2, vocab_size=257, bos_token_id=256)
+    layers = tuple(replace(layer, dropout=0.1) for layer in config.layers)
+    save_model(LanguageModel(replace(config, layers=layers)), directory)
+    return directory
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def words_for(model: Path, data: Path, output: Path, **settings: Any) -> list[str]:
+    """The command line of a small run."""
+    values = SETTINGS | settings | {"model": model, "data": data, "output_dir": output}
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def recipe_for(model: Path, data: Path, output: Path, **settings: Any) -> Recipe:
+    return load_recipe(None, words_for(model, data, output, **settings))
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Step -> logged loss of a finished run."""
+    log = json.loads((output / "training.json").read_text())["log"]
+    return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+
+
+def weights(output: Path) -> bytes:
+    return (output / "model.safetensors").read_bytes()

@@ -1,0 +1,126 @@
+"""A run that was killed and resumed is the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from retnet.train.run import train
+from retnet.train.stopping import Terminated
+
+from .conftest import losses, recipe_for, weights, words_for
+
+KILLED_RUN = Path(__file__).with_name("killed_run.py")
+SAVING = {"save_strategy": "steps", "save_steps": 5}
+
+
+def run_and_die(place: str, words: list[str]) -> None:
+    process = subprocess.run([sys.executable, str(KILLED_RUN), place, *words], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+
+
+@pytest.mark.parametrize(
+    ("places", "settings", "resumed_at"),
+    [
+        pytest.param(["step:8"], {}, "checkpoint-5", id="mid-epoch"),
+        pytest.param(["save:10"], {}, "checkpoint-5", id="mid-save"),
+        pytest.param(
+            ["save:10", "step:22"],
+            {"carry_state": True},
+            "checkpoint-20",
+            id="twice-with-carried-states",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    dropout_model, text_folder, tmp_path, console, places, settings, resumed_at
+):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(recipe_for(dropout_model, text_folder, whole, **SAVING, **settings), console)
+    for place in places:
+        run_and_die(
+            place, words_for(dropout_model, text_folder, killed, **SAVING, **settings, resume_from_checkpoint="auto")
+        )
+    assert not (killed / "training.json").exists()
+    train(recipe_for(dropout_model, text_folder, killed, **SAVING, **settings, resume_from_checkpoint="auto"), console)
+    assert f"going on from {killed / resumed_at}" in console.file.getvalue()
+    assert losses(killed) == losses(whole)
+    assert len(losses(whole)) == 24
+    assert weights(killed) == weights(whole)
+
+
+def test_sigterm_saves_and_the_run_goes_on_in_the_middle_of_a_log_interval(
+    dropout_model, text_folder, tmp_path, console, monkeypatch
+):
+    settings = {"logging_steps": 4, "carry_state": True}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(recipe_for(dropout_model, text_folder, whole, **settings), console)
+    from retnet.train.trainer import PackedTrainer
+
+    original = PackedTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedTrainer, "training_step", training_step)
+        with pytest.raises(Terminated, match="terminated at step 11; resume_from_checkpoint=auto goes on from"):
+            train(recipe_for(dropout_model, text_folder, stopped, **settings), console)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (stopped / "checkpoint-11/complete.json").exists()
+    train(recipe_for(dropout_model, text_folder, stopped, **settings, resume_from_checkpoint="true"), console)
+    kept = {step: loss for step, loss in losses(stopped).items() if step % 4 == 0 and step > 12}
+    assert kept == {step: loss for step, loss in losses(whole).items() if step > 12}
+    assert weights(stopped) == weights(whole)
+
+
+def test_everything_that_is_read_back_is_read_as_weights_only(
+    dropout_model, text_folder, tmp_path, console, monkeypatch
+):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "num_train_epochs": 1}
+    train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
+    read = []
+    original = torch.load
+
+    def load(file, *args, **kwargs):
+        read.append((Path(file).name, kwargs.get("weights_only")))
+        return original(file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", load)
+    recipe = recipe_for(
+        dropout_model, text_folder, tmp_path, **settings, resume_from_checkpoint=tmp_path / "checkpoint-2"
+    )
+    train(recipe, console)
+    assert {name for name, _ in read} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert all(only is True for _, only in read)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_differences(dropout_model, text_folder, tmp_path, console):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
+    other = recipe_for(
+        dropout_model,
+        text_folder,
+        tmp_path,
+        **settings | {"gradient_accumulation_steps": 1, "length": 32},
+        resume_from_checkpoint="auto",
+    )
+    with pytest.raises(ValueError, match="length was 48 and is 32; rows_per_step was 16 and is 8"):
+        train(other, console)
+
+
+def test_a_folder_with_checkpoints_is_not_written_over(dropout_model, text_folder, tmp_path, console):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
+    with pytest.raises(ValueError, match="checkpoint-2; accepted: resume_from_checkpoint=auto"):
+        train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
