@@ -65,7 +65,9 @@ class PackedTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.rows, self.valid_rows, self.options = RowStream(train_rows), valid_rows, options
-        super().__init__(model=model, args=args, train_dataset=self.rows, callbacks=callbacks)
+        # What is validated is `valid_rows`; the Trainer wants to see that there is something.
+        valid = RowStream(next(iter(valid_rows.values())))
+        super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=valid, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Hooks(self))
         self.agreement, self.signal = Agreement(), TerminationSignal()

@@ -2,86 +2,189 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from rich.console import Console
+from transformers import Trainer
 
-from retnet.data import PackedDataset, find_documents, split_documents
-from retnet.models.directory import load_model
-from retnet.models.hf import RetNetForCausalLM
-from retnet.train.recipe import load_recipe
-from retnet.train.run import PackedTrainer, train
+from retnet.data import PackedDataset, open_corpus
+from retnet.models.directory import load_model, save_model
+from retnet.models.hf import RetNetConfig, RetNetForCausalLM
+from retnet.models.lm import LanguageModel
+from retnet.models.presets import retnet_config
+from retnet.train.losses import NonFiniteLoss
+from retnet.train.run import train
+from retnet.train.trainer import PackedTrainer
 
+from .conftest import losses, recipe_for, weights
 
-def recipe_for(byte_model, text_folder, output, **settings):
-    defaults = {
-        "length": 48,
-        "valid_fraction": 0.2,
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 4,
-        "save_strategy": "no",
-        "output_dir": output,
-    }
-    words = [f"{key}={value}" for key, value in (defaults | settings).items()]
-    return load_recipe(None, words, data=str(text_folder), model=str(byte_model))
+QUICK = {"max_steps": 8, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
 
 
-@pytest.fixture
-def console():
-    return Console(file=io.StringIO(), width=200)
-
-
-def test_a_run_learns_and_leaves_a_model_a_log_and_a_curve(byte_model, text_folder, tmp_path, console):
-    summary = train(recipe_for(byte_model, text_folder, tmp_path / "out"), console)
+def test_a_run_learns_and_leaves_a_model_a_log_a_curve_and_samples(byte_model, text_folder, tmp_path, console):
+    settings = QUICK | {"do_eval": True, "num_samples": 2, "logging_steps": 4}
+    summary = train(recipe_for(byte_model, text_folder, tmp_path / "out", **settings), console)
     assert (summary.steps, summary.tokens) == (8, 8 * 4 * 48)
     record = json.loads((tmp_path / "out/training.json").read_text())
-    losses = [entry["loss"] for entry in record["log"] if "loss" in entry]
-    assert losses[-1] < losses[0] < 1.05 * math.log(257)
+    values = list(losses(tmp_path / "out").values())
+    assert values[-1] < values[0] < 1.05 * math.log(257)
     assert summary.valid_bits_per_byte == record["summary"]["valid_bits_per_byte"]
     assert (tmp_path / "out/loss_curve.png").read_bytes().startswith(b"\x89PNG")
     trained, start = load_model(tmp_path / "out"), load_model(byte_model)
     assert not torch.equal(trained.embedding.weight, start.embedding.weight)
     text = console.file.getvalue()
-    assert "bits per byte" in text
-    assert "tokens/s" in text
-    assert "s left" in text
+    for shown in ("bits per byte", "tokens/s", "MFU", "waiting for data", "GiB", "s left", "perplexity"):
+        assert shown in text
+    assert (tmp_path / "out/samples.txt").read_text().count("\n--- ") == 1  # the second of two
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["RetNetForCausalLM"]
 
 
-def test_the_same_run_twice_gives_the_same_bits(byte_model, text_folder, tmp_path, console):
+def test_what_is_saved_loads_with_its_tokenizer_everywhere(byte_model, text_folder, tmp_path, console):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import retnet.hf  # noqa: F401 (registers)
+
+    train(recipe_for(byte_model, text_folder, tmp_path, **QUICK), console)
+    tokenizer, model = (auto.from_pretrained(tmp_path) for auto in (AutoTokenizer, AutoModelForCausalLM))
+    ids = tokenizer("decay", return_tensors="pt").input_ids
+    assert ids.tolist() == [[256, *b"decay"]]
+    assert model(ids).logits.shape == (1, 6, 257)
+
+
+def test_validation_is_the_nats_of_every_byte_once(byte_model, text_folder, tmp_path, console):
+    """Against each piece of each validation document by itself."""
+    settings = QUICK | {"do_eval": True, "per_device_eval_batch_size": 3}
+    summary = train(recipe_for(byte_model, text_folder, tmp_path, **settings), console)
+    _, valid = open_corpus(text_folder).split(0.2)
+    rows, model, nats, count = PackedDataset(valid, 48, None), load_model(tmp_path), 0.0, 0
+    for row in (rows[i] for i in range(len(rows))):
+        bounds = [*(row["position_ids"] == 0).nonzero()[:, 0].tolist(), 48]
+        for begin, end in pairwise(bounds):
+            targets = row["shift_labels"][begin:end]
+            log_p = model(row["input_ids"][None, begin:end]).logits[0].log_softmax(-1)
+            kept = targets != -100
+            nats -= log_p[kept].gather(1, targets[kept, None]).sum().item()
+            count += int(kept.sum())
+    assert count == valid.num_bytes == summary.valid_bytes
+    assert summary.valid_loss == pytest.approx(nats / count, rel=1e-5)
+    assert summary.valid_perplexity == pytest.approx(math.exp(nats / count), rel=1e-4)
+    assert summary.valid_bits_per_byte == pytest.approx(nats / count / math.log(2), rel=1e-5)
+
+
+def test_the_same_run_twice_gives_the_same_bits(dropout_model, text_folder, tmp_path, console):
     for name in ("a", "b"):
-        train(recipe_for(byte_model, text_folder, tmp_path / name, do_eval=False), console)
-    first, second = (load_model(tmp_path / name).state_dict() for name in ("a", "b"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+        train(recipe_for(dropout_model, text_folder, tmp_path / name, **QUICK), console)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_what_helps(byte_model, text_folder, tmp_path, console):
-    recipe = recipe_for(byte_model, text_folder, tmp_path, learning_rate=1e30, max_grad_norm=0, logging_steps=1)
-    with pytest.raises(ValueError, match=r"loss is (nan|inf) at step \d+; a lower learning_rate"):
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"dataloader_num_workers": 1},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_how_a_step_is_computed_changes_no_loss(byte_model, text_folder, tmp_path, console, changed):
+    """Rows have unequal numbers of targets, so that a mean of means would differ."""
+    settings = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 3}
+    train(recipe_for(byte_model, text_folder, tmp_path / "a", **settings), console)
+    train(recipe_for(byte_model, text_folder, tmp_path / "b", **settings | changed), console)
+    first, second = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert first.keys() == second.keys() == {1, 2, 3}
+    assert [second[step] for step in second] == pytest.approx([first[step] for step in first], rel=2e-5)
+
+
+def test_bfloat16_trains_float32_weights(byte_model, text_folder, tmp_path, console):
+    train(recipe_for(byte_model, text_folder, tmp_path / "a", **QUICK), console)
+    train(recipe_for(byte_model, text_folder, tmp_path / "b", **QUICK, bf16=True), console)
+    assert load_model(tmp_path / "b").embedding.weight.dtype == torch.float32
+    first, second = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert list(second.values()) == pytest.approx(list(first.values()), rel=0.02)
+    assert first != second
+
+
+def test_compiling_recomputed_blocks_is_refused(byte_model, text_folder, tmp_path, console):
+    recipe = recipe_for(byte_model, text_folder, tmp_path, torch_compile=True, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="torch_compile with gradient_checkpointing is not supported"):
         train(recipe, console)
 
 
-def test_a_model_that_cannot_read_bytes_is_refused(text_folder, tmp_path, console):
-    from retnet.models.directory import save_model
-    from retnet.models.lm import LanguageModel
-    from retnet.models.presets import retnet_config
+def test_corpora_are_mixed_and_validated_by_name(byte_model, text_folder, tmp_path, console):
+    other = tmp_path / "others"
+    other.mkdir()
+    for i in range(8):
+        (other / f"{i}.txt").write_text("numbers 1 2 3 4 5 6 7 8 9 " * (i + 3))
+    words = {"data": f"{{{text_folder}: 3, {other}: 1}}", "do_eval": True, "eval_strategy": "steps", "eval_steps": 4}
+    recipe = recipe_for(byte_model, text_folder, tmp_path / "out", **QUICK, **words)
+    assert recipe.weights == {str(text_folder): 3.0, str(other): 1.0}
+    train(recipe, console)
+    log = json.loads((tmp_path / "out/training.json").read_text())["log"]
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [4, 8, 8]
+    assert all(f"eval_{name}_bits_per_byte" in evaluations[0] for name in (text_folder, other))
 
+
+@pytest.mark.parametrize("place", ["loss", "weights"])
+def test_what_is_not_finite_ends_the_run_and_names_step_documents_and_checkpoint(
+    byte_model, text_folder, tmp_path, console, monkeypatch, place
+):
+    """Either the loss of a step, or a gradient that only the weights show."""
+    original = PackedTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step == 5:
+            next(self.model.parameters()).grad.fill_(math.nan)
+        return loss
+
+    originals_loss = Trainer.compute_loss
+
+    def trainers_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = originals_loss(self, model, inputs, True, num_items_in_batch)
+        if self.state.global_step == 5:
+            loss = loss * math.nan
+        return (loss, outputs) if return_outputs else loss
+
+    if place == "loss":
+        monkeypatch.setattr(Trainer, "compute_loss", trainers_loss)
+    else:
+        monkeypatch.setattr(PackedTrainer, "training_step", training_step)
+    recipe = recipe_for(
+        byte_model, text_folder, tmp_path, **QUICK, save_strategy="steps", save_steps=2, max_grad_norm=0
+    )
+    with pytest.raises(NonFiniteLoss) as error:
+        train(recipe, console)
+    message = str(error.value)
+    assert f"The last good checkpoint is {tmp_path / 'checkpoint-4'}" in message
+    assert "lower learning_rate (now 0.01)" in message
+    if place == "loss":
+        assert "loss is nan at step 6, trained on" in message
+        assert all(str(text_folder) in document for document in error.value.documents)
+        assert len(error.value.documents) >= 4
+    else:
+        assert "weights are not finite after step 6" in message
+
+
+def test_a_rate_that_is_far_too_high_ends_the_run(byte_model, text_folder, tmp_path, console):
+    recipe = recipe_for(byte_model, text_folder, tmp_path, **QUICK, learning_rate=1e30, max_grad_norm=0)
+    with pytest.raises(NonFiniteLoss, match=r"loss is (nan|inf) at step \d+, trained on .*There is no checkpoint"):
+        train(recipe, console)
+
+
+def test_a_model_that_cannot_read_the_tokens_is_refused(text_folder, tmp_path, console):
     save_model(LanguageModel(retnet_config("other", 1, 32, 2, vocab_size=100)), tmp_path / "other")
-    with pytest.raises(ValueError, match="vocabulary of 100; bytes and the document start need 257"):
+    with pytest.raises(ValueError, match=r"vocabulary of 100; the tokens of .* need 257"):
         train(recipe_for(tmp_path / "other", text_folder, tmp_path / "out"), console)
 
 
-def test_weight_decay_leaves_norms_and_decays_alone(byte_model):
-    from dataclasses import replace
-
-    from retnet.models.hf import RetNetConfig
-    from retnet.models.presets import retnet_config
-
+def test_weight_decay_leaves_norms_and_decays_alone():
     config = retnet_config("decays", 1, 32, 2, vocab_size=257)
     layers = [
         replace(config.layers[0], mixer=replace(config.layers[0].mixer, head_norm_affine="per_head", **options))
@@ -97,20 +200,7 @@ def test_weight_decay_leaves_norms_and_decays_alone(byte_model):
     assert any("q_proj" in name for name in decayed)
 
 
-def test_a_token_of_one_document_changes_no_loss_of_the_others(byte_model, text_folder):
-    """Through packing and the model's face, as in training."""
-    rows = PackedDataset(split_documents(find_documents(text_folder), 0.2).train, 200, seed=None)
-    batch = torch.utils.data.default_collate([rows[0], rows[1]])
-    model = RetNetForCausalLM.from_pretrained(byte_model).eval()
-    starts = (batch["position_ids"].flatten() == 0).nonzero().flatten().tolist()
-    changed = {key: value.clone() for key, value in batch.items()}
-    victim = starts[1] - 1  # the last token of the first document
-    changed["input_ids"].view(-1)[victim] = (changed["input_ids"].view(-1)[victim] + 1) % 256
-    with torch.no_grad():
-        before, after = (
-            model(input_ids=b["input_ids"], position_ids=b["position_ids"]).logits.flatten(0, 1)
-            for b in (batch, changed)
-        )
-    assert not torch.equal(before[victim], after[victim])
-    others = torch.arange(len(before)) != victim
-    assert torch.equal(before[others], after[others])
+def test_a_saved_model_is_trained_further(byte_model, text_folder, tmp_path, console):
+    train(recipe_for(byte_model, text_folder, tmp_path / "first", **QUICK), console)
+    train(recipe_for(tmp_path / "first", text_folder, tmp_path / "second", **QUICK), console)
+    assert losses(tmp_path / "second")[1] < losses(tmp_path / "first")[1]

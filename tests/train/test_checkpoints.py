@@ -1,0 +1,219 @@
+"""Checkpoints on a disk: complete or not there, damaged ones named, the last good one kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from retnet.train.checkpoints import (
+    MARKER,
+    STAGING,
+    CheckpointError,
+    choose,
+    commit,
+    inspect,
+    list_checkpoints,
+    publish,
+    rotate,
+    staged,
+)
+from retnet.train.run import train
+from retnet.train.trainer import PackedTrainer
+
+from .conftest import recipe_for, words_for
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_accumulation_steps": 1}
+
+
+def save(output, step, **files):
+    with staged(output, step) as folder:
+        (folder / "shard").mkdir(parents=True)
+        for name, text in ({"a": "weights", "shard/b": "optimizer"} | files).items():
+            (folder / name).write_text(text)
+        return commit(folder)
+
+
+def steps(checkpoints):
+    return [checkpoint.step for checkpoint in checkpoints]
+
+
+def test_what_was_saved_last_is_found_and_nothing_else_is_left(tmp_path):
+    assert choose(tmp_path) == (None, [])
+    save(tmp_path, 10)
+    last = save(tmp_path, 20)
+    newest, damaged = choose(tmp_path)
+    assert newest == last
+    assert (newest.path, damaged) == (tmp_path / "checkpoint-20", [])
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-20"}
+
+
+def test_newest_is_the_last_saved_not_the_highest_step(tmp_path):
+    for step in (10, 20, 15):
+        save(tmp_path, step)
+    assert choose(tmp_path)[0].step == 15
+    rotate(tmp_path, 1)
+    assert steps(list_checkpoints(tmp_path)) == [15]
+
+
+def test_the_same_step_again_takes_the_place_of_the_first(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 10, a="other weights")
+    assert (choose(tmp_path)[0].path / "a").read_text() == "other weights"
+
+
+def truncate(path):
+    (path / "a").write_text("weig")
+
+
+def flip(path):
+    (path / "shard/b").write_text("optimiser")
+
+
+def remove(path):
+    (path / "shard/b").unlink()
+
+
+def unmark(path):
+    (path / MARKER).unlink()
+
+
+def garble(path):
+    (path / MARKER).write_text('{"files":')
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (truncate, "a has 4 bytes, not 7"),
+        (flip, "shard/b is not what was written: its hash differs"),
+        (remove, "shard/b is missing"),
+        (unmark, "it has no complete.json: it was not finished"),
+        (garble, "its complete.json cannot be read: "),
+    ],
+)
+def test_a_damaged_one_is_named_and_skipped(tmp_path, damage, problem):
+    save(tmp_path, 10)
+    damage(save(tmp_path, 20).path)
+    newest, damaged = choose(tmp_path)
+    assert newest.step == 10
+    (skipped,) = damaged
+    assert skipped.step == 20
+    assert skipped.problem.startswith(problem)
+    damage(tmp_path / "checkpoint-10")
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint in .*checkpoint-20: .*checkpoint-10: "):
+        choose(tmp_path)
+
+
+def test_rotation_keeps_the_newest_and_the_best_and_never_the_damaged_instead(tmp_path):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step)
+    rotate(tmp_path, None)
+    assert len(list_checkpoints(tmp_path)) == 4
+    truncate(tmp_path / "checkpoint-40")
+    rotate(tmp_path, 1, best=tmp_path / "checkpoint-10")
+    assert steps(list_checkpoints(tmp_path)) == [40, 10, 30]  # the damaged one, newer, is left to be looked at
+    assert inspect(tmp_path / "checkpoint-30").problem is None
+    assert not (tmp_path / STAGING).exists()
+
+
+def fail_in_the_middle(output):
+    with staged(output, 20) as folder:
+        folder.mkdir()
+        (folder / "a").write_text("half")
+        raise RuntimeError("file torn")
+
+
+def test_an_error_while_writing_leaves_the_old_one_and_says_so(tmp_path):
+    save(tmp_path, 10)
+    message = r"step 20 could not be written \(.*torn.*\): the last complete one, .*checkpoint-10"
+    with pytest.raises(CheckpointError, match=message):
+        fail_in_the_middle(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10"}
+
+
+def test_finished_files_are_published_over_old_ones(tmp_path):
+    output, staging = tmp_path / "out", tmp_path / "out/.saving/model"
+    staging.mkdir(parents=True)
+    (output / "config.json").write_text("old")
+    (staging / "config.json").write_text("new")
+    publish(staging, output)
+    assert (output / "config.json").read_text() == "new"
+    assert not staging.exists()
+
+
+@pytest.fixture
+def small_files():
+    """Call it, and no file can grow beyond so many bytes: what a full disk is to a writer."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_writer_that_fails_stops_the_run_with_the_old_checkpoint_whole(
+    dropout_model, text_folder, tmp_path, console, monkeypatch, small_files
+):
+    original = PackedTrainer._save_checkpoint
+
+    def save_checkpoint(self, *args):
+        if self.state.global_step == 4:
+            small_files(4096)
+        original(self, *args)
+
+    monkeypatch.setattr(PackedTrainer, "_save_checkpoint", save_checkpoint)
+    with pytest.raises(
+        CheckpointError, match=r"step 4 could not be written \(.*MiB free\): the last complete one, .*2"
+    ):
+        train(recipe_for(dropout_model, text_folder, tmp_path / "out", **SAVING), console)
+    newest, damaged = choose(tmp_path / "out")
+    assert (newest.step, damaged) == (2, [])
+    assert not (tmp_path / "out" / STAGING).exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_with_one_message(dropout_model, text_folder, tmp_path):
+    """A real one: a file system in memory with room for one checkpoint and no more."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=900k tmpfs {disk}"
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a file system of their own")
+    words = words_for(dropout_model, text_folder, disk / "out", **SAVING)
+    command = subprocess.list2cmdline([sys.executable, "-m", "retnet.cli", "train", *words])
+    script = f"{mount} && {{ {command}; code=$?; cp -r {disk} {kept}; exit $code; }}"
+    run = subprocess.run([unshare, "-rm", "sh", "-c", script], capture_output=True, text=True, env=os.environ)
+    assert run.returncode == 2, run.stderr
+    assert "step 4 could not be written" in run.stderr
+    assert "checkpoint-2, is whole" in run.stderr
+    assert "Traceback" not in run.stderr
+    newest, damaged = choose(kept / "out")
+    assert (newest.step, damaged) == (2, [])
+
+
+def test_a_run_skips_a_damaged_checkpoint_and_says_so(dropout_model, text_folder, tmp_path, console):
+    train(recipe_for(dropout_model, text_folder, tmp_path, **SAVING), console)
+    file = tmp_path / "checkpoint-4/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    (tmp_path / "training.json").unlink()
+    train(recipe_for(dropout_model, text_folder, tmp_path, **SAVING, resume_from_checkpoint="auto"), console)
+    text = console.file.getvalue()
+    assert f"skipped {tmp_path / 'checkpoint-4'}: model.safetensors has" in text
+    assert f"going on from {tmp_path / 'checkpoint-2'}" in text
+    log = json.loads((tmp_path / "training.json").read_text())["log"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_asking_for_a_damaged_checkpoint_by_name_is_an_error(dropout_model, text_folder, tmp_path, console):
+    train(recipe_for(dropout_model, text_folder, tmp_path, **SAVING), console)
+    (tmp_path / "checkpoint-2/optimizer.pt").unlink()
+    recipe = recipe_for(
+        dropout_model, text_folder, tmp_path, **SAVING, resume_from_checkpoint=tmp_path / "checkpoint-2"
+    )
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 is not a complete checkpoint: optimizer.pt is missing"):
+        train(recipe, console)

@@ -1,0 +1,71 @@
+"""When a run ends, and the schedule that follows from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from retnet.train.run import train
+from retnet.train.stopping import Agreement, RunClock, TerminationSignal
+
+from .conftest import recipe_for
+
+
+def test_one_process_agrees_with_itself():
+    agreement = Agreement()
+    agreed = agreement.reach(7, False, 1.5)
+    assert (agreed.num_targets, agreed.terminate, agreed.seconds) == (7, False, 1.5)
+    assert agreement.any(True)
+    assert not agreement.any(False)
+
+
+def test_sigterm_is_remembered_and_its_old_handler_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with TerminationSignal() as termination:
+        assert not termination.received
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert termination.received
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_schedule_follows_the_steps_or_the_minutes_whichever_is_further():
+    clock = RunClock(max_minutes=1.0)
+    clock.start(earlier_seconds=0.0)
+    rate = clock.schedule(lambda step: 1 - step / 100, max_steps=100)
+    assert rate(30) == pytest.approx(0.7)
+    clock.seconds = 45.0
+    assert rate(30) == pytest.approx(0.25)
+    assert rate(90) == pytest.approx(0.1)
+    clock.seconds = 80.0
+    assert (rate(30), clock.fraction) == (0.0, 1.0)
+
+
+def test_a_clock_counts_earlier_parts_of_a_run():
+    clock = RunClock(None)
+    clock.start(earlier_seconds=100.0)
+    assert 100.0 <= clock.read() < 160.0
+    assert clock.fraction == 0.0
+
+
+def test_a_run_ends_with_its_minutes_and_its_schedule_does_too(dropout_model, text_folder, tmp_path, console):
+    recipe = recipe_for(
+        dropout_model, text_folder, tmp_path, max_steps=100_000, max_minutes=0.05, warmup_steps=0, do_eval=True
+    )
+    summary = train(recipe, console)
+    assert 3.0 <= summary.seconds < 30.0
+    assert summary.steps < 100_000
+    log = json.loads((tmp_path / "training.json").read_text())["log"]
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0.5 * recipe.training["learning_rate"]
+    assert rates[-1] < 0.2 * recipe.training["learning_rate"]
+
+
+def test_minutes_need_a_schedule_that_is_a_function_of_the_step(dropout_model, text_folder, tmp_path, console):
+    settings = {"max_minutes": 1, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+    recipe = recipe_for(dropout_model, text_folder, tmp_path, **settings)
+    with pytest.raises(ValueError, match="reduce_lr_on_plateau with max_minutes; accepted there"):
+        train(recipe, console)
