@@ -1,7 +1,7 @@
 """Mixers and stacks of them, side by side in one run.
 
     python benchmarks/bench_mixers.py mixer [--csv FILE]       one Mamba layer's mixing: ours, FLA's, mamba-ssm's;
-                                                               on a CPU whole layers: ours, transformers' slow path
+                                                               on a CPU also whole layers, and transformers' slow path
     python benchmarks/bench_mixers.py stack [--only NAME ...]  a training step of the tri-mixer `arch_expert_research`
                                                                (1.53B), a pure RetNet and a Llama of as many parameters
 
@@ -34,7 +34,8 @@ from retnet.stack.resolve import resolve_config
 
 MAMBA2_CASES = ((4, 8192, 32, 128, 64), (1, 32768, 32, 128, 64))  # B, T, heads, d_state, width of a head
 MAMBA1_CASES = ((1, 8192, 1536, 16), (4, 8192, 1536, 16))  # B, T, D, d_state
-CPU_CASE = (1, 1024, 768)  # B, T, width of the model
+CPU_MAMBA2 = (1, 1024, 768)  # B, T, width of the model
+CPU_MAMBA1 = (1, 128, 768)  # transformers' backward takes time quadratic in T: 5 s here, minutes at 1024
 CHUNK = 64  # of the floor's count of operations
 
 
@@ -83,7 +84,7 @@ def mamba2_points(B: int, T: int, H: int, K: int, V: int) -> list[Point]:
         q, k, v = draw(B, T, G, K), draw(B, T, G, K) * K**-0.5, draw(B, T, H, V)
         log_decay = -0.1 * torch.rand(B, T, H, generator=generator, device="cuda")
         floors = [_mamba2_floor(B * T, G, H, K, V, backward) for backward in (False, True)]
-        points += _timed("mamba2", f"{B},{T},{H},{K},{V}", name, form, [q, k, v, log_decay], floors)
+        points += _timed("mamba2", f"mamba2 {B},{T},{H},{K},{V}", name, form, [q, k, v, log_decay], floors)
     return points
 
 
@@ -116,7 +117,7 @@ def mamba1_points(B: int, T: int, D: int, N: int) -> list[Point]:
     moved.append(2 * moved[0] + B * T * (2 * D + 4 * D + 2 * 2 * N))
     floors = [floor_milliseconds(0, count) for count in moved]
     tensors = [x, step, rate.contiguous(), write, read]
-    timed = partial(_timed, "mamba1", f"{B},{T},{D},{N}")
+    timed = partial(_timed, "mamba1", f"mamba1 {B},{T},{D},{N}")
     return [point for name, form in forms.items() for point in timed(name, form, tensors, floors)]
 
 
@@ -148,27 +149,59 @@ def _timed(bench: str, case: str, name: str, form: Callable, tensors: list[Tenso
     ]
 
 
-# --- whole layers on a CPU ---
+# --- on a CPU: Mamba-2's recurrence alone, and whole layers ---
+
+
+def cpu_scan_points() -> list[Point]:
+    """The recurrence of Mamba-2 beside transformers' slow path for it, on the same float32 inputs."""
+    try:
+        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+    except ImportError:
+        print("this version of transformers has no scan apart from its layer: left out")
+        return []
+    B, T, D = CPU_MAMBA2
+    H, K, V = 2 * D // 64, 128, 64
+    x, step, rate = torch.randn(B, T, H, V), 0.1 * torch.rand(B, T, H), -1 - 15 * torch.rand(H)
+    write, read = torch.randn(B, T, 1, K), torch.randn(B, T, 1, K)
+
+    def ours(x, step, rate, write, read):
+        return retention(read, write, x * step[..., None], rate * step, scale=1.0, return_state=False)[0]
+
+    def theirs(x, step, rate, write, read):
+        return mamba2_chunk_scan(x, step, rate, write, read, chunk_size=256)
+
+    points, dout = [], torch.randn(B, T, H, V)
+    for name, form in {"ours": ours, "transformers": theirs}.items():
+        leaves = [z.clone().requires_grad_() for z in (x, step, rate, write, read)]
+        with torch.no_grad():
+            forward = median_milliseconds(lambda form=form, leaves=leaves: form(*leaves))
+        both = median_milliseconds(lambda form=form, leaves=leaves: torch.autograd.grad(form(*leaves), leaves, dout))
+        points += _pair("mamba2 scan", f"{B},{T},{H},{K},{V}", name, forward, both)
+    return points
 
 
 def cpu_points() -> list[Point]:
-    """A layer's forward and backward in float32, and how much of it is the operator."""
-    B, T, D = CPU_CASE
-    x, points = torch.randn(B, T, D), []
-    layout = TokenLayout.of((B, T), x.device)
-    for name, (ours, theirs) in {"mamba2": _mamba2_layers(D), "mamba1": _mamba1_layers(D)}.items():
-        runs = {"ours": lambda y, ours=ours: ours(y, None, layout)[0], "transformers": theirs}
+    """A layer's forward and backward in float32 (transformers has no kernels of its own there: its slow path)."""
+    points = []
+    for name, (B, T, D), layers in (("mamba2", CPU_MAMBA2, _mamba2_layers), ("mamba1", CPU_MAMBA1, _mamba1_layers)):
+        ours, theirs = layers(D)
+        x, layout = torch.randn(B, T, D), TokenLayout.of((B, T), torch.device("cpu"))
+        runs = {"ours": lambda y, ours=ours, layout=layout: ours(y, None, layout)[0], "transformers": theirs}
         for implementation, run in runs.items():
             input = x.clone().requires_grad_()
             with torch.no_grad():
-                forward = median_milliseconds(lambda run=run: run(x))
+                forward = median_milliseconds(lambda run=run, x=x: run(x))
             both = median_milliseconds(lambda run=run, input=input: run(input).sum().backward())
-            case = f"{B},{T},{D}"
-            points += [
-                Point(name, case, implementation, "forward", forward),
-                Point(name, case, implementation, "forward+backward", both),
-            ]
-            print(table(points[-2:]), flush=True)
+            points += _pair(f"{name} layer", f"{B},{T},{D}", implementation, forward, both)
+    return points
+
+
+def _pair(bench: str, case: str, name: str, forward: float, both: float) -> list[Point]:
+    points = [
+        Point(bench, f"{bench} {case}", name, what, milliseconds)
+        for what, milliseconds in (("forward", forward), ("forward+backward", both))
+    ]
+    print(table(points), flush=True)
     return points
 
 
@@ -179,14 +212,14 @@ def _mamba2_layers(D: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     theirs = Mamba2Mixer(
         Config(hidden_size=D, num_heads=2 * D // 64, head_dim=64, state_size=128, n_groups=1, expand=2), layer_idx=0
     )
-    return Mamba2(Mamba2Config(2 * D), D), theirs.torch_forward
+    return Mamba2(Mamba2Config(2 * D), D), theirs
 
 
 def _mamba1_layers(D: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     from transformers import MambaConfig as Config
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
-    return Mamba1(Mamba1Config(2 * D, D // 16), D), MambaMixer(Config(hidden_size=D), layer_idx=0).slow_forward
+    return Mamba1(Mamba1Config(2 * D, D // 16), D), MambaMixer(Config(hidden_size=D), layer_idx=0)
 
 
 # --- training stacks of 1.5B ---
@@ -295,7 +328,7 @@ def main() -> None:
             print(table(points[-1:]), flush=True)
             torch.cuda.empty_cache()
     elif not torch.cuda.is_available():
-        points = cpu_points()
+        points = cpu_scan_points() + cpu_points()
     else:
         cases = [partial(mamba2_points, *case) for case in MAMBA2_CASES]
         for measure in cases + [partial(mamba1_points, *case) for case in MAMBA1_CASES]:

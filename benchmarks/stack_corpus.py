@@ -1,17 +1,21 @@
-"""EulerStack's specifications as our models, beside what EulerStack's own runtime makes of them: a Markdown table.
+"""EulerStack's specifications through our stack, beside what EulerStack itself makes of them: Markdown tables.
 
-    python benchmarks/stack_corpus.py CORPUS > table.md
+    python benchmarks/stack_corpus.py CORPUS > docs/stack_corpus.md
 
-CORPUS is a folder with `valid.json` and `valid/`. Every CORE file is counted at full size and run with its widths
-shrunk: the error of cached one-token steps against one full forward (float32, weights at unit gain, relative to centred
-logits), that of a prefix's logits against the whole sequence's, and whether greedy generation with a cache gives the
-tokens of generation without. EulerStack's figures are those recorded in `valid.json`.
+CORPUS is a folder with `valid.json`, `invalid.json`, `quirks.json` and the files that they name. What EulerStack did
+with each file is recorded there: its package pins an older torch, and so ran in an environment of its own.
+
+Every valid CORE file is counted at full size and run with its widths shrunk: the error of cached one-token steps
+against one full forward (float32, weights at unit gain, relative to centred logits), that of a prefix's logits against
+the whole sequence's, and whether greedy generation with a cache gives the tokens of generation without. Of the others
+the tables say where each is refused.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -19,13 +23,14 @@ import torch
 from retnet.models.cost import parameter_counts
 from retnet.models.generation import generate
 from retnet.models.lm import LanguageModel
-from retnet.stack import load_stack
+from retnet.stack import StackError, load_stack
 from retnet.stack.build import model_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.stack.shrink import shrunk, small_model  # the reduction and the weights that tests use
 
 TOKENS, PROMPT, NEW = 48, 16, 24
+CLOSE = 1e-5  # relative error of two orders of summation in float32
 
 
 @torch.no_grad()
@@ -49,27 +54,90 @@ def measure(model: LanguageModel) -> tuple[float, float, int]:
 
 
 def number(value: float | None) -> str:
+    """One digit; nothing where there is no value (a file whose state may not be carried, a size it could not run)."""
     return "" if value is None else f"{value:.0e}"
 
 
-def main(corpus: Path) -> None:
-    index = json.loads((corpus / "valid.json").read_text())
-    columns = ["file", "parameters: ours", "EulerStack's", "its estimate", "cached error: ours", "EulerStack's"]
-    columns += ["prefix error: ours", "EulerStack's", "greedy tokens equal"]
-    print(f"| {' | '.join(columns)} |\n|---|" + "---:|" * (len(columns) - 1))
-    for name, entry in index.items():
+def valid_rows(corpus: Path) -> list[tuple]:
+    """(file, parameters ours, theirs, cached error ours, theirs, prefix error ours, theirs, greedy tokens equal)."""
+    rows = []
+    for name, entry in entries(corpus, "valid"):
         if entry["scope"] != "CORE":
             continue
         stack = load_stack(corpus / "valid" / name)
         count = parameter_counts(model_config(stack))["total"]
         theirs = [entry.get(f"eulerstack_{key}_rel_err") for key in ("cached_vs_full", "prefix")]
-        ours = ["refused: state false"] * 3
+        cached = prefix = equal = None
         if all(layer.keeps_state for layer in shrunk(stack).layers):
             cached, prefix, equal = measure(small_model(stack))
-            ours = [number(cached), number(prefix), f"{equal}/{NEW}"]
-        cells = (name, count, entry["eulerstack_real_params"], entry["est_params"], ours[0], number(theirs[0]), ours[1],
-                 number(theirs[1]), ours[2])  # fmt: skip
-        print("| " + " | ".join(map(str, cells)) + " |")
+        rows.append((name, count, entry["eulerstack_real_params"], cached, theirs[0], prefix, theirs[1], equal))
+    return rows
+
+
+def entries(corpus: Path, kind: str) -> list[tuple[str, dict]]:
+    return list(json.loads((corpus / f"{kind}.json").read_text()).items())
+
+
+def verdict(path: Path) -> str:
+    """Where we refuse a file, or that we accept it."""
+    try:
+        load_stack(path)
+    except StackError as error:
+        return "; ".join(f"{p.category.removesuffix('Error')} at `{p.dotted}`" for p in error.problems)
+    return "accepted"
+
+
+def table(columns: list[str], rows: list[tuple]) -> str:
+    head = f"| {' | '.join(columns)} |\n|---|" + "---|" * (len(columns) - 1)
+    return "\n".join([head, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def summary(valid: list[tuple], corpus: Path) -> str:
+    """How often each does what the files ask for."""
+
+    def small(errors: list[float | None]) -> str:
+        known = [error for error in errors if error is not None]
+        return f"{sum(error <= CLOSE for error in known)} of {len(known)}, worst {number(max(known))}"
+
+    def right(kind: str) -> str:
+        refused = [verdict(corpus / kind / name) for name, _ in entries(corpus, kind)]
+        return f"{sum(found != 'accepted' for found in refused)} of {len(refused)} refused"
+
+    outcomes = Counter(entry["result"].split()[0] for _, entry in entries(corpus, "quirks"))
+    cached, their_cached, prefix, their_prefix, greedy = (list(column) for column in list(zip(*valid, strict=True))[3:])
+    known = [count for count in greedy if count is not None]
+    crashes = ", ".join(f"{count} {what}" for what, count in outcomes.items())
+    rows = [
+        (f"cached decoding equals the forward within {CLOSE:.0e}", small(cached), small(their_cached)),
+        (f"a prefix's logits stay within {CLOSE:.0e}", small(prefix), small(their_prefix)),
+        ("greedy tokens with and without cache", f"{known.count(NEW)} of {len(known)} equal", "not recorded"),
+        ("faulty files", right("invalid"), f"{len(entries(corpus, 'invalid'))} refused"),
+        ("files that it takes or crashes on", right("quirks"), crashes),
+    ]
+    return table(["over the corpus", "ours", "EulerStack's"], rows)
+
+
+def main(corpus: Path) -> None:
+    valid = valid_rows(corpus)
+    print("# EulerStack's specifications, ours beside its own\n\nMade by `benchmarks/stack_corpus.py`.\n")
+    print(summary(valid, corpus) + "\n\n## Valid\n")
+    columns = ["file", "parameters: ours", "EulerStack's", "cached error: ours", "EulerStack's", "prefix error: ours"]
+    cells = [
+        (row[0], row[1], row[2], *map(number, row[3:7]), "state refused" if row[7] is None else f"{row[7]}/{NEW}")
+        for row in valid
+    ]
+    print(table([*columns, "EulerStack's", "greedy tokens equal"], cells) + "\n\n## Invalid\n")
+    faults = [
+        (name, entry["fault"], f"{entry['category'].removesuffix('Error')} at `{entry['path'].replace('|', '` or `')}`",
+         verdict(corpus / "invalid" / name))
+        for name, entry in entries(corpus, "invalid")
+    ]  # fmt: skip
+    print(table(["file", "fault", "EulerStack", "ours"], faults) + "\n\n## Taken by EulerStack, or crashed on\n")
+    quirks = [
+        (name, entry["what"], entry["result"], verdict(corpus / "quirks" / name))
+        for name, entry in entries(corpus, "quirks")
+    ]
+    print(table(["file", "what", "EulerStack", "ours"], quirks))
 
 
 if __name__ == "__main__":
