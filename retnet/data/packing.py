@@ -15,7 +15,6 @@ where row b of the batch before ended, and the trainer carries the state over un
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,9 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from retnet.data.corpus import ByteCorpus, Corpus
+from retnet.data.corpus import Corpus
 from retnet.data.shuffle import make_key, permute
-from retnet.data.sources import Document
 
 IGNORED = -100
 
@@ -98,7 +96,7 @@ class PackedDataset(Rows):
 
     def __init__(
         self,
-        corpus: Corpus | Sequence[Document],
+        corpus: Corpus,
         length: int,
         seed: int | None = 0,
         *,
@@ -106,8 +104,6 @@ class PackedDataset(Rows):
         lanes: int = 1,
     ):
         super().__init__()
-        if not isinstance(corpus, Corpus):
-            corpus = ByteCorpus(corpus)
         if length < 2:
             raise ValueError(f"a row needs at least 2 tokens to predict one, got length {length}")
         if not corpus.num_targets:
