@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from retnet.cli._common import console, errors, write_json
 
@@ -27,10 +27,10 @@ PLOT = "lengths.png"
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
 
 
-class _WriteByDefault(typer.core.TyperGroup):
+class _WriteByDefault(TyperGroup):
     """`retnet data SOURCE... OUT` is `retnet data write SOURCE... OUT`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, "-h", "--help"}:
             args = [WRITE, *args]
         return super().parse_args(ctx, args)

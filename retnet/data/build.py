@@ -61,6 +61,11 @@ def build_shards(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; accepted: a folder that does not, or is empty")
+    for source in sources:
+        if out.resolve().is_relative_to(Path(source).resolve()):
+            raise ValueError(
+                f"{out} lies inside {source}, and would be read as text there; accepted: a folder elsewhere"
+            )
     encoder = find_encoder(tokenizer, document_start, with_end=with_end)
     plan = make_plan(sources, settings, shard_size)
     run = {

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from retnet.data.shards import is_shard_folder
 from retnet.data.sources import COMPRESSED, STDLIB, find_documents
 
 HUB_PREFIX = "hf:"
@@ -97,6 +98,8 @@ def _find_files(source: str, settings: Settings) -> Iterator[Piece]:
         raise FileNotFoundError(
             f"no such file or folder: {path} (accepted: files, folders, {STDLIB!r}, {HUB_PREFIX}NAME for a dataset)"
         )
+    if is_shard_folder(path):
+        raise ValueError(f"{path} holds token shards already, which `retnet train` reads as they are")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         yield from _saved_dataset(path, settings.split)
         return

@@ -242,6 +242,15 @@ def test_what_is_there_is_never_written_over(build, tmp_path):
     assert build(tmp_path / "empty")["documents"] == 120
 
 
+def test_what_is_written_is_never_read_as_text(build, tmp_path, source):
+    with pytest.raises(ValueError, match=r"out lies inside .*source, and would be read as text there"):
+        build(source / "sub/out")
+    build(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out holds token shards already"):
+        build(tmp_path / "again", sources=[str(tmp_path / "out")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
 def test_two_runs_into_one_folder_are_refused(build, tmp_path):
     (tmp_path / "out.partial").mkdir()
     with open(tmp_path / "out.partial/lock", "wb") as lock:
