@@ -15,8 +15,6 @@ from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 from retnet.serve.sampling import Sampling
 
-STEPS = 10
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,6 +24,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--deferred", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rows", type=int, default=14)
     options = parser.parse_args()
     with torch.device(options.device):
@@ -37,22 +36,22 @@ def main() -> None:
     for _ in range(3 + options.batch):
         engine.step()
     begin = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(options.steps):
         engine.step()
-    wall = 1e3 * (time.perf_counter() - begin) / STEPS
+    wall = 1e3 * (time.perf_counter() - begin) / options.steps
     on_gpu = options.device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiled:
-        for _ in range(STEPS):
+        for _ in range(options.steps):
             engine.step()
     rows = [e for e in profiled.key_averages() if not on_gpu or e.self_device_time_total > 0]
-    taken = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / STEPS for e in rows}
-    calls = sum(e.count for e in rows) / STEPS
+    taken = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / options.steps for e in rows}
+    calls = sum(e.count for e in rows) / options.steps
     busy = sum(taken.values()) / 1e3
     print(f"{wall:.3f} ms a step without the profiler; {calls:.0f} kernels or operators, {busy:.3f} ms in them")
     for e in sorted(rows, key=lambda e: -taken[e.key])[: options.rows]:
-        each = taken[e.key] / max(1.0, e.count / STEPS)
-        print(f"{taken[e.key]:9.1f} us {e.count / STEPS:6.1f} x {each:8.2f} us  {e.key[:110]}")
+        each = taken[e.key] / max(1.0, e.count / options.steps)
+        print(f"{taken[e.key]:9.1f} us {e.count / options.steps:6.1f} x {each:8.2f} us  {e.key[:110]}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ a program. Weights may be int8 with a scale a row, read as such.
 Beyond a few rows tensor cores pay: then `prepare` makes y in one launch and the product is the library's.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -119,6 +119,11 @@ class Ring:
 NO_NORM = InputNorm()
 
 
+def uses_kernels(x: Tensor) -> bool:
+    """Whether these operators run as GPU kernels for x; otherwise they are torch's operators in a CPU's favour."""
+    return x.is_cuda
+
+
 def decode_linear(
     x: Tensor | None,
     weight: DecodeWeight,
@@ -139,7 +144,7 @@ def decode_linear(
     """
     some = x if x is not None else gate
     assert some is not None
-    if not some.is_cuda:
+    if not uses_kernels(some):
         return _linear_on_cpu(x, weight, norm, gate, activation, residual_, skip, branch)
     from retnet.kernels.decode_linear import matvec, prepare
 
@@ -185,7 +190,7 @@ def decode_step_(
         scale: multiplies q; K ** -0.5 if None.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.is_cuda:
+    if uses_kernels(q):
         from retnet.kernels.decode_step import decode_step
 
         rows = None if ring is None else (ring.keys, ring.values, ring.log_decay, ring.pending)
@@ -271,9 +276,9 @@ def _linear_on_cpu(
 
 
 def _product(y: Tensor, weight: DecodeWeight, residual_: Tensor | None, skip: float, branch: float) -> Tensor:
-    if residual_ is not None and y.is_cuda and weight.bias is None:
+    if residual_ is not None and uses_kernels(y) and weight.bias is None:
         return residual_.addmm_(y, weight.values.t(), beta=skip, alpha=branch)
-    out = y @ weight.values.t() if y.is_cuda else _in_blocks(y, weight)
+    out = y @ weight.values.t() if uses_kernels(y) else _in_blocks(y, weight)
     if weight.bias is not None:
         out = out + weight.bias
     if residual_ is None:

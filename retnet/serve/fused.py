@@ -26,7 +26,7 @@ from retnet.layers.retention import MultiScaleRetention
 from retnet.layers.state import RetentionState
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
-from retnet.ops.decode import Decay, DecodeWeight, InputNorm, Ring, decode_linear, decode_step_
+from retnet.ops.decode import Decay, DecodeWeight, InputNorm, Ring, decode_linear, decode_step_, uses_kernels
 from retnet.ops.rotary import Rotary, Yarn, frequencies, rotation, scaling
 from retnet.serve.quantize import int8_parts, move_int8_
 
@@ -174,7 +174,7 @@ class FusedModel:
             layout = TokenLayout.of(
                 (len(x), 1), x.device, start=self.state.position, mask=active[:, None], carry=True, in_place=True
             )
-        some = None if not active.is_cuda and bool(active.all()) else active
+        some = None if not uses_kernels(active) and bool(active.all()) else active
         for block, layer, state, ring in zip(self.blocks, model.layers, self.state, self.rings, strict=True):
             if block is not None:
                 assert isinstance(state, RetentionState)
@@ -224,7 +224,7 @@ def packed(linears: list[nn.Linear]) -> DecodeWeight:
     On a CPU what is wider than deep is laid out by columns.
     """
     width = sum(linear.out_features for linear in linears)
-    by_columns = linears[0].weight.device.type == "cpu" and width > linears[0].in_features
+    by_columns = not uses_kernels(linears[0].weight) and width > linears[0].in_features
     biases = [linear.bias for linear in linears]
     some = next((bias for bias in biases if bias is not None), None)
     bias = None

@@ -3,6 +3,12 @@
 import pytest
 import torch
 
+from retnet.layers.block import BlockConfig
+from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.retention import RetentionConfig
+from retnet.models.config import ModelConfig
+from retnet.models.lm import LanguageModel
+from retnet.ops import decode
 from retnet.ops.decode import ACTIVATIONS, Decay, InputNorm, Ring, decode_step_
 from retnet.ops.rotary import rotation
 
@@ -126,3 +132,39 @@ def test_steps_agree_with_rotation_and_retention_one_after_another(rotary, H, G,
         if ring is not None and theirs is not None:
             for counts in (ring.pending, theirs[3]):
                 counts.add_(active.to(counts.device)).remainder_(W)
+
+
+STRONG = {"init": "normal", "init_std": 0.3, "tie_embeddings": False}
+
+
+def shaped_model(variant: str) -> LanguageModel:
+    if variant == "paper":
+        mixer, feed_forward, norm = RetentionConfig(2, 16, 32), FeedForwardConfig(16), "layer"
+    else:
+        mixer = RetentionConfig(
+            4, 32, 64, decay="gated", rotary="half", head_norm="rms", head_norm_affine="shared", num_kv_heads=2
+        )
+        feed_forward, norm = FeedForwardConfig(24, gated=True, activation="swish"), "rms"
+    block = BlockConfig(mixer, feed_forward, norm=norm)
+    return LanguageModel(ModelConfig(13, 16, (block,), final_norm=norm, **STRONG)).eval()
+
+
+@pytest.mark.parametrize(("variant", "slots", "ring"), [("paper", 1, 2), ("fla", 1, 0), ("paper", 8, 0)])
+def test_engines_on_kernels_say_what_the_model_says(variant, slots, ring, device, monkeypatch):
+    """More rows than `MATVEC_ROWS` take the path of library products."""
+    from retnet.serve.engine import Engine
+    from retnet.serve.request import Request
+    from retnet.serve.sampling import Sampling
+
+    model = shaped_model(variant)
+    prompt = [3, 14]
+    with torch.no_grad():
+        ids = list(prompt)
+        for _ in range(3):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    monkeypatch.setattr(decode, "uses_kernels", lambda x: True)
+    monkeypatch.setattr("retnet.serve.fused.uses_kernels", lambda x: True)
+    engine = Engine(model.to(device), num_slots=slots, prompt_block=4, deferred_writes=ring)
+    generation = engine.submit(Request(prompt, 3, Sampling(temperature=0)))
+    engine.run()
+    assert generation.tokens == ids[len(prompt) :]
