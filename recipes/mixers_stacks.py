@@ -7,10 +7,11 @@ equal, within a step of `STEP` columns.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from retnet import ModelConfig
 from retnet.layers.block import BlockConfig
+from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.models.cost import parameter_counts
 from retnet.stack.resolve import resolve_config
 
@@ -59,10 +60,8 @@ def _stack(name: str, size: Size, feed_forward: int, seed: int) -> ModelConfig:
     preset = resolve_config("arch_expert_research_mini")
     blocks = _blocks(preset, size)
     pattern = PATTERNS[name]
-    layers = [blocks[pattern[i % len(pattern)]] for i in range(size.num_layers)]
-    layers = tuple(
-        replace(layer, feed_forward=replace(layer.feed_forward, hidden_dim=feed_forward)) for layer in layers
-    )
+    wide = replace(cast(FeedForwardConfig, preset.layers[0].feed_forward), hidden_dim=feed_forward)
+    layers = tuple(replace(blocks[pattern[i % len(pattern)]], feed_forward=wide) for i in range(size.num_layers))
     # The preset's document start and source are not those of another vocabulary and size.
     own = {"bos_token_id": None, "source": None, "init": size.init, "seed": seed}
     return replace(preset, d_model=size.d_model, vocab_size=size.vocab_size, layers=layers, **own)
