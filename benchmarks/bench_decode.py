@@ -4,9 +4,9 @@
     python benchmarks/bench_decode.py --variants          tiles of the step, for the table in retnet/kernels/tiles.py
 
 The floor is the state read and written once over the copy bandwidth measured in the same run: what any step with a
-state in memory must move. "deferred" reads the state and a half full ring of 32 waiting rows, and folds every 32 steps:
-its time is a step and the 32nd part of a fold, against the same floor. FLA's step is its fused recurrent kernel, which
-returns a new state.
+state in memory must move. "deferred" is the engine's step with deferred writes, which reads the state and a half full
+ring of 32 waiting rows, and folds every 32nd step: its time is the mean, against the same floor. FLA's step is its
+fused recurrent kernel, which returns a new state.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from retnet.ops.decay import paper_log_decay
 from retnet.ops.decode import Decay, Ring, decode_step_
-from retnet.ops.deferred import retention_defer_, retention_fold_
 from retnet.ops.retention import retention_step_
 
 RING = 32
@@ -33,27 +32,13 @@ def our_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) 
     retention_step_(q, k, v, log_decay, state)
 
 
-def deferred_step(rows: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
-    retention_defer_(q, k, v, log_decay, state, *rows)
-
-
-def deferred_fold(rows: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
-    retention_fold_(log_decay, state, *rows)
-
-
-def ring(batch: int, H: int, K: int, V: int, waiting: int) -> tuple[Tensor, ...]:
-    """Keys and values of RING tokens, `waiting` of them not yet in the state."""
-    k, v = (torch.randn(batch, RING, H, width, device="cuda", dtype=torch.bfloat16) for width in (K, V))
-    return k, v, torch.full((batch,), waiting, device="cuda", dtype=torch.int32)
-
-
-def ring_step(ring: Ring, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
+def deferred_step(ring: Ring, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
     everyone = torch.ones(len(q), dtype=torch.bool, device="cuda")
     decay = Decay(log_decay, log_decay.expm1())
     decode_step_(q[:, 0], k[:, 0], v[:, 0], None, "none", decay, state, everyone, ring=ring)
 
 
-def engine_ring(batch: int, H: int, K: int, V: int, waiting: int) -> Ring:
+def ring_of(batch: int, H: int, K: int, V: int, waiting: int) -> Ring:
     k, v = (torch.randn(batch, H, RING, width, device="cuda", dtype=torch.bfloat16) for width in (K, V))
     logs = paper_log_decay(H).cuda()[:, None].expand(batch, H, RING).contiguous()
     return Ring(k, v, logs, torch.full((batch,), waiting, device="cuda"))
@@ -102,12 +87,8 @@ def measure(batch: int, H: int, K: int, V: int, state_dtype: torch.dtype, implem
     clock = partial(step_milliseconds, batch, H, K, V, state_dtype)
     note = ""
     if implementation == "deferred":
-        step = clock(partial(deferred_step, ring(batch, H, K, V, RING // 2)))
-        fold = clock(partial(deferred_fold, ring(batch, H, K, V, RING)))
-        milliseconds, note = step + fold / RING, f"step {1e3 * step:.1f} us, fold {1e3 * fold:.1f} us"
-    elif implementation == "ring":
-        step = clock(partial(ring_step, engine_ring(batch, H, K, V, RING // 2)))
-        fold = clock(partial(ring_step, engine_ring(batch, H, K, V, RING - 1)))
+        step = clock(partial(deferred_step, ring_of(batch, H, K, V, RING // 2)))
+        fold = clock(partial(deferred_step, ring_of(batch, H, K, V, RING - 1)))
         milliseconds = step + (fold - step) / RING
         note = f"step {1e3 * step:.1f} us, with the fold {1e3 * fold:.1f} us"
     else:
@@ -166,7 +147,7 @@ def main() -> None:
             continue
         for state_dtype in (torch.float32,) if implementation == "fla" else dtypes:
             for batch in options.batch:
-                if implementation == "ring" and state_dtype != torch.float32:
+                if implementation == "deferred" and state_dtype != torch.float32:
                     continue
                 points = [measure(batch, *options.heads, state_dtype, implementation)]
                 print(table(points), flush=True)

@@ -12,6 +12,7 @@ Layers are compiled one by one with torch.compile, but for FLA's, whose kernels 
 import argparse
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -98,18 +99,21 @@ def measure(name: str, batch: int, tokens: int, *, warm_only: bool) -> Point | N
         with torch.no_grad():
             hidden(ids[:, :64])  # layers keep their decays from the first call on: compiled with them, not twice
         for layer in layers:
-            layer.compile()
+            layer.compile(dynamic=False)
     step = training_step(model, hidden, weight, ids)
+    begin = time.perf_counter()
     for _ in range(2):
         step()
-    if warm_only:
-        return None
     torch.cuda.synchronize()
+    first = time.perf_counter() - begin
+    if warm_only:
+        print(f"{name}: two steps in {first:.0f} s", flush=True)
+        return None
     torch.cuda.reset_peak_memory_stats()
     milliseconds = median_milliseconds(step, budget=4.0)
     peak = torch.cuda.max_memory_allocated() / 2**20
     parameters = sum(p.numel() for p in model.parameters())
-    note = f"{1e3 * batch * tokens / milliseconds:.0f} tokens/s, {parameters / 1e9:.3f}B parameters"
+    note = f"{1e3 * batch * tokens / milliseconds:.0f} tokens/s, {parameters / 1e9:.3f}B parameters, first two steps {first:.0f} s"
     if compiled:
         note += f", {torch._dynamo.utils.counters['stats']['unique_graphs']} graphs"
     return Point("train", f"B={batch} T={tokens}", name, "step", milliseconds, extra_mebibytes=peak, note=note)

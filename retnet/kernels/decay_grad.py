@@ -77,15 +77,15 @@ def _decay_gradient_kernel(
         return
     crossing = 0.0
     if not is_last:
-        after, adjoint = state_of(states, slot + 1, h, H, STATE), state_of(dstates, slot, h, H, STATE)
-        crossing = _inner_product(after, adjoint, STATE, BLOCK)
+        after = state_of(states, slot + 1, h, H, STATE)
+        crossing = _inner_product(after, state_of(dstates, slot, h, H, STATE), STATE, BLOCK)
     elif dfinal is not None:
         if PACKED:
             n = _sequence_of(slot, first_slot, num_sequences)
         else:
             n = slot // tl.cdiv(T, L)
-        last, adjoint = state_of(final, n, h, H, STATE), state_of(dfinal, n, h, H, STATE)
-        crossing = _inner_product(last, adjoint, STATE, BLOCK)
+        last = state_of(final, n, h, H, STATE)
+        crossing = _inner_product(last, state_of(dfinal, n, h, H, STATE), STATE, BLOCK)
 
     position = tl.arange(0, L)
     plane = num_tokens.to(tl.int64)

@@ -167,6 +167,7 @@ class _Call:
     ) -> Tensor | None:
         """Launch one walk over readers x, writers y, values z; returns every part's last state if `store_final`.
 
+        Without readers, the part that the walk ends with is left out: no other starts from its last state.
         With `documents` (cu_seqlens) every document is walked by itself, from its first token on.
         """
         (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
@@ -205,7 +206,8 @@ class _Call:
             parts,
             part_chunks,
         )
-        launch(variant, B * H * parts * variant.programs, arguments)
+        walked = parts - 1 if x is None and documents is None else parts
+        launch(variant, B * H * walked * variant.programs, arguments)
         return ends
 
 

@@ -39,7 +39,7 @@ def carry_kernel(
     for step in range(parts):
         n = parts - 1 - step if REVERSE else step
         pointers = states + (row.to(tl.int64) * parts + n) * SIZE + at
-        own = tl.load(pointers, mask=inside)
+        own = tl.load(pointers, mask=at < tl.where(step < parts - 1, SIZE, 0), other=0.0)  # the last part has none
         tl.store(pointers, start, mask=inside)
         first = n * part_chunks
         end = tl.minimum(first + part_chunks, chunks)

@@ -106,7 +106,9 @@ def walk_kernel(
     X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, Z_STAGES: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: B * H * parts * SPLITS * VALUES / (64 GROUPS) programs; those that share x and y tiles are neighbours."""
+    """Grid: B * H * parts * SPLITS * VALUES / (64 GROUPS) programs; those that share x and y tiles are neighbours.
+
+    Without readers, for the states that parts start from, one part fewer: the last of the walk."""
     SLICE: gl.constexpr = _ROWS * GROUPS
     SLICES: gl.constexpr = VALUES // SLICE
     dtype: gl.constexpr = z_desc.dtype
@@ -116,6 +118,10 @@ def walk_kernel(
     walker = program // (SLICES * SPLITS)
     part = walker % parts
     row = walker // parts
+    if not READ and not PER_DOCUMENT:  # no part starts from what the last one leaves
+        part = walker % (parts - 1) + (1 if REVERSE else 0)
+        row = walker // (parts - 1)
+        walker = row * parts + part
     batch = row // heads
     head = row % heads
     key = split * KEYS

@@ -76,8 +76,8 @@ def variant_of(
         "HAS_INITIAL": has_initial,
         "STORE_FINAL": store_final,
         "X_STAGES": tile.x_stages,
-        "Y_STAGES": tile.y_stages,
-        "Z_STAGES": tile.z_stages,
+        "Y_STAGES": tile.y_stages if read else 3,  # without readers there is room
+        "Z_STAGES": tile.z_stages if read else 3,
         "MIX_REGISTERS": tile.mix_registers,
         "SCORE_REGISTERS": tile.score_registers,
         "LOAD_REGISTERS": 24,
