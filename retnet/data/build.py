@@ -79,7 +79,7 @@ def build_shards(
     with _locked(partial):
         _begin(partial, run, encoder)
         try:
-            _write_missing(plan, settings, encoder, partial / _DATA, workers or os.cpu_count() or 1, on_progress)
+            _write_missing(plan, settings, encoder, partial / _DATA, workers or _cores(), on_progress)
             manifest = _finish(partial / _DATA, plan, run, encoder)
         except DataError:
             shutil.rmtree(partial)
@@ -90,6 +90,11 @@ def build_shards(
         sync_folder(out.parent)
         shutil.rmtree(partial)
     return manifest
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -132,7 +137,7 @@ def _begin(partial: Path, run: dict[str, Any], encoder: Encoder) -> None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    for key in before.keys() | now.keys():
+    for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):
             continue
         if key != "files":

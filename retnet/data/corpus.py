@@ -132,10 +132,8 @@ class ByteCorpus(Corpus):
 class ShardCorpus(Corpus):
     """Documents of token shards, all of them or the part that a split has chosen.
 
-    folder: the opened shards.
-    documents: their numbers in it, int64 [N].
-    skipped: tokens of text left out at the beginning of each, int64 [N], and kept: tokens of text after that; None for
-        whole documents. A document start stands before what is left.
+    A part is a choice of the folder's documents, some tokens of text left out at the beginning of each, and its own
+    lengths; a document start stands before what is left.
     """
 
     def __init__(self, folder: ShardFolder, name: str):

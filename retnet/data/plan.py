@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from retnet.data.shards import is_shard_folder
 from retnet.data.sources import COMPRESSED, STDLIB, find_documents
@@ -82,11 +81,6 @@ def describe_files(plan: Iterable[Iterable[Piece]]) -> dict[str, list[int]]:
     """Size and time of change of every file: what must not change while a run is interrupted."""
     paths = sorted({piece.path for pieces in plan for piece in pieces})
     return {path: [(stat := Path(path).stat()).st_size, stat.st_mtime_ns] for path in paths}
-
-
-def plan_record(pieces: Iterable[Piece]) -> list[dict[str, Any]]:
-    """Pieces as JSON keeps them."""
-    return [asdict(piece) for piece in pieces]
 
 
 def _find_files(source: str, settings: Settings) -> Iterator[Piece]:

@@ -93,3 +93,23 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path, tokenizer_file):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
             find_encoder(str(tmp_path))
+
+
+def test_a_tokenizer_of_the_hub_is_fetched_and_one_that_is_not_there_is_named(tokenizer_file, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name == "org/gone":
+            raise OSError("404")
+        return str(tokenizer_file.parent if name == "org/model" else tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert find_encoder("org/model").identity == find_encoder(str(tokenizer_file)).identity
+    assert asked == [("org/model", ["tokenizer.json", "tokenizer_config.json"])]
+    with pytest.raises(FileNotFoundError, match=r"no such tokenizer: org/gone .*: 404"):
+        find_encoder("org/gone")
+    with pytest.raises(FileNotFoundError, match=r"org/without on the hub has no tokenizer\.json"):
+        find_encoder("org/without")

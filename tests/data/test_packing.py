@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from retnet.data import IGNORED, ByteCorpus, PackedDataset, find_documents
 
+few = settings(max_examples=40)
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 lengths = st.integers(2, 40)
 seeds = st.sampled_from([None, 0, 7])
@@ -22,6 +23,7 @@ def read(rows, epoch=0):
     return [int(t) for i in range(len(rows)) for t in rows.row(i, epoch)["input_ids"] if t != 0]
 
 
+@few
 @given(sizes, lengths, seeds, st.integers(0, 2), st.sampled_from([0, 1, 2, 3]))
 def test_every_token_is_read_and_every_one_but_starts_predicted_exactly_once_an_epoch(
     numbered, sizes, length, seed, epoch, lanes
@@ -34,12 +36,14 @@ def test_every_token_is_read_and_every_one_but_starts_predicted_exactly_once_an_
     assert sorted(read(rows, epoch)) == corpus.text_tokens()
 
 
+@few
 @given(sizes, lengths)
 def test_without_a_seed_everything_keeps_its_order(numbered, sizes, length):
     corpus = numbered(sizes)
     assert targets(PackedDataset(corpus, length, None)) == corpus.text_tokens()
 
 
+@few
 @given(sizes, lengths, seeds)
 def test_a_token_predicts_the_next_one_of_its_own_document(numbered, sizes, length, seed):
     corpus = numbered(sizes)
@@ -53,6 +57,7 @@ def test_a_token_predicts_the_next_one_of_its_own_document(numbered, sizes, leng
                 assert target == (IGNORED if token in last else token + 1)
 
 
+@few
 @given(sizes, lengths, seeds)
 def test_pieces_start_fresh_where_rows_and_documents_start(numbered, sizes, length, seed):
     rows = PackedDataset(numbered(sizes), length, seed)
@@ -68,6 +73,7 @@ def test_pieces_start_fresh_where_rows_and_documents_start(numbered, sizes, leng
                 assert (piece[1:] != 0).all()
 
 
+@few
 @given(sizes, lengths, seeds)
 def test_labels_are_the_same_targets_inside_a_row(numbered, sizes, length, seed):
     rows = PackedDataset(numbered(sizes), length, seed)
@@ -77,7 +83,7 @@ def test_labels_are_the_same_targets_inside_a_row(numbered, sizes, length, seed)
         assert row["labels"][0] == IGNORED
 
 
-@settings(max_examples=30)
+@few
 @given(sizes, lengths, st.integers(0, 3), st.integers(0, 3))
 def test_a_row_depends_on_seed_epoch_and_index_alone(numbered, sizes, length, seed, epoch):
     first, second = (PackedDataset(numbered(sizes), length, seed) for _ in range(2))
@@ -98,6 +104,7 @@ def test_seeds_and_epochs_order_documents_and_rows_differently(numbered):
     assert all(order != corpus.text_tokens() for order in orders)
 
 
+@few
 @given(st.lists(st.integers(1, 60), min_size=4, max_size=12), st.integers(2, 12), seeds, st.integers(1, 4))
 def test_a_lane_goes_on_where_its_last_row_ended(numbered, sizes, length, seed, lanes):
     rows = PackedDataset(numbered(sizes), length, seed, carry_state=True, lanes=min(lanes, sum(sizes) // length or 1))
