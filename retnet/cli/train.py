@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -40,6 +41,8 @@ def train(
 
     recipe = load_recipe(files[0] if files else None, [w for w in words if "=" in w], data=data, model=model)
     disable_progress_bar()  # transformers' own bars for every file it writes
+    if int(os.environ.get("RANK", "0")) > 0:  # of several processes, as torchrun numbers them, the first one speaks
+        console.quiet = True
     try:
         summary = run(recipe, console)
     except Terminated as ended:

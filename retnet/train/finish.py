@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.training_args import TrainingArguments
 
 from retnet.data import Corpus
-from retnet.models.directory import load_model
+from retnet.models.checkpoint import Tensors
+from retnet.models.directory import PREFIX, load_model, write_model
 from retnet.models.generation import generate
 from retnet.models.hf.tokenizer import byte_tokenizer
 from retnet.train.checkpoints import STAGING, publish
@@ -61,8 +63,7 @@ def save_whole_model(trainer: PackedTrainer, output: Path, corpus: Corpus) -> No
         staging.mkdir(parents=True)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_fsdp_enabled:  # the Trainer saves no whole model of sharded weights
-        state_dict = trainer.accelerator.get_state_dict(trainer.model)
-        trainer._save(str(staging), state_dict=state_dict)
+        _save_sharded(trainer, staging)
     else:
         trainer.save_model(str(staging))
     if trainer.args.should_save:
@@ -70,6 +71,19 @@ def save_whole_model(trainer: PackedTrainer, output: Path, corpus: Corpus) -> No
         tokenizer_of(corpus).save_pretrained(str(staging))
         publish(staging, output)
     trainer.accelerator.wait_for_everyone()
+
+
+def _save_sharded(trainer: PackedTrainer, directory: Path) -> None:
+    """Gather the weights of all processes in the memory of one, which writes them."""
+    model = trainer.model
+    assert model is not None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    tensors = {name.removeprefix(PREFIX): x for name, x in get_model_state_dict(model, options=options).items()}
+    if trainer.args.should_save:
+        config = model.model.config
+        if config.tie_embeddings:
+            tensors.pop("head.weight", None)
+        write_model(directory, config, Tensors.of(tensors))
 
 
 def tokenizer_of(corpus: Corpus) -> PreTrainedTokenizerBase:

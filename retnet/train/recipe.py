@@ -48,7 +48,8 @@ _REQUIRED = {
     "data": "a folder that `retnet data` wrote, a file or folder of text, or stdlib; or several with their weights",
 }
 # Where TrainingArguments take more than they declare.
-_HINTS: dict[str, Any] = {"fsdp": bool | str, "resume_from_checkpoint": bool | str | None}
+_BOOL_OR_WORD = Annotated[bool | str, Field(union_mode="left_to_right")]
+_HINTS: dict[str, Any] = {"fsdp": _BOOL_OR_WORD, "resume_from_checkpoint": _BOOL_OR_WORD}
 _COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from retnet.train.checkpoints import CheckpointError, choose, inspect, list_checkpoints
+from retnet.train.cpu_fsdp import sharding_on_cpus
 from retnet.train.finish import TrainingSummary, continuations, record, save_whole_model
 from retnet.train.inputs import RunData, open_data, open_model, run_identity
 from retnet.train.progress import ProgressCallback
@@ -39,7 +40,7 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
             f"{arguments.n_gpu} GPUs in one process would split packed rows: start one process a GPU with torchrun, "
             "or choose one with CUDA_VISIBLE_DEVICES"
         )
-    if arguments.process_index > 0:
+    if arguments.process_index > 0:  # the first process speaks for all
         console = Console(quiet=True)
     output = Path(str(arguments.output_dir))
     data = open_data(recipe, arguments)
@@ -53,7 +54,8 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
     )
     resumed = _checkpoint(recipe, arguments, options, console)
     progress = ProgressCallback(console, recipe.max_minutes)
-    trainer = PackedTrainer(model, arguments, data.train, data.valid, options, callbacks=[progress])
+    with sharding_on_cpus(arguments):
+        trainer = PackedTrainer(model, arguments, data.train, data.valid, options, callbacks=[progress])
     trainer.resumed = resumed
     _describe(console, recipe, parameters, data, trainer)
     try:

@@ -195,9 +195,10 @@ class PackedTrainer(Trainer):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.options.max_minutes is not None:
             if not isinstance(scheduler, LambdaLR):
+                given = self.args.to_dict()["lr_scheduler_type"]
                 raise ValueError(
-                    f"lr_scheduler_type is {self.args.lr_scheduler_type} with max_minutes; accepted there: a schedule "
-                    "that is a function of the step, such as linear or cosine"
+                    f"lr_scheduler_type is {given} with max_minutes; accepted there: a schedule that is a function of "
+                    "the step, such as linear or cosine"
                 )
             scheduler.lr_lambdas = [self.clock.schedule(f, num_training_steps) for f in scheduler.lr_lambdas]
         return scheduler

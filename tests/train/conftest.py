@@ -56,13 +56,13 @@ def console() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def words_for(model: Path, data: Path, output: Path, **settings: Any) -> list[str]:
+def words_for(model: Path, data: Path | str, output: Path, **settings: Any) -> list[str]:
     """The command line of a small run."""
     values = SETTINGS | settings | {"model": model, "data": data, "output_dir": output}
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def recipe_for(model: Path, data: Path, output: Path, **settings: Any) -> Recipe:
+def recipe_for(model: Path, data: Path | str, output: Path, **settings: Any) -> Recipe:
     return load_recipe(None, words_for(model, data, output, **settings))
 
 

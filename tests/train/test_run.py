@@ -121,8 +121,9 @@ def test_corpora_are_mixed_and_validated_by_name(byte_model, text_folder, tmp_pa
     other.mkdir()
     for i in range(8):
         (other / f"{i}.txt").write_text("numbers 1 2 3 4 5 6 7 8 9 " * (i + 3))
-    words = {"data": f"{{{text_folder}: 3, {other}: 1}}", "do_eval": True, "eval_strategy": "steps", "eval_steps": 4}
-    recipe = recipe_for(byte_model, text_folder, tmp_path / "out", **QUICK, **words)
+    mixed = f"{{{text_folder}: 3, {other}: 1}}"
+    settings = QUICK | {"do_eval": True, "eval_strategy": "steps", "eval_steps": 4}
+    recipe = recipe_for(byte_model, mixed, tmp_path / "out", **settings)
     assert recipe.weights == {str(text_folder): 3.0, str(other): 1.0}
     train(recipe, console)
     log = json.loads((tmp_path / "out/training.json").read_text())["log"]

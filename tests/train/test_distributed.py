@@ -1,0 +1,94 @@
+"""Several processes, as torchrun starts them, on gloo: the run that one process would have been."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from retnet.models.directory import load_model
+from retnet.train.run import train
+
+from .conftest import losses, recipe_for, words_for
+
+SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "do_eval": True}
+FSDP = {"fsdp": "true", "fsdp_config": "{state_dict_type: SHARDED_STATE_DICT}"}
+
+
+def torchrun(processes: int, words: list[str]) -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*launch, "-m", "retnet.cli", "train", *words], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def assert_same_run(output, expected):
+    """To rounding: sums come in another order."""
+    assert losses(output).keys() == losses(expected).keys() == {1, 2, 3, 4}
+    assert list(losses(output).values()) == pytest.approx(list(losses(expected).values()), rel=2e-5)
+    trained, wanted = load_model(output).state_dict(), load_model(expected).state_dict()
+    assert trained.keys() == wanted.keys()
+    for name in wanted:
+        assert (trained[name] - wanted[name]).norm() <= 1e-3 * wanted[name].norm(), name
+
+
+@pytest.fixture
+def one_process(byte_model, text_folder, tmp_path, console):
+    """16 rows a step in one batch, and its output."""
+    settings = SETTINGS | {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    train(recipe_for(byte_model, text_folder, tmp_path / "one", **settings), console)
+    return tmp_path / "one"
+
+
+def test_two_processes_that_accumulate_are_one_that_does_not(byte_model, text_folder, tmp_path, one_process):
+    settings = SETTINGS | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    shown = torchrun(2, words_for(byte_model, text_folder, tmp_path / "two", **settings))
+    assert shown.count("saved in") == 1  # one process speaks
+    assert "on 2 x cpu" in shown
+    assert_same_run(tmp_path / "two", one_process)
+
+
+@pytest.mark.slow
+def test_sharded_checkpoints_go_on_with_any_number_of_processes(byte_model, text_folder, tmp_path, one_process):
+    """Two processes to the first checkpoint; one, and three, from there on."""
+    sharded = SETTINGS | FSDP | {"gradient_accumulation_steps": 1, "resume_from_checkpoint": "auto"}
+    output = tmp_path / "two"
+    torchrun(2, words_for(byte_model, text_folder, output, **sharded, per_device_train_batch_size=8))
+    assert_same_run(output, one_process)
+    checkpoint = output / "checkpoint-2"
+    assert (checkpoint / "pytorch_model_fsdp_0/__1_0.distcp").exists()
+    for processes, batch in ((1, 16), (4, 4)):
+        other = tmp_path / f"resumed-{processes}"
+        words = words_for(
+            byte_model,
+            text_folder,
+            other,
+            **sharded | {"resume_from_checkpoint": checkpoint},
+            per_device_train_batch_size=batch,
+        )
+        shown = torchrun(processes, words)
+        assert "step 3/4" in shown
+        assert "step 2/4" not in shown
+        assert_same_run(other, one_process)
+
+
+@pytest.mark.slow
+def test_lanes_stay_with_their_process(byte_model, text_folder, tmp_path, console):
+    settings = SETTINGS | {"carry_state": True, "gradient_accumulation_steps": 1}
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(recipe_for(byte_model, text_folder, one, **settings, per_device_train_batch_size=8), console)
+    torchrun(2, words_for(byte_model, text_folder, two, **settings, per_device_train_batch_size=4))
+    assert_same_run(two, one)
+    assert {path.name for path in (two / "checkpoint-4").glob("lanes-*")} == {
+        "lanes-0.safetensors",
+        "lanes-1.safetensors",
+    }

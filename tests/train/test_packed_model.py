@@ -1,0 +1,168 @@
+"""Packed rows through the model that is trained: no leaks, states carried, losses by their share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from retnet.data import PackedDataset, open_corpus
+from retnet.models.lm import LanguageModel
+from retnet.models.presets import retnet_config
+from retnet.stack.resolve import resolve_model
+from retnet.train.batches import FACTS, RowStream, collate
+from retnet.train.inputs import open_data
+from retnet.train.packed_model import PackedForCausalLM
+from retnet.train.trainer import PackedTrainer, RunOptions
+
+from .conftest import recipe_for
+
+LENGTH, LANES = 40, 4
+
+
+def make_model(**options) -> PackedForCausalLM:
+    """Weights at unit gain, so that what is forgotten or leaks is seen."""
+    config = replace(retnet_config("m", 2, 32, 2, vocab_size=257, bos_token_id=256), **options)
+    model = LanguageModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return PackedForCausalLM.wrap(model).eval()
+
+
+def forward(model, batch, **options):
+    inputs = {name: x for name, x in batch.items() if name != FACTS}
+    return model(**inputs, num_items_in_batch=batch[FACTS].num_targets, **options)
+
+
+@pytest.fixture
+def corpus(text_folder):
+    return open_corpus(text_folder)
+
+
+def test_a_token_of_one_document_changes_no_loss_of_the_others(byte_model, text_folder, tmp_path):
+    """Through the whole trainer: its rows, its batches, its model, its loss; token by token."""
+    recipe = recipe_for(byte_model, text_folder, tmp_path, length=200)
+    arguments = recipe.training_arguments()
+    data, model = open_data(recipe, arguments), make_model()
+    trainer = PackedTrainer(model, arguments, data.train, data.valid, RunOptions())
+    batch = next(iter(trainer.get_train_dataloader()))
+    bounds = batch["cu_seq_lens_q"].tolist()
+    number = next(n for n in range(3, len(bounds)) if bounds[n + 1] - bounds[n] > 20)
+    victim = range(bounds[number], bounds[number + 1])
+    changed = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    ids = changed["input_ids"].view(-1)
+    ids[victim[3]] = (ids[victim[3]] + 1) % 256
+
+    def losses_by_token(inputs):
+        """Each document's loss alone: the others' targets are ignored."""
+        targets = inputs["shift_labels"].flatten()
+        values = []
+        for begin, end in pairwise(bounds):
+            only = torch.full_like(targets, -100)
+            only[begin:end] = targets[begin:end]
+            kept = inputs | {"shift_labels": only.view_as(inputs["shift_labels"])}
+            with torch.no_grad():
+                values.append(trainer.compute_loss(model, kept, num_items_in_batch=1).item())
+        return values
+
+    before, after = losses_by_token(batch), losses_by_token(changed)
+    assert before[number] != after[number]
+    assert before[:number] == after[:number]
+    assert before[number + 1 :] == after[number + 1 :]
+
+
+def test_rows_without_carried_states_are_their_pieces(corpus):
+    model = make_model()
+    batch = collate([RowStream(PackedDataset(corpus, LENGTH, 0))[i] for i in range(3)])
+    loss = forward(model, batch).loss
+    ids, targets, bounds = (batch[n].flatten() for n in ("input_ids", "shift_labels", "cu_seq_lens_q"))
+    nats = 0.0
+    for begin, end in pairwise(bounds):
+        log_p = model.model(ids[None, begin:end]).logits[0].log_softmax(-1)
+        kept = targets[begin:end] != -100
+        nats -= log_p[kept].gather(1, targets[begin:end][kept, None]).sum()
+    assert loss.item() == pytest.approx(nats.item() / batch[FACTS].num_targets, rel=1e-5)
+
+
+@pytest.mark.parametrize("stack", ["retention", "arch_expert_research_mini"])
+def test_carried_states_make_segments_whole_documents(corpus, stack):
+    """The same nats as reading each document of a lane in one piece, over all the steps of an epoch."""
+    model = make_model() if stack == "retention" else PackedForCausalLM.wrap(resolve_model(stack)).eval()
+    rows = PackedDataset(corpus, LENGTH, 0, carry_state=True, lanes=LANES)
+    stream = RowStream(rows)
+    lanes, nats = None, 0.0
+    texts: list[list[torch.Tensor]] = [[] for _ in range(LANES)]
+    steps = min(12, len(rows) // LANES)
+    with torch.no_grad():
+        for step in range(steps):
+            batch = collate([stream[step * LANES + lane] for lane in range(LANES)])
+            output = forward(model, batch, lanes=lanes, carry=True)
+            lanes = output.past_key_values.state
+            nats += output.loss.item() * batch[FACTS].num_targets
+            for lane in range(LANES):
+                texts[lane].append(torch.stack([batch["input_ids"][lane], batch["shift_labels"][lane]]))
+    expected, continued = 0.0, 0
+    for lane in range(LANES):
+        ids, targets = torch.cat(texts[lane], 1)
+        starts = [0, *(i for i in range(1, len(ids)) if ids[i] == 256), len(ids)]
+        for begin, end in pairwise(starts):
+            continued += begin // LENGTH != (end - 1) // LENGTH
+            log_p = model.model(ids[None, begin:end]).logits[0].log_softmax(-1)
+            kept = targets[begin:end] != -100
+            expected -= log_p[kept].gather(1, targets[begin:end][kept, None]).sum().item()
+    assert continued > LANES  # documents did go on from row to row
+    assert nats == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_gradient_goes_into_the_lane_before(corpus):
+    model = make_model().train()
+    stream = RowStream(PackedDataset(corpus, LENGTH, 0, carry_state=True, lanes=LANES))
+    first, second = (collate([stream[step * LANES + lane] for lane in range(LANES)]) for step in range(2))
+    lanes = forward(model, first, carry=True).past_key_values.state
+    assert not any(x.requires_grad for x in lanes.named_tensors().values())
+    before = {name: x.clone() for name, x in lanes.named_tensors().items()}
+    forward(model, second, lanes=lanes, carry=True).loss.backward()
+    assert all(torch.equal(x, before[name]) for name, x in lanes.named_tensors().items())
+    assert model.model.embedding.weight.grad.abs().sum() > 0
+
+
+def test_what_routers_add_counts_by_a_batchs_share_of_the_step(corpus):
+    """Two batches of a step add what they would add as one, however many there are."""
+    model = PackedForCausalLM.wrap(resolve_model("arch_expert_retnet_moe_mini")).train()
+    stream = RowStream(PackedDataset(corpus, LENGTH, 0))
+    batches = [collate([stream[i]]) for i in range(2)]
+    total = sum(batch[FACTS].num_targets for batch in batches)
+    extra = []
+    for batch in batches:
+        inputs = {name: x for name, x in batch.items() if name != FACTS}
+        with torch.no_grad():
+            alone = [model(**inputs, num_items_in_batch=n).loss.item() for n in (batch[FACTS].num_targets, total)]
+        extra.append(alone)
+        share = batch[FACTS].num_targets / total
+        assert alone[1] == pytest.approx(share * alone[0], rel=1e-5)
+    with torch.no_grad():
+        inputs = {name: x for name, x in batches[0].items() if name != FACTS}
+        evaluated = model.eval()(**inputs, num_items_in_batch=batches[0][FACTS].num_targets).loss.item()
+    assert extra[0][0] > evaluated  # validation has the nats alone
+
+
+def test_the_logits_of_all_tokens_are_never_made(corpus, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(model.model, "logits", lambda hidden: pytest.fail("logits of all tokens were made"))
+    batch = collate([RowStream(PackedDataset(corpus, LENGTH, 0))[0]])
+    for training in (True, False):
+        assert forward(model.train(training), batch).loss > 0
+
+
+def test_saved_it_is_the_face_that_everybody_loads(tmp_path, corpus):
+    from retnet.models.hf import RetNetForCausalLM
+
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    loaded = RetNetForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.architectures == ["RetNetForCausalLM"]
+    assert torch.equal(loaded.model.embedding.weight, model.model.embedding.weight)
