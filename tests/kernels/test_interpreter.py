@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 
-MODULES = ["test_chunkwise.py", "test_step.py", "test_walk_places.py"]
+MODULES = ["test_chunkwise.py", "test_step.py", "test_decode.py", "test_walk_places.py"]
 SLOW = ["test_chunkwise.py", "test_step.py"]
 
 
