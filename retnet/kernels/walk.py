@@ -8,8 +8,8 @@ adds to the state, `carry_kernel` chains these, and the walks start every part f
 Masked tokens and packed documents change a few chunks' decays (`walk_places`). The last states of packed documents,
 which may end within a chunk, come from a walk of each document by itself.
 
-No atomics, no host synchronization, a fixed order of every sum: two runs give the same bits. Memory beyond outputs and
-gradients: the parts' states, and for V = 512 two partial sums of dQ, then of dK.
+No host synchronization, and no sum whose order could change its bits: two runs give the same. Memory beyond outputs and
+gradients: the parts' states.
 
 Left out, and left to the portable kernels: per-token decay, the gradient of log_decay, initial states of packed
 documents and gradients of their last ones, packing and a mask together, groups of heads, other dtypes.
@@ -147,11 +147,11 @@ class _Call:
 
     def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: Tensor | None, reverse: bool) -> Tensor:
         """dQ = walk(dO, V, K), dK = reverse walk(V, dO, Q): the contraction runs over V, in ranges where V is wide."""
-        splits = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1]).splits
-        B, *rest = z.shape
-        sums = torch.empty(splits * B, *rest, dtype=z.dtype, device=z.device)
-        self.walk(x, y, z, starts, reverse=reverse, out=sums, store_final=False, over_values=True)
-        return sums if splits == 1 else torch.add(sums[:B], sums[B:])
+        whole = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1]).splits == 1
+        make = torch.empty if whole else torch.zeros  # two ranges add to what is there
+        out = make(z.shape, dtype=z.dtype, device=z.device)
+        self.walk(x, y, z, starts, reverse=reverse, out=out, store_final=False, over_values=True)
+        return out
 
     def walk(
         self,
@@ -201,7 +201,6 @@ class _Call:
             unused if places is None else places,
             unused if documents is None else documents,
             T,
-            B,
             H,
             parts,
             part_chunks,

@@ -11,8 +11,9 @@ sequence, sums over the other side of the diagonal, and the state it carries is 
 
     dV = reverse walk(k, q, dO)        dQ = walk(dO, V, K)        dK = reverse walk(V, dO, Q)
 
-dQ and dK contract over V. Where that is wider than a program holds, `SPLITS` programs take a range of the keys each
-and leave partial sums for the caller to add: everything above is linear in the products over keys.
+dQ and dK contract over V. Where that is wider than a program holds, two programs (`SPLITS`) take a range of the keys
+each and add their parts to an output of zeros: everything above is linear in the products over keys, and a sum of two
+has the same bits in either order.
 
 Why it looks so: a state written to memory per chunk moves more bytes than q, k, v and the output together, so it stays
 on chip, transposed ([64 values, keys] a warpgroup), which makes it the register operand of the read and the accumulator
@@ -93,12 +94,12 @@ def _make_pairs(log2_gamma, scale, TABLES: gl.constexpr, REVERSE: gl.constexpr):
     return pairs
 
 
-@gluon.jit(do_not_specialize=["tokens", "batches", "parts", "part_chunks"])
+@gluon.jit(do_not_specialize=["tokens", "parts", "part_chunks"])
 def walk_kernel(
-    x_desc, y_desc, z_desc, out_desc,  # [B, T, H, SPLITS * KEYS] twice, [B, T, H, VALUES], [SPLITS * B, T, H, VALUES]
+    x_desc, y_desc, z_desc, out_desc,  # [B, T, H, SPLITS * KEYS] twice, [B, T, H, VALUES] twice
     log_decay, scale, state_in, state_out,  # [H], (), states [B, H, parts, ...] twice (float32)
-    places, cu_seqlens,  # [B, chunks * 64] if PLACED, [N + 1] if PER_DOCUMENT (then B = 1, and N stands for it)
-    tokens, batches, heads, parts, part_chunks,
+    places, cu_seqlens,  # [B, chunks * 64] if PLACED, [N + 1] if PER_DOCUMENT (then B = 1)
+    tokens, heads, parts, part_chunks,
     KEYS: gl.constexpr, VALUES: gl.constexpr, SPLITS: gl.constexpr, GROUPS: gl.constexpr,
     KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
     REVERSE: gl.constexpr, READ: gl.constexpr, PLACED: gl.constexpr, PER_DOCUMENT: gl.constexpr,
@@ -163,11 +164,11 @@ def walk_kernel(
     scoring = (x_smem, y_smem, p_smem, pairs, decays, tickets, row_places, start, count)
     mixing = (
         x_smem, y_smem, z_smem, p_smem, outs_smem, tickets, decays, out_desc, state_in + state_at, state_out + state_at,
-        split * batches + batch, head, value, start, count, last_step, row_places,
+        batch, head, value, start, count, last_step, row_places,
     )  # fmt: skip
     _start_roles(
         mixing, scoring, loading,
-        GROUPS, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE,
+        GROUPS, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, SPLITS == 2,
         MIX_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS,
     )  # fmt: skip
 
@@ -177,6 +178,7 @@ def _start_roles(
     mixing, scoring, loading,
     GROUPS: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, PLACED: gl.constexpr,
     HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
+    ADD: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One or two warpgroups mix, one scores if there are readers, and one warp loads."""
@@ -185,8 +187,14 @@ def _start_roles(
     if GROUPS == 2 and READ:
         gl.warp_specialize(
             [
-                (mix_role, (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
-                (mix_role, (mixing, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (
+                    mix_role,
+                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                ),
+                (
+                    mix_role,
+                    (mixing, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                ),
                 (score_role, (scoring, REVERSE, PLACED)),
                 (load_role, (loading, REVERSE, READ)),
             ],
@@ -196,8 +204,14 @@ def _start_roles(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (mix_role, (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
-                (mix_role, (mixing, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (
+                    mix_role,
+                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                ),
+                (
+                    mix_role,
+                    (mixing, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                ),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [4, 1],
@@ -206,7 +220,10 @@ def _start_roles(
     elif READ:
         gl.warp_specialize(
             [
-                (mix_role, (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (
+                    mix_role,
+                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                ),
                 (score_role, (scoring, REVERSE, PLACED)),
                 (load_role, (loading, REVERSE, READ)),
             ],
@@ -216,7 +233,10 @@ def _start_roles(
     else:
         gl.warp_specialize(
             [
-                (mix_role, (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE)),
+                (
+                    mix_role,
+                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                ),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [1],

@@ -96,7 +96,7 @@ def launch(variant: Variant, programs: int, arguments: tuple) -> None:
     key = (
         variant.constants,
         arguments[0].base.dtype,
-        arguments[12],
+        arguments[11],
         documents.dtype,
         driver.active.get_current_device(),
     )

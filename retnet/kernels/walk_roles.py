@@ -4,8 +4,10 @@ Roles meet at rings of tiles in shared memory. A ring of n slots has 2 n barrier
 producer of a slot opens, and `empty`, which all its readers open together.
 """
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -19,10 +21,19 @@ ROWS = 64  # values a warpgroup holds, likewise
 PIECE = 64  # keys of a state piece: only one piece's 16-bit copy is in registers at a time
 AHEAD = 1  # chunks whose scores may wait to be read
 
+
+@builtin
+def _own_tma_add(tensor_desc, coord, src, _semantic=None):
+    """What later versions of Triton call `async_atomic_add`: 3.6 compiles it, but has no name for it."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
 # Names of Triton 3.6 after those of later versions.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_tma_add = getattr(tma, "async_atomic_add", None) or _own_tma_add
 
 _CHUNK = gl.constexpr(CHUNK)
 _ROWS = gl.constexpr(ROWS)
@@ -193,11 +204,12 @@ def _state_pointers(
 def mix_role(
     args, GROUP: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, PLACED: gl.constexpr,
     HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
+    ADD: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: outputs and the state of its 64 values, chunk after chunk."""
+    """One warpgroup: outputs (added to what is there if ADD) and the state of its 64 values, chunk after chunk."""
     (
         x_smem, y_smem, z_smem, p_smem, outs_smem, tickets, decays, out_desc, state_in, state_out,
-        out_batch, head, value, start, count, last_step, places,
+        batch, head, value, start, count, last_step, places,
     ) = args  # fmt: skip
     X: gl.constexpr = first_ticket(0, x_smem, y_smem)
     Y: gl.constexpr = first_ticket(1, x_smem, y_smem)
@@ -266,7 +278,10 @@ def mix_role(
             fence_async_shared()
             _barrier()
             tile = out_smem.reshape(out_desc.block_type.shape)
-            _tma_store(out_desc, [out_batch, token, head, value + GROUP * _ROWS], tile)
+            if ADD:
+                _tma_add(out_desc, [batch, token, head, value + GROUP * _ROWS], tile)
+            else:
+                _tma_store(out_desc, [batch, token, head, value + GROUP * _ROWS], tile)
 
         state = warpgroup_mma_wait(0, deps=updated)
         if PIECES == 1:
