@@ -75,6 +75,8 @@ CASES = [
     Case(4, 8192, 16, 128, 128),
     Case(8, 4096, 16, 64, 128),
 ]
+LABELS = {"ours": "retnet", "portable": "retnet, portable kernels", "fla": "flash-linear-attention"}
+LABELS |= {"cudnn": "cuDNN causal attention", "flash": "flash causal attention"}
 SWEEP = [Case(max(1, 32768 // T), T, 8, 256, 512) for T in (512, 1024, 2048, 4096, 8192, 16384, 32768)]
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -169,10 +171,11 @@ def plot(rows: Path, folder: Path) -> None:
         figure, axes = pyplot.subplots(figsize=(6, 4))
         for implementation in dict.fromkeys(row["implementation"] for row in points):
             mine = [row for row in points if row["implementation"] == implementation]
-            line = sorted((Case.parse(row["case"]).T, float(row[column])) for row in mine)
-            axes.plot(*zip(*line), "o-", label=implementation)
+            line = {Case.parse(row["case"]).T: float(row[column]) for row in mine}  # the newest where several are there
+            axes.plot(*zip(*sorted(line.items())), "o-", label=LABELS[implementation])
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
+        if name == "time":
+            axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set(xlabel="tokens a sequence, 32768 in all", ylabel=label)
