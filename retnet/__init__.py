@@ -18,6 +18,9 @@ _EXPORTS = {
     "retention_plan": "retnet.ops.retention",
     "ModelConfig": "retnet.models.config",
     "LanguageModel": "retnet.models.lm",
+    "Engine": "retnet.serve.engine",
+    "Request": "retnet.serve.request",
+    "Sampling": "retnet.serve.sampling",
 }
 
 if TYPE_CHECKING:
@@ -26,8 +29,21 @@ if TYPE_CHECKING:
     from retnet.ops.retention import retention as retention
     from retnet.ops.retention import retention_plan as retention_plan
     from retnet.ops.retention import retention_step_ as retention_step_
+    from retnet.serve.engine import Engine as Engine
+    from retnet.serve.request import Request as Request
+    from retnet.serve.sampling import Sampling as Sampling
 
-__all__ = ["LanguageModel", "ModelConfig", "__version__", "retention", "retention_plan", "retention_step_"]
+__all__ = [
+    "Engine",
+    "LanguageModel",
+    "ModelConfig",
+    "Request",
+    "Sampling",
+    "__version__",
+    "retention",
+    "retention_plan",
+    "retention_step_",
+]
 
 
 def __getattr__(name: str) -> Any:

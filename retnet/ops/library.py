@@ -112,7 +112,7 @@ def _retention_backward_cpu(
 def _retention_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float, mask: Tensor | None
 ) -> Tensor:
-    check_values(log_decay, None, q.shape[1])
+    check_values(log_decay.nan_to_num(0.0), None, q.shape[1])  # NaN stays in its sequence; a step runs many
     return recurrent.step_(q, k, v, log_decay, state, scale, mask)
 
 

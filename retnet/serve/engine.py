@@ -30,6 +30,7 @@ from retnet.serve.stopping import Decode, StopStrings
 
 # Tokens of a prompt a call. A GPU is busy only with many; a CPU computes fewer while running requests wait.
 PROMPT_BLOCK = {"cpu": 256, "cuda": 2048}
+NOT_FINITE = "the logits of token {} are not finite: its state or the weights are not"
 LONGEST_RING = 64  # rows that a program keeps beside its slice of a state
 
 
@@ -330,7 +331,7 @@ class Engine:
         if not self._decoding:
             return []
         drafts = self._draft()
-        sampled = self._step(Parts.union(g.request.sampling.parts for g in self._decoding.values()))
+        sampled = self._sample(Parts.union(g.request.sampling.parts for g in self._decoding.values()))
         tokens = sampled.tokens.tolist()
         counts = torch.zeros(self.pool.num_slots, dtype=torch.long)
         progress, ended = [], []
@@ -354,6 +355,18 @@ class Engine:
             self._finish(generation, reason)
         return progress
 
+    def _sample(self, parts: Parts) -> Sampled:
+        try:
+            return self._step(parts)
+        except ValueError:
+            # A CPU refuses decays that are NaN. A draft leaves states alone: without the broken ones it runs again.
+            broken = [g for slot, g in self._decoding.items() if not self.pool.state.slot(slot).is_finite]
+            if self.speculation is None or not broken:
+                raise
+            for generation in broken:
+                self._fail(generation, NOT_FINITE.format(len(generation.seen)))
+            return self._step(parts)
+
     def _draft(self) -> dict[int, list[int]]:
         """Guesses by slot, no longer than what is still asked for."""
         if not isinstance(self._step, VerifyStep):
@@ -370,8 +383,7 @@ class Engine:
     def _accept(self, generation: Generation, token: int, sampled: Sampled, place: tuple[int, int]) -> str | None:
         """Add a new token, that of `place` [slot, t], to a request; returns why it ends the output, if it does."""
         if token == FAILED:
-            position = len(generation.seen)
-            generation.error = f"the logits of token {position} are not finite: its state or the weights are not"
+            generation.error = NOT_FINITE.format(len(generation.seen))
             return "failed"
         request = generation.request
         generation.seen.append(token)

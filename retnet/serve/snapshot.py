@@ -23,6 +23,7 @@ from torch import Tensor
 
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.serve.quantize import int8_parts
 
 FORMAT = "retnet-snapshot"
 SAMPLED_VALUES = 1024  # of each weight tensor, for the fingerprint
@@ -101,7 +102,11 @@ def fingerprint(model: LanguageModel) -> str:
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("name", "source", "seed")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, weight in sorted(model.state_dict().items()):
+    weights: dict[str, Tensor] = {}
+    for name, weight in model.state_dict().items():
+        int8 = int8_parts(weight)
+        weights |= {name: weight} if int8 is None else {f"{name}.int8": int8[0], f"{name}.scale": int8[1]}
+    for name, weight in sorted(weights.items()):
         flat = weight.detach().flatten()
         places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64)
         values = flat[places.round().long().to(flat.device)].cpu().contiguous()

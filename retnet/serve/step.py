@@ -6,8 +6,6 @@ costs one launch and one wait. On a CPU it runs as it is: weights are read from 
 beside that.
 """
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -34,7 +32,7 @@ class DecodeStep:
         rings: list[Ring | None] | None = None,
     ):
         self.model, self.state, self.table, self.graphs = model, state, table, graphs
-        self._rings = rings or [None] * len(state.layers)
+        self._fused = FusedModel(model, state, rings or [None] * len(state.layers))  # now: prompts read its weights too
         device = state.position.device
         self.tokens = torch.zeros(len(state.position), dtype=torch.long, device=device)
         self.active = torch.zeros_like(self.tokens, dtype=torch.bool)
@@ -80,10 +78,6 @@ class DecodeStep:
                         here.copy_(there, non_blocking=True)
         self._captured[parts] = graph, on_host
         self.active.copy_(active)
-
-    @cached_property
-    def _fused(self) -> FusedModel:
-        return FusedModel(self.model, self.state, self._rings)
 
     def _run(self, parts: Parts) -> Sampled:
         logits = self._fused(self.tokens, self.active)
