@@ -9,6 +9,7 @@ checks of values (a NaN stays in the sequence that made it). On a GPU each is on
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from retnet.ops.norms import normalize
 from retnet.ops.rotary import Rotary, rotate
 
 MATVEC_ROWS = 4  # up to so many rows a GPU's product is bound by reading weights without tensor cores
+INT8_ROWS = 4 * MATVEC_ROWS  # int8 weights are rather read again, so many times, than widened in memory
 # Parts of a weight that a CPU multiplies as a batch: MKL reads one product of few rows with one core, a batch with all.
 ROW_BLOCKS = (32, 16, 8, 4, 2, 1)  # of W [N, K], the first that divides N
 COLUMN_BLOCKS = (4, 2, 1)  # of W kept as [K, N], the first that divides K; their sums are added
@@ -37,16 +39,24 @@ class InputNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [B, K], in float32 (float64 for float64)."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = _widened(x)
         if self.kind == "none":
             return x
-        x = x.view(len(x), self.groups, -1)
-        x = normalize(x, self.kind, self.eps)
-        if self.weight is not None:
-            x = x * self.weight.view(-1, x.shape[-1])
-        if self.bias is not None:
-            x = x + self.bias.view(-1, x.shape[-1])
-        return x.flatten(1)
+        width = x.shape[1] // self.groups
+        parts = x if self.groups == 1 else x.view(-1, self.groups, width)
+        weight, bias = self.weight, self.bias
+        if weight is not None and weight.dtype == x.dtype and weight.numel() == width:  # in the norm's own pass
+            if self.kind == "layer":
+                parts = F.layer_norm(parts, (width,), weight, bias, self.eps)
+                return parts if self.groups == 1 else parts.flatten(1)
+            parts, weight = F.rms_norm(parts, (width,), weight, self.eps), None
+        else:
+            parts = normalize(parts, self.kind, self.eps)
+        if weight is not None:
+            parts = parts * weight.view(-1, width)[0 if self.groups == 1 else slice(None)]
+        if bias is not None:
+            parts = parts + bias.view(-1, width)[0 if self.groups == 1 else slice(None)]
+        return parts if self.groups == 1 else parts.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,20 @@ class DecodeWeight:
     values: Tensor
     scale: Tensor | None = None
     bias: Tensor | None = None
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """Views for a CPU: [n, K, N / n], or of values that lie as [K, N], [n, K / n, N]."""
+        N, K = self.values.shape
+        if self.by_columns:
+            n = next(n for n in COLUMN_BLOCKS if K % n == 0)
+            return self.values.t().view(n, K // n, N)
+        n = next(n for n in ROW_BLOCKS if N % n == 0)
+        return self.values.view(n, N // n, K).mT
+
+    @property
+    def by_columns(self) -> bool:
+        return self.values.stride(0) == 1
 
 
 @dataclass(frozen=True)
@@ -149,7 +173,7 @@ def decode_linear(
     from retnet.kernels.decode_linear import matvec, prepare
 
     described = (norm.kind, norm.groups, norm.eps, norm.weight, norm.bias)
-    if len(some) <= MATVEC_ROWS or weight.scale is not None:
+    if len(some) <= (MATVEC_ROWS if weight.scale is None else INT8_ROWS):
         out = some.new_empty(len(some), len(weight.values)) if residual_ is None else residual_
         for rows in zip(*(x.split(MATVEC_ROWS) if x is not None else _nones(some) for x in (x, gate, out))):
             matvec(
@@ -199,25 +223,26 @@ def decode_step_(
     if rotation is not None:
         cos, sin = (x[:, None] for x in rotation)
         turned = rotate(torch.cat((q, k), 1)[:, None], cos, sin, rotary)[:, 0]
-        q, k = turned.split([q.shape[1], k.shape[1]], 1)
-    q = q.to(state.dtype) * scale
+        q, k = turned.split_with_sizes([q.shape[1], k.shape[1]], 1)
+    q = _widened(q) * scale
     if ring is not None:
         return _ring_step(q, k, v, decay.log_decay.expand(q.shape[:2]), state, active, ring).to(v.dtype)
     dtype, heads_per_group = v.dtype, q.shape[1] // k.shape[1]
-    k, v = k.to(state.dtype), v.to(state.dtype)
+    k, v = _widened(k), _widened(v)
     if heads_per_group > 1:
         k, v = (x.repeat_interleave(heads_per_group, 1) for x in (k, v))
     log_decay, change = decay.log_decay, decay.change
     if active is not None:
         idle = ~active[:, None]
         q, k, v = (x.masked_fill(idle[..., None], 0) for x in (q, k, v))
-        log_decay, change = (x.expand(len(q), -1).masked_fill(idle, 0) for x in (log_decay, change))
-    slow = log_decay > Decay.SLOWEST_FAST
-    if not decay.all_slow and not bool(slow.all()):
+        log_decay, change = (x.expand(q.shape[0], -1).masked_fill(idle, 0) for x in (log_decay, change))
+    if not decay.all_slow:
+        slow = log_decay > Decay.SLOWEST_FAST
         state.mul_(log_decay.masked_fill(slow, 0).exp()[..., None, None])
         change = change.masked_fill(~slow, 0)
     state.addcmul_(state, change[..., None, None]).addcmul_(k[..., None], v[..., None, :])
-    return torch.matmul(q[..., None, :], state)[..., 0, :].to(dtype)
+    out = torch.matmul(q[..., None, :], state)[..., 0, :]
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 def _ring_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, active: Tensor, ring: Ring) -> Tensor:
@@ -272,13 +297,13 @@ def _linear_on_cpu(
         opened = ACTIVATIONS[activation](gate)
         y = opened if y is None else y * opened
     assert y is not None
-    return _product(y.to(some.dtype), weight, residual_, skip, branch)
+    return _product(y if y.dtype == some.dtype else y.to(some.dtype), weight, residual_, skip, branch)
 
 
 def _product(y: Tensor, weight: DecodeWeight, residual_: Tensor | None, skip: float, branch: float) -> Tensor:
-    if residual_ is not None and uses_kernels(y) and weight.bias is None:
+    if residual_ is not None and uses_kernels(y) and weight.bias is None and weight.scale is None:
         return residual_.addmm_(y, weight.values.t(), beta=skip, alpha=branch)
-    out = y @ weight.values.t() if uses_kernels(y) else _in_blocks(y, weight)
+    out = _by_library(y, weight) if uses_kernels(y) else _in_blocks(y, weight)
     if weight.bias is not None:
         out = out + weight.bias
     if residual_ is None:
@@ -288,18 +313,26 @@ def _product(y: Tensor, weight: DecodeWeight, residual_: Tensor | None, skip: fl
     return residual_.add_(out, alpha=branch)
 
 
+def _by_library(y: Tensor, weight: DecodeWeight) -> Tensor:
+    if weight.scale is None:
+        return y @ weight.values.t()
+    return (y @ weight.values.to(y.dtype).t()) * weight.scale.to(y.dtype)
+
+
 def _in_blocks(y: Tensor, weight: DecodeWeight) -> Tensor:
     """y W^T on a CPU with W in blocks, whose products run side by side on all cores."""
-    values, (B, K) = weight.values, y.shape
     if weight.scale is not None:
-        return torch._weight_int8pack_mm(y, values, weight.scale)
-    if values.stride(0) == 1:
-        blocks = next(n for n in COLUMN_BLOCKS if K % n == 0)
-        columns = values.t().view(blocks, K // blocks, -1)
-        return torch.bmm(y.view(B, blocks, -1).transpose(0, 1), columns).sum(0)
-    blocks = next(n for n in ROW_BLOCKS if len(values) % n == 0)
-    rows = values.view(blocks, -1, K).mT
-    return torch.bmm(y.expand(blocks, B, K), rows).transpose(0, 1).reshape(B, -1)
+        return torch._weight_int8pack_mm(y, weight.values, weight.scale)
+    blocks, B = weight.blocks, y.shape[0]  # (len of a tensor takes microseconds)
+    if weight.by_columns:
+        return torch.bmm(y.view(B, blocks.shape[0], -1).transpose(0, 1), blocks).sum(0)
+    out = torch.bmm(y.expand(blocks.shape[0], -1, -1), blocks)
+    return out.view(1, -1) if B == 1 else out.transpose(0, 1).reshape(B, -1)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """In float32, or float64: without a call where it is."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _nones(x: Tensor) -> list[None]:

@@ -109,9 +109,9 @@ class FusedBlock:
     ) -> Tensor:
         """active [S], None if all are."""
         config = self.config
-        parts = decode_linear(x, self.inputs, norm=self.mixer_norm).split(self.widths, -1)
-        q, k = (z.unflatten(-1, (-1, config.head_key_dim)) for z in parts[:2])
-        v = parts[2].unflatten(-1, (-1, config.head_value_dim))
+        parts = decode_linear(x, self.inputs, norm=self.mixer_norm).split_with_sizes(self.widths, -1)
+        q, k = (z.view(x.shape[0], -1, config.head_key_dim) for z in parts[:2])
+        v = parts[2].view(x.shape[0], -1, config.head_value_dim)
         decay = self.decay
         if self.decay_input is not None:
             opened = decode_linear(x, self.decay_input, norm=self.mixer_norm)
@@ -120,7 +120,7 @@ class FusedBlock:
         rotary: Rotary = "half" if config.rotary == "none" else config.rotary
         y = decode_step_(q, k, v, turn, rotary, decay, state.memory, active, ring=ring)
         x = decode_linear(
-            y.flatten(-2),
+            y.flatten(1),
             self.output,
             norm=self.head_norm,
             gate=parts[3] if len(parts) > 3 else None,
