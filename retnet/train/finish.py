@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -23,6 +23,7 @@ from retnet.models.generation import generate
 from retnet.models.hf.tokenizer import byte_tokenizer
 from retnet.train.checkpoints import STAGING, publish
 from retnet.train.curve import save_loss_curve
+from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
 from retnet.train.trainer import PackedTrainer
 
@@ -75,11 +76,10 @@ def save_whole_model(trainer: PackedTrainer, output: Path, corpus: Corpus) -> No
 
 def _save_sharded(trainer: PackedTrainer, directory: Path) -> None:
     """Gather the weights of all processes in the memory of one, which writes them."""
-    model = trainer.model
-    assert model is not None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    tensors = {name.removeprefix(PREFIX): x for name, x in get_model_state_dict(model, options=options).items()}
+    model = cast(PackedForCausalLM, trainer.model)
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if trainer.args.should_save:
+        tensors = {name.removeprefix(PREFIX): x for name, x in gathered.items() if isinstance(x, torch.Tensor)}
         config = model.model.config
         if config.tie_embeddings:
             tensors.pop("head.weight", None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 LOOK_EVERY = 10  # steps, on a GPU
 _SHOWN = 12
@@ -66,5 +67,5 @@ def _listed(documents: list[str]) -> str:
 @torch.no_grad()
 def all_finite(module: torch.nn.Module) -> bool:
     """Whether every weight that this process holds is a number."""
-    local = (p.to_local() if hasattr(p, "to_local") else p for p in module.parameters())
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
     return bool(torch.stack([p.isfinite().all() for p in local]).all())

@@ -47,6 +47,18 @@ _REQUIRED = {
     "model": "a preset's name (such as retnet-tiny), a stack's file, or a saved directory",
     "data": "a folder that `retnet data` wrote, a file or folder of text, or stdlib; or several with their weights",
 }
+# Fields of TrainingArguments that would be without effect, as rows, their order and the loss are ours.
+_WITHOUT_EFFECT = {
+    "accelerator_config": "rows are dealt out by their number",
+    "auto_find_batch_size": "the number of rows in a step is part of what a run is",
+    "dataloader_drop_last": "no row is left out",
+    "enable_jit_checkpoint": "a SIGTERM always saves",
+    "ignore_data_skip": "a resumed run goes on with the rows that come next",
+    "label_smoothing_factor": "the loss is cross-entropy",
+    "length_column_name": "rows are of one length",
+    "train_sampling_strategy": "rows come in the order of data_seed",
+    "use_liger_kernel": "the loss makes no logits of all tokens already",
+}
 # Where TrainingArguments take more than they declare.
 _BOOL_OR_WORD = Annotated[bool | str, Field(union_mode="left_to_right")]
 _HINTS: dict[str, Any] = {"fsdp": _BOOL_OR_WORD, "resume_from_checkpoint": _BOOL_OR_WORD}
@@ -122,6 +134,7 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
     hints = get_type_hints(TrainingArguments)
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     problems = [_unknown(key, own | fields) for key in values if key not in own | fields]
+    problems += [f"{key} is not accepted: {_WITHOUT_EFFECT[key]}" for key in values if key in _WITHOUT_EFFECT]
     problems += [f"{key} is missing: {meaning}" for key, meaning in _REQUIRED.items() if key not in values]
     stack = resolve_stack(str(values["model"])) if "model" in values else None
     training = dict(DEFAULTS)

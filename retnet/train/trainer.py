@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,7 @@ class PackedTrainer(Trainer):
         inputs = dict(inputs)
         facts: BatchFacts = inputs.pop(FACTS)
         inputs |= {"lanes": self.lanes, "carry": self.options.carry_state}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
         if self.options.carry_state:
             self.lanes = outputs.past_key_values.state
         self.meter.count(facts)
@@ -244,7 +244,7 @@ class PackedTrainer(Trainer):
             total[1] += facts.num_targets
         ahead.close()
         model.train(was_training)
-        return self.accelerator.reduce(total, "sum").cpu()
+        return cast(Tensor, self.accelerator.reduce(total, "sum")).cpu()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -82,6 +83,41 @@ def test_sigterm_saves_and_the_run_goes_on_in_the_middle_of_a_log_interval(
     kept = {step: loss for step, loss in losses(stopped).items() if step % 4 == 0 and step > 12}
     assert kept == {step: loss for step, loss in losses(whole).items() if step > 12}
     assert weights(stopped) == weights(whole)
+
+
+def test_the_command_ends_with_the_code_of_the_signal(dropout_model, text_folder, tmp_path, monkeypatch, capsys):
+    from retnet.cli import main
+    from retnet.train.trainer import PackedTrainer
+
+    original = PackedTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PackedTrainer, "training_step", training_step)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *words_for(dropout_model, text_folder, tmp_path, save_strategy="no")])
+    assert ended.value.code == 143
+    assert "terminated at step 2; resume_from_checkpoint=auto goes on" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2"}
+
+
+def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(dropout_model, text_folder, tmp_path, console, monkeypatch):
+    """Validation that is best at step 4, and room for one checkpoint beside that."""
+    from retnet.train.trainer import PackedTrainer
+
+    scores = iter([2.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr(PackedTrainer, "_score", lambda self, rows: torch.tensor([next(scores), 1.0]))
+    settings = {
+        "max_steps": 8, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "save_total_limit": 1, "load_best_model_at_end": True,
+    }  # fmt: skip
+    train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
+    best = tmp_path / "checkpoint-4"
+    assert list(tmp_path.glob("checkpoint-*")) == [best]
+    assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    assert weights(tmp_path) == weights(best)
 
 
 def test_everything_that_is_read_back_is_read_as_weights_only(
