@@ -107,7 +107,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(dropout_model, text_f
     """Validation that is best at step 4, and room for one checkpoint beside that."""
     from retnet.train.trainer import PackedTrainer
 
-    scores = iter([2.0, 1.0, 3.0, 4.0])
+    scores = iter([2.0, 1.0, 3.0, 4.0, 1.0])
     monkeypatch.setattr(PackedTrainer, "_score", lambda self, rows: torch.tensor([next(scores), 1.0]))
     settings = {
         "max_steps": 8, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
