@@ -15,7 +15,7 @@ Left out, and left to the portable kernels: per-token decay, the gradient of log
 documents and gradients of their last ones, packing and a mask together, groups of heads, other dtypes.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import torch
@@ -91,15 +91,9 @@ def walk_backward(problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need
 
 def walk_plan(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> dict[str, object]:
     """What a call of this size will run."""
-    parts, part_chunks = _parts(B, T, H, K, V, device)
-    return {
-        "kernels": "walk_kernel",
-        "chunk": CHUNK,
-        "parts": parts,
-        "part_chunks": part_chunks,
-        "over_keys": tile_of(K, V),
-        "over_values": tile_of(V, K),
-    }
+    cut = _cut(B, T, H, K, V, device)
+    tiles = {"over_keys": tile_of(K, V, cut.narrow), "over_values": tile_of(V, K, cut.narrow)}
+    return {"kernels": "walk_kernel", "chunk": CHUNK, **asdict(cut), **tiles}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +103,18 @@ class _Call:
     problem: Problem
     log_decay: Tensor
     places: Tensor | None
-    parts: int
-    part_chunks: int
+    cut: "_Cut"
 
     @classmethod
     def of(cls, problem: Problem) -> "_Call":
         q, device = problem.q, problem.q.device
         B, T, H, K = q.shape
         places = None if problem.plain else walk_places(B, T, problem.mask, problem.cu_seqlens, device)
-        parts, part_chunks = _parts(B, T, H, K, problem.v.shape[3], device)
-        return cls(problem, problem.log_decay.contiguous(), places, parts, part_chunks)
+        return cls(problem, problem.log_decay.contiguous(), places, _cut(B, T, H, K, problem.v.shape[3], device))
 
     def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> Tensor | None:
         """States [B, H, parts, K, V] from which the parts of the sequence start; None stands for zeros."""
-        if self.parts == 1:
+        if self.cut.parts == 1:
             return None if state is None else state.contiguous().unsqueeze(2)
         states = self.walk(None, y, z, None, reverse=reverse, out=None, store_final=True)
         (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
@@ -132,8 +124,8 @@ class _Call:
             self.log_decay,
             self.log_decay if self.places is None else self.places,
             T,
-            self.part_chunks,
-            self.parts,
+            self.cut.part_chunks,
+            self.cut.parts,
             H,
             K * V,
             HAS_INITIAL=state is not None,
@@ -147,7 +139,7 @@ class _Call:
 
     def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: Tensor | None, reverse: bool) -> Tensor:
         """dQ = walk(dO, V, K), dK = reverse walk(V, dO, Q): the contraction runs over V, in ranges where V is wide."""
-        whole = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1]).splits == 1
+        whole = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1], self.cut.narrow).splits == 1
         make = torch.empty if whole else torch.zeros  # two ranges add to what is there
         out = make(z.shape, dtype=z.dtype, device=z.device)
         self.walk(x, y, z, starts, reverse=reverse, out=out, store_final=False, over_values=True)
@@ -171,14 +163,16 @@ class _Call:
         With `documents` (cu_seqlens) every document is walked by itself, from its first token on.
         """
         (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
-        parts, part_chunks, places = self.parts, self.part_chunks, self.places
+        cut, places = self.cut, self.places
+        narrow, parts, part_chunks = cut.narrow, cut.parts, cut.part_chunks
         if documents is not None:
             B, parts, part_chunks, places = documents.shape[0] - 1, 1, triton.cdiv(T, CHUNK), None
         ends = torch.empty(B, H, parts, K, V, dtype=torch.float32, device=y.device) if store_final else None
-        tile = tile_of(V, K) if over_values else tile_of(K, V)
+        tile = tile_of(V, K, narrow) if over_values else tile_of(K, V, narrow)
         variant = variant_of(
             K,
             V,
+            narrow,
             over_values,
             reverse,
             read=x is not None,
@@ -210,11 +204,24 @@ class _Call:
         return ends
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """How the walks of a problem are spread: `narrow` tiles, the parts of a sequence, and the chunks of each part but
+    the last, which may have fewer."""
+
+    narrow: bool
+    parts: int
+    part_chunks: int
+
+
 @lru_cache(maxsize=4096)
-def _parts(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> tuple[int, int]:
-    """How many parts a sequence is split into, and the chunks of each (the last may have fewer)."""
-    chunks = triton.cdiv(T, CHUNK)
-    programs = B * H * V // (ROWS * tile_of(K, V).groups)
-    wanted = max(1, multiprocessors(device) // programs)
+def _cut(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> _Cut:
+    """Enough programs for the chip. Where twice as many would do, narrow tiles, which score each pair twice as often,
+    cost less than finding the states between two parts."""
+    chunks, processors = triton.cdiv(T, CHUNK), multiprocessors(device)
+    programs = B * H * V // (ROWS * tile_of(K, V, False).groups)
+    wanted = max(1, processors // programs)
+    if wanted == 2 and tile_of(K, V, False).groups == 2:
+        return _Cut(True, 1, chunks)
     part_chunks = max(triton.cdiv(chunks, wanted), min(chunks, LEAST_PART))
-    return triton.cdiv(chunks, part_chunks), part_chunks
+    return _Cut(False, triton.cdiv(chunks, part_chunks), part_chunks)

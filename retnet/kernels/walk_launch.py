@@ -32,15 +32,15 @@ class WalkTile:
 
 
 @cache
-def tile_of(keys: int, values: int) -> WalkTile:
+def tile_of(keys: int, values: int, narrow: bool) -> WalkTile:
     """The tile of a walk that contracts over `keys` and makes `values`.
 
-    Two warpgroups share x and y tiles where that leaves enough programs. The registers of four roles at 256 keys are
+    Two warpgroups share x and y tiles, one has them by itself if `narrow`. The registers of four roles at 256 keys are
     what compiles without spills and without serialized products; there is no slack.
     """
     splits = max(1, keys // MOST_KEYS)
     keys //= splits
-    groups = 2 if values >= 256 or (values == 128 and keys == 64) else 1
+    groups = 2 if not narrow and (values >= 256 or (values == 128 and keys == 64)) else 1
     stages = 2 if keys == 256 else 3
     mix_registers, score_registers = {256: (216, 64), 128: (184, 96), 64: (136, 96)}[keys]
     if groups == 1:
@@ -58,10 +58,10 @@ class Variant:
 
 @lru_cache(maxsize=256)
 def variant_of(
-    K: int, V: int, over_values: bool, reverse: bool, *, read: bool, placed: bool, per_document: bool,
+    K: int, V: int, narrow: bool, over_values: bool, reverse: bool, *, read: bool, placed: bool, per_document: bool,
     has_initial: bool, store_final: bool,
 ) -> Variant:  # fmt: skip
-    tile, values = (tile_of(V, K), K) if over_values else (tile_of(K, V), V)
+    tile, values = (tile_of(V, K, narrow), K) if over_values else (tile_of(K, V, narrow), V)
     constants = {
         "KEYS": tile.keys,
         "VALUES": values,

@@ -28,6 +28,9 @@ CASES = [  # B, T, H, K, V, extras
     (1, 2573, 2, 256, 512, "packed"),
     (1, 2000, 2, 128, 128, "packed"),
     (1, 700, 2, 256, 512, "state float16"),
+    (4, 300, 4, 256, 512, "state mask"),  # narrow tiles on a chip of 132 processors, from here on
+    (1, 700, 16, 256, 512, "packed"),
+    (2, 200, 16, 128, 256, "state"),
 ]
 
 

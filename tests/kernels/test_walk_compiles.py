@@ -4,6 +4,7 @@ At 256 keys the registers of four roles are exactly what the chip has. A change 
 serialize the matrix products, keeps the results and loses a factor in speed, so it is caught here.
 """
 
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -18,22 +19,24 @@ CHUNK, ROWS = roles.CHUNK, roles.ROWS
 
 SHARED_MEMORY = 232448  # bytes that one program may have on sm_90
 CASES = [
-    pytest.param(256, 512, False, True, False, id="forward"),
-    pytest.param(512, 256, True, True, False, id="dK, in two ranges of V"),
-    pytest.param(256, 512, True, True, True, id="dV of packed documents"),
-    pytest.param(256, 512, False, False, False, id="states alone"),
-    pytest.param(128, 128, False, True, False, id="one warpgroup"),
-    pytest.param(64, 128, True, True, True, id="small keys"),
+    pytest.param(256, 512, False, False, True, False, id="forward"),
+    pytest.param(512, 256, False, True, True, False, id="dK, in two ranges of V"),
+    pytest.param(256, 512, False, True, True, True, id="dV of packed documents"),
+    pytest.param(256, 512, False, False, False, False, id="states alone"),
+    pytest.param(256, 512, True, False, True, True, id="forward in narrow tiles, packed"),
+    pytest.param(512, 256, True, True, True, False, id="dK in narrow tiles"),
+    pytest.param(128, 128, False, False, True, False, id="one warpgroup"),
+    pytest.param(64, 128, False, True, True, True, id="small keys"),
 ]
 
 
-def compile_walk(keys: int, values: int, reverse: bool, read: bool, placed: bool):
+def compile_walk(keys: int, values: int, narrow: bool, reverse: bool, read: bool, placed: bool):
     """The compiled kernel of a walk over `keys` that makes `values`, from pointers and shapes alone."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    tile = walk_launch.tile_of(keys, values)
+    tile = walk_launch.tile_of(keys, values, narrow)
 
     def descriptor(width: int) -> str:
         return f"tensordesc<bf16[1,{CHUNK},1,{width}],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
@@ -42,6 +45,7 @@ def compile_walk(keys: int, values: int, reverse: bool, read: bool, placed: bool
     variant = walk_launch.variant_of(
         min(keys, values) if over_values else keys,
         max(keys, values) if over_values else values,
+        narrow,
         over_values,
         reverse,
         read=read,
@@ -83,11 +87,11 @@ def copies_register_operands() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("keys", "values", "reverse", "read", "placed"), CASES)
+@pytest.mark.parametrize(("keys", "values", "narrow", "reverse", "read", "placed"), CASES)
 def test_a_program_fits_a_multiprocessor_and_keeps_its_products_asynchronous(
-    keys, values, reverse, read, placed, tmp_path
+    keys, values, narrow, reverse, read, placed, tmp_path
 ):
-    kernel = compile_walk(keys, values, reverse, read, placed)
+    kernel = compile_walk(keys, values, narrow, reverse, read, placed)
     assert kernel.metadata.shared <= SHARED_MEMORY
     listing = disassemble(kernel.asm["cubin"], tmp_path / "walk.cubin")
     products = re.findall(r"HGMMA.*", listing)
@@ -103,7 +107,7 @@ def test_a_program_fits_a_multiprocessor_and_keeps_its_products_asynchronous(
 def test_every_head_size_has_a_tile():
     for K in walk.KEYS:
         for V in walk.VALUES:
-            for keys, values in ((K, V), (V, K)):
-                tile = walk_launch.tile_of(keys, values)
+            for (keys, values), narrow in itertools.product(((K, V), (V, K)), (False, True)):
+                tile = walk_launch.tile_of(keys, values, narrow)
                 assert tile.keys * tile.splits == keys
                 assert values % (ROWS * tile.groups) == 0
