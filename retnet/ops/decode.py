@@ -80,6 +80,11 @@ class DecodeWeight:
         n = next(n for n in ROW_BLOCKS if N % n == 0)
         return self.values.view(n, N // n, K).mT
 
+    @cached_property
+    def ones(self) -> Tensor:
+        """[N], for a product whose scale is applied after it, in its own precision."""
+        return torch.ones(self.values.shape[0], dtype=torch.bfloat16, device=self.values.device)
+
     @property
     def by_columns(self) -> bool:
         return self.values.stride(0) == 1
@@ -322,7 +327,9 @@ def _by_library(y: Tensor, weight: DecodeWeight) -> Tensor:
 def _in_blocks(y: Tensor, weight: DecodeWeight) -> Tensor:
     """y W^T on a CPU with W in blocks, whose products run side by side on all cores."""
     if weight.scale is not None:
-        return torch._weight_int8pack_mm(y, weight.values, weight.scale)
+        # bfloat16 inputs and sums: torch's kernel for others is slower than reading the weights in float32.
+        out = torch._weight_int8pack_mm(y.bfloat16(), weight.values, weight.ones)
+        return (out * weight.scale).to(y.dtype)
     blocks, B = weight.blocks, y.shape[0]  # (len of a tensor takes microseconds)
     if weight.by_columns:
         return torch.bmm(y.view(B, blocks.shape[0], -1).transpose(0, 1), blocks).sum(0)
