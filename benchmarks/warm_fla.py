@@ -1,17 +1,23 @@
-"""Compiles in parallel what flash-linear-attention's autotuner will try, so that tuning only measures.
+"""Compiles and tunes flash-linear-attention's kernels in a minute or two, before they are measured.
 
-    python benchmarks/warm_fla.py [PROCESSES]
+    python benchmarks/warm_fla.py [PROCESSES]         both
+    python benchmarks/warm_fla.py compile PROCESSES   what may share the device with other work
+    python benchmarks/warm_fla.py tune                what may not
 
-Its first call at a head size compiles up to 48 configurations of each kernel one after another, minutes at K = 256.
-Here every process takes its share of each kernel's configurations and runs them once on a short input, without timing:
-Triton keeps the binaries in its cache folder, and the benchmarks that follow tune undisturbed. Needs a GPU.
+Its first call at a head size compiles up to 48 configurations of each kernel one after another, minutes at K = 256. Here
+several processes first compile a share each: they run their configurations once on a short input, without timing, and
+Triton keeps the binaries in its cache folder. Then one process tunes alone on the device, at the sizes that
+`bench_retention.py` and `bench_train.py` run, with 20 ms a configuration in place of 100; the choices are kept in the
+same folder, where the benchmarks find them. Needs a GPU.
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
-SIZES = [(8, 256, 512), (16, 128, 128), (16, 64, 128)]  # H, K, V of bench_retention's cases
+SIZES = [(4, 8192, 8, 256, 512), (4, 8192, 16, 128, 128), (8, 4096, 16, 64, 128)]  # B, T, H, K, V
+LAYER = (2, 8192)  # B, T of a layer of the trained model
 
 
 def take_share(share: int, shares: int) -> None:
@@ -23,43 +29,73 @@ def take_share(share: int, shares: int) -> None:
     def with_fewer(self, fn, arg_names, configs, *args, **kwargs):
         make(self, fn, arg_names, configs[share::shares] or configs[:1], *args, **kwargs)
 
-    def run_once(call, quantiles=None, **options):
+    def run_once(call, quantiles=None):
         call()
         return [1.0, 1.0, 1.0]
 
     Autotuner.__init__ = with_fewer
-    Autotuner.do_bench = property(lambda self: run_once)
+    time_with(run_once)
 
 
-def compile_share(share: int, shares: int) -> None:
-    os.environ["FLA_CACHE_RESULTS"] = "0"  # these are no results
-    take_share(share, shares)
+def time_with(clock: Callable) -> None:
+    from triton.runtime.autotuner import Autotuner
+
+    Autotuner.do_bench = property(lambda self: clock)
+
+
+def run_everything(*, short: bool) -> None:
+    """Forward and backward of the operator at every head size, and of one layer of the model."""
     import torch
     from fla.models import RetNetConfig, RetNetForCausalLM
     from fla.ops.retention import chunk_retention
 
-    for H, K, V in SIZES:
+    for B, T, H, K, V in SIZES:
+        B, T = (1, 256) if short else (B, T)
         leaves = [
-            torch.randn(1, 256, H, width, device="cuda", dtype=torch.bfloat16).requires_grad_() for width in (K, K, V)
+            torch.randn(B, T, H, width, device="cuda", dtype=torch.bfloat16).requires_grad_() for width in (K, K, V)
         ]
         out = chunk_retention(*leaves)[0]
         torch.autograd.grad(out, leaves, out)
     with torch.device("cuda"):
         config = RetNetConfig(num_hidden_layers=1, intermediate_size=4096, use_cache=False)
         model = RetNetForCausalLM(config).bfloat16()
-        hidden = model.model(torch.zeros(1, 256, dtype=torch.long)).last_hidden_state
+        hidden = model.model(torch.zeros((1, 256) if short else LAYER, dtype=torch.long)).last_hidden_state
     hidden.float().square().mean().backward()
+    torch.cuda.synchronize()
+
+
+def compile_share(share: int, shares: int) -> None:
+    os.environ["FLA_CACHE_RESULTS"] = "0"  # these are no results
+    take_share(share, shares)
+    run_everything(short=True)
+
+
+def compile_all(shares: int) -> None:
+    command = [sys.executable, __file__, "share"]
+    children = [subprocess.Popen([*command, str(share), str(shares)]) for share in range(shares)]
+    failed = [share for share, child in enumerate(children) if child.wait() != 0]
+    if failed:
+        print(f"shares {failed} of {shares} failed: their configurations are compiled when they are tuned")
+
+
+def tune() -> None:
+    from triton.testing import do_bench
+
+    time_with(lambda call, quantiles=None: do_bench(call, warmup=5, rep=20, quantiles=quantiles))
+    run_everything(short=False)
 
 
 def main() -> None:
-    if len(sys.argv) == 3:
-        compile_share(int(sys.argv[1]), int(sys.argv[2]))
-        return
-    shares = int(sys.argv[1]) if len(sys.argv) == 2 else os.cpu_count() or 1
-    children = [subprocess.Popen([sys.executable, __file__, str(i), str(shares)]) for i in range(shares)]
-    failed = [share for share, child in enumerate(children) if child.wait() != 0]
-    if failed:
-        sys.exit(f"shares {failed} of {shares} failed: their configurations are compiled when they are tuned")
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["share"]:
+        compile_share(int(arguments[1]), int(arguments[2]))
+    elif arguments == ["tune"]:
+        tune()
+    elif arguments[:1] == ["compile"]:
+        compile_all(int(arguments[1]))
+    else:
+        compile_all(int(arguments[0]) if arguments else os.cpu_count() or 1)
+        tune()
 
 
 if __name__ == "__main__":
