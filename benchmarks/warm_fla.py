@@ -4,9 +4,9 @@
     python benchmarks/warm_fla.py compile PROCESSES   what may share the device with other work
     python benchmarks/warm_fla.py tune                what may not
 
-Its first call at a head size compiles up to 48 configurations of each kernel one after another, minutes at K = 256. Here
-several processes first compile a share each: they run their configurations once on a short input, without timing, and
-Triton keeps the binaries in its cache folder. Then one process tunes alone on the device, at the sizes that
+Its first call at a head size compiles up to 48 configurations of each kernel one after another, minutes at K = 256.
+Here several processes first compile a share each: they run their configurations once on a short input, without timing,
+and Triton keeps the binaries in its cache folder. Then one process tunes alone on the device, at the sizes that
 `bench_retention.py` and `bench_train.py` run, with 20 ms a configuration in place of 100; the choices are kept in the
 same folder, where the benchmarks find them. Needs a GPU.
 """
