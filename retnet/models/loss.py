@@ -44,7 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(dlogits, weight, out=dhidden[part])
                     dhidden[part].masked_fill_(ignored[:, None], 0)
                 if dweight is not None:
-                    dweight += dlogits.T @ h
+                    _add_product(dweight, dlogits.T, h)
         # Divided by the count only in the backward: beside a loss scale, float16 would underflow here.
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype), count)
         return total / count
@@ -74,6 +74,14 @@ def _logit_gradient(
     if slope is not None:
         return logits.copy_(log_p.exp_().scatter_(1, target, at_target).mul_(slope))
     return torch.exp(log_p, out=logits).scatter_(1, target, at_target.to(logits.dtype))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in one call where they are of one dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, soft_cap: float | None = None) -> Tensor:
