@@ -99,11 +99,10 @@ def batches(setting: Setting, seed: int, device: torch.device) -> Iterator[Batch
             yield task.batch(setting.batch, generator)
 
 
-def measure(setting: Setting, device: torch.device, graphs: bool) -> list[dict]:
-    """A row for each stack, width, learning rate, seed and number of pairs. Runs of a seed and width train at once."""
-    rows = []
-    for width in setting.widths:
-        for seed in range(setting.seeds):
+def measure(setting: Setting, device: torch.device, graphs: bool) -> Iterator[list[dict]]:
+    """For each seed and width, whose runs train at once: a row a stack, learning rate and number of pairs."""
+    for seed in range(setting.seeds):
+        for width in setting.widths:
             begin = time.perf_counter()
             configs = equal_stacks(setting.size(width), setting.stacks, seed)
             runs = [
@@ -112,9 +111,8 @@ def measure(setting: Setting, device: torch.device, graphs: bool) -> list[dict]:
                 for name, config in configs.items()
             ]
             train(runs, batches(setting, seed, device), setting.steps)
-            rows += [row for run in runs for row in tested(run, setting, width, seed)]
+            yield [row for run in runs for row in tested(run, setting, width, seed)]
             print(f"width {width}, seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
-    return rows
 
 
 def tested(run: Run, setting: Setting, width: int, seed: int) -> list[dict]:
@@ -199,12 +197,14 @@ def main() -> None:
         setting = SETTINGS[options.setting]
         setting = replace(setting, steps=options.steps or setting.steps)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        rows = measure(setting, device, graphs=not options.eager)
+        rows = []
         options.out.mkdir(parents=True, exist_ok=True)
-        with rows_path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        for found in measure(setting, device, graphs=not options.eager):
+            rows += found
+            with rows_path.open("w", newline="") as file:  # what is done survives what follows
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
     print(table(rows))
     picture(rows, options.out / "mqar.png")
 

@@ -112,7 +112,7 @@ def test_a_micro_run_measures_draws_and_tabulates(tmp_path):
         mqar.SETTINGS["tiny"], tasks=((8, 1), (8, 2)), widths=(16,), steps=3, batch=4, tests=8, vocab_size=32,
         rates=(1e-3, 3e-3),
     )  # fmt: skip
-    rows = mqar.measure(setting, torch.device("cpu"), graphs=False)
+    [rows] = mqar.measure(setting, torch.device("cpu"), graphs=False)
     assert len(rows) == 2 * len(PATTERNS) * 2  # rates, stacks, tasks
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
     assert mqar.table(rows).count("\n") == 1 + len(PATTERNS)
@@ -134,5 +134,5 @@ def test_a_hybrid_learns_to_recall():
     setting = replace(
         mqar.SETTINGS["tiny"], tasks=((16, 2), (16, 4)), rates=(3e-3,), steps=400, stacks=("RetNet + attention",)
     )
-    rows = mqar.measure(setting, torch.device("cpu"), graphs=False)
+    [rows] = mqar.measure(setting, torch.device("cpu"), graphs=False)
     assert min(row["accuracy"] for row in rows) > 0.9
