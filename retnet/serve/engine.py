@@ -127,6 +127,7 @@ class Engine:
         self._waiting: deque[Generation] = deque()
         self._reading: deque[Generation] = deque()
         self._decoding: dict[int, Generation] = {}
+        self._parts: Parts | None = None  # that the decoding requests need; None: to be found
         self._fingerprint: str | None = None
         self._steps = self._prompt_tokens = self._new_tokens = 0
 
@@ -324,6 +325,7 @@ class Engine:
         self._step.active[slot] = True
         generation.status = Status.DECODING
         self._decoding[slot] = generation
+        self._parts = None
         if self.speculation is not None:
             self._lookups[slot] = PromptLookup(self.speculation.longest)
 
@@ -331,9 +333,11 @@ class Engine:
         if not self._decoding:
             return []
         drafts = self._draft()
-        sampled = self._sample(Parts.union(g.request.sampling.parts for g in self._decoding.values()))
+        if self._parts is None:
+            self._parts = Parts.union(g.request.sampling.parts for g in self._decoding.values())
+        sampled = self._sample(self._parts)
         tokens = sampled.tokens.tolist()
-        counts = torch.zeros(self.pool.num_slots, dtype=torch.long)
+        counts = [0] * self.pool.num_slots
         progress, ended = [], []
         for slot, generation in self._decoding.items():
             first, reason = len(generation.seen), None
@@ -418,6 +422,7 @@ class Engine:
                     generation.snapshot = self.snapshot(generation)
                 self._keep_prefix(generation)
             del self._decoding[generation.slot]
+            self._parts = None
             self._step.active[generation.slot] = False
         if generation.slot is not None:
             self.pool.release(generation.slot)

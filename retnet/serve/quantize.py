@@ -2,8 +2,9 @@
 
 Weights are rounded to 127 steps a row (torchao's Int8WeightOnlyConfig); the stream and the states keep their precision.
 torchao defines and stores the weights and multiplies them wherever a module runs on its own, as in prompts; the fused
-decode step reads the same tensors in its own product, on a CPU with inputs rounded to bfloat16. Embeddings, norms, routers and the projection that makes gated
-decays stay as they are: they are small, and a decay's error grows with the context.
+decode step reads the same tensors in its own product, on a CPU with inputs rounded to bfloat16. Embeddings, norms,
+routers and the projection that makes gated decays stay as they are: they are small, and a decay's error grows with the
+context.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from retnet.layers.attention import AttentionConfig
 from retnet.models.config import ModelConfig
@@ -98,9 +97,9 @@ class VerifyStep(DecodeStep):
         return super().__call__(parts)
 
     @torch.no_grad()
-    def settle(self, counts: Tensor) -> None:
+    def settle(self, counts: list[int]) -> None:
         """Let each slot's state read the first counts [S] of the tokens that the last call saw."""
-        self._rows[self._last].accept_(self.state, counts.to(self.tokens.device))
+        self._rows[self._last].accept_(self.state, torch.tensor(counts, device=self.tokens.device))
 
     def _run(self, parts: Parts) -> Sampled:
         hidden, self._rows[parts] = self.model.draft(torch.cat([self.tokens[:, None], self.drafts], 1), self.state)

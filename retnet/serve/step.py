@@ -92,5 +92,5 @@ class DecodeStep:
         total = logits.sum(-1, dtype=torch.float32)  # finite only if all are: one pass, where isfinite takes four
         return sampled._replace(tokens=sampled.tokens.masked_fill(~total.isfinite(), FAILED))
 
-    def settle(self, counts: Tensor) -> None:
+    def settle(self, counts: list[int]) -> None:
         """Nothing: what this step reads, it has written."""
