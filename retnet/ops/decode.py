@@ -218,7 +218,7 @@ def decode_step_(
             caller counts `ring.pending` up, once for all layers.
         scale: multiplies q; K ** -0.5 if None.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if uses_kernels(q):
         from retnet.kernels.decode_step import decode_step
 
@@ -250,7 +250,9 @@ def decode_step_(
     return out if out.dtype == dtype else out.to(dtype)
 
 
-def _ring_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, active: Tensor, ring: Ring) -> Tensor:
+def _ring_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, active: Tensor | None, ring: Ring
+) -> Tensor:
     """The step that leaves the state alone until its ring is full; q [B, H, K] scaled, k and v turned."""
     W, heads_per_group = ring.keys.shape[2], q.shape[1] // k.shape[1]
     sequence = torch.arange(len(q), device=q.device)

@@ -46,7 +46,8 @@ class RotationKind:
 class FusedBlock:
     """x [S, D] -> x, overwritten; for blocks that `fits` accepts."""
 
-    def __init__(self, block: Block):
+    def __init__(self, block: nn.Module):
+        assert isinstance(block, Block)
         mixer, config = block.mixer, block.config
         assert isinstance(mixer, MultiScaleRetention)
         self.block, self.mixer, self.config = block, mixer, mixer.config
@@ -87,8 +88,9 @@ class FusedBlock:
         return RotationKind(config.rotary, config.head_key_dim, config.rotary_base, factor)
 
     @staticmethod
-    def fits(block: Block) -> bool:
+    def fits(block: nn.Module) -> bool:
         """Whether this computes what the block does."""
+        assert isinstance(block, Block)
         config, mixer, feed_forward = block.config, block.mixer, block.feed_forward
         if not isinstance(mixer, MultiScaleRetention) or mixer.config.decay_norm:
             return False

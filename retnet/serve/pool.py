@@ -144,12 +144,12 @@ def _rings(model: LanguageModel, state: ModelState, length: int) -> list[Ring | 
     """Empty rings of `length` rows for the retention layers that the fused step runs."""
     rings: list[Ring | None] = []
     pending = torch.zeros_like(state.position)
-    for block, layer in zip(model.layers, state, strict=True):
+    for block, config, layer in zip(model.layers, model.config.layers, state, strict=True):
         if not length or not isinstance(layer, RetentionState) or not FusedBlock.fits(block):
             rings.append(None)
             continue
         N, H, K, V = layer.memory.shape
-        G = block.mixer.config.num_kv_heads or H
+        G = getattr(config.mixer, "num_kv_heads", None) or H
         rows = layer.memory.new_empty(0, dtype=model.embedding.weight.dtype)
         rings.append(
             Ring(

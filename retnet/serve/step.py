@@ -63,8 +63,9 @@ class DecodeStep:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(WARM_UP_RUNS):
-                    sampled = self._run(parts)
+                for _ in range(WARM_UP_RUNS - 1):
+                    self._run(parts)
+                sampled = self._run(parts)
             torch.cuda.current_stream().wait_stream(stream)
             for layer in self.state:
                 if isinstance(layer, TokenCache):
