@@ -41,7 +41,7 @@ PEAK_RATES = {
     "MI300X": 1307e12,
 }
 _PRODUCT = 768  # rows and columns of the measured product on a CPU, some of which emulate bfloat16
-_PRODUCT_SECONDS = 0.1
+_PRODUCT_SECONDS = 0.5
 _PRODUCT_GPU = 8192
 
 
@@ -72,7 +72,7 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = _PRODUCT_GPU if device.type == "cuda" else _PRODUCT
     a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
     times: list[float] = []
-    while len(times) < 2 or (len(times) < 10 and sum(times) < _PRODUCT_SECONDS):
+    while len(times) < 2 or (len(times) < 50 and sum(times) < _PRODUCT_SECONDS):
         synchronize(device)
         begin = time.perf_counter()
         torch.mm(a, a)
