@@ -1,6 +1,6 @@
 """Recall measured: stacks of equal parameters on multi-query associative recall, accuracy against number of pairs.
 
-    python recipes/mqar.py tiny --out out/mqar            CPU, minutes
+    python recipes/mqar.py tiny --out out/mqar            CPU, about ten minutes
     python recipes/mqar.py full --out out/mqar            one GPU, about 4 minutes
     python recipes/mqar.py plot --out out/mqar            the picture and table again from the rows
 
@@ -62,7 +62,7 @@ class Setting:
 
 
 SETTINGS = {
-    "tiny": Setting(((32, 2), (32, 4), (32, 8)), (64,), (3e-3,), 1, 1200, 64, 256, vocab_size=256),
+    "tiny": Setting(((32, 2), (32, 4), (32, 8)), (64,), (3e-3,), 1, 1500, 64, 256, vocab_size=64),
     "full": Setting(((64, 4), (64, 8), (64, 16), (128, 32), (256, 64)), (64, 128), (1e-3, 3e-3), 2, 3000, 128, 512),
 }
 
