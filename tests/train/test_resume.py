@@ -29,7 +29,7 @@ def run_and_die(place: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("places", "settings", "resumed_at"),
     [
-        pytest.param(["step:8"], {}, "checkpoint-5", id="mid-epoch"),
+        pytest.param(["step:8"], {}, "checkpoint-5", id="mid-epoch", marks=pytest.mark.slow),
         pytest.param(["save:10"], {}, "checkpoint-5", id="mid-save"),
         pytest.param(
             ["save:10", "step:22"],

@@ -86,7 +86,9 @@ def test_the_same_run_twice_gives_the_same_bits(dropout_model, text_folder, tmp_
     [
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
         {"gradient_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "aot_eager"}, id="torch_compile", marks=pytest.mark.slow
+        ),
         {"dataloader_num_workers": 1},
     ],
     ids=lambda changed: next(iter(changed)),
