@@ -10,22 +10,32 @@ a program. Weights may be int8 with a scale a row, read as such.
 Beyond a few rows tensor cores pay: then `prepare` makes y in one launch and the product is the library's.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from retnet.kernels.tiles import power_of_two
 
 TILE = 16384  # weights that a program asks for at once: 128 bytes a thread of 8 warps
 PROGRAMS = 512  # about four a processor, so that some load while others sum
 
 
-def linear_tile(N: int, width: int) -> tuple[int, int]:
-    """(rows of W a program, warps) for N rows of `width` columns (padded to powers of two)."""
-    BN = max(1, TILE // width)
+class LinearTile(NamedTuple):
+    """BN rows of W a program, whose columns are BG groups of BV: powers of two, not one lane more than it takes."""
+
+    BN: int
+    BG: int
+    BV: int
+    warps: int
+
+
+def linear_tile(N: int, K: int, groups: int) -> LinearTile:
+    """For W [N, K] whose columns are normalised in so many groups."""
+    BG, BV = triton.next_power_of_2(groups), triton.next_power_of_2(K // groups)
+    BN = max(1, TILE // (BG * BV))
     while BN > 1 and N // BN < PROGRAMS:
         BN //= 2
-    return BN, 8 if BN * width >= TILE else 4
+    return LinearTile(BN, BG, BV, 8 if BN * BG * BV >= TILE else 4)
 
 
 def matvec(
@@ -49,15 +59,13 @@ def matvec(
     assert some is not None
     N, K = weight.shape
     kind, groups, eps, norm_weight, norm_bias = norm
-    width = K // groups
-    BG, BV = power_of_two(groups), power_of_two(width)
-    BN, warps = linear_tile(N, BG * BV)
-    _matvec_kernel[(triton.cdiv(N, BN),)](
+    width, tile = K // groups, linear_tile(N, K, groups)
+    _matvec_kernel[(triton.cdiv(N, tile.BN),)](
         x, gate, norm_weight, norm_bias, weight, weight_scale, bias, residual, out,
         0 if x is None else x.stride(0), 0 if gate is None else gate.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), weight.stride(0), eps, skip, branch,
-        B=some.shape[0], N=N, G=groups, V=width, BN=BN, BG=BG, BV=BV, NORM=kind, ACT=activation,
-        SHARED=norm_weight is not None and norm_weight.numel() == width, num_warps=warps,
+        B=some.shape[0], N=N, G=groups, V=width, BN=tile.BN, BG=tile.BG, BV=tile.BV, NORM=kind, ACT=activation,
+        SHARED=norm_weight is not None and norm_weight.numel() == width, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -75,7 +83,7 @@ def prepare(
     _prepare_kernel[(B, groups)](
         x, gate, norm_weight, norm_bias, out,
         0 if x is None else x.stride(0), 0 if gate is None else gate.stride(0), out.stride(0), eps,
-        V=width, BV=power_of_two(width), NORM=kind, ACT=activation,
+        V=width, BV=triton.next_power_of_2(width), NORM=kind, ACT=activation,
         SHARED=norm_weight is not None and norm_weight.numel() == width, num_warps=4,
     )  # fmt: skip
 

@@ -62,6 +62,33 @@ def decode_step(
     return out
 
 
+def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> None:
+    """x [N, H, K] (any strides of tokens and heads) turned in place by (cos, sin) [N, K / 2] float32."""
+    N, H, K = x.shape
+    _turn_kernel[(N, H)](
+        x, cos, sin, *x.stride()[:2], K=K, BP=triton.next_power_of_2(K // 2), ROTARY=rotary, num_warps=1
+    )
+
+
+@triton.jit
+def _turn_kernel(x, cos, sin, token, head, K: tl.constexpr, BP: tl.constexpr, ROTARY: tl.constexpr):
+    """A pair is read and written by one thread, so that it may be overwritten."""
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    HALF: tl.constexpr = K // 2
+    pair = tl.arange(0, BP)
+    ok = pair < HALF
+    if ROTARY == "interleaved":
+        at, other = 2 * pair, 2 * pair + 1
+    else:
+        at, other = pair, pair + HALF
+    x += n * token + h * head
+    first = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    second = tl.load(x + other, mask=ok, other=0.0).to(tl.float32)
+    c, s = tl.load(cos + n * HALF + pair, mask=ok, other=0.0), tl.load(sin + n * HALF + pair, mask=ok, other=0.0)
+    tl.store(x + at, (first * c - second * s).to(x.dtype.element_ty), mask=ok)
+    tl.store(x + other, (second * c + first * s).to(x.dtype.element_ty), mask=ok)
+
+
 @triton.jit
 def _turned(x, row, row_ok, cos, sin, K: tl.constexpr, ROTARY: tl.constexpr):
     """x [BK] turned, in x's precision."""

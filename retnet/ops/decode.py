@@ -250,6 +250,18 @@ def decode_step_(
     return out if out.dtype == dtype else out.to(dtype)
 
 
+def turn_pairs_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> None:
+    """q [B, T, H, K] and k [B, T, G, K] turned in place by (cos, sin) [B T, K / 2], as `ops.rotary.rotate` does."""
+    if uses_kernels(q):
+        from retnet.kernels.decode_step import turn
+
+        for x in (q, k):
+            turn(x.view(-1, *x.shape[2:]), cos, sin, rotary)
+        return
+    for x in (q, k):
+        x.copy_(rotate(x, cos.view(*x.shape[:2], -1), sin.view(*x.shape[:2], -1), rotary))
+
+
 def _ring_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, active: Tensor | None, ring: Ring
 ) -> Tensor:

@@ -301,7 +301,7 @@ class Engine:
     def _read_block(self, generation: Generation, end: int) -> None:
         assert generation.slot is not None
         block = torch.tensor([generation.seen[generation.read : end].tolist()], device=self._step.tokens.device)
-        self.pool.read(self.model, generation.slot, block)  # raises ValueError where it computes what no decay can be
+        self._step.read(generation.slot, block)  # raises ValueError where it computes what no decay can be
         self._prompt_tokens += end - generation.read
         generation.read = end
         inside = self.prefix_interval is not None and end % self.prefix_interval == 0

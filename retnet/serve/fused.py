@@ -26,7 +26,17 @@ from retnet.layers.retention import MultiScaleRetention
 from retnet.layers.state import RetentionState
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
-from retnet.ops.decode import Decay, DecodeWeight, InputNorm, Ring, decode_linear, decode_step_, uses_kernels
+from retnet.ops.decode import (
+    Decay,
+    DecodeWeight,
+    InputNorm,
+    Ring,
+    decode_linear,
+    decode_step_,
+    turn_pairs_,
+    uses_kernels,
+)
+from retnet.ops.retention import retention
 from retnet.ops.rotary import Rotary, Yarn, frequencies, rotation, scaling
 from retnet.serve.quantize import int8_parts, move_int8_
 
@@ -121,11 +131,40 @@ class FusedBlock:
         assert decay is not None
         rotary: Rotary = "half" if config.rotary == "none" else config.rotary
         y = decode_step_(q, k, v, turn, rotary, decay, state.memory, active, ring=ring)
+        return self._add_branches(x, y.flatten(1), parts[3] if len(parts) > 3 else None)
+
+    def read(self, x: Tensor, state: RetentionState, turn: Rotation) -> Tensor:
+        """A block of one sequence: x [T, D], overwritten, as its next tokens; turn [T, K / 2]. The position is not
+        counted."""
+        config = self.config
+        parts = decode_linear(x, self.inputs, norm=self.mixer_norm).split_with_sizes(self.widths, -1)
+        q, k = (z.unflatten(-1, (-1, config.head_key_dim))[None] for z in parts[:2])
+        v = parts[2].unflatten(-1, (-1, config.head_value_dim))[None]
+        if turn is not None and config.rotary != "none":
+            turn_pairs_(q, k, *turn, config.rotary)
+        if config.heads_per_kv_head > 1:
+            k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))
+        if self.decay_input is None:
+            assert self.decay is not None
+            log_decay = self.decay.log_decay
+        else:
+            opened = decode_linear(x, self.decay_input, norm=self.mixer_norm)
+            log_decay = self.mixer.gated_log_decay(opened)[None]
+        y, memory = retention(
+            q, k, v, log_decay, state=state.memory, mode=config.mode, chunk_size=config.chunk_size,
+            state_dtype=state.memory.dtype,
+        )  # fmt: skip
+        assert memory is not None
+        state.memory.copy_(memory)
+        return self._add_branches(x, y[0].flatten(1), parts[3] if len(parts) > 3 else None)
+
+    def _add_branches(self, x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+        """What retention gave [B, H V], normed and gated, and the feed-forward, added to the stream."""
         x = decode_linear(
-            y.flatten(1),
+            y,
             self.output,
             norm=self.head_norm,
-            gate=parts[3] if len(parts) > 3 else None,
+            gate=gate,
             activation="swish",
             residual_=x,
             skip=self.skip,
@@ -162,15 +201,7 @@ class FusedModel:
 
     def __call__(self, tokens: Tensor, active: Tensor) -> Tensor:
         model = self.model
-        x = model.embedding(tokens)
-        if model.config.embedding_scale != 1.0:
-            x = x * model.config.embedding_scale
-        x = model.embedding_norm(x)
-        position = self.state.position[:, None]
-        turns: dict[RotationKind | None, Rotation] = {None: None}
-        for kind, plain in self._frequencies.items():
-            cos, sin = rotation(position, kind.rotary, kind.key_dim, kind.base, factor=kind.factor, plain=plain)
-            turns[kind] = cos[:, 0], sin[:, 0]
+        x, turns = self._embedded(tokens), self._turns(self.state.position[:, None])
         layout = None
         if any(block is None for block in self.blocks):
             layout = TokenLayout.of(
@@ -185,6 +216,45 @@ class FusedModel:
                 x = layer(x[:, None], state, layout)[0][:, 0].contiguous()
         self._count(active)
         return self._logits(x)
+
+    @torch.no_grad()
+    def read(self, slot: int, ids: Tensor) -> None:
+        """A block of a prompt [1, T], from and to a slot's state.
+
+        On a GPU fused blocks read it in as few launches as they decode: up to thousands of tokens launches are what
+        takes the time. A CPU's time is in the products, and modules read it there.
+        """
+        before = self.state.slot(slot)
+        if not uses_kernels(ids) or any(block is None for block in self.blocks):
+            _, after = self.model.hidden(ids, before, carry=True, in_place=True)
+            assert after is not None
+            for mine, view, new in zip(self.state, before, after, strict=True):
+                if new is not view:
+                    mine.write_(slot, new)
+            return
+        position = before.position + torch.arange(ids.shape[1], device=ids.device)
+        turns = self._turns(position[:, None])
+        x = self._embedded(ids[0])
+        for block, state in zip(self.blocks, before, strict=True):
+            assert block is not None
+            assert isinstance(state, RetentionState)
+            x = block.read(x, state, turns[block.rotation])
+        torch._foreach_add_([state.position for state in before], ids.shape[1])
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        model = self.model
+        x = model.embedding(tokens)
+        if model.config.embedding_scale != 1.0:
+            x = x * model.config.embedding_scale
+        return model.embedding_norm(x)
+
+    def _turns(self, position: Tensor) -> dict[RotationKind | None, Rotation]:
+        """cos and sin [B, K / 2] of positions [B, 1] for each kind of rotation in use."""
+        turns: dict[RotationKind | None, Rotation] = {None: None}
+        for kind, plain in self._frequencies.items():
+            cos, sin = rotation(position, kind.rotary, kind.key_dim, kind.base, factor=kind.factor, plain=plain)
+            turns[kind] = cos[:, 0], sin[:, 0]
+        return turns
 
     def _count(self, active: Tensor) -> None:
         """One token more for every active slot: positions of all fused layers in one launch."""

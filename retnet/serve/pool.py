@@ -109,16 +109,6 @@ class SlotPool:
         if ring is not None:  # the count is one for all layers
             ring.pending[slot] = 0
 
-    @torch.no_grad()
-    def read(self, model: LanguageModel, slot: int, ids: torch.Tensor) -> None:
-        """Run a block of a prompt [1, T] through the model, from and to a slot's state."""
-        before = self.state.slot(slot)
-        _, after = model.hidden(ids, before, carry=True, in_place=True)
-        assert after is not None
-        for mine, view, new in zip(self.state, before, after, strict=True):
-            if new is not view:
-                mine.write_(slot, new)
-
 
 def check_servable(config: ModelConfig, max_tokens: int | None) -> None:
     """Raise ValueError for a model whose states do not fit slots of fixed size."""

@@ -143,7 +143,7 @@ class SamplingTable:
 
     def sample(self, logits: Tensor, position: Tensor, parts: Parts) -> Sampled:
         """A token for each row of logits [R, vocab]; position [R] is what the new token's will be."""
-        logits = logits.float()
+        logits = logits.float() if any(parts) else logits  # the likeliest is the same in either precision
         chosen = self._choose(self._edited(logits) if parts.edits else logits, position, parts)
         if not parts.logprobs:
             return Sampled(chosen)

@@ -90,8 +90,12 @@ class DecodeStep:
         if parts.edits:
             self.table.record(sampled.tokens, rows)
         self.tokens.copy_(torch.where(rows, sampled.tokens, self.tokens))
-        total = logits.sum(-1, dtype=torch.float32)  # finite only if all are: one pass, where isfinite takes four
-        return sampled._replace(tokens=sampled.tokens.masked_fill(~total.isfinite(), FAILED))
+        largest = logits.amax(-1)  # NaN if any is
+        return sampled._replace(tokens=sampled.tokens.masked_fill(~largest.isfinite(), FAILED))
+
+    def read(self, slot: int, ids: Tensor) -> None:
+        """Let a slot read a block of a prompt [1, T]."""
+        self._fused.read(slot, ids)
 
     def settle(self, counts: list[int]) -> None:
         """Nothing: what this step reads, it has written."""

@@ -67,6 +67,18 @@ def test_products_agree_with_norm_gate_weight_and_residual_one_after_another(
     torch.testing.assert_close(prepared.double(), y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("D", "H", "V"), [(768, 3, 512), (2048, 8, 512), (2560, 10, 512), (4096, 16, 512)])
+def test_a_program_asks_for_its_rows_and_little_beside(D, H, V):
+    """A lane of padding costs as much as a weight: a tile is at most the next power of two in each direction."""
+    from retnet.kernels.decode_linear import TILE, linear_tile
+
+    for N, K, groups in ((6 * D, D, 1), (D, H * V, H), (2 * D, D, 1), (D, 2 * D, 1), (50304, D, 1)):
+        tile = linear_tile(N, K, groups)
+        assert tile.BG < 2 * groups
+        assert tile.BV < 2 * (K // groups)
+        assert tile.BN == 1 or tile.BN * tile.BG * tile.BV <= TILE
+
+
 def test_a_product_without_x_is_of_the_activated_gate_alone(device):
     from retnet.kernels.decode_linear import matvec
 
@@ -157,7 +169,7 @@ def test_engines_on_kernels_say_what_the_model_says(variant, slots, ring, device
     from retnet.serve.sampling import Sampling
 
     model = shaped_model(variant)
-    prompt = [3, 11]
+    prompt = [3, 11, 7, 1, 5, 2, 8]
     with torch.no_grad():
         ids = list(prompt)
         for _ in range(3):
