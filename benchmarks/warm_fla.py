@@ -27,7 +27,16 @@ def take_share(share: int, shares: int) -> None:
     make = Autotuner.__init__
 
     def with_fewer(self, fn, arg_names, configs, *args, **kwargs):
-        make(self, fn, arg_names, configs[share::shares] or configs[:1], *args, **kwargs)
+        # A share may hold only configurations that do not fit the device: the leanest of all stands by to be run.
+        leanest = min(
+            configs,
+            key=lambda config: (
+                config.num_stages,
+                sum(x for x in config.kwargs.values() if isinstance(x, int)),
+                config.num_warps,
+            ),
+        )
+        make(self, fn, arg_names, [*configs[share::shares], leanest], *args, **kwargs)
 
     def run_once(call, quantiles=None):
         call()
