@@ -21,7 +21,8 @@ from torch import Tensor
 
 from retnet.kernels.tiles import power_of_two, step_tile
 
-RING_CELLS = 8192  # of a state slice beside the ring's keys, in registers
+SLAB_CELLS = 8192  # of a state that a program has in flight
+FOLD_ROWS = 16  # of a state that rows are added to at a time: few, so that this rare pass sets no register count
 
 
 def decode_step(
@@ -45,21 +46,40 @@ def decode_step(
     B, H, K = q.shape
     G, V = v.shape[1:]
     out = torch.empty(B, H, V, dtype=v.dtype, device=v.device)
-    shape = step_tile(K, V, B * H, state.dtype)
-    BV, warps = shape.BV, shape.warps
-    keys = values = logs = pending = None
-    if ring is not None:
-        keys, values, logs, pending = ring
-        BV = max(16, min(BV, RING_CELLS // power_of_two(K)))
     cos, sin = (None, None) if rotation is None else rotation
-    _decode_step_kernel[(B * H * triton.cdiv(V, BV),)](
-        q, k, v, cos, sin, log_decay, change, state, active.view(torch.uint8), out, keys, values, logs, pending,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], state.stride(0), scale,
-        H=H, HEADS_PER_GROUP=H // G, K=K, V=V, BK=power_of_two(K), BV=BV,
-        W=0 if keys is None else keys.shape[2], ROTARY="none" if rotation is None else rotary,
-        PER_TOKEN=log_decay.dim() == 2, num_warps=warps,
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], state.stride(0))
+    shared = {
+        "H": H,
+        "HEADS_PER_GROUP": H // G,
+        "K": K,
+        "V": V,
+        "BK": power_of_two(K),
+        "ROTARY": "none" if rotation is None else rotary,
+        "PER_TOKEN": log_decay.dim() == 2,
+    }
+    active = active.view(torch.uint8)
+    if ring is None:
+        tile = step_tile(K, V, B * H, state.dtype)
+        _write_kernel[(B * H * triton.cdiv(V, tile.BV),)](
+            q, k, v, cos, sin, log_decay, change, state, active, out, *strides, scale,
+            BV=tile.BV, num_warps=tile.warps, **shared,
+        )  # fmt: skip
+        return out
+    BV, slab = defer_tile(K, V, B * H)
+    _defer_kernel[(B * H * triton.cdiv(V, BV),)](
+        q, k, v, cos, sin, log_decay, state, active, out, *ring, *strides, scale,
+        BV=BV, SLAB=slab, FOLD=min(FOLD_ROWS, slab), W=ring[0].shape[2], num_warps=4, **shared,
     )  # fmt: skip
     return out
+
+
+def defer_tile(K: int, V: int, heads: int) -> tuple[int, int]:
+    """(values, rows of a slab) of a program: 64 values fill whole lines of memory, fewer where that leaves the chip's
+    processors idle. A state that is only read passes in slabs; nothing of it is kept."""
+    BV = min(64, power_of_two(V))
+    while BV > 16 and heads * V // BV < 512:
+        BV //= 2
+    return BV, min(power_of_two(K), SLAB_CELLS // BV)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> None:
@@ -107,11 +127,11 @@ def _turned(x, row, row_ok, cos, sin, K: tl.constexpr, ROTARY: tl.constexpr):
 
 
 @triton.jit
-def _decode_step_kernel(
-    q, k, v, cos, sin, log_decay, change, state, active, out, keys, values, logs, pending,
+def _write_kernel(
+    q, k, v, cos, sin, log_decay, change, state, active, out,
     q_batch, q_head, k_batch, k_head, v_batch, v_head, state_batch, scale,
     H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr,
 ):  # fmt: skip
     V_TILES: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -134,44 +154,83 @@ def _decode_step_kernel(
         vt = tl.load(v + b * v_batch + g * v_head + column, mask=column_ok, other=0.0).to(tl.float32)
         decay_at = b * H + h if PER_TOKEN else h
         decay = tl.load(log_decay + decay_at)
-        if W == 0:
-            slow = decay > -0.5
-            kept = tl.where(slow, 1.0, tl.exp(decay))
-            added = tl.where(slow, tl.load(change + decay_at), 0.0)
-            S = S * kept + S * added + kt[:, None] * vt[None, :]
-            tl.store(out + column, tl.sum(qt[:, None] * S, 0).to(out.dtype.element_ty), mask=column_ok)
-            tl.store(state + cell, S, mask=in_state)
-        else:
-            n = tl.load(pending + b).to(tl.int32)
-            i = tl.arange(0, W)
-            there = i < n
-            ring = (b * (H // HEADS_PER_GROUP) + g) * W
-            logs += (b * H + h) * W
-            age = tl.load(logs + i, mask=there, other=0.0)
-            # Decay since row i: of the later rows and of this token. Sums of logs, never differences: -inf is a reset.
-            since = tl.sum(tl.where(i[None, :] > i[:, None], age[None, :], 0.0), 1) + decay
-            total = tl.exp(tl.sum(age, 0) + decay)
+        slow = decay > -0.5
+        kept = tl.where(slow, 1.0, tl.exp(decay))
+        added = tl.where(slow, tl.load(change + decay_at), 0.0)
+        S = S * kept + S * added + kt[:, None] * vt[None, :]
+        tl.store(out + column, tl.sum(qt[:, None] * S, 0).to(out.dtype.element_ty), mask=column_ok)
+        tl.store(state + cell, S, mask=in_state)
+
+
+@triton.jit
+def _defer_kernel(
+    q, k, v, cos, sin, log_decay, state, active, out, keys, values, logs, pending,
+    q_batch, q_head, k_batch, k_head, v_batch, v_head, state_batch, scale,
+    H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, SLAB: tl.constexpr, FOLD: tl.constexpr, W: tl.constexpr,
+    ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr,
+):  # fmt: skip
+    V_TILES: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    tile, h, b = pid % V_TILES, (pid // V_TILES) % H, (pid // (V_TILES * H)).to(tl.int64)
+    column = tile * BV + tl.arange(0, BV)
+    column_ok = column < V
+    out += (b * H + h) * V
+    if tl.load(active + b) == 0:
+        tl.store(out + column, tl.zeros([BV], out.dtype.element_ty), mask=column_ok)
+    else:
+        g = h // HEADS_PER_GROUP
+        state += b * state_batch + h * (K * V)
+        q += b * q_batch + h * q_head
+        k += b * k_batch + g * k_head
+        turn_cos = None if ROTARY == "none" else cos + b * (K // 2)
+        turn_sin = None if ROTARY == "none" else sin + b * (K // 2)
+        n, i = tl.load(pending + b).to(tl.int32), tl.arange(0, W)
+        there = i < n
+        ring = (b * (H // HEADS_PER_GROUP) + g) * W
+        logs += (b * H + h) * W
+        decay = tl.load(log_decay + (b * H + h if PER_TOKEN else h))
+        age = tl.load(logs + i, mask=there, other=0.0)
+        # Decay since row i: of the later rows and of this token. Sums of logs, never differences: -inf is a reset.
+        since = tl.sum(tl.where(i[None, :] > i[:, None], age[None, :], 0.0), 1) + decay
+        total = tl.exp(tl.sum(age, 0) + decay)
+        weight = tl.where(there, tl.exp(since), 0.0)
+        vt = tl.load(v + b * v_batch + g * v_head + column, mask=column_ok, other=0.0).to(tl.float32)
+        old, score, own = tl.zeros([BV], tl.float32), tl.zeros([W], tl.float32), tl.zeros([SLAB], tl.float32)
+        for r0 in tl.static_range(0, BK, SLAB):
+            row = r0 + tl.arange(0, SLAB)
+            row_ok = row < K
+            cell = row[:, None] * V + column[None, :]
+            S = tl.load(state + cell, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+            qt = _turned(q, row, row_ok, turn_cos, turn_sin, K, ROTARY) * scale
+            kt = _turned(k, row, row_ok, turn_cos, turn_sin, K, ROTARY)
             k_rows = tl.load(
                 keys + ring * K + i[:, None] * K + row[None, :], mask=there[:, None] & row_ok[None, :], other=0.0
             ).to(tl.float32)
-            v_rows = tl.load(
-                values + ring * V + i[:, None] * V + column[None, :],
-                mask=there[:, None] & column_ok[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            weight = tl.where(there, tl.exp(since), 0.0)
-            score = tl.sum(k_rows * qt[None, :], 1) * weight
-            y = total * tl.sum(qt[:, None] * S, 0) + tl.sum(score[:, None] * v_rows, 0) + tl.sum(qt * kt, 0) * vt
-            tl.store(out + column, y.to(out.dtype.element_ty), mask=column_ok)
-            if n == W - 1:
-                S = S * total + kt[:, None] * vt[None, :]
-                for j in range(W - 1):
-                    k_j = tl.load(keys + (ring + j) * K + row, mask=row_ok, other=0.0).to(tl.float32)
-                    v_j = tl.load(values + (ring + j) * V + column, mask=column_ok, other=0.0).to(tl.float32)
-                    S += k_j[:, None] * (v_j * tl.sum(tl.where(i == j, weight, 0.0), 0))[None, :]
-                tl.store(state + cell, S, mask=in_state)
-            else:
-                tl.store(values + (ring + n) * V + column, vt.to(values.dtype.element_ty), mask=column_ok)
-                if tile == 0:
-                    tl.store(keys + (ring + n) * K + row, kt.to(keys.dtype.element_ty), mask=row_ok)
-                    tl.store(logs + n, decay)
+            old += tl.sum(qt[:, None] * S, 0)
+            score += tl.sum(k_rows * qt[None, :], 1)
+            own += qt * kt
+            if (tile == 0) & (n < W - 1):
+                tl.store(keys + (ring + n) * K + row, kt.to(keys.dtype.element_ty), mask=row_ok)
+        v_rows = tl.load(
+            values + ring * V + i[:, None] * V + column[None, :], mask=there[:, None] & column_ok[None, :], other=0.0
+        ).to(tl.float32)
+        y = total * old + tl.sum((score * weight)[:, None] * v_rows, 0) + tl.sum(own, 0) * vt
+        tl.store(out + column, y.to(out.dtype.element_ty), mask=column_ok)
+        if n < W - 1:
+            tl.store(values + (ring + n) * V + column, vt.to(values.dtype.element_ty), mask=column_ok)
+            if tile == 0:
+                tl.store(logs + n, decay)
+        else:  # the state is read again: rare, and so nothing of it need be kept for it
+            weighted = v_rows * weight[:, None]
+            for f0 in range(0, BK, FOLD):
+                fold = f0 + tl.arange(0, FOLD)
+                fold_ok = fold < K
+                at = state + fold[:, None] * V + column[None, :]
+                in_state = fold_ok[:, None] & column_ok[None, :]
+                k_new = _turned(k, fold, fold_ok, turn_cos, turn_sin, K, ROTARY)
+                k_old = tl.load(
+                    keys + ring * K + i[None, :] * K + fold[:, None], mask=fold_ok[:, None] & there[None, :], other=0.0
+                ).to(tl.float32)
+                held = tl.load(at, mask=in_state, other=0.0) * total + k_new[:, None] * vt[None, :]
+                tl.store(at, tl.dot(k_old, weighted, held, input_precision="tf32x3"), mask=in_state)

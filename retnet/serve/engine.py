@@ -31,7 +31,7 @@ from retnet.serve.stopping import Decode, StopStrings
 # Tokens of a prompt a call. A GPU is busy only with many; a CPU computes fewer while running requests wait.
 PROMPT_BLOCK = {"cpu": 256, "cuda": 2048}
 NOT_FINITE = "the logits of token {} are not finite: its state or the weights are not"
-LONGEST_RING = 64  # rows that a program keeps beside its slice of a state
+RINGS = (16, 32, 64)  # rows of deferred writes: blocks that tensor cores sum over
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Engine:
         decode: token ids to text; needed for stop strings.
         speculation: guess several tokens a step from the context (`serve/speculation.py`).
         deferred_writes: let retention states lie up to so many tokens behind and read the last ones beside them: near
-            half the state's traffic, for rows of k and v. A power of two; 0 writes every token.
+            half the state's traffic, for rows of k and v. 16, 32 or 64; 0 writes every token.
         graphs: capture decode steps as CUDA graphs; on a GPU if None, but for mixtures of experts, whose shapes depend
             on what they route.
     """
@@ -430,8 +430,8 @@ class Engine:
 
 
 def _check_deferred_writes(length: int, speculation: Speculation | None) -> None:
-    if length and (length < 2 or length & (length - 1) or length > LONGEST_RING):
-        raise ValueError(f"deferred_writes is {length}; accepted: 0, or a power of two from 2 to {LONGEST_RING}")
+    if length not in (0, *RINGS):
+        raise ValueError(f"deferred_writes is {length}; accepted: 0, {', '.join(map(str, RINGS))}")
     if length and speculation is not None:
         raise ValueError(
             f"deferred_writes is {length} with speculation, which keeps its drafts' rows itself; accepted: either one"

@@ -74,8 +74,7 @@ def test_a_program_asks_for_its_rows_and_little_beside(D, H, V):
 
     for N, K, groups in ((6 * D, D, 1), (D, H * V, H), (2 * D, D, 1), (D, 2 * D, 1), (50304, D, 1)):
         tile = linear_tile(N, K, groups)
-        assert tile.BG < 2 * groups
-        assert tile.BV < 2 * (K // groups)
+        assert max(tile.BG / groups, tile.BV / (K // groups)) < 2
         assert tile.BN == 1 or tile.BN * tile.BG * tile.BV <= TILE
 
 
@@ -93,7 +92,7 @@ def test_a_product_without_x_is_of_the_activated_gate_alone(device):
     ("rotary", "H", "G", "per_token"),
     [("interleaved", 2, 2, False), ("half", 4, 2, True), ("none", 2, 2, True)],
 )
-@pytest.mark.parametrize("W", [0, 4])
+@pytest.mark.parametrize("W", [0, 16])
 def test_steps_agree_with_rotation_and_retention_one_after_another(rotary, H, G, per_token, W, device):
     from retnet.kernels.decode_step import decode_step
 
@@ -103,7 +102,7 @@ def test_steps_agree_with_rotation_and_retention_one_after_another(rotary, H, G,
     state = torch.randn(B, H, K, V)
     ours = state.to(device).clone()
     # Every sequence at another row of its ring; what lies in the rows beyond is of no request.
-    pending = torch.tensor([0, 2, 3] if W else [0, 0, 0])
+    pending = torch.tensor([12, 2, 15] if W else [0, 0, 0])
     ring = theirs = None
     if W:
         ring = Ring(torch.randn(B, G, W, K), torch.randn(B, G, W, V), -torch.rand(B, H, W), pending)
@@ -161,7 +160,7 @@ def shaped_model(variant: str) -> LanguageModel:
     return LanguageModel(ModelConfig(13, 8, (block,), final_norm=norm, **STRONG)).eval()
 
 
-@pytest.mark.parametrize(("variant", "slots", "ring"), [("paper", 1, 2), ("fla", 1, 0), ("paper", 8, 0)])
+@pytest.mark.parametrize(("variant", "slots", "ring"), [("paper", 1, 16), ("fla", 1, 0), ("paper", 8, 0)])
 def test_engines_on_kernels_say_what_the_model_says(variant, slots, ring, device, monkeypatch):
     """More rows than `MATVEC_ROWS` take the path of library products."""
     from retnet.serve.engine import Engine
