@@ -113,7 +113,8 @@ def measure(name: str, batch: int, tokens: int, *, warm_only: bool) -> Point | N
     milliseconds = median_milliseconds(step, budget=4.0)
     peak = torch.cuda.max_memory_allocated() / 2**20
     parameters = sum(p.numel() for p in model.parameters())
-    note = f"{1e3 * batch * tokens / milliseconds:.0f} tokens/s, {parameters / 1e9:.3f}B parameters, first two steps {first:.0f} s"
+    note = f"{1e3 * batch * tokens / milliseconds:.0f} tokens/s, {parameters / 1e9:.3f}B parameters"
+    note += f", first two steps {first:.0f} s"
     if compiled:
         note += f", {torch._dynamo.utils.counters['stats']['unique_graphs']} graphs"
     return Point("train", f"B={batch} T={tokens}", name, "step", milliseconds, extra_mebibytes=peak, note=note)
