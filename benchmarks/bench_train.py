@@ -96,8 +96,6 @@ def measure(name: str, batch: int, tokens: int, *, warm_only: bool) -> Point | N
     model.train()
     ids = torch.randint(0, VOCAB_SIZE, (batch, tokens + 1), device="cuda")
     if compiled:
-        with torch.no_grad():
-            hidden(ids[:, :64])  # layers keep their decays from the first call on: compiled with them, not twice
         for layer in layers:
             layer.compile(dynamic=False)
     step = training_step(model, hidden, weight, ids)

@@ -22,6 +22,7 @@ from retnet.layers.retention import RetentionConfig
 from retnet.models.lm import LanguageModel
 from retnet.ops import reference
 from retnet.ops.decay import paper_log_decay
+from retnet.ops.dtypes import wide_dtype
 from retnet.ops.retention import Mode, retention
 
 FLOOR = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -99,7 +100,7 @@ def check_operator(
     for decay_name, log_decay in (("", paper_log_decay(H, dtype=torch.float64)), (", per token", per_token)):
         for name in dtypes:
             dtype = _dtype(name)
-            wide = torch.promote_types(dtype, torch.float32)
+            wide = wide_dtype(dtype)
             inputs = [x.to(device, dtype) for x in (q, k, v)] + [log_decay.to(device, wide)]
             expected = reference.parallel(*(x.double() for x in inputs))
             ways = ((way + decay_name, run) for way, run in _operator_ways(inputs, chunk_sizes))

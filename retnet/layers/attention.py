@@ -23,6 +23,7 @@ from retnet.ops.attention import (
     causal_attention,
     flex_causal_attention,
 )
+from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import equal_blocks
 from retnet.ops.rotary import rotate, scaling
 
@@ -87,6 +88,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d_model, keys, bias=config.qkv_bias)
         self.out_proj = nn.Linear(queries, d_model, bias=config.out_bias)
 
+    def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
+        """Work out what stays the same from layer to layer (`Block.prepare`)."""
+        if self.config.rotary != "none" and layout.mask is None:
+            self._rotation(layout, dtype)
+
+    def _rotation(self, layout: TokenLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        config = self.config
+        factor = scaling(config.rotary_factor, config.rotary_yarn_length)
+        return layout.rotation(config.rotary, config.head_dim, config.rotary_base, factor, wide_dtype(dtype))
+
     def forward(
         self, x: Tensor, state: AttentionState | None, layout: TokenLayout
     ) -> tuple[Tensor, AttentionState | AttentionRows | None]:
@@ -96,10 +107,7 @@ class Attention(nn.Module):
         config = self.config
         q, k, v = (proj(x).unflatten(-1, (-1, config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if config.rotary != "none":
-            wide = torch.promote_types(q.dtype, torch.float32)
-            factor = scaling(config.rotary_factor, config.rotary_yarn_length)
-            cos, sin = layout.rotation(config.rotary, config.head_dim, config.rotary_base, factor, wide)
-            q, k = (rotate(z, cos, sin, config.rotary) for z in (q, k))
+            q, k = (rotate(z, *self._rotation(layout, z.dtype), config.rotary) for z in (q, k))
         if state is not None and one_token and not layout.deferred:
             state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
             out = cached_attention(

@@ -79,6 +79,11 @@ class Block(nn.Module):
             self.feed_forward_norm = make_norm(config.norm, d_model, config.norm_eps)
             self.feed_forward = FEED_FORWARDS[type(config.feed_forward)](config.feed_forward, d_model)
 
+    def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
+        """Work out what is kept for other layers and calls: one that is compiled or recomputed alone then only reads."""
+        if hasattr(self.mixer, "prepare"):
+            self.mixer.prepare(layout, dtype)
+
     def forward(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
         """The state is what the mixer returns: with `layout.deferred`, the rows that it would write."""
         if self.config.norm_position == "post":

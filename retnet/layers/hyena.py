@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from retnet.layers.layout import TokenLayout
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import HyenaState
+from retnet.ops.dtypes import wide_dtype
 from retnet.ops.long_convolution import long_convolution, past_convolution
 from retnet.ops.ragged import equal_blocks
 
@@ -84,7 +85,7 @@ class FilterNetwork(nn.Module):
 
     def _filters(self, length: int) -> Tensor:
         weight = self.filter_in.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = wide_dtype(weight.dtype)
         distance = torch.arange(length, dtype=torch.float64, device=weight.device)[:, None]
         angle = distance * (2 * math.pi / 2.0 ** torch.arange(1, self.BANDS + 1, device=weight.device))
         x = torch.cat([angle.sin(), angle.cos()], -1).to(wide)

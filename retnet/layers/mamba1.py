@@ -19,6 +19,7 @@ from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import Mamba1State
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.wide_rates import WideRates
+from retnet.ops.dtypes import wide_dtype
 from retnet.ops.selective_scan import selective_scan, selective_scan_step
 
 
@@ -90,7 +91,7 @@ class Mamba1(WideRates):
         u, recent = self.conv(inputs, None if state is None else state.recent, layout)
         u = F.silu(u)
         low, write, read = self.x_proj(u).split((config.time_step_rank, config.state_dim, config.state_dim), -1)
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x.dtype)
         # The bias is large and negative: added in half precision, it would round the step.
         step = F.softplus(F.linear(low, self.time_step_proj.weight).to(wide) + self.time_step_proj.bias.to(wide))
         rate = -self.log_rate.to(wide).exp()

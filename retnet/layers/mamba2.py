@@ -23,6 +23,7 @@ from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import Mamba2State
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.wide_rates import WideRates
+from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode
 
@@ -116,7 +117,7 @@ class Mamba2(WideRates):
             part.unflatten(-1, (-1, n))
             for part, n in ((u, config.head_dim), (B, config.state_dim), (C, config.state_dim))
         )
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x.dtype)
         time_step = F.softplus(time_step.to(wide) + self.time_step_bias.to(wide))
         time_step = time_step.clamp(config.time_step_lowest, config.time_step_highest)
         v, log_decay = (u * time_step[..., None]).to(x.dtype), -self.log_rate.to(wide).exp() * time_step
@@ -139,7 +140,7 @@ class Mamba2(WideRates):
         return out, Mamba2State.after(state, layout, memory=memory, recent=recent) if memory is not None else None
 
     def _gated_norm(self, out: Tensor, z: Tensor) -> Tensor:
-        wide = torch.promote_types(out.dtype, torch.float32)
+        wide = wide_dtype(out.dtype)
         gated = out.to(wide) * F.silu(z.to(wide))
         groups = normalize(gated.unflatten(-1, (self.config.num_groups, -1)), "rms", self.config.norm_eps)
         return self.norm_weight * groups.flatten(-2).to(out.dtype)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from retnet.layers.feed_forward import ACTIVATIONS
 from retnet.layers.layout import TokenLayout
+from retnet.ops.dtypes import wide_dtype
 from retnet.ops.grouped_linear import grouped_linear
 
 
@@ -140,7 +141,7 @@ class MoE(nn.Module):
 
     def _router_logits(self, rows: Tensor) -> Tensor:
         """[R, E] in float32 or wider: a choice among experts must not turn on rounding."""
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        wide = rows.to(wide_dtype(rows.dtype))
         if self.training and self.config.router_jitter:
             wide = wide * (1 + self.config.router_jitter * (2 * torch.rand_like(wide) - 1))
         with torch.autocast(rows.device.type, enabled=False):

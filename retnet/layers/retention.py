@@ -18,6 +18,7 @@ from retnet.layers.rows import RetentionRows
 from retnet.layers.state import RetentionState
 from retnet.layers.wide_rates import WideRates
 from retnet.ops.decay import SCHEDULES, decay_norm
+from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode, retention, retention_step_
 from retnet.ops.rotary import rotate, scaling
@@ -151,20 +152,35 @@ class MultiScaleRetention(WideRates):
 
     def log_decay(self, x: Tensor) -> Tensor:
         """[H], or [B, T, H] if gated; float32 (float64 for float64)."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x.dtype)
         if self.decay_proj is not None:
             return self.gated_log_decay(self.decay_proj(x))
         if self.log_rate is not None:
             return -self.log_rate.to(wide).exp()
-        key = (x.device, wide)
+        return self._fixed_log_decay_on(x.device, wide)
+
+    def _fixed_log_decay_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        key = (device, dtype)
         if key not in self._fixed_log_decay:
             with torch.inference_mode(False):
-                self._fixed_log_decay[key] = cast(Tensor, self.config.log_decay).to(x.device, wide)
+                self._fixed_log_decay[key] = cast(Tensor, self.config.log_decay).to(device, dtype)
         return self._fixed_log_decay[key]
 
     def gated_log_decay(self, opened: Tensor) -> Tensor:
         """log sigmoid(x W)^(1/16) from x W [..., H]."""
-        return F.logsigmoid(opened.to(torch.promote_types(opened.dtype, torch.float32))) * self.GATE_POWER
+        return F.logsigmoid(opened.to(wide_dtype(opened.dtype))) * self.GATE_POWER
+
+    def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
+        """Work out what stays the same from layer to layer or from call to call (`Block.prepare`)."""
+        if self.config.rotary != "none":
+            self._rotation(layout, dtype)
+        if self.decay_proj is None and self.log_rate is None:
+            self._fixed_log_decay_on(layout.positions.device, wide_dtype(dtype))
+
+    def _rotation(self, layout: TokenLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        config = self.config
+        factor = scaling(config.rotary_factor, config.rotary_yarn_length)
+        return layout.rotation(config.rotary, config.head_key_dim, config.rotary_base, factor, wide_dtype(dtype))
 
     def forward(
         self, x: Tensor, state: RetentionState | None, layout: TokenLayout
@@ -179,10 +195,7 @@ class MultiScaleRetention(WideRates):
             )
         )
         if config.rotary != "none":
-            wide = torch.promote_types(q.dtype, torch.float32)
-            factor = scaling(config.rotary_factor, config.rotary_yarn_length)
-            cos, sin = layout.rotation(config.rotary, config.head_key_dim, config.rotary_base, factor, wide)
-            q, k = (rotate(z, cos, sin, config.rotary) for z in (q, k))
+            q, k = (rotate(z, *self._rotation(layout, z.dtype), config.rotary) for z in (q, k))
         if config.heads_per_kv_head > 1:
             k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))
         log_decay = self.log_decay(x)

@@ -24,6 +24,7 @@ from retnet.layers.state import RetentionState
 from retnet.models.directory import build_empty
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.ops.dtypes import wide_dtype
 
 BLOCK_TOKENS = 512
 MANIFEST_FILE = "export.json"
@@ -52,7 +53,7 @@ def initial_state(model: LanguageModel, batch_size: int = 1) -> tuple[Tensor, ..
             raise ValueError(
                 f"layer {i} is {type(mixer).__name__}; accepted for export: RetentionConfig in every layer"
             )
-    wide = torch.promote_types(model.config.torch_dtype, torch.float32)
+    wide = wide_dtype(model.config.torch_dtype)
     shapes = [
         (batch_size, m.num_heads, m.head_key_dim, m.head_value_dim) for m in mixers if isinstance(m, RetentionConfig)
     ]

@@ -113,6 +113,8 @@ class LanguageModel(nn.Module):
             in_place=in_place,
             losses=losses,
         )
+        for layer in self.layers:
+            layer.prepare(layout, x.dtype)
         states = []
         for i, layer in enumerate(self.layers):
             before = None if state is None else state.layers[i]

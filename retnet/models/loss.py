@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retnet.ops.dtypes import wide_dtype
+
 # Float32 log-probabilities in memory at a time. Each slice reads and writes all of the weight's gradient, which a GPU
 # notices below some thousand rows.
 SLICE_BYTES = 64 << 20
@@ -23,7 +25,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, soft_cap: float | None) -> Tensor:
         rows = max(1, (SLICE_BYTES_GPU if hidden.is_cuda else SLICE_BYTES) // (4 * weight.shape[0]))
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = wide_dtype(hidden.dtype)
         real = labels != -100
         count = real.sum().clamp_min(1)
         need_hidden, need_weight = ctx.needs_input_grad[:2]

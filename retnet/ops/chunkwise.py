@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from retnet.ops.decay import decay_from_start, decay_to_end, pairwise_decay, running_log_decay
+from retnet.ops.dtypes import wide_dtype
 from retnet.ops.memory import empty
 from retnet.ops.ragged import equal_blocks
 
@@ -194,7 +195,7 @@ class _Walk:
         self.H, self.V = v.shape[1], v.shape[3]
         self.log_decay, self.scale, self.chunk_size, self.memory = log_decay, scale, chunk_size, memory
         self.may_factor = log_decay.dim() == 1 and self.G == self.H and not need_dlog
-        self.dtype = torch.promote_types(v.dtype, torch.float32)
+        self.dtype = wide_dtype(v.dtype)
         self.num_chunks = -(-self.T // chunk_size)
         # A decay for each chunk, or one of whole chunks and one of the shorter last chunk.
         self.log_decays = self.split(log_decay, 1) if log_decay.dim() == 3 else None
@@ -276,7 +277,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """(dq, dk, dv, dlog_decay or None, dstate [N, H, K, V]) for the gradients of both results of `forward`."""
     dq, dk, dv = (empty(x.shape, x.dtype) for x in (q, k, v))
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = wide_dtype(v.dtype)
     dlog = torch.zeros(*v.shape[:3], dtype=wide) if need_dlog_decay else None
     num_sequences = v.shape[0] if bounds is None else len(bounds) - 1
     dstate = torch.empty(num_sequences, v.shape[2], q.shape[3], v.shape[3], dtype=wide)

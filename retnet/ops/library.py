@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from retnet.ops import chunkwise, recurrent
+from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import Compaction
 
 _library = torch.library.Library("retnet", "FRAGMENT")
@@ -27,11 +28,6 @@ _library.define(
     "bool need_dstate) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and states are kept in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def check_values(log_decay: Tensor, cu_seqlens: Tensor | None, num_tokens: int) -> list[int] | None:

@@ -6,6 +6,7 @@ S <- exp(log_decay_t) S + k_t^T v_t        out_t = scale q_t S
 import torch
 from torch import Tensor
 
+from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import equal_blocks
 
 
@@ -19,7 +20,7 @@ def step_(
     """
     B, T, H, _ = v.shape
     heads_per_group = H // q.shape[2]
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = wide_dtype(v.dtype)
     S = state if state.dtype == wide else state.to(wide)
     log_decay = log_decay.expand(B, T, H)[..., None, None]
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -58,7 +59,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, T, H, V], state [N, H, K, V] in state_dtype) of every sequence, the given state left as it was."""
     num_sequences = v.shape[0] if bounds is None else len(bounds) - 1
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = wide_dtype(v.dtype)
     shape = (num_sequences, v.shape[2], q.shape[3], v.shape[3])
     final = torch.zeros(shape, dtype=wide) if state is None else state.to(wide, copy=True)
     out = torch.empty(v.shape, dtype=v.dtype)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from retnet.ops.decay import decay_from_start, decay_to_end, pairwise_decay, running_log_decay
+from retnet.ops.dtypes import wide_dtype
 
 
 def parallel(
@@ -117,7 +118,7 @@ def _prepare(
     q = (q * (q.shape[-1] ** -0.5 if scale is None else scale)).repeat_interleave(heads_per_group, 2)
     k = k.repeat_interleave(heads_per_group, 2)
     if state is None:
-        wide = torch.promote_types(v.dtype, torch.float32)
+        wide = wide_dtype(v.dtype)
         state = torch.zeros(v.shape[0], v.shape[2], q.shape[-1], v.shape[-1], dtype=wide, device=v.device)
     return q, k, state
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from retnet.ops import reference
-from retnet.ops.library import check_values, wide_dtype
+from retnet.ops.dtypes import wide_dtype
+from retnet.ops.library import check_values
 
 Mode = Literal["auto", "parallel", "recurrent", "chunkwise"]
 Backend = Literal["auto", "torch", "triton", "aten"]

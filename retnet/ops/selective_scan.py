@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import equal_blocks
 
 # (tokens a chunk, blocks side by side); larger chunks leave a CPU's cache
@@ -49,7 +50,7 @@ def selective_scan(
 
     Returns y [B, T, D] in x's dtype, and the state [S, D, N] after the last token in float32 (float64 for float64).
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     if x.is_cuda and wide == torch.float32 and chunk_size is None and blocks is None:
         y, final, _ = torch.ops.retnet.selective_scan(x, step, rate, write, read, state, cu_seqlens)
         return y, final

@@ -74,10 +74,7 @@ def open_model(recipe: Recipe, corpus: Corpus) -> PackedForCausalLM:
             f"{corpus.vocab_size}"
         )
     if recipe.compile_options is not None:
-        if model.config.gradient_checkpointing or recipe.training.get("gradient_checkpointing"):
-            # What the first block leaves for the others (rotations) is there when it is recomputed: another graph.
-            raise ValueError("torch_compile with gradient_checkpointing is not supported; accepted: one of them")
-        # Blocks differ by their configuration, by gradients or none, and by what the first one leaves for the others.
+        # Blocks differ by their configuration, and by gradients or none.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for layer in model.layers:
             layer.compile(**recipe.compile_options)

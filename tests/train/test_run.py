@@ -89,6 +89,11 @@ def test_the_same_run_twice_gives_the_same_bits(dropout_model, text_folder, tmp_
         pytest.param(
             {"torch_compile": True, "torch_compile_backend": "aot_eager"}, id="torch_compile", marks=pytest.mark.slow
         ),
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": True},
+            id="torch_compile, recomputed",
+            marks=pytest.mark.slow,
+        ),
         {"dataloader_num_workers": 1},
     ],
     ids=lambda changed: next(iter(changed)),
@@ -110,12 +115,6 @@ def test_bfloat16_trains_float32_weights(byte_model, text_folder, tmp_path, cons
     first, second = losses(tmp_path / "a"), losses(tmp_path / "b")
     assert list(second.values()) == pytest.approx(list(first.values()), rel=0.02)
     assert first != second
-
-
-def test_compiling_recomputed_blocks_is_refused(byte_model, text_folder, tmp_path, console):
-    recipe = recipe_for(byte_model, text_folder, tmp_path, torch_compile=True, gradient_checkpointing=True)
-    with pytest.raises(ValueError, match="torch_compile with gradient_checkpointing is not supported"):
-        train(recipe, console)
 
 
 def test_corpora_are_mixed_and_validated_by_name(byte_model, text_folder, tmp_path, console):
