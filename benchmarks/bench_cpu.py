@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from retnet.ops.decay import paper_log_decay
 
 RATE_CASES = ((1, 16384, 8, 128, 256), (1, 8192, 8, 256, 512))
 SCALING_TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 65536)
+SCALING_ROUNDS = 9
 ATTENTION_TOKENS = 8192  # longest; beyond it attention takes minutes
 
 
@@ -72,25 +74,26 @@ def rate_points() -> list[Point]:
 
 
 def scaling_points() -> list[Point]:
-    """8 heads of (128, 256), the width of 8 attention heads of 128."""
-    points = []
+    """8 heads of (128, 256), the width of 8 attention heads of 128; all lengths by turns, medians of the rounds."""
+    calls: dict[tuple[int, str], Callable[[], object]] = {}
     for T in SCALING_TOKENS:
         q, k, v = (torch.randn(1, T, 8, D) for D in (128, 128, 256))
-        with torch.no_grad():
-            seconds = 1e-3 * median_milliseconds(
-                lambda q=q, k=k, v=v: retention(q, k, v, paper_log_decay(8), return_state=False)
-            )
-        cases = [("ours", seconds)]
+        calls[T, "ours"] = partial(retention, q, k, v, paper_log_decay(8), return_state=False)
         if T <= ATTENTION_TOKENS:
             a, b, c = (torch.randn(1, 8, T, 128) for _ in range(3))
-            with torch.no_grad():
-                attend = 1e-3 * median_milliseconds(
-                    lambda a=a, b=b, c=c: F.scaled_dot_product_attention(a, b, c, is_causal=True)
-                )
-            cases.append(("attention", attend))
-        for name, took in cases:
-            points.append(Point("cpu", f"T={T}", name, "forward", 1e3 * took, note=f"{1e6 * took / T:.2f} us a token"))
-            print(table(points[-1:]), flush=True)
+            calls[T, "attention"] = partial(F.scaled_dot_product_attention, a, b, c, is_causal=True)
+    seconds: dict[tuple[int, str], list[float]] = {case: [] for case in calls}
+    with torch.no_grad():
+        for _ in range(SCALING_ROUNDS):
+            for case, call in calls.items():
+                start = time.perf_counter()
+                call()
+                seconds[case].append(time.perf_counter() - start)
+    points = []
+    for (T, name), took in seconds.items():
+        middle = statistics.median(took)
+        points.append(Point("cpu", f"T={T}", name, "forward", 1e3 * middle, note=f"{1e6 * middle / T:.2f} us a token"))
+        print(table(points[-1:]), flush=True)
     return points
 
 

@@ -80,7 +80,7 @@ class Block(nn.Module):
             self.feed_forward = FEED_FORWARDS[type(config.feed_forward)](config.feed_forward, d_model)
 
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
-        """Work out what is kept for other layers and calls: one that is compiled or recomputed alone then only reads."""
+        """Work out what is kept for other layers and calls: a block compiled or recomputed alone only reads it."""
         if hasattr(self.mixer, "prepare"):
             self.mixer.prepare(layout, dtype)
 

@@ -93,10 +93,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
     """Turn x [B, T, H, K] by (cos, sin) [B, T, K / 2]; computed in their dtype, returned in x's."""
     wide = x.to(cos.dtype)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    if rotary == "interleaved":
-        first, second = wide.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
-    else:
-        first, second = wide.chunk(2, -1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    return turned.to(x.dtype)
+    interleaved = rotary == "interleaved"
+    first, second = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, -1)
+    # Narrowed before they are joined: a compiler then writes the result once, in x's dtype.
+    turned = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
+    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
