@@ -35,6 +35,9 @@ def test_the_tree_names_what_exists():
 
 
 def test_links_lead_to_files():
+    headings = (line.lstrip("# ").lower() for line in README.splitlines() if line.startswith("## "))
+    anchors = {re.sub(r"[^a-z ]", "", heading).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
 
@@ -43,6 +46,7 @@ def test_verbs_and_targets_that_it_names_exist():
     from retnet.cli import app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    names |= {group.name for group in app.registered_groups}
     assert set(re.findall(r"^retnet (\w+) ", README, re.MULTILINE)) <= names
     targets = set(re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets
