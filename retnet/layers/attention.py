@@ -25,7 +25,7 @@ from retnet.ops.attention import (
 )
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import equal_blocks
-from retnet.ops.rotary import rotate, scaling
+from retnet.ops.rotary import Rotary, rotate, scaling
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ class Attention(nn.Module):
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
         """Work out what stays the same from layer to layer (`Block.prepare`)."""
         if self.config.rotary != "none" and layout.mask is None:
-            self._rotation(layout, dtype)
+            self._rotation(layout, self.config.rotary, dtype)
 
-    def _rotation(self, layout: TokenLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _rotation(self, layout: TokenLayout, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         config = self.config
         factor = scaling(config.rotary_factor, config.rotary_yarn_length)
-        return layout.rotation(config.rotary, config.head_dim, config.rotary_base, factor, wide_dtype(dtype))
+        return layout.rotation(rotary, config.head_dim, config.rotary_base, factor, wide_dtype(dtype))
 
     def forward(
         self, x: Tensor, state: AttentionState | None, layout: TokenLayout
@@ -107,7 +107,8 @@ class Attention(nn.Module):
         config = self.config
         q, k, v = (proj(x).unflatten(-1, (-1, config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if config.rotary != "none":
-            q, k = (rotate(z, *self._rotation(layout, z.dtype), config.rotary) for z in (q, k))
+            turn = self._rotation(layout, config.rotary, q.dtype)
+            q, k = (rotate(z, *turn, config.rotary) for z in (q, k))
         if state is not None and one_token and not layout.deferred:
             state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
             out = cached_attention(

@@ -21,7 +21,7 @@ from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode, retention, retention_step_
-from retnet.ops.rotary import rotate, scaling
+from retnet.ops.rotary import Rotary, rotate, scaling
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,14 @@ class MultiScaleRetention(WideRates):
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
         """Work out what stays the same from layer to layer or from call to call (`Block.prepare`)."""
         if self.config.rotary != "none":
-            self._rotation(layout, dtype)
+            self._rotation(layout, self.config.rotary, dtype)
         if self.decay_proj is None and self.log_rate is None:
             self._fixed_log_decay_on(layout.positions.device, wide_dtype(dtype))
 
-    def _rotation(self, layout: TokenLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _rotation(self, layout: TokenLayout, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         config = self.config
         factor = scaling(config.rotary_factor, config.rotary_yarn_length)
-        return layout.rotation(config.rotary, config.head_key_dim, config.rotary_base, factor, wide_dtype(dtype))
+        return layout.rotation(rotary, config.head_key_dim, config.rotary_base, factor, wide_dtype(dtype))
 
     def forward(
         self, x: Tensor, state: RetentionState | None, layout: TokenLayout
@@ -195,7 +195,8 @@ class MultiScaleRetention(WideRates):
             )
         )
         if config.rotary != "none":
-            q, k = (rotate(z, *self._rotation(layout, z.dtype), config.rotary) for z in (q, k))
+            turn = self._rotation(layout, config.rotary, q.dtype)
+            q, k = (rotate(z, *turn, config.rotary) for z in (q, k))
         if config.heads_per_kv_head > 1:
             k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))
         log_decay = self.log_decay(x)

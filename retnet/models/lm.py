@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class LanguageModel(nn.Module):
             losses=losses,
         )
         for layer in self.layers:
-            layer.prepare(layout, x.dtype)
+            cast(Block, layer).prepare(layout, x.dtype)
         states = []
         for i, layer in enumerate(self.layers):
             before = None if state is None else state.layers[i]

@@ -23,7 +23,7 @@ def quantize_int8_(model: LanguageModel) -> LanguageModel:
     Raises ImportError without torchao (`pip install retnet[quantize]`).
     """
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("int8 weights need torchao: pip install retnet[quantize]") from error
 
