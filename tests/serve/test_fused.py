@@ -37,9 +37,10 @@ SHAPES = {
 
 def shaped_model(shape: str) -> LanguageModel:
     model = LanguageModel(ModelConfig(VOCAB, 16, (SHAPES[shape],) * 2, logit_soft_cap=20.0, **STRONG)).eval()
+    generator = torch.Generator().manual_seed(3)
     for name, weight in model.named_parameters():
         if name.endswith(("norm.weight", "norm.bias", "norm_weight", "_proj.bias")):
-            torch.nn.init.normal_(weight, 0.5, 0.5)
+            torch.nn.init.normal_(weight, 0.5, 0.5, generator)
     return model
 
 
@@ -69,7 +70,8 @@ def test_fused_blocks_compute_what_their_modules_do(shape):
         torch.testing.assert_close(ours[active], logits[active], rtol=1e-4, atol=1e-4)
     for mine, theirs in zip(state, expected, strict=True):
         assert torch.equal(mine.position, theirs.position)
-        torch.testing.assert_close(mine.memory, theirs.memory, rtol=1e-4, atol=1e-5)
+        # By the norm: a cell that is nearly 0 carries the rounding of its neighbours.
+        assert (mine.memory - theirs.memory).norm() <= 1e-5 * theirs.memory.norm()
 
 
 def test_packing_moves_weights_and_copies_none(tmp_path):

@@ -3,13 +3,14 @@
 import pytest
 from transformers import TrainingArguments
 
-from retnet.models.hf import RetNetForCausalLM
 from retnet.models.lm import LanguageModel
 from retnet.stack.build import model_config
 from retnet.stack.presets import load_preset
 from retnet.stack.training import router_lr_multiplier, training_defaults
+from retnet.train.inputs import open_data
+from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import DEFAULTS, load_recipe
-from retnet.train.run import PackedTrainer
+from retnet.train.trainer import PackedTrainer, RunOptions
 
 from .specs import changed, stack
 
@@ -66,10 +67,13 @@ def test_a_recipe_takes_its_defaults_from_the_stack_it_trains(tmp_path):
     assert load_recipe(None, ["model=retnet-tiny", "data=x"]).training["learning_rate"] == DEFAULTS["learning_rate"]
 
 
-def test_routers_learn_at_their_own_rate_and_experts_decay(tmp_path):
-    model = RetNetForCausalLM.wrap(LanguageModel(model_config(load_preset("arch_expert_retnet_moe_mini"))))
-    arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.1, weight_decay=0.5, report_to="none")
-    trainer = PackedTrainer(model=model, args=arguments, router_lr_multiplier=0.2)
+def test_routers_learn_at_their_own_rate_and_experts_decay(text_folder, tmp_path):
+    model = PackedForCausalLM.wrap(LanguageModel(model_config(load_preset("arch_expert_retnet_moe_mini"))))
+    words = ["learning_rate=0.1", "weight_decay=0.5", f"output_dir={tmp_path}", f"data={text_folder}"]
+    recipe = load_recipe(None, ["model=arch_expert_retnet_moe_mini", *words])
+    arguments = recipe.training_arguments()
+    data = open_data(recipe, arguments)
+    trainer = PackedTrainer(model, arguments, data.train, data.valid, RunOptions(router_lr_multiplier=0.2))
     groups = trainer.create_optimizer().param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     rates = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
