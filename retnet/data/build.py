@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from retnet.data.durable import sync_folder, write_json
+from retnet.data.durable import flush, write_json
 from retnet.data.encoders import BYTES, Encoder, find_encoder
 from retnet.data.plan import Piece, Settings, describe_files, make_plan
 from retnet.data.pool import write_here, write_in_parallel
@@ -87,7 +87,7 @@ def build_shards(
         if out.is_dir():
             out.rmdir()
         (partial / _DATA).rename(out)
-        sync_folder(out.parent)
+        flush(out.parent)
         shutil.rmtree(partial)
     return manifest
 

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from retnet.data.durable import flush
+
 MARKER = "complete.json"
 STAGING = ".saving"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -68,17 +70,17 @@ def commit(staging: Path) -> Checkpoint:
     files = {}
     for file in _files(staging):
         files[file.relative_to(staging).as_posix()] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
-        _flush(file)
+        flush(file)
     marker = staging / MARKER
     marker.write_text(json.dumps({"serial": serial, "files": files}, indent=1) + "\n")
-    _flush(marker)
+    flush(marker)
     for folder in {file.parent for file in _files(staging)}:
-        _flush(folder)
+        flush(folder)
     final = output / staging.name
     if final.exists():
         _discard(final)
     staging.rename(final)
-    _flush(output)
+    flush(output)
     shutil.rmtree(staging.parent, ignore_errors=True)
     return Checkpoint(final, int(_NAME.fullmatch(final.name).group(1)), serial)  # type: ignore[union-attr]
 
@@ -159,9 +161,9 @@ def publish(staging: Path, output: Path) -> None:
     for file in _files(staging):
         target = output / file.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _flush(file)
+        flush(file)
         os.replace(file, target)
-    _flush(output)
+    flush(output)
     shutil.rmtree(staging)
 
 
@@ -183,15 +185,6 @@ def _files(folder: Path) -> list[Path]:
 def _hash(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _not_saved(output: Path, step: int, error: Exception) -> str:
