@@ -197,12 +197,10 @@ def cpu_points() -> list[Point]:
 
 
 def _pair(bench: str, case: str, name: str, forward: float, both: float) -> list[Point]:
-    points = [
+    return [
         Point(bench, f"{bench} {case}", name, what, milliseconds)
         for what, milliseconds in (("forward", forward), ("forward+backward", both))
     ]
-    print(table(points), flush=True)
-    return points
 
 
 def _mamba2_layers(D: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -289,7 +287,8 @@ def llama(like: ModelConfig, compile: bool) -> Built:
     return model, lambda ids: model.model(ids).last_hidden_state, model.lm_head.weight
 
 
-def stack_point(name: str, batch: int, tokens: int, compile: bool) -> Point:
+def stack_points(name: str, batch: int, tokens: int, compile: bool) -> list[Point]:
+    torch.cuda.empty_cache()  # of the stack before
     configs = stack_configs()
     model, hidden, weight = llama(configs["tri-mixer"], compile) if name == "llama" else ours(configs[name], compile)
     model.train()
@@ -308,7 +307,7 @@ def stack_point(name: str, batch: int, tokens: int, compile: bool) -> Point:
     note = f"{1e3 * batch * tokens / milliseconds:.0f} tokens/s, {parameters / 1e9:.3f}B parameters"
     note += ", compiled" if compile else ", eager"
     peak = torch.cuda.max_memory_allocated() / 2**20
-    return Point("stack", f"B={batch} T={tokens}", name, "step", milliseconds, extra_mebibytes=peak, note=note)
+    return [Point("stack", f"B={batch} T={tokens}", name, "step", milliseconds, extra_mebibytes=peak, note=note)]
 
 
 def main() -> None:
@@ -321,21 +320,20 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=None)
     options = parser.parse_args()
     torch.manual_seed(0)
-    points: list[Point] = []
+    measures: list[Callable[[], list[Point]]]
     if options.what == "stack":
-        for name in options.only or ("tri-mixer", "retnet", "llama"):
-            points.append(stack_point(name, options.batch, options.tokens, not options.eager))
-            print(table(points[-1:]), flush=True)
-            torch.cuda.empty_cache()
+        names = options.only or ("tri-mixer", "retnet", "llama")
+        measures = [partial(stack_points, name, options.batch, options.tokens, not options.eager) for name in names]
     elif not torch.cuda.is_available():
-        points = cpu_scan_points() + cpu_points()
+        measures = [cpu_scan_points, cpu_points]
     else:
-        cases = [partial(mamba2_points, *case) for case in MAMBA2_CASES]
-        for measure in cases + [partial(mamba1_points, *case) for case in MAMBA1_CASES]:
-            points += (found := measure())
-            print(table(found), flush=True)
-    if options.csv:
-        append(options.csv, points)
+        measures = [partial(mamba2_points, *case) for case in MAMBA2_CASES]
+        measures += [partial(mamba1_points, *case) for case in MAMBA1_CASES]
+    for measure in measures:
+        points = measure()
+        print(table(points), flush=True)
+        if options.csv:
+            append(options.csv, points)  # at once: a run that is cut short keeps what it measured
 
 
 if __name__ == "__main__":
