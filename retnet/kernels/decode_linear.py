@@ -3,9 +3,10 @@
     out = skip residual + branch (y W^T + bias)        y = norm(x) * act(gate)
 
 One token a sequence reads every weight for a handful of products, so the bytes of W and the number of launches are the
-time. A program owns BN rows of W and all of their columns: they are asked for in one go, and while they travel the
-program normalises the few rows of x again, which costs less than a launch of its own. Sums are float32 and stay inside
-a program. Weights may be int8 with a scale a row, read as such.
+time. A program owns BN rows of W and all of their columns: they are asked for in one go, where the device allows it
+before the kernel that makes x has ended (`dependent.py`), and while they travel the program normalises the few rows of
+x again, which costs less than a launch of its own. Sums are float32 and stay inside a program. Weights may be int8 with
+a scale a row, read as such.
 
 Beyond a few rows tensor cores pay: then `prepare` makes y in one launch and the product is the library's.
 """
@@ -15,6 +16,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from retnet.kernels.dependent import await_previous, dependent_launch, start_next
 
 TILE = 16384  # weights that a program asks for at once: 128 bytes a thread of 8 warps
 PROGRAMS = 512  # about four a processor, so that some load while others sum
@@ -66,6 +69,7 @@ def matvec(
         0 if residual is None else residual.stride(0), out.stride(0), weight.stride(0), eps, skip, branch,
         B=some.shape[0], N=N, G=groups, V=width, BN=tile.BN, BG=tile.BG, BV=tile.BV, NORM=kind, ACT=activation,
         SHARED=norm_weight is not None and norm_weight.numel() == width, num_warps=tile.warps,
+        **dependent_launch(weight.device),
     )  # fmt: skip
 
 
@@ -126,8 +130,9 @@ def _matvec_kernel(
     x_row, gate_row, residual_row, out_row, weight_row, eps, skip, branch,
     B: tl.constexpr, N: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
     BN: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr,
-    NORM: tl.constexpr, ACT: tl.constexpr, SHARED: tl.constexpr,
+    NORM: tl.constexpr, ACT: tl.constexpr, SHARED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    start_next(DEPENDENT)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BG * BV)
     if BG * BV == G * V:  # nothing padded, and the compiler sees that columns are contiguous
@@ -140,6 +145,7 @@ def _matvec_kernel(
             mask=(n < N)[:, None] & k_ok[None, :],
             other=0.0,
         )
+    await_previous(DEPENDENT)  # the weights are on their way; inputs are made by the kernels before
     group, column = tl.arange(0, BG), tl.arange(0, BV)
     inside = (group < G)[:, None] & (column < V)[None, :]
     cell = group[:, None] * V + column[None, :]

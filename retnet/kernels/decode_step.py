@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.dependent import await_previous, dependent_launch, start_next
 from retnet.kernels.tiles import power_of_two, step_tile
 
 SLAB_CELLS = 8192  # of a state that a program has in flight
@@ -56,6 +57,7 @@ def decode_step(
         "BK": power_of_two(K),
         "ROTARY": "none" if rotation is None else rotary,
         "PER_TOKEN": log_decay.dim() == 2,
+        **dependent_launch(v.device),
     }
     active = active.view(torch.uint8)
     if ring is None:
@@ -131,8 +133,10 @@ def _write_kernel(
     q, k, v, cos, sin, log_decay, change, state, active, out,
     q_batch, q_head, k_batch, k_head, v_batch, v_head, state_batch, scale,
     H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    start_next(DEPENDENT)
+    await_previous(DEPENDENT)
     V_TILES: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     tile, h, b = pid % V_TILES, (pid // V_TILES) % H, (pid // (V_TILES * H)).to(tl.int64)
@@ -168,8 +172,10 @@ def _defer_kernel(
     q_batch, q_head, k_batch, k_head, v_batch, v_head, state_batch, scale,
     H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, SLAB: tl.constexpr, FOLD: tl.constexpr, W: tl.constexpr,
-    ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr,
+    ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    start_next(DEPENDENT)
+    await_previous(DEPENDENT)
     V_TILES: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     tile, h, b = pid % V_TILES, (pid // V_TILES) % H, (pid // (V_TILES * H)).to(tl.int64)

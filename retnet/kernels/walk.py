@@ -5,8 +5,8 @@ walks with the tensors in other roles. No state is written to memory. Where B * 
 most of the chip idle, the sequence is split into parts: a pass over all parts at once, without readers, finds what each
 adds to the state, `carry_kernel` chains these, and the walks start every part from its true state.
 
-Masked tokens and packed documents change a few chunks' decays (`walk_places`). The last states of packed documents,
-which may end within a chunk, come from a walk of each document by itself.
+Masked tokens, read from a copy that has zeros there, and packed documents change a few chunks' decays (`walk_places`).
+The last states of packed documents, which may end within a chunk, come from a walk of each document by itself.
 
 No host synchronization, and no sum whose order could change its bits: two runs give the same. Memory beyond outputs and
 gradients: the parts' states.
@@ -57,7 +57,7 @@ def walk_supported(problem: Problem, dfinal: Tensor | None = None) -> bool:
 
 def walk_forward(problem: Problem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """out [B, T, H, V], and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
-    q, k, v = tma_rows(problem.q), tma_rows(problem.k), tma_rows(problem.v)
+    q, k, v = (_rows(problem, x) for x in (problem.q, problem.k, problem.v))
     call = _Call.of(problem)
     starts = call.part_starts(k, v, problem.state, reverse=False)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -73,7 +73,7 @@ def walk_backward(problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need
 
     Packed documents have no initial state here, and zeros for its gradient.
     """
-    q, k, v, dout = (tma_rows(x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
+    q, k, v, dout = (_rows(problem, x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
     call = _Call.of(problem)
     packed = problem.cu_seqlens is not None
     starts = call.part_starts(k, v, problem.state, reverse=False)
@@ -87,6 +87,11 @@ def walk_backward(problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need
         shape = (problem.num_sequences, v.shape[2], q.shape[3], v.shape[3])
         dstate = torch.zeros(shape, dtype=torch.float32, device=v.device)
     return Gradients(dq, dk, dv, None, dstate)
+
+
+def _rows(problem: Problem, x: Tensor) -> Tensor:
+    """x as TMA can address it, zeros at masked tokens: their factor is 0, but what lies there may be NaN."""
+    return tma_rows(x if problem.mask is None else x.masked_fill(~problem.mask[..., None, None], 0))
 
 
 def walk_plan(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> dict[str, object]:

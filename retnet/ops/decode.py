@@ -19,8 +19,8 @@ from torch import Tensor
 from retnet.ops.norms import normalize
 from retnet.ops.rotary import Rotary, rotate
 
-MATVEC_ROWS = 4  # up to so many rows a GPU's product is bound by reading weights without tensor cores
-INT8_ROWS = 4 * MATVEC_ROWS  # int8 weights are rather read again, so many times, than widened in memory
+MATVEC_ROWS = 1  # up to so many rows a GPU's product is bound by reading weights without tensor cores
+INT8_ROWS = 4  # int8 weights are rather read again, so many times, than widened in memory
 # Parts of a weight that a CPU multiplies as a batch: MKL reads one product of few rows with one core, a batch with all.
 ROW_BLOCKS = (32, 16, 8, 4, 2, 1)  # of W [N, K], the first that divides N
 COLUMN_BLOCKS = (4, 2, 1)  # of W kept as [K, N], the first that divides K; their sums are added

@@ -149,7 +149,7 @@ def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: 
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; accepted: a positive integer or None")
     num_tokens, on_gpu = q.shape[1], q.device.type == "cuda"
-    if backend == "auto" and torch.compiler.is_exporting():
+    if backend == "auto" and _exporting():
         backend = "aten"
     if backend == "auto":
         has_kernel = v.dtype != torch.float64 and mode != "parallel"
@@ -170,6 +170,11 @@ def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: 
     if mode != "chunkwise":
         chunk = 1 if mode == "recurrent" else max(1, num_tokens)
     return RetentionPlan(mode, chunk, backend, {})
+
+
+def _exporting() -> bool:
+    """Whether torch.export traces. Up to torch 2.11 `torch.compiler.is_exporting()`, traced by torch.compile, is True."""
+    return torch.compiler._is_exporting_flag
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

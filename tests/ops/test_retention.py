@@ -226,6 +226,22 @@ def test_compiles_without_graph_breaks():
         assert relative_error(x, eager[name]) < 1e-6, name
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_compiled_calls_the_operator(device):
+    """Not the plain operators that torch.export takes: unrolled, they are slow to compile and slow to run."""
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    x = torch.randn(1, 200, 2, 16, device=device)
+    decay = torch.full((2,), -0.1, device=device)
+    torch.compile(lambda x: retention(x, x, x, decay, mode="chunkwise")[0], fullgraph=True, backend=backend)(x)
+    assert called.count(torch.ops.retnet.retention) + called.count(torch.ops.retnet.retention.default) == 1
+    assert torch.einsum not in called
+
+
 def test_autocast_narrows_q_k_v_alone():
     p = make_problem(1, 20, 1, 2, 8, 8, seed=14).to(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
