@@ -26,9 +26,9 @@ class TextCodec:
         Raises ValueError if there is neither, or no token to start with.
         """
         if (Path(directory) / "tokenizer.json").is_file():
-            from transformers import AutoTokenizer
+            from transformers import PreTrainedTokenizerFast  # AutoTokenizer would ask to run the directory's own code
 
-            tokenizer = AutoTokenizer.from_pretrained(str(directory))
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
             starts = (config.bos_token_id, tokenizer.bos_token_id, config.eos_token_id, tokenizer.eos_token_id)
             start = next((token for token in starts if token is not None), None)
             if start is None:

@@ -173,7 +173,7 @@ def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: 
 
 
 def _exporting() -> bool:
-    """Whether torch.export traces. Up to torch 2.11 `torch.compiler.is_exporting()`, traced by torch.compile, is True."""
+    """Whether torch.export traces; `torch.compiler.is_exporting()` says so of torch.compile too, up to torch 2.11."""
     return torch.compiler._is_exporting_flag
 
 

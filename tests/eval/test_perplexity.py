@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from retnet.cli import main
 from retnet.eval.perplexity import count_words, perplexity
 from retnet.eval.text import TextCodec
 from retnet.models.directory import load_model
+from retnet.models.hf.tokenizer import byte_tokenizer
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import retnet_config
 
@@ -98,6 +102,20 @@ def test_the_command_gives_both_ways(byte_model, tmp_path, capsys):
     assert set(report) == {"stateful", "strided"}
     assert report["stateful"]["tokens"] == len(TEXT)
     assert report["strided"]["nats"] != report["stateful"]["nats"]
+
+
+def test_a_directory_with_a_shim_is_read_without_running_it(byte_model, tmp_path):
+    """In a fresh process, where transformers does not know the model and would ask whether to run the shim."""
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    assert "auto_map" in json.loads((byte_model / "config.json").read_text())
+    directory = shutil.copytree(byte_model, tmp_path / "model")
+    byte_tokenizer().save_pretrained(directory)
+    command = [sys.executable, "-m", "retnet.cli", "eval", str(directory), "--file", str(file), "--json"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "custom code" not in done.stdout + done.stderr
+    assert json.loads(done.stdout)
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path):
