@@ -115,17 +115,18 @@ def _turn_kernel(x, cos, sin, token, head, K: tl.constexpr, BP: tl.constexpr, RO
 def _turned(x, row, row_ok, cos, sin, K: tl.constexpr, ROTARY: tl.constexpr):
     """x [BK] turned, in x's precision."""
     own = tl.load(x + row, mask=row_ok, other=0.0)
-    if ROTARY == "none":
-        return own.to(tl.float32)
-    HALF: tl.constexpr = K // 2
-    if ROTARY == "interleaved":
-        pair, other, second = row // 2, row ^ 1, row % 2
-    else:
-        pair, other, second = row % HALF, (row + HALF) % K, row // HALF
-    partner = tl.load(x + other, mask=row_ok, other=0.0).to(tl.float32)
-    c, s = tl.load(cos + pair, mask=row_ok, other=0.0), tl.load(sin + pair, mask=row_ok, other=0.0)
-    turned = own.to(tl.float32) * c + tl.where(second == 1, partner, -partner) * s
-    return turned.to(own.dtype).to(tl.float32)
+    turned = own.to(tl.float32)
+    if ROTARY != "none":
+        HALF: tl.constexpr = K // 2
+        if ROTARY == "interleaved":
+            pair, other, second = row // 2, row ^ 1, row % 2
+        else:
+            pair, other, second = row % HALF, (row + HALF) % K, row // HALF
+        partner = tl.load(x + other, mask=row_ok, other=0.0).to(tl.float32)
+        c, s = tl.load(cos + pair, mask=row_ok, other=0.0), tl.load(sin + pair, mask=row_ok, other=0.0)
+        turned = turned * c + tl.where(second == 1, partner, -partner) * s
+        turned = turned.to(own.dtype).to(tl.float32)
+    return turned
 
 
 @triton.jit

@@ -159,5 +159,5 @@ class Attention(nn.Module):
 
     def _options(self, q: Tensor) -> dict:
         config = self.config
-        slopes = alibi_slopes(config.num_heads).to(q.device) if config.alibi else None
+        slopes = alibi_slopes(config.num_heads, q.device) if config.alibi else None
         return {"window": config.window, "slopes": slopes, "dropout": config.dropout if self.training else 0.0}

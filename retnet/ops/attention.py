@@ -17,17 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 QUERY_BLOCK = 512  # queries whose mask is built at a time
+FLEX_BLOCK = 128  # queries, and keys, that flex attention takes or skips at a time
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
-    """Slope of each head [H], float32 (Press et al. 2022, arXiv 2108.12409).
+def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
+    """Slope of each head [H], float32 (Press et al. 2022, arXiv 2108.12409), computed where it is used: a captured step
+    may not copy from the host.
 
     2^(-8/H), 2^(-16/H), ... for H a power of 2; for other H, those of the power of 2 below and then every other one of
     the power above, as its authors do.
     """
     below = 2 ** math.floor(math.log2(num_heads))
-    exponents = [8 * (h + 1) / below for h in range(below)] + [8 * (h + 0.5) / below for h in range(num_heads - below)]
-    return torch.exp2(-torch.tensor(exponents, dtype=torch.float64)).float()
+    heads = torch.arange(num_heads, dtype=torch.float64, device=device)
+    return torch.exp2(-8 / below * torch.where(heads < below, heads + 1, heads - below + 0.5)).float()
 
 
 def causal_attention(
@@ -129,17 +131,33 @@ def _attend(
 def block_mask(first_seen: Tensor):
     """What `flex_causal_attention` may skip: token i of row b sees the tokens from first_seen [B, T] to itself.
 
-    Windows and documents differ in the values of one tensor alone, so that one compiled kernel serves them all:
-    torch.compile gives up on a function, for good and for a slow one, after its eighth variant.
+    first_seen rises along a row, so which blocks of keys a block of queries sees, or sees whole, follows from the ends
+    of both: nothing of size T x T is looked at. Windows and documents differ in the values of one tensor alone, so that
+    one compiled kernel serves them all: torch.compile gives up on a function, for good and for a slow one, after its
+    eighth variant.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (j >= first_seen[b, i])
 
     B, T = first_seen.shape
-    # Compiled, since the plain version holds the whole [T, T] mask.
-    return create_block_mask(seen, B, None, T, T, device=first_seen.device, _compile=first_seen.is_cuda)
+    blocks = -(-T // FLEX_BLOCK)
+    padded = torch.cat([first_seen, first_seen[:, -1:].expand(B, blocks * FLEX_BLOCK - T)], 1)
+    of_block = padded.view(B, blocks, FLEX_BLOCK)
+    start = torch.arange(blocks, device=first_seen.device) * FLEX_BLOCK
+    end = start + FLEX_BLOCK - 1
+    visible = (start <= end[:, None]) & (end >= of_block[:, :, :1])  # [B, blocks of queries, blocks of keys]
+    whole = (end <= start[:, None]) & (start >= of_block[:, :, -1:]) & (end[:, None] < T)
+    return BlockMask.from_kv_blocks(
+        *_listed(visible & ~whole), *_listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=seen, seq_lengths=(T, T)
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, n, m] bool -> how many are set in a row [B, 1, n], and their places [B, 1, n, m] before the others: int32."""
+    count = blocks.sum(-1, dtype=torch.int32)
+    return count[:, None], blocks.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]
 
 
 def flex_causal_attention(q: Tensor, k: Tensor, v: Tensor, mask, slopes: Tensor | None = None) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import retnet.hf  # noqa: F401 (registers)
 
+Dataset = pytest.importorskip("datasets").Dataset
 trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 

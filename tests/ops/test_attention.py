@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from retnet.layers.layout import TokenLayout
 from retnet.ops import attention
@@ -87,6 +87,21 @@ def test_masks_for_flex_attention_part_documents_and_windows(monkeypatch, window
     slopes, bounds = alibi_slopes(8) if alibi else None, [0, 12, 12, 13, 40]
     out = attention.flex_causal_attention(q, k, v, flex_mask(bounds, window, "cpu"), slopes)
     torch.testing.assert_close(out, one_by_one(q, k, v, bounds, window, slopes), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("T", [1, 128, 517, 1300])
+def test_the_blocks_to_skip_are_those_of_the_whole_mask(T, window):
+    generator = torch.Generator().manual_seed(T)
+    bounds = [0, *torch.randint(0, T, (5,), generator=generator).sort().values.tolist(), T]
+    layout = TokenLayout.of((1, T), torch.device("cpu"), cu_seqlens=torch.tensor(bounds))
+    first_seen = layout.first_seen(window)
+    found = attention.block_mask(first_seen)
+    whole = create_block_mask(lambda b, h, i, j: (j <= i) & (j >= first_seen[b, i]), 1, None, T, T, device="cpu")
+    assert found.shape == whole.shape
+    assert torch.equal(found.to_dense(), whole.to_dense())
+    for name in ("kv", "full_kv", "q", "full_q"):
+        assert torch.equal(getattr(found, f"{name}_num_blocks"), getattr(whole, f"{name}_num_blocks")), name
 
 
 @pytest.mark.gpu

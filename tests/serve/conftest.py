@@ -33,7 +33,7 @@ def hybrid_model(dtype: str = "float32") -> LanguageModel:
         BlockConfig(AttentionConfig(4, 2, head_dim=8, window=16), feed_forward, norm="rms"),
         BlockConfig(Mamba2Config(32, head_dim=8, state_dim=4), None, norm="rms"),
         BlockConfig(Mamba1Config(32, time_step_rank=2), None),
-        BlockConfig(AttentionConfig(2, 1, head_dim=8), feed_forward),
+        BlockConfig(AttentionConfig(2, 1, head_dim=8, rotary="none", alibi=True), feed_forward),
     )
     return LanguageModel(ModelConfig(VOCAB, 16, layers, dtype=dtype, **STRONG)).eval()
 
