@@ -14,15 +14,15 @@ The crossover is where the Transformer's cache, and where its step, becomes the 
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import runner
 import torch
-from plots import save_lines
+from plots import Panel, lines, save_panels
 from rivals import LLAMAS, TransformerStep
-from runner import Point, append, median_milliseconds, table
+from runner import Point, append, median_milliseconds, read, table
 
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
@@ -127,8 +127,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=64.0, help="GiB for states or caches")
     parser.add_argument("--most", type=int, default=256, help="sequences at a time")
     parser.add_argument("--csv", type=Path, default=Path("out/bench_figure6.csv"))
-    parser.add_argument("--plot", type=Path, help="write PLOT_memory.png, PLOT_latency.png, PLOT_throughput.png")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw what the CSV file has")
     options = parser.parse_args()
+    if options.plot is not None:
+        plot(read(options.csv), options)
+        return
     points = []
     for measured in (by_retnet, by_transformer):
         for p in measured(options):
@@ -137,21 +140,19 @@ def main() -> None:
             points.append(p)
     for line in crossovers(points):
         print(line)
-    if options.plot is not None:
-        latency = [p for p in points if p.what == "latency"]
-        throughput = [
-            replace(p, milliseconds=tokens_per_second(p)) for p in points if p.what == "throughput"
-        ]  # drawn in tokens a second
-        name = options.model
-        save_lines(Path(f"{options.plot}_memory.png"), latency, "length", f"{name}: memory a sequence", "MiB")
-        save_lines(Path(f"{options.plot}_latency.png"), latency, "length", f"{name}: a step of {options.batch}")
-        save_lines(
-            Path(f"{options.plot}_throughput.png"),
-            throughput,
-            "length",
-            f"{name}: as many sequences as fit into {options.budget:g} GiB",
-            "tokens a second",
-        )
+
+
+def plot(points: list[Point], options: argparse.Namespace) -> None:
+    def panel(title: str, y_label: str, what: str, y: Callable[[Point], float | None]) -> Panel:
+        drawn = lines([p for p in points if p.what == what], lambda p: int(p.case.split()[-1]), y)
+        return Panel(title, "tokens of context", y_label, drawn, y_log=y_label != "milliseconds")
+
+    panels = [
+        panel("memory a sequence", "MiB", "latency", lambda p: p.extra_mebibytes),
+        panel(f"a step of {options.batch} sequences", "milliseconds", "latency", lambda p: p.milliseconds),
+        panel(f"as many sequences as {options.budget:g} GiB hold", "tokens a second", "throughput", tokens_per_second),
+    ]
+    save_panels(options.plot, panels, f"Decoding at the shape of {options.model}, weights in bfloat16")
 
 
 if __name__ == "__main__":

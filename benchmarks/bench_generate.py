@@ -1,7 +1,7 @@
 """Generation by the engine: time a token against position and batch, time to the first token, prefix hits, memory.
 
     python benchmarks/bench_generate.py --model retnet-125m --sections batch,first --threads 2
-    python benchmarks/bench_generate.py --model retnet-1.3b --dtype bfloat16 --plot out/generate
+    python benchmarks/bench_generate.py --model retnet-1.3b --dtype bfloat16
 
 Weights are random: a preset's shapes are what is measured. A time a token is the host's, Python and the copy of tokens
 included, as a user waits for it: the median over groups of 32 steps, so that late writes count. The floor is the
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import runner
 import torch
-from plots import save_lines
+from plots import Panel, lines, save_panels
 from rivals import fla_retnet, generation_milliseconds, llama, prompt_milliseconds
-from runner import Point, append, table
+from runner import Point, append, read, table
 
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
@@ -258,7 +258,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--int8", action="store_true", help="weights in int8 (torchao)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, default=Path("out/bench_generate.csv"))
-    parser.add_argument("--plot", type=Path, help="write PLOT_step.png, PLOT_position.png and PLOT_first.png")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw what the CSV file has")
     options = parser.parse_args()
     unknown = set(options.sections.split(",")) - set(SECTIONS)
     if unknown:
@@ -268,6 +268,9 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     options = parsed()
+    if options.plot is not None:
+        plot(read(options.csv), options)
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
     bench = Bench(options)
@@ -281,21 +284,28 @@ def main() -> None:
         "static": lambda bench: rival_llama(bench, "static"),
         "fla": rival_fla,
     }
-    points = []
     print(f"{options.model}, {options.dtype}{', int8 weights' * options.int8}: {weight_bytes(bench.model):,} bytes")
     for section in options.sections.split(","):
         for point in run[section](bench):
             print(table([point]), flush=True)
             append(options.csv, [point])
-            points.append(point)
-    if options.plot is not None:
-        for axis, what, title in (
-            ("position", "step", "a token by position"),
-            ("batch", "step", "a step by batch"),
-            ("prompt", "first token", "first token by prompt"),
-        ):
-            chosen = [p for p in points if p.case.startswith(axis) and p.what == what]
-            save_lines(Path(f"{options.plot}_{axis}.png"), chosen, axis, f"{options.model}: {title}")
+
+
+def plot(points: list[Point], options: argparse.Namespace) -> None:
+    def panel(title: str, axis: str, what: str) -> Panel:
+        chosen = [p for p in points if p.what == what and p.case.split()[0] == axis]
+        drawn = lines(chosen, lambda p: int(p.case.split()[-1]), lambda p: p.milliseconds)
+        floor = lines(chosen, lambda p: int(p.case.split()[-1]), lambda p: p.floor_milliseconds)
+        if "engine" in floor:
+            drawn["floor"] = floor["engine"]
+        return Panel(title, axis, "milliseconds", drawn, y_log=axis != "position")
+
+    panels = [
+        panel("a step by position", "position", "step"),
+        panel("a step by batch", "batch", "step"),
+        panel("to the first token by prompt", "prompt", "first token"),
+    ]
+    save_panels(options.plot, panels, f"{options.model}, {options.dtype}")
 
 
 if __name__ == "__main__":

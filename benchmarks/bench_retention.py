@@ -3,7 +3,7 @@ causal attention of the same width (16 heads of 128 for d = 2048) through PyTorc
 
     python benchmarks/bench_retention.py                          the cases of the paper's head sizes
     python benchmarks/bench_retention.py --sweep                  T from 512 to 32768 at 32768 tokens in all
-    python benchmarks/bench_retention.py --plot DIR               pictures of the sweep's rows
+    python benchmarks/bench_retention.py --plot PNG               a picture of the sweep's rows
 
 Prints the device's time (a captured graph), share of the floor, the host's time to launch a call, the time of a call
 among many eager ones, and peak memory beyond inputs, outputs and gradients; appends rows to a CSV file. The tensors of
@@ -12,14 +12,14 @@ flash-linear-attention tunes its kernels for minutes; `warm_fla.py` has several 
 """
 
 import argparse
-import csv
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from plots import Panel, lines, save_panels
 from runner import (
     Point,
     append,
@@ -27,6 +27,7 @@ from runner import (
     eager_milliseconds,
     extra_mebibytes,
     floor_milliseconds,
+    read,
     table,
 )
 from torch import Tensor
@@ -154,35 +155,29 @@ def measure(case: Case, implementation: str) -> list[Point]:
     return rows
 
 
-def plot(rows: Path, folder: Path) -> None:
-    """Time and memory against T of the rows of a CSV file that have 32768 tokens in all, as PNG files."""
-    import matplotlib
+def plot(points: list[Point], path: Path) -> None:
+    """Time and memory against T, of the points that have 32768 tokens in all."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def length(p: Point) -> int:
+        return Case.parse(p.case).T
 
-    with rows.open() as file:
-        points = [row for row in csv.DictReader(file) if row["what"] == "forward+backward"]
-    points = [row for row in points if (case := Case.parse(row["case"])).B * case.T == 32768 and case.K == 256]
-    for name, label, column in (
-        ("time", "forward + backward, milliseconds", "milliseconds"),
-        ("memory", "peak memory beyond inputs and results, MiB", "extra_mebibytes"),
-    ):
-        figure, axes = pyplot.subplots(figsize=(6, 4))
-        for implementation in dict.fromkeys(row["implementation"] for row in points):
-            mine = [row for row in points if row["implementation"] == implementation]
-            line = {Case.parse(row["case"]).T: float(row[column]) for row in mine}  # the newest where several are there
-            axes.plot(*zip(*sorted(line.items())), "o-", label=LABELS[implementation])
-        axes.set_xscale("log", base=2)
-        if name == "time":
-            axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.set(xlabel="tokens a sequence, 32768 in all", ylabel=label)
-        axes.legend()
-        figure.tight_layout()
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"retention-{name}.png", dpi=150)
+    chosen = [
+        replace(p, implementation=LABELS[p.implementation])
+        for p in points
+        if p.what == "forward+backward" and (case := Case.parse(p.case)).B * case.T == 32768 and case.K == 256
+    ]
+    x_label = "tokens a sequence, 32768 in all"
+    panels = [
+        Panel("forward + backward", x_label, "milliseconds", lines(chosen, length, lambda p: p.milliseconds)),
+        Panel(
+            "peak memory beyond inputs and results",
+            x_label,
+            "MiB",
+            lines(chosen, length, lambda p: p.extra_mebibytes),
+            y_log=False,
+        ),
+    ]
+    save_panels(path, panels, "Eight heads (256, 512), bfloat16, one NVIDIA H200")
 
 
 def main() -> None:
@@ -193,10 +188,10 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="T from 512 to 32768 at 32768 tokens in all")
     parser.add_argument("--implementations", default="ours,portable,fla,cudnn,flash")
     parser.add_argument("--csv", type=Path, default=Path("out/bench_retention.csv"))
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="only plot what the CSV file has of the sweep, as PNG")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw what the CSV file has of the sweep")
     options = parser.parse_args()
     if options.plot:
-        plot(options.csv, options.plot)
+        plot(read(options.csv), options.plot)
         return
     for case in options.case or (SWEEP if options.sweep else CASES):
         for implementation in options.implementations.split(","):

@@ -1,31 +1,78 @@
-"""Lines of measured points, one a implementation, against the number that ends their case ("batch 64")."""
+"""Pictures of measured points: panels side by side, a line for each implementation, one legend."""
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from runner import Point
 
+# Colours that colour-blind readers tell apart (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-def save_lines(path: Path, points: list[Point], x_label: str, title: str, y_label: str = "milliseconds") -> None:
-    """Both axes logarithmic, of times, or of memory if y_label is "MiB"; nothing is written without points."""
-    if not points:
-        return
+
+@dataclass(frozen=True)
+class Panel:
+    """lines: implementation -> points (x, y). The x axis is logarithmic; y is if y_log, and begins at 0 if not."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    y_log: bool = True
+
+
+def lines(
+    points: Iterable[Point], x: Callable[[Point], float], y: Callable[[Point], float | None]
+) -> dict[str, list[tuple[float, float]]]:
+    """One line for each implementation; of points at one x the last, which is the newest of a CSV file."""
+    found: dict[str, dict[float, float]] = {}
+    for point in points:
+        value = y(point)
+        if value is not None:
+            found.setdefault(point.implementation, {})[x(point)] = value
+    return {name: sorted(line.items()) for name, line in found.items()}
+
+
+def save_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
+    """A PNG; ValueError without a single point."""
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name in dict.fromkeys(p.implementation for p in points):
-        mine = sorted((int(p.case.split()[-1]), p) for p in points if p.implementation == name)
-        values = [p.extra_mebibytes if y_label == "MiB" else p.milliseconds for _, p in mine]
-        axes.plot([x for x, _ in mine], values, marker="o", label=name)
-    floors = sorted({(int(p.case.split()[-1]), p.floor_milliseconds) for p in points if p.floor_milliseconds})
-    if floors and y_label == "milliseconds":
-        lowest = {x: min(y for other, y in floors if other == x) for x, _ in floors}
-        axes.plot(list(lowest), list(lowest.values()), linestyle=":", color="black", label="floor")
-    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    panels = [panel for panel in panels if panel.lines]
+    if not panels:
+        raise ValueError("no points to draw")
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    colours = dict(zip(names, COLOURS * len(names)))
+    figure, row = pyplot.subplots(
+        1, len(panels), figsize=(4.2 * len(panels) + 2.2, 3.9), squeeze=False, layout="constrained"
+    )
+    for axes, panel in zip(row[0], panels, strict=True):
+        for name, line in panel.lines.items():
+            axes.plot(*zip(*line), color=colours[name], marker="o", markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(_short)
+        if panel.y_log:
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(_short)
+        else:
+            axes.set_ylim(0, None)
+        axes.set_title(panel.title, fontsize=10)
+        axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = [pyplot.Line2D([], [], color=colours[name], marker="o", markersize=4) for name in names]
+    figure.legend(handles, names, loc="outside right center", frameon=False)
+    figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _short(value: float, _position: int) -> str:
+    """1024 as 1k, 1048576 as 1M."""
+    for unit, size in (("M", 2**20), ("k", 2**10)):
+        if value >= size and value % size == 0:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"

@@ -73,6 +73,18 @@ def append(path: Path, points: list[Point]) -> None:
             writer.writerow({**row, "share_of_floor": point.share_of_floor, **certificate()})
 
 
+def read(path: Path) -> list[Point]:
+    """The rows of a CSV file that `append` wrote, without their certificates."""
+    texts = ("bench", "case", "implementation", "what", "note")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    numbers = [f.name for f in fields(Point) if f.name not in (*texts, "certificate")]
+    return [
+        Point(**{k: row[k] for k in texts}, **{k: float(row[k]) if row[k] else None for k in numbers})  # type: ignore[arg-type]
+        for row in rows
+    ]
+
+
 def table(points: list[Point]) -> str:
     """Points as aligned text, one line each."""
     lines = []

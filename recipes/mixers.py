@@ -177,7 +177,7 @@ def picture(found: dict, path: Path) -> None:
         ),
         Panel(
             "what a past is worth", "tokens before", "bits a byte", found["positions"], x_base=2,
-            limit=(found["length"], "trained to here"),
+            y_range=(late[0] - 0.15, 2.3), limit=(found["length"], "trained to here"),
         ),
         Panel("what decoding carries", "tokens before", "state, KiB", state, x_base=2, y_base=2, markers=False),
     ]  # fmt: skip

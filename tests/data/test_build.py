@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -139,7 +140,9 @@ def start(source, tokenizer_file, tmp_path):
         words = [sys.executable, "-m", "retnet.cli", "data", source, tmp_path / "out", "--tokenizer", tokenizer_file]
         words += ["--separator", r"\n--\n", "--shard-size", SHARD_SIZE / 2**20, "--workers", 2]
         words = ["bash", "-c", f'{limit}; exec "$@"', "bash", *map(str, words)]
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # Tests that a shell started in the background ignore SIGINT, and so would this.
+        heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
     return run
 

@@ -130,9 +130,9 @@ def test_the_best_rate_is_chosen_over_all_pairs_and_seeds():
 
 @pytest.mark.slow
 def test_a_hybrid_learns_to_recall():
-    """Retention finds the token before, attention the pair: in 400 steps, where a guess among the values gives 0.25."""
+    """Retention finds the token before, attention the pair: in 800 steps, where a guess among the values gives 0.25."""
     setting = replace(
-        mqar.SETTINGS["tiny"], tasks=((16, 2), (16, 4)), rates=(3e-3,), steps=400, stacks=("RetNet + attention",)
+        mqar.SETTINGS["tiny"], tasks=((16, 2), (16, 4)), rates=(3e-3,), steps=800, stacks=("RetNet + attention",)
     )
     [rows] = mqar.measure(setting, torch.device("cpu"), graphs=False)
     assert min(row["accuracy"] for row in rows) > 0.9
