@@ -1,6 +1,8 @@
 """Several runs in one picture: validation loss against tokens, by the names of their folders.
 
-python recipes/curves.py out/retnet-125m_enwiki2015_h200 out/llama-125m_enwiki2015_h200 --png out/wikipedia.png
+    python recipes/curves.py out/retnet-125m_enwiki2015_h200 out/llama-125m_enwiki2015_h200 --png out/wikipedia.png
+
+The folders are those that `retnet train` wrote.
 """
 
 import argparse
