@@ -13,10 +13,12 @@ out and named.
 
 import argparse
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -37,37 +39,38 @@ MAMBA1_CASES = ((1, 8192, 1536, 16), (4, 8192, 1536, 16))  # B, T, D, d_state
 CPU_MAMBA2 = (1, 1024, 768)  # B, T, width of the model
 CPU_MAMBA1 = (1, 128, 768)  # transformers' backward takes time quadratic in T: 5 s here, minutes at 1024
 CHUNK = 64  # of the floor's count of operations
+COMPILED_SCAN = importlib.util.find_spec("selective_scan_cuda") is not None  # mamba-ssm's extension
 
 
 # --- one mixer on a GPU ---
 
 
-def mamba2_forms(T: int, H: int) -> dict[str, tuple[bool, Callable[..., Tensor]]]:
-    """Implementation -> (queries and keys a head?, (C, B, v, log_decay) -> out)."""
+def mamba2_forms(H: int) -> dict[str, tuple[bool, Callable[..., Tensor]]]:
+    """Implementation -> (queries and keys a head?, (C, B, x, step) -> out), for rates of -1."""
 
-    def ours(q, k, v, log_decay):
-        return retention(q, k, v, log_decay, scale=1.0, return_state=False)[0]
+    def ours(q, k, x, step):
+        return retention(q, k, x * step[..., None].to(x.dtype), -step, scale=1.0, return_state=False)[0]
 
     forms: dict[str, tuple[bool, Callable[..., Tensor]]] = {"ours": (False, ours), "ours per head": (True, ours)}
     if importlib.util.find_spec("fla"):
         from fla.ops.simple_gla import chunk_simple_gla
 
-        def fla(q, k, v, log_decay):
-            q, k = (x.expand(-1, -1, v.shape[2], -1).contiguous() if x.shape[2] == 1 else x for x in (q, k))
-            return chunk_simple_gla(q, k, v, log_decay, scale=1.0)[0]
+        def fla(q, k, x, step):
+            q, k = (z.expand(-1, -1, x.shape[2], -1).contiguous() if z.shape[2] == 1 else z for z in (q, k))
+            return chunk_simple_gla(q, k, x * step[..., None].to(x.dtype), -step, scale=1.0)[0]
 
         forms |= {"fla": (False, fla), "fla per head": (True, fla)}
     else:
         print("flash-linear-attention is not installed (pip install retnet[bench]): left out")
     if importlib.util.find_spec("mamba_ssm"):
+        if not COMPILED_SCAN:  # built without Mamba-1, which its import asks for and Mamba-2 does not call
+            sys.modules["selective_scan_cuda"] = ModuleType("selective_scan_cuda")
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-        step = torch.ones(1, T, H, device="cuda")
+        rates = -torch.ones(H, device="cuda")
 
-        def mamba_ssm(q, k, v, log_decay):
-            # Its decay is dt A: with A = -1 the time step is -log_decay, and its input x is v / dt.
-            dt = -log_decay
-            return mamba_chunk_scan_combined(v / dt[..., None].to(v.dtype), dt, -step[0, 0], k, q, chunk_size=256)
+        def mamba_ssm(q, k, x, step):
+            return mamba_chunk_scan_combined(x, step, rates, k, q, chunk_size=256)
 
         forms["mamba-ssm"] = (False, mamba_ssm)
     else:
@@ -77,19 +80,19 @@ def mamba2_forms(T: int, H: int) -> dict[str, tuple[bool, Callable[..., Tensor]]
 
 def mamba2_points(B: int, T: int, H: int, K: int, V: int) -> list[Point]:
     points = []
-    for name, (per_head, form) in mamba2_forms(T, H).items():
+    for name, (per_head, form) in mamba2_forms(H).items():
         G = H if per_head else 1
         generator = torch.Generator("cuda").manual_seed(0)
         draw = partial(torch.randn, generator=generator, device="cuda", dtype=torch.bfloat16)
-        q, k, v = draw(B, T, G, K), draw(B, T, G, K) * K**-0.5, draw(B, T, H, V)
-        log_decay = -0.1 * torch.rand(B, T, H, generator=generator, device="cuda")
+        q, k, x = draw(B, T, G, K), draw(B, T, G, K) * K**-0.5, draw(B, T, H, V)
+        step = 0.1 * torch.rand(B, T, H, generator=generator, device="cuda")
         floors = [_mamba2_floor(B * T, G, H, K, V, backward) for backward in (False, True)]
-        points += _timed("mamba2", f"mamba2 {B},{T},{H},{K},{V}", name, form, [q, k, v, log_decay], floors)
+        points += _timed("mamba2", f"mamba2 {B},{T},{H},{K},{V}", name, form, [q, k, x, step], floors)
     return points
 
 
 def _mamba2_floor(tokens: int, G: int, H: int, K: int, V: int, backward: bool) -> float:
-    """Operations of retention's count; queries and keys are moved once a group, log decays in float32."""
+    """Operations of retention's count; queries and keys are moved once a group, steps in float32."""
     operations = H * (CHUNK * (K + V) + 4 * K * V)
     moved = 2 * (2 * G * K + 2 * H * V) + 4 * H
     if backward:
@@ -104,7 +107,7 @@ def mamba1_points(B: int, T: int, D: int, N: int) -> list[Point]:
     x, write, read = draw(B, T, D).bfloat16(), draw(B, T, N).bfloat16(), draw(B, T, N).bfloat16()
     step, rate = F.softplus(draw(B, T, D) - 4), -torch.arange(1, N + 1, device="cuda").expand(D, N).float()
     forms: dict[str, Callable[..., Tensor]] = {"ours": lambda *z: selective_scan(*z)[0]}
-    if importlib.util.find_spec("mamba_ssm"):
+    if importlib.util.find_spec("mamba_ssm") and COMPILED_SCAN:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
         def mamba_ssm(x, step, rate, write, read):
@@ -133,20 +136,17 @@ def _timed(bench: str, case: str, name: str, form: Callable, tensors: list[Tenso
     def both():
         return torch.autograd.grad(form(*leaves), leaves, dout)
 
-    try:
-        both()
-        memory = extra_mebibytes(both, sum(x.numel() * x.element_size() for x in leaves))
-        times = [device_milliseconds(forward), device_milliseconds(both)]
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        return [Point(bench, case, name, "failed", float("inf"), note=str(error).splitlines()[0][:100])]
-    finally:
+    points = []
+    for what, run, floor in (("forward", forward, floors[0]), ("forward+backward", both, floors[1])):
+        try:
+            run()
+            memory = extra_mebibytes(run, sum(x.numel() * x.element_size() for x in leaves)) if run is both else None
+            device, host = device_milliseconds(run)
+            points.append(Point(bench, case, name, what, device, floor, host, extra_mebibytes=memory))
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            points.append(Point(bench, case, name, what, float("inf"), note=str(error).splitlines()[0][:100]))
         torch.cuda.empty_cache()
-    return [
-        Point(bench, case, name, what, device, floor, host, mebibytes)
-        for what, (device, host), floor, mebibytes in zip(
-            ("forward", "forward+backward"), times, floors, (None, memory), strict=True
-        )
-    ]
+    return points
 
 
 # --- on a CPU: Mamba-2's recurrence alone, and whole layers ---
