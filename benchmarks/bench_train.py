@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from runner import Point, append, median_milliseconds, table
+from runner import Point, append, median_milliseconds, profile_table, table
 from torch import Tensor, nn
 
 from retnet import LanguageModel
@@ -90,7 +90,7 @@ def training_step(model: nn.Module, hidden: Callable[[Tensor], Tensor], weight: 
     return step
 
 
-def measure(name: str, batch: int, tokens: int, *, warm_only: bool) -> Point | None:
+def measure(name: str, batch: int, tokens: int, *, warm_only: bool, profile: int) -> Point | None:
     build, compiled = MODELS[name]
     model, layers, hidden, weight = build()
     model.train()
@@ -110,6 +110,8 @@ def measure(name: str, batch: int, tokens: int, *, warm_only: bool) -> Point | N
     torch.cuda.reset_peak_memory_stats()
     milliseconds = median_milliseconds(step, budget=4.0)
     peak = torch.cuda.max_memory_allocated() / 2**20
+    if profile:
+        print(profile_table(step, 2, profile, torch.device("cuda")), flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     note = f"{1e3 * batch * tokens / milliseconds:.0f} tokens/s, {parameters / 1e9:.3f}B parameters"
     note += f", first two steps {first:.0f} s"
@@ -122,7 +124,7 @@ def run_apart(name: str, options: argparse.Namespace) -> None:
     """Measure one model in a process of its own, which prints its row."""
     command = [sys.executable, __file__, "--here", "--only", name]
     command += ["--tokens", str(options.tokens), "--batch", str(options.batch), "--csv", str(options.csv)]
-    command += ["--warm-only"] if options.warm_only else []
+    command += ["--profile", str(options.profile), *(["--warm-only"] if options.warm_only else [])]
     try:
         code = subprocess.run(command, timeout=options.limit, check=False).returncode
     except subprocess.TimeoutExpired:
@@ -139,9 +141,12 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds for each model's process")
     parser.add_argument("--here", action="store_true", help="measure in this process")
     parser.add_argument("--warm-only", action="store_true", help="only fill the compilers' caches")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of a step")
     parser.add_argument("--csv", type=Path, default=Path("out/bench_train.csv"))
     options = parser.parse_args()
-    run = partial(measure, batch=options.batch, tokens=options.tokens, warm_only=options.warm_only)
+    run = partial(
+        measure, batch=options.batch, tokens=options.tokens, warm_only=options.warm_only, profile=options.profile
+    )
     for name in options.only:
         if not options.here:
             run_apart(name, options)

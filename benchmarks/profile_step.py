@@ -7,7 +7,7 @@ import argparse
 import time
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from runner import profile_table
 
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
@@ -39,19 +39,8 @@ def main() -> None:
     for _ in range(options.steps):
         engine.step()
     wall = 1e3 * (time.perf_counter() - begin) / options.steps
-    on_gpu = options.device.startswith("cuda")
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiled:
-        for _ in range(options.steps):
-            engine.step()
-    rows = [e for e in profiled.key_averages() if not on_gpu or e.self_device_time_total > 0]
-    taken = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / options.steps for e in rows}
-    calls = sum(e.count for e in rows) / options.steps
-    busy = sum(taken.values()) / 1e3
-    print(f"{wall:.3f} ms a step without the profiler; {calls:.0f} kernels or operators, {busy:.3f} ms in them")
-    for e in sorted(rows, key=lambda e: -taken[e.key])[: options.rows]:
-        each = taken[e.key] / max(1.0, e.count / options.steps)
-        print(f"{taken[e.key]:9.1f} us {e.count / options.steps:6.1f} x {each:8.2f} us  {e.key[:110]}")
+    print(f"{wall:.3f} ms a step without the profiler")
+    print(profile_table(engine.step, options.steps, options.rows, torch.device(options.device)))
 
 
 if __name__ == "__main__":

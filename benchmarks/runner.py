@@ -22,6 +22,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,25 @@ def table(points: list[Point]) -> str:
         memory = "" if p.extra_mebibytes is None else f"{p.extra_mebibytes:9.0f} MiB"
         name = f"{p.case:26s} {p.implementation:10s} {p.what:17s}"
         lines.append(f"{name} {p.milliseconds:10.4f} ms {share:15s} {host} {memory} {p.note}")
+    return "\n".join(lines)
+
+
+def profile_table(step: Callable[[], object], steps: int, rows: int, device: torch.device) -> str:
+    """Where the time of a step goes: kernels on a GPU, operators on a CPU, those that take most first."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiled:
+        for _ in range(steps):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    events = [e for e in profiled.key_averages() if (e.device_type == DeviceType.CUDA) == on_gpu]
+    taken = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / steps for e in events}
+    calls = sum(e.count for e in events) / steps
+    lines = [f"{calls:.0f} {'kernels' if on_gpu else 'operators'}, {sum(taken.values()) / 1e3:.3f} ms in them"]
+    for e in sorted(events, key=lambda e: -taken[e.key])[:rows]:
+        each = taken[e.key] / max(1.0, e.count / steps)
+        lines.append(f"{taken[e.key]:9.1f} us {e.count / steps:6.1f} x {each:8.2f} us  {e.key[:110]}")
     return "\n".join(lines)
 
 
