@@ -76,6 +76,7 @@ class AttentionConfig:
 class Attention(nn.Module):
     """x [B, T, D] -> y [B, T, D], keys and values of the tokens seen."""
 
+    FLEX_DEVICES = ("cuda",)
     FLEX_TOKENS = 128  # below, compiling and masking blocks costs more than it skips
     FLEX_HEAD_DIM = 16  # narrower heads it does not take
 
@@ -90,8 +91,10 @@ class Attention(nn.Module):
 
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
         """Work out what stays the same from layer to layer (`Block.prepare`)."""
-        if self.config.rotary != "none" and layout.mask is None:
-            self._rotation(layout, self.config.rotary, dtype)
+        if layout.mask is None:
+            if self.config.rotary != "none":
+                self._rotation(layout, self.config.rotary, dtype)
+            self._flex_mask(layout)
 
     def _rotation(self, layout: TokenLayout, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -126,18 +129,24 @@ class Attention(nn.Module):
         return out, state if layout.carry else None
 
     def _fresh(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        options = self._options(q)
-        skips = layout.cu_seqlens is not None or options["window"] is not None or options["slopes"] is not None
-        flexible = self.config.head_dim >= self.FLEX_HEAD_DIM and not options["dropout"]
-        if q.is_cuda and skips and flexible and q.shape[1] >= self.FLEX_TOKENS:
-            window = options["window"]
-            mask = layout.once(("block_mask", window), lambda: block_mask(layout.first_seen(window)))
+        options, mask = self._options(q), self._flex_mask(layout)
+        if mask is not None:
             return flex_causal_attention(q, k, v, mask, options["slopes"])
         bounds = layout.bounds
         if bounds is None:
             return causal_attention(q, k, v, **options)
         documents = [slice(start, end) for start, end in pairwise(bounds)]
         return torch.cat([q[:, :0], *(causal_attention(q[:, d], k[:, d], v[:, d], **options) for d in documents)], 1)
+
+    def _flex_mask(self, layout: TokenLayout):
+        """What flex attention may skip, where it serves; None elsewhere."""
+        config, positions = self.config, layout.positions
+        skips = layout.cu_seqlens is not None or config.window is not None or config.alibi
+        flexible = config.head_dim >= self.FLEX_HEAD_DIM and not (config.dropout and self.training)
+        fits = positions.device.type in self.FLEX_DEVICES and positions.shape[1] >= self.FLEX_TOKENS
+        if not (skips and flexible and fits):
+            return None
+        return layout.once(("block_mask", config.window), lambda: block_mask(layout.first_seen(config.window)))
 
     def _continued(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, layout: TokenLayout) -> Tensor:
         """Several tokens after cached ones: every sequence attends to its cache and to its new tokens."""

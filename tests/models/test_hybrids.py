@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
-from retnet.layers.attention import AttentionConfig
+from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.block import MIXERS, BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
@@ -18,6 +19,7 @@ from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.states import STATES, ModelState
+from retnet.ops import attention
 
 D = 12
 FEED_FORWARD = FeedForwardConfig(16, gated=True, activation="swish")
@@ -174,3 +176,19 @@ def test_cuda_equals_the_cpu_in_logits_gradients_and_decoding(packed):
         results.append([x.cpu() for x in (out.logits, step.logits, *grads)])
     for cpu, cuda in zip(*results):
         assert (cuda - cpu).norm() <= 5e-3 * cpu.norm() + 1e-6
+
+
+@torch.no_grad()
+def test_blocks_compiled_one_by_one_share_the_mask_of_flex_attention(monkeypatch):
+    """With its plain form on a CPU. Every call has other documents."""
+    layer = BlockConfig(AttentionConfig(4, 2, head_dim=16), FeedForwardConfig(64), norm="rms")
+    model = LanguageModel(ModelConfig(50, 64, (layer,) * 3, init="normal", init_std=0.2)).eval()
+    calls = [(torch.randint(50, (1, 300)), torch.tensor([0, n, 2 * n, 300])) for n in (40, 100, 131)]
+    expected = [model(ids, cu_seqlens=bounds).logits for ids, bounds in calls]
+    monkeypatch.setattr(Attention, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)
+    torch._dynamo.reset()
+    for block in model.layers:
+        block.compile(backend="aot_eager")
+    for (ids, bounds), logits in zip(calls, expected):
+        torch.testing.assert_close(model(ids, cu_seqlens=bounds).logits, logits, rtol=1e-4, atol=1e-4)
