@@ -33,7 +33,7 @@ def train(
     if len(files) > 1:
         raise ValueError(f"one recipe at a time, got {', '.join(files)} (settings are key=value)")
 
-    from accelerate import PartialState
+    from torch import distributed as dist
     from transformers.utils.logging import disable_progress_bar
 
     from retnet.train.recipe import load_recipe
@@ -56,4 +56,5 @@ def train(
             f"validation perplexity {summary.valid_perplexity:.2f}, {summary.valid_bits_per_byte:.3f} bits per byte"
         )
     console.print("; ".join([*parts, f"saved in {recipe.training['output_dir']}"]), highlight=False, soft_wrap=True)
-    PartialState().destroy_process_group()  # of one process there is none
+    if dist.is_initialized():
+        dist.destroy_process_group()
