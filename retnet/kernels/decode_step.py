@@ -130,17 +130,23 @@ def _turned(x, row, row_ok, cos, sin, K: tl.constexpr, ROTARY: tl.constexpr):
 
 
 @triton.jit
+def _begin(H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DEPENDENT: tl.constexpr):
+    """This program's tile of values, head and sequence, once the kernels before have ended."""
+    start_next(DEPENDENT)
+    await_previous(DEPENDENT)
+    V_TILES: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    return pid % V_TILES, (pid // V_TILES) % H, (pid // (V_TILES * H)).to(tl.int64)
+
+
+@triton.jit
 def _write_kernel(
     q, k, v, cos, sin, log_decay, change, state, active, out,
     q_batch, q_head, k_batch, k_head, v_batch, v_head, state_batch, scale,
     H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    start_next(DEPENDENT)
-    await_previous(DEPENDENT)
-    V_TILES: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    tile, h, b = pid % V_TILES, (pid // V_TILES) % H, (pid // (V_TILES * H)).to(tl.int64)
+    tile, h, b = _begin(H, V, BV, DEPENDENT)
     row, column = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
     row_ok, column_ok = row < K, column < V
     out += (b * H + h) * V
@@ -175,11 +181,7 @@ def _defer_kernel(
     BK: tl.constexpr, BV: tl.constexpr, SLAB: tl.constexpr, FOLD: tl.constexpr, W: tl.constexpr,
     ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    start_next(DEPENDENT)
-    await_previous(DEPENDENT)
-    V_TILES: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    tile, h, b = pid % V_TILES, (pid // V_TILES) % H, (pid // (V_TILES * H)).to(tl.int64)
+    tile, h, b = _begin(H, V, BV, DEPENDENT)
     column = tile * BV + tl.arange(0, BV)
     column_ok = column < V
     out += (b * H + h) * V

@@ -94,7 +94,8 @@ class Attention(nn.Module):
         if layout.mask is None:
             if self.config.rotary != "none":
                 self._rotation(layout, self.config.rotary, dtype)
-            self._flex_mask(layout)
+            if not layout.carry:  # else there may be a cache to attend to, and no use for it
+                self._flex_mask(layout)
 
     def _rotation(self, layout: TokenLayout, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         config = self.config
