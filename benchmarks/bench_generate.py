@@ -190,29 +190,28 @@ def restore(bench: Bench) -> Iterator[Point]:
 
 
 def rival_llama(bench: Bench, cache: str | None = None) -> Iterator[Point]:
-    """transformers' Llama: `generate` by batch, and for the growing cache the first token by prompt length."""
-    name = "llama dynamic" if cache is None else "llama static"
+    """transformers' Llama, with its growing cache or the static one, whose prompts take as long."""
     model = llama(bench.options.model, bench.device, max(bench.options.prompts) + 1024)
-    for batch in bench.options.batch:
-        taken = generation_milliseconds(model, batch, bench.options.context, 64, cache)
-        yield Point("generate", f"batch {batch}", name, "step", taken, note=f"{1e3 * batch / taken:.1f} tokens/s")
-    if cache is None:
-        for length in bench.options.prompts:
-            yield Point("generate", f"prompt {length}", name, "first token", prompt_milliseconds(model, length))
-    del model
-    free(bench.device)
+    prompts = bench.options.prompts if cache is None else []
+    yield from _rival(bench, "llama dynamic" if cache is None else "llama static", model, cache, prompts)
 
 
 def rival_fla(bench: Bench) -> Iterator[Point]:
-    """FLA's RetNet through `generate`."""
+    """FLA's RetNet."""
     model = fla_retnet(bench.options.model, bench.device, max(bench.options.prompts) + 1024)
     if model is None:
         print("flash-linear-attention is not installed (pip install retnet[bench]): left out")
         return
+    yield from _rival(bench, "fla", model, None, bench.options.prompts)
+
+
+def _rival(bench: Bench, name: str, model, cache: str | None, prompts: list[int]) -> Iterator[Point]:
+    """Steps of `generate` by batch, and the first token by prompt length."""
     for batch in bench.options.batch:
-        taken = generation_milliseconds(model, batch, bench.options.context, 32, None)
-        yield Point("generate", f"batch {batch}", "fla", "step", taken, note=f"{1e3 * batch / taken:.1f} tokens/s")
-    del model
+        taken = generation_milliseconds(model, batch, bench.options.context, 32, cache)
+        yield Point("generate", f"batch {batch}", name, "step", taken, note=f"{1e3 * batch / taken:.1f} tokens/s")
+    for length in prompts:
+        yield Point("generate", f"prompt {length}", name, "first token", prompt_milliseconds(model, length))
     free(bench.device)
 
 
