@@ -45,11 +45,17 @@ COMPILED_SCAN = importlib.util.find_spec("selective_scan_cuda") is not None  # m
 # --- one mixer on a GPU ---
 
 
+@torch.compile(dynamic=False)
+def written(x: Tensor, step: Tensor) -> Tensor:
+    """x [B, T, H, V] times its steps [B, T, H], one kernel each way as in a compiled model; mamba-ssm's does it inside."""
+    return x * step[..., None].to(x.dtype)
+
+
 def mamba2_forms(H: int) -> dict[str, tuple[bool, Callable[..., Tensor]]]:
     """Implementation -> (queries and keys a head?, (C, B, x, step) -> out), for rates of -1."""
 
     def ours(q, k, x, step):
-        return retention(q, k, x * step[..., None].to(x.dtype), -step, scale=1.0, return_state=False)[0]
+        return retention(q, k, written(x, step), -step, scale=1.0, return_state=False)[0]
 
     forms: dict[str, tuple[bool, Callable[..., Tensor]]] = {"ours": (False, ours), "ours per head": (True, ours)}
     if importlib.util.find_spec("fla"):
@@ -57,7 +63,7 @@ def mamba2_forms(H: int) -> dict[str, tuple[bool, Callable[..., Tensor]]]:
 
         def fla(q, k, x, step):
             q, k = (z.expand(-1, -1, x.shape[2], -1).contiguous() if z.shape[2] == 1 else z for z in (q, k))
-            return chunk_simple_gla(q, k, x * step[..., None].to(x.dtype), -step, scale=1.0)[0]
+            return chunk_simple_gla(q, k, written(x, step), -step, scale=1.0)[0]
 
         forms |= {"fla": (False, fla), "fla per head": (True, fla)}
     else:

@@ -169,7 +169,7 @@ def enter(log_decay, sums, plane, position, length, PER_TOKEN: tl.constexpr, MAS
 
 @triton.jit
 def enter_exponent(log_decay, sums, plane, last, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr):
-    """The log of the product of a whole segment's decays, `last` its last token; far below 0 for a reset."""
+    """The log of the product of whole segments' decays, `last` their last tokens; far below 0 for a reset."""
     high, low, resets = running(sums, plane, last, last + 1, PER_TOKEN, MASKED)
     if PER_TOKEN:
         return tl.where(resets == 0.0, high + low, -1000.0)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retnet.kernels.decay import Decay, running
-from retnet.kernels.layout import Layout, segment_bounds, state_of, tokens_ok
+from retnet.kernels.layout import Layout, segment_bounds, sequence_of, state_of, tokens_ok
 
 
 def decay_gradient(
@@ -81,7 +81,7 @@ def _decay_gradient_kernel(
         crossing = _inner_product(after, state_of(dstates, slot, h, H, STATE), STATE, BLOCK)
     elif dfinal is not None:
         if PACKED:
-            n = _sequence_of(slot, first_slot, num_sequences)
+            n = sequence_of(slot, first_slot, num_sequences)
         else:
             n = slot // tl.cdiv(T, L)
         last = state_of(final, n, h, H, STATE)
@@ -118,16 +118,3 @@ def _inner_product(a, b, SIZE: tl.constexpr, BLOCK: tl.constexpr):
         x, y = tl.load(a + i, mask=i < SIZE, other=0.0), tl.load(b + i, mask=i < SIZE, other=0.0)
         total += x.to(tl.float32) * y.to(tl.float32)
     return tl.sum(total, 0)
-
-
-@triton.jit
-def _sequence_of(slot, first_slot, num_sequences):
-    """The sequence whose last slot this is: the number of sequences that end at or before it."""
-    low, high = 0, num_sequences
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(first_slot + middle + 1) <= slot:
-            low = middle + 1
-        else:
-            high = middle
-    return low

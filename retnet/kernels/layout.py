@@ -110,6 +110,19 @@ def sequence_bounds(n, cu_seqlens, first_slot, T, L: tl.constexpr, PACKED: tl.co
 
 
 @triton.jit
+def sequence_of(slot, first_slot, num_sequences):
+    """The sequence that has this slot: the number of sequences that end at or before it."""
+    low, high = 0, num_sequences
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(first_slot + middle + 1) <= slot:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
 def head_rows(pointer, start, head, row_stride, head_stride):
     """The rows of one head from row `start` on. A head's stride may be a whole sequence long: 64 bits."""
     return pointer + start * row_stride + tl.cast(head, tl.int64) * head_stride

@@ -14,8 +14,8 @@ from retnet.kernels.decay_grad import decay_gradient
 from retnet.kernels.layout import Layout
 from retnet.kernels.problem import Gradients, Problem
 from retnet.kernels.segment import read_segments
-from retnet.kernels.states import walk_states
-from retnet.kernels.tiles import Tiles, tiles_on
+from retnet.kernels.states import most_parts, walk_states
+from retnet.kernels.tiles import SEGMENTS, Tiles, tiles_on
 
 
 def portable_forward(problem: Problem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
@@ -125,8 +125,9 @@ def portable_backward(
 def portable_tiles(problem: Problem) -> Tiles:
     """The block shapes of a problem."""
     q, v = problem.q, problem.v
-    heads, per_token = problem.num_sequences * v.shape[2], problem.log_decay.dim() == 3
-    return tiles_on(q.device, v.dtype, q.shape[-1], v.shape[-1], heads, per_token, problem.chunk_size)
+    sequences, per_token = problem.num_sequences, problem.log_decay.dim() == 3
+    walks = sequences * v.shape[2] * most_parts(v.shape[0] * v.shape[1], sequences, max(SEGMENTS))
+    return tiles_on(q.device, v.dtype, q.shape[-1], v.shape[-1], walks, per_token, problem.chunk_size)
 
 
 def _prepare(problem: Problem) -> tuple[Tiles, Layout, Decay]:

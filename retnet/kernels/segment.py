@@ -10,7 +10,8 @@ The adjoint of retention is retention, so these two make the output and three gr
 
 A program makes BM rows x BO columns of one head, or of one group for dq and dk, summing its heads in order, and visits
 the segment's tokens in tiles of BN. The contraction over x's columns runs whole where a row of x fits (BR covers it),
-else in slices of BR, which the state and the first tile of tokens share. Everything accumulates in float32.
+else in slices of BR, which the state and the first tile of tokens share. Everything accumulates in float32. Heads that
+share queries and keys have kernels of their own where rows are short enough (`segment_shared`).
 """
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from retnet.kernels.decay import Decay, between, between_all, decay_of_head, enter, leave, running
 from retnet.kernels.layout import Layout, head_rows, load_tile, segment_bounds, state_of, tokens_ok
-from retnet.kernels.tiles import SegmentTile, precision
+from retnet.kernels.segment_shared import read_shared_segments
+from retnet.kernels.tiles import SegmentTile, precision, shared_tile
 
 
 def read_segments(
@@ -47,6 +49,22 @@ def read_segments(
     H = states.shape[1]
     R, O = x.shape[-1], z.shape[-1]
     out_heads = z.shape[1]
+    shared = shared_tile(z.dtype, *states.shape[2:], layout.segment) if min(x.shape[1], out_heads) < H else None
+    if shared is not None and layout.num_slots > 0:
+        return read_shared_segments(
+            x,
+            y,
+            z,
+            states,
+            decay,
+            layout,
+            shared,
+            state_scale=state_scale,
+            pair_scale=pair_scale,
+            reverse=reverse,
+            sum_heads=sum_heads,
+            row_dot_with=row_dot_with,
+        )
     out = torch.empty(layout.num_tokens, out_heads, O, dtype=z.dtype, device=z.device)
     column_tiles = triton.cdiv(O, tile.BO)
     dots = None

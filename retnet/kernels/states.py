@@ -5,10 +5,13 @@
 
 The adjoint of retention is retention read backwards, so one kernel makes both. A program keeps a [BK, BV] tile of one
 head's state in float32 registers and walks its sequence in chunks of BT tokens; the weight, <= 1, is put on x, the
-operand that the tensor cores take from registers. States are stored once a segment (L tokens), not once a chunk: at
-K = 256, V = 512 a state per 64 tokens would move more bytes than q, k, v and out together. Stored states are bfloat16
-for bfloat16 inputs (the next product would round them anyway) and float32 otherwise (float16 would overflow at 65504);
-beside float16 inputs they are rounded to tf32's 10 bits here, since tensor cores would cut the rest off.
+operand that the tensor cores take from registers. Where sequences are too few to fill the chip they are walked in
+parts, each from a state of zeros, and joined afterwards (`state_parts`).
+
+States are stored once a segment (L tokens), not once a chunk: at K = 256, V = 512 a state per 64 tokens would move more
+bytes than q, k, v and out together. Stored states are bfloat16 for bfloat16 inputs (the next product would round them
+anyway) and float32 otherwise (float16 would overflow at 65504); beside float16 inputs they are rounded to tf32's 10
+bits here, since tensor cores would cut the rest off.
 """
 
 import torch
@@ -18,7 +21,12 @@ from torch import Tensor
 
 from retnet.kernels.decay import Decay, decay_of_head, decay_parts, enter, enter_exponent, leave
 from retnet.kernels.layout import Layout, head_rows, load_tile, sequence_bounds, state_of, tokens_ok
-from retnet.kernels.tiles import StateTile, precision
+from retnet.kernels.state_parts import as_stored, join_parts, part_bounds
+from retnet.kernels.tiles import StateTile, multiprocessors, precision
+
+PROGRAMS_A_PROCESSOR = 2  # wanted at least, to hide one walk's latency behind another's
+LEAST_PART = 8  # segments a part has at least: below, joining costs more than it saves
+MOST_PARTS = 16
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,15 +53,21 @@ def walk_states(
     final = None
     if final_dtype is not None:
         final = torch.empty(layout.num_sequences, H, K, V, dtype=final_dtype, device=x.device)
-    tiles = triton.cdiv(K, tile.BK) * triton.cdiv(V, tile.BV)
     if layout.num_sequences == 0:
         return states, final
-    _walk_kernel[(tiles * H * layout.num_sequences,)](
+    programs = triton.cdiv(K, tile.BK) * triton.cdiv(V, tile.BV) * H * layout.num_sequences
+    parts = most_parts(layout.num_tokens, layout.num_sequences, layout.segment)
+    parts = min(parts, max(1, PROGRAMS_A_PROCESSOR * multiprocessors(x.device) // programs))
+    ends = final  # of the walks
+    to_tf32 = x.dtype == torch.float16
+    if parts > 1:
+        ends = torch.empty(layout.num_sequences, parts, H, K, V, dtype=torch.float32, device=x.device)
+    _walk_kernel[(programs * parts,)](
         x,
         y,
         None if initial is None else initial.contiguous(),
         states,
-        final,
+        ends,
         decay.rate,
         decay.sums,
         decay.mask,
@@ -61,6 +75,7 @@ def walk_states(
         layout.first_slot,
         layout.tokens_per_row,
         layout.num_tokens,
+        parts,
         x.stride(0),
         x.stride(1),
         y.stride(0),
@@ -78,29 +93,40 @@ def walk_states(
         PER_TOKEN=decay.per_token,
         MASKED=decay.mask is not None,
         PACKED=layout.packed,
+        LAST_END=final is not None,
+        TO_TF32=to_tf32,
         PRECISION=precision(x.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+    if parts > 1:
+        join_parts(states, ends, final, decay, layout, reverse=reverse, to_tf32=to_tf32)
     return states, final
 
 
-@triton.jit(do_not_specialize=["T", "num_tokens"])
+def most_parts(tokens: int, num_sequences: int, segment: int) -> int:
+    """The parts that a sequence of mean length may be walked in."""
+    return max(1, min(MOST_PARTS, tokens // max(1, num_sequences) // (LEAST_PART * segment)))
+
+
+@triton.jit(do_not_specialize=["T", "num_tokens", "parts"])
 def _walk_kernel(
-    x, y, initial, states, final,
-    rate, sums, mask, cu_seqlens, first_slot, T, num_tokens,
+    x, y, initial, states, ends,
+    rate, sums, mask, cu_seqlens, first_slot, T, num_tokens, parts,
     x_token, x_head, y_token, y_head, scale,
     H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LAST_END: tl.constexpr, TO_TF32: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """`ends` [N, parts, H, K, V]; without LAST_END nobody reads the last part's."""
     CHUNKS: tl.constexpr = L // BT
     V_TILES: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = V_TILES * ((K + BK - 1) // BK)
     pid = tl.program_id(0)
     h = (pid // TILES) % H
-    n = pid // (TILES * H)
+    part = pid // (TILES * H) % parts
+    n = pid // (TILES * H * parts)
     k = (pid % TILES) // V_TILES * BK + tl.arange(0, BK)
     v = (pid % TILES) % V_TILES * BV + tl.arange(0, BV)
     in_state = (k < K)[:, None] & (v < V)[None, :]
@@ -113,13 +139,15 @@ def _walk_kernel(
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if initial is not None:
-        given = state_of(initial, n, h, H, K * V) + cell
-        state += tl.load(given, mask=in_state, other=0.0).to(tl.float32)
+        if part == 0:
+            given = state_of(initial, n, h, H, K * V) + cell
+            state += tl.load(given, mask=in_state, other=0.0).to(tl.float32)
 
-    chunks = count * CHUNKS
-    if final is None:
-        chunks -= CHUNKS - 1  # nobody reads what the last segment adds
-    for chunk in range(0, chunks):
+    first, last = part_bounds(part, parts, count)
+    end = last * CHUNKS
+    if not LAST_END and part == parts - 1:
+        end -= CHUNKS - 1  # nobody reads what the last segment adds
+    for chunk in range(first * CHUNKS, end):
         s = chunk // CHUNKS
         if REVERSE:
             s = count - 1 - s
@@ -127,10 +155,7 @@ def _walk_kernel(
         inside = tl.minimum(length - begin, L)
         if chunk % CHUNKS == 0:
             border = state_of(states, slot0 + s, h, H, K * V) + cell
-            if x.dtype.element_ty == tl.float16:
-                tl.store(border, _round_to_tf32(state), mask=in_state)
-            else:
-                tl.store(border, state.to(states.dtype.element_ty), mask=in_state)
+            tl.store(border, as_stored(state, states.dtype.element_ty, TO_TF32), mask=in_state)
             factor, rest = decay_parts(enter_exponent(log_decay, sums + begin, plane, inside - 1, PER_TOKEN, MASKED))
             state = state * factor + state * rest
         position = (chunk % CHUNKS) * BT + tl.arange(0, BT)
@@ -145,10 +170,5 @@ def _walk_kernel(
         xs = (xs * (weight * scale)[None, :]).to(x.dtype.element_ty)
         state = tl.dot(xs, ys, state, input_precision=PRECISION)
 
-    if final is not None:
-        tl.store(state_of(final, n, h, H, K * V) + cell, state.to(final.dtype.element_ty), mask=in_state)
-
-
-@triton.jit
-def _round_to_tf32(x):
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    if ends is not None:
+        tl.store(state_of(ends, n * parts + part, h, H, K * V) + cell, state.to(ends.dtype.element_ty), mask=in_state)

@@ -41,6 +41,15 @@ class SegmentTile:
 
 
 @dataclass(frozen=True)
+class SharedTile:
+    """The segment kernel of heads that share: heads a program (at most) where they are not summed."""
+
+    heads: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Tiles:
     """All block shapes of one forward and backward pass."""
 
@@ -147,7 +156,7 @@ def nearest_segment(chunk_size: int) -> int:
 
 @cache
 def tiles_on(
-    device: torch.device, dtype: torch.dtype, K: int, V: int, heads: int, per_token: bool, chunk_size: int | None
+    device: torch.device, dtype: torch.dtype, K: int, V: int, walks: int, per_token: bool, chunk_size: int | None
 ) -> Tiles:
     """`tiles_for` this device, with what was tuned on it; looked up once, since it is asked on every call."""
     tuned = stored_tiles().get(device_key(device, dtype, K, V)) if device.type == "cuda" else None
@@ -156,7 +165,7 @@ def tiles_on(
         dtype,
         K,
         V,
-        heads=heads,
+        walks=walks,
         processors=multiprocessors(device),
         per_token=per_token,
         chunk_size=chunk_size,
@@ -170,13 +179,13 @@ def tiles_for(
     K: int,
     V: int,
     *,
-    heads: int,
+    walks: int,
     processors: int,
     per_token: bool = False,
     chunk_size: int | None = None,
     tuned: Tiles | None = None,
 ) -> Tiles:
-    """Block shapes for a device family, a dtype, a head size, and as many states (`heads`, N H) as walk at once.
+    """Block shapes for a device family, a dtype, a head size, and as many states (`walks`) as may walk at once.
 
     `per_token` decay makes pairs of tokens dearer. `tuned` replaces the table's shapes; a `chunk_size` that the caller
     asks for replaces the segment's length.
@@ -189,22 +198,29 @@ def tiles_for(
         size, tile = "large" if large else "medium", _hopper_tile
     else:
         size, tile = "small", _small_tile
-    tiles = Tiles(segment, _state_tile(STATE_TILES[size], K, V, heads, processors), tile(K, V), tile(V, K))
+    tiles = Tiles(segment, _state_tile(STATE_TILES[size], K, V, walks, processors), tile(K, V), tile(V, K))
     if V <= 64:
         tiles = replace(tiles, value_contraction=replace(tiles.value_contraction, stages=2))
     if tuned is not None:
-        # A tuned walk was measured with many heads: with few, a smaller tile of the table may fill the chip better.
-        tiles = replace(tuned, state=_state_tile((tuned.state, *STATE_TILES[size]), K, V, heads, processors))
+        # A tuned walk was measured with many walks: with few, a smaller tile of the table may fill the chip better.
+        tiles = replace(tuned, state=_state_tile((tuned.state, *STATE_TILES[size]), K, V, walks, processors))
     return replace(tiles, segment=nearest_segment(chunk_size)) if chunk_size else tiles
 
 
-def _state_tile(candidates: tuple[StateTile, ...], K: int, V: int, heads: int, processors: int) -> StateTile:
+def _state_tile(candidates: tuple[StateTile, ...], K: int, V: int, walks: int, processors: int) -> StateTile:
     tile = candidates[0]
     for tile in candidates:
         tile = StateTile(tile.BT, min(tile.BK, power_of_two(K)), min(tile.BV, power_of_two(V)), tile.warps, tile.stages)
-        if heads * -(-K // tile.BK) * -(-V // tile.BV) >= processors:
+        if walks * -(-K // tile.BK) * -(-V // tile.BV) >= processors:
             break
     return tile
+
+
+def shared_tile(dtype: torch.dtype, K: int, V: int, segment: int) -> SharedTile | None:
+    """The tile of heads that share queries and keys; None where a program cannot hold a segment's rows whole."""
+    if max(power_of_two(K), power_of_two(V)) * dtype.itemsize > 256 or segment > 64:
+        return None
+    return SharedTile(8, 4, 2)
 
 
 def _float32_tile(R: int, O: int) -> SegmentTile:

@@ -10,8 +10,10 @@ from retnet.ops import reference
 
 pytest.importorskip("triton")
 
+from retnet.kernels import states
 from retnet.kernels.chunkwise import retention_backward, retention_forward
 from retnet.kernels.problem import Problem
+from retnet.kernels.state_parts import join_parts
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ SMALL = [
     Case("packed, with empty and one-token sequences", T=200, G=1, cu=(0, 1, 1, 66, 67, 131, 200)),
     Case("packed, decay per token, masked", T=133, G=1, decay="resets", masked=True, cu=(0, 65, 65, 133)),
     Case("head sizes that fill no tile", T=40, G=1, H=1, K=48, V=80),
+    Case("two groups of two heads, masked", G=2, H=4, V=32, decay="token", masked=True),
+    Case("heads that share with a fixed decay", G=1, K=32, dtype=torch.float16),
     Case("segment of 128", T=150, G=1, H=1, decay="token", chunk=128),
     Case("float16", dtype=torch.float16),
 ]
@@ -150,6 +154,27 @@ def test_kernels_agree_with_the_oracle(case, device):
     bound = {torch.float32: 2e-6, torch.float16: 2e-3}[case.dtype]
     bad = {name: error for name, error in found.items() if error > (10 * bound if name == "dlog_decay" else bound)}
     assert not bad, bad
+
+
+PARTED = [
+    Case("fixed", T=330),
+    Case("fixed, masked, float16", T=330, H=4, masked=True, dtype=torch.float16),
+    Case("per token, no states", T=300, G=1, decay="token", state=False, dfinal=False),
+    Case("resets", B=2, T=290, G=1, decay="resets"),
+    Case("packed, with one that has fewer segments than parts", T=520, G=1, cu=(0, 1, 1, 300, 520), decay="token"),
+]
+
+
+@pytest.mark.parametrize("case", PARTED, ids=lambda case: case.name)
+def test_sequences_walked_in_parts_are_joined(case, device, monkeypatch):
+    """As on a chip that few sequences would leave idle."""
+    monkeypatch.setattr(states, "LEAST_PART", 1)
+    monkeypatch.setattr(states, "MOST_PARTS", 3 if case.cu is None else 2)
+    monkeypatch.setattr(states, "PROGRAMS_A_PROCESSOR", 10**6)
+    joined = []
+    monkeypatch.setattr(states, "join_parts", lambda *args, **kwargs: joined.append(join_parts(*args, **kwargs)))
+    test_kernels_agree_with_the_oracle(case, device)
+    assert len(joined) == 3
 
 
 @pytest.mark.slow
