@@ -47,7 +47,7 @@ COMPILED_SCAN = importlib.util.find_spec("selective_scan_cuda") is not None  # m
 
 @torch.compile(dynamic=False)
 def written(x: Tensor, step: Tensor) -> Tensor:
-    """x [B, T, H, V] times its steps [B, T, H], one kernel each way as in a compiled model; mamba-ssm's does it inside."""
+    """x [B, T, H, V] times its steps [B, T, H]: one kernel each way, as in a compiled model; mamba-ssm fuses it."""
     return x * step[..., None].to(x.dtype)
 
 

@@ -138,10 +138,9 @@ def _walk_kernel(
     y = head_rows(y, start, h, y_token, y_head)
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
-    if initial is not None:
-        if part == 0:
-            given = state_of(initial, n, h, H, K * V) + cell
-            state += tl.load(given, mask=in_state, other=0.0).to(tl.float32)
+    if initial is not None and part == 0:
+        given = state_of(initial, n, h, H, K * V) + cell
+        state += tl.load(given, mask=in_state, other=0.0).to(tl.float32)
 
     first, last = part_bounds(part, parts, count)
     end = last * CHUNKS

@@ -171,16 +171,21 @@ def test_saved_it_is_the_face_that_everybody_loads(tmp_path, corpus):
 @pytest.mark.gpu
 @pytest.mark.parametrize("stack", ["retnet-125m", "recipes/llama-125m.yml"])
 def test_a_compiled_step_on_a_gpu_has_the_gradients_of_the_cpu(stack):
-    """As a run of the Wikipedia recipes takes it: 8 rows of 2048 laid end to end, bfloat16, documents as they come."""
+    """As a run of the Wikipedia recipes takes it: 8 rows of 2048 laid end to end, bfloat16, documents as they come.
+
+    Nothing is asked of a document's first token, whose retention output, normalized, depends on q and k by rounding
+    alone (docs/numerics.md).
+    """
     config = resolve_config(stack)
-    config = replace(config, layers=config.layers[:2], vocab_size=500, init="normal", init_std=0.04)
+    config = replace(config, layers=config.layers[:1], vocab_size=500, init="normal", init_std=0.04)
     generator = torch.Generator().manual_seed(0)
     batches = []
     for documents in (40, 25):
         bounds = torch.randint(1, 8 * 2048, (documents,), generator=generator)
         bounds = torch.cat([bounds, torch.arange(0, 9) * 2048]).unique()
         ids = torch.randint(500, (8, 2048), generator=generator)
-        batches.append({"input_ids": ids, "labels": ids, "shift_labels": ids.roll(-1, 1), "cu_seq_lens_q": bounds})
+        targets = ids.roll(-1, 1).flatten().index_fill(0, bounds[:-1], -100).view_as(ids)
+        batches.append({"input_ids": ids, "labels": ids, "shift_labels": targets, "cu_seq_lens_q": bounds})
 
     def gradients(device: str) -> list[list[torch.Tensor]]:
         torch._dynamo.reset()
