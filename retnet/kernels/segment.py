@@ -22,7 +22,7 @@ from torch import Tensor
 from retnet.kernels.decay import Decay, between, between_all, decay_of_head, enter, leave, running
 from retnet.kernels.layout import Layout, head_rows, load_tile, segment_bounds, state_of, tokens_ok
 from retnet.kernels.segment_shared import read_shared_segments
-from retnet.kernels.tiles import SegmentTile, precision, shared_tile
+from retnet.kernels.tiles import SegmentTile, device_family, precision, shared_tile
 
 
 def read_segments(
@@ -49,8 +49,10 @@ def read_segments(
     H = states.shape[1]
     R, O = x.shape[-1], z.shape[-1]
     out_heads = z.shape[1]
-    shared = shared_tile(z.dtype, *states.shape[2:], layout.segment) if min(x.shape[1], out_heads) < H else None
-    if shared is not None and layout.num_slots > 0:
+    shared = None
+    if min(x.shape[1], out_heads) < H and layout.num_slots > 0:
+        shared = shared_tile(device_family(z.device), states.dtype, *states.shape[2:], layout.segment)
+    if shared is not None:
         return read_shared_segments(
             x,
             y,

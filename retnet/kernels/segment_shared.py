@@ -75,7 +75,7 @@ def read_shared_segments(
         MASKED=decay.mask is not None,
         PACKED=layout.packed,
         PRECISION=precision(z.dtype),
-        num_warps=tile.warps,
+        num_warps=tile.sum_warps if sum_heads else tile.warps,
         num_stages=tile.stages,
     )
     return out, dots

@@ -24,7 +24,7 @@ from retnet.kernels.layout import Layout, head_rows, load_tile, sequence_bounds,
 from retnet.kernels.state_parts import as_stored, join_parts, part_bounds
 from retnet.kernels.tiles import StateTile, multiprocessors, precision
 
-PROGRAMS_A_PROCESSOR = 2  # wanted at least, to hide one walk's latency behind another's
+PROGRAMS_A_PROCESSOR = 4  # of split walks: one hides another's latency
 LEAST_PART = 8  # segments a part has at least: below, joining costs more than it saves
 MOST_PARTS = 16
 
@@ -56,8 +56,10 @@ def walk_states(
     if layout.num_sequences == 0:
         return states, final
     programs = triton.cdiv(K, tile.BK) * triton.cdiv(V, tile.BV) * H * layout.num_sequences
-    parts = most_parts(layout.num_tokens, layout.num_sequences, layout.segment)
-    parts = min(parts, max(1, PROGRAMS_A_PROCESSOR * multiprocessors(x.device) // programs))
+    parts, processors = 1, multiprocessors(x.device)
+    if programs < processors:
+        parts = most_parts(layout.num_tokens, layout.num_sequences, layout.segment)
+        parts = min(parts, PROGRAMS_A_PROCESSOR * processors // programs)
     ends = final  # of the walks
     to_tf32 = x.dtype == torch.float16
     if parts > 1:

@@ -42,10 +42,11 @@ class SegmentTile:
 
 @dataclass(frozen=True)
 class SharedTile:
-    """The segment kernel of heads that share: heads a program (at most) where they are not summed."""
+    """The segment kernels of heads that share: `heads` a program (at most), unless it sums all of a group."""
 
     heads: int
     warps: int
+    sum_warps: int
     stages: int
 
 
@@ -216,11 +217,13 @@ def _state_tile(candidates: tuple[StateTile, ...], K: int, V: int, walks: int, p
     return tile
 
 
-def shared_tile(dtype: torch.dtype, K: int, V: int, segment: int) -> SharedTile | None:
-    """The tile of heads that share queries and keys; None where a program cannot hold a segment's rows whole."""
-    if max(power_of_two(K), power_of_two(V)) * dtype.itemsize > 256 or segment > 64:
+def shared_tile(family: str, states: torch.dtype, K: int, V: int, segment: int) -> SharedTile | None:
+    """The tile of heads that share queries and keys, `states` being the stored states' dtype; None where a program
+    cannot hold a segment's rows and a state whole."""
+    hopper = family == "hopper"
+    if max(power_of_two(K), power_of_two(V)) * states.itemsize > (256 if hopper else 128) or segment > 64:
         return None
-    return SharedTile(8, 4, 2)
+    return SharedTile(16, 4, 8, 3 if hopper else 2)
 
 
 def _float32_tile(R: int, O: int) -> SegmentTile:

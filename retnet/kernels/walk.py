@@ -71,16 +71,17 @@ def walk_forward(problem: Problem, state_dtype: torch.dtype | None) -> tuple[Ten
 def walk_backward(problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need_dstate: bool) -> Gradients:
     """Gradients from those of the output and of the final state, if any.
 
-    Packed documents have no initial state here, and zeros for its gradient.
+    Packed documents have no initial state here, and zeros for its gradient. Walks take turns in direction, so that each
+    begins with what the one before has left in the cache.
     """
     q, k, v, dout = (_rows(problem, x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
     call = _Call.of(problem)
     packed = problem.cu_seqlens is not None
-    starts = call.part_starts(k, v, problem.state, reverse=False)
-    dq = call.walk_over_values(dout, v, k, starts, reverse=False)
     dstarts = call.part_starts(q, dout, None if dfinal is None else dfinal.float(), reverse=True)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     ends = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=need_dstate and not packed)
+    starts = call.part_starts(k, v, problem.state, reverse=False)
+    dq = call.walk_over_values(dout, v, k, starts, reverse=False)
     dk = call.walk_over_values(v, dout, q, dstarts, reverse=True)
     dstate = None if ends is None else ends[:, :, 0].contiguous()
     if need_dstate and packed:

@@ -170,7 +170,7 @@ def test_sequences_walked_in_parts_are_joined(case, device, monkeypatch):
     """As on a chip that few sequences would leave idle."""
     monkeypatch.setattr(states, "LEAST_PART", 1)
     monkeypatch.setattr(states, "MOST_PARTS", 3 if case.cu is None else 2)
-    monkeypatch.setattr(states, "PROGRAMS_A_PROCESSOR", 10**6)
+    monkeypatch.setattr(states, "multiprocessors", lambda device: 1000)
     joined = []
     monkeypatch.setattr(states, "join_parts", lambda *args, **kwargs: joined.append(join_parts(*args, **kwargs)))
     test_kernels_agree_with_the_oracle(case, device)
