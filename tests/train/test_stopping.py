@@ -61,7 +61,8 @@ def test_a_run_ends_with_its_minutes_and_its_schedule_does_too(dropout_model, te
     rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > 0.5 * recipe.training["learning_rate"]
-    assert rates[-1] < 0.2 * recipe.training["learning_rate"]
+    last_step = 2.5 / summary.steps  # its share of the run, with something over for a slow beginning
+    assert rates[-1] < max(0.2, last_step) * recipe.training["learning_rate"]
 
 
 def test_minutes_need_a_schedule_that_is_a_function_of_the_step(dropout_model, text_folder, tmp_path, console):
