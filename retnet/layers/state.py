@@ -108,7 +108,7 @@ class TokenCache(LayerState):
     ) -> Self:
         """The cache with this call's tokens [B, T, ...] of each slotted field added; in place if the layout allows it.
 
-        others: new values of the fields that are not kept by token (overwritten already, where in place). A mask is
+        others: new values of the fields that are not kept by token. A mask is
         understood for one token a row; longer masked calls come here packed (`TokenLayout.on_real_tokens`).
         """
         if state is None:
@@ -138,6 +138,9 @@ class TokenCache(LayerState):
             slots = slots.index_copy_(0, index, x) if in_place else slots.index_copy(0, index, x)
             changed[name] = slots.unflatten(0, (len(end), capacity))
         if in_place:
+            for name, x in others.items():
+                if getattr(state, name) is not x:
+                    getattr(state, name).copy_(x)
             state.position.add_(layout.lengths)
             state.filled = state._filled() + longest
             return state

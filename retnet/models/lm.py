@@ -55,6 +55,9 @@ class LanguageModel(nn.Module):
                     module.float()
                 elif isinstance(module, MoE):
                     module.router.float()
+            for name, weight in self.named_parameters():
+                if name.endswith("norm_weight"):  # of norms inside mixers
+                    weight.data = weight.data.float()
 
     def forward(
         self,
@@ -74,7 +77,7 @@ class LanguageModel(nn.Module):
             mask: [B, T] bool over these T tokens; False tokens (pads, holes) change nothing for the others.
             cu_seqlens: [N + 1] bounds of documents packed into one row (B = 1).
             carry: return the state after the last token.
-            in_place: the given state may be overwritten (inference alone); it is the one returned.
+            in_place: the given state may be overwritten (inference alone); only the returned one goes on from there.
         """
         losses: list[Tensor] | None = None if in_place else []
         hidden, state = self.hidden(

@@ -32,6 +32,7 @@ class Document:
     keys: dict[Path, Mark] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     broken: set[Path] = field(default_factory=set)  # values already reported: whatever follows from them is not
+    incomplete: set[Path] = field(default_factory=set)  # mappings with a key that could not be read, and was reported
 
     def mark(self, path: Path, *, key: bool = False) -> Mark | None:
         """Where the value (or the key) at `path` stands; for one that is missing, its mapping."""
@@ -184,12 +185,14 @@ class _NodeReader:
                 shown = show(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
                 fix = "put it in quotes (YAML reads numbers, dates, yes, no, on, off and null unquoted)"
                 self.document.problems.append(Problem(path, f"the key {shown} is not text", fix, mark=mark))
+                self.document.incomplete.add(path)
             elif key_node.value in mapping:
                 what = f"the key '{plain(key_node.value)}' stands here twice"
                 self.document.problems.append(Problem(path, what, "keep one of the two", mark=mark))
             elif "${" in key_node.value:
                 what = f"the key {show(key_node.value)} holds an expression; only values may"
                 self.document.problems.append(Problem(path, what, "write the key out", mark=mark))
+                self.document.incomplete.add(path)
             else:
                 self.document.keys[*path, key_node.value] = mark
                 mapping[key_node.value] = self.read(value_node, (*path, key_node.value))

@@ -38,6 +38,23 @@ class ExpressionError(ValueError):
         super().__init__(what)
 
 
+class FaultyConstantError(ExpressionError):
+    """An expression of a constant whose own fault is reported where it is defined."""
+
+
+_FAULTY = math.nan  # the value of such a constant: no file can write it
+
+
+class _AnyName(dict[str, Number]):
+    """The constants of a `let` that is at fault as a whole: each has been defined, for all that is known."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> Number:
+        return _FAULTY
+
+
 def is_expression(value: object) -> bool:
     """Whether a value of a file is `${...}` from end to end; anything else is plain text."""
     return isinstance(value, str) and value.strip().startswith("${") and value.strip().endswith("}")
@@ -83,6 +100,8 @@ def _value(node: ast.AST, names: Mapping[str, Number]) -> Number:
                 close = nearest(name, tuple(names))
                 known = f"did you mean let.{close}?" if close else f"defined are: {listing(names) or 'none'}"
                 raise ExpressionError(f"let.{plain(name)} is not defined", f"define it under `let`; {known}")
+            if math.isnan(names[name]):
+                raise FaultyConstantError(f"let.{plain(name)} has no value")
             return names[name]
         case ast.Name(id=name):
             raise ExpressionError(
@@ -112,15 +131,17 @@ def resolve(document: Document) -> dict[str, Any]:
 def _constants(block: Any, document: Document) -> dict[str, Number]:
     names: dict[str, Number] = {}
     if not isinstance(block, dict):
-        fix = "write `let: {NAME: NUMBER, ...}` or leave it out"
-        _report(document, ("let",), f"expected a mapping, got {show(block)}", fix)
-        return names
+        if not document.is_broken(("let",)):
+            fix = "write `let: {NAME: NUMBER, ...}` or leave it out"
+            _report(document, ("let",), f"expected a mapping, got {show(block)}", fix)
+        return _AnyName()
     for name, value in block.items():
         path = ("let", name)
         if not name.isidentifier():
             mark = document.mark(path, key=True)
             _report(document, ("let",), f"{show(name)} cannot follow `let.`", "use letters, digits and _", mark)
         elif isinstance(value, bool) or not isinstance(value, int | float):
+            names[name] = _FAULTY
             if document.is_broken(path):
                 continue
             hint = (
@@ -142,7 +163,8 @@ def _resolve(value: Any, path: Path, names: Mapping[str, Number], document: Docu
     try:
         return evaluate(value, names)
     except ExpressionError as error:
-        _report(document, path, str(error), error.fix)
+        if not isinstance(error, FaultyConstantError):
+            _report(document, path, str(error), error.fix)
         document.broken.add(path)
         return None
 

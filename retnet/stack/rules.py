@@ -1,7 +1,7 @@
 """What keys of different sections demand of each other.
 
 Each rule runs on the sections that are valid by themselves. A clash is reported where the wrong value stands: of widths
-at `model`, of mixer and state (and of top_k and experts) at the template, of an override at the override's key.
+at `model`, of top_k and experts at the template, of an override at the override's key.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,6 @@ from .schema import (
     DEFAULT_ROPE_THETA,
     MIXERS,
     OURS,
-    STATE_OF,
     Attention,
     Entry,
     Ffn,
@@ -46,7 +45,6 @@ class _Rules:
             yield from self.mixer(path, template)
             yield from self.ffn(path, template.ffn)
             yield from self.residual((*path, "norm", "position"), template, template.norm and template.norm.position)
-            yield from self.state(path, template)
         for number, entry in self.parts.entries.items():
             yield from self.entry(("layer_schedule", number), entry)
         yield from self.length()
@@ -176,7 +174,7 @@ class _Rules:
 
     def ffn(self, path: Path, ffn: Ffn) -> Iterator[Problem]:
         here = (*path, "ffn")
-        if ffn.type == "moe" and ffn.moe is None:
+        if ffn.type == "moe" and ffn.moe is None and not self.document.is_broken((*here, "moe")):
             yield self.problem(here, "type: moe needs the key 'moe'", "add moe: {experts: 8, top_k: 2}")
         if ffn.type != "moe" and ffn.moe is not None:
             yield self.problem(
@@ -198,16 +196,6 @@ class _Rules:
             what = "position: post is not defined with residual.type: parallel"
             yield self.problem(path, what, "write position: pre, or type: sequential")
 
-    def state(self, path: Path, template: Template) -> Iterator[Problem]:
-        if template.state is None:
-            return
-        own = STATE_OF[template.mixer.type]
-        for key in ("kv_cache", "ssm_state"):
-            if key != own and getattr(template.state, key):
-                what = f"a {template.mixer.type} mixer has no {key}"
-                fix = f"write state: {{{own}: true}}" if own else "remove `state`"
-                yield self.problem(path, what, fix, Category.COMPATIBILITY, at=(*path, "state", key))
-
     # One schedule entry
 
     def entry(self, path: Path, entry: Entry) -> Iterator[Problem]:
@@ -226,13 +214,11 @@ class _Rules:
             if not isinstance(settings, Attention):
                 what = f"the template's mixer is {template.mixer.type}, not attention"
                 yield self.problem((*here, "attention"), what, "remove it, or schedule a template with attention")
-            elif (
-                "window" in changed.attention.model_fields_set and changed.attention.window is None and settings.window
-            ):
-                what = f"null leaves the template's window of {settings.window} as it is"
-                yield self.problem(
-                    (*here, "attention", "window"), what, "remove it; for global attention, add a template"
-                )
+            elif "window" in changed.attention.model_fields_set and changed.attention.window is None:
+                window = (*here, "attention", "window")
+                if settings.window and not self.document.is_broken(window):
+                    what = f"null leaves the template's window of {settings.window} as it is"
+                    yield self.problem(window, what, "remove it; for global attention, add a template")
         if changed.norm is not None:
             yield from self.residual((*here, "norm", "position"), template, changed.norm.position)
         if changed.ffn is not None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, GetCoreSchemaHandler, PlainValidator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from .document import LARGEST_INTEGER
 from .errors import listing, nearest, show
 
 LARGEST = 2**31 - 1
@@ -67,6 +68,8 @@ def _integer(low: int, high: int = LARGEST, *, nullable: bool = False) -> Callab
         if number is None:
             raise fault(f"expected {wanted}{other}, got {show(value)}", f"write {wanted}{other}{_text_hint(value)}")
         close = int(min(max(math.floor(number + 0.5), low), high))
+        if number > high:
+            raise fault(f"expected an integer of at most {high}, got {show(value)}", f"write {close} or less")
         hint = ", without quotes" if isinstance(value, str) else ""
         kind = " (text)" if isinstance(value, str) else ""
         raise fault(f"expected {wanted}{other}, got {show(value)}{kind}", f"write {close}{hint}")
@@ -193,10 +196,11 @@ PositiveInt = Annotated[int, BeforeValidator(_integer(1))]
 # A key that may be absent (None), but not null in the file.
 MaybePositiveInt = Annotated[int | None, BeforeValidator(_integer(1))]
 MaybeProbability = Annotated[float | None, BeforeValidator(_number(0, 1, high_open=True))]
+MaybePositive = Annotated[float | None, BeforeValidator(_number(0, low_open=True))]
 MaybeNonNegative = Annotated[float | None, BeforeValidator(_number(0))]
 PositiveIntOrNull = Annotated[int | None, BeforeValidator(_integer(1, nullable=True))]
 ParameterCount = Annotated[int | None, BeforeValidator(_integer(1, 2**62, nullable=True))]
-NaturalInt = Annotated[int, BeforeValidator(_integer(0))]
+Seed = Annotated[int, BeforeValidator(_integer(0, LARGEST_INTEGER))]
 Positive = Annotated[float, BeforeValidator(_number(0, low_open=True))]
 PositiveOrNull = Annotated[float | None, BeforeValidator(_number(0, low_open=True, nullable=True))]
 NonNegative = Annotated[float, BeforeValidator(_number(0))]

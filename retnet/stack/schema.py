@@ -17,9 +17,9 @@ from .scalars import (
     Fraction,
     Initialisation,
     MaybeNonNegative,
+    MaybePositive,
     MaybePositiveInt,
     MaybeProbability,
-    NaturalInt,
     NonNegative,
     ParameterCount,
     Positive,
@@ -28,6 +28,7 @@ from .scalars import (
     PositiveOrNull,
     Probability,
     SchemaVersion,
+    Seed,
     Text,
     TextOrNull,
 )
@@ -40,7 +41,15 @@ MaybeActivation = Annotated[Literal["swiglu", "gelu", "relu", None], ONE_OF]
 Dtype = Annotated[Literal["float32", "float16", "bfloat16"], ONE_OF]
 MIXERS = ("attention", "mamba", "retnet", "hyena")
 # The state key that each mixer may set; hyena has none.
-STATE_OF = {"attention": "kv_cache", "retnet": "kv_cache", "mamba": "ssm_state", "hyena": None}
+# What each mixer may hold of STATES; those that are not run are in the schema as well.
+STATE_OF = {
+    "attention": "kv_cache",
+    "retnet": "kv_cache",
+    "mamba": "ssm_state",
+    "hyena": None,
+    "branched": None,
+    "ttt_layer": "ssm_state",
+}
 # tokenizer_contract.pretrained of the byte tokenizer (`retnet.data.tokenizer`), and its tokens.
 BYTES, BYTE_TOKENS, DOCUMENT_START = "bytes", 257, 256
 DEFAULT_ROPE_THETA = 10000.0
@@ -167,7 +176,7 @@ class Moe(Section):
     z_loss: NonNegative = 0.0
     capacity_factor: Positive = 1.0
     load_balance_coef: MaybeNonNegative = None
-    router_init_std: PositiveOrNull = None
+    router_init_std: MaybePositive = None
     router_jitter: Probability = 0.0
     capacity_drop_policy: Annotated[Literal["overflow", "drop", "pad"], ONE_OF] = "overflow"
 
@@ -257,7 +266,7 @@ class TrainingHints(Section):
     init: Initialisation = "normal_0.02"
     dropout: Probability = 0.0
     checkpointing: Flag = False
-    seed: NaturalInt = 1234
+    seed: Seed = 1234
     router_aux_loss_coef: NonNegative = 0.01
     lr_peak: Positive = 3e-4
     lr_floor_ratio: Fraction = 0.1

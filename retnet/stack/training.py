@@ -4,6 +4,7 @@ Only hints that the file gives count, so that a stack without them trains by the
 `dropout`, `checkpointing` and `seed` are not here: they are the model's.
 """
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -13,8 +14,8 @@ _FIELDS = {
     "lr_peak": "learning_rate",
     "weight_decay": "weight_decay",
     "grad_clip": "max_grad_norm",
-    "warmup_steps_ratio": "warmup_steps",  # a number below 1 is a share of the run
 }
+_WHOLE_RUN = math.nextafter(1.0, 0.0)  # TrainingArguments' warmup_steps: below 1 a share of the run, 1.0 a step
 
 
 def training_defaults(spec: Spec, given: Collection[str] = ()) -> dict[str, Any]:
@@ -25,6 +26,8 @@ def training_defaults(spec: Spec, given: Collection[str] = ()) -> dict[str, Any]
     hints = spec.training_hints or TrainingHints()
     known = hints.model_fields_set
     values: dict[str, Any] = {field: getattr(hints, hint) for hint, field in _FIELDS.items() if hint in known}
+    if "warmup_steps_ratio" in known:
+        values["warmup_steps"] = min(hints.warmup_steps_ratio, _WHOLE_RUN)
     if "betas" in known:
         values["adam_beta1"], values["adam_beta2"] = hints.betas
     if "lr_floor_ratio" in known and "lr_scheduler_type" not in given:

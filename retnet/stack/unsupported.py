@@ -1,7 +1,7 @@
 """What schema_version 1 knows and this library does not run: refused by name, never ignored.
 
-Each section of the schema lists its keys of this kind, and its values. A key that is null asks for nothing and passes,
-except where the schema itself forbids null.
+Each section of the schema lists its keys of this kind, and its values. A key that is null asks for nothing and passes
+where the schema takes null (`takes_null`).
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Unsupported:
 
     what: str
     instead: str = "remove it"
-    takes_null: bool = True
+    takes_null: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,17 @@ Keys = dict[str, Unsupported]
 Values = dict[str, dict[str, UnsupportedValue]]
 
 TOP: Keys = {
-    "execution_modes": Unsupported("reasoning phases", "remove it and limit the tokens when generating"),
-    "transition": Unsupported("transitions between reasoning phases", "remove it"),
+    "execution_modes": Unsupported(
+        "reasoning phases", "remove it and limit the tokens when generating", takes_null=True
+    ),
+    "transition": Unsupported("transitions between reasoning phases", "remove it", takes_null=True),
 }
 TEMPLATE: Keys = {
-    "memory": Unsupported("a memory module beside the mixer", "remove it; a retnet or mamba mixer carries a state"),
+    "memory": Unsupported(
+        "a memory module beside the mixer", "remove it; a retnet or mamba mixer carries a state", takes_null=True
+    ),
     "shape_change": Unsupported(
-        "a width that changes between layers", "remove it; all layers have width model.d_model"
+        "a width that changes between layers", "remove it; all layers have width model.d_model", takes_null=True
     ),
 }
 MIXER_VALUES: Values = {
@@ -53,7 +57,9 @@ MIXER_VALUES: Values = {
 _WINDOW = "write window_mode: sliding with a window, or global attention without one"
 ATTENTION: Keys = {
     "latent_dim": Unsupported(
-        "latent (compressed) keys and values", "remove it, and lower model.n_kv_heads for a smaller cache"
+        "latent (compressed) keys and values",
+        "remove it, and lower model.n_kv_heads for a smaller cache",
+        takes_null=True,
     ),
     "compression": Unsupported("compressed sparse attention", f"remove it; {_WINDOW}"),
     "attention_sinks": Unsupported("learned attention sinks", "remove it"),
@@ -71,9 +77,7 @@ MOE: Keys = {
     "routing": Unsupported("a choice between learned and hashed routing", "remove it; routing is learned"),
     "balance": Unsupported("balancing by sequence or group", "remove it and balance with load_balance_coef"),
 }
-RESIDUAL: Keys = {
-    "hyper": Unsupported("hyper-connections", "remove it; write type: sequential or parallel", takes_null=False)
-}
+RESIDUAL: Keys = {"hyper": Unsupported("hyper-connections", "remove it; write type: sequential or parallel")}
 RESIDUAL_VALUES: Values = {
     "type": {
         "hyper_connection": UnsupportedValue(
@@ -82,15 +86,15 @@ RESIDUAL_VALUES: Values = {
     }
 }
 ENTRY: Keys = {
-    "depth_gating": Unsupported("mixture of depths", "remove it; every token passes every layer"),
-    "merge": Unsupported("merging parallel streams"),
+    "depth_gating": Unsupported("mixture of depths", "remove it; every token passes every layer", takes_null=True),
+    "merge": Unsupported("merging parallel streams", takes_null=True),
 }
 # Kinds of schedule entry other than a template; a fault of the whole entry.
 ENTRY_KINDS: Keys = {
     "parallel": Unsupported("parallel streams of layers", "write the layers one after another, each as `template`"),
     "integrator": Unsupported("layers as steps of an integrator", "write `template` with `repeat`"),
 }
-HEAD: Keys = {"mtp": Unsupported("multi-token prediction", "remove it", takes_null=False)}
+HEAD: Keys = {"mtp": Unsupported("multi-token prediction", "remove it")}
 HEAD_VALUES: Values = {
     "type": {
         "causal_lm_mtp": UnsupportedValue("multi-token prediction", "write type: causal_lm", companions=("mtp",)),

@@ -18,12 +18,14 @@ from .scalars import FAULT
 from .schema import (
     OURS,
     RESERVED_PREFIXES,
+    STATE_OF,
     Embedding,
     Entry,
     Head,
     Model,
     Section,
     Spec,
+    State,
     Template,
     TokenizerContract,
     TrainingHints,
@@ -96,6 +98,8 @@ class _Pruner:
                 self._refuse(path, kind, ENTRY_KINDS[kind], self.document.mark((*path, kind), key=True))
                 self.document.broken.add(path)
                 return raw
+        if section is Template:
+            raw = self._without_foreign_states(raw, path)
         raw = self._without_unsupported_values(section, raw, path)
         known = section.keys()
         kept: dict[str, Any] = {}
@@ -133,14 +137,28 @@ class _Pruner:
                 return {name: item for name, item in raw.items() if name not in (key, *refused.companions)}
         return raw
 
+    def _without_foreign_states(self, template: dict[str, Any], path: Path) -> dict[str, Any]:
+        """What the mixer cannot hold is a fault of the template, whatever is asked for and whether the mixer is run."""
+        mixer, state = template.get("mixer"), template.get("state")
+        kind = mixer.get("type") if isinstance(mixer, dict) else None
+        if not isinstance(kind, str) or kind not in STATE_OF or not isinstance(state, dict):
+            return template
+        own = STATE_OF[kind]
+        foreign = [key for key in State.model_fields if key != own and state.get(key)]
+        for key in foreign:
+            fix = f"write state: {{{own}: true}}" if own else "remove `state`"
+            mark = self.document.mark((*path, "state", key))
+            self.problems.append(Problem(path, f"a {kind} mixer has no {key}", fix, Category.COMPATIBILITY, mark))
+        return {**template, "state": {key: value for key, value in state.items() if key not in foreign}}
+
     def _refuse(self, path: Path, key: str, refused: Unsupported, mark: Mark | None) -> None:
         what = f"`{key}` ({refused.what}) is not supported here"
         self.problems.append(Problem(path, what, refused.instead, Category.UNSUPPORTED, mark))
 
     def _unknown(self, key: str, known: dict[str, Any], path: Path) -> None:
         ours = key.startswith(OURS)
-        names = [name for name in known if name.startswith(OURS) == ours]
-        close = nearest(key, tuple(known))
+        names = [name for name in known if name.startswith(OURS) == ours] + ["let"] * (not path)
+        close = nearest(key, tuple(names))
         guess = f"did you mean {close}? " if close else "remove it; "
         fix = f"{guess}keys known here: {listing(names) or f'none under {OURS}*'}"
         mark = self.document.mark((*path, key), key=True)
@@ -161,6 +179,10 @@ def _problem(details: ErrorDetails, document: Document) -> Problem | None:
     if document.is_broken(path):
         return None
     mark, given = document.mark(path), details.get("input")
+    if path[2:] == ("template",) and path[0] == "layer_schedule" and details["type"] == FAULT:
+        path = path[:2]  # as for a name that there is not
+    elif path[:2] == ("training_hints", "betas") and (isinstance(given, bool) or not isinstance(given, int | float)):
+        path = path[:2]
     match details["type"]:
         case kind if kind == FAULT:
             context = details.get("ctx", {})
@@ -169,6 +191,8 @@ def _problem(details: ErrorDetails, document: Document) -> Problem | None:
             key, path = path[-1], path[:-1]
             mark = document.mark(path, key=True)
             return Problem(path, f"the key '{key}' is missing", _missing(path, str(key)), mark=mark)
+        case "too_short" if path in document.incomplete:
+            return None
         case "too_short" if path in (("layer_templates",), ("layer_schedule",)):
             return Problem(path, "at least one is needed, got none", "add a layer", mark=mark)
         case "too_short" | "too_long":

@@ -97,7 +97,7 @@ def test_prefill_then_decode_equals_one_forward_from_any_split(mixer, in_place):
             assert torch.equal(state.position, last.position)
 
 
-@pytest.mark.parametrize("pieces", [[3, 1, 4, 3], [1, 6, 2, 2], [0, 5, 0, 6]])
+@pytest.mark.parametrize("pieces", [[3, 1, 4, 3], [1, 6, 2, 2], [0, 5, 0, 6], [4, 1, 2, 2, 2]])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_any_number_of_tokens_at_a_time_equals_one_forward(mixer, pieces, in_place):
     x = tokens()

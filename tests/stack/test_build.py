@@ -228,6 +228,16 @@ def test_layered_safe_keeps_norms_and_routers_in_float32_and_runs():
     assert model(torch.arange(20)[None]).logits.dtype == torch.bfloat16
 
 
+def test_layered_safe_keeps_norms_inside_mixers_in_float32():
+    affine = "retnet: {vendor.retnet.head_norm_affine: shared, chunk_size: 32}"
+    pairs = [mamba("variant: mamba2"), ("retnet: {chunk_size: 32}", affine)]
+    model = LanguageModel(built(*pairs, more="compatibility: {dtype_policy: layered_safe}\n"))
+    inside = {name: x.dtype for name, x in model.named_parameters() if name.endswith("norm_weight")}
+    assert set(inside.values()) == {torch.float32}
+    assert len(inside) == 3
+    assert model(torch.arange(20)[None]).logits.dtype == torch.bfloat16
+
+
 def test_a_layer_that_may_not_keep_its_state_is_named():
     model = LanguageModel(built(template_a("state: {kv_cache: false}"), heads("dtype: float32")))
     ids = torch.arange(20)[None]

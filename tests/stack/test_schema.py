@@ -6,7 +6,7 @@ from retnet.stack import Category, StackError, parse_stack
 from retnet.stack.errors import nearest, plain, show
 from retnet.stack.schema import RESERVED_PREFIXES
 
-from .specs import BASE, changed, only, problems
+from .specs import BASE, changed, only, problems, stack
 
 
 def in_retnet(options: str) -> tuple[str, str]:
@@ -120,9 +120,15 @@ def test_training_hints_accept_their_range_and_nothing_else(key):
         assert only(changed(more=f"training_hints: {{{key}: {value}}}\n")).dotted.startswith(f"training_hints.{key}")
 
 
-def test_wrong_items_of_betas_are_named_one_by_one():
+def test_wrong_items_of_betas_are_named_one_by_one_and_what_is_no_number_at_the_list():
     found = problems(changed(more="training_hints: {betas: [1.5, x]}\n"))
-    assert [problem.dotted for problem in found] == ["training_hints.betas[0]", "training_hints.betas[1]"]
+    assert [problem.dotted for problem in found] == ["training_hints.betas[0]", "training_hints.betas"]
+
+
+def test_a_number_too_large_is_told_the_largest():
+    assert stack(more="training_hints: {seed: 20240101123}\n").spec.training_hints.seed == 20240101123
+    problem = only(changed(("d_model: 64", "d_model: 4294967296")))
+    assert "an integer of at most 2147483647" in problem.what
 
 
 @pytest.mark.parametrize("section", ["norm", "residual", "state"])
@@ -225,8 +231,8 @@ def test_our_prefix_is_closed():
          "layer_schedule[1].override.ffn.activation"),
         ([("template: a", "template: a\n  override: {mixer: {}}")], "layer_schedule[1].override"),
         ([("template: a", "template: a\n  override: 3")], "layer_schedule[1].override"),
-        ([("template: a", "template: [a]")], "layer_schedule[1].template"),
-        ([("template: a", "template: 7")], "layer_schedule[1].template"),
+        ([("template: a", "template: [a]")], "layer_schedule[1]"),
+        ([("template: a", "template: 7")], "layer_schedule[1]"),
         ([("repeat: 2", "repeat: 2000000000")], "layer_schedule[0].repeat"),
     ],
 )  # fmt: skip
@@ -243,17 +249,68 @@ def test_a_fault_in_one_template_does_not_hide_another():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("value", ["true", "'false'", "1", "[0]"])
 @pytest.mark.parametrize(
     ("mixer", "state", "fault"),
     [("attention", "kv_cache", False), ("attention", "ssm_state", True), ("mamba", "ssm_state", False),
      ("mamba", "kv_cache", True), ("hyena", "kv_cache", True), ("hyena", "ssm_state", True)],
 )  # fmt: skip
-def test_a_mixer_takes_its_own_state_key_alone(mixer, state, fault):
+def test_a_mixer_takes_its_own_state_key_alone(mixer, state, fault, value):
+    """Whatever a key that it cannot hold asks for: text is something as well."""
+    text = changed(in_mixer(f"type: {mixer}"), in_ffn(f"type: mlp}}\n    state: {{{state}: {value}"))
+    found = [(problem.category, problem.dotted) for problem in problems(text)]
+    if fault:
+        assert found == [(Category.COMPATIBILITY, "layer_templates.a")]
+    else:
+        own = [] if value == "true" else [(Category.VALIDATION, f"layer_templates.a.state.{state}")]
+        assert found == own
+
+
+@pytest.mark.parametrize(
+    ("mixer", "state", "fault"),
+    [("branched\n      branched: {branches: {x: {type: attention}, y: {type: mamba}}}", "kv_cache", True),
+     ("ttt_layer", "kv_cache", True), ("ttt_layer", "ssm_state", False)],
+)  # fmt: skip
+def test_a_mixer_that_is_not_run_is_checked_against_its_state_too(mixer, state, fault):
     text = changed(in_mixer(f"type: {mixer}"), in_ffn(f"type: mlp}}\n    state: {{{state}: true"))
-    found = problems(text)
-    assert [(problem.category, problem.dotted) for problem in found] == (
-        [(Category.COMPATIBILITY, "layer_templates.a")] if fault else []
-    )
+    found = [(problem.category, problem.dotted) for problem in problems(text)]
+    assert (Category.UNSUPPORTED, "layer_templates.a.mixer") in found
+    assert ((Category.COMPATIBILITY, "layer_templates.a") in found) is fault
+
+
+@pytest.mark.parametrize(
+    ("pairs", "more", "path"),
+    [
+        ([("{window: 16}", "{window: 16, compression: null}")], "", "layer_templates.a.mixer.attention.compression"),
+        ([("{window: 16}", "{window: 16, attention_sinks: null}")], "",
+         "layer_templates.a.mixer.attention.attention_sinks"),
+        *(([in_ffn(f"type: moe, moe: {{experts: 4, top_k: 2, {key}: null}}")], "", f"layer_templates.a.ffn.moe.{key}")
+          for key in ("bias_correction", "affinity", "shared_experts", "routing", "balance", "router_init_std")),
+        *(([], f"training_hints: {{{key}: null}}\n", f"training_hints.{key}") for key in ("optimizer_groups", "muon")),
+        ([], "compatibility: {quant_aware_training: null}\n", "compatibility.quant_aware_training"),
+    ],
+)  # fmt: skip
+def test_null_is_refused_where_the_schema_does_not_take_it(pairs, more, path):
+    assert only(changed(*pairs, more=more)).dotted == path
+
+
+@pytest.mark.parametrize(
+    ("pairs", "more", "path"),
+    [
+        ([in_ffn('type: moe, moe: "${nope}"')], "", "layer_templates.a.ffn.moe"),
+        ([("template: a", 'template: a\n  override: {attention: {window: "${1//0}"}}')], "",
+         "layer_schedule[1].override.attention.window"),
+        ([("d_model: 64", 'd_model: "${let.d}"')], "let: .inf\n", "let"),
+        ([("d_model: 64", 'd_model: "${let.d}"')], "let: null\n", "let"),
+        ([("d_model: 64", 'd_model: "${let.d}"')], "let: {d: null}\n", "let.d"),
+    ],
+)  # fmt: skip
+def test_what_follows_from_a_fault_is_not_another(pairs, more, path):
+    assert only(changed(*pairs, more=more)).dotted == path
+
+
+def test_an_unknown_section_may_have_been_meant_as_let():
+    assert only(changed(more="lets: {d: 1}\n")).fix.startswith("did you mean let?")
 
 
 def test_missing_keys_are_reported_at_their_mapping_with_the_values_they_take():

@@ -32,6 +32,13 @@ def test_a_file_without_hints_asks_for_nothing():
     assert router_lr_multiplier(stack().spec) == 1.0
 
 
+@pytest.mark.parametrize(("ratio", "steps"), [(0, 0), (0.5, 50), (1.0, 100)])
+def test_a_share_of_the_run_warms_up(ratio, steps, tmp_path):
+    spec = stack(more=f"training_hints: {{warmup_steps_ratio: {ratio}}}\n").spec
+    arguments = TrainingArguments(output_dir=str(tmp_path), **training_defaults(spec))
+    assert arguments.get_warmup_steps(100) == steps
+
+
 def test_hints_become_fields_of_training_arguments(tmp_path):
     spec = stack(more=ALL).spec
     arguments = TrainingArguments(output_dir=str(tmp_path), **training_defaults(spec))
