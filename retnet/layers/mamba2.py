@@ -143,4 +143,4 @@ class Mamba2(WideRates):
         wide = wide_dtype(out.dtype)
         gated = out.to(wide) * F.silu(z.to(wide))
         groups = normalize(gated.unflatten(-1, (self.config.num_groups, -1)), "rms", self.config.norm_eps)
-        return self.norm_weight * groups.flatten(-2).to(out.dtype)
+        return (self.norm_weight * groups.flatten(-2).to(out.dtype)).to(out.dtype)
