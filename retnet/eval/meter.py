@@ -34,12 +34,12 @@ class StreamMeter:
         self._width = 1
         self._bins: list[Bin] = []
         self._first = 1
-        self._began = self._bin_began = time.perf_counter()
+        self._began = self._bin_began = self._last = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Since the first token."""
-        return time.perf_counter() - self._began - self.seconds_to_first
+        """From the first token to the last."""
+        return self._last - self._began - self.seconds_to_first
 
     @property
     def bins(self) -> list[Bin]:
@@ -49,12 +49,12 @@ class StreamMeter:
     def tick(self) -> None:
         """A token has come."""
         self.tokens += 1
+        self._last = now = time.perf_counter()
         if self.tokens == 1:
-            self._bin_began = time.perf_counter()
+            self._bin_began = now
             self.seconds_to_first = self._bin_began - self._began
         if self.tokens - self._first < self._width:
             return
-        now = time.perf_counter()
         self._bins.append(Bin(self._first, self._width, (now - self._bin_began) / self._width, resident_bytes()))
         self._first, self._bin_began = self.tokens, now
         if len(self._bins) == BINS:

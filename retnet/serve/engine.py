@@ -9,16 +9,20 @@ Left out: a server, and batching across devices. Experts of a mixture see as man
 request's logits are equal up to rounding only.
 """
 
+import math
 import secrets
 from array import array
 from collections import deque
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 
 from retnet.layers.moe import MoE
+from retnet.layers.state import TokenCache
 from retnet.models.lm import LanguageModel
+from retnet.models.states import ModelState
 from retnet.serve.pool import SlotCost, SlotPool
 from retnet.serve.prefix import PrefixCache, PrefixCounts
 from retnet.serve.request import Generation, Refused, Request, Status, TokenLogprobs
@@ -153,7 +157,7 @@ class Engine:
             self._new_tokens,
             self._drafted,
             self._accepted,
-            None if self.prefixes is None else self.prefixes.counts,
+            None if self.prefixes is None else deepcopy(self.prefixes.counts),
         )
 
     def warmup(self, *samplings: Parts) -> None:
@@ -170,12 +174,17 @@ class Engine:
         Raises Refused for what this engine can never serve, and if too many requests wait.
         """
         seen = array("i", after.tokens if after is not None else ())
-        vocab_size = self.model.config.vocab_size
-        for tokens in (request.prompt, request.sampling.logit_bias):
+        vocab_size, bias, start = self.model.config.vocab_size, request.sampling.logit_bias, len(seen)
+        try:
+            seen.extend(array("i", list(request.prompt)))
+        except (TypeError, OverflowError) as error:
+            raise Refused(f"the prompt holds what is no token id ({error}); accepted: integers") from error
+        for tokens in (seen, bias):
             if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
                 wrong = next(t for t in tokens if not 0 <= t < vocab_size)
                 raise Refused(f"token {wrong} is not in the vocabulary; accepted: 0 to {vocab_size - 1}")
-        seen.extend(request.prompt)
+        if sum(value == -math.inf for value in bias.values()) == vocab_size:
+            raise Refused("logit_bias bans every token; accepted: one at least that may come")
         self._check(request, after, len(seen))
         stops = None
         if request.stop_strings:
@@ -184,8 +193,18 @@ class Engine:
             stops = StopStrings(request.stop_strings, self.decode)
         seed = request.sampling.seed
         read = 0 if after is None else len(after.tokens) - 1
+        goes_on = after is not None and not len(request.prompt) and after.output_start is not None
         generation = Generation(
-            request, secrets.randbits(63) if seed is None else seed, seen, read, len(seen), after, stops
+            engine=self,
+            request=request,
+            seed=secrets.randbits(63) if seed is None else seed,
+            seen=seen,
+            read=read,
+            output_start=len(seen),
+            counted_from=after.output_start if goes_on else len(seen),
+            shared_end=start + request.shared if request.shared else 0,
+            start=after,
+            stops=stops,
         )
         self._waiting.append(generation)
         return generation
@@ -209,9 +228,16 @@ class Engine:
                 f"the snapshot is of another model ({after.model[:12]}) than this engine's ({self.fingerprint[:12]}); "
                 "accepted: the same weights, dtype and configuration"
             )
+        if after is not None and not _fits(after.state, self.pool.state):
+            raise Refused("the snapshot's tensors have not the shapes of this model's states")
+
+    def _check_own(self, generation: Generation) -> None:
+        if generation.engine is not self:
+            raise ValueError("the request was submitted to another engine; accepted: one of this engine's")
 
     def cancel(self, generation: Generation) -> None:
         """End a request at once, wherever it is; nothing happens to one that has finished."""
+        self._check_own(generation)
         if not generation.finished:
             self._finish(generation, "cancelled")
 
@@ -228,28 +254,40 @@ class Engine:
             self.step()
 
     def stream(self, request: Request, after: Snapshot | None = None) -> Iterator[int]:
-        """The tokens of one request as they come; others run along. Leaving the loop cancels it."""
-        generation = self.submit(request, after)
+        """The tokens of one request as they come; others run along. Leaving the loop cancels it.
+
+        Raises Refused at once as `submit` does, and RuntimeError in the loop if the request fails.
+        """
+        return self._stream(self.submit(request, after))
+
+    def _stream(self, generation: Generation) -> Iterator[int]:
+        sent = 0
         try:
-            while not generation.finished:
-                for other, tokens in self.step():
-                    if other is generation:
-                        yield from tokens
+            while not generation.finished or sent < generation.num_new:
+                if sent == generation.num_new:
+                    self.step()
+                new = generation.seen[generation.output_start + sent :]  # of steps that others have taken, too
+                sent += len(new)
+                yield from new
         finally:
             self.cancel(generation)
+        if generation.error is not None:
+            raise RuntimeError(f"the request failed: {generation.error}")
 
     def snapshot(self, generation: Generation) -> Snapshot:
         """The state of a running request as a value: a copy that later steps leave alone.
 
         Raises ValueError for one without a slot; one that ended has a snapshot if it asked for it (`keep_state`).
         """
+        self._check_own(generation)
         if generation.snapshot is not None:
             return generation.snapshot
         if generation.status is not Status.DECODING or generation.slot is None:
             raise ValueError(
                 f"the request is {generation.status.value}; accepted: one that is decoding, or ended with keep_state"
             )
-        return Snapshot(self.pool.kept(generation.slot), generation.seen[:], self.fingerprint)
+        state = self.pool.kept(generation.slot)
+        return Snapshot(state, generation.seen[:], self.fingerprint, output_start=generation.counted_from)
 
     def fork(self, generation: Generation, request: Request) -> Generation:
         """Go on from where a request is, beside it: `request` has its own sampling and more prompt, or none."""
@@ -260,8 +298,8 @@ class Engine:
             generation = self._waiting.popleft()
             state = None if generation.start is None else generation.start.state
             if self.prefixes is not None:
-                found = self.prefixes.find(generation.seen[:-1])
-                if found is not None and found[0] > generation.read:
+                found = self.prefixes.find(generation.seen[:-1], generation.read)
+                if found is not None:
                     generation.cached = found[0] - generation.read
                     generation.read, state = found
             generation.slot = self.pool.take(state)
@@ -293,9 +331,8 @@ class Engine:
     def _block_end(self, generation: Generation) -> int:
         """Where the next block ends: a multiple of prompt_block, the end of what is shared, before the last token."""
         border = (generation.read // self.prompt_block + 1) * self.prompt_block
-        shared = generation.request.shared
-        if generation.read < shared < border:
-            border = shared
+        if generation.read < generation.shared_end < border:
+            border = generation.shared_end
         return min(border, len(generation.seen) - 1)
 
     def _read_block(self, generation: Generation, end: int) -> None:
@@ -305,7 +342,7 @@ class Engine:
         self._prompt_tokens += end - generation.read
         generation.read = end
         inside = self.prefix_interval is not None and end % self.prefix_interval == 0
-        if inside or end in (generation.request.shared, len(generation.seen) - 1):
+        if inside or end in (generation.shared_end, len(generation.seen) - 1):
             self._keep_prefix(generation)
 
     def _keep_prefix(self, generation: Generation) -> None:
@@ -320,7 +357,7 @@ class Engine:
         slot = generation.slot
         assert slot is not None
         seen = torch.frombuffer(generation.seen, dtype=torch.int32).long()
-        self.table.fill(slot, generation.request.sampling, generation.seed, seen, seen[generation.output_start :])
+        self.table.fill(slot, generation.request.sampling, generation.seed, seen, seen[generation.counted_from :])
         self._step.tokens[slot] = generation.seen[-1]
         self._step.active[slot] = True
         generation.status = Status.DECODING
@@ -339,7 +376,9 @@ class Engine:
         tokens = sampled.tokens.tolist()
         counts = [0] * self.pool.num_slots
         progress, ended = [], []
-        for slot, generation in self._decoding.items():
+        for slot, generation in list(self._decoding.items()):
+            if generation.finished:  # cancelled by what decodes another's text
+                continue
             first, reason = len(generation.seen), None
             draft = [*drafts.get(slot, []), None]
             for t, token in enumerate(tokens[slot]):
@@ -352,7 +391,7 @@ class Engine:
             self._accepted += max(0, len(new) - 1)
             if new:
                 progress.append((generation, new))
-            if reason is not None:
+            if reason is not None and not generation.finished:
                 ended.append((generation, reason))
         self._step.settle(counts)
         for generation, reason in ended:
@@ -401,8 +440,14 @@ class Engine:
         ended = not request.ignore_eos and token == self.model.config.eos_token_id
         if ended or token in request.stop_tokens:
             return "stop_token"
-        if generation.stops is not None and generation.stops.push(token) is not None:
-            return "stop_string"
+        if generation.stops is not None:
+            try:
+                matched = generation.stops.push(token)
+            except Exception as error:  # of the caller's `decode`: the others' tokens must not be lost with it
+                generation.error = f"its text cannot be decoded: {error!r}"
+                return "failed"
+            if matched is not None:
+                return "stop_string"
         if request.max_new_tokens is not None and generation.num_new >= request.max_new_tokens:
             return "length"
         return None
@@ -427,6 +472,21 @@ class Engine:
         if generation.slot is not None:
             self.pool.release(generation.slot)
         generation.slot, generation.status, generation.finish_reason = None, Status.FINISHED, reason
+
+
+def _fits(state: ModelState, slots: ModelState) -> bool:
+    """Whether a sequence's state is one of the model that `slots` are of; caches may hold any number of tokens."""
+    if [type(layer) for layer in state] != [type(layer) for layer in slots]:
+        return False
+    for mine, theirs in zip(state, slots, strict=True):
+        free = theirs.SLOTTED if isinstance(theirs, TokenCache) else ()
+        for name, x in theirs.tensors().items():
+            shape, found = list(x.shape), list(mine.tensors()[name].shape)
+            if name in free:
+                shape[1:2], found[1:2] = [], []
+            if found != [1, *shape[1:]]:
+                return False
+    return True
 
 
 def _check_deferred_writes(length: int, speculation: Speculation | None) -> None:

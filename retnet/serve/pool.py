@@ -16,7 +16,7 @@ from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.ops.decode import Ring
 from retnet.serve.fused import FusedBlock
-from retnet.serve.sampling import SamplingTable
+from retnet.serve.sampling import SamplingTable, is_integer
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,13 @@ class SlotPool:
         self.cost = SlotCost(one.nbytes + rows, SamplingTable.bytes_per_slot(model.config.vocab_size))
         if memory_bytes is not None:
             affordable = memory_bytes // self.cost.total
-            num_slots = affordable if affordable < 4 else affordable // 4 * 4
+            num_slots = min(1, affordable) if affordable < 4 else affordable // 4 * 4
             if num_slots < 1:
                 raise ValueError(f"memory_bytes is {memory_bytes:,}; accepted: at least {self.cost}")
         assert num_slots is not None
         # Products round a row alike wherever it lies only if their rows fill the blocks of the CPU's kernels.
-        if num_slots < 1 or (num_slots > 4 and num_slots % 4):
-            raise ValueError(
-                f"num_slots is {num_slots}; accepted: 1, 2, 3 or a multiple of 4, where all slots round alike"
-            )
+        if not is_integer(num_slots, 1) or (num_slots > 1 and num_slots % 4):
+            raise ValueError(f"num_slots is {num_slots}; accepted: 1 or a multiple of 4, where all slots round alike")
         self.max_tokens = max_tokens
         self.num_slots = num_slots
         self.state = _blank(model, num_slots, max_tokens)

@@ -42,15 +42,19 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._states)
 
-    def find(self, tokens: array) -> tuple[int, ModelState] | None:
-        """The longest kept state that has read a beginning of `tokens`, and its length; counted as a hit or a miss."""
+    def find(self, tokens: array, read: int = 0) -> tuple[int, ModelState] | None:
+        """The longest kept state that has read a beginning of `tokens` longer than `read`, and its length.
+
+        Counted as a hit or a miss, unless there is nothing to find."""
+        if len(tokens) <= read:
+            return None
         lengths = {*self._lengths, *(length for length, _ in self._dropped)}
-        keys = _keys(tokens, [length for length in lengths if 0 < length <= len(tokens)])
+        keys = _keys(tokens, [length for length in lengths if read < length <= len(tokens)])
         for key in reversed(keys):
             if key in self._states:
                 self._states.move_to_end(key)
                 self.counts.hits += 1
-                self.counts.tokens_saved += key[0]
+                self.counts.tokens_saved += key[0] - read
                 return key[0], self._states[key]
         if not self._states and not self._dropped:
             reason = "the cache is empty"

@@ -1,11 +1,12 @@
 """What a caller asks for, and what becomes of it."""
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from retnet.serve.sampling import Sampling
+from retnet.serve.sampling import Sampling, is_integer
 from retnet.serve.snapshot import Snapshot
 from retnet.serve.stopping import StopStrings
 
@@ -40,6 +41,16 @@ class Request:
     shared: int = 0
     keep_state: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt, str):
+            raise ValueError("prompt is text; accepted: token ids")
+        if isinstance(self.stop_strings, str):
+            raise ValueError(f"stop_strings is {self.stop_strings!r}; accepted: a sequence of strings")
+        if self.max_new_tokens is not None and not is_integer(self.max_new_tokens, -math.inf):
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; accepted: an integer, or None for no end")
+        if not is_integer(self.shared, 0, len(self.prompt)):
+            raise ValueError(f"shared is {self.shared!r}; accepted: 0 to {len(self.prompt)}, the prompt's tokens")
+
 
 @dataclass
 class TokenLogprobs:
@@ -55,14 +66,19 @@ class Generation:
 
     tokens: those of the output so far. seen: all tokens of its context, earlier ones of a snapshot included (4 bytes
     each); the state has read the first `read` of them. cached: how many of those were not read but found.
+    counted_from: where the output begins for penalties: earlier, if it only goes on. shared_end: of what the prompt
+    shares with others. engine: the one that it is a request of.
     """
 
-    request: Request
+    engine: object = field(repr=False)
+    request: Request = field(repr=False)
     seed: int
-    seen: array
+    seen: array = field(repr=False)
     read: int
     output_start: int
-    start: Snapshot | None = None
+    counted_from: int
+    shared_end: int
+    start: Snapshot | None = field(default=None, repr=False)
     stops: StopStrings | None = None
     status: Status = Status.WAITING
     finish_reason: str | None = None

@@ -8,14 +8,24 @@ Parts that no running request needs (sorting for top-k and top-p, penalties, log
 They change no bit of the other rows' results, so a request cannot tell.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 TOP_LOGPROBS = 20  # the most alternatives that a request may ask for
+
+
+def is_integer(value: object, low: float, high: float = math.inf) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
 
 
 @dataclass(frozen=True)
@@ -43,20 +53,31 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; accepted: 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; accepted: 1 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; accepted: 0 < top_p <= 1")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p}; accepted: 0 <= min_p <= 1")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; accepted: more than 0")
-        if self.logprobs is not None and not 0 <= self.logprobs <= TOP_LOGPROBS:
-            raise ValueError(f"logprobs is {self.logprobs}; accepted: None or 0 to {TOP_LOGPROBS}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; accepted: 0 to 2^63 - 1")
+        def check(name: str, accepted: str, is_right: Callable[[Any], bool]) -> None:
+            value = getattr(self, name)
+            if not is_right(value):
+                raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+
+        def maybe(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+            return lambda value: value is None or is_right(value)
+
+        check("temperature", "0 (greedy), or 1e-6 to 1e6", lambda t: _is_number(t, 0, 1e6) and (t == 0 or t >= 1e-6))
+        check("top_k", "None, or an integer of 1 or more", maybe(lambda k: is_integer(k, 1)))
+        check("top_p", "None, or 0 < top_p <= 1", maybe(lambda p: _is_number(p, 0, 1) and p > 0))
+        check("min_p", "None, or 0 <= min_p <= 1", maybe(lambda p: _is_number(p, 0, 1)))
+        check("repetition_penalty", "1e-6 to 1e6", lambda r: _is_number(r, 1e-6, 1e6))
+        check("presence_penalty", "-1e6 to 1e6", lambda x: _is_number(x, -1e6, 1e6))
+        check("frequency_penalty", "-1e6 to 1e6", lambda x: _is_number(x, -1e6, 1e6))
+        check(
+            "logprobs", f"None, or an integer of 0 to {TOP_LOGPROBS}", maybe(lambda n: is_integer(n, 0, TOP_LOGPROBS))
+        )
+        check("seed", "None, or an integer of 0 to 2^63 - 1", maybe(lambda n: is_integer(n, 0, 2**63 - 1)))
+        check("logit_bias", "a mapping of token ids to numbers", lambda bias: isinstance(bias, Mapping))
+        for token, bias in self.logit_bias.items():
+            if not (is_integer(token, -math.inf) and (bias == -math.inf or _is_number(bias, -1e30, 1e30))):
+                raise ValueError(
+                    f"logit_bias has {token!r}: {bias!r}; accepted: token ids, and -1e30 to 1e30 or minus infinity"
+                )
 
     @property
     def parts(self) -> "Parts":
@@ -118,7 +139,7 @@ class SamplingTable:
     def fill(self, slot: int, sampling: Sampling, seed: int, seen: Tensor, generated: Tensor) -> None:
         """Set a slot's row; seen and generated are the token ids so far, with and without those of the prompt."""
         self.temperature[slot] = sampling.temperature
-        self.top_k[slot] = sampling.top_k or self.vocab_size
+        self.top_k[slot] = min(sampling.top_k or self.vocab_size, self.vocab_size)
         self.top_p[slot] = 1.0 if sampling.top_p is None else sampling.top_p
         self.min_p[slot] = sampling.min_p or 0.0
         self.repetition[slot] = sampling.repetition_penalty

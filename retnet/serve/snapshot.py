@@ -11,6 +11,7 @@ that is truncated, changed, or of another model is refused: going on from a wron
 import hashlib
 import json
 import os
+import secrets
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from retnet.serve.quantize import int8_parts
 
 FORMAT = "retnet-snapshot"
 SAMPLED_VALUES = 1024  # of each weight tensor, for the fingerprint
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ class Snapshot:
     """state of one sequence that has read all `tokens` but the last; model: fingerprint of what it is a state of.
 
     rounding_error: norm(state - stored) / norm(state), the largest of all tensors: 0 unless it was stored narrower.
+    output_start: where the output begins that penalties count, if it is to go on.
     """
 
     state: ModelState
     tokens: array
     model: str
     rounding_error: float = 0.0
+    output_start: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +69,7 @@ class Snapshot:
             "position": str(len(self.tokens) - 1),
             "tokens": _digest({"tokens": tensors["tokens"]}, {}),
             "rounding_error": repr(error),
+            "output_start": str(len(self.tokens) if self.output_start is None else self.output_start),
             "dtypes": json.dumps({name: str(x.dtype)[6:] for name, x in self.state.named_tensors().items()}),
         }
         metadata["content"] = _digest(tensors, metadata)
@@ -75,12 +80,16 @@ class Snapshot:
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Snapshot":
         """Read what `save` wrote, in the dtypes that the state had.
 
-        Raises ValueError for a file that is something else, truncated, or changed since it was written.
+        Raises ValueError for a file that is something else, truncated, or changed since it was written, and
+        FileNotFoundError where there is none.
         """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no snapshot at {path}: {'not a file' if Path(path).exists() else 'no such file'}")
         try:
             with safe_open(path, "pt") as file:
                 metadata = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                # Copies: the file is mapped, and may change once it has been checked.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
         if metadata.get("format") != FORMAT:
@@ -88,17 +97,26 @@ class Snapshot:
         content = metadata.pop("content", None)
         if content != _digest(tensors, metadata):
             raise ValueError(f"{path} was changed since it was written: its SHA-256 is not the one it names")
-        dtypes = json.loads(metadata["dtypes"])
-        tokens = array("i")
-        tokens.frombytes(_bytes(tensors.pop("tokens").contiguous()))
-        named = {name: x.to(device, getattr(torch, dtypes[name])) for name, x in tensors.items()}
-        return cls(ModelState.from_named(named), tokens, metadata["model"], float(metadata["rounding_error"]))
+        try:
+            dtypes, seen = json.loads(metadata["dtypes"]), tensors.pop("tokens")
+            if seen.dtype != torch.int32 or metadata["tokens"] != _digest({"tokens": seen}, {}):
+                raise ValueError("its tokens are not those that it names")
+            if int(metadata["position"]) != len(seen) - 1:
+                raise ValueError(f"it has {len(seen)} tokens for position {metadata['position']}")
+            tokens = array("i")
+            tokens.frombytes(_bytes(seen.contiguous()))
+            named = {name: x.to(device, getattr(torch, dtypes[name])) for name, x in tensors.items()}
+            facts = metadata["model"], float(metadata["rounding_error"]), int(metadata["output_start"])
+            return cls(ModelState.from_named(named), tokens, *facts)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is not a whole snapshot: {error}") from error
 
 
 def fingerprint(model: LanguageModel) -> str:
-    """A hash of a model's configuration and weights: of their names, shapes, dtypes, and values at even distances.
+    """A hash of a model's configuration and weights: their names, shapes, dtypes, sums, and values at even distances.
 
-    Not all values: reading 13 GB to restore 100 MB of state would cost more than the prompt. Training changes them all.
+    A sum over all bits, read as integers, shows any one value that differs; hashing 13 GB would take longer than the
+    prompts that snapshots save.
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("name", "source", "seed")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -110,7 +128,8 @@ def fingerprint(model: LanguageModel) -> str:
         flat = weight.detach().flatten()
         places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64)
         values = flat[places.round().long().to(flat.device)].cpu().contiguous()
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        total = int(flat.view(_INTEGERS[weight.element_size()]).sum(dtype=torch.int64))
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype} {total}".encode())
         digest.update(_bytes(values))
     return digest.hexdigest()
 
@@ -134,7 +153,7 @@ def _bytes(x: Tensor) -> memoryview:
 
 def _replace(path: Path, data: bytes) -> None:
     """Write a file so that at any moment the old one or the new one is there, whole."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    staged = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         with staged.open("wb") as file:
             file.write(data)

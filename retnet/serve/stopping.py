@@ -7,6 +7,8 @@ unfinished character. Each token costs the decoding of a few, however long the o
 
 from collections.abc import Callable, Sequence
 
+MOST_HELD = 16  # tokens: a character takes four bytes, so what is still unfinished then will not be finished
+
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -29,10 +31,18 @@ class StopStrings:
         """Read one more token; returns the stop string that it completes, the first to begin in the text."""
         self._tokens.append(token)
         before, now = self._decode(self._tokens[: self._shown]), self._decode(self._tokens)
-        if now.endswith("�") or len(now) <= len(before):
+        if len(now) <= len(before):
             return None
+        if now.endswith("�") and len(self._tokens) - self._shown < MOST_HELD:
+            whole = now[len(before) :].rstrip("�")
+            return self._add(whole) if self._completes(whole) else None
         self._tokens, self._shown = self._tokens[self._shown :], len(self._tokens) - self._shown
         return self._add(now[len(before) :])
+
+    def _completes(self, piece: str) -> bool:
+        longest = max(map(len, self.strings), default=1) - 1
+        text = self.text[-longest:] if longest else ""
+        return any(string in text + piece for string in self.strings)
 
     def _add(self, piece: str) -> str | None:
         longest = max(map(len, self.strings), default=1) - 1

@@ -117,24 +117,24 @@ def test_prompts_take_turns(small):
 
 
 def test_a_cancelled_request_leaves_at_once_and_the_others_do_not_notice(small):
-    expected = facts(alone(small, Request(prompt(5), 20, GREEDY), num_slots=2))
-    engine = engine_of(small, num_slots=2, max_tokens=None)
+    expected = facts(alone(small, Request(prompt(5), 20, GREEDY)))
+    engine = engine_of(small, max_tokens=None)
     kept = engine.submit(Request(prompt(5), 20, GREEDY))
-    decoding = engine.submit(Request(prompt(4), None))
+    others = [engine.submit(Request(prompt(4, seed), None)) for seed in range(3)]
     waiting = engine.submit(Request(prompt(6), 3))
     for _ in range(3):
         engine.step()
-    engine.cancel(decoding)
-    engine.cancel(waiting)
+    for generation in (*others, waiting):
+        engine.cancel(generation)
     reading = engine.submit(Request(prompt(50), 3))
     engine.step()
     engine.cancel(reading)
-    assert {g.finish_reason for g in (decoding, waiting, reading)} == {"cancelled"}
-    assert engine.pool.num_free == 1
-    engine.cancel(decoding)
+    assert {g.finish_reason for g in (*others, waiting, reading)} == {"cancelled"}
+    assert engine.pool.num_free == 3
+    engine.cancel(others[0])
     engine.run()
     assert facts(kept) == expected
-    assert engine.pool.num_free == 2
+    assert engine.pool.num_free == 4
 
 
 def test_stop_tokens_and_the_end_of_text_end_an_output():
@@ -174,7 +174,7 @@ def test_a_budget_in_bytes_buys_as_many_slots_as_fit(hybrid):
     cost = engine_of(hybrid).pool.cost
     assert cost.state == sum(layer.slot(0).nbytes for layer in engine_of(hybrid).pool.state)
     assert engine_of(hybrid, num_slots=None, memory_bytes=11 * cost.total).pool.num_slots == 8
-    assert engine_of(hybrid, num_slots=None, memory_bytes=3 * cost.total + 1).pool.num_slots == 3
+    assert engine_of(hybrid, num_slots=None, memory_bytes=3 * cost.total + 1).pool.num_slots == 1
     with pytest.raises(ValueError, match=rf"accepted: at least {cost.total:,} bytes a slot"):
         engine_of(hybrid, num_slots=None, memory_bytes=cost.total - 1)
 
@@ -218,7 +218,7 @@ def test_a_full_queue_refuses_and_says_what_a_slot_costs(small):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_slots": 5}, "num_slots is 5; accepted: 1, 2, 3 or a multiple of 4"),
+        ({"num_slots": 5}, "num_slots is 5; accepted: 1 or a multiple of 4"),
         ({"num_slots": 0}, "num_slots is 0"),
         ({"memory_bytes": 10**6}, "accepted: one of the two"),
         ({"max_tokens": None}, "layer 1 is attention without a window|layer 4 is attention without a window"),
@@ -236,3 +236,103 @@ def test_hyena_is_refused_by_name():
     layers = (BlockConfig(HyenaConfig(filter_hidden=8), FeedForwardConfig(8)),)
     with pytest.raises(ValueError, match="layer 0 is a Hyena"):
         Engine(LanguageModel(ModelConfig(VOCAB, 8, layers)).eval(), num_slots=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": float("nan")}, {"temperature": 1e39}, {"temperature": 1e-40}, {"temperature": True},
+        {"top_k": 1.5}, {"top_k": 0}, {"presence_penalty": float("nan")}, {"presence_penalty": float("inf")},
+        {"frequency_penalty": 1e39}, {"repetition_penalty": 1e-46}, {"logit_bias": {5: float("nan")}},
+        {"logit_bias": {5: float("inf")}}, {"logit_bias": {5: 1e39}}, {"logit_bias": {5.5: 1.0}}, {"logit_bias": []},
+        {"logprobs": 1.5}, {"seed": 1.5}, {"seed": -1},
+    ],
+)  # fmt: skip
+def test_numbers_that_logits_do_not_survive_are_refused_before_they_do_harm(options):
+    [name] = options
+    with pytest.raises(ValueError, match=f"{name} (is|has) .*accepted: "):
+        Sampling(**options)
+
+
+def test_requests_that_make_no_sense_are_refused_by_name(small):
+    for options, name in (
+        ({"prompt": "ab"}, "prompt"),
+        ({"prompt": [1], "stop_strings": "never"}, "stop_strings"),
+        ({"prompt": [1], "max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"prompt": [1], "shared": 2}, "shared"),
+        ({"prompt": [1], "shared": -1}, "shared"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} is .*accepted: "):
+            Request(**options)
+    engine = engine_of(small)
+    for prompt_, sampling in (
+        ([1.5], Sampling()),
+        (["a"], Sampling()),
+        ([2**40], Sampling()),
+        ([1], Sampling(logit_bias=dict.fromkeys(range(VOCAB), -float("inf")))),
+    ):
+        with pytest.raises(Refused, match="accepted: "):
+            engine.submit(Request(prompt_, 5, sampling))
+    assert engine.idle
+    assert alone(small, Request([1], 5, Sampling(top_k=2**70, temperature=0))).finish_reason == "length"
+
+
+def test_a_callers_decode_that_fails_or_cancels_leaves_others_alone(small):
+    expected = alone(small, Request(prompt(5, 2), 12, GREEDY)).tokens
+    calls = []
+
+    def decode(tokens):
+        calls.append(tokens)
+        if len(calls) == 4:
+            raise UnicodeError("a hiccup")
+        if len(calls) > 4:
+            engine.cancel(bystander)
+        return "".join(chr(97 + t % 26) for t in tokens)
+
+    engine = engine_of(small, decode=decode)
+    failing = engine.submit(Request(prompt(4), 12, GREEDY, stop_strings=["zzzz"]))
+    cancelling = engine.submit(Request(prompt(4, 1), 12, GREEDY, stop_strings=["zzzz"]))
+    bystander = engine.submit(Request(prompt(4, 3), 12, GREEDY))
+    other = engine.submit(Request(prompt(5, 2), 12, GREEDY))
+    engine.run()
+    assert {failing.finish_reason, cancelling.finish_reason} == {"failed", "length"}
+    assert "a hiccup" in (failing.error or cancelling.error)
+    assert bystander.finish_reason == "cancelled"
+    assert other.tokens == expected
+    assert engine.pool.num_free == engine.pool.num_slots
+
+
+def test_streams_side_by_side_have_all_their_tokens(small):
+    engine = engine_of(small)
+    requests = Request(prompt(5), 8, GREEDY), Request(prompt(6, 2), 12, GREEDY)
+    streams, got = [engine.stream(request) for request in requests], ([], [])
+    for pair in zip(*streams):
+        for tokens, token in zip(got, pair):
+            tokens.append(token)
+    for tokens, stream in zip(got, streams):
+        tokens += stream
+    # zip() asks the first once more than the second when the first ends.
+    assert [*got] == [alone(small, request).tokens for request in requests]
+    with pytest.raises(Refused):
+        engine.stream(Request([], 5))
+
+
+def test_a_stream_that_fails_says_so():
+    model = small_model()
+    with torch.no_grad():
+        model.layers[0].mixer.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="not finite"):
+        list(engine_of(model).stream(Request([1, 2, 3], 20, GREEDY)))
+
+
+def test_requests_of_another_engine_are_refused(small):
+    mine, theirs = engine_of(small), engine_of(small)
+    a, b = mine.submit(Request(prompt(5), 9, GREEDY)), theirs.submit(Request(prompt(7, 3), 9, GREEDY))
+    mine.step()
+    theirs.step()
+    for refused in (theirs.cancel, theirs.snapshot):
+        with pytest.raises(ValueError, match="another engine"):
+            refused(a)
+    mine.run()
+    theirs.run()
+    assert [a.finish_reason, b.finish_reason] == ["length", "length"]

@@ -59,11 +59,11 @@ def run(engine: Engine, *requests: Request) -> list:
 def test_fused_blocks_compute_what_their_modules_do(shape):
     model = shaped_model(shape)
     assert all(FusedBlock.fits(block) for block in model.layers)
-    state = SlotPool(model, num_slots=3).state
+    state = SlotPool(model, num_slots=4).state
     expected, fused = state.clone(), FusedModel(model, state, [None] * 2)
     for step in range(5):
-        tokens = torch.tensor([step, 7, 3 * step])
-        active = torch.tensor([True, step % 2 == 0, step != 3])
+        tokens = torch.tensor([step, 7, 3 * step, 11])
+        active = torch.tensor([True, step % 2 == 0, step != 3, True])
         out, _ = model.hidden(tokens[:, None], expected, mask=active[:, None], carry=True, in_place=True)
         logits = model.logits(out[:, 0])
         ours = fused(tokens, active)

@@ -98,3 +98,21 @@ def test_a_state_larger_than_the_budget_is_not_kept(small):
     assert (len(cache), cache.counts.too_large) == (0, 1)
     with pytest.raises(ValueError, match="budget of 0 bytes"):
         PrefixCache(0)
+
+
+def test_what_a_snapshot_has_read_is_no_hit_and_shared_counts_from_the_prompt(small):
+    engine = engine_of(small, prefix_cache_bytes=10**7)
+    first = engine.submit(Request(prompt(30), 10, Sampling(temperature=0), keep_state=True))
+    engine.run()
+    before = engine.stats().prefix
+    assert (before.hits, before.tokens_saved) == (0, 0)
+    engine.submit(Request([3], 5, Sampling(temperature=0)), first.snapshot)
+    engine.run()
+    assert engine.stats().prefix.hits == 0
+    assert before.stored < engine.stats().prefix.stored  # what was asked for earlier does not change
+    question = prompt(10, seed=4)
+    for ending in (1, 2):
+        twin = engine.submit(Request([*question, *[ending] * 9], 3, shared=10), first.snapshot)
+        engine.run()
+    assert twin.cached == 11  # the snapshot's last token is still to be read
+    assert engine.stats().prefix.tokens_saved == 1 + 11  # the first of the two found what [3] left after that token

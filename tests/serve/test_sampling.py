@@ -122,7 +122,7 @@ def test_random_numbers_are_uniform_and_independent_of_seed_and_position():
         ({"top_p": 0.0}, "top_p is 0"),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0"),
-        ({"logprobs": 21}, "logprobs is 21; accepted: None or 0 to 20"),
+        ({"logprobs": 21}, "logprobs is 21; accepted: None, or an integer of 0 to 20"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

@@ -5,17 +5,20 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from retnet.models.directory import save_model
+from retnet.models.states import ModelState
 from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
 from retnet.serve.sampling import Sampling
-from retnet.serve.snapshot import Snapshot, fingerprint
+from retnet.serve.snapshot import Snapshot, _digest, fingerprint
 
 from .conftest import prompt, small_model
 from .test_engine import alone, engine_of, facts
@@ -178,3 +181,67 @@ def test_a_request_without_a_state_has_no_snapshot(small):
     engine.run()
     with pytest.raises(ValueError, match="the request is finished"):
         engine.snapshot(generation)
+
+
+def test_penalties_of_the_output_go_on_with_the_session(small, tmp_path):
+    sampling = Sampling(temperature=0, presence_penalty=1.5, frequency_penalty=0.3)
+    engine = engine_of(small)
+    generation = engine.submit(Request(prompt(9), 30, sampling))
+    while generation.num_new < 12:
+        engine.step()
+    engine.snapshot(generation).save(tmp_path / "session")
+    engine.run()
+    restored = engine.submit(Request([], 18, sampling), Snapshot.load(tmp_path / "session"))
+    engine.run()
+    assert restored.tokens == generation.tokens[12:]
+
+
+def test_one_weight_that_differs_makes_another_model():
+    model, other = small_model(vocab_size=5000), small_model(vocab_size=5000)
+    assert fingerprint(model) == fingerprint(other)
+    with torch.no_grad():
+        other.embedding.weight[3, 1] += 1e-3
+    assert fingerprint(model) != fingerprint(other)
+
+
+def test_a_loaded_snapshot_does_not_hang_on_its_file(small, tmp_path):
+    engine, generation = session(small)
+    snapshot = engine.snapshot(generation)
+    snapshot.save(tmp_path / "session")
+    loaded = Snapshot.load(tmp_path / "session")
+    with (tmp_path / "session").open("r+b") as file:
+        file.seek(0, 2)
+        end = file.tell()
+        file.seek(end // 2)
+        file.write(b"\x7f" * (end - end // 2))
+    for a, b in zip(loaded.state.named_tensors().values(), snapshot.state.named_tensors().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fact", ["dtypes", "model", "tokens", "rounding_error", "position", "output_start"])
+def test_a_file_that_lacks_a_fact_is_refused_even_if_it_agrees_with_itself(small, tmp_path, fact):
+    engine, generation = session(small)
+    path = tmp_path / "session"
+    engine.snapshot(generation).save(path)
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    metadata.pop("content")
+    for changed in ({}, {fact: "999"} if fact in ("tokens", "position") else None):
+        if changed is None:
+            continue
+        facts_ = {name: value for name, value in metadata.items() if name != fact} | changed
+        tensors = load_file(path)
+        save_file(tensors, tmp_path / "forged", {**facts_, "content": _digest(tensors, facts_)})
+        with pytest.raises(ValueError, match="not a whole snapshot"):
+            Snapshot.load(tmp_path / "forged")
+
+
+def test_states_of_other_shapes_are_refused(small, tmp_path):
+    engine, generation = session(small)
+    snapshot = engine.snapshot(generation)
+    narrow = ModelState(tuple(replace(layer, memory=layer.memory[:, :, :1]) for layer in snapshot.state))
+    for state in (narrow, ModelState(tuple(snapshot.state)[:1])):
+        with pytest.raises(Refused, match="shapes"):
+            engine.submit(Request([1], 5), replace(snapshot, state=state))
+    with pytest.raises(FileNotFoundError, match="not a file"):
+        Snapshot.load(tmp_path)

@@ -60,3 +60,24 @@ def test_each_token_costs_the_decoding_of_a_few():
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="a stop string is empty"):
         StopStrings(["a", ""], utf8)
+
+
+def test_a_complete_stop_string_is_found_before_an_unfinished_character():
+    vocabulary = [b"he", b"STOP\xe6", b"\x97", b"x"]
+    stops = StopStrings(["STOP"], lambda tokens: b"".join(vocabulary[t] for t in tokens).decode("utf-8", "replace"))
+    assert [stops.push(token) for token in (0, 1)] == [None, "STOP"]
+    assert stops.text == "he"
+
+
+def test_bytes_that_never_become_a_character_are_not_held_for_ever():
+    decoded = []
+
+    def decode(tokens):
+        decoded.append(len(tokens))
+        return bytes(tokens).decode("utf-8", "replace")
+
+    stops = StopStrings(["never"], decode)
+    for _ in range(500):
+        stops.push(0x80)
+    assert max(decoded) < 100
+    assert push_all(stops, b"so never") == "never"
