@@ -64,19 +64,24 @@ def generate(
 
 
 def _stream(tokens: Iterable[int]) -> StreamMeter:
-    """Print tokens as text while they come; an interrupt ends the stream."""
+    """Print tokens as text while they come; an interrupt ends the stream. Raises ValueError if it fails."""
     from retnet.data import ByteTokenizer
     from retnet.eval.meter import StreamMeter
+    from retnet.serve.request import Failed
 
     decoder = ByteTokenizer().stream_decoder()
-    meter = StreamMeter()
+    meter, failed = StreamMeter(), None
     try:
         for token in tokens:
             _write(decoder.push(token))
             meter.tick()
     except KeyboardInterrupt:
         errors.print()
+    except Failed as error:
+        failed = error
     _write(decoder.flush() + "\n")
+    if failed is not None:
+        raise ValueError(str(failed)) from failed
     return meter
 
 

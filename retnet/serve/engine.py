@@ -25,7 +25,7 @@ from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.serve.pool import SlotCost, SlotPool
 from retnet.serve.prefix import PrefixCache, PrefixCounts
-from retnet.serve.request import Generation, Refused, Request, Status, TokenLogprobs
+from retnet.serve.request import Failed, Generation, Refused, Request, Status, TokenLogprobs
 from retnet.serve.sampling import Parts, Sampled, SamplingTable
 from retnet.serve.snapshot import Snapshot, fingerprint
 from retnet.serve.speculation import PromptLookup, Speculation, VerifyStep
@@ -193,7 +193,7 @@ class Engine:
             stops = StopStrings(request.stop_strings, self.decode)
         seed = request.sampling.seed
         read = 0 if after is None else len(after.tokens) - 1
-        goes_on = after is not None and not len(request.prompt) and after.output_start is not None
+        earlier = after.output_start if after is not None and not len(request.prompt) else None
         generation = Generation(
             engine=self,
             request=request,
@@ -201,7 +201,7 @@ class Engine:
             seen=seen,
             read=read,
             output_start=len(seen),
-            counted_from=after.output_start if goes_on else len(seen),
+            counted_from=len(seen) if earlier is None else earlier,
             shared_end=start + request.shared if request.shared else 0,
             start=after,
             stops=stops,
@@ -256,7 +256,7 @@ class Engine:
     def stream(self, request: Request, after: Snapshot | None = None) -> Iterator[int]:
         """The tokens of one request as they come; others run along. Leaving the loop cancels it.
 
-        Raises Refused at once as `submit` does, and RuntimeError in the loop if the request fails.
+        Raises Refused at once as `submit` does, and Failed in the loop if the request fails.
         """
         return self._stream(self.submit(request, after))
 
@@ -272,7 +272,7 @@ class Engine:
         finally:
             self.cancel(generation)
         if generation.error is not None:
-            raise RuntimeError(f"the request failed: {generation.error}")
+            raise Failed(f"the request failed: {generation.error}")
 
     def snapshot(self, generation: Generation) -> Snapshot:
         """The state of a running request as a value: a copy that later steps leave alone.
@@ -305,6 +305,8 @@ class Engine:
             generation.slot = self.pool.take(state)
             generation.start = None
             generation.status = Status.READING
+            if self.speculation is not None and generation.slot is not None:
+                self._lookups[generation.slot] = PromptLookup(self.speculation.longest)
             self._reading.append(generation)
 
     def _read_prompts(self) -> None:
@@ -341,6 +343,8 @@ class Engine:
         self._step.read(generation.slot, block)  # raises ValueError where it computes what no decay can be
         self._prompt_tokens += end - generation.read
         generation.read = end
+        if generation.slot in self._lookups:
+            self._lookups[generation.slot].index(generation.seen, end)
         inside = self.prefix_interval is not None and end % self.prefix_interval == 0
         if inside or end in (generation.shared_end, len(generation.seen) - 1):
             self._keep_prefix(generation)
@@ -363,8 +367,6 @@ class Engine:
         generation.status = Status.DECODING
         self._decoding[slot] = generation
         self._parts = None
-        if self.speculation is not None:
-            self._lookups[slot] = PromptLookup(self.speculation.longest)
 
     def _decode(self) -> list[tuple[Generation, list[int]]]:
         if not self._decoding:
@@ -470,6 +472,7 @@ class Engine:
             self._parts = None
             self._step.active[generation.slot] = False
         if generation.slot is not None:
+            self._lookups.pop(generation.slot, None)
             self.pool.release(generation.slot)
         generation.slot, generation.status, generation.finish_reason = None, Status.FINISHED, reason
 

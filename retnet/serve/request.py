@@ -15,6 +15,10 @@ class Refused(ValueError):
     """A request that this engine cannot serve, now or ever; the message says why."""
 
 
+class Failed(RuntimeError):
+    """A request that could not be served to its end; the message says why."""
+
+
 class Status(Enum):
     WAITING = "waiting"  # for a slot
     READING = "reading"  # its prompt

@@ -21,11 +21,11 @@ TOP_LOGPROBS = 20  # the most alternatives that a request may ask for
 
 
 def is_integer(value: object, low: float, high: float = math.inf) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high
 
 
 @dataclass(frozen=True)

@@ -58,15 +58,19 @@ class PromptLookup:
     _ends: dict[tuple[int, ...], int] = field(default_factory=dict)
     _indexed: int = 0
 
+    def index(self, seen: Sequence[int], length: int) -> None:
+        """Take in the first `length` tokens: as a prompt's blocks are read, so that no step waits for all of it."""
+        for end in range(self._indexed + 1, length):
+            for n in range(1, min(self.longest, end) + 1):
+                self._ends[tuple(seen[end - n : end])] = end
+        self._indexed = max(self._indexed, length - 1)
+
     def draft(self, seen: Sequence[int], count: int) -> list[int]:
         """`count` tokens that followed the longest ending of `seen` that occurred before, none if there is none.
 
         Where they reach the end of `seen`, it goes on in a circle.
         """
-        for end in range(self._indexed + 1, len(seen)):
-            for n in range(1, min(self.longest, end) + 1):
-                self._ends[tuple(seen[end - n : end])] = end
-        self._indexed = max(self._indexed, len(seen) - 1)
+        self.index(seen, len(seen))
         for n in range(min(self.longest, len(seen)), 0, -1):
             end = self._ends.get(tuple(seen[-n:]))
             if end is not None:

@@ -54,8 +54,11 @@ def resolve_config(name: str) -> ModelConfig:
 def resolve_model(name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
     """The model that a name stands for, in evaluation mode: fresh weights for a preset or a stack, else the saved ones.
 
-    Raises as `resolve_config`, and ValueError for weights that are not those of the configuration.
+    Raises as `resolve_config`, and ValueError for weights that are not those of the configuration and for a device that
+    is not there.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r} and there is no CUDA device here; accepted: cpu")
     if name in PRESETS or name in preset_names() or name.endswith(STACK_SUFFIXES):
         with torch.device(device):
             return LanguageModel(resolve_config(name)).to(device, dtype).eval()

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from retnet.cli import main
+from retnet.models.directory import load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,6 +138,19 @@ def test_the_prompt_comes_from_an_argument_a_file_or_standard_input_alike(capsys
 )
 def test_generate_refuses_options_out_of_range(capsys, byte_model, words, message):
     assert message in wrong_input(capsys, "generate", byte_model, *words)
+
+
+def test_generate_says_that_a_model_is_broken(capsys, byte_model, tmp_path):
+    model = load_model(byte_model)
+    with torch.no_grad():
+        model.layers[0].mixer.q_proj.weight[0, 0] = float("nan")
+    save_model(model, tmp_path / "broken")
+    assert "not finite" in wrong_input(capsys, "generate", tmp_path / "broken", "hello", "--max-tokens", 20)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_device_that_is_not_there_is_refused(capsys, byte_model):
+    assert "no CUDA device here; accepted: cpu" in wrong_input(capsys, "generate", byte_model, "x", "--device", "cuda")
 
 
 def test_generate_refuses_a_model_that_does_not_read_bytes(capsys, tmp_path):

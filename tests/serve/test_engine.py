@@ -11,7 +11,7 @@ from retnet.layers.hyena import HyenaConfig
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.serve.engine import Engine
-from retnet.serve.request import Refused, Request
+from retnet.serve.request import Failed, Refused, Request
 from retnet.serve.sampling import Sampling
 
 from .conftest import VOCAB, prompt, small_model
@@ -321,7 +321,7 @@ def test_a_stream_that_fails_says_so():
     model = small_model()
     with torch.no_grad():
         model.layers[0].mixer.q_proj.weight[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises(Failed, match="not finite"):
         list(engine_of(model).stream(Request([1, 2, 3], 20, GREEDY)))
 
 

@@ -110,3 +110,16 @@ def test_drafts_that_a_cache_cannot_take_are_refused_by_name():
         engine_of(hybrid_model(), speculation=Speculation(19))
     with pytest.raises(ValueError, match="draft_tokens is 4; accepted: 3, 7, 11"):
         Speculation(4)
+
+
+def test_a_long_prompt_is_indexed_as_it_is_read_and_forgotten_with_its_request(small):
+    engine = engine_of(small, speculation=Speculation(3), prompt_block=8)
+    generation = engine.submit(Request(prompt(60), 5, Sampling(temperature=0)))
+    indexed = []
+    while not generation.tokens:
+        engine.step()
+        indexed.append(engine._lookups[generation.slot]._indexed)
+    assert indexed == sorted(indexed)
+    assert max(after - before for before, after in zip([0, *indexed], indexed)) <= 9
+    engine.run()
+    assert engine._lookups == {}
