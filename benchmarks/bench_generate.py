@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import runner
@@ -113,7 +114,11 @@ def by_position(bench: Bench) -> Iterator[Point]:
         note = f"{grown} bytes more after them; slot {engine.pool.cost.total} bytes; " + bench.note(
             1, milliseconds, steps
         )
-        yield Point("generate", f"position {position}", "engine", "step", milliseconds, bench.floor(engine), note=note)
+        held = (before or engine.pool.cost.total) / 2**20  # of the device, or on a CPU of the slot
+        point = Point(
+            "generate", f"position {position}", "engine", "step", milliseconds, bench.floor(engine), note=note
+        )
+        yield replace(point, extra_mebibytes=held)
 
 
 def by_batch(bench: Bench) -> Iterator[Point]:
@@ -299,7 +304,10 @@ def plot(points: list[Point], options: argparse.Namespace) -> None:
             drawn["floor"] = floor["engine"]
         return Panel(title, axis, "milliseconds", drawn, y_log=axis != "position")
 
+    at_positions = [p for p in points if p.case.startswith("position")]
+    held = lines(at_positions, lambda p: int(p.case.split()[-1]), lambda p: p.extra_mebibytes)
     panels = [
+        *([Panel("memory by position", "position", "MiB", held)] if held else []),
         panel("a step by position", "position", "step"),
         panel("a step by batch", "batch", "step"),
         panel("to the first token by prompt", "prompt", "first token"),

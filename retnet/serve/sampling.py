@@ -25,7 +25,9 @@ def is_integer(value: object, low: float, high: float = math.inf) -> bool:
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) <= high
+    if isinstance(value, Integral):
+        return is_integer(value, low, high)
+    return isinstance(value, Real) and low <= float(value) <= high
 
 
 @dataclass(frozen=True)
