@@ -14,7 +14,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import runner
@@ -115,10 +114,16 @@ def by_position(bench: Bench) -> Iterator[Point]:
             1, milliseconds, steps
         )
         held = (before or engine.pool.cost.total) / 2**20  # of the device, or on a CPU of the slot
-        point = Point(
-            "generate", f"position {position}", "engine", "step", milliseconds, bench.floor(engine), note=note
+        yield Point(
+            "generate",
+            f"position {position}",
+            "engine",
+            "step",
+            milliseconds,
+            bench.floor(engine),
+            extra_mebibytes=held,
+            note=note,
         )
-        yield replace(point, extra_mebibytes=held)
 
 
 def by_batch(bench: Bench) -> Iterator[Point]:
