@@ -241,7 +241,8 @@ def test_hyena_is_refused_by_name():
 @pytest.mark.parametrize(
     "options",
     [
-        {"temperature": float("nan")}, {"temperature": 1e39}, {"temperature": 1e-40}, {"temperature": True}, {"temperature": 10**400},
+        {"temperature": float("nan")}, {"temperature": 1e39}, {"temperature": 1e-40}, {"temperature": True},
+        {"temperature": 10**400},
         {"top_k": 1.5}, {"top_k": 0}, {"presence_penalty": float("nan")}, {"presence_penalty": float("inf")},
         {"frequency_penalty": 1e39}, {"repetition_penalty": 1e-46}, {"logit_bias": {5: float("nan")}},
         {"logit_bias": {5: float("inf")}}, {"logit_bias": {5: 1e39}}, {"logit_bias": {5.5: 1.0}}, {"logit_bias": []},
