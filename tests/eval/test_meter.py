@@ -1,3 +1,4 @@
+import time
 from itertools import pairwise
 
 from retnet.eval import meter
@@ -32,3 +33,12 @@ def test_times_are_means_over_the_bin(monkeypatch):
 
 def test_memory_of_this_process_is_plausible():
     assert 1 << 20 < meter.resident_bytes() < 1 << 40
+
+
+def test_time_ends_with_the_last_token():
+    stream = StreamMeter()
+    for _ in range(3):
+        stream.tick()
+    taken = stream.seconds
+    time.sleep(0.02)
+    assert stream.seconds == taken

@@ -309,6 +309,17 @@ def test_what_follows_from_a_fault_is_not_another(pairs, more, path):
     assert only(changed(*pairs, more=more)).dotted == path
 
 
+def test_a_template_whose_name_is_a_number_is_one_fault_of_the_templates():
+    text = (
+        BASE[: BASE.index("  r:\n")]
+        + "  7:\n"
+        + BASE[BASE.index("  a:\n") + len("  a:\n") : BASE.index("- {template: r")]
+    )
+    found = problems(text + "- template: '7'\nhead:\n  type: causal_lm\n")
+    assert [problem.dotted for problem in found] == ["layer_templates"]
+    assert "the key '7' is not text" in found[0].what
+
+
 def test_an_unknown_section_may_have_been_meant_as_let():
     assert only(changed(more="lets: {d: 1}\n")).fix.startswith("did you mean let?")
 
