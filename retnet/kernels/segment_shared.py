@@ -89,10 +89,18 @@ def _causal(pairs, rows, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _reach(log_decay, sums, plane, rows, length, REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr):
+def _decays(
+    rate, sums, num_tokens, h, start, rows, length, H: tl.constexpr,
+    REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One head's decays: between every row and the segment's border, and between all pairs of rows."""
+    log_decay, sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
     if REVERSE:
-        return leave(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED)
-    return enter(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED)
+        reach = leave(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED)
+    else:
+        reach = enter(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED)
+    at = running(sums, plane, rows, length, PER_TOKEN, MASKED)
+    return reach, between_all(log_decay, at, at, REVERSE, PER_TOKEN)
 
 
 @triton.jit(do_not_specialize=["T", "num_tokens"])
@@ -120,10 +128,11 @@ def _read_kernel(
     pairs = _causal(tl.dot(xs, tl.trans(ys), input_precision=PRECISION) * pair_scale, rows, REVERSE)
     for i in range(HEADS):
         h = head0 + i
-        log_decay, head_sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
-        reach = _reach(log_decay, head_sums, plane, rows, length, REVERSE, PER_TOKEN, MASKED) * state_scale
-        at = running(head_sums, plane, rows, length, PER_TOKEN, MASKED)
-        weighted = pairs * between_all(log_decay, at, at, REVERSE, PER_TOKEN)
+        reach, apart = _decays(
+            rate, sums, num_tokens, h, start, rows, length, H, REVERSE, PER_TOKEN, MASKED
+        )  # fmt: skip
+        reach *= state_scale
+        weighted = pairs * apart
         cells = state_of(states, slot, h, H, R * O) + r[:, None] * O + columns[None, :]
         state = tl.load(cells, mask=(r < R)[:, None] & (columns < O)[None, :], other=0.0)
         zs = load_tile(head_rows(z, start, h, z_token, z_head), rows, columns, z_token, ok, O, BO)
@@ -164,13 +173,14 @@ def _sum_kernel(
     total = tl.zeros([L, BO], dtype=tl.float32)
     for i in range(HEADS):
         h = group * HEADS + i
-        log_decay, head_sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
-        reach = _reach(log_decay, head_sums, plane, rows, length, REVERSE, PER_TOKEN, MASKED) * state_scale
-        at = running(head_sums, plane, rows, length, PER_TOKEN, MASKED)
+        reach, apart = _decays(
+            rate, sums, num_tokens, h, start, rows, length, H, REVERSE, PER_TOKEN, MASKED
+        )  # fmt: skip
+        reach *= state_scale
         xs = load_tile(head_rows(x, start, h, x_token, x_head), rows, r, x_token, ok, R, BR)
         ys = load_tile(head_rows(y, start, h, y_token, y_head), rows, r, y_token, ok, R, BR)
         pairs = _causal(tl.dot(xs, tl.trans(ys), input_precision=PRECISION), rows, REVERSE)
-        pairs = pairs * between_all(log_decay, at, at, REVERSE, PER_TOKEN)
+        pairs *= apart
         cells = state_of(states, slot, h, H, R * O) + columns[None, :] * R + r[:, None]
         state = tl.load(cells, mask=(r < R)[:, None] & (columns < O)[None, :], other=0.0)
         read = tl.dot(xs.to(state.dtype), state, input_precision=PRECISION) * reach[:, None]

@@ -40,9 +40,12 @@ class StopStrings:
         return self._add(now[len(before) :])
 
     def _completes(self, piece: str) -> bool:
-        longest = max(map(len, self.strings), default=1) - 1
-        text = self.text[-longest:] if longest else ""
-        return any(string in text + piece for string in self.strings)
+        longest, tail = max(map(len, self.strings), default=1) - 1, piece
+        for earlier in reversed(self._pieces):
+            if len(tail) >= longest + len(piece):
+                break
+            tail = earlier + tail
+        return any(string in tail[-longest - len(piece) :] for string in self.strings)
 
     def _add(self, piece: str) -> str | None:
         longest = max(map(len, self.strings), default=1) - 1
