@@ -19,7 +19,7 @@ from pathlib import Path
 import runner
 import torch
 from plots import Panel, lines, save_panels
-from rivals import fla_retnet, generation_milliseconds, llama, prompt_milliseconds
+from rivals import fla_retnet, generation_milliseconds, held_mebibytes, llama, prompt_milliseconds
 from runner import Point, append, read, table
 
 from retnet.models.lm import LanguageModel
@@ -202,8 +202,7 @@ def restore(bench: Bench) -> Iterator[Point]:
 def rival_llama(bench: Bench, cache: str | None = None) -> Iterator[Point]:
     """transformers' Llama, with its growing cache or the static one, whose prompts take as long."""
     model = llama(bench.options.model, bench.device, max(bench.options.prompts) + 1024)
-    prompts = bench.options.prompts if cache is None else []
-    yield from _rival(bench, "llama dynamic" if cache is None else "llama static", model, cache, prompts)
+    yield from _rival(bench, "llama dynamic" if cache is None else "llama static", model, cache)
 
 
 def rival_fla(bench: Bench) -> Iterator[Point]:
@@ -212,15 +211,24 @@ def rival_fla(bench: Bench) -> Iterator[Point]:
     if model is None:
         print("flash-linear-attention is not installed (pip install retnet[bench]): left out")
         return
-    yield from _rival(bench, "fla", model, None, bench.options.prompts)
+    yield from _rival(bench, "fla", model, None)
 
 
-def _rival(bench: Bench, name: str, model, cache: str | None, prompts: list[int]) -> Iterator[Point]:
-    """Steps of `generate` by batch, and the first token by prompt length."""
+def _rival(bench: Bench, name: str, model, cache: str | None) -> Iterator[Point]:
+    """Steps of `generate` by batch and by position (up to the longest prompt), the first token by prompt length.
+
+    Memory and first tokens of a static cache, which has its size from the start, are those of the growing one.
+    """
+    prompts = bench.options.prompts
     for batch in bench.options.batch:
-        taken = generation_milliseconds(model, batch, bench.options.context, 32, cache)
+        taken = generation_milliseconds(model, batch, bench.options.context, RING, cache)
         yield Point("generate", f"batch {batch}", name, "step", taken, note=f"{1e3 * batch / taken:.1f} tokens/s")
-    for length in prompts:
+    for position in bench.options.positions:
+        if position <= max(prompts):
+            held = held_mebibytes(model, position) if cache is None else None
+            taken = generation_milliseconds(model, 1, position, RING, cache)
+            yield Point("generate", f"position {position}", name, "step", taken, extra_mebibytes=held)
+    for length in prompts if cache is None else ():
         yield Point("generate", f"prompt {length}", name, "first token", prompt_milliseconds(model, length))
     free(bench.device)
 
@@ -307,7 +315,7 @@ def plot(points: list[Point], options: argparse.Namespace) -> None:
         floor = lines(chosen, lambda p: int(p.case.split()[-1]), lambda p: p.floor_milliseconds)
         if "engine" in floor:
             drawn["floor"] = floor["engine"]
-        return Panel(title, axis, "milliseconds", drawn, y_log=axis != "position")
+        return Panel(title, axis, "milliseconds", drawn)
 
     at_positions = [p for p in points if p.case.startswith("position")]
     held = lines(at_positions, lambda p: int(p.case.split()[-1]), lambda p: p.extra_mebibytes)

@@ -14,7 +14,7 @@ out and named.
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -84,17 +84,17 @@ def mamba2_forms(H: int) -> dict[str, tuple[bool, Callable[..., Tensor]]]:
     return forms
 
 
-def mamba2_points(B: int, T: int, H: int, K: int, V: int) -> list[Point]:
-    points = []
+def mamba2_points(only: Sequence[str] | None, B: int, T: int, H: int, K: int, V: int) -> Iterator[Point]:
     for name, (per_head, form) in mamba2_forms(H).items():
+        if only is not None and name not in only:
+            continue
         G = H if per_head else 1
         generator = torch.Generator("cuda").manual_seed(0)
         draw = partial(torch.randn, generator=generator, device="cuda", dtype=torch.bfloat16)
         q, k, x = draw(B, T, G, K), draw(B, T, G, K) * K**-0.5, draw(B, T, H, V)
         step = 0.1 * torch.rand(B, T, H, generator=generator, device="cuda")
         floors = [_mamba2_floor(B * T, G, H, K, V, backward) for backward in (False, True)]
-        points += _timed("mamba2", f"mamba2 {B},{T},{H},{K},{V}", name, form, [q, k, x, step], floors)
-    return points
+        yield from _timed("mamba2", f"mamba2 {B},{T},{H},{K},{V}", name, form, [q, k, x, step], floors)
 
 
 def _mamba2_floor(tokens: int, G: int, H: int, K: int, V: int, backward: bool) -> float:
@@ -107,7 +107,7 @@ def _mamba2_floor(tokens: int, G: int, H: int, K: int, V: int, backward: bool) -
     return floor_milliseconds(tokens * operations, tokens * moved)
 
 
-def mamba1_points(B: int, T: int, D: int, N: int) -> list[Point]:
+def mamba1_points(only: Sequence[str] | None, B: int, T: int, D: int, N: int) -> Iterator[Point]:
     generator = torch.Generator("cuda").manual_seed(0)
     draw = partial(torch.randn, generator=generator, device="cuda")
     x, write, read = draw(B, T, D).bfloat16(), draw(B, T, N).bfloat16(), draw(B, T, N).bfloat16()
@@ -126,11 +126,14 @@ def mamba1_points(B: int, T: int, D: int, N: int) -> list[Point]:
     moved.append(2 * moved[0] + B * T * (2 * D + 4 * D + 2 * 2 * N))
     floors = [floor_milliseconds(0, count) for count in moved]
     tensors = [x, step, rate.contiguous(), write, read]
-    timed = partial(_timed, "mamba1", f"mamba1 {B},{T},{D},{N}")
-    return [point for name, form in forms.items() for point in timed(name, form, tensors, floors)]
+    for name, form in forms.items():
+        if only is None or name in only:
+            yield from _timed("mamba1", f"mamba1 {B},{T},{D},{N}", name, form, tensors, floors)
 
 
-def _timed(bench: str, case: str, name: str, form: Callable, tensors: list[Tensor], floors: list[float]) -> list[Point]:
+def _timed(
+    bench: str, case: str, name: str, form: Callable, tensors: list[Tensor], floors: list[float]
+) -> Iterator[Point]:
     """Forward, and forward and backward with its peak memory; a point that fails says why."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     dout = torch.randn_like(tensors[2] if bench == "mamba2" else tensors[0])
@@ -142,29 +145,27 @@ def _timed(bench: str, case: str, name: str, form: Callable, tensors: list[Tenso
     def both():
         return torch.autograd.grad(form(*leaves), leaves, dout)
 
-    points = []
     for what, run, floor in (("forward", forward, floors[0]), ("forward+backward", both, floors[1])):
         try:
             run()
             memory = extra_mebibytes(run, sum(x.numel() * x.element_size() for x in leaves)) if run is both else None
             device, host = device_milliseconds(run)
-            points.append(Point(bench, case, name, what, device, floor, host, extra_mebibytes=memory))
+            yield Point(bench, case, name, what, device, floor, host, extra_mebibytes=memory)
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            points.append(Point(bench, case, name, what, float("inf"), note=str(error).splitlines()[0][:100]))
+            yield Point(bench, case, name, what, float("inf"), note=str(error).splitlines()[0][:100])
         torch.cuda.empty_cache()
-    return points
 
 
 # --- on a CPU: Mamba-2's recurrence alone, and whole layers ---
 
 
-def cpu_scan_points() -> list[Point]:
+def cpu_scan_points() -> Iterator[Point]:
     """The recurrence of Mamba-2 beside transformers' slow path for it, on the same float32 inputs."""
     try:
         from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
     except ImportError:
         print("this version of transformers has no scan apart from its layer: left out")
-        return []
+        return
     B, T, D = CPU_MAMBA2
     H, K, V = 2 * D // 64, 128, 64
     x, step, rate = torch.randn(B, T, H, V), 0.1 * torch.rand(B, T, H), -1 - 15 * torch.rand(H)
@@ -176,19 +177,17 @@ def cpu_scan_points() -> list[Point]:
     def theirs(x, step, rate, write, read):
         return mamba2_chunk_scan(x, step, rate, write, read, chunk_size=256)
 
-    points, dout = [], torch.randn(B, T, H, V)
+    dout = torch.randn(B, T, H, V)
     for name, form in {"ours": ours, "transformers": theirs}.items():
         leaves = [z.clone().requires_grad_() for z in (x, step, rate, write, read)]
         with torch.no_grad():
             forward = median_milliseconds(lambda form=form, leaves=leaves: form(*leaves))
         both = median_milliseconds(lambda form=form, leaves=leaves: torch.autograd.grad(form(*leaves), leaves, dout))
-        points += _pair("mamba2 scan", f"{B},{T},{H},{K},{V}", name, forward, both)
-    return points
+        yield from _pair("mamba2 scan", f"{B},{T},{H},{K},{V}", name, forward, both)
 
 
-def cpu_points() -> list[Point]:
+def cpu_points() -> Iterator[Point]:
     """A layer's forward and backward in float32 (transformers has no kernels of its own there: its slow path)."""
-    points = []
     for name, (B, T, D), layers in (("mamba2", CPU_MAMBA2, _mamba2_layers), ("mamba1", CPU_MAMBA1, _mamba1_layers)):
         ours, theirs = layers(D)
         x, layout = torch.randn(B, T, D), TokenLayout.of((B, T), torch.device("cpu"))
@@ -198,8 +197,7 @@ def cpu_points() -> list[Point]:
             with torch.no_grad():
                 forward = median_milliseconds(lambda run=run, x=x: run(x))
             both = median_milliseconds(lambda run=run, input=input: run(input).sum().backward())
-            points += _pair(f"{name} layer", f"{B},{T},{D}", implementation, forward, both)
-    return points
+            yield from _pair(f"{name} layer", f"{B},{T},{D}", implementation, forward, both)
 
 
 def _pair(bench: str, case: str, name: str, forward: float, both: float) -> list[Point]:
@@ -293,7 +291,7 @@ def llama(like: ModelConfig, compile: bool) -> Built:
     return model, lambda ids: model.model(ids).last_hidden_state, model.lm_head.weight
 
 
-def stack_points(name: str, batch: int, tokens: int, compile: bool) -> list[Point]:
+def stack_points(name: str, batch: int, tokens: int, compile: bool) -> Iterator[Point]:
     torch.cuda.empty_cache()  # of the stack before
     configs = stack_configs()
     model, hidden, weight = llama(configs["tri-mixer"], compile) if name == "llama" else ours(configs[name], compile)
@@ -313,33 +311,34 @@ def stack_points(name: str, batch: int, tokens: int, compile: bool) -> list[Poin
     note = f"{1e3 * batch * tokens / milliseconds:.0f} tokens/s, {parameters / 1e9:.3f}B parameters"
     note += ", compiled" if compile else ", eager"
     peak = torch.cuda.max_memory_allocated() / 2**20
-    return [Point("stack", f"B={batch} T={tokens}", name, "step", milliseconds, extra_mebibytes=peak, note=note)]
+    yield Point("stack", f"B={batch} T={tokens}", name, "step", milliseconds, extra_mebibytes=peak, note=note)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["mixer", "stack"])
     parser.add_argument("--only", nargs="+", choices=["tri-mixer", "retnet", "llama"], help="of the stacks")
+    parser.add_argument("--implementations", nargs="+", metavar="NAME", help="of the mixers on a GPU")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--eager", action="store_true", help="do not compile the stacks' layers")
     parser.add_argument("--csv", type=Path, default=None)
     options = parser.parse_args()
     torch.manual_seed(0)
-    measures: list[Callable[[], list[Point]]]
+    measures: list[Callable[[], Iterator[Point]]]
     if options.what == "stack":
         names = options.only or ("tri-mixer", "retnet", "llama")
         measures = [partial(stack_points, name, options.batch, options.tokens, not options.eager) for name in names]
     elif not torch.cuda.is_available():
         measures = [cpu_scan_points, cpu_points]
     else:
-        measures = [partial(mamba2_points, *case) for case in MAMBA2_CASES]
-        measures += [partial(mamba1_points, *case) for case in MAMBA1_CASES]
+        measures = [partial(mamba2_points, options.implementations, *case) for case in MAMBA2_CASES]
+        measures += [partial(mamba1_points, options.implementations, *case) for case in MAMBA1_CASES]
     for measure in measures:
-        points = measure()
-        print(table(points), flush=True)
-        if options.csv:
-            append(options.csv, points)  # at once: a run that is cut short keeps what it measured
+        for point in measure():
+            print(table([point]), flush=True)
+            if options.csv:
+                append(options.csv, [point])  # at once: a run that is cut short keeps what it measured
 
 
 if __name__ == "__main__":

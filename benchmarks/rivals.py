@@ -88,6 +88,18 @@ def prompt_milliseconds(model, prompt: int) -> float:
     return median_milliseconds(lambda: model(ids, use_cache=True, logits_to_keep=1), budget=1.0, least=2)
 
 
+@torch.no_grad()
+def held_mebibytes(model, position: int) -> float:
+    """The weights, and what `generate` keeps after `position` tokens."""
+    before = torch.cuda.memory_allocated()
+    ids = torch.randint(VOCAB, (1, position), device=model.device)
+    kept = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    del ids
+    grown = torch.cuda.memory_allocated() - before
+    del kept
+    return (grown + sum(p.numel() * p.element_size() for p in model.parameters())) / 2**20
+
+
 class TransformerStep:
     """One token of a Llama-shaped Transformer for B sequences with L cached tokens each; random weights.
 

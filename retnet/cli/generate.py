@@ -39,6 +39,7 @@ def generate(
     from retnet.eval.figures import save_stream_figure
     from retnet.models.cost import model_cost
     from retnet.serve.engine import Engine
+    from retnet.serve.pool import growing_layer
     from retnet.serve.request import Request
     from retnet.serve.sampling import Sampling
     from retnet.stack.resolve import resolve_model
@@ -48,6 +49,12 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     ids = ByteTokenizer().encode(text).tolist()
     limit = None if max_tokens == ENDLESS else max_tokens
+    growing = growing_layer(network.config)
+    if limit is None and growing is not None:
+        raise ValueError(
+            f"--max-tokens is 0 and layer {growing} is attention without a window, whose cache grows; accepted with "
+            "this model: 1 or more"
+        )
     engine = Engine(
         network,
         num_slots=1,

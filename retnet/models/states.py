@@ -28,6 +28,10 @@ class ModelRows:
 
     layers: tuple[RetentionRows | AttentionRows | Mamba1Rows | Mamba2Rows, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for rows in self.layers for x in vars(rows).values())
+
     def accept_(self, state: "ModelState", counts: Tensor) -> None:
         """Write the first counts[b] tokens of each sequence b into the state before them, in place."""
         for rows, layer in zip(self.layers, state.layers, strict=True):

@@ -109,12 +109,15 @@ class Engine:
         self.prompt_block, self.prompt_budget = prompt_block, prompt_budget
         self.max_waiting, self.prefix_interval = max_waiting, prefix_interval
         _check_deferred_writes(deferred_writes, speculation)
+        if speculation is not None:
+            speculation.check(model.config, max_tokens)
         self.pool = SlotPool(
             model,
             num_slots=num_slots,
             memory_bytes=memory_bytes,
             max_tokens=max_tokens,
             deferred_writes=deferred_writes,
+            draft_tokens=0 if speculation is None else speculation.draft_tokens,
         )
         self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes)
         self.table = SamplingTable(self.pool.num_slots, model.config.vocab_size, device)
@@ -123,7 +126,6 @@ class Engine:
         if speculation is None:
             self._step = DecodeStep(model, self.pool.state, self.table, graphs, self.pool.rings)
         else:
-            speculation.check(model.config, max_tokens)
             width = speculation.draft_tokens + 1
             self._step = VerifyStep(model, self.pool.state, self.table, graphs, width)
         self._lookups: dict[int, PromptLookup] = {}

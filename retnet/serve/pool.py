@@ -21,8 +21,8 @@ from retnet.serve.sampling import SamplingTable, is_integer
 
 @dataclass(frozen=True)
 class SlotCost:
-    """Bytes that one slot keeps: the state (its attention layers sized for max_tokens), with deferred writes the rows
-    beside it, and the sampling tables."""
+    """Bytes that one slot keeps: the state (its attention layers sized for max_tokens) with the rows beside it, of
+    deferred writes or of a draft, and the sampling tables."""
 
     state: int
     sampling: int
@@ -39,6 +39,7 @@ class SlotPool:
     """`num_slots` slots of a model, by number or by a budget in bytes; states of requests of up to max_tokens.
 
     deferred_writes: rows that a retention state may lie behind, kept in `rings` beside it (0: none).
+    draft_tokens: that a step may guess; their rows are kept by the step, and counted here.
     """
 
     def __init__(
@@ -49,12 +50,15 @@ class SlotPool:
         memory_bytes: int | None = None,
         max_tokens: int | None = None,
         deferred_writes: int = 0,
+        draft_tokens: int = 0,
     ):
         check_servable(model.config, max_tokens)
         if (num_slots is None) == (memory_bytes is None):
             raise ValueError(f"num_slots is {num_slots}, memory_bytes {memory_bytes}; accepted: one of the two")
         one = _blank(model, 1, max_tokens)
         rows = sum(ring.nbytes for ring in _rings(model, one, deferred_writes) if ring is not None)
+        if draft_tokens:
+            rows += _draft_bytes(model, one, draft_tokens + 1)
         self.cost = SlotCost(one.nbytes + rows, SamplingTable.bytes_per_slot(model.config.vocab_size))
         if memory_bytes is not None:
             affordable = memory_bytes // self.cost.total
@@ -119,13 +123,20 @@ def check_servable(config: ModelConfig, max_tokens: int | None) -> None:
             )
         if not layer.keeps_state:
             raise ValueError(f"layer {i} has keeps_state False; accepted by the engine: layers that keep their state")
-        if isinstance(mixer, AttentionConfig) and mixer.window is None and max_tokens is None:
-            raise ValueError(
-                f"layer {i} is attention without a window, whose cache grows; accepted: max_tokens, the tokens that a "
-                "slot has room for"
-            )
+    growing = growing_layer(config)
+    if growing is not None and max_tokens is None:
+        raise ValueError(
+            f"layer {growing} is attention without a window, whose cache grows; accepted: max_tokens, the tokens that "
+            "a slot has room for"
+        )
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; accepted: a positive integer or None")
+
+
+def growing_layer(config: ModelConfig) -> int | None:
+    """The first layer whose state has no end: attention without a window."""
+    mixers = enumerate(layer.mixer for layer in config.layers)
+    return next((i for i, mixer in mixers if isinstance(mixer, AttentionConfig) and mixer.window is None), None)
 
 
 def _rings(model: LanguageModel, state: ModelState, length: int) -> list[Ring | None]:
@@ -148,6 +159,13 @@ def _rings(model: LanguageModel, state: ModelState, length: int) -> list[Ring | 
             )
         )
     return rings
+
+
+@torch.no_grad()
+def _draft_bytes(model: LanguageModel, state: ModelState, width: int) -> int:
+    """Of the rows that `width` tokens of one sequence would write."""
+    _, rows = model.draft(torch.zeros(1, width, dtype=torch.long, device=state.position.device), state)
+    return rows.nbytes
 
 
 @torch.no_grad()

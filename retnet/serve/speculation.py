@@ -42,7 +42,7 @@ class Speculation:
         width = self.draft_tokens + 1
         for i, layer in enumerate(config.layers):
             if isinstance(layer.mixer, AttentionConfig):
-                room = min(n for n in (layer.mixer.window, max_tokens) if n is not None)
+                room = min((n for n in (layer.mixer.window, max_tokens) if n is not None), default=width)
                 if room < width:
                     raise ValueError(
                         f"layer {i} is attention that keeps {room} tokens; accepted with draft_tokens "

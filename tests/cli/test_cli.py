@@ -12,7 +12,12 @@ import pytest
 import torch
 
 from retnet.cli import main
+from retnet.layers.attention import AttentionConfig
+from retnet.layers.block import BlockConfig
+from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.models.config import ModelConfig
 from retnet.models.directory import load_model, save_model
+from retnet.models.lm import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -206,6 +211,15 @@ def test_check_fails_when_a_form_is_wrong(capsys, byte_model, monkeypatch):
 )
 def test_check_refuses_what_it_cannot_run(capsys, byte_model, words, message):
     assert message in wrong_input(capsys, "check", byte_model, *words)
+
+
+def test_generate_refuses_an_endless_text_of_a_cache_that_grows(capsys, tmp_path):
+    attention = AttentionConfig(2, 2, head_dim=8)
+    model = LanguageModel(ModelConfig(257, 16, (BlockConfig(attention, FeedForwardConfig(32)),)))
+    save_model(model, tmp_path / "model")
+    message = wrong_input(capsys, "generate", tmp_path / "model", "hello", "--max-tokens", 0)
+    assert "--max-tokens is 0 and layer 0 is attention without a window" in message
+    assert run("generate", tmp_path / "model", "hello", "--max-tokens", 2, "--no-stats") == 0
 
 
 def test_eval_compares_the_model_with_compressors(capsys, byte_model, text_folder):

@@ -8,6 +8,7 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
+from retnet.layers.moe import MoEConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
@@ -34,6 +35,15 @@ def hybrid_model(dtype: str = "float32") -> LanguageModel:
         BlockConfig(Mamba2Config(32, head_dim=8, state_dim=4), None, norm="rms"),
         BlockConfig(Mamba1Config(32, time_step_rank=2), None),
         BlockConfig(AttentionConfig(2, 1, head_dim=8, rotary="none", alibi=True), feed_forward),
+    )
+    return LanguageModel(ModelConfig(VOCAB, 16, layers, dtype=dtype, **STRONG)).eval()
+
+
+def moe_model(dtype: str = "float32") -> LanguageModel:
+    experts = MoEConfig(num_experts=4, hidden_dim=16, top_k=2)
+    layers = (
+        BlockConfig(RetentionConfig(2, 16, 32), experts),
+        BlockConfig(AttentionConfig(4, 2, head_dim=8, window=16), experts, norm="rms"),
     )
     return LanguageModel(ModelConfig(VOCAB, 16, layers, dtype=dtype, **STRONG)).eval()
 

@@ -8,13 +8,15 @@ import torch
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
+from retnet.layers.state import AttentionState, RetentionState
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.serve.engine import Engine
 from retnet.serve.request import Failed, Refused, Request
 from retnet.serve.sampling import Sampling
+from retnet.serve.speculation import Speculation
 
-from .conftest import VOCAB, prompt, small_model
+from .conftest import VOCAB, hybrid_model, moe_model, prompt, small_model
 
 GREEDY = Sampling(temperature=0, logprobs=3)
 
@@ -72,6 +74,25 @@ def test_another_number_of_slots_agrees_to_rounding(any_model):
     assert one.tokens == many.tokens
     for a, b in zip(one.logprobs, many.logprobs):
         assert a.logprob == pytest.approx(b.logprob, abs=1e-5)
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation(3)])
+def test_mixtures_of_experts_agree_in_a_crowd_up_to_rounding(speculation):
+    """In float64, where rounding picks no other expert and no other token."""
+    model = moe_model("float64")
+    request = Request(prompt(21), 15, Sampling(temperature=0.9, seed=7, logprobs=0))
+    expected = alone(model, request, num_slots=1)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([prompt(21) + expected.tokens])).logits[0].log_softmax(-1)
+    engine = engine_of(model, speculation=speculation)
+    others = [engine.submit(Request(prompt(9 + n, n), 5 + n, Sampling(seed=n))) for n in range(3)]
+    engine.step()
+    generation = engine.submit(request)
+    engine.run()
+    assert generation.tokens == expected.tokens
+    assert all(other.num_new == other.request.max_new_tokens for other in others)
+    for i, (token, reported) in enumerate(zip(generation.tokens, generation.logprobs, strict=True)):
+        assert reported.logprob == pytest.approx(float(logprobs[20 + i, token]), abs=1e-5)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), 1e30])
@@ -177,6 +198,17 @@ def test_a_budget_in_bytes_buys_as_many_slots_as_fit(hybrid):
     assert engine_of(hybrid, num_slots=None, memory_bytes=3 * cost.total + 1).pool.num_slots == 1
     with pytest.raises(ValueError, match=rf"accepted: at least {cost.total:,} bytes a slot"):
         engine_of(hybrid, num_slots=None, memory_bytes=cost.total - 1)
+
+
+def test_a_budget_counts_the_rows_of_drafts():
+    model, width = hybrid_model(), 4
+    plain, drafting = (engine_of(model, speculation=s).pool.cost for s in (None, Speculation(width - 1)))
+    own = {RetentionState: 2 * (16 + 32), AttentionState: 2 * 2 * 8}  # k and v a token, floats; a rate a head once
+    rows = [own.get(type(layer), 0) for layer in engine_of(model).pool.state]
+    assert drafting.sampling == plain.sampling
+    assert drafting.state - plain.state > 4 * width * sum(rows)
+    with pytest.raises(ValueError, match="at least"):
+        engine_of(model, num_slots=None, memory_bytes=plain.total, speculation=Speculation(width - 1))
 
 
 def test_the_pool_neither_moves_nor_grows(any_model):

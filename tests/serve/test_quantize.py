@@ -21,9 +21,10 @@ def quantized(**options):
     return quantize_int8_(small_model(**options))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_an_engine_reads_int8_weights_as_their_modules_do(gated):
-    model = quantized(gated=gated)
+def test_an_engine_reads_int8_weights_as_their_modules_do(gated, device):
+    model = quantize_int8_(small_model(gated=gated).to(device))
     assert int8_parts(model.layers[0].mixer.q_proj.weight) is not None
     if gated:
         assert int8_parts(model.layers[0].mixer.decay_proj.weight) is None
@@ -31,7 +32,8 @@ def test_an_engine_reads_int8_weights_as_their_modules_do(gated):
     generation = engine.submit(Request(prompt(13), 10, Sampling(temperature=0, logprobs=0)))
     engine.run()
     with torch.no_grad():
-        logprobs = model(torch.tensor([prompt(13) + generation.tokens])).logits[0].log_softmax(-1)
+        ids = torch.tensor([prompt(13) + generation.tokens], device=device)
+        logprobs = model(ids).logits[0].log_softmax(-1).cpu()
     for i, (token, reported) in enumerate(zip(generation.tokens, generation.logprobs)):
         assert float(logprobs[12 + i].max() - logprobs[12 + i, token]) < BFLOAT16
         assert reported.logprob == pytest.approx(float(logprobs[12 + i, token]), abs=BFLOAT16)
