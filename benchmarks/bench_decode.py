@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from runner import Point, append, copy_bandwidth, median_milliseconds, table
+from runner import Point, append, copy_bandwidth, median_milliseconds, need_gpu, table
 from torch import Tensor
 
 from retnet.ops.decay import paper_log_decay
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the state, for ours")
     parser.add_argument("--csv", type=Path, default=Path("out/bench_decode.csv"))
     options = parser.parse_args()
+    need_gpu()
     dtypes = [getattr(torch, name) for name in options.dtypes]
     if options.variants:
         for state_dtype, batch in itertools.product(dtypes, options.batch):

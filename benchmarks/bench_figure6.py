@@ -22,7 +22,7 @@ import runner
 import torch
 from plots import Panel, lines, save_panels
 from rivals import LLAMAS, TransformerStep
-from runner import Point, append, median_milliseconds, read, table
+from runner import Point, append, median_milliseconds, need_gpu, read, table
 
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
@@ -132,6 +132,7 @@ def main() -> None:
     if options.plot is not None:
         plot(read(options.csv), options)
         return
+    need_gpu()
     points = []
     for measured in (by_retnet, by_transformer):
         for p in measured(options):

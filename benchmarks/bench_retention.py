@@ -27,6 +27,7 @@ from runner import (
     eager_milliseconds,
     extra_mebibytes,
     floor_milliseconds,
+    need_gpu,
     read,
     table,
 )
@@ -193,6 +194,7 @@ def main() -> None:
     if options.plot:
         plot(read(options.csv), options.plot)
         return
+    need_gpu()
     for case in options.case or (SWEEP if options.sweep else CASES):
         for implementation in options.implementations.split(","):
             if implementation == "fla" and importlib.util.find_spec("fla") is None:

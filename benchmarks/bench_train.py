@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from runner import Point, append, median_milliseconds, profile_table, table
+from runner import Point, append, median_milliseconds, need_gpu, profile_table, table
 from torch import Tensor, nn
 
 from retnet import LanguageModel
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of a step")
     parser.add_argument("--csv", type=Path, default=Path("out/bench_train.csv"))
     options = parser.parse_args()
+    need_gpu()
     run = partial(
         measure, batch=options.batch, tokens=options.tokens, warm_only=options.warm_only, profile=options.profile
     )

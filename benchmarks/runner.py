@@ -61,6 +61,12 @@ def certificate() -> dict[str, str]:
     }
 
 
+def need_gpu() -> None:
+    """End with a message where there is no GPU to measure."""
+    if not torch.cuda.is_available():
+        sys.exit("this measures a GPU, and PyTorch finds none here; accepted: a machine with CUDA or ROCm")
+
+
 def append(path: Path, points: list[Point]) -> None:
     """Add rows to a CSV file, with a header if the file is new."""
     names = [f.name for f in fields(Point) if f.name != "certificate"] + ["share_of_floor", *certificate()]

@@ -1,0 +1,70 @@
+"""Benchmarks still run: those of a CPU at small sizes, those of a GPU as far as saying that there is none."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+GPU_ONLY = ("bench_decode", "bench_figure6", "bench_retention", "bench_train")
+
+
+def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_generation_is_measured_and_drawn(tmp_path):
+    file, picture = tmp_path / "points.csv", tmp_path / "picture.png"
+    words = ["--sections", "position,batch,first,prefix,restore", "--positions", 8, "--batch", 1, "--prompts", 16]
+    words += ["--context", 16, "--seconds", 0.01, "--device", "cpu", "--csv", file]
+    done = run("bench_generate", "--model", "retnet-tiny", *words)
+    assert done.returncode == 0, done.stderr
+    measured = {(row["what"], row["implementation"]) for row in rows(file)}
+    assert {what for what, _ in measured} == {"step", "first token", "prefix hit", "restore"}
+    assert ("step", "deferred 32") in measured
+    assert all(0 < float(row["milliseconds"]) < 60_000 for row in rows(file))
+    assert all(row["torch"] == torch.__version__ and row["command"] for row in rows(file))
+    assert run("bench_generate", "--csv", file, "--plot", picture).returncode == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_losses_are_measured(tmp_path):
+    file = tmp_path / "points.csv"
+    done = run("bench_loss", "--tokens", 64, "--width", 32, "--vocab", 300, "--dtype", "float32", "--csv", file)
+    assert done.returncode == 0, done.stderr
+    assert {"plain", "ours"} <= {row["implementation"] for row in rows(file)}
+
+
+def test_a_profile_names_operators():
+    done = run("profile_step", "--model", "retnet-tiny", "--steps", 1, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "operators" in done.stdout
+    assert "aten::" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", GPU_ONLY)
+def test_what_measures_a_gpu_says_so_without_one(script):
+    done = run(script)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(
+        "this measures a GPU, and PyTorch finds none here; accepted: a machine with CUDA or ROCm"
+    )
+
+
+@pytest.mark.parametrize("script", sorted(file.stem for file in BENCHMARKS.glob("bench_*.py")))
+def test_every_benchmark_explains_itself(script):
+    done = run(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "python benchmarks/" in done.stdout or "--csv" in done.stdout
