@@ -114,13 +114,16 @@ def by_position(bench: Bench) -> Iterator[Point]:
             1, milliseconds, steps
         )
         held = (before or engine.pool.cost.total) / 2**20  # of the device, or on a CPU of the slot
+        floor = bench.floor(engine)
+        del engine  # before the next one is made
+        free(bench.device)
         yield Point(
             "generate",
             f"position {position}",
             "engine",
             "step",
             milliseconds,
-            bench.floor(engine),
+            floor,
             extra_mebibytes=held,
             note=note,
         )

@@ -1,9 +1,10 @@
 """Retention on Hopper with the state on chip: what runs, in which order, and with which tiles.
 
 The adjoint of retention is retention, so one kernel (`walk_kernel`) makes everything: the output, and dV, dQ and dK as
-walks with the tensors in other roles. No state is written to memory. Where B * H * (slices of V) programs would leave
-most of the chip idle, the sequence is split into parts: a pass over all parts at once, without readers, finds what each
-adds to the state, `carry_kernel` chains these, and the walks start every part from its true state.
+walks with the tensors in other roles; where heads are small, dK and dV share one (`walk_keys_values`). No state is
+written to memory. Where B * H * (slices of V) programs would leave most of the chip idle, the sequence is split into
+parts: a pass over all parts at once, without readers, finds what each adds to the state, `carry_kernel` chains these,
+and the walks start every part from its true state.
 
 Masked tokens, read from a copy that has zeros there, and packed documents change a few chunks' decays (`walk_places`).
 The last states of packed documents, which may end within a chunk, come from a walk of each document by itself.
@@ -25,6 +26,7 @@ from torch import Tensor
 from retnet.kernels.problem import Gradients, Problem
 from retnet.kernels.tiles import is_hopper, multiprocessors
 from retnet.kernels.walk_carry import carry_kernel
+from retnet.kernels.walk_keys_values import keys_values_supported, walk_keys_values
 from retnet.kernels.walk_launch import descriptor, launch, tile_of, tma_rows, variant_of
 from retnet.kernels.walk_places import walk_places
 from retnet.kernels.walk_roles import CHUNK, ROWS
@@ -78,10 +80,16 @@ def walk_backward(problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need
     call = _Call.of(problem)
     packed = problem.cu_seqlens is not None
     dstarts = call.part_starts(q, dout, None if dfinal is None else dfinal.float(), reverse=True)
+    if problem.plain and not call.cut.narrow and keys_values_supported(q, k, v, dout):
+        parts, part_chunks = call.cut.parts, call.cut.part_chunks
+        dk, dv, dstate = walk_keys_values(
+            q, k, v, dout, call.log_decay, problem.scale, dstarts,
+            parts=parts, part_chunks=part_chunks, need_dstate=need_dstate,
+        )  # fmt: skip
+        return Gradients(call.dq(dout, k, v), dk, dv, None, dstate)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     ends = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=need_dstate and not packed)
-    starts = call.part_starts(k, v, problem.state, reverse=False)
-    dq = call.walk_over_values(dout, v, k, starts, reverse=False)
+    dq = call.dq(dout, k, v)
     dk = call.walk_over_values(v, dout, q, dstarts, reverse=True)
     dstate = None if ends is None else ends[:, :, 0].contiguous()
     if need_dstate and packed:
@@ -142,6 +150,10 @@ class _Call:
             num_warps=4,
         )
         return states
+
+    def dq(self, dout: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        starts = self.part_starts(k, v, self.problem.state, reverse=False)
+        return self.walk_over_values(dout, v, k, starts, reverse=False)
 
     def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: Tensor | None, reverse: bool) -> Tensor:
         """dQ = walk(dO, V, K), dK = reverse walk(V, dO, Q): the contraction runs over V, in ranges where V is wide."""

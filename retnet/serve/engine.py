@@ -128,6 +128,7 @@ class Engine:
         else:
             width = speculation.draft_tokens + 1
             self._step = VerifyStep(model, self.pool.state, self.table, graphs, width)
+        self._identity = object()
         self._lookups: dict[int, PromptLookup] = {}
         self._drafted = self._accepted = 0
         self._waiting: deque[Generation] = deque()
@@ -197,7 +198,7 @@ class Engine:
         read = 0 if after is None else len(after.tokens) - 1
         earlier = after.output_start if after is not None and not len(request.prompt) else None
         generation = Generation(
-            engine=self,
+            owner=self._identity,
             request=request,
             seed=secrets.randbits(63) if seed is None else seed,
             seen=seen,
@@ -234,7 +235,7 @@ class Engine:
             raise Refused("the snapshot's tensors have not the shapes of this model's states")
 
     def _check_own(self, generation: Generation) -> None:
-        if generation.engine is not self:
+        if generation.owner is not self._identity:
             raise ValueError("the request was submitted to another engine; accepted: one of this engine's")
 
     def cancel(self, generation: Generation) -> None:

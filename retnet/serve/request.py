@@ -71,10 +71,11 @@ class Generation:
     tokens: those of the output so far. seen: all tokens of its context, earlier ones of a snapshot included (4 bytes
     each); the state has read the first `read` of them. cached: how many of those were not read but found.
     counted_from: where the output begins for penalties: earlier, if it only goes on. shared_end: of what the prompt
-    shares with others. engine: the one that it is a request of.
+    shares with others. owner: what its engine knows it by; not the engine itself, whose memory would then wait for the
+    garbage collector.
     """
 
-    engine: object = field(repr=False)
+    owner: object = field(repr=False)
     request: Request = field(repr=False)
     seed: int
     seen: array = field(repr=False)

@@ -34,8 +34,9 @@ def test_compiled_retention_has_no_graph_break_and_the_same_gradients(per_token)
         assert (a.float() - b.float()).norm() <= 1e-2 * a.float().norm()
 
 
-def test_a_captured_forward_and_backward_replays_on_new_inputs():
-    q, k, v, log_decay = make()
+@pytest.mark.parametrize("T", [130, 128])  # of whole chunks dK and dV share a walk
+def test_a_captured_forward_and_backward_replays_on_new_inputs(T):
+    q, k, v, log_decay = make(T=T)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
 
     def run():

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 
-MODULES = ["test_chunkwise.py", "test_step.py", "test_decode.py", "test_walk_places.py"]
+MODULES = ["test_chunkwise.py", "test_step.py", "test_decode.py", "test_walk_places.py", "test_walk_keys_values.py"]
 SLOW = ["test_chunkwise.py", "test_step.py"]
 
 

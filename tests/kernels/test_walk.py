@@ -18,6 +18,9 @@ CASES = [  # B, T, H, K, V, extras
     (2, 2573, 2, 64, 128, "state"),
     (2, 300, 3, 128, 256, "state"),
     (1, 1, 1, 64, 128, "state"),
+    (2, 2560, 2, 64, 128, "state"),  # whole chunks of small heads: dK and dV in one walk
+    (3, 192, 5, 64, 64, "state float16"),
+    (8, 128, 16, 64, 128, ""),
     (1, 1500, 3, 256, 128, "state"),
     (1, 1500, 3, 64, 64, "state"),
     (2, 200, 2, 128, 512, ""),

@@ -1,6 +1,8 @@
 """Requests that join, run, end and leave in any order get exactly what each gets alone."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -209,6 +211,20 @@ def test_a_budget_counts_the_rows_of_drafts():
     assert drafting.state - plain.state > 4 * width * sum(rows)
     with pytest.raises(ValueError, match="at least"):
         engine_of(model, num_slots=None, memory_bytes=plain.total, speculation=Speculation(width - 1))
+
+
+def test_a_dropped_engine_frees_its_slots_at_once(any_model):
+    engine = engine_of(any_model, speculation=Speculation(3))
+    generation = engine.submit(Request(prompt(9), 20))
+    engine.step()
+    pool = weakref.ref(engine.pool)
+    gc.disable()
+    try:
+        del engine
+        assert pool() is None
+    finally:
+        gc.enable()
+    assert not generation.finished
 
 
 def test_the_pool_neither_moves_nor_grows(any_model):
