@@ -26,7 +26,7 @@ from torch import Tensor
 from retnet.kernels.problem import Gradients, Problem
 from retnet.kernels.tiles import is_hopper, multiprocessors
 from retnet.kernels.walk_carry import carry_kernel
-from retnet.kernels.walk_keys_values import keys_values_supported, walk_keys_values
+from retnet.kernels.walk_keys_values import fits_keys_values, keys_values_supported, walk_keys_values
 from retnet.kernels.walk_launch import descriptor, launch, tile_of, tma_rows, variant_of
 from retnet.kernels.walk_places import walk_places
 from retnet.kernels.walk_roles import CHUNK, ROWS
@@ -107,7 +107,9 @@ def walk_plan(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> d
     """What a call of this size will run."""
     cut = _cut(B, T, H, K, V, device)
     tiles = {"over_keys": tile_of(K, V, cut.narrow), "over_values": tile_of(V, K, cut.narrow)}
-    return {"kernels": "walk_kernel", "chunk": CHUNK, **asdict(cut), **tiles}
+    together = not cut.narrow and fits_keys_values(T, K, V)
+    dk_and_dv = "one walk, of rows without mask or documents" if together else "two walks"
+    return {"kernels": "walk_kernel", "chunk": CHUNK, **asdict(cut), **tiles, "dk_and_dv": dk_and_dv}
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,10 +29,14 @@ SHRINK = {torch.float16: 1 / 64}  # of states where they are multiplied: float16
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+def fits_keys_values(T: int, K: int, V: int) -> bool:
+    """Whether sequences of T tokens and heads of [K, V] have one walk for both."""
+    return T % CHUNK == 0 and K == KEYS and V in VALUES
+
+
 def keys_values_supported(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> bool:
     """Whether [B, T, H, K] and [B, T, H, V] have the sizes and the rows that this takes."""
-    T, K, V = q.shape[1], q.shape[3], v.shape[3]
-    return T % CHUNK == 0 and K == KEYS and V in VALUES and all(map(_in_rows, (q, k, v, dout)))
+    return fits_keys_values(q.shape[1], q.shape[3], v.shape[3]) and all(map(_in_rows, (q, k, v, dout)))
 
 
 def _in_rows(x: Tensor) -> bool:
