@@ -1,6 +1,6 @@
 """Chunkwise retention on the GPU: which kernels take a call, and a plan that says so.
 
-`portable` takes every argument. On Hopper GPUs, 16 bits with a fixed decay and one query head a value head goes to
+`portable` takes every argument. On Hopper GPUs, bfloat16 with a fixed decay and one query head a value head goes to
 `walk`, which keeps the state on chip (and has no gradient of log_decay and no states of packed sequences). Both are
 deterministic and neither waits for the device.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from retnet.kernels.portable import portable_backward, portable_forward, portable_tiles
 from retnet.kernels.problem import Gradients, Problem
 from retnet.kernels.states import stored_dtype
-from retnet.kernels.tiles import device_family, is_hopper, step_tile
+from retnet.kernels.tiles import device_family, is_hopper, shared_tile, step_tile
 
 
 def retention_forward(problem: Problem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
@@ -38,30 +38,43 @@ def retention_backward(
     return portable_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
 
 
-def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None) -> dict[str, object]:
-    """The kernels and block shapes that q [B, T, G, K] and v [B, T, H, V] will run with in a mode."""
+NOT_WALKED = (
+    "a gradient of log_decay, mask and cu_seqlens together, a state that is not float32, "
+    "with cu_seqlens any state or gradient of the last one"
+)
+
+
+def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: bool) -> dict[str, object]:
+    """The kernels and block shapes that q [B, T, G, K] and v [B, T, H, V] will run with in a mode. `chunk`: tokens."""
+    family = device_family(q.device)
     if mode == "recurrent":
         tile = step_tile(q.shape[-1], v.shape[-1], v.shape[0] * v.shape[2], torch.float32, q.shape[1])
-        return {"kernels": "step", "device_family": device_family(q.device), **asdict(tile)}
-    fixed = torch.empty(v.shape[2], dtype=torch.float32, device=v.device)
-    problem = Problem(q, q, v, fixed, 1.0, chunk_size=chunk_size)
+        packed = "plain operators, a token at a time"
+        return {"kernels": "step", "chunk": 1, "device_family": family, **asdict(tile), "cu_seqlens": packed}
+    shape = v.shape[:3] if per_token else v.shape[2:3]
+    log_decay = torch.empty(shape, dtype=torch.float32, device=v.device)
+    problem = Problem(q, q, v, log_decay, 1.0, chunk_size=chunk_size)
     tiles = portable_tiles(problem)
+    shared = shared_tile(family, stored_dtype(v.dtype), q.shape[-1], v.shape[-1], tiles.segment)
     result: dict[str, object] = {
         "kernels": "portable",
-        "device_family": device_family(q.device),
+        "chunk": tiles.segment,
+        "device_family": family,
         "segment": tiles.segment,
         "stored_states": str(stored_dtype(v.dtype)).removeprefix("torch."),
         **{name: asdict(getattr(tiles, name)) for name in ("state", "key_contraction", "value_contraction")},
     }
+    if q.shape[2] < v.shape[2] and shared is not None:
+        result["heads_that_share"] = asdict(shared)  # in place of the contractions
     if _may_walk(q, v):
         from retnet.kernels import walk
 
         if walk.walk_supported(problem):
-            result["kernels"] = "walk (fixed decay without gradient; no state with cu_seqlens), else portable"
-            result["walk"] = walk.walk_plan(*v.shape[:3], q.shape[-1], v.shape[-1], v.device)
+            tiles = walk.walk_plan(*v.shape[:3], q.shape[-1], v.shape[-1], v.device)
+            result |= {"kernels": "walk", "chunk": walk.CHUNK, "walk": tiles, "portable_for": NOT_WALKED}
     return result
 
 
 def _may_walk(q: Tensor, v: Tensor) -> bool:
     """Cheap and without the walk's imports, which other devices may lack: the walk itself decides."""
-    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] == v.shape[2] and is_hopper(q.device)
+    return q.dtype == torch.bfloat16 and q.shape[2] == v.shape[2] and is_hopper(q.device)

@@ -50,7 +50,8 @@ def part_bounds(part, parts, count):
 def as_stored(state, DTYPE: tl.constexpr, TO_TF32: tl.constexpr):
     """A float32 state as it is stored for the next product; rounded to tf32, whose further bits the product cuts."""
     if TO_TF32:
-        return ((state.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        rounded = ((state.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(state == state, rounded, state)  # the bits of a NaN would run over into those of a zero
     return state.to(DTYPE)
 
 

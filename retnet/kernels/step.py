@@ -40,9 +40,11 @@ def retention_step(
     H, V = v.shape[2:]
     if state.dtype not in DROPPED_BITS:
         raise TypeError(f"state is {state.dtype}; accepted on a GPU: {', '.join(map(str, DROPPED_BITS))}")
-    if state.stride(3) != 1 or state.stride(2) != V:
+    strides = [stride if size > 1 else None for size, stride in zip(state.shape, state.stride(), strict=True)]
+    if strides[3] not in (None, 1) or strides[2] not in (None, V) or 0 in strides[:2]:
         raise ValueError(
-            f"state has strides {state.stride()}; accepted: [K, V] of each head contiguous, to be updated in place"
+            f"state has strides {state.stride()}; accepted: [K, V] of each head contiguous and its own, to be updated "
+            "in place"
         )
     out = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
     if out.numel() == 0:
@@ -91,11 +93,11 @@ def retention_recurrent(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, T, H, V], the state [B, H, K, V] after the T tokens), the given state left as it was."""
     shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-    if state is None:
-        final = torch.zeros(shape, dtype=state_dtype, device=v.device)
-    else:
-        final = torch.empty(shape, dtype=state_dtype, device=v.device).copy_(state)
-    return retention_step(q, k, v, log_decay, final, scale, mask), final
+    as_given = state is not None and state.dtype == state_dtype and state_dtype in DROPPED_BITS
+    final = torch.zeros(shape, dtype=state_dtype if as_given else torch.float32, device=v.device)
+    if state is not None:
+        final.copy_(state)  # never rounded before it is read
+    return retention_step(q, k, v, log_decay, final, scale, mask), final.to(state_dtype)
 
 
 @triton.jit(do_not_specialize=["T", "q_batch", "k_batch", "v_batch"])

@@ -1,4 +1,7 @@
-"""Block shapes of every kernel, by device family, dtype and head size. No sequence length is a key.
+"""Block shapes of every kernel, by device family, dtype and head size.
+
+No sequence length is a key. How many states can walk at once, of sequences and of the parts that long ones are walked
+in, picks one of at most five tiles of the walk, so that few sequences fill the chip too.
 
 A segment is what shares one stored state: longer segments move fewer state bytes and do more work on pairs of tokens.
 The numbers were chosen by measurement (benchmarks/bench_retention.py, an H200) and are otherwise free: every shape is
@@ -8,7 +11,7 @@ correct on every device whose shared memory holds it, so "small" suits devices w
 import json
 import os
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -115,19 +118,22 @@ def forget_stored_tiles() -> None:
 
 @cache
 def stored_tiles() -> dict[str, Tiles]:
-    """What `tune` stored on this machine, read once a process."""
+    """What `tune` stored on this machine, read once a process. Raises ValueError for a file that it did not write."""
     path = cache_file()
     if not path.exists():
         return {}
-    return {
-        key: Tiles(
-            row["segment"],
-            StateTile(**row["state"]),
-            SegmentTile(**row["key_contraction"]),
-            SegmentTile(**row["value_contraction"]),
-        )
-        for key, row in json.loads(path.read_text()).items()
-    }
+    try:
+        return {
+            key: Tiles(
+                row["segment"],
+                StateTile(**row["state"]),
+                SegmentTile(**row["key_contraction"]),
+                SegmentTile(**row["value_contraction"]),
+            )
+            for key, row in json.loads(path.read_text()).items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not what `retnet tune` writes ({error}); accepted: its file, or none") from error
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -155,12 +161,15 @@ def nearest_segment(chunk_size: int) -> int:
     return min(SEGMENTS, key=lambda length: (abs(length - chunk_size), length))
 
 
-@cache
+@lru_cache(maxsize=4096)
 def tiles_on(
     device: torch.device, dtype: torch.dtype, K: int, V: int, walks: int, per_token: bool, chunk_size: int | None
 ) -> Tiles:
-    """`tiles_for` this device, with what was tuned on it; looked up once, since it is asked on every call."""
-    tuned = stored_tiles().get(device_key(device, dtype, K, V)) if device.type == "cuda" else None
+    """`tiles_for` this device, with what was tuned on it, which is for fixed decays; looked up once a set of arguments,
+    since it is asked on every call."""
+    tuned = None
+    if device.type == "cuda" and not per_token:
+        tuned = stored_tiles().get(device_key(device, dtype, K, V))
     return tiles_for(
         device_family(device),
         dtype,

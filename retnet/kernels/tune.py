@@ -7,6 +7,7 @@ later calls read in place of the shipped table; deleting the file restores the t
 
 import itertools
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from retnet.kernels.decay import Decay
@@ -29,6 +31,7 @@ from retnet.kernels.tiles import (
     device_key,
     forget_stored_tiles,
     power_of_two,
+    stored_tiles,
 )
 
 Tile = TypeVar("Tile", StateTile, SegmentTile)
@@ -65,17 +68,20 @@ def tune(
     assert best is not None
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = json.loads(path.read_text()) if path.exists() else {}
+    forget_stored_tiles()  # others may have stored theirs since
+    table = {key: asdict(tiles) for key, tiles in stored_tiles().items()}
     table[device_key(torch.device("cuda"), dtype, K, V)] = asdict(best[1])
-    path.write_text(json.dumps(table, indent=1, sort_keys=True))
+    whole = path.with_suffix(f".{os.getpid()}")
+    whole.write_text(json.dumps(table, indent=1, sort_keys=True))
+    whole.replace(path)  # at once: no reader finds half of it
     forget_stored_tiles()
     return best[1]
 
 
 def _state_tiles(K: int, V: int) -> Iterator[StateTile]:
     key, value = power_of_two(K), power_of_two(V)
-    for BK, BV, BT in itertools.product((32, 64, 128), (32, 64, 128, 256), (32, 64, 128)):
-        if key >= BK and value >= BV:
+    for BK, BV, BT in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256), (32, 64, 128)):
+        if min(key, 32) <= BK <= key and min(value, 32) <= BV <= value:
             warps = 8 if BK * BV > 128 * 128 else 4
             yield from (StateTile(BT, BK, BV, warps, stages) for stages in (3, 4))
 
@@ -136,7 +142,7 @@ def _fastest(tiles: Iterator[Tile], run: Callable[[Tile], None], report: Callabl
     for tile in tiles:
         try:
             timed.append((_milliseconds(partial(run, tile)), tile))
-        except OutOfResources as error:
+        except (OutOfResources, CompilationError) as error:
             report(f"{tile}: refused ({error})")
             continue
         report(f"{tile}: {timed[-1][0]:.3f} ms")

@@ -10,10 +10,14 @@ Masked tokens, read from a copy that has zeros there, and packed documents chang
 The last states of packed documents, which may end within a chunk, come from a walk of each document by itself.
 
 No host synchronization, and no sum whose order could change its bits: two runs give the same. Memory beyond outputs and
-gradients: the parts' states.
+gradients: the parts' states, and copies of masked tensors and of rows that TMA cannot address.
 
 Left out, and left to the portable kernels: per-token decay, the gradient of log_decay, initial states of packed
-documents and gradients of their last ones, packing and a mask together, groups of heads, other dtypes.
+documents and gradients of their last ones, packing and a mask together, groups of heads, other dtypes: float16 holds
+neither a large state (it ends at 65504) nor the gradients of one that small gradients leave.
+
+A chunk that holds a document's border multiplies what lies across it by zero, so NaN or infinity does not stay within
+its document there: it reaches the neighbours' tokens of that chunk, and what follows.
 """
 
 from dataclasses import asdict, dataclass
@@ -31,14 +35,13 @@ from retnet.kernels.walk_launch import descriptor, launch, tile_of, tma_rows, va
 from retnet.kernels.walk_places import walk_places
 from retnet.kernels.walk_roles import CHUNK, ROWS
 
-DTYPES = (torch.bfloat16, torch.float16)
 KEYS = (64, 128, 256)
 VALUES = (64, 128, 256, 512)
 LEAST_PART = 16  # chunks a part of a split sequence has at least: below, its start costs more than it saves
 
 
 def walk_supported(problem: Problem, dfinal: Tensor | None = None) -> bool:
-    """Whether the walk takes these arguments: a Hopper GPU, 16 bits, fixed decay, one query head per value head.
+    """Whether the walk takes these arguments: a Hopper GPU, bfloat16, fixed decay, one query head per value head.
 
     The caller asks apart whether the gradient of log_decay is wanted: the walk does not make it.
     """
@@ -46,7 +49,7 @@ def walk_supported(problem: Problem, dfinal: Tensor | None = None) -> bool:
     q_shape, v_shape = q.shape, v.shape
     return (
         is_hopper(q.device)
-        and v.dtype in DTYPES
+        and v.dtype == torch.bfloat16
         and q_shape[2] == v_shape[2]
         and q_shape[3] in KEYS
         and v_shape[3] in VALUES
@@ -71,14 +74,12 @@ def walk_forward(problem: Problem, state_dtype: torch.dtype | None) -> tuple[Ten
 
 
 def walk_backward(problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need_dstate: bool) -> Gradients:
-    """Gradients from those of the output and of the final state, if any.
+    """Gradients from those of the output and of the final state, if any; packed documents have no initial state here.
 
-    Packed documents have no initial state here, and zeros for its gradient. Walks take turns in direction, so that each
-    begins with what the one before has left in the cache.
+    Walks take turns in direction, so that each begins with what the one before has left in the cache.
     """
     q, k, v, dout = (_rows(problem, x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
     call = _Call.of(problem)
-    packed = problem.cu_seqlens is not None
     dstarts = call.part_starts(q, dout, None if dfinal is None else dfinal.float(), reverse=True)
     if problem.plain and not call.cut.narrow and keys_values_supported(q, k, v, dout):
         parts, part_chunks = call.cut.parts, call.cut.part_chunks
@@ -88,13 +89,10 @@ def walk_backward(problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need
         )  # fmt: skip
         return Gradients(call.dq(dout, k, v), dk, dv, None, dstate)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    ends = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=need_dstate and not packed)
+    ends = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=need_dstate)
     dq = call.dq(dout, k, v)
     dk = call.walk_over_values(v, dout, q, dstarts, reverse=True)
     dstate = None if ends is None else ends[:, :, 0].contiguous()
-    if need_dstate and packed:
-        shape = (problem.num_sequences, v.shape[2], q.shape[3], v.shape[3])
-        dstate = torch.zeros(shape, dtype=torch.float32, device=v.device)
     return Gradients(dq, dk, dv, None, dstate)
 
 

@@ -24,7 +24,6 @@ from retnet.kernels.walk_roles import CHUNK
 
 KEYS = 64
 VALUES = (64, 128)
-SHRINK = {torch.float16: 1 / 64}  # of states where they are multiplied: float16 ends at 65504, and a state may not
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -79,7 +78,6 @@ def walk_keys_values(
         K=K,
         V=V,
         C=CHUNK,
-        SHRINK=SHRINK.get(v.dtype, 1.0),
         num_warps=4,
         num_stages=3,
     )
@@ -95,7 +93,7 @@ def _rows(x: Tensor) -> TensorDescriptor:
 @triton.jit(do_not_specialize=["tokens", "parts", "part_chunks"])
 def keys_values_kernel(
     q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, log_decay, scale, starts, dstate,
-    tokens, heads, parts, part_chunks, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SHRINK: tl.constexpr,
+    tokens, heads, parts, part_chunks, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Grid: B * H * parts."""
     dtype: tl.constexpr = v_desc.dtype
@@ -108,7 +106,7 @@ def keys_values_kernel(
     place = tl.arange(0, C)
     distance = (place[None, :] - place[:, None]).to(tl.float32)  # [writer, reader]
     pair = tl.where(distance >= 0, tl.exp2(log2_gamma * tl.maximum(distance, 0.0)) * scale, 0.0)
-    end = tl.exp2(log2_gamma * (C - 1 - place).to(tl.float32)) / SHRINK
+    end = tl.exp2(log2_gamma * (C - 1 - place).to(tl.float32))
     start = tl.exp2(log2_gamma * (place + 1).to(tl.float32)) * scale
     keep = tl.exp2(log2_gamma * C)
 
@@ -124,7 +122,7 @@ def keys_values_kernel(
         q = q_desc.load([token, head * K])
         dout = dout_desc.load([token, head * V])
         v = v_desc.load([token, head * V])
-        after = (dstate_after * SHRINK).to(dtype)
+        after = dstate_after.to(dtype)
         readers = tl.trans(q)
         dv = tl.dot(k, after) * end[:, None]
         dv = tl.dot((tl.dot(k, readers) * pair).to(dtype), dout, dv)

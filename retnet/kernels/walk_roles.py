@@ -219,7 +219,6 @@ def mix_role(
     dtype: gl.constexpr = z_smem.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CHUNK, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    SHRINK: gl.constexpr = 0.015625 if dtype == gl.float16 else 1.0  # float16 ends at 65504, and a state may not
     out_smem = outs_smem.index(GROUP)
 
     state = ()
@@ -238,7 +237,7 @@ def mix_role(
             x = _await(x_smem, tickets, X, step)
             out = gl.zeros([_ROWS, _CHUNK], gl.float32, layout)
             for j in gl.static_range(PIECES):
-                piece = gl.convert_layout((state[j] * SHRINK).to(dtype), operand, assert_trivial=True)
+                piece = gl.convert_layout(state[j].to(dtype), operand, assert_trivial=True)
                 readers = x.slice(j * _PIECE, _PIECE, dim=1).permute((1, 0))
                 out = warpgroup_mma(piece, readers, out, use_acc=j > 0, is_async=True)
                 if j >= IN_FLIGHT:  # bounds the 16-bit pieces alive, and so the registers
@@ -256,7 +255,7 @@ def mix_role(
         else:
             row = gl.where(step == last_step, 3, 0)
         if READ:
-            out = out * (decays.index(row).load(gl.SliceLayout(0, layout)) * (1.0 / SHRINK))[None, :]
+            out = out * decays.index(row).load(gl.SliceLayout(0, layout))[None, :]
             scores = _await(p_smem, tickets, 0, step).permute((1, 0))
             out = warpgroup_mma(z, scores, out, is_async=True)
 

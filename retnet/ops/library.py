@@ -10,9 +10,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from retnet.ops import chunkwise, recurrent
+from retnet.ops.device import current_device_of
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import Compaction
 
@@ -118,11 +120,17 @@ def _retention_cuda(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, ch
     from retnet.kernels.problem import Problem
     from retnet.kernels.step import retention_recurrent
 
-    if mode == "recurrent" and cu_seqlens is None:
-        out, final = retention_recurrent(q, k, v, log_decay, scale, state, mask, state_dtype)
-    else:
-        problem = Problem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
-        out, final = retention_forward(problem, state_dtype if return_state else None)
+    packed, one_token = cu_seqlens is not None, q.shape[1] == 1  # of one token all forms are the same sums
+    if mode == "recurrent" and packed and not one_token:  # no kernel: operator by operator, as on a CPU
+        return _retention_cpu(
+            q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype, return_state
+        )
+    with current_device_of(q):
+        if mode == "recurrent" and not packed:
+            out, final = retention_recurrent(q, k, v, log_decay, scale, state, mask, state_dtype)
+        else:
+            problem = Problem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
+            out, final = retention_forward(problem, state_dtype if return_state else None)
     return out, final if return_state else v.new_empty(0, dtype=state_dtype)
 
 
@@ -134,7 +142,8 @@ def _retention_backward_cuda(
     from retnet.kernels.problem import Problem
 
     problem = Problem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
-    grads = retention_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
+    with current_device_of(q):
+        grads = retention_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
     nothing = log_decay.new_empty(0)
     dlog, dstate = (nothing if x is None else x for x in (grads.dlog_decay, grads.dstate))
     return grads.dq, grads.dk, grads.dv, dlog, dstate
@@ -144,7 +153,8 @@ def _retention_backward_cuda(
 def _retention_step_cuda(q, k, v, log_decay, state, scale, mask):
     from retnet.kernels.step import retention_step
 
-    return retention_step(q, k, v, log_decay, state, scale, mask)
+    with current_device_of(q):
+        return retention_step(q, k, v, log_decay, state, scale, mask)
 
 
 @torch.library.register_fake("retnet::retention", lib=_library)
@@ -206,10 +216,18 @@ class _Retention(torch.autograd.Function):
         return dq, dk, dv, dlog, None, dstate, None, None, None, None, None, None
 
 
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
 @torch.library.impl(_library, "retention", "Autograd")
 def _retention_autograd(*inputs):
     q, k, v, log_decay, _, state, *_ = inputs
     differentiable = (q, k, v, log_decay) if state is None else (q, k, v, log_decay, state)
+    if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in differentiable):
+        raise NotImplementedError(
+            "retention has no forward-mode derivative of its own; accepted: reverse mode, or backend='aten'"
+        )
     if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
         return _Retention.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():

@@ -61,8 +61,8 @@ def forward(
     num_sequences = v.shape[0] if bounds is None else len(bounds) - 1
     wide = wide_dtype(v.dtype)
     shape = (num_sequences, v.shape[2], q.shape[3], v.shape[3])
-    final = torch.zeros(shape, dtype=wide) if state is None else state.to(wide, copy=True)
-    out = torch.empty(v.shape, dtype=v.dtype)
+    final = torch.zeros(shape, dtype=wide, device=v.device) if state is None else state.to(wide, copy=True)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for rows, tokens, sequences in equal_blocks(v.shape[0], v.shape[1], bounds):
         decay = log_decay if log_decay.dim() == 1 else log_decay[rows, tokens]
         out[rows, tokens] = step_(q[rows, tokens], k[rows, tokens], v[rows, tokens], decay, final[sequences], scale)

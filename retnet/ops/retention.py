@@ -79,8 +79,12 @@ def retention(
     """
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, log_decay, state, mask, cu_seqlens)
+    if state_dtype is not None and not state_dtype.is_floating_point:
+        raise TypeError(f"state_dtype is {state_dtype}; accepted: a floating-point dtype, or None")
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
     plan = _resolve(q, v, mode, chunk_size, backend)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = _scale(scale, q)
     wide = wide_dtype(v.dtype)
     if plan.backend == "aten":
         out, final = _aten(plan, q, k, v, log_decay, scale, state, mask, cu_seqlens)
@@ -117,27 +121,33 @@ def retention_step_(
     Arguments as for `retention`; the state may be narrower than float32 and is then rounded once a call.
     Returns out [B, T, H, V] in v's dtype.
     """
+    if not isinstance(state, Tensor):
+        raise TypeError(f"state is {state!r}; accepted: the tensor [B, H, K, V] to update")
     _check(q, k, v, log_decay, state, mask, None)
-    return torch.ops.retnet.retention_step_(
-        q, k, v, log_decay, state, q.shape[-1] ** -0.5 if scale is None else float(scale), mask
-    )
+    return torch.ops.retnet.retention_step_(q, k, v, log_decay, state, _scale(scale, q), mask)
 
 
 def retention_plan(
-    q: Tensor, v: Tensor, *, mode: Mode = "auto", chunk_size: int | None = None, backend: Backend = "auto"
+    q: Tensor,
+    v: Tensor,
+    *,
+    mode: Mode = "auto",
+    chunk_size: int | None = None,
+    backend: Backend = "auto",
+    per_token: bool = False,
 ) -> RetentionPlan:
     """What `retention` will run for q [B, T, G, K] and v [B, T, H, V]: a forced mode or backend is never replaced.
 
     On a GPU "auto" is recurrent for one token and chunkwise for more; the parallel form runs as plain operators (aten).
+    per_token: whether log_decay is [B, T, H], which other kernels and block shapes serve there.
     """
     plan = _resolve(q, v, mode, chunk_size, backend)
     if plan.backend != "triton":
         return plan
     from retnet.kernels.chunkwise import plan as kernel_plan
 
-    detail = kernel_plan(q, v, plan.mode, plan.chunk_size)
-    chunk_size = 1 if plan.mode == "recurrent" else cast(int, detail["segment"])
-    return RetentionPlan(plan.mode, chunk_size, plan.backend, detail)
+    detail = kernel_plan(q, v, plan.mode, plan.chunk_size, per_token)
+    return RetentionPlan(plan.mode, cast(int, detail["chunk"]), plan.backend, detail)
 
 
 def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: Backend) -> RetentionPlan:
@@ -172,6 +182,12 @@ def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: 
     return RetentionPlan(mode, chunk, backend, {})
 
 
+def _scale(scale: float | None, q: Tensor) -> float:
+    if scale is not None and not isinstance(scale, int | float):
+        raise TypeError(f"scale is {scale!r}; accepted: a number, or None for K ** -0.5")
+    return float(q.shape[-1] ** -0.5 if scale is None else scale)
+
+
 def _exporting() -> bool:
     """Whether torch.export traces; `torch.compiler.is_exporting()` says so of torch.compile too, up to torch 2.11."""
     return torch.compiler._is_exporting_flag
@@ -203,7 +219,7 @@ def _check(
             raise TypeError(f"{name} is {x.dtype} and q is {q.dtype}; accepted: q, k and v of one floating-point dtype")
     B, T, G, K = q.shape
     H, V = v.shape[2:]
-    if k.shape != q.shape or v.shape[:2] != (B, T) or G == 0 or H % G or K == 0 or V == 0:
+    if k.shape != q.shape or v.shape[:2] != (B, T) or 0 in (G, H, K, V) or H % G:
         raise ValueError(
             f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; accepted: q and k [B, T, G, K], "
             "v [B, T, H, V] with the same B and T, G dividing H, and no empty head"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from retnet.ops.device import current_device_of
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import equal_blocks
 
@@ -157,7 +158,8 @@ def _scan_cuda(
     """(y, the last state, the state [segments, N, D] before each segment)."""
     from retnet.kernels.selective_scan import Scan, scan_forward
 
-    return scan_forward(Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT))
+    with current_device_of(x):
+        return scan_forward(Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT))
 
 
 @torch.library.custom_op("retnet::selective_scan_backward", mutates_args=(), device_types="cuda")
@@ -176,8 +178,9 @@ def _scan_backward_cuda(
     from retnet.kernels.selective_scan import Scan
     from retnet.kernels.selective_scan_grad import scan_backward
 
-    scan = Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT)
-    dx, dstep, drate, dwrite, dread, dstate = scan_backward(scan, starts, dy, dfinal)
+    with current_device_of(x):
+        scan = Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT)
+        dx, dstep, drate, dwrite, dread, dstate = scan_backward(scan, starts, dy, dfinal)
     return dx, dstep, drate.to(rate.dtype), dwrite, dread, dstate
 
 

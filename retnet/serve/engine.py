@@ -23,6 +23,7 @@ from retnet.layers.moe import MoE
 from retnet.layers.state import TokenCache
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.ops.device import current_device_of
 from retnet.serve.pool import SlotCost, SlotPool
 from retnet.serve.prefix import PrefixCache, PrefixCounts
 from retnet.serve.request import Failed, Generation, Refused, Request, Status, TokenLogprobs
@@ -165,11 +166,12 @@ class Engine:
 
     def warmup(self, *samplings: Parts) -> None:
         """Compile kernels and capture the steps for these sampling parts ahead (plain ones if none are given)."""
-        for parts in samplings or (Parts(),):
-            if self._step.graphs:
-                self._step.capture(parts)
-            elif not self._decoding:
-                self._step(parts)
+        with current_device_of(self._step.tokens):
+            for parts in samplings or (Parts(),):
+                if self._step.graphs:
+                    self._step.capture(parts)
+                elif not self._decoding:
+                    self._step(parts)
 
     def submit(self, request: Request, after: Snapshot | None = None) -> Generation:
         """Queue a request; it goes on from the snapshot `after`, if given, and its prompt may then be empty.
@@ -247,9 +249,10 @@ class Engine:
     def step(self) -> list[tuple[Generation, list[int]]]:
         """Let requests in, read prompts, decode once. Returns the new tokens of each request that got some."""
         self._steps += 1
-        self._admit()
-        self._read_prompts()
-        return self._decode()
+        with current_device_of(self._step.tokens):
+            self._admit()
+            self._read_prompts()
+            return self._decode()
 
     def run(self) -> None:
         """Step until every request has finished."""

@@ -330,3 +330,12 @@ def test_views_of_a_fused_projection_give_the_same_bits(device):
     assert not views["k"].is_contiguous()
     plain, strided = by_kernels(case, inputs), by_kernels(replace(case), {**inputs, **views})
     assert all(torch.equal(plain[name], strided[name]) for name in plain)
+
+
+def test_nan_in_a_float16_state_stays_nan(device):
+    """The bits of a device's own NaN are all ones: rounded as a number they would become those of a zero."""
+    q = torch.randn(1, 200, 1, 16, device=device).half()
+    nan = torch.full((1, 1, 16, 16), 0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32)
+    out, final = retention_forward(Problem(q, q, q, torch.tensor([-0.01], device=device), 1.0, nan), torch.float32)
+    assert out.isnan().all()
+    assert final.isnan().all()

@@ -109,8 +109,10 @@ def test_a_plan_names_what_will_run():
     q, _, v, _ = make()
     plan = retention_plan(q, v)
     assert (plan.mode, plan.backend) == ("chunkwise", "triton")
-    assert plan.chunk_size == plan.detail["segment"]
+    assert plan.chunk_size == plan.detail["chunk"]
     assert retention_plan(q, v, chunk_size=60).chunk_size == 64
+    per_token = retention_plan(q, v, per_token=True)
+    assert (per_token.detail["kernels"], per_token.chunk_size) == ("portable", 64)
     assert retention_plan(q, v, mode="parallel").backend == "aten"
     assert retention_plan(q[:, :1], v[:, :1]).detail["kernels"] == "step"
     with pytest.raises(ValueError, match="parallel"):

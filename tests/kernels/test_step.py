@@ -93,3 +93,28 @@ def test_a_strided_state_of_a_pool_is_updated_in_its_place(state_dtype, device):
     assert torch.equal(pool[1::2], kept[1::2])
     assert (out.double() - expected).norm() <= 4e-3 * expected.norm()
     assert (pool[::2].double() - last).norm() <= (2e-6 if state_dtype == torch.float32 else 6e-3) * last.norm()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_state_is_rounded_after_it_was_read(state_dtype, device):
+    from retnet.kernels.step import retention_recurrent
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 1, 2, 16, device=device) for _ in range(3))
+    log_decay = torch.tensor([-0.1, -0.2], device=device)
+    state = 1e5 * torch.randn(2, 2, 16, 16, device=device)  # beyond float16
+    expected, _ = reference.recurrent(*(x.double() for x in (q, k, v, log_decay)), scale=0.3, state=state.double())
+    out, final = retention_recurrent(q, k, v, log_decay, 0.3, state, None, state_dtype)
+    assert final.dtype == state_dtype
+    assert (out.double() - expected).norm() <= 2e-6 * expected.norm()
+
+
+def test_a_state_that_sequences_share_is_not_updated(device):
+    from retnet.kernels.step import retention_step
+
+    q = torch.randn(2, 1, 1, 16, device=device)
+    state = torch.zeros(1, 1, 16, 16, device=device).expand(2, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"state has strides \(0, 256, 16, 1\); accepted: .* and its own"):
+        retention_step(q, q, q, torch.zeros(1, device=device), state, 1.0, None)
+    odd = torch.zeros(256, device=device).as_strided((1, 1, 16, 16), (0, 7, 16, 1))
+    assert retention_step(q[:1], q[:1], q[:1], torch.zeros(1, device=device), odd, 1.0, None).isfinite().all()

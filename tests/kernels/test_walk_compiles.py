@@ -106,17 +106,16 @@ def test_a_program_fits_a_multiprocessor_and_keeps_its_products_asynchronous(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("values", "most"), [(128, 160), (64, 0)])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_the_walk_of_keys_and_values_nearly_fits_its_registers(values, most, dtype, tmp_path):
-    """At 64 x 128 about forty of them spill, and it is faster than two walks all the same."""
+def test_the_walk_of_keys_and_values_nearly_fits_its_registers(values, most, tmp_path):
+    """At 64 x 128 about thirty of them spill, and it is faster than two walks all the same."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = pytest.importorskip("retnet.kernels.walk_keys_values").keys_values_kernel
     widths = {"q_desc": 64, "k_desc": 64, "v_desc": values, "dout_desc": values, "dk_desc": 64, "dv_desc": values}
-    types = {name: f"tensordesc<{dtype}[{CHUNK},{width}]>" for name, width in widths.items()}
+    types = {name: f"tensordesc<bf16[{CHUNK},{width}]>" for name, width in widths.items()}
     types |= {"log_decay": "*fp32", "scale": "fp32", "starts": "*fp32", "dstate": "*fp32"}
-    constants = {"K": 64, "V": values, "C": CHUNK, "SHRINK": 1.0}
+    constants = {"K": 64, "V": values, "C": CHUNK}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     compiled = triton.compile(
         ASTSource(kernel, signature, constants),

@@ -29,12 +29,13 @@ def starts_of(q, dout, log_decay, dfinal, part_chunks, parts):
     return torch.stack(starts, 2).float().to(q.device)
 
 
+# Triton's interpreter has no products of bfloat16; the kernel itself takes either.
 CASES = [  # B, T, H, K, V, extras, parts
     (2, 192, 3, 64, 128, "state float16", 1),
     (1, 320, 2, 64, 128, "state float16", 2),
     (2, 64, 1, 64, 64, "float16", 1),
     (1, 192, 3, 64, 64, "state float16", 3),
-    pytest.param((8, 1024, 16, 64, 128, "", 1), marks=pytest.mark.gpu),  # Triton's interpreter has no bfloat16 here
+    pytest.param((8, 1024, 16, 64, 128, "", 1), marks=pytest.mark.gpu),
     pytest.param((2, 1088, 3, 64, 128, "state", 2), marks=pytest.mark.gpu),
     pytest.param((2, 1024, 3, 64, 64, "state", 4), marks=pytest.mark.gpu),
 ]
@@ -58,14 +59,6 @@ def test_errors_are_at_most_twice_those_of_plain_retention(case, device):
     results = {"dk": dk, "dv": dv} | ({} if dstate is None else {"dstate": dstate})
     for name, x in results.items():
         assert error(x, exact[name]) <= 2 * error(low[name], exact[name]), name
-
-
-def test_a_state_beyond_float16_is_walked_in_float16(device):
-    q, k, v, dout, *_ = make(1, 64, 1, 64, 128, "float16", device=device)
-    starts = torch.full((1, 1, 1, 64, 128), 2e5, device=device)
-    log_decay = torch.tensor([-1e-4], device=device)
-    _, dv, _ = walk_keys_values(q, k * 1e-3, v, dout, log_decay, 1.0, starts, parts=1, part_chunks=1, need_dstate=False)
-    assert dv.isfinite().all()
 
 
 def test_slices_of_a_wider_row_are_read_in_place(device):

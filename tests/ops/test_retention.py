@@ -1,5 +1,7 @@
 """The operator against the oracle: all forms, all arguments, outputs, states and gradients."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -298,6 +300,9 @@ def test_two_runs_give_the_same_bits():
         ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "int32 or int64"),
         ({"mode": "serial"}, "mode is 'serial'; accepted: auto, parallel"),
         ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"state_dtype": torch.int64}, "state_dtype is torch.int64; accepted: a floating-point dtype"),
+        ({"scale": "a"}, "scale is 'a'; accepted: a number"),
+        ({"v": torch.zeros(1, 4, 0, 8), "log_decay": torch.zeros(0)}, "no empty head"),
         ({"backend": "triton"}, "backend is 'triton'.*cpu"),
     ],
 )
@@ -323,3 +328,53 @@ def test_plan_never_replaces_a_forced_mode():
     assert retention_plan(q[:, :20], v[:, :20]).mode == "parallel"
     assert retention_plan(q, v).mode == "chunkwise"
     assert retention_plan(q, v, chunk_size=50).chunk_size == 50
+
+
+def test_bounds_that_do_not_lie_side_by_side_reach_the_kernels_so():
+    q = torch.randn(1, 9, 1, 8)
+    wide = torch.tensor([[0, 7], [5, 7], [9, 7]])
+    given = []
+    operator = torch.ops.retnet.retention
+
+    class Spy:
+        default = operator.default
+
+        def __call__(self, *arguments):
+            given.append(arguments[7])
+            return operator(*arguments)
+
+    with mock.patch.object(torch.ops.retnet, "retention", Spy()):
+        out, _ = retention(q, q, q, torch.tensor([-0.1]), cu_seqlens=wide[:, 0])
+    assert given[0].is_contiguous()
+    assert torch.equal(out, retention(q, q, q, torch.tensor([-0.1]), cu_seqlens=wide[:, 0].clone())[0])
+
+
+def test_a_step_needs_a_state():
+    q = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(TypeError, match="state is None; accepted: the tensor"):
+        retention_step_(q, q, q, torch.zeros(1), None)
+
+
+def test_forward_mode_is_refused_and_not_zero():
+    q = torch.randn(1, 9, 1, 8, dtype=torch.float64)
+    log_decay = torch.tensor([-0.1], dtype=torch.float64)
+
+    def form(q, backend):
+        return retention(q, q, q, log_decay, backend=backend)[0]
+
+    with pytest.raises(NotImplementedError, match="accepted: reverse mode, or backend='aten'"):
+        torch.func.jvp(lambda q: form(q, "auto"), (q,), (q,))
+    _, tangent = torch.func.jvp(lambda q: form(q, "aten"), (q,), (q,))
+    assert torch.allclose(tangent, 3 * form(q, "aten"))  # of the third degree in q
+
+
+def test_a_forced_recurrent_form_of_packed_rows_is_recurrent_on_a_gpu_too():
+    """Called directly: the CUDA operator has no kernel for it, and takes the CPU's way."""
+    from retnet.ops import library
+
+    q, log_decay, bounds = torch.randn(1, 9, 2, 8), torch.tensor([-0.1, -0.2]), torch.tensor([0, 4, 4, 9])
+    wanted = (0.3, None, None, bounds, "recurrent", 0, torch.float32, True)
+    out, final = library._retention_cuda(q, q, q, log_decay, *wanted)
+    expected, last = retention(q, q, q, log_decay, scale=0.3, cu_seqlens=bounds, mode="recurrent")
+    assert torch.equal(out, expected)
+    assert torch.equal(final, last)
