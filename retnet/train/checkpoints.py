@@ -45,8 +45,8 @@ class Checkpoint:
 
 
 @contextmanager
-def staged(output: Path, step: int, *, writes: bool = True) -> Iterator[Path]:
-    """A folder to write the checkpoint of a step into; `commit` publishes it.
+def staged(output: Path, name: str, *, writes: bool = True) -> Iterator[Path]:
+    """A folder to write `checkpoint-STEP` or the model into; `commit` or `publish` gives it its place.
 
     writes: whether this process makes and removes it (one process a file system). An error inside removes it and
     becomes a CheckpointError that names the last complete checkpoint.
@@ -56,11 +56,11 @@ def staged(output: Path, step: int, *, writes: bool = True) -> Iterator[Path]:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
     try:
-        yield root / f"checkpoint-{step}"
+        yield root / name
     except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
         if writes:
             shutil.rmtree(root, ignore_errors=True)
-        raise CheckpointError(_not_saved(output, step, error)) from error
+        raise CheckpointError(_not_saved(output, name, error)) from error
 
 
 def commit(staging: Path) -> Checkpoint:
@@ -102,19 +102,20 @@ def inspect(path: Path, *, hashes: bool = True) -> Checkpoint:
     step = int(match.group(1)) if match else -1
     try:
         marker = json.loads((path / MARKER).read_text())
-        serial, files = int(marker["serial"]), dict(marker["files"])
+        serial = int(marker["serial"])
+        files = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in marker["files"].items()}
     except FileNotFoundError:
         return Checkpoint(path, step, problem=f"it has no {MARKER}: it was not finished")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return Checkpoint(path, step, problem=f"its {MARKER} cannot be read: {error}")
-    for name, expected in files.items():
+    for name, (expected_size, expected_hash) in files.items():
         file = path / name
         if not file.is_file():
             return Checkpoint(path, step, problem=f"{name} is missing")
         size = file.stat().st_size
-        if size != expected["bytes"]:
-            return Checkpoint(path, step, problem=f"{name} has {size} bytes, not {expected['bytes']}")
-        if hashes and _hash(file) != expected["sha256"]:
+        if size != expected_size:
+            return Checkpoint(path, step, problem=f"{name} has {size} bytes, not {expected_size}")
+        if hashes and _hash(file) != expected_hash:
             return Checkpoint(path, step, problem=f"{name} is not what was written: its hash differs")
     return Checkpoint(path, step, serial)
 
@@ -187,8 +188,8 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _not_saved(output: Path, step: int, error: Exception) -> str:
+def _not_saved(output: Path, name: str, error: Exception) -> str:
     complete = [c for c in list_checkpoints(output) if c.problem is None]
-    last = f"the last complete one, {complete[-1].path}, is whole" if complete else "there is no earlier one"
+    last = f"the last complete checkpoint, {complete[-1].path}, is whole" if complete else "there is no checkpoint"
     free = shutil.disk_usage(output).free / 2**20
-    return f"the checkpoint of step {step} could not be written ({error}; {free:,.0f} MiB free): {last}"
+    return f"{name} could not be written ({error}; {free:,.0f} MiB free): {last}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,16 +12,15 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.training_args import TrainingArguments
 
 from retnet.data import Corpus
 from retnet.models.checkpoint import Tensors
 from retnet.models.directory import PREFIX, load_model, write_model
 from retnet.models.generation import generate
-from retnet.models.hf.tokenizer import byte_tokenizer
-from retnet.train.checkpoints import STAGING, publish
+from retnet.train.checkpoints import publish, staged
 from retnet.train.curve import save_loss_curve
+from retnet.train.inputs import tokenizer_of
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
 from retnet.train.trainer import PackedTrainer
@@ -39,8 +37,8 @@ TEMPERATURE = 0.8
 class TrainingSummary:
     """What a run did; also in `training.json` beside the weights, with the log.
 
-    seconds: of training, validation and checkpoints in it included. data_wait: share of the time of steps that was
-    spent waiting for batches. mfu_peak: what utilisation is of.
+    seconds: of training in all its parts, validation and checkpoints in it included. data_wait: share of the time of
+    steps that was spent waiting for batches. mfu_peak: what utilisation is of.
     """
 
     steps: int
@@ -58,19 +56,18 @@ class TrainingSummary:
 
 def save_whole_model(trainer: PackedTrainer, output: Path, corpus: Corpus) -> None:
     """The model and its tokenizer into the run's folder, staged first. All processes call this."""
-    staging = output / STAGING / "model"
-    if trainer.args.should_save:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_fsdp_enabled:  # the Trainer saves no whole model of sharded weights
-        _save_sharded(trainer, staging)
-    else:
-        trainer.save_model(str(staging))
-    if trainer.args.should_save:
-        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
-        tokenizer_of(corpus).save_pretrained(str(staging))
-        publish(staging, output)
+    with staged(output, "model", writes=trainer.args.should_save) as staging:
+        if trainer.args.should_save:
+            staging.mkdir()
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_fsdp_enabled:  # the Trainer saves no whole model of sharded weights
+            _save_sharded(trainer, staging)
+        else:
+            trainer.save_model(str(staging))
+        if trainer.args.should_save:
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
+            tokenizer_of(corpus).save_pretrained(str(staging))
+            publish(staging, output)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -84,16 +81,6 @@ def _save_sharded(trainer: PackedTrainer, directory: Path) -> None:
         if config.tie_embeddings:
             tensors.pop("head.weight", None)
         write_model(directory, config, Tensors.of(tensors))
-
-
-def tokenizer_of(corpus: Corpus) -> PreTrainedTokenizerBase:
-    """The tokenizer of a corpus, for transformers; its document start begins and ends texts."""
-    if corpus.tokenizer_directory is None:
-        return byte_tokenizer()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(corpus.tokenizer_directory / "tokenizer.json"))
-    start = tokenizer.convert_ids_to_tokens(corpus.document_start)
-    tokenizer.add_special_tokens({"bos_token": start, "eos_token": start, "pad_token": start})
-    return tokenizer
 
 
 def continuations(output: Path, corpus: Corpus, count: int, seed: int, device: torch.device) -> list[tuple[str, str]]:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainingArguments
 
 from retnet.data import Corpus, Mixture, PackedDataset, Rows, open_corpus
-from retnet.stack.resolve import resolve_model
+from retnet.models.hf.tokenizer import byte_tokenizer
+from retnet.models.lm import LanguageModel
+from retnet.models.presets import PRESETS
+from retnet.stack.resolve import resolve_config, resolve_model
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
 
 RECOMPILE_LIMIT = 64
+OPTIMIZER = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ def open_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
         train, valid = {s: pair[0] for s, pair in split.items()}, {s: pair[1] for s, pair in split.items()}
     else:
         train, valid = opened, {recipe.valid: open_corpus(recipe.valid)}
+        _check_same_tokens(next(iter(train.values())), valid[recipe.valid])
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     lanes = arguments.train_batch_size * arguments.world_size
     options: dict[str, Any] = {"carry_state": recipe.carry_state, "lanes": lanes if recipe.carry_state else 1}
@@ -50,6 +56,17 @@ def open_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
     else:
         rows = Mixture(corpora, list(recipe.weights.values()), recipe.length, seed, **options)
     return RunData(rows, {name: _valid_rows(c, recipe, arguments) for name, c in valid.items()}, train)
+
+
+def _check_same_tokens(train: Corpus, valid: Corpus) -> None:
+    """Raise ValueError for validation whose tokens mean something else: its loss would be of no use."""
+    kinds = [(c.tokenizer_id, c.vocab_size, c.document_start) for c in (train, valid)]
+    if kinds[0] != kinds[1]:
+        (was, size, start), (other, other_size, other_start) = kinds
+        raise ValueError(
+            f"valid {valid.name} is of tokenizer {other[:12]} ({other_size} tokens, {other_start} before a document); "
+            f"accepted: that of {train.name}, {was[:12]} ({size} tokens, {start})"
+        )
 
 
 def _valid_rows(corpus: Corpus, recipe: Recipe, arguments: TrainingArguments) -> PackedDataset:
@@ -62,12 +79,17 @@ def _valid_rows(corpus: Corpus, recipe: Recipe, arguments: TrainingArguments) ->
     return PackedDataset(corpus, recipe.length, None, carry_state=True, lanes=lanes)
 
 
-def open_model(recipe: Recipe, corpus: Corpus) -> PackedForCausalLM:
-    """The model that a recipe names: fresh from a preset or a stack, or a saved one to go on from.
+def open_model(recipe: Recipe, corpus: Corpus, seed: int) -> PackedForCausalLM:
+    """The model that a recipe names: a preset with weights drawn from the seed, a stack with those of its own seed, or
+    a saved one to go on from.
 
     Raises ValueError or OSError if there is none, or if it does not read the corpus's tokens.
     """
-    model = resolve_model(recipe.model)
+    if recipe.model in PRESETS:
+        model = LanguageModel(replace(resolve_config(recipe.model), seed=seed)).eval()
+    else:
+        model = resolve_model(recipe.model)
+        _check_tokenizer(Path(recipe.model), corpus)
     if model.config.vocab_size < corpus.vocab_size:
         raise ValueError(
             f"{recipe.model} has a vocabulary of {model.config.vocab_size}; the tokens of {corpus.name} need "
@@ -81,11 +103,35 @@ def open_model(recipe: Recipe, corpus: Corpus) -> PackedForCausalLM:
     return PackedForCausalLM.wrap(model)
 
 
+def tokenizer_of(corpus: Corpus) -> PreTrainedTokenizerBase:
+    """The tokenizer of a corpus, for transformers; its document start begins and ends texts."""
+    if corpus.tokenizer_directory is None:
+        return byte_tokenizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(corpus.tokenizer_directory / "tokenizer.json"))
+    start = tokenizer.convert_ids_to_tokens(corpus.document_start)
+    tokenizer.add_special_tokens({"bos_token": start, "eos_token": start, "pad_token": start})
+    return tokenizer
+
+
+def _check_tokenizer(directory: Path, corpus: Corpus) -> None:
+    """Raise ValueError if a saved model has a tokenizer, and it is not the corpus's."""
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        return
+    own, given = PreTrainedTokenizerFast(tokenizer_file=str(file)), tokenizer_of(corpus)
+    if own.get_vocab() != given.get_vocab():
+        raise ValueError(
+            f"{directory} reads the {len(own)} tokens of its tokenizer.json, and {corpus.name} holds others, of "
+            f"{len(given)}; accepted: data in the model's own (retnet data ... --tokenizer {file}; bytes need none)"
+        )
+
+
 def run_identity(
     recipe: Recipe, arguments: TrainingArguments, data: RunData, model: PackedForCausalLM
 ) -> dict[str, Any]:
     """What two runs must share for one to go on where the other stopped: the same model, rows, order and batches."""
     rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    settings = arguments.to_dict()
     config = {k: v for k, v in model.model.config.to_dict().items() if k != "gradient_checkpointing"}
     identity: dict[str, Any] = {
         "model": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
@@ -94,6 +140,8 @@ def run_identity(
         "rows_per_step": rows_per_step,
         "data_seed": arguments.seed if arguments.data_seed is None else arguments.data_seed,
         "carry_state": recipe.carry_state,
+        # A checkpoint's optimizer and schedule bring these along: other values would be without effect.
+        **{name: settings[name] for name in OPTIMIZER},
     }
     if recipe.carry_state:  # each process keeps its lanes
         identity["lanes"] = [arguments.train_batch_size] * arguments.world_size

@@ -51,11 +51,15 @@ _REQUIRED = {
 _WITHOUT_EFFECT = {
     "accelerator_config": "rows are dealt out by their number",
     "auto_find_batch_size": "the number of rows in a step is part of what a run is",
+    "bf16_full_eval": "validation runs as training does",
     "dataloader_drop_last": "no row is left out",
+    "do_train": "training is what this does; `retnet eval` validates",
     "enable_jit_checkpoint": "a SIGTERM always saves",
+    "fp16_full_eval": "validation runs as training does",
     "ignore_data_skip": "a resumed run goes on with the rows that come next",
     "label_smoothing_factor": "the loss is cross-entropy",
     "length_column_name": "rows are of one length",
+    "save_only_model": "a checkpoint is what a run goes on from",
     "train_sampling_strategy": "rows come in the order of data_seed",
     "use_liger_kernel": "the loss makes no logits of all tokens already",
 }
@@ -63,6 +67,14 @@ _WITHOUT_EFFECT = {
 _BOOL_OR_WORD = Annotated[bool | str, Field(union_mode="left_to_right")]
 _HINTS: dict[str, Any] = {"fsdp": _BOOL_OR_WORD, "resume_from_checkpoint": _BOOL_OR_WORD}
 _COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+# What TrainingArguments do not look at before they fail for it: the least value, or one that stands for none.
+_LEAST: dict[str, tuple[float, float | None]] = {
+    "gradient_accumulation_steps": (1, None),
+    "max_steps": (1, -1),
+    "per_device_eval_batch_size": (1, None),
+    "per_device_train_batch_size": (1, None),
+}
+_METRICS = ("loss", "perplexity", "bits_per_byte")
 
 
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -104,7 +116,10 @@ class Recipe(BaseModel):
         # Pinning without an accelerator is a warning and nothing else; bf16 and gloo want the CPU to be asked for.
         device = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
         values: dict[str, Any] = {**device, **self.training}
-        return TrainingArguments(**{key: value for key, value in values.items() if key not in _COMPILE})
+        try:
+            return TrainingArguments(**{key: value for key, value in values.items() if key not in _COMPILE})
+        except (ImportError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"TrainingArguments do not take these values: {error}") from error
 
     @property
     def compile_options(self) -> dict[str, str] | None:
@@ -130,7 +145,7 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
     values |= {key: value for key, value in sugar.items() if value is not None}
     own = set(Recipe.model_fields) - {"training"}
     if isinstance(values.get("data"), str) and values["data"].lstrip().startswith("{"):
-        values["data"] = yaml.safe_load(values["data"])
+        values["data"] = _from_yaml("data", values["data"])
     hints = get_type_hints(TrainingArguments)
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     problems = [_unknown(key, own | fields) for key in values if key not in own | fields]
@@ -143,16 +158,45 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
         values.setdefault("router_lr_multiplier", router_lr_multiplier(stack.spec))
     for key in sorted(values.keys() & fields):
         try:
-            training[key] = _coerce(_HINTS.get(key, hints[key]), values[key])
+            training[key] = _coerce(key, _HINTS.get(key, hints[key]), values[key])
         except ValidationError as error:
             problems.append(f"{key} is {values[key]!r}: {error.errors()[0]['msg']}")
+    problems += _unusable(training)
     if not problems:
-        training.setdefault("output_dir", str(Path("out") / Path(str(values["model"])).stem))
+        name = Path(str(values["model"])).name
+        training.setdefault("output_dir", str(Path("out") / name.removesuffix(".yaml").removesuffix(".yml")))
+        if Path(training["output_dir"]).resolve() == Path(str(values["model"])).resolve():
+            raise ValueError(f"output_dir is {training['output_dir']}, the model's own folder; accepted: another")
         try:
             return Recipe(training=training, **{key: values[key] for key in own & values.keys()})
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
     raise ValueError("; ".join(problems))
+
+
+def _unusable(training: Mapping[str, Any]) -> list[str]:
+    """What is wrong with settings that would otherwise fail late, or be without effect."""
+    problems = []
+    for key, (least, none) in _LEAST.items():
+        value = training.get(key, least)
+        if value < least and value != none:
+            also = "" if none is None else f", or {none:g} for none"
+            problems.append(f"{key} is {value}; accepted: {least:g} or more{also}")
+    if training["num_train_epochs"] <= 0:
+        problems.append(f"num_train_epochs is {training['num_train_epochs']}; accepted: a number above 0")
+    best = training.get("metric_for_best_model")
+    if best is not None and not best.endswith(_METRICS):
+        problems.append(
+            f"metric_for_best_model is {best!r}; accepted: {', '.join(f'eval_{name}' for name in _METRICS)}"
+        )
+    if training.get("load_best_model_at_end") and str(training.get("eval_strategy", "no")) == "no":
+        problems.append("load_best_model_at_end is True without validation; accepted: with eval_strategy")
+    backend, mode = (training.get(f"torch_compile_{what}") for what in ("backend", "mode"))
+    if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
+        problems.append(f"torch_compile_backend is {backend!r}; accepted: {', '.join(torch.compiler.list_backends())}")
+    if mode is not None and mode not in (modes := ("default", *torch._inductor.list_mode_options())):
+        problems.append(f"torch_compile_mode is {mode!r}; accepted: {', '.join(dict.fromkeys(modes))}")
+    return problems
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -176,14 +220,21 @@ def _parse_override(word: str) -> tuple[str, str]:
     return key, text
 
 
-def _coerce(hint: Any, value: Any) -> Any:
+def _from_yaml(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key} is {text!r}, which begins like YAML and is not: {error}") from error
+
+
+def _coerce(key: str, hint: Any, value: Any) -> Any:
     """A value as TrainingArguments types it; a word may be YAML for a list, and YAML's `no` is the word, not False.
 
-    Raises ValidationError.
+    Raises ValidationError, and ValueError for a word that begins like YAML and is not.
     """
     adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        value = yaml.safe_load(value)
+        value = _from_yaml(key, value)
     try:
         return adapter.validate_python(value)
     except ValidationError:

@@ -44,7 +44,7 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
         console = Console(quiet=True)
     output = Path(str(arguments.output_dir))
     data = open_data(recipe, arguments)
-    model = open_model(recipe, data.corpus)
+    model = open_model(recipe, data.corpus, arguments.seed)
     parameters = sum(p.numel() for p in model.parameters())
     options = RunOptions(
         carry_state=recipe.carry_state,
@@ -55,23 +55,28 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
     resumed = _checkpoint(recipe, arguments, options, console)
     progress = ProgressCallback(console, recipe.max_minutes)
     with sharding_on_cpus(arguments):
-        trainer = PackedTrainer(model, arguments, data.train, data.valid, options, callbacks=[progress])
+        try:
+            trainer = PackedTrainer(model, arguments, data.train, data.valid, options, callbacks=[progress])
+        except (ImportError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"these settings make no Trainer: {error}") from error
     trainer.resumed = resumed
     _describe(console, recipe, parameters, data, trainer)
     try:
         with trainer.signal:
-            outcome = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     finally:
         progress.close()
     if trainer.terminated:
-        raise Terminated(trainer.state.global_step, f"resume_from_checkpoint=auto goes on from {output}")
+        raise Terminated(trainer.state.global_step, trainer.where_to_go_on)
+    trainer.check_weights()
+    seconds = trainer.clock.read()
     metrics = trainer.evaluate() if arguments.do_eval else {}
     save_whole_model(trainer, output, data.corpus)
     steps = trainer.state.global_step
     summary = TrainingSummary(
         steps=steps,
         tokens=steps * options.identity["rows_per_step"] * recipe.length,
-        seconds=outcome.metrics["train_runtime"],
+        seconds=seconds,
         train_bytes=data.train.num_bytes,
         valid_bytes=sum(rows.num_bytes for rows in data.valid.values()),
         valid_loss=metrics.get("eval_loss"),

@@ -29,7 +29,7 @@ from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainB
 from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged
 from retnet.train.losses import LOOK_EVERY, LossWatch, NonFiniteLoss, all_finite
 from retnet.train.packed_model import PackedForCausalLM, lanes_file
-from retnet.train.stopping import Agreement, RunClock, TerminationSignal
+from retnet.train.stopping import Agreement, RunClock, Terminated, TerminationSignal
 from retnet.train.throughput import Meter, device_peak, flops_per_token, memory_gib, synchronize
 
 RUN_FILE = "run.json"
@@ -111,7 +111,13 @@ class PackedTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of a step, on the device, and what their losses are to be divided by."""
+        """The micro-batches of a step, on the device, and what their losses are to be divided by.
+
+        None in a run that was through when it was resumed: the Trainer would take a step before it looks.
+        """
+        if self.state.global_step >= self.state.max_steps or self.clock.fraction >= 1:
+            self.control.should_training_stop = True
+            return [], 1
         if epoch_iterator is not self._source:
             self._close_ahead()
             self._source = epoch_iterator
@@ -145,6 +151,10 @@ class PackedTrainer(Trainer):
         self.watch.add(self.state.global_step + 1, facts.rows, loss.detach())
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def where_to_go_on(self) -> str:
+        return f"resume_from_checkpoint=auto goes on from {self.args.output_dir}"
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
         facts: BatchFacts = inputs[FACTS]
         config = self.accelerator.unwrap_model(self.model).model.config
@@ -157,20 +167,37 @@ class PackedTrainer(Trainer):
             problem = problem or f"another process had a loss that is not finite by step {self.state.global_step}"
             raise NonFiniteLoss(f"{problem}. {self._advice()}", getattr(self.watch, "documents", []))
 
+    def check_weights(self) -> None:
+        """Raise NonFiniteLoss if a loss or a weight is not a number. All processes call this together."""
+        self.check_finite()
+        assert self.model is not None
+        if self.agreement.any(not all_finite(self.model)):
+            step = self.state.global_step
+            raise NonFiniteLoss(f"weights are not finite after step {step}. {self._advice()}", [])
+
     def _advice(self) -> str:
         complete = [c for c in list_checkpoints(Path(str(self.args.output_dir))) if c.problem is None]
-        last = f"The last good checkpoint is {complete[-1].path}" if complete else "There is no checkpoint"
+        last, begun = "There is no checkpoint", ""
+        if complete:
+            last = f"The last good checkpoint is {complete[-1].path}"
+            begun = f": model={complete[-1].path} in another output_dir begins with its weights"
         return (
             f"{last}; a lower learning_rate (now {self.args.learning_rate:g}) or max_grad_norm "
-            f"(now {self.args.max_grad_norm:g}) usually helps"
+            f"(now {self.args.max_grad_norm:g}) usually helps{begun}"
         )
 
     # Optimizer and schedule
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, routers moved to groups of their own."""
+        """The Trainer's optimizer, routers moved to groups of their own. Raises ValueError if it cannot be made."""
         made = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
+        try:
+            optimizer = super().create_optimizer(*args, **kwargs)
+        except (ImportError, TypeError, ValueError) as error:
+            given = self.args.to_dict()["optim"]
+            raise ValueError(
+                f"optim is {given!r} with optim_args {self.args.optim_args!r}, and cannot be made: {error}"
+            ) from error
         assert self.model is not None
         modules = (module for module in self.model.modules() if isinstance(module, MoE))
         routers = {id(module.router.weight) for module in modules}
@@ -211,12 +238,18 @@ class PackedTrainer(Trainer):
         """Nats over all tokens of the validation documents, by corpus and together; every token is scored once."""
         begin = time.perf_counter()
         each = {name: self._score(rows) for name, rows in self.valid_rows.items()}
+        if self.terminated:  # in the middle of it: there is time to save, not to go on
+            self._save_checkpoint(cast(nn.Module, self.model), None)
+            raise Terminated(self.state.global_step, self.where_to_go_on)
         metrics: dict[str, float] = {}
         if len(each) > 1:
             for name, sums in each.items():
                 metrics |= _metrics(f"{metric_key_prefix}_{name}", sums, self.valid_rows[name].num_bytes)
         num_bytes = sum(rows.num_bytes for rows in self.valid_rows.values())
         metrics |= _metrics(metric_key_prefix, torch.stack(list(each.values())).sum(0), num_bytes)
+        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
+            step = self.state.global_step
+            raise NonFiniteLoss(f"the validation loss is not finite after step {step}. {self._advice()}", [])
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begin
         self.meter.pause(metrics[f"{metric_key_prefix}_runtime"])
         self.log(metrics)
@@ -236,7 +269,10 @@ class PackedTrainer(Trainer):
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=args.device)
         ahead = ReadAhead(to_device(batch, args.device) for batch in loader)
-        for batch in ahead:
+        for number, batch in enumerate(ahead):
+            if number % LOOK_EVERY == 0 and self.agreement.any(self.signal.received):
+                self.terminated = True
+                break
             facts: BatchFacts = batch.pop(FACTS)
             output = model(**batch, lanes=lanes, carry=rows.carry_state, num_items_in_batch=1)
             lanes = output.past_key_values.state if rows.carry_state else None
@@ -267,13 +303,11 @@ class PackedTrainer(Trainer):
         step, args = self.state.global_step, self.args
         if step == self._saved_step:
             return
-        self.check_finite()
-        if self.agreement.any(not all_finite(model)):
-            raise NonFiniteLoss(f"weights are not finite after step {step}. {self._advice()}", [])
+        self.check_weights()
         synchronize(args.device)
         begin = time.perf_counter()
         output = Path(self._get_output_dir(trial))
-        with staged(output, step, writes=args.should_save) as folder:
+        with staged(output, f"checkpoint-{step}", writes=args.should_save) as folder:
             self.accelerator.wait_for_everyone()
             self._staging = folder.parent
             try:
@@ -320,6 +354,7 @@ class PackedTrainer(Trainer):
             self.clock.start(0.0)
             return
         process = self.args.process_index
+        self._saved_step = self.state.global_step
         self.clock.start(json.loads((self.resumed / RUN_FILE).read_text())["seconds"])
         if _progress_file(self.resumed, process).exists():
             progress = json.loads(_progress_file(self.resumed, process).read_text())
@@ -351,6 +386,8 @@ class _Hooks(TrainerCallback):
         trainer = self._trainer
         if args.device.type == "cpu" or state.global_step % LOOK_EVERY == 0:
             trainer.check_finite()
+        if state.global_step == state.max_steps:  # no step follows that would ask
+            trainer.terminated = trainer.agreement.any(trainer.signal.received)
         if trainer.terminated:
             control.should_training_stop = control.should_save = control.should_log = True
             control.should_evaluate = False

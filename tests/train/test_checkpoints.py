@@ -32,7 +32,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_a
 
 
 def save(output, step, **files):
-    with staged(output, step) as folder:
+    with staged(output, f"checkpoint-{step}") as folder:
         (folder / "shard").mkdir(parents=True)
         for name, text in ({"a": "weights", "shard/b": "optimizer"} | files).items():
             (folder / name).write_text(text)
@@ -123,7 +123,7 @@ def test_rotation_keeps_the_newest_and_the_best_and_never_the_damaged_instead(tm
 
 
 def fail_in_the_middle(output):
-    with staged(output, 20) as folder:
+    with staged(output, "checkpoint-20") as folder:
         folder.mkdir()
         (folder / "a").write_text("half")
         raise RuntimeError("file torn")
@@ -131,7 +131,7 @@ def fail_in_the_middle(output):
 
 def test_an_error_while_writing_leaves_the_old_one_and_says_so(tmp_path):
     save(tmp_path, 10)
-    message = r"step 20 could not be written \(.*torn.*\): the last complete one, .*checkpoint-10"
+    message = r"checkpoint-20 could not be written \(.*torn.*\): the last complete checkpoint, .*checkpoint-10"
     with pytest.raises(CheckpointError, match=message):
         fail_in_the_middle(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10"}
@@ -167,12 +167,38 @@ def test_a_writer_that_fails_stops_the_run_with_the_old_checkpoint_whole(
 
     monkeypatch.setattr(PackedTrainer, "_save_checkpoint", save_checkpoint)
     with pytest.raises(
-        CheckpointError, match=r"step 4 could not be written \(.*MiB free\): the last complete one, .*2"
+        CheckpointError, match=r"checkpoint-4 could not be written \(.*MiB free\): the last complete checkpoint, .*2"
     ):
         train(recipe_for(dropout_model, text_folder, tmp_path / "out", **SAVING), console)
     newest, damaged = choose(tmp_path / "out")
     assert (newest.step, damaged) == (2, [])
     assert not (tmp_path / "out" / STAGING).exists()
+
+
+def test_a_model_that_cannot_be_written_ends_the_run_with_nothing_half_written(
+    dropout_model, text_folder, tmp_path, console, monkeypatch, small_files
+):
+    original = PackedTrainer.save_model
+
+    def save_model(self, *args, **kwargs):
+        small_files(4096)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PackedTrainer, "save_model", save_model)
+    with pytest.raises(CheckpointError, match=r"model could not be written \(.*MiB free\): there is no checkpoint"):
+        train(recipe_for(dropout_model, text_folder, tmp_path / "out", max_steps=2), console)
+    assert not (tmp_path / "out" / STAGING).exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"serial": 1, "files": {"a": {"bytes": 3}}}', '{"serial": 1, "files": [1]}'])
+def test_a_marker_that_says_something_else_is_a_damaged_checkpoint(tmp_path, text):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    (tmp_path / "checkpoint-20" / MARKER).write_text(text)
+    newest, damaged = choose(tmp_path)
+    assert newest.step == 10
+    assert [(c.step, "cannot be read" in c.problem) for c in damaged] == [(20, True)]
 
 
 @pytest.mark.slow
@@ -189,7 +215,7 @@ def test_a_full_disk_stops_the_run_with_one_message(dropout_model, text_folder, 
     script = f"{mount} && {{ {command}; code=$?; cp -r {disk} {kept}; exit $code; }}"
     run = subprocess.run([unshare, "-rm", "sh", "-c", script], capture_output=True, text=True, env=os.environ)
     assert run.returncode == 2, run.stderr
-    assert "step 4 could not be written" in run.stderr
+    assert "checkpoint-4 could not be written" in run.stderr
     assert "checkpoint-2, is whole" in run.stderr
     assert "Traceback" not in run.stderr
     newest, damaged = choose(kept / "out")

@@ -1,6 +1,10 @@
+from pathlib import Path
+
 import pytest
 
 from retnet.train.recipe import DEFAULTS, load_recipe
+
+STACK = str(Path(__file__).resolve().parents[2] / "recipes" / "llama-125m.yml")
 
 
 def test_words_set_our_fields_and_those_of_the_trainer():
@@ -105,3 +109,34 @@ def test_compilation_is_of_blocks_and_not_of_the_trainers_whole_model():
 def test_a_setting_that_would_do_nothing_is_refused():
     with pytest.raises(ValueError, match="dataloader_drop_last is not accepted: no row is left out"):
         load_recipe(None, ["model=m", "data=d", "dataloader_drop_last=true"])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("per_device_train_batch_size=0", "per_device_train_batch_size is 0; accepted: 1 or more"),
+        ("per_device_eval_batch_size=-2", "per_device_eval_batch_size is -2; accepted: 1 or more"),
+        ("gradient_accumulation_steps=0", "gradient_accumulation_steps is 0; accepted: 1 or more"),
+        ("max_steps=0", "max_steps is 0; accepted: 1 or more, or -1 for none"),
+        ("num_train_epochs=-1", "num_train_epochs is -1.0; accepted: a number above 0"),
+        ("metric_for_best_model=foo", "metric_for_best_model is 'foo'; accepted: eval_loss, eval_perplexity"),
+        ("load_best_model_at_end=true", "load_best_model_at_end is True without validation; accepted: with eval"),
+        ("torch_compile_mode=foo", "torch_compile_mode is 'foo'; accepted: default"),
+        ("torch_compile_backend=foo", "torch_compile_backend is 'foo'; accepted: .*inductor"),
+        ("lr_scheduler_kwargs={a", "lr_scheduler_kwargs is '{a', which begins like YAML and is not"),
+        ("data={a: 1", "data is '{a: 1', which begins like YAML and is not"),
+        ("save_only_model=true", "save_only_model is not accepted: a checkpoint is what a run goes on from"),
+        ("do_train=false", "do_train is not accepted: training is what this does"),
+        ("output_dir=m", "output_dir is m, the model's own folder; accepted: another"),
+    ],
+)
+def test_settings_that_would_fail_later_or_do_nothing_are_refused(word, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(None, ["model=m", "data=d", word])
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"), [("retnet-1.3b", "retnet-1.3b"), (STACK, "llama-125m"), ("some/trained", "trained")]
+)
+def test_a_run_has_a_folder_by_the_name_of_its_model(model, folder):
+    assert load_recipe(None, ["data=d"], model=model).training["output_dir"] == str(Path("out") / folder)

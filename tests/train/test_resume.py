@@ -160,3 +160,61 @@ def test_a_folder_with_checkpoints_is_not_written_over(dropout_model, text_folde
     train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
     with pytest.raises(ValueError, match="checkpoint-2; accepted: resume_from_checkpoint=auto"):
         train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
+
+
+def test_a_run_that_was_through_is_finished_and_not_trained_on(dropout_model, text_folder, tmp_path, console):
+    """As after a kill during the last validation: at a constant rate one more step would show in the weights."""
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
+    first = train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
+    before = weights(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    again = train(recipe_for(dropout_model, text_folder, tmp_path, **settings, resume_from_checkpoint="auto"), console)
+    assert weights(tmp_path) == before
+    assert (again.steps, again.tokens) == (8, first.tokens)
+    assert again.seconds >= 0.5 * first.seconds, "of all parts of the run"
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
+
+
+@pytest.mark.parametrize("place", ["validation", "last step"])
+def test_sigterm_is_heard_where_no_step_follows(dropout_model, text_folder, tmp_path, console, monkeypatch, place):
+    from retnet.train.batches import ValidBatches
+    from retnet.train.trainer import PackedTrainer
+
+    settings = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 4, "do_eval": True}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(recipe_for(dropout_model, text_folder, whole, **settings), console)
+    loader, step = PackedTrainer._loader, PackedTrainer.training_step
+
+    def _loader(self, rows, batches):
+        if isinstance(batches, ValidBatches):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loader(self, rows, batches)
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        if place == "validation":
+            patch.setattr(PackedTrainer, "_loader", _loader)
+        else:
+            patch.setattr(PackedTrainer, "training_step", training_step)
+        at = 4 if place == "validation" else 8
+        with pytest.raises(Terminated, match=f"terminated at step {at};"):
+            train(recipe_for(dropout_model, text_folder, stopped, **settings), console)
+    assert (stopped / f"checkpoint-{at}/complete.json").exists()
+    train(recipe_for(dropout_model, text_folder, stopped, **settings, resume_from_checkpoint="auto"), console)
+    assert losses(stopped) == losses(whole)
+    assert weights(stopped) == weights(whole)
+
+
+@pytest.mark.parametrize("changed", [{"learning_rate": 1e-4}, {"weight_decay": 0.5}, {"optim": "sgd"}, {"bf16": True}])
+def test_settings_that_a_checkpoint_brings_along_cannot_be_changed(
+    dropout_model, text_folder, tmp_path, console, changed
+):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
+    settings |= {"max_steps": 4, "resume_from_checkpoint": "auto"} | changed
+    with pytest.raises(ValueError, match=rf"is of another run: {next(iter(changed))} was .* and is .*model=.*to start"):
+        train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)

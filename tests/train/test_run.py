@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from retnet.models.directory import load_model, save_model
 from retnet.models.hf import RetNetConfig, RetNetForCausalLM
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import retnet_config
+from retnet.train.inputs import _check_same_tokens, open_model
 from retnet.train.losses import NonFiniteLoss
 from retnet.train.run import train
 from retnet.train.trainer import PackedTrainer
@@ -178,6 +180,54 @@ def test_a_rate_that_is_far_too_high_ends_the_run(byte_model, text_folder, tmp_p
     recipe = recipe_for(byte_model, text_folder, tmp_path, **QUICK, learning_rate=1e30, max_grad_norm=0)
     with pytest.raises(NonFiniteLoss, match=r"loss is (nan|inf) at step \d+, trained on .*There is no checkpoint"):
         train(recipe, console)
+
+
+def test_what_is_not_finite_is_not_saved_as_the_model(byte_model, text_folder, tmp_path, console, monkeypatch):
+    """After the last step, where no loss and no checkpoint looks at the weights any more."""
+    original = PackedTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step == self.state.max_steps - 1:
+            next(self.model.parameters()).grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(PackedTrainer, "training_step", training_step)
+    with pytest.raises(NonFiniteLoss, match="weights are not finite after step"):
+        train(recipe_for(byte_model, text_folder, tmp_path, **QUICK, max_grad_norm=0), console)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(byte_model, text_folder, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(PackedTrainer, "_score", lambda self, rows: torch.tensor([math.nan, 1.0]))
+    with pytest.raises(NonFiniteLoss, match=r"the validation loss is not finite after step \d+"):
+        train(recipe_for(byte_model, text_folder, tmp_path, **{**QUICK, "do_eval": True}), console)
+
+
+def test_validation_in_other_tokens_is_refused(text_folder):
+    train_corpus = open_corpus(str(text_folder))
+    other = SimpleNamespace(name="v", tokenizer_id="0123456789abcdef", vocab_size=50257, document_start=50256)
+    message = r"valid v is of tokenizer 0123456789ab \(50257 tokens, 50256 before a document\); accepted: .* bytes"
+    with pytest.raises(ValueError, match=message):
+        _check_same_tokens(train_corpus, other)
+
+
+def test_a_model_goes_on_with_its_own_tokenizer_alone(byte_model, text_folder, tmp_path, console):
+    train(recipe_for(byte_model, text_folder, tmp_path / "first", **QUICK), console)
+    file = tmp_path / "first" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    renamed = next(iter(tokenizer["model"]["vocab"]))
+    tokenizer["model"]["vocab"]["another"] = tokenizer["model"]["vocab"].pop(renamed)
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"reads the \d+ tokens of its tokenizer.json, and .* holds others"):
+        train(recipe_for(tmp_path / "first", text_folder, tmp_path / "second", **QUICK), console)
+
+
+def test_a_presets_weights_are_drawn_from_the_seed(text_folder, tmp_path):
+    recipe, corpus = recipe_for("retnet-tiny", text_folder, tmp_path), open_corpus(str(text_folder))
+    one, same, other = (open_model(recipe, corpus, seed).model.embedding.weight for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
 
 
 def test_a_model_that_cannot_read_the_tokens_is_refused(text_folder, tmp_path, console):
