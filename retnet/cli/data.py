@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 from typer.core import TyperGroup
 
 from retnet.cli._common import console, errors, write_json
@@ -86,6 +85,7 @@ def write(
 
     from retnet.data.build import build_shards
     from retnet.data.plan import Settings
+    from retnet.data.sources import describe_left_out
 
     *sources, out = paths
     began = time.perf_counter()
@@ -113,6 +113,8 @@ def write(
         highlight=False,
         soft_wrap=True,
     )
+    if manifest["left_out"]:
+        console.print(f"[dim]left out: {describe_left_out(manifest['left_out'])}[/]", highlight=False, soft_wrap=True)
 
 
 @data_app.command()
@@ -130,15 +132,9 @@ def show(
     import numpy as np
 
     from retnet.data import open_corpus
-    from retnet.data.lengths_plot import save_lengths_plot
-    from retnet.data.shards import is_shard_folder
     from retnet.data.shuffle import make_key, permute
 
     corpus = open_corpus(source)
-    if plot is None and is_shard_folder(Path(source)):
-        plot = Path(source) / PLOT
-    if plot is not None:
-        save_lengths_plot(corpus.lengths, f"{source}: {_count(len(corpus), 'document')}", plot)
     wanted = np.arange(min(samples, len(corpus)))
     chosen = [int(document) for document in permute(wanted, len(corpus), make_key("samples", seed))]
     stops = {document: min(length, int(corpus.lengths[document])) for document in chosen}
@@ -148,18 +144,20 @@ def show(
             {"document": d, "from": corpus.describe(d), "tokens": int(corpus.lengths[d]), "text": texts[d]}
             for d in chosen
         ]
-        write_json(_facts(corpus) | {"plot": None if plot is None else str(plot), "samples": documents})
+        picture = _draw(corpus, source, plot)
+        write_json(_facts(corpus) | {"plot": None if picture is None else str(picture), "samples": documents})
         return
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in _facts(corpus).items():
-        table.add_row(f"[bold]{name.replace('_', ' ')}[/]", f"{value:,}" if isinstance(value, int) else str(value))
-    console.print(table)
-    if plot is not None:
-        console.print(f"[dim]document lengths in {escape(str(plot))}[/]", soft_wrap=True)
+    facts = _facts(corpus)
+    width = max(map(len, facts)) + 2
+    for name, value in facts.items():  # not a table, which cuts hashes off at the edge of the terminal
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        console.print(f"[bold]{name.replace('_', ' '):<{width}}[/]{escape(text)}", soft_wrap=True)
     for document in chosen:
         place = f"{corpus.describe(document)}, {corpus.lengths[document]:,} tokens"
         console.print(f"\n[bold]document {document:,}[/] [dim]{escape(place)}[/]", soft_wrap=True, highlight=False)
         console.print(escape(texts[document]), soft_wrap=True, highlight=False)
+    if picture := _draw(corpus, source, plot):
+        console.print(f"\n[dim]document lengths in {escape(str(picture))}[/]", soft_wrap=True)
 
 
 @data_app.command()
@@ -177,6 +175,25 @@ def check(directory: Annotated[Path, typer.Argument(help="A folder that `retnet 
     if problems:
         raise typer.Exit(1)
     console.print(f"{escape(str(directory))}: {_count(shards, 'shard')}, all as written", soft_wrap=True)
+
+
+def _draw(corpus: Corpus, source: str, plot: Path | None) -> Path | None:
+    """Draw the lengths where asked to, or in a folder of shards. A folder that cannot be written gets a note."""
+    from retnet.data.lengths_plot import save_lengths_plot
+    from retnet.data.shards import is_shard_folder
+
+    if plot is None and not is_shard_folder(Path(source)):
+        return None
+    path = Path(source) / PLOT if plot is None else plot
+    try:
+        save_lengths_plot(corpus.lengths, f"{source}: {_count(len(corpus), 'document')}", path)
+    except OSError as error:
+        if plot is not None:
+            raise
+        reason = escape(f"{path}: {error.strerror or error}")
+        errors.print(f"[dim]no picture of the lengths in {reason} (--plot puts it elsewhere)[/]", soft_wrap=True)
+        return None
+    return path
 
 
 def _facts(corpus: Corpus) -> dict[str, int | float | str]:

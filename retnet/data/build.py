@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet.data.durable import flush, write_json
-from retnet.data.encoders import BYTES, Encoder, find_encoder
+from retnet.data.encoders import BYTES, TOKENIZER_FILE, Encoder, find_encoder
 from retnet.data.plan import Piece, Settings, describe_files, make_plan
 from retnet.data.pool import write_here, write_in_parallel
 from retnet.data.readers import DataError
@@ -66,8 +67,10 @@ def build_shards(
             raise ValueError(
                 f"{out} lies inside {source}, and would be read as text there; accepted: a folder elsewhere"
             )
+    out = out.resolve()  # what a link leads to is what is written, and the folder beside it is on the same disk
     encoder = find_encoder(tokenizer, document_start, with_end=with_end)
-    plan = make_plan(sources, settings, shard_size)
+    left_out: Counter[str] = Counter()
+    plan = make_plan(sources, settings, shard_size, left_out)
     run = {
         "sources": list(sources),
         "settings": asdict(settings),
@@ -75,21 +78,40 @@ def build_shards(
         "shard_size": shard_size,
         "files": describe_files(plan),
     }
+    if out.is_dir():
+        _check_replaceable(out)
     partial = out.with_name(out.name + PARTIAL)
     with _locked(partial):
         _begin(partial, run, encoder)
         try:
             _write_missing(plan, settings, encoder, partial / _DATA, workers or _cores(), on_progress)
-            manifest = _finish(partial / _DATA, plan, run, encoder)
+            manifest = _finish(partial / _DATA, plan, run, encoder, left_out)
         except DataError:
-            shutil.rmtree(partial)
+            _remove(partial)
             raise
-        if out.is_dir():
-            out.rmdir()
         (partial / _DATA).rename(out)
         flush(out.parent)
-        shutil.rmtree(partial)
+        _remove(partial)
     return manifest
+
+
+def _check_replaceable(out: Path) -> None:
+    """The empty folder `out` gives way to a rename in the end; a mount point cannot, which is better known before."""
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        out.rename(aside)
+        aside.rename(out)
+    except OSError as error:
+        raise ValueError(
+            f"{out} is there and cannot be replaced ({error.strerror}); accepted: a folder that does not exist, "
+            f"such as {out / _DATA}"
+        ) from error
+
+
+def _remove(partial: Path) -> None:
+    """Remove the folder of a run; first the file that says what there is to go on with."""
+    (partial / _RUN).unlink(missing_ok=True)
+    shutil.rmtree(partial)
 
 
 def _cores() -> int:
@@ -118,8 +140,8 @@ def _locked(partial: Path) -> Iterator[None]:
 def _begin(partial: Path, run: dict[str, Any], encoder: Encoder) -> None:
     """Start a run, or check that what is there is the same run and clear what it left half-written."""
     data = partial / _DATA
-    if (partial / _RUN).is_file():
-        before = json.loads((partial / _RUN).read_bytes())
+    before = _unfinished(partial)
+    if before is not None:
         if changed := list(_differences(before, json.loads(json.dumps(run)))):
             raise ValueError(
                 f"{partial} holds an interrupted run with other {', '.join(changed)}; remove it to begin anew, or give "
@@ -136,6 +158,16 @@ def _begin(partial: Path, run: dict[str, Any], encoder: Encoder) -> None:
             file.unlink()
 
 
+def _unfinished(partial: Path) -> dict[str, Any] | None:
+    """What the run to go on with got; None without one, or where a clean-up that was cut short left half of it."""
+    if not (partial / _RUN).is_file():
+        return None
+    run = json.loads((partial / _RUN).read_bytes())
+    data = partial / _DATA
+    needed = data if run["tokenizer"]["identity"] == BYTES else data / TOKENIZER / TOKENIZER_FILE
+    return run if needed.exists() else None
+
+
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):
@@ -143,8 +175,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         if key != "files":
             yield key
             continue
-        changed = [path for path in before[key].keys() | now[key].keys() if before[key].get(path) != now[key].get(path)]
-        yield f"files ({min(changed)}{f' and {len(changed) - 1} more' if changed[1:] else ''})"
+        yield f"files ({_changed_files(before[key], now[key])})"
+
+
+def _changed_files(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The files whose description changed, in words; "" for none."""
+    changed = [path for path in before.keys() | now.keys() if before.get(path) != now.get(path)]
+    return f"{min(changed)}{f' and {len(changed) - 1} more' if changed[1:] else ''}" if changed else ""
 
 
 def _write_missing(
@@ -181,8 +218,11 @@ def _write_missing(
         write_here(missing, settings, encoder, data, report)
 
 
-def _finish(data: Path, plan: list[list[Piece]], run: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
+def _finish(
+    data: Path, plan: list[list[Piece]], run: dict[str, Any], encoder: Encoder, left_out: Counter[str]
+) -> dict[str, Any]:
     """Write the manifest, which makes the folder whole."""
+    _check_unchanged(plan, run["files"])
     shards = []
     lines = 0
     for number in range(len(plan)):
@@ -210,7 +250,18 @@ def _finish(data: Path, plan: list[list[Piece]], run: dict[str, Any], encoder: E
         "tokenizer": encoder.describe(),
         "sources": [Path(source).name for source in run["sources"]],
         "settings": run["settings"],
+        "left_out": dict(sorted(left_out.items())),
         "shards": shards,
     }
     write_json(data / MANIFEST, manifest)
     return manifest
+
+
+def _check_unchanged(plan: list[list[Piece]], files: dict[str, list[int]]) -> None:
+    """Raise DataError for a source that was written to while it was read: part of it may be missing."""
+    try:
+        changed = _changed_files(files, describe_files(plan))
+    except OSError as error:
+        raise DataError(f"{error.filename} went away while it was read: {error.strerror}") from error
+    if changed:
+        raise DataError(f"{changed} changed since the run began; accepted: files that nothing writes to")

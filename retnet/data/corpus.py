@@ -224,12 +224,14 @@ class ShardCorpus(Corpus):
         last = int(self.lengths[document]) - 1
         if self.tokenizer_id == BYTES:
             return head, last - head
-        tails = (
-            (cut, self.decode(self.tokens(document, cut + 1).tolist())) for cut in range(head, min(head + 4, last))
-        )
-        whole = ((cut, tail) for cut, tail in tails if not tail.startswith("\N{REPLACEMENT CHARACTER}"))
-        cut, tail = next(whole, (head, self.decode(self.tokens(document, head + 1).tolist())))
-        return cut, len(tail.encode())
+        cut = next((cut for cut in range(head, min(head + 4, last)) if self._begins_character(document, cut)), head)
+        return cut, len(self.decode(self.tokens(document, cut + 1).tolist()).encode())
+
+    def _begins_character(self, document: int, cut: int) -> bool:
+        """Whether the tokens of text from `cut` on begin with a character: one has 4 bytes at most, so 4 tokens."""
+        tokens = self.tokens(document, cut + 1, min(cut + 5, int(self.lengths[document]))).tolist()
+        starts = (self.decode(tokens[:count]) for count in range(1, len(tokens) + 1))
+        return any(not start.startswith("\N{REPLACEMENT CHARACTER}") for start in starts)
 
 
 def open_corpus(source: str | os.PathLike[str]) -> Corpus:

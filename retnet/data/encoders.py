@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet.data.byte_vocabulary import DOCUMENT_START, VOCAB_SIZE
+from retnet.data.durable import flush
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -54,7 +55,10 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[bytes]) -> list[NDArray[np.integer]]:
-        """The tokens of each text, nothing around them. Texts are UTF-8 if `reads_text`."""
+        """The tokens of each text, nothing around them. Texts are UTF-8 if `reads_text`.
+
+        Raises ValueError for a text that has no tokens in this vocabulary.
+        """
 
     @abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
@@ -71,7 +75,10 @@ class Encoder(ABC):
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write into a new folder what transformers needs to load this tokenizer; nothing for bytes."""
+        """Write into a new folder, flushed to the disk, what transformers needs to load this tokenizer.
+
+        Nothing for bytes.
+        """
 
 
 class ByteEncoder(Encoder):
@@ -114,7 +121,12 @@ class TokenizerEncoder(Encoder):
 
     def encode(self, texts: Sequence[bytes]) -> list[NDArray[np.integer]]:
         words = [text.decode() for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
+        except Exception as error:  # the class that tokenizers raises
+            raise ValueError(
+                f"the tokenizer has no tokens for this text ({error}); accepted: one with an unknown token, or of bytes"
+            ) from error
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -124,9 +136,14 @@ class TokenizerEncoder(Encoder):
     def save(self, directory: Path) -> None:
         directory.mkdir()
         shutil.copyfile(self.file, directory / TOKENIZER_FILE)
+        self._save_config(directory / CONFIG_FILE)
+        for path in (*directory.iterdir(), directory):
+            flush(path)
+
+    def _save_config(self, path: Path) -> None:
         beside = self.file.with_name(CONFIG_FILE)
         if beside.is_file():
-            shutil.copyfile(beside, directory / CONFIG_FILE)
+            shutil.copyfile(beside, path)
             return
         end = self.document_start if self.document_end is None else self.document_end
         config = {
@@ -134,7 +151,7 @@ class TokenizerEncoder(Encoder):
             "bos_token": self._tokenizer.id_to_token(self.document_start),
             "eos_token": self._tokenizer.id_to_token(end),
         }
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def find_encoder(name: str, start: str | None = None, *, with_end: bool = False) -> Encoder:
@@ -215,6 +232,20 @@ def _read_config(file: Path) -> dict[str, str]:
     beside = file.with_name(CONFIG_FILE)
     if not beside.is_file():
         return {}
-    config = json.loads(beside.read_bytes())
-    tokens = {key: config.get(key) for key in ("bos_token", "eos_token")}
-    return {key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items() if token}
+    try:
+        config = json.loads(beside.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{beside} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{beside} is a JSON {type(config).__name__}; accepted: an object")
+    tokens: dict[str, str] = {}
+    for key in ("bos_token", "eos_token"):
+        given = config.get(key)
+        token = given.get("content") if isinstance(given, dict) else given
+        if not isinstance(token, str) and given is not None:
+            raise ValueError(
+                f"{beside}: {key} is {json.dumps(given)}; accepted: text, null, or an object with 'content'"
+            )
+        if token:
+            tokens[key] = token
+    return tokens

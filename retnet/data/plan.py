@@ -7,13 +7,13 @@ Big files are cut between documents, here, by looking at the few bytes around ea
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from retnet.data.shards import is_shard_folder
-from retnet.data.sources import COMPRESSED, STDLIB, find_documents
+from retnet.data.shards import is_shard_folder, json_object
+from retnet.data.sources import STDLIB, find_documents, is_compressed, suffix_of
 
 HUB_PREFIX = "hf:"
 MIN_SHARD, MAX_SHARD, SHARDS = 1 << 24, 1 << 29, 256
@@ -54,15 +54,21 @@ class Piece:
     first_row: int = 0
 
 
-def make_plan(sources: Sequence[str], settings: Settings, shard_size: int | None = None) -> list[list[Piece]]:
+def make_plan(
+    sources: Sequence[str],
+    settings: Settings,
+    shard_size: int | None = None,
+    left_out: Counter[str] | None = None,
+) -> list[list[Piece]]:
     """The pieces of each shard.
 
     sources: files, folders, `stdlib`, folders of `Dataset.save_to_disk`, or `hf:NAME` for a dataset of the hub.
     shard_size: bytes of input in a shard, about; None: a 256th of everything, between 16 MiB and 512 MiB.
+    left_out: counts what folders hold besides text (see `find_documents`).
 
     Raises FileNotFoundError if there is no such source, ValueError if there is no text in one.
     """
-    files = [piece for source in sources for piece in _find_files(source, settings)]
+    files = [piece for source in sources for piece in _find_files(source, settings, left_out)]
     if shard_size is None:
         shard_size = min(max(sum(file.size for file in files) // SHARDS, MIN_SHARD), MAX_SHARD)
     shards: list[list[Piece]] = []
@@ -83,7 +89,7 @@ def describe_files(plan: Iterable[Iterable[Piece]]) -> dict[str, list[int]]:
     return {path: [(stat := Path(path).stat()).st_size, stat.st_mtime_ns] for path in paths}
 
 
-def _find_files(source: str, settings: Settings) -> Iterator[Piece]:
+def _find_files(source: str, settings: Settings, left_out: Counter[str] | None) -> Iterator[Piece]:
     if source.startswith(HUB_PREFIX):
         yield from _hub_files(source.removeprefix(HUB_PREFIX), settings)
         return
@@ -94,10 +100,10 @@ def _find_files(source: str, settings: Settings) -> Iterator[Piece]:
         )
     if is_shard_folder(path):
         raise ValueError(f"{path} holds token shards already, which `retnet train` reads as they are")
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if _is_saved_dataset(path) or _splits(path):
         yield from _saved_dataset(path, settings.split)
         return
-    for document in find_documents(source, unpack=True):
+    for document in find_documents(source, unpack=True, left_out=left_out):
         base = path.name if path.is_dir() else ""
         name = f"{base or STDLIB}/{document.name}" if source == STDLIB or path.is_dir() else document.name
         yield from _whole_file(document.path, name, document.size)
@@ -125,8 +131,8 @@ def _whole_file(path: Path, name: str, size: int) -> Iterator[Piece]:
 
 def file_kind(path: Path) -> str:
     """How a file is read, by its name."""
-    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(plain.suffix, "text")
+    plain = path.with_suffix("") if is_compressed(path) else path
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix_of(plain), "text")
 
 
 def _hub_files(name: str, settings: Settings) -> Iterator[Piece]:
@@ -152,13 +158,24 @@ def _hub_files(name: str, settings: Settings) -> Iterator[Piece]:
 
 def _saved_dataset(path: Path, split: str) -> Iterator[Piece]:
     """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
+    if splits := _splits(path):
         if split not in splits:
             raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(splits)} (choose one with --split)")
         path = path / split
-    for file in json.loads((path / "state.json").read_bytes())["_data_files"]:
+        if not _is_saved_dataset(path):
+            raise ValueError(f"{path} is not whole; accepted: a split that `save_to_disk` wrote")
+    for file in json_object(path / "state.json")["_data_files"]:
         yield from _arrow_file(path / file["filename"], f"{path.name}/{file['filename']}")
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "dataset_info.json").is_file() and "_data_files" in json_object(path / "state.json")
+
+
+def _splits(path: Path) -> list[str]:
+    """The splits of a folder that `DatasetDict.save_to_disk` wrote; none for another folder."""
+    splits = json_object(path / "dataset_dict.json").get("splits")
+    return splits if isinstance(splits, list) and all(isinstance(split, str) for split in splits) else []
 
 
 def _arrow_file(path: Path, name: str) -> Iterator[Piece]:
@@ -174,8 +191,12 @@ def _arrow_file(path: Path, name: str) -> Iterator[Piece]:
 
 def _cut(file: Piece, room: int, shard_size: int, separator: str | None) -> Iterator[Piece]:
     """A file in pieces that fill the shard that is being filled, then whole shards."""
-    compressed = Path(file.path).suffix in COMPRESSED
-    if file.size <= room or compressed or file.kind == "parquet" or (file.kind == "text" and separator is None):
+    if (
+        file.size <= room
+        or is_compressed(Path(file.path))
+        or file.kind == "parquet"
+        or (file.kind == "text" and separator is None)
+    ):
         yield file
         return
     begin, want = file.begin, room if room > 0 else shard_size
@@ -193,15 +214,25 @@ def _cut(file: Piece, room: int, shard_size: int, separator: str | None) -> Iter
 
 
 def _after(path: Path, mark: bytes, begin: int, at: int, end: int) -> int:
-    """Where the first mark inside [begin, end) that ends at `at` or later ends; `end` if there is none."""
-    begin = max(at - len(mark), begin)
+    """Where the first mark inside [begin, end) that ends at `at` or later ends; `end` if there is none.
+
+    A mark that overlaps the one before it (in a run of line breaks) is passed over: whether it separates documents
+    depends on where the run begins, and cuts must not change documents.
+    """
+    first = max(at - len(mark), begin)
+    position = max(first - len(mark) + 1, begin)
+    before = position - len(mark)  # where the last mark begins
     window = b""
     with open(path, "rb") as file:
-        file.seek(begin)
+        file.seek(position)
         while block := file.read(_LOOK):
             window += block
-            if (found := window.find(mark)) >= 0:
-                return min(begin + found + len(mark), end)
+            found = window.find(mark)
+            while found >= 0:
+                here = position + found
+                if here >= first and here - before >= len(mark):
+                    return min(here + len(mark), end)
+                before, found = here, window.find(mark, found + 1)
             kept = min(len(mark) - 1, len(window))
-            begin, window = begin + len(window) - kept, window[len(window) - kept :]
+            position, window = position + len(window) - kept, window[len(window) - kept :]
     return end

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from retnet.data.plan import Piece, Settings
-from retnet.data.sources import COMPRESSED, DAMAGED, unpacked
+from retnet.data.sources import DAMAGED, is_compressed, unpacked
 
 BLOCK_BYTES = 1 << 20
 LINE_BYTES = 1 << 26
+ROW_KINDS = ("parquet", "arrow")
 _ROWS = 64
 _TAIL = 1 << 14
 _AFTER_LINE = re.compile(rb"\S\n(?=\S)")
@@ -59,11 +60,11 @@ class Reading:
 
     def blocks(self) -> Iterator[Block]:
         """The documents, block by block; those without text are left out. Raises DataError, OSError."""
-        if self.piece.kind in ("parquet", "arrow"):
+        if self.piece.kind in ROW_KINDS:
             yield from self._from_rows()
         else:
             try:
-                with open(self._path, "rb") as raw, unpacked(raw, self._path.suffix) as file:
+                with open(self._path, "rb") as raw, unpacked(raw, self._path) as file:
                     raw.seek(self.piece.begin)
                     yield from self._from_lines(raw, file) if self.piece.kind == "jsonl" else self._text(raw, file)
             except DAMAGED as error:
@@ -87,22 +88,26 @@ class Reading:
             open_document = not last
 
     def _chunks(self, raw: BinaryIO, file: BinaryIO) -> Iterator[bytes]:
-        left = None if self._path.suffix in COMPRESSED else self.piece.end - self.piece.begin
+        left = None if is_compressed(self._path) else self.piece.end - self.piece.begin
         while chunk := file.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left)):
             left = None if left is None else left - len(chunk)
             self._advance(raw)
             yield chunk
+        if left:
+            raise self._cut_short(self.piece.end - left)
 
     def _from_lines(self, raw: BinaryIO, file: BinaryIO) -> Iterator[Block]:
         """jsonl: an object a line, the text in one field. Blank lines are left out."""
-        at = self.piece.begin
-        while self._path.suffix in COMPRESSED or at < self.piece.end:
+        at, packed = self.piece.begin, is_compressed(self._path)
+        while packed or at < self.piece.end:
             line = file.readline(LINE_BYTES + 1)
-            if not line:
-                return
             at += len(line)
             if len(line) > LINE_BYTES:
                 raise DataError(f"{self._place(1)}: a line of more than {LINE_BYTES >> 20} MiB")
+            if packed and not line:
+                return
+            if not packed and at < self.piece.end and not line.endswith(b"\n"):
+                raise self._cut_short(at)
             self._check_utf8(line)
             if line.strip():
                 self._advance(raw)
@@ -131,11 +136,12 @@ class Reading:
                 self._check_column(batch.schema, field)
                 column = batch.column(field)
                 for i in range(len(column)):
-                    place = f"{self._path} row {row}"
-                    yield from _blocks_of(row, _encode(column[i].as_py(), field, lambda _, place=place: place))
+                    yield from _blocks_of(
+                        row, _encode(column[i].as_py(), field, lambda _, row=row: place_of(self.piece, row))
+                    )
                     row += 1
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self._path} row {row} or after: {error}") from error
+            raise DataError(f"{place_of(self.piece, row)} or after: {error}") from error
 
     def _batches(self) -> Iterator[Any]:
         from pyarrow import ipc, memory_map, parquet
@@ -174,15 +180,29 @@ class Reading:
 
     def _place(self, line: int) -> str:
         """How messages name the line-th line after those read so far."""
-        with open(self._path, "rb") as file:
-            before, left = self.lines, self.piece.begin
-            while left:
-                block = file.read(min(left, BLOCK_BYTES))
-                before, left = before + block.count(b"\n"), left - len(block)
-        return f"{self._path}:{before + line}"
+        return place_of(self.piece, self.lines + line)
+
+    def _cut_short(self, at: int) -> DataError:
+        return DataError(
+            f"{self._path} became shorter while it was read: it ends at byte {at}, and had {self.piece.end} or more "
+            "before; accepted: files that nothing writes to"
+        )
 
     def _advance(self, raw: BinaryIO) -> None:
         self.progress = min((raw.tell() - self.piece.begin) / (self.piece.end - self.piece.begin), 1.0)
+
+
+def place_of(piece: Piece, number: int) -> str:
+    """How messages name where a document begins: `number` as in `Block`."""
+    if number < 0:
+        return piece.path
+    if piece.kind in ROW_KINDS:
+        return f"{piece.path} row {number}"
+    left = piece.begin
+    with open(piece.path, "rb") as file:
+        while left and (block := file.read(min(left, BLOCK_BYTES))):
+            number, left = number + block.count(b"\n"), left - len(block)
+    return f"{piece.path}:{number}"
 
 
 def cut_documents(chunks: Iterable[bytes], separator: bytes) -> Iterator[tuple[bytes, bool]]:

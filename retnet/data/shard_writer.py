@@ -7,8 +7,9 @@ it is, the shard is done.
 from __future__ import annotations
 
 import hashlib
-from array import array
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from retnet.data.durable import write_json, written_whole
 from retnet.data.encoders import Encoder
 from retnet.data.plan import Piece, Settings
-from retnet.data.readers import Block, Reading
+from retnet.data.readers import ROW_KINDS, Block, DataError, Reading, place_of
 from retnet.data.shards import Column
 
 BATCH_BYTES = 1 << 19
@@ -47,45 +48,65 @@ def write_shard(
     name = f"{number:05}"
     sources: list[dict[str, Any]] = []
     size_before = 0
-    with written_whole(directory / f"{name}.tokens") as file:
-        writer = _TokenWriter(file, encoder)
-        for index, piece in enumerate(pieces):
-            reading = Reading(piece, settings, utf8=encoder.reads_text)
-            for block in reading.blocks():
-                if writer.add(index, block):
-                    size = size_before + int(reading.progress * piece.size)
-                    report(Counts(size, len(writer.columns[Column.END]), writer.tokens))
-            size_before += piece.size
-            unit = "row" if piece.kind in ("parquet", "arrow") else "line"
-            sources.append({"name": piece.name, "unit": unit, "lines": reading.lines})
-        writer.flush()
-    index_bytes = np.array([writer.columns[column] for column in Column], dtype="<i8").tobytes()
-    with written_whole(directory / f"{name}.index") as file:
-        file.write(index_bytes)
-    documents = len(writer.columns[Column.END])
+    with ExitStack() as stack:
+        index = _Index([stack.enter_context(tempfile.TemporaryFile(dir=directory)) for _ in Column])
+        with written_whole(directory / f"{name}.tokens") as file:
+            writer = _TokenWriter(file, index, encoder, pieces)
+            for position, piece in enumerate(pieces):
+                reading = Reading(piece, settings, utf8=encoder.reads_text)
+                for block in reading.blocks():
+                    if writer.add(position, block):
+                        size = size_before + int(reading.progress * piece.size)
+                        report(Counts(size, index.documents, writer.tokens))
+                size_before += piece.size
+                unit = "row" if piece.kind in ROW_KINDS else "line"
+                sources.append({"name": piece.name, "unit": unit, "lines": reading.lines})
+            writer.flush()
+        with written_whole(directory / f"{name}.index") as file:
+            index_hash = index.write(file)
     record = {
-        "documents": documents,
+        "documents": index.documents,
         "tokens": writer.tokens,
-        "bytes": sum(writer.columns[Column.BYTES]),
-        "sha256": {"tokens": writer.digest.hexdigest(), "index": hashlib.sha256(index_bytes).hexdigest()},
+        "bytes": index.bytes,
+        "sha256": {"tokens": writer.digest.hexdigest(), "index": index_hash},
         "continues": pieces[0].begin > 0 and sources[0]["unit"] == "line",
         "pieces": sources,
     }
     write_json(directory / f"{name}.json", record)
-    report(Counts(size_before, documents, writer.tokens))
+    report(Counts(size_before, index.documents, writer.tokens))
+
+
+class _Index:
+    """The index, as far as documents have ended: a temporary file a column, so that memory does not grow with them."""
+
+    def __init__(self, columns: Sequence[BinaryIO]):
+        self.documents = self.bytes = 0
+        self._columns = columns
+
+    def add(self, entries: Sequence[dict[Column, int]]) -> None:
+        for column, file in zip(Column, self._columns, strict=True):
+            file.write(np.array([entry[column] for entry in entries], dtype="<i8").tobytes())
+        self.documents += len(entries)
+        self.bytes += sum(entry[Column.BYTES] for entry in entries)
+
+    def write(self, file: BinaryIO) -> str:
+        """Write the columns one after the other; their SHA-256."""
+        digest = hashlib.sha256()
+        for column in self._columns:
+            column.seek(0)
+            while block := column.read(BATCH_BYTES):
+                file.write(block)
+                digest.update(block)
+        return digest.hexdigest()
 
 
 class _TokenWriter:
-    """Blocks gathered to batches, tokenised, and written with the tokens around documents.
+    """Blocks gathered to batches, tokenised, and written with the tokens around documents."""
 
-    columns: the index, as far as documents have ended.
-    """
-
-    def __init__(self, file: BinaryIO, encoder: Encoder):
-        self.columns = {column: array("q") for column in Column}
+    def __init__(self, file: BinaryIO, index: _Index, encoder: Encoder, pieces: Sequence[Piece]):
         self.tokens = 0
         self.digest = hashlib.sha256()
-        self._file, self._encoder = file, encoder
+        self._file, self._index, self._encoder, self._pieces = file, index, encoder, pieces
         self._batch: list[tuple[int, Block]] = []
         self._batch_bytes = 0
         self._text: Any = None  # hash of the document that is open
@@ -102,8 +123,9 @@ class _TokenWriter:
 
     def flush(self) -> None:
         """Write what has been gathered."""
-        texts = self._encoder.encode([block.data for _, block in self._batch])
+        texts = self._encode()
         runs: list[NDArray[np.integer]] = []
+        ended: list[dict[Column, int]] = []
         for (piece, block), tokens in zip(self._batch, texts, strict=True):
             if self._text is None:
                 self._text, self._text_bytes = hashlib.sha256(), 0
@@ -113,26 +135,39 @@ class _TokenWriter:
             self._text.update(block.data)
             self._text_bytes += len(block.data)
             if block.last:
-                self._end_document(piece, block.number, runs)
+                ended.append(self._end_document(piece, block.number, runs))
         if runs:
             data = np.concatenate(runs, dtype=self._encoder.dtype, casting="unsafe").tobytes()
             self._file.write(data)
             self.digest.update(data)
+        self._index.add(ended)
         self._batch, self._batch_bytes = [], 0
 
-    def _end_document(self, piece: int, number: int, runs: list[NDArray[np.integer]]) -> None:
+    def _encode(self) -> list[NDArray[np.integer]]:
+        """The tokens of each block. Raises DataError that names the first text without tokens."""
+        try:
+            return self._encoder.encode([block.data for _, block in self._batch])
+        except ValueError:
+            for piece, block in self._batch:
+                try:
+                    self._encoder.encode([block.data])
+                except ValueError as error:
+                    raise DataError(f"{place_of(self._pieces[piece], block.number)}: {error}") from error
+            raise
+
+    def _end_document(self, piece: int, number: int, runs: list[NDArray[np.integer]]) -> dict[Column, int]:
+        """Close the document that is open; its entry in the index."""
         if self._encoder.document_end is not None:
             runs.append(self._one(self._encoder.document_end))
-        entry = {
+        size, digest = self._text_bytes, self._text.digest()
+        self._text = None
+        return {
             Column.END: self.tokens,
-            Column.BYTES: self._text_bytes,
-            Column.HASH: int.from_bytes(self._text.digest()[:8], "big", signed=True),
+            Column.BYTES: size,
+            Column.HASH: int.from_bytes(digest[:8], "big", signed=True),
             Column.PIECE: piece,
             Column.NUMBER: number,
         }
-        for column, value in entry.items():
-            self.columns[column].append(value)
-        self._text = None
 
     def _one(self, token: int) -> NDArray[np.integer]:
         self.tokens += 1

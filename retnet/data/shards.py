@@ -1,6 +1,6 @@
 """Token shards: the folder that `retnet data` writes, and how it is read.
 
-    manifest.json        totals, the tokenizer, the shards with their counts and SHA-256
+    manifest.json        totals, the tokenizer, the shards with their counts and SHA-256, what folders held besides text
     tokenizer/           tokenizer.json and tokenizer_config.json (none for bytes)
     00000.tokens         the tokens of its documents end to end, raw little-endian uint16 or uint32
     00000.index          int64 [5, documents], a column a row: see `Column`
@@ -132,8 +132,21 @@ class ShardFolder:
 
 
 def is_shard_folder(source: Path) -> bool:
-    """Whether `retnet data` wrote this folder."""
-    return (source / MANIFEST).is_file()
+    """Whether `retnet data` wrote this folder: any folder may have a manifest.json, ours says so or lies beside shards.
+
+    So shards with a damaged manifest, which open with an error, are not taken for a folder of text.
+    """
+    path = source / MANIFEST
+    return json_object(path).get("format") == FORMAT or (path.is_file() and (source / "00000.tokens").is_file())
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} if there is no such file or it holds something else."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -13,15 +13,17 @@ import lzma
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
 STDLIB = "stdlib"
 SNIFF_BYTES = 8192
-COMPRESSED = {".gz", ".xz"}
+LINKED, DANGLING, SPECIAL, EMPTY, BINARY = "linked folder", "dangling link", "special file", "empty file", "binary file"
 DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 # Installed packages and tests, which differ from one distribution to the next, and one generated 700 KB file of prose.
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
 
@@ -62,12 +64,15 @@ class Split:
     valid: tuple[Document, ...]
 
 
-def find_documents(source: str | os.PathLike[str], *, unpack: bool = False) -> tuple[Document, ...]:
+def find_documents(
+    source: str | os.PathLike[str], *, unpack: bool = False, left_out: Counter[str] | None = None
+) -> tuple[Document, ...]:
     """The documents of a source, sorted by name.
 
     source: `stdlib` (the Python standard library's own source, found through sysconfig, without its tests,
         generated documentation and installed packages), a file, or a folder, searched to any depth.
     unpack: take compressed text and parquet too, for readers that can open them; sizes are those on disk.
+    left_out: counts what is left out, by kind (see `describe_left_out`), on top of what it holds.
 
     In a folder, names that start with a dot and `__pycache__` are not looked at, and links to folders are not
     followed. Empty files are skipped, and so are binary ones: those with a zero byte in their first 8 KiB (the rule
@@ -83,7 +88,7 @@ def find_documents(source: str | os.PathLike[str], *, unpack: bool = False) -> t
         if not root.exists():
             raise FileNotFoundError(f"no such file or folder: {root} (data is a file, a folder, or {STDLIB!r})")
         candidates = _walk(root, set()) if root.is_dir() else iter([root])
-    return _keep_text(root, candidates, unpack)
+    return _keep_text(root, candidates, unpack, Counter() if left_out is None else left_out)
 
 
 def split_documents(documents: Sequence[Document], valid_fraction: float = 0.05) -> Split:
@@ -108,41 +113,65 @@ def split_documents(documents: Sequence[Document], valid_fraction: float = 0.05)
 
 
 def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
+    """Files, and links to folders, which are not followed."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in skipped and f != "__pycache__" and not f.startswith("."))
+        yield from (path for path in (Path(folder, name) for name in folders) if path.is_symlink())
         yield from (Path(folder, file) for file in sorted(files) if not file.startswith("."))
 
 
-def _keep_text(root: Path, candidates: Iterable[Path], unpack: bool) -> tuple[Document, ...]:
+def _keep_text(root: Path, candidates: Iterable[Path], unpack: bool, left_out: Counter[str]) -> tuple[Document, ...]:
     documents: list[Document] = []
-    seen = empty = binary = 0
+    here: Counter[str] = Counter()
     for path in candidates:
-        if not path.is_file():
-            continue
-        seen += 1
-        size = path.stat().st_size
-        if size == 0:
-            empty += 1
-            continue
-        if not (unpack and path.suffix == ".parquet") and _is_binary(path, unpack):
-            binary += 1
+        if kind := _why_left_out(path, unpack):
+            here[kind] += 1
             continue
         name = path.name if path == root else path.relative_to(root).as_posix()
-        documents.append(Document(name, path, size))
+        documents.append(Document(name, path, path.stat().st_size))
     if not documents:
-        raise ValueError(f"no text in {root}: {seen} files seen, {empty} empty, {binary} binary")
+        empty, binary = here.pop(EMPTY, 0), here.pop(BINARY, 0)
+        others = f", and {describe_left_out(here)}" if here else ""
+        raise ValueError(f"no text in {root}: {empty + binary} files seen, {empty} empty, {binary} binary{others}")
+    left_out.update(here)
     return tuple(sorted(documents, key=lambda document: document.name))
 
 
-def unpacked(raw: BinaryIO, suffix: str) -> BinaryIO:
-    """An open file as it would read decompressed, if its suffix is one of `COMPRESSED`; damage raises a `DAMAGED`."""
-    openers = {".gz": gzip.open, ".xz": lzma.open}
-    return cast(BinaryIO, openers[suffix](raw)) if suffix in openers else raw
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """What a search has left out, in words: `2 binary files, 1 linked folder`."""
+    return ", ".join(f"{number:,} {kind}{'' if number == 1 else 's'}" for kind, number in sorted(left_out.items()))
+
+
+def suffix_of(path: Path) -> str:
+    """What tells the format of a file: its suffix in lower case."""
+    return path.suffix.lower()
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether `unpacked` decompresses this file."""
+    return suffix_of(path) in _OPENERS
+
+
+def unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
+    """The open file `path` as it would read decompressed, if it is compressed; damage raises a `DAMAGED`."""
+    return cast(BinaryIO, _OPENERS[suffix_of(path)](raw)) if is_compressed(path) else raw
+
+
+def _why_left_out(path: Path, unpack: bool) -> str | None:
+    """What a path is instead of text; None if it is text."""
+    if path.is_dir():
+        return LINKED
+    if not path.is_file():
+        return DANGLING if path.is_symlink() else SPECIAL
+    if not path.stat().st_size:
+        return EMPTY
+    may_be_binary = unpack and suffix_of(path) == ".parquet"
+    return BINARY if not may_be_binary and _is_binary(path, unpack) else None
 
 
 def _is_binary(path: Path, unpack: bool) -> bool:
     try:
-        with open(path, "rb") as raw, unpacked(raw, path.suffix if unpack else "") as file:
+        with open(path, "rb") as raw, unpacked(raw, path) if unpack else raw as file:
             return b"\0" in file.read(SNIFF_BYTES)
     except DAMAGED as error:
         raise ValueError(f"{path} is damaged or cut off: {error}") from error

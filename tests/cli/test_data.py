@@ -7,6 +7,7 @@ import json
 import pytest
 
 from retnet.cli import main
+from retnet.data import open_corpus
 
 
 def run(*words):
@@ -60,6 +61,33 @@ def test_show_counts_decodes_and_draws(capsys, tokens):
     assert facts["tokens"] == facts["bytes"] + 30
     assert len({sample["document"] for sample in facts["samples"]}) == 30
     assert all(len(sample["text"]) == 11 for sample in facts["samples"])
+
+
+def test_show_prints_all_of_the_fingerprint_in_a_narrow_terminal(capsys, tokens, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run("show", tokens) == 0
+    assert any(open_corpus(tokens).fingerprint in line for line in capsys.readouterr().out.splitlines())
+
+
+def test_show_does_without_a_picture_that_cannot_be_written(capsys, tokens, tmp_path):
+    (tokens / "lengths.png").mkdir()
+    assert run("show", tokens) == 0
+    printed = capsys.readouterr()
+    assert "documents" in printed.out
+    assert "texts/" in printed.out
+    assert "no picture of the lengths in" in printed.err
+    assert run("show", tokens, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["plot"] is None
+    assert "Is a directory" in wrong_input(capsys, "show", tokens, "--plot", tokens / "lengths.png")
+
+
+def test_what_is_left_out_of_a_folder_is_said_in_a_line(capsys, tmp_path, text_folder):
+    assert run(text_folder, tmp_path / "whole") == 0
+    assert "left out" not in capsys.readouterr().out
+    (text_folder / "image.png").write_bytes(b"\x89PNG\0\0")
+    (text_folder / "linked").symlink_to(tmp_path)
+    assert run(text_folder, tmp_path / "out") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "left out: 1 binary file, 1 linked folder"
 
 
 def test_show_reads_plain_text_too_and_draws_where_told(capsys, text_folder, tmp_path):

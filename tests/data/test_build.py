@@ -7,15 +7,19 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from retnet.data import open_corpus, readers
+from retnet.data import build as build_module
+from retnet.data import open_corpus, readers, shard_writer, shards
 from retnet.data.build import build_shards
 from retnet.data.plan import Settings
 from retnet.data.readers import DataError
@@ -123,6 +127,73 @@ def test_a_bad_line_is_named_and_nothing_remains(build, tmp_path, source):
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["a.txt", "b.jsonl"])
+@pytest.mark.parametrize("change", ["shorter", "longer", "gone"])
+def test_a_source_that_changes_during_the_run_is_named_and_nothing_remains(build, tmp_path, source, name, change):
+    path = source / name
+    size = path.stat().st_size
+
+    def change_it(progress):
+        if change != "gone":
+            os.truncate(path, size - 1 if change == "shorter" else size + 1)
+        elif progress.counts.size == progress.size:  # before, a worker would fail to open it
+            path.unlink(missing_ok=True)
+
+    message = {"shorter": "changed|shorter", "longer": "changed since the run began", "gone": "went away while"}[change]
+    with pytest.raises(DataError, match=rf"{name.replace('.', '[.]')} .*{message}"):
+        build(tmp_path / "out", on_progress=change_it)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_text_without_tokens_is_named_and_nothing_remains(build, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"known": 0, "<s>": 1}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(tmp_path / "words.json"))
+    lines = ['{"text": "known"}\n'] * 60
+    lines[40] = '{"text": "known unheard"}\n'
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    before = sorted(tmp_path.rglob("*"))
+    for workers in (1, 2):
+        with pytest.raises(
+            DataError, match=r"a\.jsonl:41: the tokenizer has no tokens for this text \(WordLevel error"
+        ):
+            build(
+                tmp_path / "out",
+                tokenizer=str(tmp_path / "words.json"),
+                sources=[str(tmp_path / "a.jsonl")],
+                shard_size=300,
+                workers=workers,
+            )
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_memory_does_not_grow_with_the_number_of_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_writer, "BATCH_BYTES", 1 << 9)
+    monkeypatch.setattr(shards, "_BLOCK", 1 << 16)
+
+    def peak(documents):
+        (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * documents)
+        tracemalloc.start()
+        try:
+            manifest = build_shards([str(tmp_path / "a.jsonl")], tmp_path / f"out{documents}", workers=1)
+            assert manifest["documents"] == documents
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)  # modules are loaded
+    assert peak(20_000) < peak(5_000) + 100_000
+
+
+def test_what_folders_hold_besides_text_is_in_the_manifest(build, tmp_path, source):
+    (source / "empty").touch()
+    (source / "linked").symlink_to(tmp_path)
+    assert build(tmp_path / "out")["left_out"] == {"empty file": 1, "linked folder": 1}
+
+
 def test_sources_without_text_leave_nothing(build, tmp_path):
     (tmp_path / "blank.jsonl").write_text('\n{"text": ""}\n')
     with pytest.raises(DataError, match=r"no text in .*blank\.jsonl"):
@@ -208,6 +279,10 @@ def test_an_interrupted_run_goes_on_only_as_what_it_was(build, tmp_path, source)
         build(tmp_path / "out", settings=Settings(separator="\n"))
     with pytest.raises(ValueError, match="with other tokenizer"):
         build(tmp_path / "out", tokenizer="bytes")
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "bytes", tokenizer="bytes", on_progress=interrupt)
+    with pytest.raises(ValueError, match="with other tokenizer"):
+        build(tmp_path / "bytes")
     with open(source / "a.txt", "a") as file:
         file.write("more")
     with pytest.raises(ValueError, match=r"with other files \(.*a\.txt\)"):
@@ -223,6 +298,70 @@ def test_leftovers_of_a_shard_are_cleared(build, tmp_path):
     build(tmp_path / "out")
     build(tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def stop_at(monkeypatch, target, name):
+    """Stop the run where it first calls a function."""
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, name, stop)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_run_stopped_while_it_cleans_up_can_be_given_again(build, tmp_path, source, monkeypatch, bad):
+    if bad:
+        whole = (source / "b.jsonl").read_bytes()
+        (source / "b.jsonl").write_bytes(whole + b"{broken\n")
+        os.utime(source / "b.jsonl", ns=(1, 1))
+    with monkeypatch.context() as patch:
+        stop_at(patch, build_module.shutil, "rmtree")
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "out")
+    if bad:
+        shutil.rmtree(tmp_path / "out.partial/data/tokenizer")  # what rmtree came to
+        (source / "b.jsonl").write_bytes(whole)
+        assert build(tmp_path / "out", tokenizer="bytes")["documents"] == 120
+    else:
+        shutil.rmtree(tmp_path / "out")
+        assert build(tmp_path / "out")["documents"] == 120
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+@pytest.mark.parametrize("lost", ["data", "data/tokenizer"])
+def test_an_unfinished_run_without_its_data_begins_anew(build, tmp_path, lost):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "out", on_progress=interrupt)
+    shutil.rmtree(tmp_path / "out.partial" / lost)
+    build(tmp_path / "out")
+    build(tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_link_to_an_empty_folder_is_written_where_it_leads(build, tmp_path):
+    (tmp_path / "disk/real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("disk/real")
+    assert build(tmp_path / "out")["documents"] == 120
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk/real/manifest.json").is_file()
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["real"]
+    with pytest.raises(ValueError, match="out exists"):
+        build(tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(build, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+
+    def refuse(self, target):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+
+    monkeypatch.setattr(Path, "rename", refuse)  # as a mount point does
+    with pytest.raises(
+        ValueError, match=r"out is there and cannot be replaced \(.*busy\); accepted: a folder that does"
+    ):
+        build(tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_progress_reaches_the_size_of_everything(build, tmp_path):

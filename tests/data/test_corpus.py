@@ -93,6 +93,38 @@ def test_one_document_is_split_at_its_end_between_characters(book, articles):
     assert valid.describe(0).startswith("book.txt from token ")
 
 
+def test_a_long_end_is_decoded_once(book, monkeypatch):
+    whole = open_corpus(book)
+    decoded = []
+    decode = whole.decode
+    monkeypatch.setattr(whole, "decode", lambda tokens: decoded.append(len(tokens)) or decode(tokens))
+    for fraction in np.linspace(0.5, 0.9, 20):
+        decoded.clear()
+        _, valid = whole.split(fraction)
+        assert sum(size > 4 for size in decoded) == 1
+        assert max(decoded) == valid.lengths[0] - 1
+
+
+def test_a_cut_falls_between_characters_of_tokens_that_are_single_bytes(tmp_path):
+    """As in the vocabulary of Llama: what is not in it becomes tokens of a byte, decoded as far as they go on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<unk>": 0, "</s>": 1, "x": 2, **{f"<0x{byte:02X}>": byte + 3 for byte in range(256)}}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "状态x😀é" * 50
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    build_shards([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=str(tmp_path / "tokenizer.json"), workers=1)
+    whole = open_corpus(tmp_path / "out")
+    for fraction in np.linspace(0.1, 0.9, 40):
+        train, valid = whole.split(fraction)
+        assert text_of(train, 0) + text_of(valid, 0) == text
+        assert valid.num_bytes == len(text_of(valid, 0).encode())
+
+
 def test_too_little_text_to_split_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     build_shards([str(tmp_path / "a.txt")], tmp_path / "out")

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from retnet.data import encoders
 from retnet.data.encoders import ByteEncoder, find_encoder, saved_encoder
 
 
@@ -93,6 +94,33 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path, tokenizer_file):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
             find_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[]", "is a JSON list; accepted: an object"),
+        ('{"bos_token": {"x": 1}}', r"""bos_token is \{"x": 1\}; accepted: text, null, or an object with 'content'"""),
+        ('{"eos_token": ["<s>"]}', r'eos_token is \["<s>"\]; accepted'),
+        ('{"bos_token": {"content": 3}}', "bos_token is .*; accepted"),
+        ("{cut", "is not JSON"),
+        ("\xff", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(tmp_path, tokenizer_file, config, message):
+    shutil.copyfile(tokenizer_file, tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(config, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json.*{message}"):
+        find_encoder(str(tmp_path))
+
+
+def test_a_saved_tokenizer_is_on_the_disk(encoder, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(encoders, "flush", flushed.append)
+    encoder.save(tmp_path / "saved")
+    assert sorted(flushed[:-1]) == sorted((tmp_path / "saved").iterdir())
+    assert flushed[-1] == tmp_path / "saved"
 
 
 def test_a_tokenizer_of_the_hub_is_fetched_and_one_that_is_not_there_is_named(tokenizer_file, monkeypatch, tmp_path):

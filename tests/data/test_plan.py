@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retnet.data import plan as plan_module
 from retnet.data.plan import Piece, Settings, describe_files, make_plan
 from retnet.data.readers import Reading
 
@@ -43,6 +44,23 @@ def test_every_document_is_in_one_shard_whole_and_in_order(tmp_path_factory, tex
     longest = max(len(text.encode()) for text in texts) + 4 + 90  # and its line around it
     assert max(sizes) <= shard_size + longest
     assert all(size >= shard_size for size in sizes[:-1])
+
+
+@settings(max_examples=300)
+@given(
+    text=st.lists(st.sampled_from(["a", "b", "\n", "\n\n", "\n" * 3]), min_size=1, max_size=60).map("".join),
+    separator=st.sampled_from(["\n\n\n", "\n\n", "\nb\n", "aa"]),
+    shard_size=st.integers(1, 30),
+    look=st.sampled_from([1, 5, 1 << 16]),
+)
+def test_shard_sizes_change_no_document_where_separators_overlap(tmp_path_factory, text, separator, shard_size, look):
+    path = tmp_path_factory.mktemp("texts") / "a.txt"
+    path.write_text(text)
+    how = Settings(separator=separator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "_LOOK", look)
+        shards = read_plan(make_plan([str(path)], how, shard_size), how)
+    assert [document for shard in shards for document in shard] == [d for d in text.split(separator) if d.strip()]
 
 
 def test_a_file_without_a_separator_and_a_compressed_one_are_not_cut(tmp_path):
@@ -87,6 +105,31 @@ def test_a_dataset_saved_to_disk_is_cut_by_rows(tmp_path):
     assert read_plan(make_plan([str(tmp_path / "saved")], Settings(split="test"))) == [["t"]]
     with pytest.raises(ValueError, match=r"no split 'valid'; it has: train, test \(choose one with --split\)"):
         make_plan([str(tmp_path / "saved")], Settings(split="valid"))
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json", "manifest.json", "dataset_info.json"])
+@pytest.mark.parametrize("text", ['{"counter": 1}', '["train"]', "cut {", '{"splits": {"train": 3}}'])
+def test_a_folder_of_text_may_hold_files_named_as_those_of_a_dataset(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert read_plan(make_plan([str(tmp_path)], Settings())) == [[text]]
+
+
+def test_a_saved_split_that_is_not_whole_is_named(tmp_path):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match=r"train is not whole; accepted: a split that `save_to_disk` wrote"):
+        make_plan([str(tmp_path)], Settings())
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (tmp_path / "A.JSONL").write_text('{"text": "line"}\n')
+    (tmp_path / "B.Jsonl.GZ").write_bytes(gzip.compress(b'{"text": "packed line"}\n'))
+    (tmp_path / "C.TXT.GZ").write_bytes(gzip.compress(b"packed"))
+    parquet.write_table(pa.table({"text": ["row"]}), tmp_path / "D.PARQUET")
+    assert read_plan(make_plan([str(tmp_path)], Settings())) == [["line", "packed line", "packed", "row"]]
 
 
 def test_a_dataset_by_name_is_loaded_through_datasets(tmp_path, monkeypatch):

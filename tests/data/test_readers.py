@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import os
 
 import pytest
 from hypothesis import given
@@ -104,6 +105,18 @@ def test_bad_utf8_is_named_by_line_and_bytes_take_it_as_it_is(tmp_path):
     with pytest.raises(DataError, match=r"a\.txt:3: not UTF-8"):
         read(path, separator="\n")
     assert read(path, utf8=False) == [(-1, b"one\ntwo\nth\xffree")]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("left", [0, 30, 33, 40, 44])
+@pytest.mark.parametrize("begin", [0, 22])
+def test_a_file_that_becomes_shorter_is_named(tmp_path, name, left, begin):
+    path = tmp_path / name
+    path.write_bytes(b'{"text": "one line"}\r\n' * 3)
+    reading = Reading(piece_of(path, begin), Settings(separator="\n"), utf8=True)
+    os.truncate(path, left)
+    with pytest.raises(DataError, match=rf"{name} became shorter while it was read: it ends at byte \d+, and had 66"):
+        list(reading.blocks())
 
 
 def test_jsonl_gives_the_field_of_each_line_with_its_number(tmp_path):

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from retnet.data import open_corpus
+from retnet.data import ByteCorpus, open_corpus
 from retnet.data.build import build_shards
 from retnet.data.plan import Settings
 from retnet.data.shards import check_shards
@@ -88,10 +88,19 @@ def test_the_check_finds_another_tokenizer(shards):
         ('{"format": "other", "version": 1}', "is other version 1"),
     ],
 )
-def test_a_manifest_of_something_else_is_refused(tmp_path, text, message):
-    (tmp_path / "manifest.json").write_text(text)
+def test_shards_with_another_manifest_are_refused(shards, text, message):
+    (shards / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        open_corpus(tmp_path)
+        open_corpus(shards)
+
+
+@pytest.mark.parametrize("text", ["{cut", "[]", "\xff", '{"format": 3}', '{"name": "an extension of a browser"}'])
+def test_a_folder_of_text_may_hold_a_manifest_of_its_own(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
+    (tmp_path / "a.txt").write_text("text")
+    corpus = open_corpus(tmp_path)
+    assert isinstance(corpus, ByteCorpus)
+    assert len(corpus) == 2
 
 
 def test_a_document_that_is_not_there_is_refused(shards):

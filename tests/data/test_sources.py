@@ -1,8 +1,10 @@
 import os
+from collections import Counter
 
 import pytest
 
 from retnet.data import find_documents, split_documents
+from retnet.data.sources import describe_left_out
 
 
 def write(root, files):
@@ -55,6 +57,21 @@ def test_links_that_lead_nowhere_are_not_documents(tmp_path):
     write(tmp_path, {"keep": b"text"})
     os.symlink(tmp_path / "gone", tmp_path / "dangling")
     assert [d.name for d in find_documents(tmp_path)] == ["keep"]
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    write(tmp_path, {"in/a": b"text", "in/b": b"\0", "in/c": "text".encode("utf-16"), "in/d": b"", "other/e": b"text"})
+    os.symlink(tmp_path / "gone", tmp_path / "in/dangling")
+    os.symlink(tmp_path / "other", tmp_path / "in/linked")
+    os.mkfifo(tmp_path / "in/pipe")
+    left_out = Counter({"empty file": 1})
+    assert [d.name for d in find_documents(tmp_path / "in", left_out=left_out)] == ["a"]
+    assert describe_left_out(left_out) == (
+        "2 binary files, 1 dangling link, 2 empty files, 1 linked folder, 1 special file"
+    )
+    (tmp_path / "in/a").unlink()
+    with pytest.raises(ValueError, match="3 files seen, 1 empty, 2 binary, and 1 dangling link, 1 linked folder, 1 sp"):
+        find_documents(tmp_path / "in")
 
 
 def test_the_standard_library_is_a_source_without_tests_and_packages():
