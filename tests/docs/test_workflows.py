@@ -19,6 +19,7 @@ from retnet.models.lm import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS = {"load_fla": [], "lora": ["peft", "trl"], "evaluate": ["lm_eval"], "export": ["onnxruntime", "onnxscript"]}
+SLOW = ("evaluate", "export")
 FLA_CONFIG = {
     "model_type": "retnet",
     "hidden_size": 32,
@@ -84,7 +85,9 @@ def run_in_shell(command: str, names: dict, tmp_path: Path) -> None:
         assert result.stdout
 
 
-@pytest.mark.parametrize("page", NEEDS)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in NEEDS]
+)
 def test_every_block_of_a_page_runs(page, names, tmp_path, monkeypatch, capsys):
     for package in NEEDS[page]:
         pytest.importorskip(package)

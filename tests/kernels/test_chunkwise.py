@@ -158,9 +158,9 @@ def test_kernels_agree_with_the_oracle(case, device):
 
 PARTED = [
     Case("fixed", T=330),
-    Case("fixed, masked, float16", T=330, H=4, masked=True, dtype=torch.float16),
+    pytest.param(Case("fixed, masked, float16", T=330, H=4, masked=True, dtype=torch.float16), marks=pytest.mark.slow),
     Case("per token, no states", T=300, G=1, decay="token", state=False, dfinal=False),
-    Case("resets", B=2, T=290, G=1, decay="resets"),
+    pytest.param(Case("resets", B=2, T=290, G=1, decay="resets"), marks=pytest.mark.slow),
     Case("packed, with one that has fewer segments than parts", T=520, G=1, cu=(0, 1, 1, 300, 520), decay="token"),
 ]
 

@@ -160,7 +160,9 @@ def shaped_model(variant: str) -> LanguageModel:
     return LanguageModel(ModelConfig(13, 8, (block,), final_norm=norm, **STRONG)).eval()
 
 
-@pytest.mark.parametrize(("variant", "slots", "ring"), [("paper", 1, 16), ("fla", 1, 0), ("paper", 8, 0)])
+@pytest.mark.parametrize(
+    ("variant", "slots", "ring"), [("paper", 1, 16), pytest.param("fla", 1, 0, marks=pytest.mark.slow), ("paper", 8, 0)]
+)
 def test_engines_on_kernels_say_what_the_model_says(variant, slots, ring, device, monkeypatch):
     """More rows than `MATVEC_ROWS` take the path of library products."""
     from retnet.serve.engine import Engine

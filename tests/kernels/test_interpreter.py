@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 
 MODULES = ["test_chunkwise.py", "test_step.py", "test_decode.py", "test_walk_places.py", "test_walk_keys_values.py"]
-SLOW = ["test_chunkwise.py", "test_step.py"]
+SLOW = ["test_chunkwise.py", "test_step.py", "test_decode.py"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel tests run on it")
