@@ -234,6 +234,11 @@ class ShardCorpus(Corpus):
         return any(not start.startswith("\N{REPLACEMENT CHARACTER}") for start in starts)
 
 
+def token_kind(corpus: Corpus) -> tuple[str, int, int]:
+    """What must be equal for the tokens of two corpora to mean the same: tokenizer, vocabulary, document start."""
+    return corpus.tokenizer_id, corpus.vocab_size, corpus.document_start
+
+
 def open_corpus(source: str | os.PathLike[str]) -> Corpus:
     """The documents of a source: a folder that `retnet data` wrote, or text read as bytes (see `find_documents`).
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retnet.data.corpus import Corpus
+from retnet.data.corpus import Corpus, token_kind
 from retnet.data.packing import PackedDataset, Rows
 from retnet.data.shuffle import make_key
 
@@ -103,8 +103,7 @@ def _check_corpora(corpora: Sequence[Corpus], weights: Sequence[float]) -> None:
     for corpus, weight in zip(corpora, weights):
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"the weight of {corpus.name} is {weight}; accepted: numbers above 0")
-    kinds = {(corpus.tokenizer_id, corpus.vocab_size, corpus.document_start) for corpus in corpora}
-    if len(kinds) > 1:
+    if len({token_kind(corpus) for corpus in corpora}) > 1:
         each = ", ".join(
             f"{c.name}: {c.tokenizer_id[:12]} of {c.vocab_size}, start {c.document_start}" for c in corpora
         )

@@ -70,8 +70,8 @@ def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: boo
         from retnet.kernels import walk
 
         if walk.walk_supported(problem):
-            tiles = walk.walk_plan(*v.shape[:3], q.shape[-1], v.shape[-1], v.device)
-            result |= {"kernels": "walk", "chunk": walk.CHUNK, "walk": tiles, "portable_for": NOT_WALKED}
+            walked = walk.walk_plan(*v.shape[:3], q.shape[-1], v.shape[-1], v.device)
+            result |= {"kernels": "walk", "chunk": walk.CHUNK, "walk": walked, "portable_for": NOT_WALKED}
     return result
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainingArguments
 
 from retnet.data import Corpus, Mixture, PackedDataset, Rows, open_corpus
+from retnet.data.corpus import token_kind
 from retnet.models.hf.tokenizer import byte_tokenizer
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import PRESETS
@@ -60,9 +61,8 @@ def open_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
 
 def _check_same_tokens(train: Corpus, valid: Corpus) -> None:
     """Raise ValueError for validation whose tokens mean something else: its loss would be of no use."""
-    kinds = [(c.tokenizer_id, c.vocab_size, c.document_start) for c in (train, valid)]
+    (was, size, start), (other, other_size, other_start) = kinds = token_kind(train), token_kind(valid)
     if kinds[0] != kinds[1]:
-        (was, size, start), (other, other_size, other_start) = kinds
         raise ValueError(
             f"valid {valid.name} is of tokenizer {other[:12]} ({other_size} tokens, {other_start} before a document); "
             f"accepted: that of {train.name}, {was[:12]} ({size} tokens, {start})"

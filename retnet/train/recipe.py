@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-from retnet.stack.resolve import resolve_stack
+from retnet.stack.resolve import STACK_SUFFIXES, resolve_stack
 from retnet.stack.training import router_lr_multiplier, training_defaults
 
 # The optimizer is the paper's (section 3.1 and its table of hyperparameters: betas, weight decay, clipping, linear
@@ -163,9 +163,10 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
             problems.append(f"{key} is {values[key]!r}: {error.errors()[0]['msg']}")
     problems += _unusable(training)
     if not problems:
-        name = Path(str(values["model"])).name
-        training.setdefault("output_dir", str(Path("out") / name.removesuffix(".yaml").removesuffix(".yml")))
-        if Path(training["output_dir"]).resolve() == Path(str(values["model"])).resolve():
+        model = Path(str(values["model"]))
+        name = model.stem if model.name.endswith(STACK_SUFFIXES) else model.name
+        training.setdefault("output_dir", str(Path("out") / name))
+        if Path(training["output_dir"]).resolve() == model.resolve():
             raise ValueError(f"output_dir is {training['output_dir']}, the model's own folder; accepted: another")
         try:
             return Recipe(training=training, **{key: values[key] for key in own & values.keys()})
