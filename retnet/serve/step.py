@@ -21,7 +21,10 @@ FAILED = -1  # in a token's place: the logits held NaN or infinity
 
 
 class DecodeStep:
-    """tokens [S]: each slot's last token, not read yet. active [S] bool: slots that take part."""
+    """tokens [S]: each slot's last token, not read yet. active [S] bool: slots that take part.
+
+    On a GPU, to be called with the model's device current, as the engine does.
+    """
 
     def __init__(
         self,
@@ -47,9 +50,8 @@ class DecodeStep:
         if parts not in self._captured:
             self.capture(parts)
         graph, on_host = self._captured[parts]
-        with torch.cuda.device(self.tokens.device):
-            graph.replay()
-            torch.cuda.current_stream().synchronize()
+        graph.replay()
+        torch.cuda.current_stream().synchronize()
         return on_host
 
     @torch.no_grad()
@@ -59,24 +61,23 @@ class DecodeStep:
             return
         active = self.active.clone()
         self.active.zero_()
-        with torch.cuda.device(self.tokens.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP_RUNS - 1):
-                    self._run(parts)
-                sampled = self._run(parts)
-            torch.cuda.current_stream().wait_stream(stream)
-            for layer in self.state:
-                if isinstance(layer, TokenCache):
-                    layer.filled = 0  # asking the device would break the capture; requests are kept within the room
-            on_host = sampled.each(lambda x: torch.empty(x.shape, dtype=x.dtype, pin_memory=True))
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                sampled = self._run(parts)
-                for here, there in zip(on_host, sampled, strict=True):
-                    if here is not None and there is not None:
-                        here.copy_(there, non_blocking=True)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS - 1):
+                self._run(parts)
+            sampled = self._run(parts)
+        torch.cuda.current_stream().wait_stream(stream)
+        for layer in self.state:
+            if isinstance(layer, TokenCache):
+                layer.filled = 0  # asking the device would break the capture; requests are kept within the room
+        on_host = sampled.each(lambda x: torch.empty(x.shape, dtype=x.dtype, pin_memory=True))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            sampled = self._run(parts)
+            for here, there in zip(on_host, sampled, strict=True):
+                if here is not None and there is not None:
+                    here.copy_(there, non_blocking=True)
         self._captured[parts] = graph, on_host
         self.active.copy_(active)
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from retnet.ops.device import current_device_of
+from retnet.ops.retention import retention
+from retnet.ops.selective_scan import selective_scan
 
 
 @pytest.mark.parametrize(("device", "entered"), [("cuda:1", ["cuda:1"]), ("cuda:0", []), ("cpu", [])])
@@ -29,16 +31,30 @@ def test_another_gpu_is_made_current(device, entered, monkeypatch):
     assert seen == entered
 
 
+def retained(leaves):
+    return retention(*leaves, torch.tensor([-0.01, -0.1], device=leaves[0].device))[0]
+
+
+def scanned(leaves):
+    x, step, rate, write, read = leaves
+    return selective_scan(x, step.sigmoid(), -rate.exp(), write, read)[0]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_of_a_second_gpu_are_computed_there():
-    from retnet import retention
-
+@pytest.mark.parametrize(
+    ("form", "shapes"),
+    [
+        (retained, [(1, 200, 2, 64)] * 3),
+        (scanned, [(1, 200, 32), (1, 200, 32), (32, 16), (1, 200, 16), (1, 200, 16)]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tensors_of_a_second_gpu_are_computed_there(form, shapes, dtype):
     def results(device):
         generator = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(1, 200, 2, 64, generator=generator).bfloat16().to(device) for _ in range(3))
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = retention(*leaves, torch.tensor([-0.01, -0.1], device=device))[0]
+        leaves = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+        out = form(leaves)
         return [x.cpu() for x in (out, *torch.autograd.grad(out.float().sum(), leaves))]
 
     assert all(torch.equal(a, b) for a, b in zip(results("cuda:0"), results("cuda:1"), strict=True))

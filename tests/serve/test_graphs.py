@@ -20,8 +20,8 @@ REQUESTS = [
 ]
 
 
-def outputs(model, graphs: bool, **options) -> list:
-    engine = Engine(model.cuda(), num_slots=4, max_tokens=128, prompt_block=16, graphs=graphs, **options)
+def outputs(model, graphs: bool, device="cuda", **options) -> list:
+    engine = Engine(model.to(device), num_slots=4, max_tokens=128, prompt_block=16, graphs=graphs, **options)
     generations = [engine.submit(request) for request in REQUESTS]
     engine.run()
     return [(g.tokens, g.logprobs, g.finish_reason) for g in generations]
@@ -32,6 +32,14 @@ def outputs(model, graphs: bool, **options) -> list:
 def test_captured_steps_give_the_bits_of_plain_ones(make, speculation):
     model = make()
     assert outputs(model, True, speculation=speculation) == outputs(model, False, speculation=speculation)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("speculation", [None, Speculation(3)])
+def test_a_model_on_a_second_gpu_is_served_there(speculation):
+    model = hybrid_model()
+    on_first = outputs(model, True, "cuda:0", speculation=speculation)
+    assert outputs(model, True, "cuda:1", speculation=speculation) == on_first
 
 
 def test_memory_is_flat_once_warmed_up():
