@@ -73,18 +73,32 @@ class StepTile:
 
 
 # Walks from large tiles (fewer bytes) to small ones (more programs): the first that fills the chip is taken.
-STATE_TILES = {
-    "large": (
-        StateTile(64, 128, 256, 8, 3),
-        StateTile(32, 128, 128, 4, 4),
-        StateTile(64, 64, 128, 4, 3),
-        StateTile(64, 64, 64, 4, 4),
-        StateTile(64, 32, 64, 4, 4),
-    ),
-    "medium": (StateTile(128, 64, 64, 4, 3), StateTile(64, 32, 64, 4, 4), StateTile(64, 32, 32, 4, 4)),
-    "small": (StateTile(64, 64, 64, 4, 2), StateTile(64, 32, 64, 4, 2), StateTile(64, 32, 32, 4, 2)),
-    "float32": (StateTile(32, 64, 64, 4, 2), StateTile(32, 32, 64, 4, 2), StateTile(32, 32, 32, 4, 2)),
-}
+LARGE = (
+    StateTile(64, 128, 256, 8, 3),
+    StateTile(32, 128, 128, 4, 4),
+    StateTile(64, 64, 128, 4, 3),
+    StateTile(64, 64, 64, 4, 4),
+    StateTile(64, 32, 64, 4, 4),
+)
+LARGE_FLOAT16 = (StateTile(64, 128, 256, 8, 2), *LARGE[1:])  # its states are stored in float32, through shared memory
+MEDIUM = (StateTile(128, 64, 64, 4, 3), StateTile(64, 32, 64, 4, 4), StateTile(64, 32, 32, 4, 4))
+SMALL = (StateTile(64, 64, 64, 4, 2), StateTile(64, 32, 64, 4, 2), StateTile(64, 32, 32, 4, 2))
+FLOAT32 = (StateTile(32, 64, 64, 4, 2), StateTile(32, 32, 64, 4, 2), StateTile(32, 32, 32, 4, 2))
+
+
+def state_tiles(family: str, dtype: torch.dtype, K: int, V: int) -> tuple[StateTile, ...]:
+    """The walk's tiles that a head size may take, before its own size limits them."""
+    if dtype == torch.float32:
+        return FLOAT32
+    if family != "hopper":
+        return SMALL
+    if not _is_large(K, V):
+        return MEDIUM
+    return LARGE_FLOAT16 if dtype == torch.float16 else LARGE
+
+
+def _is_large(K: int, V: int) -> bool:
+    return K * V > 128 * 128
 
 
 def device_family(device: torch.device) -> str:
@@ -200,20 +214,15 @@ def tiles_for(
     `per_token` decay makes pairs of tokens dearer. `tuned` replaces the table's shapes; a `chunk_size` that the caller
     asks for replaces the segment's length.
     """
-    large = K * V > 128 * 128
-    segment = 64 if dtype == torch.float32 or (per_token and not large) else 128
-    if dtype == torch.float32:
-        size, tile = "float32", _float32_tile
-    elif family == "hopper":
-        size, tile = "large" if large else "medium", _hopper_tile
-    else:
-        size, tile = "small", _small_tile
-    tiles = Tiles(segment, _state_tile(STATE_TILES[size], K, V, walks, processors), tile(K, V), tile(V, K))
+    short = dtype == torch.float32 or (per_token and not _is_large(K, V))
+    tile = _float32_tile if dtype == torch.float32 else _hopper_tile if family == "hopper" else _small_tile
+    candidates = state_tiles(family, dtype, K, V)
+    tiles = Tiles(64 if short else 128, _state_tile(candidates, K, V, walks, processors), tile(K, V), tile(V, K))
     if V <= 64:
         tiles = replace(tiles, value_contraction=replace(tiles.value_contraction, stages=2))
     if tuned is not None:
         # A tuned walk was measured with many walks: with few, a smaller tile of the table may fill the chip better.
-        tiles = replace(tuned, state=_state_tile((tuned.state, *STATE_TILES[size]), K, V, walks, processors))
+        tiles = replace(tuned, state=_state_tile((tuned.state, *candidates), K, V, walks, processors))
     return replace(tiles, segment=nearest_segment(chunk_size)) if chunk_size else tiles
 
 

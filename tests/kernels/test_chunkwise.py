@@ -209,7 +209,9 @@ def test_the_last_segment_length_of_a_chunk_size_is_the_nearest_supported():
     assert [nearest_segment(n) for n in (1, 64, 96, 97, 128, 200, 10**6)] == [64, 64, 64, 128, 128, 256, 256]
 
 
-HEAD_SIZES = [(32, 32), (64, 128), (128, 128), (256, 512), (512, 512), (144, 80), (512, 64)]
+# (K, V, H): two heads, and as many as fill a chip with the largest tiles
+HEAD_SIZES = [(32, 32, 2), (64, 128, 2), (128, 128, 2), (256, 512, 2), (512, 512, 2), (144, 80, 2), (512, 64, 2)]
+HEAD_SIZES += [(64, 64, 80), (128, 128, 40), (256, 512, 20)]
 
 
 @pytest.mark.gpu
@@ -217,7 +219,8 @@ HEAD_SIZES = [(32, 32), (64, 128), (128, 128), (256, 512), (512, 512), (144, 80)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("decay", ["fixed", "token"])
 def test_every_dtype_and_head_size_is_as_exact_as_the_parallel_form(sizes, dtype, decay, device):
-    case = Case("", B=2, T=389, G=1, H=2, K=sizes[0], V=sizes[1], decay=decay, dtype=dtype, chunk=0)
+    K, V, H = sizes
+    case = Case("", B=2, T=389, G=1 if H == 2 else H, H=H, K=K, V=V, decay=decay, dtype=dtype, chunk=0)
     inputs = make_inputs(case, device)
     expected = by_reference(reference.parallel, inputs, torch.float64)
     found = errors(by_kernels(case, inputs), expected)
