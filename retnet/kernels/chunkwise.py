@@ -1,6 +1,6 @@
 """Chunkwise retention on the GPU: which kernels take a call, and a plan that says so.
 
-`portable` takes every argument. On Hopper GPUs, bfloat16 with a fixed decay and one query head a value head goes to
+`portable` takes every argument. On Hopper GPUs, 16 bits with a fixed decay and one query head a value head goes to
 `walk`, which keeps the state on chip (and has no gradient of log_decay and no states of packed sequences). Both are
 deterministic and neither waits for the device.
 """
@@ -39,7 +39,7 @@ def retention_backward(
 
 
 NOT_WALKED = (
-    "a gradient of log_decay, mask and cu_seqlens together, a state that is not float32, "
+    "a gradient of log_decay, mask and cu_seqlens together (float16: either), a state that is not float32, "
     "with cu_seqlens any state or gradient of the last one"
 )
 
@@ -77,4 +77,4 @@ def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: boo
 
 def _may_walk(q: Tensor, v: Tensor) -> bool:
     """Cheap and without the walk's imports, which other devices may lack: the walk itself decides."""
-    return q.dtype == torch.bfloat16 and q.shape[2] == v.shape[2] and is_hopper(q.device)
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] == v.shape[2] and is_hopper(q.device)

@@ -13,8 +13,8 @@ No host synchronization, and no sum whose order could change its bits: two runs 
 gradients: the parts' states, and copies of masked tensors and of rows that TMA cannot address.
 
 Left out, and left to the portable kernels: per-token decay, the gradient of log_decay, initial states of packed
-documents and gradients of their last ones, packing and a mask together, groups of heads, other dtypes: float16 holds
-neither a large state (it ends at 65504) nor the gradients of one that small gradients leave.
+documents and gradients of their last ones, packing and a mask together, groups of heads, float32, and float16 with a
+mask or packing (a special chunk's decays know no `state_range`).
 
 A chunk that holds a document's border multiplies what lies across it by zero, so NaN or infinity does not stay within
 its document there: it reaches the neighbours' tokens of that chunk, and what follows.
@@ -22,12 +22,14 @@ its document there: it reaches the neighbours' tokens of that chunk, and what fo
 
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from retnet.kernels.problem import Gradients, Problem
+from retnet.kernels.state_range import state_factors
 from retnet.kernels.tiles import is_hopper, multiprocessors
 from retnet.kernels.walk_carry import carry_kernel
 from retnet.kernels.walk_keys_values import fits_keys_values, keys_values_supported, walk_keys_values
@@ -41,7 +43,7 @@ LEAST_PART = 16  # chunks a part of a split sequence has at least: below, its st
 
 
 def walk_supported(problem: Problem, dfinal: Tensor | None = None) -> bool:
-    """Whether the walk takes these arguments: a Hopper GPU, bfloat16, fixed decay, one query head per value head.
+    """Whether the walk takes these arguments: a Hopper GPU, 16 bits, fixed decay, one query head per value head.
 
     The caller asks apart whether the gradient of log_decay is wanted: the walk does not make it.
     """
@@ -49,7 +51,7 @@ def walk_supported(problem: Problem, dfinal: Tensor | None = None) -> bool:
     q_shape, v_shape = q.shape, v.shape
     return (
         is_hopper(q.device)
-        and v.dtype == torch.bfloat16
+        and (v.dtype == torch.bfloat16 or (v.dtype == torch.float16 and problem.plain))
         and q_shape[2] == v_shape[2]
         and q_shape[3] in KEYS
         and v_shape[3] in VALUES
@@ -69,8 +71,9 @@ def walk_forward(problem: Problem, state_dtype: torch.dtype | None) -> tuple[Ten
     packed, wanted = problem.cu_seqlens is not None, state_dtype is not None
     ends = call.walk(q, k, v, starts, reverse=False, out=out, store_final=wanted and not packed)
     if wanted and packed:
-        ends = call.walk(None, k, v, None, reverse=False, out=None, store_final=True, documents=problem.cu_seqlens)
-    return out, None if ends is None else ends[:, :, -1].to(state_dtype).contiguous()
+        starts = _Starts(None, None)
+        ends = call.walk(None, k, v, starts, reverse=False, out=None, store_final=True, documents=problem.cu_seqlens)
+    return out, None if ends is None else starts.unscaled(ends[:, :, -1]).to(state_dtype).contiguous()
 
 
 def walk_backward(problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need_dstate: bool) -> Gradients:
@@ -84,15 +87,16 @@ def walk_backward(problem: Problem, dout: Tensor, dfinal: Tensor | None, *, need
     if problem.plain and not call.cut.narrow and keys_values_supported(q, k, v, dout):
         parts, part_chunks = call.cut.parts, call.cut.part_chunks
         dk, dv, dstate = walk_keys_values(
-            q, k, v, dout, call.log_decay, problem.scale, dstarts,
+            q, k, v, dout, call.log_decay, problem.scale, *dstarts,
             parts=parts, part_chunks=part_chunks, need_dstate=need_dstate,
         )  # fmt: skip
+        dstate = None if dstate is None else dstarts.unscaled(dstate)
         return Gradients(call.dq(dout, k, v), dk, dv, None, dstate)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     ends = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=need_dstate)
     dq = call.dq(dout, k, v)
     dk = call.walk_over_values(v, dout, q, dstarts, reverse=True)
-    dstate = None if ends is None else ends[:, :, 0].contiguous()
+    dstate = None if ends is None else dstarts.unscaled(ends[:, :, 0]).contiguous()
     return Gradients(dq, dk, dv, None, dstate)
 
 
@@ -126,11 +130,15 @@ class _Call:
         places = None if problem.plain else walk_places(B, T, problem.mask, problem.cu_seqlens, device)
         return cls(problem, problem.log_decay.contiguous(), places, _cut(B, T, H, K, problem.v.shape[3], device))
 
-    def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> Tensor | None:
-        """States [B, H, parts, K, V] from which the parts of the sequence start; None stands for zeros."""
+    def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> "_Starts":
+        """Where the parts of the sequence start, given that it starts from `state` (None: zeros)."""
+        factors = None
+        if z.dtype == torch.float16:
+            factors = state_factors(y, z, self.problem.scale if reverse else 1.0, state)
+            state = None if state is None else state * factors[:, None, None]
         if self.cut.parts == 1:
-            return None if state is None else state.contiguous().unsqueeze(2)
-        states = self.walk(None, y, z, None, reverse=reverse, out=None, store_final=True)
+            return _Starts(None if state is None else state.contiguous().unsqueeze(2), factors)
+        states = self.walk(None, y, z, _Starts(None, factors), reverse=reverse, out=None, store_final=True)
         (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
         carry_kernel[(B * H, triton.cdiv(K * V, 1024))](
             states,
@@ -149,13 +157,13 @@ class _Call:
             BLOCK=1024,
             num_warps=4,
         )
-        return states
+        return _Starts(states, factors)
 
     def dq(self, dout: Tensor, k: Tensor, v: Tensor) -> Tensor:
         starts = self.part_starts(k, v, self.problem.state, reverse=False)
         return self.walk_over_values(dout, v, k, starts, reverse=False)
 
-    def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: Tensor | None, reverse: bool) -> Tensor:
+    def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: "_Starts", reverse: bool) -> Tensor:
         """dQ = walk(dO, V, K), dK = reverse walk(V, dO, Q): the contraction runs over V, in ranges where V is wide."""
         whole = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1], self.cut.narrow).splits == 1
         make = torch.empty if whole else torch.zeros  # two ranges add to what is there
@@ -168,7 +176,7 @@ class _Call:
         x: Tensor | None,
         y: Tensor,
         z: Tensor,
-        starts: Tensor | None,
+        starts: "_Starts",
         reverse: bool,
         out: Tensor | None,
         store_final: bool,
@@ -196,7 +204,7 @@ class _Call:
             read=x is not None,
             placed=places is not None,
             per_document=documents is not None,
-            has_initial=starts is not None,
+            has_initial=starts.states is not None,
             store_final=store_final,
         )
         y_desc = descriptor(y, tile.keys)
@@ -208,10 +216,11 @@ class _Call:
             descriptor(z if out is None else out, ROWS),
             self.log_decay,
             self.problem.scale,
-            unused if starts is None else starts,
+            unused if starts.states is None else starts.states,
             unused if ends is None else ends,
             unused if places is None else places,
             unused if documents is None else documents,
+            unused if starts.factors is None else starts.factors,
             T,
             H,
             parts,
@@ -220,6 +229,18 @@ class _Call:
         walked = parts - 1 if x is None and documents is None else parts
         launch(variant, B * H * walked * variant.programs, arguments)
         return ends
+
+
+class _Starts(NamedTuple):
+    """States [B, H, parts, K, V] from which the parts of a sequence start (None: zeros), carried in `factors` [H] times
+    their size (None: as they are)."""
+
+    states: Tensor | None
+    factors: Tensor | None
+
+    def unscaled(self, states: Tensor) -> Tensor:
+        """Last states [B, H, K, V] of walks that started here."""
+        return states if self.factors is None else states / self.factors[:, None, None]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ decay is the exp of a non-positive difference.
 Masked tokens and packed documents (`PLACED`) change the decays of the chunks that hold one and of no other: those
 chunks get their factors from `places` (`walk_places`), the others the same ones as without.
 
-Left out: per-token decay, groups of heads, initial states of packed documents (the portable kernels take those).
+Left out: per-token decay, groups of heads, initial states of packed documents, float16 with masked tokens or packed
+documents (the portable kernels take those).
 """
 
 from triton.experimental import gluon
@@ -57,18 +58,20 @@ def _init_ring(tickets, FULL: gl.constexpr, STAGES: gl.constexpr, READERS: gl.co
 
 
 @gluon.jit
-def _make_decays(log2_gamma, scale, tail, REVERSE: gl.constexpr):
+def _make_decays(log2_gamma, scale, factor, tail, REVERSE: gl.constexpr):
     """Rows: read, write and keep of a full chunk, of the last one, room for each warpgroup's special ones; rate, scale.
 
-    The last chunk may be shorter: what TMA brings for its missing rows, zeros or other tokens, is not written.
+    Writers are multiplied by the state's `factor`, readers divided by it. The last chunk may be shorter: what TMA
+    brings for its missing rows, zeros or other tokens, is not written.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     decays = gl.allocate_shared_memory(gl.float32, [14, _CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     token = gl.arange(0, _CHUNK, layout)
     for last in gl.static_range(2):
         length = tail if last == 1 else _CHUNK
-        from_start = gl.exp2(log2_gamma * (token + 1).to(gl.float32)) * scale
+        from_start = gl.exp2(log2_gamma * (token + 1).to(gl.float32)) * (scale * factor if REVERSE else scale / factor)
         to_end = gl.exp2(log2_gamma * gl.maximum(length - 1 - token, 0).to(gl.float32))
+        to_end = to_end / factor if REVERSE else to_end * factor
         write = gl.where(token < length, from_start if REVERSE else to_end, 0.0)
         decays.index(3 * last + 0).store(to_end if REVERSE else from_start)
         decays.index(3 * last + 1).store(write)
@@ -99,6 +102,7 @@ def walk_kernel(
     x_desc, y_desc, z_desc, out_desc,  # [B, T, H, SPLITS * KEYS] twice, [B, T, H, VALUES] twice
     log_decay, scale, state_in, state_out,  # [H], (), states [B, H, parts, ...] twice (float32)
     places, cu_seqlens,  # [B, chunks * 64] if PLACED, [N + 1] if PER_DOCUMENT (then B = 1)
+    factors,  # [H] of float16 states (`state_range`)
     tokens, heads, parts, part_chunks,
     KEYS: gl.constexpr, VALUES: gl.constexpr, SPLITS: gl.constexpr, GROUPS: gl.constexpr,
     KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
@@ -154,7 +158,8 @@ def walk_kernel(
     _init_ring(tickets, Y, Y_STAGES, GROUPS + 1 if READ else GROUPS)
     _init_ring(tickets, Z, Z_STAGES, GROUPS)
     outs_smem = gl.allocate_shared_memory(dtype, [GROUPS, _CHUNK, _ROWS], wide)
-    decays = _make_decays(log2_gamma, scale, tail, REVERSE)
+    factor = gl.load(factors + head) if dtype == gl.float16 else 1.0
+    decays = _make_decays(log2_gamma, scale, factor, tail, REVERSE)
     pairs = _make_pairs(log2_gamma, scale, 2 if PLACED else 1, REVERSE) if READ else decays
     fence_async_shared()
 

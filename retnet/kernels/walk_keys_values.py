@@ -53,6 +53,7 @@ def walk_keys_values(
     log_decay: Tensor,
     scale: float,
     starts: Tensor | None,
+    factors: Tensor | None = None,
     *,
     parts: int,
     part_chunks: int,
@@ -61,6 +62,7 @@ def walk_keys_values(
     """dk, dv, and the gradient [B, H, K, V] of the first state if `need_dstate`.
 
     starts [B, H, parts, K, V] float32: dS after the last token of each part of `part_chunks` chunks; None for zeros.
+    factors [H] of a float16 dS (`state_range`), by which starts and dstate are multiplied.
     """
     (B, T, H, K), V = q.shape, v.shape[3]
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
@@ -71,6 +73,7 @@ def walk_keys_values(
         scale,
         starts,
         dstate,
+        factors,
         T,
         H,
         parts,
@@ -92,7 +95,7 @@ def _rows(x: Tensor) -> TensorDescriptor:
 
 @triton.jit(do_not_specialize=["tokens", "parts", "part_chunks"])
 def keys_values_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, log_decay, scale, starts, dstate,
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, log_decay, scale, starts, dstate, factors,
     tokens, heads, parts, part_chunks, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Grid: B * H * parts."""
@@ -109,6 +112,10 @@ def keys_values_kernel(
     end = tl.exp2(log2_gamma * (C - 1 - place).to(tl.float32))
     start = tl.exp2(log2_gamma * (place + 1).to(tl.float32)) * scale
     keep = tl.exp2(log2_gamma * C)
+    if factors is not None:
+        factor = tl.load(factors + head)
+        end /= factor
+        start *= factor
 
     cell = tl.arange(0, K)[:, None] * V + tl.arange(0, V)[None, :]
     dstate_after = tl.zeros([K, V], tl.float32)

@@ -92,17 +92,17 @@ _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
 def launch(variant: Variant, programs: int, arguments: tuple) -> None:
     """Launch the walk; the key holds all that its code depends on, with aligned pointers (others take Triton's way)."""
-    log_decay, states_in, states_out, places, documents = arguments[4], *arguments[6:10]
+    log_decay, states_in, states_out, places, documents, factors = arguments[4], *arguments[6:11]
     key = (
         variant.constants,
         arguments[0].base.dtype,
-        arguments[11],
+        arguments[12],
         documents.dtype,
         driver.active.get_current_device(),
     )
     compiled = _compiled.get(key)
     bits = log_decay.data_ptr() | states_in.data_ptr() | states_out.data_ptr() | places.data_ptr()
-    aligned = (bits | documents.data_ptr()) % 16 == 0
+    aligned = (bits | documents.data_ptr() | factors.data_ptr()) % 16 == 0
     if compiled is not None and aligned:
         compiled[programs, 1, 1](*arguments, *variant.constants)
         return

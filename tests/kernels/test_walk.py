@@ -30,9 +30,14 @@ CASES = [  # B, T, H, K, V, extras
     (1, 457, 3, 256, 512, "packed"),
     (1, 2573, 2, 256, 512, "packed"),
     (1, 2000, 2, 128, 128, "packed"),
+    (1, 700, 2, 256, 512, "state float16"),
+    (1, 2573, 2, 256, 512, "state float16"),
+    (2, 2560, 2, 64, 128, "state float16"),
+    (3, 457, 5, 128, 128, "float16"),
     (4, 300, 4, 256, 512, "state mask"),  # narrow tiles on a chip of 132 processors, from here on
     (1, 700, 16, 256, 512, "packed"),
     (2, 200, 16, 128, 256, "state"),
+    (4, 300, 4, 256, 512, "state float16"),
 ]
 
 
@@ -104,6 +109,42 @@ def test_errors_are_at_most_twice_those_of_plain_retention_and_bits_repeat(case)
         assert error(x, exact[name]) <= 2 * error(low[name], exact[name]), name
     again = run(*inputs)
     assert all(torch.equal(x, again[name]) for name, x in results.items())
+
+
+# Sizes (q, k, v, dout, states) at which a state as it is, or its gradient, would leave float16's range.
+RANGES = {
+    "large states": (1e-3, 1, 1, 1e-3, 2e5),
+    "large writers": (1e-4, 300, 300, 1e-3, 0),
+    "small gradients": (1, 1, 1, 1e-6, 0),
+    "small everything": (1, 1e-3, 1e-3, 1e-4, 0),
+    "small and large": (100, 1e-3, 300, 1e-6, 0),
+}
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("sizes", RANGES.values(), ids=RANGES)
+@pytest.mark.parametrize("case", [(1, 2573, 2, 256, 512), (1, 1024, 2, 64, 128)], ids=str)
+def test_float16_is_exact_where_its_range_would_not_hold_the_state(case, sizes):
+    inputs = list(make(*case, "state float16"))
+    for i, size in zip((0, 1, 2, 3, 5, 6), (*sizes[:4], sizes[4], min(sizes[4], 1))):
+        inputs[i] = inputs[i] * size
+    inputs[1][:, 40] *= 8  # a token far above the others
+    results, exact, low = run(*inputs), plain(torch.float64, *inputs), plain(torch.float16, *inputs)
+    for name, x in results.items():
+        assert error(x, exact[name]) <= max(2 * error(low[name], exact[name]), 1e-3), name
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_nan_in_float16_stays_in_its_head():
+    inputs = make(1, 300, 2, 64, 128, "state float16")
+    before = run(*inputs)
+    inputs[1][:, 50, 0] = torch.nan
+    after = run(*inputs)
+    for name in ("out", "dq", "dk", "dv"):
+        assert after[name][:, 50:, 0].isnan().any(), name
+        assert torch.equal(after[name][:, :, 1], before[name][:, :, 1]), name
 
 
 @pytest.mark.gpu

@@ -19,18 +19,21 @@ CHUNK, ROWS = roles.CHUNK, roles.ROWS
 
 SHARED_MEMORY = 232448  # bytes that one program may have on sm_90
 CASES = [
-    pytest.param(256, 512, False, False, True, False, id="forward"),
-    pytest.param(512, 256, False, True, True, False, id="dK, in two ranges of V"),
-    pytest.param(256, 512, False, True, True, True, id="dV of packed documents"),
-    pytest.param(256, 512, False, False, False, False, id="states alone"),
-    pytest.param(256, 512, True, False, True, True, id="forward in narrow tiles, packed"),
-    pytest.param(512, 256, True, True, True, False, id="dK in narrow tiles"),
-    pytest.param(128, 128, False, False, True, False, id="one warpgroup"),
-    pytest.param(64, 128, False, True, True, True, id="small keys"),
+    pytest.param(256, 512, False, False, True, False, "bf16", id="forward"),
+    pytest.param(512, 256, False, True, True, False, "bf16", id="dK, in two ranges of V"),
+    pytest.param(256, 512, False, True, True, True, "bf16", id="dV of packed documents"),
+    pytest.param(256, 512, False, False, False, False, "bf16", id="states alone"),
+    pytest.param(256, 512, True, False, True, True, "bf16", id="forward in narrow tiles, packed"),
+    pytest.param(512, 256, True, True, True, False, "bf16", id="dK in narrow tiles"),
+    pytest.param(128, 128, False, False, True, False, "bf16", id="one warpgroup"),
+    pytest.param(64, 128, False, True, True, True, "bf16", id="small keys"),
+    pytest.param(256, 512, False, False, True, False, "fp16", id="forward, float16"),
+    pytest.param(512, 256, False, True, True, False, "fp16", id="dK, float16"),
+    pytest.param(128, 128, False, False, True, False, "fp16", id="one warpgroup, float16"),
 ]
 
 
-def compile_walk(keys: int, values: int, narrow: bool, reverse: bool, read: bool, placed: bool):
+def compile_walk(keys: int, values: int, narrow: bool, reverse: bool, read: bool, placed: bool, dtype: str):
     """The compiled kernel of a walk over `keys` that makes `values`, from pointers and shapes alone."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
@@ -39,7 +42,7 @@ def compile_walk(keys: int, values: int, narrow: bool, reverse: bool, read: bool
     tile = walk_launch.tile_of(keys, values, narrow)
 
     def descriptor(width: int) -> str:
-        return f"tensordesc<bf16[1,{CHUNK},1,{width}],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
+        return f"tensordesc<{dtype}[1,{CHUNK},1,{width}],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
 
     over_values = keys > values
     variant = walk_launch.variant_of(
@@ -55,7 +58,8 @@ def compile_walk(keys: int, values: int, narrow: bool, reverse: bool, read: bool
         store_final=True,
     )
     constants = dict(zip(walk_launch.walk_kernel.arg_names[-len(variant.constants) :], variant.constants))
-    pointers = {"log_decay": "*fp32", "state_in": "*fp32", "state_out": "*fp32", "places": "*i32", "cu_seqlens": "*i64"}
+    pointers = dict.fromkeys(("log_decay", "state_in", "state_out", "factors"), "*fp32")
+    pointers |= {"places": "*i32", "cu_seqlens": "*i64"}
     descriptors = {"x_desc": tile.keys, "y_desc": tile.keys, "z_desc": ROWS * tile.groups, "out_desc": ROWS}
     signature = {
         name: "constexpr"
@@ -87,11 +91,11 @@ def copies_register_operands() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("keys", "values", "narrow", "reverse", "read", "placed"), CASES)
+@pytest.mark.parametrize(("keys", "values", "narrow", "reverse", "read", "placed", "dtype"), CASES)
 def test_a_program_fits_a_multiprocessor_and_keeps_its_products_asynchronous(
-    keys, values, narrow, reverse, read, placed, tmp_path
+    keys, values, narrow, reverse, read, placed, dtype, tmp_path
 ):
-    kernel = compile_walk(keys, values, narrow, reverse, read, placed)
+    kernel = compile_walk(keys, values, narrow, reverse, read, placed, dtype)
     assert kernel.metadata.shared <= SHARED_MEMORY
     listing = disassemble(kernel.asm["cubin"], tmp_path / "walk.cubin")
     products = re.findall(r"HGMMA.*", listing)
@@ -115,7 +119,7 @@ def test_the_walk_of_keys_and_values_nearly_fits_its_registers(values, most, tmp
     widths = {"q_desc": 64, "k_desc": 64, "v_desc": values, "dout_desc": values, "dk_desc": 64, "dv_desc": values}
     types = {name: f"tensordesc<bf16[{CHUNK},{width}]>" for name, width in widths.items()}
     types |= {"log_decay": "*fp32", "scale": "fp32", "starts": "*fp32", "dstate": "*fp32"}
-    constants = {"K": 64, "V": values, "C": CHUNK}
+    constants = {"factors": None, "K": 64, "V": values, "C": CHUNK}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     compiled = triton.compile(
         ASTSource(kernel, signature, constants),

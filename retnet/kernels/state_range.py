@@ -1,0 +1,26 @@
+"""The power of two by which a float16 state is carried, so that its products stay within float16's range.
+
+On chip the state that a chunk reads is rounded to the inputs' dtype, and so is what it writes, already multiplied.
+Float16 ends at 65504, which a long memory may pass, and is coarse below 6e-5, where the gradient of a state may lie
+altogether. Retention is linear in what is written, so the walk carries `factor` times the state: writers are multiplied
+by the factor and readers divided by it, in float32 and without rounding, since it is a power of two.
+"""
+
+import torch
+from torch import Tensor
+
+LARGEST = 14  # log2 of the largest magnitude; float16 ends just below 2^16
+
+
+def state_factors(y: Tensor, z: Tensor, scale: float, initial: Tensor | None) -> Tensor:
+    """The factors [H] of states that scale y^T z is added to: y [B, T, H, .], z [B, T, H, .], initial [B, H, ., .].
+
+    With decays of at most one no entry can exceed the norm of its column of y, over the tokens, times that of its
+    column of z (Cauchy and Schwarz). Writers alone have to fit too, whichever of y and z is multiplied. NaN: 1.
+    """
+    y_norm, z_norm = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax(-1) for x in (y, z))
+    bound = abs(scale) * torch.stack([y_norm * z_norm, y_norm, z_norm]).amax(0)
+    if initial is not None:
+        bound = bound + initial.abs().amax((-2, -1))
+    exponent = bound.amax(0).clamp(2.0**-40, 2.0**60).log2().ceil()
+    return torch.exp2(LARGEST - exponent).nan_to_num(nan=1.0)
