@@ -255,7 +255,7 @@ def _one_head(
 def _add_state(
     xs, state, r, columns, acc, R: tl.constexpr, O: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """acc + xs S[r, columns]. x is taken to the states' dtype, which is wider for float16."""
+    """acc + xs S[r, columns]. States wider than x (float16) go through tf32, whose 10 bits are float16's own."""
     if TRANSPOSED:
         at = state + columns[None, :] * R + r[:, None]
     else:

@@ -17,10 +17,10 @@ from retnet.kernels.layout import Layout, sequence_bounds, sequence_of, state_of
 
 
 def join_parts(
-    states: Tensor, ends: Tensor, final: Tensor | None, decay: Decay, layout: Layout, *, reverse: bool
+    states: Tensor, ends: Tensor, final: Tensor | None, decay: Decay, layout: Layout, *, reverse: bool, to_tf32: bool
 ) -> None:
     """states [slots, H, K, V] and ends [N, parts, H, K, V] of parts by themselves -> states and final [N, H, K, V] of
-    the whole, in place; ends become starts."""
+    the whole, in place; ends become starts. `to_tf32` rounds the states as the walk does."""
     N, parts, H, K, V = ends.shape
     where = (decay.rate, decay.sums, layout.cu_seqlens, layout.first_slot, layout.tokens_per_row, layout.num_tokens)
     constants = {
@@ -35,7 +35,7 @@ def join_parts(
     _chain_kernel[(N * H, triton.cdiv(K * V, 1024))](ends, final, *where, parts, **constants, BLOCK=1024, num_warps=4)
     block = min(8192, triton.next_power_of_2(K * V))
     _add_starts_kernel[(layout.num_slots * H, triton.cdiv(K * V, block))](
-        states, ends, *where, parts, N, **constants, BLOCK=block, num_warps=8
+        states, ends, *where, parts, N, **constants, TO_TF32=to_tf32, BLOCK=block, num_warps=8
     )
 
 
@@ -44,6 +44,15 @@ def part_bounds(part, parts, count):
     """The segments [first, last) of a part, numbered in the direction of the walk, of `count` in the sequence."""
     length = tl.cdiv(count, parts)
     return tl.minimum(part * length, count), tl.minimum((part + 1) * length, count)
+
+
+@triton.jit
+def as_stored(state, DTYPE: tl.constexpr, TO_TF32: tl.constexpr):
+    """A float32 state as it is stored for the next product; rounded to tf32, whose further bits the product cuts."""
+    if TO_TF32:
+        rounded = ((state.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(state == state, rounded, state)  # the bits of a NaN would run over into those of a zero
+    return state.to(DTYPE)
 
 
 @triton.jit
@@ -102,7 +111,7 @@ def _add_starts_kernel(
     states, starts, rate, sums, cu_seqlens, first_slot, T, num_tokens, parts, num_sequences,
     H: tl.constexpr, SIZE: tl.constexpr, L: tl.constexpr, REVERSE: tl.constexpr,
     PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TO_TF32: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """states[slot] += what is left there of the start of its part. Grid: slots H, blocks of a state."""
     slot, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -128,4 +137,4 @@ def _add_starts_kernel(
     at = state_of(states, slot, h, H, SIZE) + cell
     given = tl.load(state_of(starts, n * parts + part, h, H, SIZE) + cell, mask=cell < SIZE, other=0.0)
     state = tl.load(at, mask=cell < SIZE, other=0.0).to(tl.float32) + given * tl.exp(exponent)
-    tl.store(at, state.to(states.dtype.element_ty), mask=cell < SIZE)
+    tl.store(at, as_stored(state, states.dtype.element_ty, TO_TF32), mask=cell < SIZE)

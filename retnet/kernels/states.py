@@ -10,7 +10,8 @@ parts, each from a state of zeros, and joined afterwards (`state_parts`).
 
 States are stored once a segment (L tokens), not once a chunk: at K = 256, V = 512 a state per 64 tokens would move more
 bytes than q, k, v and out together. Stored states are bfloat16 for bfloat16 inputs (the next product would round them
-anyway) and float32 otherwise: float16 would overflow at 65504.
+anyway) and float32 otherwise (float16 would overflow at 65504); beside float16 inputs they are rounded to tf32's 10
+bits here, since tensor cores would cut the rest off.
 """
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from retnet.kernels.decay import Decay, decay_of_head, decay_parts, enter, enter_exponent, leave
 from retnet.kernels.layout import Layout, head_rows, load_tile, sequence_bounds, state_of, tokens_ok
-from retnet.kernels.state_parts import join_parts, part_bounds
+from retnet.kernels.state_parts import as_stored, join_parts, part_bounds
 from retnet.kernels.tiles import StateTile, multiprocessors, precision
 
 PROGRAMS_A_PROCESSOR = 4  # of split walks: one hides another's latency
@@ -60,6 +61,7 @@ def walk_states(
         parts = most_parts(layout.num_tokens, layout.num_sequences, layout.segment)
         parts = min(parts, PROGRAMS_A_PROCESSOR * processors // programs)
     ends = final  # of the walks
+    to_tf32 = x.dtype == torch.float16
     if parts > 1:
         ends = torch.empty(layout.num_sequences, parts, H, K, V, dtype=torch.float32, device=x.device)
     _walk_kernel[(programs * parts,)](
@@ -94,12 +96,13 @@ def walk_states(
         MASKED=decay.mask is not None,
         PACKED=layout.packed,
         LAST_END=final is not None,
+        TO_TF32=to_tf32,
         PRECISION=precision(x.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     if parts > 1:
-        join_parts(states, ends, final, decay, layout, reverse=reverse)
+        join_parts(states, ends, final, decay, layout, reverse=reverse, to_tf32=to_tf32)
     return states, final
 
 
@@ -116,7 +119,7 @@ def _walk_kernel(
     H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-    LAST_END: tl.constexpr, PRECISION: tl.constexpr,
+    LAST_END: tl.constexpr, TO_TF32: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`ends` [N, parts, H, K, V]; without LAST_END nobody reads the last part's."""
     CHUNKS: tl.constexpr = L // BT
@@ -153,7 +156,7 @@ def _walk_kernel(
         inside = tl.minimum(length - begin, L)
         if chunk % CHUNKS == 0:
             border = state_of(states, slot0 + s, h, H, K * V) + cell
-            tl.store(border, state.to(states.dtype.element_ty), mask=in_state)
+            tl.store(border, as_stored(state, states.dtype.element_ty, TO_TF32), mask=in_state)
             factor, rest = decay_parts(enter_exponent(log_decay, sums + begin, plane, inside - 1, PER_TOKEN, MASKED))
             state = state * factor + state * rest
         position = (chunk % CHUNKS) * BT + tl.arange(0, BT)

@@ -336,7 +336,7 @@ def test_views_of_a_fused_projection_give_the_same_bits(device):
 
 
 def test_nan_in_a_float16_state_stays_nan(device):
-    """The bits of a device's own NaN are all ones: a split into narrower numbers must not make a number of them."""
+    """The bits of a device's own NaN are all ones: rounded as a number they would become those of a zero."""
     q = torch.randn(1, 200, 1, 16, device=device).half()
     nan = torch.full((1, 1, 16, 16), 0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32)
     out, final = retention_forward(Problem(q, q, q, torch.tensor([-0.01], device=device), 1.0, nan), torch.float32)
