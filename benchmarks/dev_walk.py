@@ -81,7 +81,7 @@ def stages(B: int, T: int, H: int, K: int, V: int, kind: str) -> None:
     q, k, v, dout, log_decay, cu = make(B, T, H, K, V, kind)
     scale, out, dv = K**-0.5, torch.empty_like(v), torch.empty_like(v)
     problem = Problem(q, k, v, log_decay, scale, cu_seqlens=cu)
-    call = walk._Call.of(problem)
+    call, zeros = walk._Call.of(problem), walk._Starts(None, None)
 
     def forward():
         return walk.walk_forward(problem, None)[:1]
@@ -93,11 +93,11 @@ def stages(B: int, T: int, H: int, K: int, V: int, kind: str) -> None:
     calls = {
         "forward": forward,
         "backward": backward,
-        "out": lambda: call.walk(q, k, v, None, False, out, False),
-        "states": lambda: call.walk(None, k, v, None, False, None, True),
-        "dv": lambda: call.walk(k, q, dout, None, True, dv, False),
-        "dq": lambda: call.walk_over_values(dout, v, k, None, False),
-        "dk": lambda: call.walk_over_values(v, dout, q, None, True),
+        "out": lambda: call.walk(q, k, v, zeros, False, out, False),
+        "states": lambda: call.walk(None, k, v, zeros, False, None, True),
+        "dv": lambda: call.walk(k, q, dout, zeros, True, dv, False),
+        "dq": lambda: call.walk_over_values(dout, v, k, zeros, False),
+        "dk": lambda: call.walk_over_values(v, dout, q, zeros, True),
     }
     times = {name: milliseconds(run) for name, run in calls.items()}
     line = " ".join(f"{name} {ms:.3f}" for name, ms in times.items())
