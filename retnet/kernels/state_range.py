@@ -16,11 +16,12 @@ def state_factors(y: Tensor, z: Tensor, scale: float, initial: Tensor | None) ->
     """The factors [H] of states that scale y^T z is added to: y [B, T, H, .], z [B, T, H, .], initial [B, H, ., .].
 
     With decays of at most one no entry can exceed the norm of its column of y, over the tokens, times that of its
-    column of z (Cauchy and Schwarz). Writers alone have to fit too, whichever of y and z is multiplied. NaN: 1.
+    column of z (Cauchy and Schwarz). Writers alone have to fit too, whichever of y and z is multiplied. A row with NaN
+    or infinity has no bound; its head goes by the other rows, and by a factor of 1.
     """
     y_norm, z_norm = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax(-1) for x in (y, z))
     bound = abs(scale) * torch.stack([y_norm * z_norm, y_norm, z_norm]).amax(0)
     if initial is not None:
         bound = bound + initial.abs().amax((-2, -1))
-    exponent = bound.amax(0).clamp(2.0**-40, 2.0**60).log2().ceil()
-    return torch.exp2(LARGEST - exponent).nan_to_num(nan=1.0)
+    bound = bound.nan_to_num(nan=2.0**LARGEST, posinf=2.0**LARGEST).amax(0)
+    return torch.exp2(LARGEST - bound.clamp(2.0**-40, 2.0**60).log2().ceil())

@@ -31,11 +31,15 @@ def test_no_state_on_the_way_leaves_the_range(k_size, v_size, initial_size, same
         assert (final.abs().amax((0, 2, 3)) * factors > LARGEST / 16).all(), "as much of the range as there is"
 
 
-def test_zeros_and_nan_have_a_factor_of_their_own_head():
-    k, v = torch.randn(1, 10, 3, 16).half(), torch.randn(1, 10, 3, 16).half()
-    alone = state_factors(k, v, 0.25, None)
-    k[:, :, 0], v[:, :, 0], k[:, 3, 1, 2] = 0, 0, torch.nan
-    factors = state_factors(k, v, 0.25, None)
-    assert factors[0].isfinite()
-    assert factors[1] == 1
-    assert factors[2] == alone[2]
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_leaves_the_others_their_range(broken):
+    k, v = 4 * torch.randn(2, 500, 3, 16).half(), 4 * torch.randn(2, 500, 3, 16).half()
+    k[:, :, 0], v[:, :, 0] = 0, 0
+    k[1, :, 2] = v[1, :, 2] = 0.01
+    whole = state_factors(k, v, 1.0, None)
+    k[1, 3, 1, 2] = k[1, 3, 2, 2] = broken
+    factors = state_factors(k, v, 1.0, None)
+    assert factors.isfinite().all()
+    assert torch.equal(factors[0], whole[0])
+    assert factors[2] == state_factors(k[:1], v[:1], 1.0, None)[2], "by the row that is whole"
+    assert (state_factors(k[1:], v[1:], 1.0, None)[1:] == 1).all(), "what comes before it is computed as it is"
