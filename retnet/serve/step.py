@@ -73,7 +73,8 @@ class DecodeStep:
                 layer.filled = 0  # asking the device would break the capture; requests are kept within the room
         on_host = sampled.each(lambda x: torch.empty(x.shape, dtype=x.dtype, pin_memory=True))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._memory, stream, capture_error_mode="thread_local"):
+        # On this stream: torch's own, if none is given, is one a process, of the GPU that captured first.
+        with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
             sampled = self._run(parts)
             for here, there in zip(on_host, sampled, strict=True):
                 if here is not None and there is not None:
