@@ -93,10 +93,11 @@ def retention_recurrent(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, T, H, V], the state [B, H, K, V] after the T tokens), the given state left as it was."""
     shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-    as_given = state is not None and state.dtype == state_dtype and state_dtype in DROPPED_BITS
-    final = torch.zeros(shape, dtype=state_dtype if as_given else torch.float32, device=v.device)
-    if state is not None:
-        final.copy_(state)  # never rounded before it is read
+    if state is None:
+        final = torch.zeros(shape, dtype=torch.float32, device=v.device)
+    else:  # never rounded before it is read
+        as_given = state.dtype == state_dtype and state_dtype in DROPPED_BITS
+        final = torch.empty(shape, dtype=state_dtype if as_given else torch.float32, device=v.device).copy_(state)
     return retention_step(q, k, v, log_decay, final, scale, mask), final.to(state_dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,8 +52,12 @@ def resolve_config(name: str) -> ModelConfig:
     return load_config(name)
 
 
-def resolve_model(name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
+def resolve_model(
+    name: str, *, seed: int | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> LanguageModel:
     """The model that a name stands for, in evaluation mode: fresh weights for a preset or a stack, else the saved ones.
+
+    seed: of a preset's weights, in place of its own; a stack has its seed in its file.
 
     Raises as `resolve_config`, and ValueError for weights that are not those of the configuration and for a device that
     is not there.
@@ -60,8 +65,11 @@ def resolve_model(name: str, *, device: torch.device | str = "cpu", dtype: torch
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {str(device)!r} and there is no CUDA device here; accepted: cpu")
     if name in PRESETS or name in preset_names() or name.endswith(STACK_SUFFIXES):
+        config = resolve_config(name)
+        if seed is not None and name in PRESETS:
+            config = replace(config, seed=seed)
         with torch.device(device):
-            return LanguageModel(resolve_config(name)).to(device, dtype).eval()
+            return LanguageModel(config).to(device, dtype).eval()
     _check_exists(name)
     return load_model(name, device=device, dtype=dtype)
 

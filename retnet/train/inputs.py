@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Train
 from retnet.data import Corpus, Mixture, PackedDataset, Rows, open_corpus
 from retnet.data.corpus import token_kind
 from retnet.models.hf.tokenizer import byte_tokenizer
-from retnet.models.lm import LanguageModel
 from retnet.models.presets import PRESETS
-from retnet.stack.resolve import resolve_config, resolve_model
+from retnet.stack.resolve import resolve_model
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
 
@@ -85,10 +84,8 @@ def open_model(recipe: Recipe, corpus: Corpus, seed: int) -> PackedForCausalLM:
 
     Raises ValueError or OSError if there is none, or if it does not read the corpus's tokens.
     """
-    if recipe.model in PRESETS:
-        model = LanguageModel(replace(resolve_config(recipe.model), seed=seed)).eval()
-    else:
-        model = resolve_model(recipe.model)
+    model = resolve_model(recipe.model, seed=seed)
+    if recipe.model not in PRESETS:
         _check_tokenizer(Path(recipe.model), corpus)
     if model.config.vocab_size < corpus.vocab_size:
         raise ValueError(
