@@ -1,7 +1,7 @@
 """One decode step of retention on a GPU: a captured graph rotates over enough states that none stays in cache.
 
     python benchmarks/bench_decode.py --batch 1 16 128 512
-    python benchmarks/bench_decode.py --variants          tiles of the step, for the table in retnet/kernels/tiles.py
+    python benchmarks/bench_decode.py --variants          tiles of the step, for retnet/kernels/retention/tiles.py
 
 The floor is the state read and written once over the copy bandwidth measured in the same run: what any step with a
 state in memory must move. "deferred" is the engine's step with deferred writes, which reads the state and a half full
@@ -21,7 +21,7 @@ from runner import Point, append, copy_bandwidth, median_milliseconds, need_gpu,
 from torch import Tensor
 
 from retnet.ops.decay import paper_log_decay
-from retnet.ops.decode import Decay, Ring, decode_step_
+from retnet.ops.decode import Ring, StepDecay, decode_step_
 from retnet.ops.retention import retention_step_
 
 RING = 32
@@ -34,7 +34,7 @@ def our_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) 
 
 def deferred_step(ring: Ring, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
     everyone = torch.ones(len(q), dtype=torch.bool, device="cuda")
-    decay = Decay(log_decay, log_decay.expm1())
+    decay = StepDecay(log_decay, log_decay.expm1())
     decode_step_(q[:, 0], k[:, 0], v[:, 0], None, "none", decay, state, everyone, ring=ring)
 
 
@@ -45,7 +45,7 @@ def ring_of(batch: int, H: int, K: int, V: int, waiting: int) -> Ring:
 
 
 def tiled_step(tile, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
-    from retnet.kernels.step import retention_step
+    from retnet.kernels.decode.recurrent import retention_step
 
     retention_step(q, k, v, log_decay, state, q.shape[-1] ** -0.5, None, tile)
 
@@ -108,7 +108,7 @@ def measure_variants(batch: int, H: int, K: int, V: int, state_dtype: torch.dtyp
     """Every tile of the step that compiles, the best one first."""
     from triton.runtime.errors import OutOfResources
 
-    from retnet.kernels.tiles import StepTile
+    from retnet.kernels.retention.tiles import StepTile
 
     points = []
     for BV, slab, warps in itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (4, 8)):

@@ -24,11 +24,11 @@ from plots import Panel, lines, save_panels
 from rivals import LLAMAS, TransformerStep
 from runner import Point, append, median_milliseconds, need_gpu, read, table
 
+from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
-from retnet.serve.sampling import Sampling
 
 GQA_HEADS = 8
 RING = 32

@@ -22,12 +22,12 @@ from plots import Panel, lines, save_panels
 from rivals import fla_retnet, generation_milliseconds, held_mebibytes, llama, prompt_milliseconds
 from runner import Point, append, read, table
 
+from retnet.models.decode.int8 import quantize_int8_
+from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
 from retnet.serve.engine import Engine
-from retnet.serve.quantize import quantize_int8_
 from retnet.serve.request import Request
-from retnet.serve.sampling import Sampling
 from retnet.serve.snapshot import Snapshot
 
 WARM_UP_STEPS = 5

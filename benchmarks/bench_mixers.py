@@ -26,9 +26,9 @@ from runner import Point, append, device_milliseconds, extra_mebibytes, floor_mi
 from torch import Tensor, nn
 
 from retnet import LanguageModel, ModelConfig, retention
-from retnet.layers.layout import TokenLayout
 from retnet.layers.mamba1 import Mamba1, Mamba1Config
 from retnet.layers.mamba2 import Mamba2, Mamba2Config
+from retnet.layers.token_layout import TokenLayout
 from retnet.models.cost import parameter_counts
 from retnet.models.loss import linear_cross_entropy
 from retnet.ops.selective_scan import selective_scan

@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from retnet.kernels.portable import portable_backward, portable_forward
-from retnet.kernels.problem import Problem
+from retnet.kernels.retention.portable.passes import portable_backward, portable_forward
+from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops.decay import paper_log_decay
 from retnet.ops.retention import retention
 
@@ -120,7 +120,7 @@ def measure(case: Case, implementation: str) -> list[Point]:
     q, k, v, dout = inputs(case, implementation)
     log_decay = paper_log_decay(case.H).cuda()
     if implementation == "portable":
-        problem = Problem(q, k, v, log_decay, case.K**-0.5)
+        problem = RetentionProblem(q, k, v, log_decay, case.K**-0.5)
         forward = partial(portable_forward, problem, None)
 
         def both():

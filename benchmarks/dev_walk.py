@@ -4,7 +4,7 @@
     python benchmarks/dev_walk.py once       one forward walk at (256, 512), for a profiler to look at
 
 GPU times are medians over replays of a captured graph, without launch overhead. Correctness is
-tests/kernels/test_walk.py.
+tests/kernels/retention/hopper/test_walk.py.
 """
 
 import sys
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from retnet.kernels import walk
-from retnet.kernels.problem import Problem
+from retnet.kernels.retention.problem import RetentionProblem
 
 SHAPES = [
     (4, 8192, 8, 256, 512, ""),
@@ -80,7 +80,7 @@ def make(B: int, T: int, H: int, K: int, V: int, kind: str):
 def stages(B: int, T: int, H: int, K: int, V: int, kind: str) -> None:
     q, k, v, dout, log_decay, cu = make(B, T, H, K, V, kind)
     scale, out, dv = K**-0.5, torch.empty_like(v), torch.empty_like(v)
-    problem = Problem(q, k, v, log_decay, scale, cu_seqlens=cu)
+    problem = RetentionProblem(q, k, v, log_decay, scale, cu_seqlens=cu)
     call, zeros = walk._Call.of(problem), walk._Starts(None, None)
 
     def forward():
@@ -109,7 +109,7 @@ def stages(B: int, T: int, H: int, K: int, V: int, kind: str) -> None:
 
 def once() -> None:
     q, k, v, _, log_decay, _ = make(*SHAPES[0])
-    walk.walk_forward(Problem(q, k, v, log_decay, 1 / 16), None)
+    walk.walk_forward(RetentionProblem(q, k, v, log_decay, 1 / 16), None)
     torch.cuda.synchronize()
 
 

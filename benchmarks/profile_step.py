@@ -9,11 +9,11 @@ import time
 import torch
 from runner import profile_table
 
+from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
-from retnet.serve.sampling import Sampling
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from retnet.models.cost import parameter_counts
-from retnet.models.generation import generate
+from retnet.models.decode.generation import generate
 from retnet.models.lm import LanguageModel
 from retnet.stack import StackError, load_stack
 from retnet.stack.build import model_config

@@ -20,18 +20,18 @@ _EXPORTS = {
     "LanguageModel": "retnet.models.lm",
     "Engine": "retnet.serve.engine",
     "Request": "retnet.serve.request",
-    "Sampling": "retnet.serve.sampling",
+    "Sampling": "retnet.models.decode.sampling",
 }
 
 if TYPE_CHECKING:
     from retnet.models.config import ModelConfig as ModelConfig
+    from retnet.models.decode.sampling import Sampling as Sampling
     from retnet.models.lm import LanguageModel as LanguageModel
     from retnet.ops.retention import retention as retention
     from retnet.ops.retention import retention_plan as retention_plan
     from retnet.ops.retention import retention_step_ as retention_step_
     from retnet.serve.engine import Engine as Engine
     from retnet.serve.request import Request as Request
-    from retnet.serve.sampling import Sampling as Sampling
 
 __all__ = [
     "Engine",

@@ -38,10 +38,10 @@ def generate(
     from retnet.eval.bits import check_reads_bytes
     from retnet.eval.figures import save_stream_figure
     from retnet.models.cost import model_cost
+    from retnet.models.decode.sampling import Sampling
     from retnet.serve.engine import Engine
     from retnet.serve.pool import growing_layer
     from retnet.serve.request import Request
-    from retnet.serve.sampling import Sampling
     from retnet.stack.resolve import resolve_model
 
     network = resolve_model(model, device=device)

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from retnet.cli._common import console, write_json
+from retnet.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from retnet.models.config import ModelConfig
@@ -80,8 +81,8 @@ def _print(model: str, facts: dict) -> None:
             f"{row['tokens']:,}",
             f"{row['training_flops_per_token'] / 1e9:.3f}",
             f"{row['decode_flops_per_token'] / 1e9:.3f}",
-            _size(row["state_bytes"]),
-            _size(row["transformer_cache_bytes"]),
+            format_bytes(row["state_bytes"]),
+            format_bytes(row["transformer_cache_bytes"]),
             f"{row['transformer_cache_bytes'] / row['state_bytes']:.2f}",
         )
     console.print(table)
@@ -99,11 +100,3 @@ def _print_windows(windows: list[list[float | None]]) -> None:
         shown = ", ".join("no decay" if w is None else f"{w:,.0f}" for w in layer) or "gated, by token"
         console.print(f"windows of {name}, tokens: {shown}", highlight=False, soft_wrap=True)
         first = index + 1
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} GiB"

@@ -219,8 +219,9 @@ def _period(rows: list[tuple[int, LayerSummary]]) -> int:
 
 def _print_costs(config: ModelConfig) -> None:
     from retnet.models.cost import model_cost
-    from retnet.stack.picture import short_bytes, short_tokens
+    from retnet.stack.picture import short_tokens
     from retnet.stack.report import short_count
+    from retnet.system.sizes import format_bytes
 
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for column in ("context", "FLOPs/token: training", "decoding", "state/sequence"):
@@ -228,5 +229,5 @@ def _print_costs(config: ModelConfig) -> None:
     for context in CONTEXTS:
         cost = model_cost(config, context)
         flops = (short_count(round(cost.training_flops)), short_count(round(cost.decode_flops)))
-        table.add_row(short_tokens(context), *flops, short_bytes(cost.state_bytes))
+        table.add_row(short_tokens(context), *flops, format_bytes(cost.state_bytes, digits=3))
     console.print(table)

@@ -28,8 +28,8 @@ def tune(
 
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device: block shapes are tuned on the device that will run them")
-    from retnet.kernels.tiles import cache_file
-    from retnet.kernels.tune import tune as measure
+    from retnet.kernels.retention.tiles import cache_file
+    from retnet.kernels.retention.tune import tune as measure
 
     for key_dim, value_dim in dict.fromkeys(sizes):
         console.print(f"[bold]{key_dim} x {value_dim}[/], {dtype}")

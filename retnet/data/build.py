@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from retnet.data.durable import flush, write_json
 from retnet.data.encoders import BYTES, TOKENIZER_FILE, Encoder, find_encoder
 from retnet.data.plan import Piece, Settings, describe_files, make_plan
 from retnet.data.pool import write_here, write_in_parallel
 from retnet.data.readers import DataError
 from retnet.data.shard_writer import Counts
 from retnet.data.shards import FORMAT, MANIFEST, SUFFIXES, TOKENIZER, VERSION, hash_file
+from retnet.system.files import flush, write_json
 
 PARTIAL = ".partial"
 _DATA, _RUN, _LOCK = "data", "run.json", "lock"

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet.data.byte_vocabulary import DOCUMENT_START, VOCAB_SIZE
-from retnet.data.durable import flush
+from retnet.system.files import flush
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

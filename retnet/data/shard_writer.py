@@ -16,11 +16,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet.data.durable import write_json, written_whole
 from retnet.data.encoders import Encoder
 from retnet.data.plan import Piece, Settings
 from retnet.data.readers import ROW_KINDS, Block, DataError, Reading, place_of
 from retnet.data.shards import Column
+from retnet.system.files import write_json, written_whole
 
 BATCH_BYTES = 1 << 19
 

@@ -13,7 +13,7 @@ import torch
 
 from retnet.data import VOCAB_SIZE, ByteTokenizer, Document
 from retnet.models.lm import LanguageModel
-from retnet.models.scoring import score
+from retnet.models.log_likelihood import score
 
 PIECE_BYTES = 1 << 16
 

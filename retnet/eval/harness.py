@@ -20,9 +20,9 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 
 from retnet.eval.text import TextCodec
-from retnet.models.generation import generate, prefill
+from retnet.models.decode.generation import generate, prefill
 from retnet.models.lm import LanguageModel
-from retnet.models.scoring import score
+from retnet.models.log_likelihood import score
 from retnet.models.states import ModelState
 from retnet.stack.resolve import resolve_model
 

@@ -5,12 +5,10 @@ Tokens are counted in bins whose width doubles when they run out, so any stream 
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
+
+from retnet.system.memory import resident_bytes
 
 BINS = 256
 
@@ -60,15 +58,6 @@ class StreamMeter:
         if len(self._bins) == BINS:
             self._bins = [_merge(a, b) for a, b in zip(self._bins[::2], self._bins[1::2], strict=True)]
             self._width *= 2
-
-
-def resident_bytes() -> int:
-    """Memory of this process: resident now on Linux, its peak elsewhere."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _merge(a: Bin, b: Bin) -> Bin:

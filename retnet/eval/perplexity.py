@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from retnet.eval.text import TextCodec
 from retnet.models.lm import LanguageModel
-from retnet.models.scoring import score
+from retnet.models.log_likelihood import score
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from retnet.layers.layout import TokenLayout
 from retnet.layers.rows import AttentionRows
 from retnet.layers.state import AttentionState
+from retnet.layers.token_layout import TokenLayout
 from retnet.ops.attention import (
     alibi_slopes,
     block_mask,

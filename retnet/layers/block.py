@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.feed_forward import FeedForward, FeedForwardConfig
 from retnet.layers.hyena import Hyena, HyenaConfig
-from retnet.layers.layout import TokenLayout
 from retnet.layers.mamba1 import Mamba1, Mamba1Config
 from retnet.layers.mamba2 import Mamba2, Mamba2Config
 from retnet.layers.moe import MoE, MoEConfig
 from retnet.layers.norm import make_norm
 from retnet.layers.retention import MultiScaleRetention, RetentionConfig
 from retnet.layers.state import LayerState
+from retnet.layers.token_layout import TokenLayout
 from retnet.ops.norms import Norm
 
 # Each mixer: its config class, its module `(x, state, layout) -> (y, state)`.

@@ -11,8 +11,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.layers.layout import TokenLayout
 from retnet.layers.norm import make_norm
+from retnet.layers.token_layout import TokenLayout
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.layers.layout import TokenLayout
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import HyenaState
+from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.long_convolution import long_convolution, past_convolution
 from retnet.ops.ragged import equal_blocks

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.layers.layout import TokenLayout
+from retnet.layers.float32_parameters import Float32Parameters
 from retnet.layers.rows import Mamba1Rows
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import Mamba1State
 from retnet.layers.time_step import reset_time_step_bias
-from retnet.layers.wide_rates import WideRates
+from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -53,7 +53,7 @@ class Mamba1Config:
             )
 
 
-class Mamba1(WideRates):
+class Mamba1(Float32Parameters):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
 
     def __init__(self, config: Mamba1Config, d_model: int):

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.layers.layout import TokenLayout
+from retnet.layers.float32_parameters import Float32Parameters
 from retnet.layers.retention import retain
 from retnet.layers.rows import Mamba2Rows
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import Mamba2State
 from retnet.layers.time_step import reset_time_step_bias
-from retnet.layers.wide_rates import WideRates
+from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode
@@ -78,7 +78,7 @@ class Mamba2Config:
         return self.inner_dim + 2 * self.num_groups * self.state_dim
 
 
-class Mamba2(WideRates):
+class Mamba2(Float32Parameters):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
 
     def __init__(self, config: Mamba2Config, d_model: int):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.feed_forward import ACTIVATIONS
-from retnet.layers.layout import TokenLayout
+from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.grouped_linear import grouped_linear
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.layers.layout import TokenLayout
+from retnet.layers.float32_parameters import Float32Parameters
 from retnet.layers.rows import RetentionRows
 from retnet.layers.state import RetentionState
-from retnet.layers.wide_rates import WideRates
+from retnet.layers.token_layout import TokenLayout
 from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
@@ -115,7 +115,7 @@ class RetentionConfig:
         return torch.tensor(self.decay, dtype=torch.float64, device="cpu").log().expand(self.num_heads).clone()
 
 
-class MultiScaleRetention(WideRates):
+class MultiScaleRetention(Float32Parameters):
     """x [B, T, D] -> y [B, T, D], state [N, H, K, V]."""
 
     GATE_POWER = 1 / 16  # of the gated decay: keeps it near 1, where long context lives

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from retnet.layers.layout import TokenLayout
+from retnet.layers.token_layout import TokenLayout
 from retnet.ops.short_convolution import short_convolution
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from retnet.layers.layout import TokenLayout
+from retnet.layers.token_layout import TokenLayout
 
 
 @dataclass

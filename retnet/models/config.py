@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from retnet.layers.block import BlockConfig
-from retnet.models.closed import from_dict, to_dict
+from retnet.models.strict_json import from_dict, to_dict
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 

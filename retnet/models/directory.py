@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.models.checkpoint import Tensors, open_tensors, read_all, write_tensors
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
+from retnet.models.tensor_files import Tensors, open_tensors, read_all, write_tensors
 
 MODEL_TYPE = "retnet"
 CONFIG_FILE = "config.json"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retnet.layers.block import Block
-from retnet.layers.layout import TokenLayout
 from retnet.layers.moe import MoE
 from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
+from retnet.layers.token_layout import TokenLayout
 from retnet.models.config import ModelConfig
 from retnet.models.init import initialize
 from retnet.models.loss import linear_cross_entropy

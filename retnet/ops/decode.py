@@ -91,7 +91,7 @@ class DecodeWeight:
 
 
 @dataclass(frozen=True)
-class Decay:
+class StepDecay:
     """log_decay [H] or [B, H], natural log, <= 0, float32 (float64), and its expm1, which slow decays are added by.
 
     all_slow: whether it is known, without asking a device, that all are slow.
@@ -104,12 +104,12 @@ class Decay:
     SLOWEST_FAST = -0.5  # exp of slower ones would be rounded to one side at every token, and drift
 
     @classmethod
-    def of(cls, log_decay: Tensor) -> "Decay":
+    def of(cls, log_decay: Tensor) -> "StepDecay":
         """Decays that change with every token."""
         return cls(log_decay, torch.expm1(log_decay))
 
     @classmethod
-    def fixed(cls, log_decay: Tensor) -> "Decay":
+    def fixed(cls, log_decay: Tensor) -> "StepDecay":
         """Decays that stay, to be asked about once."""
         log_decay = log_decay.detach().clone()
         change = log_decay.double().expm1().to(log_decay.dtype)
@@ -175,7 +175,7 @@ def decode_linear(
     assert some is not None
     if not uses_kernels(some):
         return _linear_on_cpu(x, weight, norm, gate, activation, residual_, skip, branch)
-    from retnet.kernels.decode_linear import matvec, prepare
+    from retnet.kernels.decode.linear import matvec, prepare
 
     described = (norm.kind, norm.groups, norm.eps, norm.weight, norm.bias)
     if len(some) <= (MATVEC_ROWS if weight.scale is None else INT8_ROWS):
@@ -199,7 +199,7 @@ def decode_step_(
     v: Tensor,
     rotation: tuple[Tensor, Tensor] | None,
     rotary: Rotary,
-    decay: Decay,
+    decay: StepDecay,
     state: Tensor,
     active: Tensor | None,
     *,
@@ -220,7 +220,7 @@ def decode_step_(
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if uses_kernels(q):
-        from retnet.kernels.decode_step import decode_step
+        from retnet.kernels.decode.fused_step import decode_step
 
         rows = None if ring is None else (ring.keys, ring.values, ring.log_decay, ring.pending)
         assert active is not None
@@ -242,7 +242,7 @@ def decode_step_(
         q, k, v = (x.masked_fill(idle[..., None], 0) for x in (q, k, v))
         log_decay, change = (x.expand(q.shape[0], -1).masked_fill(idle, 0) for x in (log_decay, change))
     if not decay.all_slow:
-        slow = log_decay > Decay.SLOWEST_FAST
+        slow = log_decay > StepDecay.SLOWEST_FAST
         state.mul_(log_decay.masked_fill(slow, 0).exp()[..., None, None])
         change = change.masked_fill(~slow, 0)
     state.addcmul_(state, change[..., None, None]).addcmul_(k[..., None], v[..., None, :])
@@ -253,7 +253,7 @@ def decode_step_(
 def turn_pairs_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> None:
     """q [B, T, H, K] and k [B, T, G, K] turned in place by (cos, sin) [B T, K / 2], as `ops.rotary.rotate` does."""
     if uses_kernels(q):
-        from retnet.kernels.decode_step import turn
+        from retnet.kernels.decode.fused_step import turn
 
         for x in (q, k):
             turn(x.view(-1, *x.shape[2:]), cos, sin, rotary)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from retnet.ops import chunkwise, recurrent
+from retnet.ops import cpu_chunkwise, cpu_recurrent
 from retnet.ops.device import current_device_of
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import Compaction
@@ -66,9 +66,11 @@ def _retention_cpu(
         q, k, v = (compaction.gather(x) for x in (q, k, v))
         log_decay = log_decay if log_decay.dim() == 1 else compaction.gather(log_decay)
     if mode == "recurrent":
-        out, final = recurrent.forward(q, k, v, log_decay, scale, state, bounds, state_dtype)
+        out, final = cpu_recurrent.forward(q, k, v, log_decay, scale, state, bounds, state_dtype)
     else:
-        out, final = chunkwise.forward(q, k, v, log_decay, scale, state, bounds, chunk_size, state_dtype, return_state)
+        out, final = cpu_chunkwise.forward(
+            q, k, v, log_decay, scale, state, bounds, chunk_size, state_dtype, return_state
+        )
     return out if compaction is None else compaction.scatter(out), final if return_state else final.new_empty(0)
 
 
@@ -96,7 +98,7 @@ def _retention_backward_cpu(
         bounds = compaction.bounds
         dout, q, k, v = (compaction.gather(x) for x in (dout, q, k, v))
         log_decay = compaction.gather(log_decay) if per_token else log_decay
-    dq, dk, dv, dlog, dstate = chunkwise.backward(
+    dq, dk, dv, dlog, dstate = cpu_chunkwise.backward(
         dout, dfinal, q, k, v, log_decay, scale, state, bounds, chunk_size, need_dlog_decay
     )
     if compaction is not None:
@@ -111,14 +113,14 @@ def _retention_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float, mask: Tensor | None
 ) -> Tensor:
     check_values(log_decay.nan_to_num(0.0), None, q.shape[1])  # NaN stays in its sequence; a step runs many
-    return recurrent.step_(q, k, v, log_decay, state, scale, mask)
+    return cpu_recurrent.step_(q, k, v, log_decay, state, scale, mask)
 
 
 @torch.library.impl(_library, "retention", "CUDA")
 def _retention_cuda(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype, return_state):
-    from retnet.kernels.chunkwise import retention_forward
-    from retnet.kernels.problem import Problem
-    from retnet.kernels.step import retention_recurrent
+    from retnet.kernels.decode.recurrent import retention_recurrent
+    from retnet.kernels.retention.dispatch import retention_forward
+    from retnet.kernels.retention.problem import RetentionProblem
 
     packed, one_token = cu_seqlens is not None, q.shape[1] == 1  # of one token all forms are the same sums
     if mode == "recurrent" and packed and not one_token:  # no kernel: operator by operator, as on a CPU
@@ -129,7 +131,7 @@ def _retention_cuda(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, ch
         if mode == "recurrent" and not packed:
             out, final = retention_recurrent(q, k, v, log_decay, scale, state, mask, state_dtype)
         else:
-            problem = Problem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
+            problem = RetentionProblem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
             out, final = retention_forward(problem, state_dtype if return_state else None)
     return out, final if return_state else v.new_empty(0, dtype=state_dtype)
 
@@ -138,10 +140,10 @@ def _retention_cuda(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, ch
 def _retention_backward_cuda(
     dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, need_dlog_decay, need_dstate
 ):
-    from retnet.kernels.chunkwise import retention_backward
-    from retnet.kernels.problem import Problem
+    from retnet.kernels.retention.dispatch import retention_backward
+    from retnet.kernels.retention.problem import RetentionProblem
 
-    problem = Problem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
+    problem = RetentionProblem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
     with current_device_of(q):
         grads = retention_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
     nothing = log_decay.new_empty(0)
@@ -151,7 +153,7 @@ def _retention_backward_cuda(
 
 @_retention_step.register_kernel("cuda")
 def _retention_step_cuda(q, k, v, log_decay, state, scale, mask):
-    from retnet.kernels.step import retention_step
+    from retnet.kernels.decode.recurrent import retention_step
 
     with current_device_of(q):
         return retention_step(q, k, v, log_decay, state, scale, mask)

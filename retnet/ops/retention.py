@@ -144,7 +144,7 @@ def retention_plan(
     plan = _resolve(q, v, mode, chunk_size, backend)
     if plan.backend != "triton":
         return plan
-    from retnet.kernels.chunkwise import plan as kernel_plan
+    from retnet.kernels.retention.dispatch import plan as kernel_plan
 
     detail = kernel_plan(q, v, plan.mode, plan.chunk_size, per_token)
     return RetentionPlan(plan.mode, cast(int, detail["chunk"]), plan.backend, detail)

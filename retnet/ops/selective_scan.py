@@ -4,7 +4,7 @@
 
 A channel d has N states, each with a decay of its own: step [D] times rate [D, N] (the paper's Delta and A; write and
 read are its B and C). Matrix products cannot do that chunk by chunk, as they can with retention's one decay a head, so
-tokens are read one after another. On a GPU `retnet/kernels/selective_scan.py` does so in segments side by side. Here
+tokens are read one after another. On a GPU `retnet/kernels/scan/forward.py` does so in segments side by side. Here
 all but time is vectorised: [B, C, D, N] tensors exist for one chunk of C tokens at a time, in the backward too, which
 keeps the state at the start of each chunk and computes the rest again. float64 on a GPU runs here as well: there, where
 launching a kernel a token takes longer than its work, a chunk is cut into blocks that are scanned side by side and then
@@ -156,7 +156,7 @@ def _scan_cuda(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, the last state, the state [segments, N, D] before each segment)."""
-    from retnet.kernels.selective_scan import Scan, scan_forward
+    from retnet.kernels.scan.forward import Scan, scan_forward
 
     with current_device_of(x):
         return scan_forward(Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT))
@@ -175,8 +175,8 @@ def _scan_backward_cuda(
     cu_seqlens: Tensor | None,
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from retnet.kernels.selective_scan import Scan
-    from retnet.kernels.selective_scan_grad import scan_backward
+    from retnet.kernels.scan.backward import scan_backward
+    from retnet.kernels.scan.forward import Scan
 
     with current_device_of(x):
         scan = Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT)

@@ -21,13 +21,13 @@ import torch
 
 from retnet.layers.moe import MoE
 from retnet.layers.state import TokenCache
+from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.ops.device import current_device_of
 from retnet.serve.pool import SlotCost, SlotPool
 from retnet.serve.prefix import PrefixCache, PrefixCounts
 from retnet.serve.request import Failed, Generation, Refused, Request, Status, TokenLogprobs
-from retnet.serve.sampling import Parts, Sampled, SamplingTable
 from retnet.serve.snapshot import Snapshot, fingerprint
 from retnet.serve.speculation import PromptLookup, Speculation, VerifyStep
 from retnet.serve.step import FAILED, DecodeStep
@@ -135,7 +135,7 @@ class Engine:
         self._waiting: deque[Generation] = deque()
         self._reading: deque[Generation] = deque()
         self._decoding: dict[int, Generation] = {}
-        self._parts: Parts | None = None  # that the decoding requests need; None: to be found
+        self._parts: SamplingParts | None = None  # that the decoding requests need; None: to be found
         self._fingerprint: str | None = None
         self._steps = self._prompt_tokens = self._new_tokens = 0
 
@@ -164,10 +164,10 @@ class Engine:
             None if self.prefixes is None else deepcopy(self.prefixes.counts),
         )
 
-    def warmup(self, *samplings: Parts) -> None:
+    def warmup(self, *samplings: SamplingParts) -> None:
         """Compile kernels and capture the steps for these sampling parts ahead (plain ones if none are given)."""
         with current_device_of(self._step.tokens):
-            for parts in samplings or (Parts(),):
+            for parts in samplings or (SamplingParts(),):
                 if self._step.graphs:
                     self._step.capture(parts)
                 elif not self._decoding:
@@ -379,7 +379,7 @@ class Engine:
             return []
         drafts = self._draft()
         if self._parts is None:
-            self._parts = Parts.union(g.request.sampling.parts for g in self._decoding.values())
+            self._parts = SamplingParts.union(g.request.sampling.parts for g in self._decoding.values())
         sampled = self._sample(self._parts)
         tokens = sampled.tokens.tolist()
         counts = [0] * self.pool.num_slots
@@ -406,7 +406,7 @@ class Engine:
             self._finish(generation, reason)
         return progress
 
-    def _sample(self, parts: Parts) -> Sampled:
+    def _sample(self, parts: SamplingParts) -> Sampled:
         try:
             return self._step(parts)
         except ValueError:

@@ -12,11 +12,11 @@ from retnet.layers.attention import AttentionConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.state import RetentionState
 from retnet.models.config import ModelConfig
+from retnet.models.decode.fused import FusedBlock
+from retnet.models.decode.sampling import SamplingTable, is_integer
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.ops.decode import Ring
-from retnet.serve.fused import FusedBlock
-from retnet.serve.sampling import SamplingTable, is_integer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from retnet.serve.sampling import Sampling, is_integer
+from retnet.models.decode.sampling import Sampling, is_integer
 from retnet.serve.snapshot import Snapshot
 from retnet.serve.stopping import StopStrings
 

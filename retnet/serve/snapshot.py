@@ -10,8 +10,6 @@ that is truncated, changed, or of another model is refused: going on from a wron
 
 import hashlib
 import json
-import os
-import secrets
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from retnet.models.decode.int8 import int8_parts
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
-from retnet.serve.quantize import int8_parts
+from retnet.system.files import written_whole
 
 FORMAT = "retnet-snapshot"
 SAMPLED_VALUES = 1024  # of each weight tensor, for the fingerprint
@@ -73,7 +72,8 @@ class Snapshot:
             "dtypes": json.dumps({name: str(x.dtype)[6:] for name, x in self.state.named_tensors().items()}),
         }
         metadata["content"] = _digest(tensors, metadata)
-        _replace(Path(path), save(tensors, metadata))
+        with written_whole(Path(path)) as file:
+            file.write(save(tensors, metadata))
         return error
 
     @classmethod
@@ -149,21 +149,3 @@ def _bytes(x: Tensor) -> memoryview:
 
     size = x.numel() * x.element_size()
     return memoryview((ctypes.c_char * size).from_address(x.data_ptr())) if size else memoryview(b"")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that at any moment the old one or the new one is there, whole."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    try:
-        with staged.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

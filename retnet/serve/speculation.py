@@ -16,9 +16,9 @@ import torch
 
 from retnet.layers.attention import AttentionConfig
 from retnet.models.config import ModelConfig
+from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelRows, ModelState
-from retnet.serve.sampling import Parts, Sampled, SamplingTable
 from retnet.serve.step import DecodeStep
 
 
@@ -85,8 +85,8 @@ class VerifyStep(DecodeStep):
         super().__init__(model, state, table, graphs)
         self.drafts = self.tokens.new_zeros(len(self.tokens), width - 1)
         self.lengths = torch.zeros_like(self.tokens)
-        self._rows: dict[Parts, ModelRows] = {}
-        self._last = Parts()
+        self._rows: dict[SamplingParts, ModelRows] = {}
+        self._last = SamplingParts()
 
     def set_drafts(self, drafts: dict[int, list[int]]) -> None:
         """The guesses of this step, by slot."""
@@ -95,7 +95,7 @@ class VerifyStep(DecodeStep):
         self.drafts.copy_(torch.tensor(padded))
         self.lengths.copy_(torch.tensor([len(drafts.get(slot, [])) for slot in range(num_slots)]))
 
-    def __call__(self, parts: Parts) -> Sampled:
+    def __call__(self, parts: SamplingParts) -> Sampled:
         """Tokens [S, W] on the host; in each row they are right up to the first that differs from the draft."""
         self._last = parts
         return super().__call__(parts)
@@ -105,7 +105,7 @@ class VerifyStep(DecodeStep):
         """Let each slot's state read the first counts [S] of the tokens that the last call saw."""
         self._rows[self._last].accept_(self.state, torch.tensor(counts, device=self.tokens.device))
 
-    def _run(self, parts: Parts) -> Sampled:
+    def _run(self, parts: SamplingParts) -> Sampled:
         hidden, self._rows[parts] = self.model.draft(torch.cat([self.tokens[:, None], self.drafts], 1), self.state)
         position, right = self.state.position + 1, self.active
         columns = []

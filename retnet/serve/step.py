@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from retnet.layers.state import TokenCache
+from retnet.models.decode.fused import FusedModel
+from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.ops.decode import Ring
-from retnet.serve.fused import FusedModel
-from retnet.serve.sampling import Parts, Sampled, SamplingTable
 
 WARM_UP_RUNS = 3  # before a capture: kernels compile, libraries allocate
 FAILED = -1  # in a token's place: the logits held NaN or infinity
@@ -39,11 +39,11 @@ class DecodeStep:
         device = state.position.device
         self.tokens = torch.zeros(len(state.position), dtype=torch.long, device=device)
         self.active = torch.zeros_like(self.tokens, dtype=torch.bool)
-        self._captured: dict[Parts, tuple[torch.cuda.CUDAGraph, Sampled]] = {}
+        self._captured: dict[SamplingParts, tuple[torch.cuda.CUDAGraph, Sampled]] = {}
         self._memory = torch.cuda.graph_pool_handle() if graphs else None
 
     @torch.no_grad()
-    def __call__(self, parts: Parts) -> Sampled:
+    def __call__(self, parts: SamplingParts) -> Sampled:
         """One token [S, 1] for every active slot, on the host, FAILED if there is none; read before the next call."""
         if not self.graphs:
             return self._run(parts).each(Tensor.cpu)
@@ -55,7 +55,7 @@ class DecodeStep:
         return on_host
 
     @torch.no_grad()
-    def capture(self, parts: Parts) -> None:
+    def capture(self, parts: SamplingParts) -> None:
         """Compile and capture the step ahead. Nothing changes for running requests: all slots are masked meanwhile."""
         if parts in self._captured:
             return
@@ -82,11 +82,11 @@ class DecodeStep:
         self._captured[parts] = graph, on_host
         self.active.copy_(active)
 
-    def _run(self, parts: Parts) -> Sampled:
+    def _run(self, parts: SamplingParts) -> Sampled:
         logits = self._fused(self.tokens, self.active)
         return self._pick(logits, self.state.position, self.active, parts).each(lambda x: x[:, None])
 
-    def _pick(self, logits: Tensor, position: Tensor, rows: Tensor, parts: Parts) -> Sampled:
+    def _pick(self, logits: Tensor, position: Tensor, rows: Tensor, parts: SamplingParts) -> Sampled:
         """A token from logits [S, vocab]; it becomes the last one of the slots in rows [S]."""
         sampled = self.table.sample(logits, position, parts)
         if parts.edits:

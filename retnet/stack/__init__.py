@@ -3,7 +3,7 @@
 `load_stack(file)` gives a `Stack` or raises `StackError` with every fault of the file. The guide is docs/stack.md.
 """
 
-from .errors import Category, Problem, StackError
+from .errors import Category, Fault, StackError
 from .load import Stack, load_stack, parse_stack
 
-__all__ = ["Category", "Problem", "Stack", "StackError", "load_stack", "parse_stack"]
+__all__ = ["Category", "Fault", "Stack", "StackError", "load_stack", "parse_stack"]

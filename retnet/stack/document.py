@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from yaml.constructor import SafeConstructor
 
-from .errors import Mark, Path, Problem, StackError, plain, show
+from .errors import Fault, Mark, Path, StackError, plain, show
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
@@ -30,7 +30,7 @@ class Document:
     root: Any = None
     values: dict[Path, Mark] = field(default_factory=dict)
     keys: dict[Path, Mark] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Fault] = field(default_factory=list)
     broken: set[Path] = field(default_factory=set)  # values already reported: whatever follows from them is not
     incomplete: set[Path] = field(default_factory=set)  # mappings with a key that could not be read, and was reported
 
@@ -75,13 +75,13 @@ def read_text(data: bytes, origin: str = "") -> str:
     """The file's text. Raises StackError if it is too large or not UTF-8."""
     if len(data) > MAX_BYTES:
         what = f"the file has {len(data)} bytes, more than the {MAX_BYTES} a stack file may have"
-        raise StackError([Problem((), what, "write a repeated layer once, with `repeat`")], origin)
+        raise StackError([Fault((), what, "write a repeated layer once, with `repeat`")], origin)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         column = error.start - data.rfind(b"\n", 0, error.start)
-        problem = Problem((), "the file is not UTF-8 text", "save it as UTF-8", mark=Mark(line, column))
+        problem = Fault((), "the file is not UTF-8 text", "save it as UTF-8", mark=Mark(line, column))
         raise StackError([problem], origin) from None
 
 
@@ -107,11 +107,11 @@ def parse(text: str, origin: str = "") -> Document:
         mark = reader.document.values.get((), Mark(1, 1))
         what = f"a stack is a mapping, this file holds {show(reader.document.root)}"
         fix = "start the file with `schema_version: 1` and the sections model, tokenizer_contract, embedding, ..."
-        raise StackError([Problem((), what, fix, mark=mark)], origin)
+        raise StackError([Fault((), what, fix, mark=mark)], origin)
     return reader.document
 
 
-def _yaml_problem(error: yaml.YAMLError, text: str) -> Problem:
+def _yaml_problem(error: yaml.YAMLError, text: str) -> Fault:
     if isinstance(error, yaml.MarkedYAMLError):
         what = " ".join(part for part in (error.context, error.problem) if part)
         at = error.problem_mark or error.context_mark
@@ -120,7 +120,7 @@ def _yaml_problem(error: yaml.YAMLError, text: str) -> Problem:
         position = getattr(error, "position", 0)
         what = f"the character {text[position : position + 1]!a} is not allowed in YAML"
         mark = Mark(text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position))
-    return Problem(
+    return Fault(
         (), f"this is not a YAML file a stack can be read from: {plain(what, 200)}", "correct it here", mark=mark
     )
 
@@ -142,7 +142,7 @@ class _NodeReader:
         if self._count > MAX_NODES:
             # Aliases of aliases: few nodes in the file, any number of values.
             what = f"more than {MAX_NODES} values once aliases are written out"
-            raise StackError([Problem(path, what, "use fewer aliases", mark=_mark(node.start_mark))])
+            raise StackError([Fault(path, what, "use fewer aliases", mark=_mark(node.start_mark))])
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, path)
         self._open.add(id(node))
@@ -184,14 +184,14 @@ class _NodeReader:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
                 shown = show(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
                 fix = "put it in quotes (YAML reads numbers, dates, yes, no, on, off and null unquoted)"
-                self.document.problems.append(Problem(path, f"the key {shown} is not text", fix, mark=mark))
+                self.document.problems.append(Fault(path, f"the key {shown} is not text", fix, mark=mark))
                 self.document.incomplete.add(path)
             elif key_node.value in mapping:
                 what = f"the key '{plain(key_node.value)}' stands here twice"
-                self.document.problems.append(Problem(path, what, "keep one of the two", mark=mark))
+                self.document.problems.append(Fault(path, what, "keep one of the two", mark=mark))
             elif "${" in key_node.value:
                 what = f"the key {show(key_node.value)} holds an expression; only values may"
-                self.document.problems.append(Problem(path, what, "write the key out", mark=mark))
+                self.document.problems.append(Fault(path, what, "write the key out", mark=mark))
                 self.document.incomplete.add(path)
             else:
                 self.document.keys[*path, key_node.value] = mark
@@ -203,7 +203,7 @@ class _NodeReader:
     def _merge(self, base: yaml.Node, mapping: dict[str, Any], path: Path) -> None:
         """`<<: *base`: the keys of `base` that the mapping itself does not have."""
         if not isinstance(base, yaml.MappingNode):
-            problem = Problem(path, "`<<` can merge mappings only", "merge a mapping", mark=_mark(base.start_mark))
+            problem = Fault(path, "`<<` can merge mappings only", "merge a mapping", mark=_mark(base.start_mark))
             self.document.problems.append(problem)
             return
         before = {key: self.document.keys[*path, key] for key in mapping}
@@ -216,5 +216,5 @@ class _NodeReader:
         self.document.keys.update({(*path, key): mark for key, mark in before.items()})
 
     def _refuse(self, path: Path, what: str, fix: str) -> None:
-        self.document.problems.append(Problem(path, what, fix, mark=self.document.values[path]))
+        self.document.problems.append(Fault(path, what, fix, mark=self.document.values[path]))
         self.document.broken.add(path)

@@ -59,7 +59,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Fault:
     """One fault of a stack file."""
 
     path: Path
@@ -85,8 +85,8 @@ class Problem:
 class StackError(ValueError):
     """A stack that cannot be used. `problems` holds every fault found, in the order of the file."""
 
-    def __init__(self, problems: Iterable[Problem], origin: str = "") -> None:
-        self.problems: tuple[Problem, ...] = tuple(problems)
+    def __init__(self, problems: Iterable[Fault], origin: str = "") -> None:
+        self.problems: tuple[Fault, ...] = tuple(problems)
         self.origin = origin
         super().__init__("\n\n".join(str(problem) for problem in self.problems))
 

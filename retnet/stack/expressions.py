@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .document import LARGEST_INTEGER, Document
-from .errors import Mark, Path, Problem, listing, nearest, plain, show
+from .errors import Fault, Mark, Path, listing, nearest, plain, show
 
 MAX_LENGTH = 200
 
@@ -170,4 +170,4 @@ def _resolve(value: Any, path: Path, names: Mapping[str, Number], document: Docu
 
 
 def _report(document: Document, path: Path, what: str, fix: str, mark: Mark | None = None) -> None:
-    document.problems.append(Problem(path, what, fix, mark=mark or document.mark(path), topic="let"))
+    document.problems.append(Fault(path, what, fix, mark=mark or document.mark(path), topic="let"))

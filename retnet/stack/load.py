@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 
 from .document import parse, read_text
-from .errors import Problem, StackError
+from .errors import Fault, StackError
 from .expressions import resolve
 from .layers import Layer, expand
 from .rules import check_rules
@@ -32,12 +32,10 @@ def load_stack(path: str | os.PathLike[str]) -> Stack:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise StackError(
-            [Problem((), f"'{origin}' cannot be read: {reason}", "give the path of a stack file")], origin
+            [Fault((), f"'{origin}' cannot be read: {reason}", "give the path of a stack file")], origin
         ) from None
     except ValueError as error:  # a path with a null character
-        raise StackError(
-            [Problem((), f"this is not a path: {error}", "give the path of a stack file")], origin
-        ) from None
+        raise StackError([Fault((), f"this is not a path: {error}", "give the path of a stack file")], origin) from None
     return parse_stack(read_text(data, origin), origin)
 
 
@@ -51,5 +49,5 @@ def parse_stack(text: str, origin: str = "") -> Stack:
     return Stack(checked.spec, expand(checked.spec), text, origin, tuple(checked.reserved))
 
 
-def _place(problem: Problem) -> tuple[int, int]:
+def _place(problem: Fault) -> tuple[int, int]:
     return (problem.mark.line, problem.mark.column) if problem.mark else (0, 0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from retnet.models.config import ModelConfig
 from retnet.models.cost import mixer_costs, parameter_counts
+from retnet.system.sizes import format_bytes
 
 from .errors import plain
 from .load import Stack
@@ -129,7 +130,7 @@ def _states(axes: "Axes", rows: list[LayerSummary], config: ModelConfig, context
             axes.barh(y, size - low, left=low, height=BAND, color=colour, linewidth=0)
     powers = [2**i for i in range(0, 60, 2) if low <= 2**i <= high]
     ticks = powers[:: max(1, -(-len(powers) // 5))]
-    axes.set_xticks(ticks, [short_bytes(tick) for tick in ticks])
+    axes.set_xticks(ticks, [format_bytes(tick, digits=3) for tick in ticks])
     axes.minorticks_off()
     grows = any(len(set(row_sizes)) > 1 for row_sizes in sizes)
     shades = (
@@ -169,11 +170,3 @@ def _title(figure: "Figure", stack: Stack, rows: list[LayerSummary], config: Mod
 def short_tokens(count: int) -> str:
     """32768 -> '32K'."""
     return f"{count // KIB}K" if count >= KIB and count % KIB == 0 else str(count)
-
-
-def short_bytes(count: float) -> str:
-    """4194304 -> '4 MiB'."""
-    for size, unit in ((KIB**3, "GiB"), (KIB**2, "MiB"), (KIB, "KiB")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.3g} B"

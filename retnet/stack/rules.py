@@ -7,7 +7,7 @@ at `model`, of top_k and experts at the template, of an override at the override
 from collections.abc import Iterator
 
 from .document import Document
-from .errors import Category, Path, Problem, listing, nearest, plain, show
+from .errors import Category, Fault, Path, listing, nearest, plain, show
 from .layers import MAX_LAYERS, mixer_settings
 from .schema import (
     BYTE_TOKENS,
@@ -22,20 +22,20 @@ from .schema import (
     Retnet,
     Template,
 )
-from .validate import Parts
+from .validate import ParsedSections
 
 
-def check_rules(parts: Parts, document: Document) -> list[Problem]:
+def check_rules(parts: ParsedSections, document: Document) -> list[Fault]:
     """Every clash between valid sections, in no particular order."""
     return list(_Rules(parts, document).all())
 
 
 class _Rules:
-    def __init__(self, parts: Parts, document: Document) -> None:
+    def __init__(self, parts: ParsedSections, document: Document) -> None:
         self.parts = parts
         self.document = document
 
-    def all(self) -> Iterator[Problem]:
+    def all(self) -> Iterator[Fault]:
         yield from self.widths()
         yield from self.vocabulary()
         yield from self.rotary()
@@ -51,13 +51,13 @@ class _Rules:
 
     def problem(
         self, path: Path, what: str, fix: str, category: Category = Category.VALIDATION, at: Path | None = None
-    ) -> Problem:
+    ) -> Fault:
         """A fault reported at `path`; `at` is the value to point to if it stands deeper."""
-        return Problem(path, what, fix, category, self.document.mark(at or path))
+        return Fault(path, what, fix, category, self.document.mark(at or path))
 
     # Across the file
 
-    def widths(self) -> Iterator[Problem]:
+    def widths(self) -> Iterator[Fault]:
         model = self.parts.model
         if model is None:
             return
@@ -70,13 +70,13 @@ class _Rules:
             divisors = [n for n in range(1, min(model.n_heads, 4096) + 1) if model.n_heads % n == 0]
             yield self.problem(("model", "n_heads"), what, f"write n_kv_heads as one of: {listing(map(str, divisors))}")
 
-    def vocabulary(self) -> Iterator[Problem]:
+    def vocabulary(self) -> Iterator[Fault]:
         model, tokenizer = self.parts.model, self.parts.tokenizer
         if model and tokenizer and tokenizer.pretrained == BYTES and model.vocab_size < BYTE_TOKENS:
             what = f"the byte tokenizer has {BYTE_TOKENS} tokens, more than {model.vocab_size}"
             yield self.problem(("model", "vocab_size"), what, f"write {BYTE_TOKENS} or more")
 
-    def rotary(self) -> Iterator[Problem]:
+    def rotary(self) -> Iterator[Fault]:
         embedding, model = self.parts.embedding, self.parts.model
         if embedding is None:
             return
@@ -95,7 +95,7 @@ class _Rules:
             fix = "choose d_model and n_heads so that a head is even, or write retnet.rope: false"
             yield self.problem(("model", "d_model"), what, fix)
 
-    def tying(self) -> Iterator[Problem]:
+    def tying(self) -> Iterator[Fault]:
         embedding, head = self.parts.embedding, self.parts.head
         if embedding is None or head is None:
             return
@@ -104,7 +104,7 @@ class _Rules:
             what = f"tie_weights {show(head.tie_weights)} contradicts embedding.tie_word_embeddings"
             yield self.problem(("head", "tie_weights"), what, "give one of the two, or the same value in both")
 
-    def length(self) -> Iterator[Problem]:
+    def length(self) -> Iterator[Fault]:
         total = 0
         for number, entry in self.parts.entries.items():
             total += entry.repeat
@@ -115,7 +115,7 @@ class _Rules:
 
     # One template
 
-    def mixer(self, path: Path, template: Template) -> Iterator[Problem]:
+    def mixer(self, path: Path, template: Template) -> Iterator[Fault]:
         mixer, here = template.mixer, (*path, "mixer")
         for other in MIXERS:
             if other != mixer.type and other in mixer.model_fields_set:
@@ -130,7 +130,7 @@ class _Rules:
         if isinstance(settings, Retnet):
             yield from self.retnet((*here, "retnet"), settings)
 
-    def mamba(self, path: Path, mamba: Mamba) -> Iterator[Problem]:
+    def mamba(self, path: Path, mamba: Mamba) -> Iterator[Fault]:
         if mamba.head_dim is None:
             return
         here = (*path, OURS + "head_dim")
@@ -140,7 +140,7 @@ class _Rules:
             inner = self.parts.model.d_model * mamba.expand
             yield self.problem(here, f"{mamba.head_dim} does not divide d_model * expand = {inner}", f"divide {inner}")
 
-    def retnet(self, path: Path, retnet: Retnet) -> Iterator[Problem]:
+    def retnet(self, path: Path, retnet: Retnet) -> Iterator[Fault]:
         embedding, model = self.parts.embedding, self.parts.model
         if retnet.rope and embedding is not None and embedding.positional != "rope":
             fix = "write rope: false here, or embedding.positional: rope"
@@ -162,7 +162,7 @@ class _Rules:
             what = "decay_norm is defined for a decay that is fixed per head, not for decay: gated"
             yield self.problem((*path, OURS + "decay_norm"), what, "write false, or another decay")
 
-    def retention_widths(self, path: Path, retnet: Retnet, heads: int) -> Iterator[Problem]:
+    def retention_widths(self, path: Path, retnet: Retnet, heads: int) -> Iterator[Fault]:
         for key in ("key_dim", "value_dim"):
             width = getattr(retnet, key)
             if width is not None and width % heads:
@@ -172,7 +172,7 @@ class _Rules:
             what = f"rotary positions turn pairs, but the keys of a head are {retnet.key_dim // heads} wide"
             yield self.problem((*path, OURS + "key_dim"), what, f"write a multiple of {2 * heads}, or rope: false")
 
-    def ffn(self, path: Path, ffn: Ffn) -> Iterator[Problem]:
+    def ffn(self, path: Path, ffn: Ffn) -> Iterator[Fault]:
         here = (*path, "ffn")
         if ffn.type == "moe" and ffn.moe is None and not self.document.is_broken((*here, "moe")):
             yield self.problem(here, "type: moe needs the key 'moe'", "add moe: {experts: 8, top_k: 2}")
@@ -185,20 +185,20 @@ class _Rules:
             yield self.problem(path, what, f"write top_k: {ffn.moe.experts} or less", at=(*here, "moe", "top_k"))
         yield from self.activation((*here, "activation"), ffn.type, ffn.activation)
 
-    def activation(self, path: Path, ffn_type: str, activation: str | None) -> Iterator[Problem]:
+    def activation(self, path: Path, ffn_type: str, activation: str | None) -> Iterator[Fault]:
         if ffn_type == "mlp" and activation == "swiglu":
             yield self.problem(
                 path, "swiglu needs a gate, which type: mlp has not", "write type: gated_mlp, or gelu or relu"
             )
 
-    def residual(self, path: Path, template: Template, position: str | None) -> Iterator[Problem]:
+    def residual(self, path: Path, template: Template, position: str | None) -> Iterator[Fault]:
         if position == "post" and template.residual is not None and template.residual.type == "parallel":
             what = "position: post is not defined with residual.type: parallel"
             yield self.problem(path, what, "write position: pre, or type: sequential")
 
     # One schedule entry
 
-    def entry(self, path: Path, entry: Entry) -> Iterator[Problem]:
+    def entry(self, path: Path, entry: Entry) -> Iterator[Fault]:
         names = self.parts.names
         if names and entry.template not in names:
             close = nearest(entry.template, tuple(names))

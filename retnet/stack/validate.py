@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from .document import Document
-from .errors import Category, Mark, Path, Problem, listing, nearest, plain, show
+from .errors import Category, Fault, Mark, Path, listing, nearest, plain, show
 from .scalars import FAULT
 from .schema import (
     OURS,
@@ -44,7 +44,7 @@ class ReservedKey:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ParsedSections:
     """The sections that are valid by themselves; None, or absent, where one is not."""
 
     model: Model | None
@@ -62,8 +62,8 @@ class Checked:
     """What checking a document found. There is no spec if there is a fault."""
 
     spec: Spec | None
-    parts: Parts
-    problems: list[Problem]
+    parts: ParsedSections
+    problems: list[Fault]
     reserved: list[ReservedKey]
 
 
@@ -85,7 +85,7 @@ class _Pruner:
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.problems: list[Problem] = []
+        self.problems: list[Fault] = []
         self.reserved: list[ReservedKey] = []
 
     def prune(self, section: type[Section], raw: Any, path: Path) -> Any:
@@ -148,12 +148,12 @@ class _Pruner:
         for key in foreign:
             fix = f"write state: {{{own}: true}}" if own else "remove `state`"
             mark = self.document.mark((*path, "state", key))
-            self.problems.append(Problem(path, f"a {kind} mixer has no {key}", fix, Category.COMPATIBILITY, mark))
+            self.problems.append(Fault(path, f"a {kind} mixer has no {key}", fix, Category.COMPATIBILITY, mark))
         return {**template, "state": {key: value for key, value in state.items() if key not in foreign}}
 
     def _refuse(self, path: Path, key: str, refused: Unsupported, mark: Mark | None) -> None:
         what = f"`{key}` ({refused.what}) is not supported here"
-        self.problems.append(Problem(path, what, refused.instead, Category.UNSUPPORTED, mark))
+        self.problems.append(Fault(path, what, refused.instead, Category.UNSUPPORTED, mark))
 
     def _unknown(self, key: str, known: dict[str, Any], path: Path) -> None:
         ours = key.startswith(OURS)
@@ -162,7 +162,7 @@ class _Pruner:
         guess = f"did you mean {close}? " if close else "remove it; "
         fix = f"{guess}keys known here: {listing(names) or f'none under {OURS}*'}"
         mark = self.document.mark((*path, key), key=True)
-        self.problems.append(Problem(path, f"unknown key '{plain(key)}'", fix, mark=mark))
+        self.problems.append(Fault(path, f"unknown key '{plain(key)}'", fix, mark=mark))
 
 
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:
@@ -173,7 +173,7 @@ def _sections_in(annotation: Any) -> Iterator[type[Section]]:
         yield from _sections_in(argument)
 
 
-def _problem(details: ErrorDetails, document: Document) -> Problem | None:
+def _problem(details: ErrorDetails, document: Document) -> Fault | None:
     """Our words for what pydantic found; None for the consequence of a fault already reported."""
     path: Path = tuple(details["loc"])
     if document.is_broken(path):
@@ -186,25 +186,23 @@ def _problem(details: ErrorDetails, document: Document) -> Problem | None:
     match details["type"]:
         case kind if kind == FAULT:
             context = details.get("ctx", {})
-            return Problem(path, context["what"], context["fix"], mark=mark)
+            return Fault(path, context["what"], context["fix"], mark=mark)
         case "missing":
             key, path = path[-1], path[:-1]
             mark = document.mark(path, key=True)
-            return Problem(path, f"the key '{key}' is missing", _missing(path, str(key)), mark=mark)
+            return Fault(path, f"the key '{key}' is missing", _missing(path, str(key)), mark=mark)
         case "too_short" if path in document.incomplete:
             return None
         case "too_short" if path in (("layer_templates",), ("layer_schedule",)):
-            return Problem(path, "at least one is needed, got none", "add a layer", mark=mark)
+            return Fault(path, "at least one is needed, got none", "add a layer", mark=mark)
         case "too_short" | "too_long":
             wanted = details.get("ctx", {}).get("min_length") or details.get("ctx", {}).get("max_length")
             count = len(given) if isinstance(given, list) else 0
-            return Problem(
-                path, f"expected a list of {wanted} values, got {count}", f"write {wanted} values", mark=mark
-            )
+            return Fault(path, f"expected a list of {wanted} values, got {count}", f"write {wanted} values", mark=mark)
         case "list_type":
-            return Problem(path, f"expected a list, got {show(given)}", "write a list: [..., ...]", mark=mark)
+            return Fault(path, f"expected a list, got {show(given)}", "write a list: [..., ...]", mark=mark)
         case "model_type" | "dict_type" | "model_attributes_type":
-            return Problem(
+            return Fault(
                 path, f"expected a mapping, got {show(given)}", "write a mapping: {key: value, ...}", mark=mark
             )
     raise AssertionError(f"pydantic reports {details['type']} at {path}, which has no words here")
@@ -227,7 +225,7 @@ def _valid(section: type[S], raw: Any) -> S | None:
         return None  # reported already, with the whole file
 
 
-def _parts(raw: dict[str, Any]) -> Parts:
+def _parts(raw: dict[str, Any]) -> ParsedSections:
     templates = raw.get("layer_templates")
     schedule = raw.get("layer_schedule")
     templates = templates if isinstance(templates, dict) else {}
@@ -235,7 +233,7 @@ def _parts(raw: dict[str, Any]) -> Parts:
     valid_templates = {name: _valid(Template, value) for name, value in templates.items()}
     valid_entries = {i: _valid(Entry, value) for i, value in enumerate(schedule)}
     hints = raw.get("training_hints")
-    return Parts(
+    return ParsedSections(
         model=_valid(Model, raw.get("model")),
         tokenizer=_valid(TokenizerContract, raw.get("tokenizer_contract")),
         embedding=_valid(Embedding, raw.get("embedding")),

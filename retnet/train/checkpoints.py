@@ -23,7 +23,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from retnet.data.durable import flush
+from retnet.system.files import flush
 
 MARKER = "complete.json"
 STAGING = ".saving"

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers.training_args import TrainingArguments
 
 from retnet.data import Corpus
-from retnet.models.checkpoint import Tensors
+from retnet.models.decode.generation import generate
 from retnet.models.directory import PREFIX, load_model, write_model
-from retnet.models.generation import generate
+from retnet.models.tensor_files import Tensors
 from retnet.train.checkpoints import publish, staged
 from retnet.train.curve import save_loss_curve
 from retnet.train.inputs import tokenizer_of

@@ -35,7 +35,7 @@ class Agreed:
     seconds: float
 
 
-class Agreement:
+class ProcessConsensus:
     """The sum over processes of what each knows; nothing but a copy for one process."""
 
     def __init__(self) -> None:

@@ -8,8 +8,6 @@ rows, not the length of the rows.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 
@@ -17,6 +15,7 @@ import torch
 
 from retnet.models.config import ModelConfig
 from retnet.models.cost import model_cost
+from retnet.system.memory import peak_bytes
 from retnet.train.batches import BatchFacts
 
 # Vendors' dense matrix rates in bfloat16, operations a second; the first name that a device's name contains counts.
@@ -91,8 +90,7 @@ def memory_gib(device: torch.device) -> float:
     """The peak so far: of the GPU's allocator, or on a CPU of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
+    return peak_bytes() / 2**30
 
 
 class Meter:

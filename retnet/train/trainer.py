@@ -29,7 +29,7 @@ from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainB
 from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged
 from retnet.train.losses import LOOK_EVERY, LossWatch, NonFiniteLoss, all_finite
 from retnet.train.packed_model import PackedForCausalLM, lanes_file
-from retnet.train.stopping import Agreement, RunClock, Terminated, TerminationSignal
+from retnet.train.stopping import ProcessConsensus, RunClock, Terminated, TerminationSignal
 from retnet.train.throughput import Meter, device_peak, flops_per_token, memory_gib, synchronize
 
 RUN_FILE = "run.json"
@@ -70,7 +70,7 @@ class PackedTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=valid, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Hooks(self))
-        self.agreement, self.signal = Agreement(), TerminationSignal()
+        self.agreement, self.signal = ProcessConsensus(), TerminationSignal()
         self.clock = RunClock(options.max_minutes)
         self.watch = LossWatch(self.rows.describe)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype

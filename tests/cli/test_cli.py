@@ -187,14 +187,14 @@ def test_check_passes_on_the_operator(capsys):
 
 
 def test_check_fails_when_a_form_is_wrong(capsys, byte_model, monkeypatch):
-    from retnet.ops import recurrent
+    from retnet.ops import cpu_recurrent
 
     def slightly_wrong(*arguments):  # not by a factor, which the head norm would take out again
         out, *rest = forward(*arguments)
         return out + 1e-3 * out.flip(-1), *rest
 
-    forward = recurrent.forward
-    monkeypatch.setattr(recurrent, "forward", slightly_wrong)
+    forward = cpu_recurrent.forward
+    monkeypatch.setattr(cpu_recurrent, "forward", slightly_wrong)
     assert run("check", byte_model, "--length", 20, "--dtype", "float32", "--json") == 1
     failed = {row["way"] for row in json.loads(capsys.readouterr().out) if not row["passed"]}
     assert "recurrent" in failed

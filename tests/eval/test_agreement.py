@@ -2,7 +2,7 @@ import torch
 
 from retnet.eval.agreement import check_model, check_operator
 from retnet.models.directory import load_model
-from retnet.ops import recurrent
+from retnet.ops import cpu_recurrent
 
 
 def test_a_model_agrees_with_itself_in_float64_to_rounding(byte_model):
@@ -26,8 +26,8 @@ def test_nan_never_passes(monkeypatch):
         out, *rest = forward(*arguments)
         return torch.full_like(out, torch.nan), *rest
 
-    forward = recurrent.forward
-    monkeypatch.setattr(recurrent, "forward", lost)
+    forward = cpu_recurrent.forward
+    monkeypatch.setattr(cpu_recurrent, "forward", lost)
     rows = {row.way: row.passed for row in check_operator((1, 9, 2, 4, 4), ["float32"], [4])}
     assert not rows["recurrent"]
     assert rows["chunkwise, C = 4"]

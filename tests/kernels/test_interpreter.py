@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 
-MODULES = ["test_chunkwise.py", "test_step.py", "test_decode.py", "test_walk_places.py", "test_walk_keys_values.py"]
-SLOW = ["test_chunkwise.py", "test_step.py", "test_decode.py"]
+SLOW = ["retention/test_dispatch.py", "decode/test_recurrent.py", "decode/test_decode.py"]
+MODULES = [*SLOW, "retention/hopper/test_token_codes.py", "retention/hopper/test_keys_values.py"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel tests run on it")
@@ -28,7 +28,7 @@ def test_kernels_agree_with_the_oracle_in_the_interpreter(module, marks):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     run = subprocess.run(
-        [*command, str(Path(__file__).with_name(module))], env=environment, capture_output=True, text=True, check=False
+        [*command, str(Path(__file__).parent / module)], env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert "passed" in run.stdout

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from retnet.layers.attention import Attention, AttentionConfig
-from retnet.layers.layout import TokenLayout
 from retnet.layers.state import AttentionState
+from retnet.layers.token_layout import TokenLayout
 
 
 def decode(layer: Attention, state: AttentionState | None, x: torch.Tensor, in_place: bool = True) -> AttentionState:

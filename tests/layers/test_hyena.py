@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retnet.layers.hyena import FilterNetwork, Hyena, HyenaConfig
-from retnet.layers.layout import TokenLayout
+from retnet.layers.token_layout import TokenLayout
 
 
 def test_filters_depend_on_the_distance_alone():

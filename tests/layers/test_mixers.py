@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import MIXERS, MixerConfig
 from retnet.layers.hyena import HyenaConfig
-from retnet.layers.layout import TokenLayout
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.retention import RetentionConfig
 from retnet.layers.state import LayerState
+from retnet.layers.token_layout import TokenLayout
 
 D, B, T = 12, 3, 11
 TOLERANCE = 1e-10

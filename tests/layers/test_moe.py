@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from retnet.layers.block import BlockConfig
-from retnet.layers.layout import TokenLayout
 from retnet.layers.moe import MoE, MoEConfig, assign
 from retnet.layers.retention import RetentionConfig
+from retnet.layers.token_layout import TokenLayout
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 

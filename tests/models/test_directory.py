@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from retnet.models.checkpoint import open_tensors, write_tensors
 from retnet.models.directory import load_config, load_model, save_model
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import retnet_config
+from retnet.models.tensor_files import open_tensors, write_tensors
 
 IDS = torch.arange(24).view(2, 12)
 

@@ -11,11 +11,11 @@ from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.block import MIXERS, BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
-from retnet.layers.layout import TokenLayout
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.moe import MoEConfig
 from retnet.layers.retention import RetentionConfig
+from retnet.layers.token_layout import TokenLayout
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.states import STATES, ModelState

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from retnet import LanguageModel
-from retnet.models.generation import generate, prefill, sample
+from retnet.models.decode.generation import generate, prefill, sample
+from retnet.models.log_likelihood import score
 from retnet.models.presets import retnet_config
-from retnet.models.scoring import score
 from retnet.models.states import ModelState
 
 
@@ -95,7 +95,7 @@ def test_sampling_follows_the_distribution():
 
 
 def test_scoring_in_blocks_is_one_context(model, monkeypatch):
-    monkeypatch.setattr("retnet.models.scoring.SCORE_BLOCK", 5)
+    monkeypatch.setattr("retnet.models.log_likelihood.SCORE_BLOCK", 5)
     x = ids(2, 23)
     nats, _ = score(model, x)
     with torch.no_grad():

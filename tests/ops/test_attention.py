@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from retnet.layers.layout import TokenLayout
+from retnet.layers.token_layout import TokenLayout
 from retnet.ops import attention
 from retnet.ops.attention import alibi_slopes, cached_attention, causal_attention
 

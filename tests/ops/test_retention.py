@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet import retention, retention_plan, retention_step_
-from retnet.ops import chunkwise, reference
+from retnet.ops import cpu_chunkwise, reference
 
 from .conftest import make_problem, relative_error
 
@@ -271,8 +271,8 @@ def test_memory_is_a_few_chunks_beyond_results():
     T, C = 1024, 16
     p = make_problem(1, T, 1, 2, 8, 16, per_token=True, seed=15)
     with Largest() as largest:
-        chunkwise.forward(p.q, p.k, p.v, p.log_decay, 1.0, p.state, None, C, torch.float64)
-        chunkwise.backward(p.dout, p.dstate, p.q, p.k, p.v, p.log_decay, 1.0, p.state, None, C, True)
+        cpu_chunkwise.forward(p.q, p.k, p.v, p.log_decay, 1.0, p.state, None, C, torch.float64)
+        cpu_chunkwise.backward(p.dout, p.dstate, p.q, p.k, p.v, p.log_decay, 1.0, p.state, None, C, True)
     assert largest.numel <= T * 2 * 16
 
 

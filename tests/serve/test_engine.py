@@ -12,10 +12,10 @@ from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.state import AttentionState, RetentionState
 from retnet.models.config import ModelConfig
+from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
 from retnet.serve.engine import Engine
 from retnet.serve.request import Failed, Refused, Request
-from retnet.serve.sampling import Sampling
 from retnet.serve.speculation import Speculation
 
 from .conftest import VOCAB, hybrid_model, moe_model, prompt, small_model

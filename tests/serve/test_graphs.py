@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from retnet.models.decode.sampling import Sampling, SamplingParts
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
-from retnet.serve.sampling import Parts, Sampling
 from retnet.serve.speculation import Speculation
 
 from .conftest import hybrid_model, prompt, small_model
@@ -45,7 +45,7 @@ def test_a_model_on_a_second_gpu_is_served_there(speculation):
 def test_memory_is_flat_once_warmed_up():
     model = small_model().cuda()
     engine = Engine(model, num_slots=4, prompt_block=16)
-    engine.warmup(Parts())
+    engine.warmup(SamplingParts())
     generation = engine.submit(Request(prompt(40), None, Sampling(temperature=0)))
     for _ in range(20):
         engine.step()

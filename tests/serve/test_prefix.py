@@ -4,9 +4,9 @@ from array import array
 
 import pytest
 
+from retnet.models.decode.sampling import Sampling
 from retnet.serve.prefix import PrefixCache
 from retnet.serve.request import Request
-from retnet.serve.sampling import Sampling
 
 from .conftest import prompt
 from .test_engine import alone, engine_of, facts

@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from retnet.models.decode.sampling import Sampling
 from retnet.models.directory import save_model
 from retnet.models.states import ModelState
 from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
-from retnet.serve.sampling import Sampling
 from retnet.serve.snapshot import Snapshot, _digest, fingerprint
 
 from .conftest import prompt, small_model
@@ -58,7 +58,7 @@ def test_a_session_goes_on_in_another_process(small, tmp_path):
         from retnet.models.directory import load_model
         from retnet.serve.engine import Engine
         from retnet.serve.request import Request
-        from retnet.serve.sampling import Sampling
+        from retnet.models.decode.sampling import Sampling
         from retnet.serve.snapshot import Snapshot
         engine = Engine(load_model({str(tmp_path / "model")!r}), num_slots=4)
         snapshot = Snapshot.load({str(tmp_path / "session.safetensors")!r})
@@ -158,9 +158,10 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_file_whole(small, tmp_path
     code = textwrap.dedent(f"""
         import os, signal
         from retnet.serve import snapshot
+        from retnet.system import files
         def killed(fd):
             os.kill(os.getpid(), signal.SIGKILL)
-        snapshot.os.fsync = killed
+        files.os.fsync = killed
         loaded = snapshot.Snapshot.load({str(path)!r})
         loaded.tokens.append(1)
         loaded.save({str(path)!r})

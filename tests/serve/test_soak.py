@@ -5,9 +5,9 @@ import resource
 
 import pytest
 
+from retnet.models.decode.sampling import Sampling
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
-from retnet.serve.sampling import Sampling
 
 from .conftest import VOCAB, hybrid_model, prompt, small_model
 from .test_engine import text_of

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from retnet.models.decode.sampling import Sampling
 from retnet.serve.request import Request
-from retnet.serve.sampling import Sampling
 from retnet.serve.speculation import PromptLookup, Speculation
 
 from .conftest import hybrid_model, prompt, small_model

@@ -1,6 +1,6 @@
 """A small valid stack as text, and how tests change it."""
 
-from retnet.stack import Problem, Stack, StackError, parse_stack
+from retnet.stack import Fault, Stack, StackError, parse_stack
 
 BASE = """\
 schema_version: 1
@@ -44,7 +44,7 @@ def changed(*pairs: tuple[str, str], more: str = "") -> str:
     return text + more
 
 
-def problems(text: str) -> list[Problem]:
+def problems(text: str) -> list[Fault]:
     """The faults of a text; none if it is valid."""
     try:
         parse_stack(text)
@@ -53,7 +53,7 @@ def problems(text: str) -> list[Problem]:
     return []
 
 
-def only(text: str) -> Problem:
+def only(text: str) -> Fault:
     """The one fault of a text."""
     [problem] = problems(text)
     return problem

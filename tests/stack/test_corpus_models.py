@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from retnet.models.cost import parameter_counts
-from retnet.models.generation import generate
+from retnet.models.decode.generation import generate
 from retnet.stack import load_stack
 from retnet.stack.build import model_config
 

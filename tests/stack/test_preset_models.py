@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from retnet.models.cost import idle_parameters, mixer_costs, model_cost, parameter_counts
-from retnet.models.generation import generate
+from retnet.models.decode.generation import generate
 from retnet.models.lm import LanguageModel
 from retnet.stack.build import model_config
 from retnet.stack.presets import load_preset, preset_names

@@ -9,13 +9,13 @@ import signal
 import pytest
 
 from retnet.train.run import train
-from retnet.train.stopping import Agreement, RunClock, TerminationSignal
+from retnet.train.stopping import ProcessConsensus, RunClock, TerminationSignal
 
 from .conftest import recipe_for
 
 
 def test_one_process_agrees_with_itself():
-    agreement = Agreement()
+    agreement = ProcessConsensus()
     agreed = agreement.reach(7, False, 1.5)
     assert (agreed.num_targets, agreed.terminate, agreed.seconds) == (7, False, 1.5)
     assert agreement.any(True)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.models.checkpoint import Tensors, open_tensors, write_tensors
 from retnet.models.config import ModelConfig
 from retnet.models.convert import fla, llama, mamba, syncdoth, torchscale
 from retnet.models.convert.table import Format, in_our_names, in_their_names
 from retnet.models.directory import CONFIG_FILE, build_empty, fill, open_model, stored_tensors, write_model
 from retnet.models.lm import LanguageModel
+from retnet.models.tensor_files import Tensors, open_tensors, write_tensors
 
 OURS = "retnet"
 _ALL = (torchscale.FORMAT, fla.FORMAT, syncdoth.FORMAT, llama.FORMAT, mamba.MAMBA1, mamba.MAMBA2)

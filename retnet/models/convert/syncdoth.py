@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from retnet.layers.feed_forward import FeedForwardConfig
-from retnet.models.checkpoint import Tensors
 from retnet.models.config import ModelConfig
 from retnet.models.convert import torchscale
 from retnet.models.convert.table import Format, Table, token_ids, warn_unknown
+from retnet.models.tensor_files import Tensors
 
 PREFIX = "model."
 NAMES: Table = {

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.models.checkpoint import Tensors
 from retnet.models.config import ModelConfig
 from retnet.models.directory import build_empty, stored_tensors
+from retnet.models.tensor_files import Tensors
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 _TIED = ("embedding.weight", "head.weight")

@@ -18,9 +18,9 @@ import torch
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
-from retnet.models.checkpoint import Tensors
 from retnet.models.config import ModelConfig
 from retnet.models.convert.table import Format, Table, refuse, unsupported
+from retnet.models.tensor_files import Tensors
 from retnet.ops.decay import SCHEDULES
 from retnet.ops.rotary import frequencies
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from retnet.layers.wide_rates import WIDE_PARAMETERS
+from retnet.layers.float32_parameters import FLOAT32_PARAMETERS
 from retnet.models.hf.cache import StateCache
 from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.inputs import IGNORED, Tokens, repeat_last_real, without_first_labels
@@ -32,7 +32,7 @@ class RetNetModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True  # no token can be taken back, as assisted generation would
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers types it so)
-    _keep_in_fp32_modules_strict = set(WIDE_PARAMETERS)  # noqa: RUF012
+    _keep_in_fp32_modules_strict = set(FLOAT32_PARAMETERS)  # noqa: RUF012
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: RetNetConfig):

@@ -1,0 +1,1 @@
+"""Kernels of a decode step: one or a few tokens per sequence."""

@@ -1,0 +1,245 @@
+"""Decoding: rotation of q and k, then one token of retention with the state in place, in one launch.
+
+    S <- gamma_t S + k_t^T v_t        out_t = scale q_t S        q, k: turned by the token's angles first
+
+As in `step.py`, a program owns a [K, BV] slice of one head's state, and no sum crosses programs. Sequences that take no
+part are left unread. Here, besides, q, k and v are columns of one packed product, and slow decays are added as
+expm1(log gamma) S: gamma itself, rounded to the same side at every token, would drift over a million of them.
+
+With a ring, writing is deferred. The state stays as it was W tokens ago or less, its later rows lie beside it, and
+
+    out_t = scale (gamma_(0..t) q_t S_0 + sum_i gamma_(i..t) (q_t k_i) v_i)
+
+The token that fills the ring folds all its rows into the state. A state is then read once a token and written once in
+W. Every sequence has its own count of rows, so what it computes does not depend on when others came.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retnet.kernels.dependent_launch import await_previous, dependent_launch, start_next
+from retnet.kernels.retention.tiles import power_of_two, step_tile
+
+SLAB_CELLS = 8192  # of a state that a program has in flight
+FOLD_ROWS = 16  # of a state that rows are added to at a time: few, so that this rare pass sets no register count
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    rotary: str,
+    log_decay: Tensor,
+    change: Tensor,
+    state: Tensor,
+    active: Tensor,
+    ring: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    scale: float,
+) -> Tensor:
+    """q [B, H, K], k [B, G, K], v [B, G, V], state [B, H, K, V] float32 (updated) -> out [B, H, V].
+
+    rotation: cos, sin [B, K / 2] float32. log_decay and change = expm1(log_decay): [H] or [B, H], float32. active [B].
+    ring: keys [B, G, W, K], values [B, G, W, V], log decays [B, H, W], pending [B] (rows there; the caller counts).
+    """
+    B, H, K = q.shape
+    G, V = v.shape[1:]
+    out = torch.empty(B, H, V, dtype=v.dtype, device=v.device)
+    cos, sin = (None, None) if rotation is None else rotation
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], state.stride(0))
+    shared = {
+        "H": H,
+        "HEADS_PER_GROUP": H // G,
+        "K": K,
+        "V": V,
+        "BK": power_of_two(K),
+        "ROTARY": "none" if rotation is None else rotary,
+        "PER_TOKEN": log_decay.dim() == 2,
+        **dependent_launch(v.device),
+    }
+    active = active.view(torch.uint8)
+    if ring is None:
+        tile = step_tile(K, V, B * H, state.dtype)
+        _write_kernel[(B * H * triton.cdiv(V, tile.BV),)](
+            q, k, v, cos, sin, log_decay, change, state, active, out, *strides, scale,
+            BV=tile.BV, num_warps=tile.warps, **shared,
+        )  # fmt: skip
+        return out
+    BV, slab = defer_tile(K, V, B * H)
+    _defer_kernel[(B * H * triton.cdiv(V, BV),)](
+        q, k, v, cos, sin, log_decay, state, active, out, *ring, *strides, scale,
+        BV=BV, SLAB=slab, FOLD=min(FOLD_ROWS, slab), W=ring[0].shape[2], num_warps=4, **shared,
+    )  # fmt: skip
+    return out
+
+
+def defer_tile(K: int, V: int, heads: int) -> tuple[int, int]:
+    """(values, rows of a slab) of a program: 64 values fill whole lines of memory, fewer where that leaves the chip's
+    processors idle. A state that is only read passes in slabs; nothing of it is kept."""
+    BV = min(64, power_of_two(V))
+    while BV > 16 and heads * V // BV < 512:
+        BV //= 2
+    return BV, min(power_of_two(K), SLAB_CELLS // BV)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> None:
+    """x [N, H, K] (any strides of tokens and heads) turned in place by (cos, sin) [N, K / 2] float32."""
+    N, H, K = x.shape
+    _turn_kernel[(N, H)](
+        x, cos, sin, *x.stride()[:2], K=K, BP=triton.next_power_of_2(K // 2), ROTARY=rotary, num_warps=1
+    )
+
+
+@triton.jit
+def _turn_kernel(x, cos, sin, token, head, K: tl.constexpr, BP: tl.constexpr, ROTARY: tl.constexpr):
+    """A pair is read and written by one thread, so that it may be overwritten."""
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    HALF: tl.constexpr = K // 2
+    pair = tl.arange(0, BP)
+    ok = pair < HALF
+    if ROTARY == "interleaved":
+        at, other = 2 * pair, 2 * pair + 1
+    else:
+        at, other = pair, pair + HALF
+    x += n * token + h * head
+    first = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    second = tl.load(x + other, mask=ok, other=0.0).to(tl.float32)
+    c, s = tl.load(cos + n * HALF + pair, mask=ok, other=0.0), tl.load(sin + n * HALF + pair, mask=ok, other=0.0)
+    tl.store(x + at, (first * c - second * s).to(x.dtype.element_ty), mask=ok)
+    tl.store(x + other, (second * c + first * s).to(x.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _turned(x, row, row_ok, cos, sin, K: tl.constexpr, ROTARY: tl.constexpr):
+    """x [BK] turned, in x's precision."""
+    own = tl.load(x + row, mask=row_ok, other=0.0)
+    turned = own.to(tl.float32)
+    if ROTARY != "none":
+        HALF: tl.constexpr = K // 2
+        if ROTARY == "interleaved":
+            pair, other, second = row // 2, row ^ 1, row % 2
+        else:
+            pair, other, second = row % HALF, (row + HALF) % K, row // HALF
+        partner = tl.load(x + other, mask=row_ok, other=0.0).to(tl.float32)
+        c, s = tl.load(cos + pair, mask=row_ok, other=0.0), tl.load(sin + pair, mask=row_ok, other=0.0)
+        turned = turned * c + tl.where(second == 1, partner, -partner) * s
+        turned = turned.to(own.dtype).to(tl.float32)
+    return turned
+
+
+@triton.jit
+def _begin(H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DEPENDENT: tl.constexpr):
+    """This program's tile of values, head and sequence, once the kernels before have ended."""
+    start_next(DEPENDENT)
+    await_previous(DEPENDENT)
+    V_TILES: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    return pid % V_TILES, (pid // V_TILES) % H, (pid // (V_TILES * H)).to(tl.int64)
+
+
+@triton.jit
+def _write_kernel(
+    q, k, v, cos, sin, log_decay, change, state, active, out,
+    q_batch, q_head, k_batch, k_head, v_batch, v_head, state_batch, scale,
+    H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    tile, h, b = _begin(H, V, BV, DEPENDENT)
+    row, column = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    row_ok, column_ok = row < K, column < V
+    out += (b * H + h) * V
+    if tl.load(active + b) == 0:
+        tl.store(out + column, tl.zeros([BV], out.dtype.element_ty), mask=column_ok)
+    else:
+        state += b * state_batch + h * (K * V)
+        cell = row[:, None] * V + column[None, :]
+        in_state = row_ok[:, None] & column_ok[None, :]
+        S = tl.load(state + cell, mask=in_state, other=0.0)
+        g = h // HEADS_PER_GROUP
+        turn_cos = None if ROTARY == "none" else cos + b * (K // 2)
+        turn_sin = None if ROTARY == "none" else sin + b * (K // 2)
+        qt = _turned(q + b * q_batch + h * q_head, row, row_ok, turn_cos, turn_sin, K, ROTARY) * scale
+        kt = _turned(k + b * k_batch + g * k_head, row, row_ok, turn_cos, turn_sin, K, ROTARY)
+        vt = tl.load(v + b * v_batch + g * v_head + column, mask=column_ok, other=0.0).to(tl.float32)
+        decay_at = b * H + h if PER_TOKEN else h
+        decay = tl.load(log_decay + decay_at)
+        slow = decay > -0.5
+        kept = tl.where(slow, 1.0, tl.exp(decay))
+        added = tl.where(slow, tl.load(change + decay_at), 0.0)
+        S = S * kept + S * added + kt[:, None] * vt[None, :]
+        tl.store(out + column, tl.sum(qt[:, None] * S, 0).to(out.dtype.element_ty), mask=column_ok)
+        tl.store(state + cell, S, mask=in_state)
+
+
+@triton.jit
+def _defer_kernel(
+    q, k, v, cos, sin, log_decay, state, active, out, keys, values, logs, pending,
+    q_batch, q_head, k_batch, k_head, v_batch, v_head, state_batch, scale,
+    H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, SLAB: tl.constexpr, FOLD: tl.constexpr, W: tl.constexpr,
+    ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    tile, h, b = _begin(H, V, BV, DEPENDENT)
+    column = tile * BV + tl.arange(0, BV)
+    column_ok = column < V
+    out += (b * H + h) * V
+    if tl.load(active + b) == 0:
+        tl.store(out + column, tl.zeros([BV], out.dtype.element_ty), mask=column_ok)
+    else:
+        g = h // HEADS_PER_GROUP
+        state += b * state_batch + h * (K * V)
+        q += b * q_batch + h * q_head
+        k += b * k_batch + g * k_head
+        turn_cos = None if ROTARY == "none" else cos + b * (K // 2)
+        turn_sin = None if ROTARY == "none" else sin + b * (K // 2)
+        n, i = tl.load(pending + b).to(tl.int32), tl.arange(0, W)
+        there = i < n
+        ring = (b * (H // HEADS_PER_GROUP) + g) * W
+        logs += (b * H + h) * W
+        decay = tl.load(log_decay + (b * H + h if PER_TOKEN else h))
+        age = tl.load(logs + i, mask=there, other=0.0)
+        # Decay since row i: of the later rows and of this token. Sums of logs, never differences: -inf is a reset.
+        since = tl.sum(tl.where(i[None, :] > i[:, None], age[None, :], 0.0), 1) + decay
+        total = tl.exp(tl.sum(age, 0) + decay)
+        weight = tl.where(there, tl.exp(since), 0.0)
+        vt = tl.load(v + b * v_batch + g * v_head + column, mask=column_ok, other=0.0).to(tl.float32)
+        old, score, own = tl.zeros([BV], tl.float32), tl.zeros([W], tl.float32), tl.zeros([SLAB], tl.float32)
+        for r0 in tl.static_range(0, BK, SLAB):
+            row = r0 + tl.arange(0, SLAB)
+            row_ok = row < K
+            cell = row[:, None] * V + column[None, :]
+            S = tl.load(state + cell, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+            qt = _turned(q, row, row_ok, turn_cos, turn_sin, K, ROTARY) * scale
+            kt = _turned(k, row, row_ok, turn_cos, turn_sin, K, ROTARY)
+            k_rows = tl.load(
+                keys + ring * K + i[:, None] * K + row[None, :], mask=there[:, None] & row_ok[None, :], other=0.0
+            ).to(tl.float32)
+            old += tl.sum(qt[:, None] * S, 0)
+            score += tl.sum(k_rows * qt[None, :], 1)
+            own += qt * kt
+            if (tile == 0) & (n < W - 1):
+                tl.store(keys + (ring + n) * K + row, kt.to(keys.dtype.element_ty), mask=row_ok)
+        v_rows = tl.load(
+            values + ring * V + i[:, None] * V + column[None, :], mask=there[:, None] & column_ok[None, :], other=0.0
+        ).to(tl.float32)
+        y = total * old + tl.sum((score * weight)[:, None] * v_rows, 0) + tl.sum(own, 0) * vt
+        tl.store(out + column, y.to(out.dtype.element_ty), mask=column_ok)
+        if n < W - 1:
+            tl.store(values + (ring + n) * V + column, vt.to(values.dtype.element_ty), mask=column_ok)
+            if tile == 0:
+                tl.store(logs + n, decay)
+        else:  # the state is read again: rare, and so nothing of it need be kept for it
+            weighted = v_rows * weight[:, None]
+            for f0 in range(0, BK, FOLD):
+                fold = f0 + tl.arange(0, FOLD)
+                fold_ok = fold < K
+                at = state + fold[:, None] * V + column[None, :]
+                in_state = fold_ok[:, None] & column_ok[None, :]
+                k_new = _turned(k, fold, fold_ok, turn_cos, turn_sin, K, ROTARY)
+                k_old = tl.load(
+                    keys + ring * K + i[None, :] * K + fold[:, None], mask=fold_ok[:, None] & there[None, :], other=0.0
+                ).to(tl.float32)
+                held = tl.load(at, mask=in_state, other=0.0) * total + k_new[:, None] * vt[None, :]
+                tl.store(at, tl.dot(k_old, weighted, held, input_precision="tf32x3"), mask=in_state)

@@ -1,0 +1,234 @@
+"""Decoding: one or a few tokens read recurrently (paper Eq. 6), the state updated in place.
+
+    S <- exp(log_decay_t) S + k_t^T v_t        out_t = scale q_t S
+
+Decoding moves states and little else. A program owns BV values of one head's state with all of K, so that no sum
+crosses programs. One token streams its slice through registers in slabs of rows, the next slab on its way while one is
+worked on; several tokens keep the slice in float32 registers over all of them, read once and written once.
+
+Slow decays subtract, S + expm1(log_decay) S: exp(log_decay) itself would be rounded to the same side at every token,
+and thousands of tokens add that up. A state narrower than float32 is rounded stochastically: to nearest, a decay above
+1 - 2^-9 would leave a bfloat16 state unchanged and nothing would be forgotten. The random bits are a hash of the call's
+q and k, the value and its place: equal inputs, equal bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retnet.kernels.retention.portable.segment_decay import decay_parts
+from retnet.kernels.retention.tiles import StepTile, power_of_two, step_tile
+from retnet.kernels.segments import head_rows
+
+# Bits of a float32 significand that a narrower dtype drops.
+DROPPED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+
+
+def retention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    tile: StepTile | None = None,
+) -> Tensor:
+    """q, k [B, T, G, K], v [B, T, H, V], state [B, H, K, V] (updated) -> out [B, T, H, V] in v's dtype."""
+    B, T, G, K = q.shape
+    H, V = v.shape[2:]
+    if state.dtype not in DROPPED_BITS:
+        raise TypeError(f"state is {state.dtype}; accepted on a GPU: {', '.join(map(str, DROPPED_BITS))}")
+    strides = [stride if size > 1 else None for size, stride in zip(state.shape, state.stride(), strict=True)]
+    if strides[3] not in (None, 1) or strides[2] not in (None, V) or 0 in strides[:2]:
+        raise ValueError(
+            f"state has strides {state.stride()}; accepted: [K, V] of each head contiguous and its own, to be updated "
+            "in place"
+        )
+    out = torch.empty(B, T, H, V, dtype=v.dtype, device=v.device)
+    if out.numel() == 0:
+        return out
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    tile = tile or step_tile(K, V, B * H, state.dtype, T)
+    _step_kernel[(B * H * triton.cdiv(V, tile.BV),)](
+        q,
+        k,
+        v,
+        log_decay.contiguous(),
+        state,
+        None if mask is None else mask.contiguous().view(torch.uint8),
+        out,
+        T,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *state.stride()[:2],
+        scale,
+        H=H,
+        HEADS_PER_GROUP=H // G,
+        K=K,
+        V=V,
+        BK=power_of_two(K),
+        BV=tile.BV,
+        SLAB=min(tile.slab, power_of_two(K)),
+        PER_TOKEN=log_decay.dim() == 3,
+        MASKED=mask is not None,
+        DROPPED_BITS=DROPPED_BITS[state.dtype],
+        ONE_TOKEN=T == 1,
+        num_warps=tile.warps,
+    )
+    return out
+
+
+def retention_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    state: Tensor | None,
+    mask: Tensor | None,
+    state_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, T, H, V], the state [B, H, K, V] after the T tokens), the given state left as it was."""
+    shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    if state is None:
+        final = torch.zeros(shape, dtype=torch.float32, device=v.device)
+    else:  # never rounded before it is read
+        as_given = state.dtype == state_dtype and state_dtype in DROPPED_BITS
+        final = torch.empty(shape, dtype=state_dtype if as_given else torch.float32, device=v.device).copy_(state)
+    return retention_step(q, k, v, log_decay, final, scale, mask), final.to(state_dtype)
+
+
+@triton.jit(do_not_specialize=["T", "q_batch", "k_batch", "v_batch"])
+def _step_kernel(
+    q, k, v, log_decay, state, mask, out, T,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, state_batch, state_head, scale,
+    H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, SLAB: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr,
+    DROPPED_BITS: tl.constexpr, ONE_TOKEN: tl.constexpr,
+):  # fmt: skip
+    V_TILES: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    h = (pid // V_TILES) % H
+    b = (pid // (V_TILES * H)).to(tl.int64)
+    columns = pid % V_TILES * BV + tl.arange(0, BV)
+    state += b * state_batch + h * state_head
+    q = head_rows(q, b, h // HEADS_PER_GROUP, q_batch, q_head)
+    k = head_rows(k, b, h // HEADS_PER_GROUP, k_batch, k_head)
+    v = head_rows(v, b, h, v_batch, v_head)
+    log_decay += (b * T * H if PER_TOKEN else 0) + h
+    out += (b * T * H + h) * V
+    if MASKED:
+        mask += b * T
+    if ONE_TOKEN:
+        _one_token(q, k, v, log_decay, state, mask, out, columns, scale, K, V, BK, BV, SLAB, MASKED, DROPPED_BITS)
+    else:
+        _tokens(
+            q, k, v, log_decay, state, mask, out, T, columns, (q_token, k_token, v_token), scale,
+            H, K, V, BK, PER_TOKEN, MASKED, DROPPED_BITS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _one_token(
+    q, k, v, log_decay, state, mask, out, columns, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLAB: tl.constexpr,
+    MASKED: tl.constexpr, DROPPED_BITS: tl.constexpr,
+):  # fmt: skip
+    """One token, the state in slabs [SLAB, BV]. A masked token reads and writes what leaves the state as it is."""
+    step, v_ok, limit = tl.load(log_decay), columns < V, K
+    if MASKED:
+        alive = tl.load(mask) != 0
+        step, limit = tl.where(alive, step, 0.0), tl.where(alive, K, 0)
+    vt = tl.load(v + columns, mask=v_ok, other=0.0).to(tl.float32)
+    seed = 0
+    if DROPPED_BITS > 0:
+        rows = tl.arange(0, BK)
+        bits = tl.load(k + rows, mask=rows < limit, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
+        bits += tl.load(q + rows, mask=rows < limit, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
+        seed = tl.sum(bits, 0)
+    total = tl.zeros([SLAB, BV], dtype=tl.float32)
+    slab = _load_slab(state, 0, columns, K, V, SLAB)
+    for r0 in tl.static_range(0, BK, SLAB):
+        S = slab
+        if r0 + SLAB < BK:
+            slab = _load_slab(state, r0 + SLAB, columns, K, V, SLAB)
+        rows = r0 + tl.arange(0, SLAB)
+        qt = tl.load(q + rows, mask=rows < limit, other=0.0).to(tl.float32) * scale
+        kt = tl.load(k + rows, mask=rows < limit, other=0.0).to(tl.float32)
+        S = _decay_and_write(S.to(tl.float32), step, kt, vt)
+        total += qt[:, None] * S
+        _store_state(state, S, rows, columns, seed, K, V, DROPPED_BITS)
+    tl.store(out + columns, tl.sum(total, 0).to(out.dtype.element_ty), mask=v_ok)
+
+
+@triton.jit
+def _tokens(
+    q, k, v, log_decay, state, mask, out, T, columns, strides, scale,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, DROPPED_BITS: tl.constexpr,
+):  # fmt: skip
+    """T tokens, the state [BK, BV] in registers."""
+    q_token, k_token, v_token = strides
+    rows = tl.arange(0, BK)
+    row_ok, column_ok = rows < K, columns < V
+    S = _load_slab(state, 0, columns, K, V, BK).to(tl.float32)
+    seed = tl.zeros([BK], dtype=tl.int32)
+    for _ in range(T):
+        k_ok, v_ok = row_ok, column_ok
+        step = tl.load(log_decay)
+        if MASKED:
+            alive = tl.load(mask) != 0
+            k_ok, v_ok = tl.where(alive, rows, K) < K, tl.where(alive, columns, V) < V
+            step = tl.where(alive, step, 0.0)
+            mask += 1
+        qt = tl.load(q + rows, mask=k_ok, other=0.0).to(tl.float32) * scale
+        kt = tl.load(k + rows, mask=k_ok, other=0.0).to(tl.float32)
+        vt = tl.load(v + columns, mask=v_ok, other=0.0).to(tl.float32)
+        S = _decay_and_write(S, step, kt, vt)
+        tl.store(out + columns, tl.sum(qt[:, None] * S, 0).to(out.dtype.element_ty), mask=column_ok)
+        q, k, v, out = q + q_token, k + k_token, v + v_token, out + H * V
+        if PER_TOKEN:
+            log_decay += H
+        if DROPPED_BITS > 0:
+            seed = seed * 31 + kt.to(tl.int32, bitcast=True) + qt.to(tl.int32, bitcast=True)
+    _store_state(state, S, rows, columns, tl.sum(seed, 0), K, V, DROPPED_BITS)
+
+
+@triton.jit
+def _load_slab(state, r0, columns, K: tl.constexpr, V: tl.constexpr, SLAB: tl.constexpr):
+    rows = r0 + tl.arange(0, SLAB)
+    return tl.load(
+        state + rows[:, None] * V + columns[None, :], mask=(rows < K)[:, None] & (columns < V)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _decay_and_write(S, step, kt, vt):
+    """exp(step) S + k^T v."""
+    factor, rest = decay_parts(step)
+    return S * factor + (S * rest + kt[:, None] * vt[None, :])
+
+
+@triton.jit
+def _store_state(state, S, rows, columns, seed, K: tl.constexpr, V: tl.constexpr, DROPPED_BITS: tl.constexpr):
+    cell = rows[:, None] * V + columns[None, :]
+    if DROPPED_BITS > 0:
+        S = _round_stochastically(S, cell, seed, DROPPED_BITS)
+    tl.store(state + cell, S.to(state.dtype.element_ty), mask=(rows < K)[:, None] & (columns < V)[None, :])
+
+
+@triton.jit
+def _round_stochastically(x, place, seed, DROPPED_BITS: tl.constexpr):
+    """x rounded up or down to the kept bits, with the odds of its distance: right on average."""
+    # The seed is mixed thoroughly, once a program; over calls it alone makes the noise of any value uniform.
+    seed = seed.to(tl.uint32, bitcast=True)
+    seed = (seed ^ (seed >> 16)) * 0x7FEB352D
+    seed = (seed ^ (seed >> 15)) * 0x46D9F3B3
+    seed = seed ^ (seed >> 16)
+    bits = x.to(tl.uint32, bitcast=True)
+    noise = (bits * 0x2C1B3C6D + place.to(tl.uint32, bitcast=True) * 0x27D4EB2D + seed) >> (32 - DROPPED_BITS)
+    kept = (bits + noise) & (0xFFFFFFFF - ((1 << DROPPED_BITS) - 1))
+    return kept.to(tl.float32, bitcast=True)

@@ -1,0 +1,80 @@
+"""Chunkwise retention on the GPU: which kernels take a call, and a plan that says so.
+
+`portable` takes every argument. On Hopper GPUs, 16 bits with a fixed decay and one query head a value head goes to
+`walk`, which keeps the state on chip (and has no gradient of log_decay and no states of packed sequences). Both are
+deterministic and neither waits for the device.
+"""
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from retnet.kernels.retention.portable.border_states import stored_dtype
+from retnet.kernels.retention.portable.passes import portable_backward, portable_forward, portable_tiles
+from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
+from retnet.kernels.retention.tiles import device_family, is_hopper, shared_tile, step_tile
+
+
+def retention_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
+    if _may_walk(problem.q, problem.v):
+        from retnet.kernels.retention.hopper import passes as hopper
+
+        if hopper.walk_supported(problem):
+            return hopper.walk_forward(problem, state_dtype)
+    return portable_forward(problem, state_dtype)
+
+
+def retention_backward(
+    problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, *, need_dlog_decay: bool, need_dstate: bool
+) -> RetentionGradients:
+    """RetentionGradients from those of the output and of the final state, if any."""
+    if not need_dlog_decay and _may_walk(problem.q, problem.v):
+        from retnet.kernels.retention.hopper import passes as hopper
+
+        if hopper.walk_supported(problem, dfinal):
+            return hopper.walk_backward(problem, dout, dfinal, need_dstate=need_dstate)
+    return portable_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
+
+
+NOT_WALKED = (
+    "a gradient of log_decay, mask and cu_seqlens together (float16: either), a state that is not float32, "
+    "with cu_seqlens any state or gradient of the last one"
+)
+
+
+def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: bool) -> dict[str, object]:
+    """The kernels and block shapes that q [B, T, G, K] and v [B, T, H, V] will run with in a mode. `chunk`: tokens."""
+    family = device_family(q.device)
+    if mode == "recurrent":
+        tile = step_tile(q.shape[-1], v.shape[-1], v.shape[0] * v.shape[2], torch.float32, q.shape[1])
+        packed = "plain operators, a token at a time"
+        return {"kernels": "step", "chunk": 1, "device_family": family, **asdict(tile), "cu_seqlens": packed}
+    shape = v.shape[:3] if per_token else v.shape[2:3]
+    log_decay = torch.empty(shape, dtype=torch.float32, device=v.device)
+    problem = RetentionProblem(q, q, v, log_decay, 1.0, chunk_size=chunk_size)
+    tiles = portable_tiles(problem)
+    shared = shared_tile(family, stored_dtype(v.dtype), q.shape[-1], v.shape[-1], tiles.segment)
+    result: dict[str, object] = {
+        "kernels": "portable",
+        "chunk": tiles.segment,
+        "device_family": family,
+        "segment": tiles.segment,
+        "stored_states": str(stored_dtype(v.dtype)).removeprefix("torch."),
+        **{name: asdict(getattr(tiles, name)) for name in ("state", "key_contraction", "value_contraction")},
+    }
+    if q.shape[2] < v.shape[2] and shared is not None:
+        result["heads_that_share"] = asdict(shared)  # in place of the contractions
+    if _may_walk(q, v):
+        from retnet.kernels.retention.hopper import passes as hopper
+
+        if hopper.walk_supported(problem):
+            walked = hopper.walk_plan(*v.shape[:3], q.shape[-1], v.shape[-1], v.device)
+            result |= {"kernels": "walk", "chunk": hopper.CHUNK, "walk": walked, "portable_for": NOT_WALKED}
+    return result
+
+
+def _may_walk(q: Tensor, v: Tensor) -> bool:
+    """Cheap and without the walk's imports, which other devices may lack: the walk itself decides."""
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] == v.shape[2] and is_hopper(q.device)

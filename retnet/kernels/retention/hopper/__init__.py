@@ -1,0 +1,1 @@
+"""Chunkwise retention for Hopper GPUs: the state stays on chip."""

@@ -1,0 +1,141 @@
+"""How a walk is launched: its tile, its compiled variants, and the descriptors of what it reads and writes."""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
+
+from retnet.kernels.retention.hopper.walk import walk_kernel
+from retnet.kernels.retention.hopper.warp_roles import CHUNK, ROWS
+
+MOST_KEYS = 256  # of a program: [64 values, 256 keys] in float32 take half the registers of a warpgroup's threads
+_BLOCK_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)  # of a descriptor's tile
+
+
+@dataclass(frozen=True)
+class WalkTile:
+    """How one walk is cut: keys and warpgroups (64 values each) a program, ring slots, registers of the roles."""
+
+    keys: int
+    splits: int
+    groups: int
+    x_stages: int
+    y_stages: int
+    z_stages: int
+    mix_registers: int
+    score_registers: int
+
+
+@cache
+def tile_of(keys: int, values: int, narrow: bool) -> WalkTile:
+    """The tile of a walk that contracts over `keys` and makes `values`.
+
+    Two warpgroups share x and y tiles, one has them by itself if `narrow`. The registers of four roles at 256 keys are
+    what compiles without spills and without serialized products; there is no slack.
+    """
+    splits = max(1, keys // MOST_KEYS)
+    keys //= splits
+    groups = 2 if not narrow and (values >= 256 or (values == 128 and keys == 64)) else 1
+    stages = 2 if keys == 256 else 3
+    mix_registers, score_registers = {256: (216, 64), 128: (184, 96), 64: (136, 96)}[keys]
+    if groups == 1:
+        score_registers = 96
+    return WalkTile(keys, splits, groups, stages, stages, stages, mix_registers, score_registers)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The constants of a compiled walk, in the kernel's order; `programs` that a head and part take."""
+
+    programs: int
+    constants: tuple[int | bool, ...]
+
+
+@lru_cache(maxsize=256)
+def variant_of(
+    K: int, V: int, narrow: bool, over_values: bool, reverse: bool, *, read: bool, placed: bool, per_document: bool,
+    has_initial: bool, store_final: bool,
+) -> Variant:  # fmt: skip
+    tile, values = (tile_of(V, K, narrow), K) if over_values else (tile_of(K, V, narrow), V)
+    constants = {
+        "KEYS": tile.keys,
+        "VALUES": values,
+        "SPLITS": tile.splits,
+        "GROUPS": tile.groups,
+        "KEY_STRIDE": 1 if over_values else V,
+        "VALUE_STRIDE": V if over_values else 1,
+        "REVERSE": reverse,
+        "READ": read,
+        "PLACED": placed,
+        "PER_DOCUMENT": per_document,
+        "HAS_INITIAL": has_initial,
+        "STORE_FINAL": store_final,
+        "X_STAGES": tile.x_stages,
+        "Y_STAGES": tile.y_stages if read else 3,  # without readers there is room
+        "Z_STAGES": tile.z_stages if read else 3,
+        "MIX_REGISTERS": tile.mix_registers,
+        "SCORE_REGISTERS": tile.score_registers,
+        "LOAD_REGISTERS": 24,
+    }
+    names = walk_kernel.arg_names[-len(constants) :]
+    return Variant(tile.splits * values // (ROWS * tile.groups), tuple(constants[name] for name in names))
+
+
+# Triton's own look-up of a compiled kernel inspects every argument again: most of the host's time of a launch here.
+_compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
+
+
+def launch(variant: Variant, programs: int, arguments: tuple) -> None:
+    """Launch the walk; the key holds all that its code depends on, with aligned pointers (others take Triton's way)."""
+    log_decay, states_in, states_out, places, documents, factors = arguments[4], *arguments[6:11]
+    key = (
+        variant.constants,
+        arguments[0].base.dtype,
+        arguments[12],
+        documents.dtype,
+        driver.active.get_current_device(),
+    )
+    compiled = _compiled.get(key)
+    bits = log_decay.data_ptr() | states_in.data_ptr() | states_out.data_ptr() | places.data_ptr()
+    aligned = (bits | documents.data_ptr() | factors.data_ptr()) % 16 == 0
+    if compiled is not None and aligned:
+        compiled[programs, 1, 1](*arguments, *variant.constants)
+        return
+    compiled = walk_kernel[(programs,)](*arguments, *variant.constants, num_warps=4)
+    if aligned:
+        _compiled[key] = compiled
+
+
+def tma_rows(x: Tensor) -> Tensor:
+    """x itself if TMA can address it (contiguous last axis, base and other strides of 16 bytes each), else a copy."""
+    if x.data_ptr() % 16 == 0:
+        if x.is_contiguous():
+            return x
+        step = 16 // x.element_size()
+        *outer, last = _geometry(x.shape, x.stride())[1]
+        if last == 1 and all(stride > 0 and stride % step == 0 for stride in outer):
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=1024)
+def _geometry(shape: torch.Size, strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Sizes and strides for TMA, which reads the strides of axes of size 1 as well: there any aligned one will do."""
+    outer = [stride if size > 1 else shape[-1] for size, stride in zip(shape[:-1], strides)]
+    return list(shape), [*outer, strides[-1]]
+
+
+def descriptor(x: Tensor, width: int) -> TensorDescriptor:
+    """Tiles [CHUNK tokens, width features] of one head of x [B, T, H, features].
+
+    Made without the constructor, whose checks `tma_rows` has made, and which would take as long as the launch."""
+    described = object.__new__(TensorDescriptor)
+    described.base = x
+    described.shape, described.strides = _geometry(x.shape, x.stride())
+    described.block_shape, described.layout = [1, CHUNK, 1, width], _BLOCK_LAYOUT
+    return described

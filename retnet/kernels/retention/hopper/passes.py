@@ -1,0 +1,268 @@
+"""Retention on Hopper with the state on chip: what runs, in which order, and with which tiles.
+
+The adjoint of retention is retention, so one kernel (`walk_kernel`) makes everything: the output, and dV, dQ and dK as
+walks with the tensors in other roles; where heads are small, dK and dV share one (`walk_keys_values`). No state is
+written to memory. Where B * H * (slices of V) programs would leave most of the chip idle, the sequence is split into
+parts: a pass over all parts at once, without readers, finds what each adds to the state, `carry_kernel` chains these,
+and the walks start every part from its true state.
+
+Masked tokens, read from a copy that has zeros there, and packed documents change a few chunks' decays (`walk_places`).
+The last states of packed documents, which may end within a chunk, come from a walk of each document by itself.
+
+No host synchronization, and no sum whose order could change its bits: two runs give the same. Memory beyond outputs and
+gradients: the parts' states, and copies of masked tensors and of rows that TMA cannot address.
+
+Left out, and left to the portable kernels: per-token decay, the gradient of log_decay, initial states of packed
+documents and gradients of their last ones, packing and a mask together, groups of heads, float32, and float16 with a
+mask or packing (a special chunk's decays know no `state_range`).
+
+A chunk that holds a document's border multiplies what lies across it by zero, so NaN or infinity does not stay within
+its document there: it reaches the neighbours' tokens of that chunk, and what follows.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from retnet.kernels.retention.hopper.carry import carry_kernel
+from retnet.kernels.retention.hopper.float16_range import state_factors
+from retnet.kernels.retention.hopper.keys_values import fits_keys_values, keys_values_supported, walk_keys_values
+from retnet.kernels.retention.hopper.launch import descriptor, launch, tile_of, tma_rows, variant_of
+from retnet.kernels.retention.hopper.token_codes import walk_places
+from retnet.kernels.retention.hopper.warp_roles import CHUNK, ROWS
+from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
+from retnet.kernels.retention.tiles import is_hopper, multiprocessors
+
+KEYS = (64, 128, 256)
+VALUES = (64, 128, 256, 512)
+LEAST_PART = 16  # chunks a part of a split sequence has at least: below, its start costs more than it saves
+
+
+def walk_supported(problem: RetentionProblem, dfinal: Tensor | None = None) -> bool:
+    """Whether the walk takes these arguments: a Hopper GPU, 16 bits, fixed decay, one query head per value head.
+
+    The caller asks apart whether the gradient of log_decay is wanted: the walk does not make it.
+    """
+    q, v, state = problem.q, problem.v, problem.state
+    q_shape, v_shape = q.shape, v.shape
+    return (
+        is_hopper(q.device)
+        and (v.dtype == torch.bfloat16 or (v.dtype == torch.float16 and problem.plain))
+        and q_shape[2] == v_shape[2]
+        and q_shape[3] in KEYS
+        and v_shape[3] in VALUES
+        and min(q_shape[:3]) > 0
+        and problem.log_decay.dim() == 1
+        and (state is None or state.dtype == torch.float32)
+        and (problem.cu_seqlens is None or (problem.mask is None and state is None and dfinal is None))
+    )
+
+
+def walk_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """out [B, T, H, V], and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
+    q, k, v = (_rows(problem, x) for x in (problem.q, problem.k, problem.v))
+    call = _Call.of(problem)
+    starts = call.part_starts(k, v, problem.state, reverse=False)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    packed, wanted = problem.cu_seqlens is not None, state_dtype is not None
+    ends = call.walk(q, k, v, starts, reverse=False, out=out, store_final=wanted and not packed)
+    if wanted and packed:
+        starts = _Starts(None, None)
+        ends = call.walk(None, k, v, starts, reverse=False, out=None, store_final=True, documents=problem.cu_seqlens)
+    return out, None if ends is None else starts.unscaled(ends[:, :, -1]).to(state_dtype).contiguous()
+
+
+def walk_backward(
+    problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, *, need_dstate: bool
+) -> RetentionGradients:
+    """Gradients from those of the output and of the final state, if any; packed documents have no initial state here.
+
+    Walks take turns in direction, so that each begins with what the one before has left in the cache.
+    """
+    q, k, v, dout = (_rows(problem, x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
+    call = _Call.of(problem)
+    dstarts = call.part_starts(q, dout, None if dfinal is None else dfinal.float(), reverse=True)
+    if problem.plain and not call.cut.narrow and keys_values_supported(q, k, v, dout):
+        parts, part_chunks = call.cut.parts, call.cut.part_chunks
+        dk, dv, dstate = walk_keys_values(
+            q, k, v, dout, call.log_decay, problem.scale, *dstarts,
+            parts=parts, part_chunks=part_chunks, need_dstate=need_dstate,
+        )  # fmt: skip
+        dstate = None if dstate is None else dstarts.unscaled(dstate)
+        return RetentionGradients(call.dq(dout, k, v), dk, dv, None, dstate)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    ends = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=need_dstate)
+    dq = call.dq(dout, k, v)
+    dk = call.walk_over_values(v, dout, q, dstarts, reverse=True)
+    dstate = None if ends is None else dstarts.unscaled(ends[:, :, 0]).contiguous()
+    return RetentionGradients(dq, dk, dv, None, dstate)
+
+
+def _rows(problem: RetentionProblem, x: Tensor) -> Tensor:
+    """x as TMA can address it, zeros at masked tokens: their factor is 0, but what lies there may be NaN."""
+    return tma_rows(x if problem.mask is None else x.masked_fill(~problem.mask[..., None, None], 0))
+
+
+def walk_plan(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> dict[str, object]:
+    """What a call of this size will run."""
+    cut = _cut(B, T, H, K, V, device)
+    tiles = {"over_keys": tile_of(K, V, cut.narrow), "over_values": tile_of(V, K, cut.narrow)}
+    together = not cut.narrow and fits_keys_values(T, K, V)
+    dk_and_dv = "one walk, of rows without mask or documents" if together else "two walks"
+    return {"kernels": "walk_kernel", "chunk": CHUNK, **asdict(cut), **tiles, "dk_and_dv": dk_and_dv}
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The walks of one forward or backward pass."""
+
+    problem: RetentionProblem
+    log_decay: Tensor
+    places: Tensor | None
+    cut: "_Cut"
+
+    @classmethod
+    def of(cls, problem: RetentionProblem) -> "_Call":
+        q, device = problem.q, problem.q.device
+        B, T, H, K = q.shape
+        places = None if problem.plain else walk_places(B, T, problem.mask, problem.cu_seqlens, device)
+        return cls(problem, problem.log_decay.contiguous(), places, _cut(B, T, H, K, problem.v.shape[3], device))
+
+    def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> "_Starts":
+        """Where the parts of the sequence start, given that it starts from `state` (None: zeros)."""
+        factors = None
+        if z.dtype == torch.float16:
+            factors = state_factors(y, z, self.problem.scale if reverse else 1.0, state)
+            state = None if state is None else state * factors[:, None, None]
+        if self.cut.parts == 1:
+            return _Starts(None if state is None else state.contiguous().unsqueeze(2), factors)
+        states = self.walk(None, y, z, _Starts(None, factors), reverse=reverse, out=None, store_final=True)
+        (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
+        carry_kernel[(B * H, triton.cdiv(K * V, 1024))](
+            states,
+            states if state is None else state.contiguous(),
+            self.log_decay,
+            self.log_decay if self.places is None else self.places,
+            T,
+            self.cut.part_chunks,
+            self.cut.parts,
+            H,
+            K * V,
+            HAS_INITIAL=state is not None,
+            PLACED=self.places is not None,
+            REVERSE=reverse,
+            CHUNK=CHUNK,
+            BLOCK=1024,
+            num_warps=4,
+        )
+        return _Starts(states, factors)
+
+    def dq(self, dout: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        starts = self.part_starts(k, v, self.problem.state, reverse=False)
+        return self.walk_over_values(dout, v, k, starts, reverse=False)
+
+    def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: "_Starts", reverse: bool) -> Tensor:
+        """dQ = walk(dO, V, K), dK = reverse walk(V, dO, Q): the contraction runs over V, in ranges where V is wide."""
+        whole = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1], self.cut.narrow).splits == 1
+        make = torch.empty if whole else torch.zeros  # two ranges add to what is there
+        out = make(z.shape, dtype=z.dtype, device=z.device)
+        self.walk(x, y, z, starts, reverse=reverse, out=out, store_final=False, over_values=True)
+        return out
+
+    def walk(
+        self,
+        x: Tensor | None,
+        y: Tensor,
+        z: Tensor,
+        starts: "_Starts",
+        reverse: bool,
+        out: Tensor | None,
+        store_final: bool,
+        over_values: bool = False,
+        documents: Tensor | None = None,
+    ) -> Tensor | None:
+        """Launch one walk over readers x, writers y, values z; returns every part's last state if `store_final`.
+
+        Without readers, the part that the walk ends with is left out: no other starts from its last state.
+        With `documents` (cu_seqlens) every document is walked by itself, from its first token on.
+        """
+        (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
+        cut, places = self.cut, self.places
+        narrow, parts, part_chunks = cut.narrow, cut.parts, cut.part_chunks
+        if documents is not None:
+            B, parts, part_chunks, places = documents.shape[0] - 1, 1, triton.cdiv(T, CHUNK), None
+        ends = torch.empty(B, H, parts, K, V, dtype=torch.float32, device=y.device) if store_final else None
+        tile = tile_of(V, K, narrow) if over_values else tile_of(K, V, narrow)
+        variant = variant_of(
+            K,
+            V,
+            narrow,
+            over_values,
+            reverse,
+            read=x is not None,
+            placed=places is not None,
+            per_document=documents is not None,
+            has_initial=starts.states is not None,
+            store_final=store_final,
+        )
+        y_desc = descriptor(y, tile.keys)
+        unused = self.log_decay
+        arguments = (
+            y_desc if x is None else descriptor(x, tile.keys),
+            y_desc,
+            descriptor(z, ROWS * tile.groups),
+            descriptor(z if out is None else out, ROWS),
+            self.log_decay,
+            self.problem.scale,
+            unused if starts.states is None else starts.states,
+            unused if ends is None else ends,
+            unused if places is None else places,
+            unused if documents is None else documents,
+            unused if starts.factors is None else starts.factors,
+            T,
+            H,
+            parts,
+            part_chunks,
+        )
+        walked = parts - 1 if x is None and documents is None else parts
+        launch(variant, B * H * walked * variant.programs, arguments)
+        return ends
+
+
+class _Starts(NamedTuple):
+    """States [B, H, parts, K, V] from which the parts of a sequence start (None: zeros), carried in `factors` [H] times
+    their size (None: as they are)."""
+
+    states: Tensor | None
+    factors: Tensor | None
+
+    def unscaled(self, states: Tensor) -> Tensor:
+        """Last states [B, H, K, V] of walks that started here."""
+        return states if self.factors is None else states / self.factors[:, None, None]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How the walks of a problem are spread: `narrow` tiles, the parts of a sequence, and the chunks of each part but
+    the last, which may have fewer."""
+
+    narrow: bool
+    parts: int
+    part_chunks: int
+
+
+@lru_cache(maxsize=4096)
+def _cut(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> _Cut:
+    """Enough programs for the chip. Where twice as many would do, narrow tiles, which score each pair twice as often,
+    cost less than finding the states between two parts."""
+    chunks, processors = triton.cdiv(T, CHUNK), multiprocessors(device)
+    programs = B * H * V // (ROWS * tile_of(K, V, False).groups)
+    wanted = max(1, processors // programs)
+    if wanted == 2 and tile_of(K, V, False).groups == 2:
+        return _Cut(True, 1, chunks)
+    part_chunks = max(triton.cdiv(chunks, wanted), min(chunks, LEAST_PART))
+    return _Cut(False, triton.cdiv(chunks, part_chunks), part_chunks)

@@ -1,0 +1,68 @@
+"""Where masked tokens and packed documents' borders lie, in the form that the walk reads.
+
+One int32 a token, chunks padded to whole ones: [B, chunks * CHUNK] of
+
+    document << 8 | special << 7 | count
+
+`document` is complemented for a masked token; `count` is the number of unmasked tokens of the chunk through this one,
+so a decay between two tokens is gamma to the difference; `special` repeats in every token of a chunk that has a masked
+token or holds or follows a document's border. Every other chunk is walked as if there were neither. Nothing is built
+per head, and no length is read on the host.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retnet.kernels.retention.hopper.warp_roles import CHUNK
+
+
+def walk_places(B: int, T: int, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """mask [B, T] bool or cu_seqlens [N + 1] (with B = 1) -> places [B, ceil(T / CHUNK) * CHUNK] int32."""
+    chunks = triton.cdiv(T, CHUNK)
+    places = torch.empty(B, chunks * CHUNK, dtype=torch.int32, device=device)
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _places_kernel[(B * chunks,)](
+        places,
+        places if mask is None else mask.contiguous().view(torch.uint8),
+        places if cu_seqlens is None else cu_seqlens,
+        T,
+        documents,
+        documents.bit_length(),
+        MASKED=mask is not None,
+        C=CHUNK,
+        num_warps=2,
+    )
+    return places
+
+
+@triton.jit
+def _document_of(token, cu_seqlens, documents, steps):
+    """The number of documents that end at or before each token, by bisection."""
+    low = token * 0
+    high = low + documents
+    for _ in range(steps):
+        middle = (low + high) // 2
+        open_ = low < high
+        ended = tl.load(cu_seqlens + middle + 1, mask=open_, other=0) <= token
+        low = tl.where(open_ & ended, middle + 1, low)
+        high = tl.where(open_ & ~ended, middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["tokens", "documents", "steps"])
+def _places_kernel(places, mask, cu_seqlens, tokens, documents, steps, MASKED: tl.constexpr, C: tl.constexpr):
+    chunks = tl.cdiv(tokens, C)
+    row = tl.program_id(0) // chunks
+    first = tl.program_id(0) % chunks * C
+    token = first + tl.arange(0, C)
+    real = token < tokens
+    if MASKED:
+        real = real & (tl.load(mask + row.to(tl.int64) * tokens + token, mask=real, other=0) != 0)
+    document = _document_of(tl.minimum(token, tokens - 1), cu_seqlens, documents, steps)
+    before = _document_of(tl.maximum(first - 1 + tl.arange(0, C) * 0, 0), cu_seqlens, documents, steps)
+    special = (tl.min(real.to(tl.int32), 0) == 0) | (tl.max(document, 0) != tl.max(before, 0))
+    code = tl.where(real, document, ~document)
+    place = (code << 8) | (special.to(tl.int32) << 7) | tl.cumsum(real.to(tl.int32), 0)
+    tl.store(places + row.to(tl.int64) * chunks * C + token, place)

@@ -1,0 +1,1 @@
+"""Chunkwise retention in plain Triton: every argument, every GPU that Triton knows."""

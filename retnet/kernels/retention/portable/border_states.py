@@ -1,0 +1,182 @@
+"""The state-only walk: the state at one border of every segment, and the state at the far end of a sequence.
+
+    forward:   S_end  = gamma(segment) S_start + sum_t leave_t  k_t^T v_t          stored: S_start of every segment
+    reversed:  dS_start = gamma(segment) dS_end + scale sum_t enter_t q_t^T dout_t  stored: dS_end of every segment
+
+The adjoint of retention is retention read backwards, so one kernel makes both. A program keeps a [BK, BV] tile of one
+head's state in float32 registers and walks its sequence in chunks of BT tokens; the weight, <= 1, is put on x, the
+operand that the tensor cores take from registers. Where sequences are too few to fill the chip they are walked in
+parts, each from a state of zeros, and joined afterwards (`state_parts`).
+
+States are stored once a segment (L tokens), not once a chunk: at K = 256, V = 512 a state per 64 tokens would move more
+bytes than q, k, v and out together. Stored states are bfloat16 for bfloat16 inputs (the next product would round them
+anyway) and float32 otherwise (float16 would overflow at 65504); beside float16 inputs they are rounded to tf32's 10
+bits here, since tensor cores would cut the rest off.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retnet.kernels.retention.portable.segment_decay import (
+    SegmentDecay,
+    decay_of_head,
+    decay_parts,
+    enter,
+    enter_exponent,
+    leave,
+)
+from retnet.kernels.retention.portable.sequence_parts import as_stored, join_parts, part_bounds
+from retnet.kernels.retention.tiles import StateTile, multiprocessors, precision
+from retnet.kernels.segments import Segments, head_rows, load_tile, sequence_bounds, state_of, tokens_ok
+
+PROGRAMS_A_PROCESSOR = 4  # of split walks: one hides another's latency
+LEAST_PART = 8  # segments a part has at least: below, joining costs more than it saves
+MOST_PARTS = 16
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the states between two kernels."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def walk_states(
+    x: Tensor,
+    y: Tensor,
+    decay: SegmentDecay,
+    layout: Segments,
+    tile: StateTile,
+    *,
+    scale: float,
+    initial: Tensor | None,
+    final_dtype: torch.dtype | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """x [tokens, G, K], y [tokens, H, V] -> (states [slots, H, K, V], final [N, H, K, V]; no `final_dtype`: None)."""
+    G, K = x.shape[1:]
+    H, V = y.shape[1:]
+    states = torch.empty(layout.num_slots, H, K, V, dtype=stored_dtype(x.dtype), device=x.device)
+    final = None
+    if final_dtype is not None:
+        final = torch.empty(layout.num_sequences, H, K, V, dtype=final_dtype, device=x.device)
+    if layout.num_sequences == 0:
+        return states, final
+    programs = triton.cdiv(K, tile.BK) * triton.cdiv(V, tile.BV) * H * layout.num_sequences
+    parts, processors = 1, multiprocessors(x.device)
+    if programs < processors:
+        parts = most_parts(layout.num_tokens, layout.num_sequences, layout.segment)
+        parts = min(parts, PROGRAMS_A_PROCESSOR * processors // programs)
+    ends = final  # of the walks
+    to_tf32 = x.dtype == torch.float16
+    if parts > 1:
+        ends = torch.empty(layout.num_sequences, parts, H, K, V, dtype=torch.float32, device=x.device)
+    _walk_kernel[(programs * parts,)](
+        x,
+        y,
+        None if initial is None else initial.contiguous(),
+        states,
+        ends,
+        decay.rate,
+        decay.sums,
+        decay.mask,
+        layout.cu_seqlens,
+        layout.first_slot,
+        layout.tokens_per_row,
+        layout.num_tokens,
+        parts,
+        x.stride(0),
+        x.stride(1),
+        y.stride(0),
+        y.stride(1),
+        scale,
+        H=H,
+        HEADS_PER_GROUP=H // G,
+        K=K,
+        V=V,
+        L=layout.segment,
+        BT=min(tile.BT, layout.segment),
+        BK=tile.BK,
+        BV=tile.BV,
+        REVERSE=reverse,
+        PER_TOKEN=decay.per_token,
+        MASKED=decay.mask is not None,
+        PACKED=layout.packed,
+        LAST_END=final is not None,
+        TO_TF32=to_tf32,
+        PRECISION=precision(x.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if parts > 1:
+        join_parts(states, ends, final, decay, layout, reverse=reverse, to_tf32=to_tf32)
+    return states, final
+
+
+def most_parts(tokens: int, num_sequences: int, segment: int) -> int:
+    """The parts that a sequence of mean length may be walked in."""
+    return max(1, min(MOST_PARTS, tokens // max(1, num_sequences) // (LEAST_PART * segment)))
+
+
+@triton.jit(do_not_specialize=["T", "num_tokens", "parts"])
+def _walk_kernel(
+    x, y, initial, states, ends,
+    rate, sums, mask, cu_seqlens, first_slot, T, num_tokens, parts,
+    x_token, x_head, y_token, y_head, scale,
+    H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    LAST_END: tl.constexpr, TO_TF32: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`ends` [N, parts, H, K, V]; without LAST_END nobody reads the last part's."""
+    CHUNKS: tl.constexpr = L // BT
+    V_TILES: tl.constexpr = (V + BV - 1) // BV
+    TILES: tl.constexpr = V_TILES * ((K + BK - 1) // BK)
+    pid = tl.program_id(0)
+    h = (pid // TILES) % H
+    part = pid // (TILES * H) % parts
+    n = pid // (TILES * H * parts)
+    k = (pid % TILES) // V_TILES * BK + tl.arange(0, BK)
+    v = (pid % TILES) % V_TILES * BV + tl.arange(0, BV)
+    in_state = (k < K)[:, None] & (v < V)[None, :]
+    cell = k[:, None] * V + v[None, :]
+
+    start, length, slot0, count = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
+    log_decay, sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
+    x = head_rows(x, start, h // HEADS_PER_GROUP, x_token, x_head)
+    y = head_rows(y, start, h, y_token, y_head)
+
+    state = tl.zeros([BK, BV], dtype=tl.float32)
+    if initial is not None and part == 0:
+        given = state_of(initial, n, h, H, K * V) + cell
+        state += tl.load(given, mask=in_state, other=0.0).to(tl.float32)
+
+    first, last = part_bounds(part, parts, count)
+    end = last * CHUNKS
+    if not LAST_END and part == parts - 1:
+        end -= CHUNKS - 1  # nobody reads what the last segment adds
+    for chunk in range(first * CHUNKS, end):
+        s = chunk // CHUNKS
+        if REVERSE:
+            s = count - 1 - s
+        begin = s * L  # of the segment, in its sequence
+        inside = tl.minimum(length - begin, L)
+        if chunk % CHUNKS == 0:
+            border = state_of(states, slot0 + s, h, H, K * V) + cell
+            tl.store(border, as_stored(state, states.dtype.element_ty, TO_TF32), mask=in_state)
+            factor, rest = decay_parts(enter_exponent(log_decay, sums + begin, plane, inside - 1, PER_TOKEN, MASKED))
+            state = state * factor + state * rest
+        position = (chunk % CHUNKS) * BT + tl.arange(0, BT)
+        if REVERSE:
+            weight = enter(log_decay, sums + begin, plane, position, inside, PER_TOKEN, MASKED)
+        else:
+            weight = leave(log_decay, sums + begin, plane, position, inside, PER_TOKEN, MASKED)
+        ok = tokens_ok(mask, start + begin, position, inside, MASKED)
+        row = begin.to(tl.int64)
+        xs = tl.trans(load_tile(x + row * x_token, position, k, x_token, ok, K, BK))
+        ys = load_tile(y + row * y_token, position, v, y_token, ok, V, BV)
+        xs = (xs * (weight * scale)[None, :]).to(x.dtype.element_ty)
+        state = tl.dot(xs, ys, state, input_precision=PRECISION)
+
+    if ends is not None:
+        tl.store(state_of(ends, n * parts + part, h, H, K * V) + cell, state.to(ends.dtype.element_ty), mask=in_state)

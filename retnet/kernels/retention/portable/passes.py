@@ -1,0 +1,144 @@
+"""Chunkwise retention (paper Eq. 7) in plain Triton, for every argument and every GPU that Triton knows.
+
+Two passes each way: a walk leaves the state at every segment's border, then all segments run at once. The backward pass
+recomputes the forward's states instead of saving them: memory beyond inputs, outputs and gradients is one state a
+segment (two where log_decay has a gradient), in bfloat16 for bfloat16 inputs. No host synchronisation, no atomics: two
+runs give the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from retnet.kernels.retention.portable.border_states import most_parts, walk_states
+from retnet.kernels.retention.portable.decay_gradient import decay_gradient
+from retnet.kernels.retention.portable.segment import read_segments
+from retnet.kernels.retention.portable.segment_decay import SegmentDecay
+from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
+from retnet.kernels.retention.tiles import SEGMENTS, Tiles, tiles_on
+from retnet.kernels.segments import Segments
+
+
+def portable_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
+    tiles, layout, decay = _prepare(problem)
+    q, k, v = _rows(problem.q), _rows(problem.k), _rows(problem.v)
+    states, final = walk_states(
+        k, v, decay, layout, tiles.state, scale=1.0, initial=problem.state, final_dtype=state_dtype, reverse=False
+    )
+    out, _ = read_segments(
+        q,
+        k,
+        v,
+        states,
+        decay,
+        layout,
+        tiles.key_contraction,
+        state_scale=problem.scale,
+        pair_scale=problem.scale,
+        reverse=False,
+        sum_heads=False,
+    )
+    return out.view(problem.v.shape), final
+
+
+def portable_backward(
+    problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, *, need_dlog_decay: bool, need_dstate: bool
+) -> RetentionGradients:
+    """RetentionGradients from those of the output and of the final state, if any."""
+    tiles, layout, decay = _prepare(problem)
+    scale = problem.scale
+    dout, q, k, v = (_rows(x) for x in (dout.to(problem.v.dtype), problem.q, problem.k, problem.v))
+    states, final = walk_states(
+        k,
+        v,
+        decay,
+        layout,
+        tiles.state,
+        scale=1.0,
+        initial=problem.state,
+        final_dtype=torch.float32 if need_dlog_decay and dfinal is not None else None,
+        reverse=False,
+    )
+    dq, q_dot_dq = read_segments(
+        dout,
+        v,
+        k,
+        states,
+        decay,
+        layout,
+        tiles.value_contraction,
+        state_scale=scale,
+        pair_scale=scale,
+        reverse=False,
+        sum_heads=True,
+        row_dot_with=q if need_dlog_decay else None,
+    )
+    if not need_dlog_decay:
+        del states  # before the adjoint states take as much memory
+    dstates, dstate = walk_states(
+        q,
+        dout,
+        decay,
+        layout,
+        tiles.state,
+        scale=scale,
+        initial=dfinal,
+        final_dtype=torch.float32 if need_dstate else None,
+        reverse=True,
+    )
+    dv, _ = read_segments(
+        k,
+        q,
+        dout,
+        dstates,
+        decay,
+        layout,
+        tiles.key_contraction,
+        state_scale=1.0,
+        pair_scale=scale,
+        reverse=True,
+        sum_heads=False,
+    )
+    dk, k_dot_dk = read_segments(
+        v,
+        dout,
+        q,
+        dstates,
+        decay,
+        layout,
+        tiles.value_contraction,
+        state_scale=1.0,
+        pair_scale=scale,
+        reverse=True,
+        sum_heads=True,
+        row_dot_with=k if need_dlog_decay else None,
+    )
+    dlog_decay = None
+    if q_dot_dq is not None and k_dot_dk is not None:
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        grad = decay_gradient(q_dot_dq, k_dot_dk, states, dstates, final, dfinal, decay, layout)
+        dlog_decay = grad.view(problem.log_decay.shape) if decay.per_token else grad.sum(0)
+    shapes = problem.q.shape, problem.k.shape, problem.v.shape
+    return RetentionGradients(dq.view(shapes[0]), dk.view(shapes[1]), dv.view(shapes[2]), dlog_decay, dstate)
+
+
+def portable_tiles(problem: RetentionProblem) -> Tiles:
+    """The block shapes of a problem."""
+    q, v = problem.q, problem.v
+    sequences, per_token = problem.num_sequences, problem.log_decay.dim() == 3
+    walks = sequences * v.shape[2] * most_parts(v.shape[0] * v.shape[1], sequences, max(SEGMENTS))
+    return tiles_on(q.device, v.dtype, q.shape[-1], v.shape[-1], walks, per_token, problem.chunk_size)
+
+
+def _prepare(problem: RetentionProblem) -> tuple[Tiles, Segments, SegmentDecay]:
+    tiles = portable_tiles(problem)
+    B, T = problem.q.shape[:2]
+    layout = Segments.of(B, T, tiles.segment, problem.cu_seqlens)
+    return tiles, layout, SegmentDecay.of(problem.log_decay, problem.mask, layout)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, T, heads, width] -> [B T, heads, width] with contiguous rows, a view wherever the strides allow one."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x.flatten(0, 1)

@@ -1,0 +1,303 @@
+"""The segment kernel: what a segment's tokens read from the state at its border and from one another.
+
+    forward:   out_i = a enter_i x_i S + b sum_{j <= i} between(i, j) (x_i . y_j) z_j
+    reversed:  out_j = a leave_j x_j S + b sum_{i >= j} between(i, j) (x_j . y_i) z_i
+
+The adjoint of retention is retention, so these two make the output and three gradients (S, dS: the stored states):
+
+    out = forward(q, k, v, S)          dv = reversed(k, q, dout, dS)
+    dq  = forward(dout, v, k, S^T)     dk = reversed(v, dout, q, dS^T)
+
+A program makes BM rows x BO columns of one head, or of one group for dq and dk, summing its heads in order, and visits
+the segment's tokens in tiles of BN. The contraction over x's columns runs whole where a row of x fits (BR covers it),
+else in slices of BR, which the state and the first tile of tokens share. Everything accumulates in float32. Heads that
+share queries and keys have kernels of their own where rows are short enough (`segment_shared`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retnet.kernels.retention.portable.segment_decay import (
+    SegmentDecay,
+    between,
+    between_all,
+    decay_of_head,
+    enter,
+    leave,
+    running,
+)
+from retnet.kernels.retention.portable.segment_shared import read_shared_segments
+from retnet.kernels.retention.tiles import SegmentTile, device_family, precision, shared_tile
+from retnet.kernels.segments import Segments, head_rows, load_tile, segment_bounds, state_of, tokens_ok
+
+
+def read_segments(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    states: Tensor,
+    decay: SegmentDecay,
+    layout: Segments,
+    tile: SegmentTile,
+    *,
+    state_scale: float,
+    pair_scale: float,
+    reverse: bool,
+    sum_heads: bool,
+    row_dot_with: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """x, y [tokens, ., R], z [tokens, ., O], states [slots, H, K, V] -> out [tokens, ., O] in z's dtype.
+
+    Without `sum_heads` x and y are per group, z and out per head, and R = K; with it x and y are per head, z and out
+    per group, and R = V. `row_dot_with` [tokens, G, O] also returns its row-wise product with each head's float32 out,
+    [output tiles, H, tokens]: what the gradient of log_decay is made of.
+    """
+    H = states.shape[1]
+    R, O = x.shape[-1], z.shape[-1]
+    out_heads = z.shape[1]
+    shared = None
+    if min(x.shape[1], out_heads) < H and layout.num_slots > 0:
+        shared = shared_tile(device_family(z.device), states.dtype, *states.shape[2:], layout.segment)
+    if shared is not None:
+        return read_shared_segments(
+            x,
+            y,
+            z,
+            states,
+            decay,
+            layout,
+            shared,
+            state_scale=state_scale,
+            pair_scale=pair_scale,
+            reverse=reverse,
+            sum_heads=sum_heads,
+            row_dot_with=row_dot_with,
+        )
+    out = torch.empty(layout.num_tokens, out_heads, O, dtype=z.dtype, device=z.device)
+    column_tiles = triton.cdiv(O, tile.BO)
+    dots = None
+    if row_dot_with is not None:
+        dots = torch.empty(column_tiles, H, layout.num_tokens, dtype=torch.float32, device=z.device)
+    if layout.num_slots == 0:
+        return out, dots
+    L = layout.segment
+    BM = min(tile.BM, L)
+    partner = z if row_dot_with is None else row_dot_with
+    _segment_kernel[(layout.num_slots * out_heads * (L // BM) * column_tiles,)](
+        x,
+        y,
+        z,
+        states,
+        out,
+        partner,
+        dots,
+        decay.rate,
+        decay.sums,
+        decay.mask,
+        layout.table,
+        layout.tokens_per_row,
+        layout.num_tokens,
+        x.stride(0),
+        x.stride(1),
+        y.stride(0),
+        y.stride(1),
+        z.stride(0),
+        z.stride(1),
+        partner.stride(0),
+        partner.stride(1),
+        state_scale,
+        pair_scale,
+        H=H,
+        OUT_HEADS=out_heads,
+        HEADS_PER_GROUP=H // (out_heads if sum_heads else x.shape[1]),
+        R=R,
+        O=O,
+        L=L,
+        BM=BM,
+        BN=min(tile.BN, BM),
+        BR=tile.BR,
+        BS=tile.BS,
+        BO=tile.BO,
+        REVERSE=reverse,
+        SUM_HEADS=sum_heads,
+        PER_TOKEN=decay.per_token,
+        MASKED=decay.mask is not None,
+        PACKED=layout.packed,
+        PRECISION=precision(z.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out, dots
+
+
+@triton.jit(do_not_specialize=["T", "num_tokens"])
+def _segment_kernel(
+    x, y, z, states, out, partner, dots,
+    rate, sums, mask, table, T, num_tokens,
+    x_token, x_head, y_token, y_head, z_token, z_head, partner_token, partner_head,
+    state_scale, pair_scale,
+    H: tl.constexpr, OUT_HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
+    R: tl.constexpr, O: tl.constexpr, L: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BO: tl.constexpr,
+    REVERSE: tl.constexpr, SUM_HEADS: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    COLUMN_TILES: tl.constexpr = (O + BO - 1) // BO
+    pid = tl.program_id(0)
+    column_tile = pid % COLUMN_TILES
+    pid = pid // COLUMN_TILES
+    row0 = pid % (L // BM) * BM
+    pid = pid // (L // BM)
+    out_head = pid % OUT_HEADS
+    slot = pid // OUT_HEADS
+    start, length, _ = segment_bounds(slot, table, T, L, PACKED)
+    if row0 >= length:
+        return
+    rows = row0 + tl.arange(0, BM)
+    columns = column_tile * BO + tl.arange(0, BO)
+    ok = tokens_ok(mask, start, rows, length, MASKED)
+
+    HEADS: tl.constexpr = HEADS_PER_GROUP if SUM_HEADS else 1
+    total = tl.zeros([BM, BO], dtype=tl.float32)
+    for i in range(HEADS):
+        if SUM_HEADS:
+            h, xy_head = out_head * HEADS_PER_GROUP + i, out_head * HEADS_PER_GROUP + i
+        else:
+            h, xy_head = out_head, out_head // HEADS_PER_GROUP
+        product = _one_head(
+            head_rows(x, start, xy_head, x_token, x_head),
+            head_rows(y, start, xy_head, y_token, y_head),
+            head_rows(z, start, out_head, z_token, z_head),
+            state_of(states, slot, h, H, R * O),
+            decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED),
+            (mask, start, length), (row0, rows, ok, columns), (x_token, y_token, z_token), state_scale, pair_scale,
+            R, O, BM, BN, BR, BS, BO, REVERSE, SUM_HEADS, PER_TOKEN, MASKED, PRECISION,
+        )  # fmt: skip
+        if dots is not None:
+            at = head_rows(partner, start, out_head, partner_token, partner_head)
+            other = load_tile(at, rows, columns, partner_token, ok, O, BO).to(tl.float32)
+            at = dots + (column_tile * H + h) * num_tokens.to(tl.int64) + start + rows
+            tl.store(at, tl.sum(product * other, 1), mask=rows < length)
+        if HEADS == 1:
+            total = product
+        else:
+            total += product
+    at = out + (start + rows)[:, None] * (OUT_HEADS * O) + out_head * O + columns[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(rows < length)[:, None] & (columns < O)[None, :])
+
+
+@triton.jit
+def _one_head(
+    x, y, z, state, decay, tokens, place, strides, state_scale, pair_scale,
+    R: tl.constexpr, O: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BO: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One head's BM x BO tile in float32. The pointers are at the segment's first token and at the head.
+
+    decay: of `decay_of_head`; tokens: (mask, start, length); place: (row0, rows, rows ok, columns).
+    """
+    log_decay, sums, plane = decay
+    mask, start, length = tokens
+    row0, rows, ok, columns = place
+    x_token, y_token, z_token = strides
+    row_sums = running(sums, plane, rows, length, PER_TOKEN, MASKED)
+    if REVERSE:
+        reach = leave(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED) * state_scale
+        first, last, pivot = row0, length, tl.minimum(row0 + BM, length) - 1
+    else:
+        reach = enter(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED) * state_scale
+        first, last, pivot = 0, tl.minimum(length, row0 + BM), row0
+    pivot_sums = running(sums, plane, pivot, length, PER_TOKEN, MASKED)
+    acc = tl.zeros([BM, BO], dtype=tl.float32)
+    pairs = tl.zeros([BM, BN], dtype=tl.float32)
+
+    if BR >= R:
+        for r0 in range(0, R, BS):
+            r = r0 + tl.arange(0, BS)
+            xs = load_tile(x, rows, r, x_token, ok, R, BS)
+            acc = _add_state(xs, state, r, columns, acc, R, O, TRANSPOSED, PRECISION)
+        acc *= reach[:, None]
+        r = tl.arange(0, BR)
+        xs = load_tile(x, rows, r, x_token, ok, R, BR)
+    else:
+        at = first + tl.arange(0, BN)
+        at_ok = tokens_ok(mask, start, at, length, MASKED)
+        for r0 in range(0, R, BR):
+            r = r0 + tl.arange(0, BR)
+            xs = load_tile(x, rows, r, x_token, ok, R, BR)
+            ys = load_tile(y, at, r, y_token, at_ok, R, BR)
+            pairs = tl.dot(xs, tl.trans(ys), pairs, input_precision=PRECISION)
+            acc = _add_state(xs, state, r, columns, acc, R, O, TRANSPOSED, PRECISION)
+        acc *= reach[:, None]
+        acc = _add_pairs(
+            acc, pairs * pair_scale, z, decay, (row0, rows, row_sums, pivot_sums), (first, at, at_ok, length), columns,
+            z_token, O, BM, BN, BO, REVERSE, PER_TOKEN, MASKED, PRECISION,
+        )  # fmt: skip
+        first += BN
+
+    for c0 in range(first, last, BN):
+        at = c0 + tl.arange(0, BN)
+        at_ok = tokens_ok(mask, start, at, length, MASKED)
+        if BR >= R:
+            ys = load_tile(y, at, r, y_token, at_ok, R, BR)
+            pairs = tl.dot(xs, tl.trans(ys), input_precision=PRECISION)
+        else:
+            pairs = tl.zeros([BM, BN], dtype=tl.float32)
+            for r0 in range(0, R, BR):
+                r = r0 + tl.arange(0, BR)
+                xs = load_tile(x, rows, r, x_token, ok, R, BR)
+                ys = load_tile(y, at, r, y_token, at_ok, R, BR)
+                pairs = tl.dot(xs, tl.trans(ys), pairs, input_precision=PRECISION)
+        acc = _add_pairs(
+            acc, pairs * pair_scale, z, decay, (row0, rows, row_sums, pivot_sums), (c0, at, at_ok, length), columns,
+            z_token, O, BM, BN, BO, REVERSE, PER_TOKEN, MASKED, PRECISION,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _add_state(
+    xs, state, r, columns, acc, R: tl.constexpr, O: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """acc + xs S[r, columns]. States wider than x (float16) go through tf32, whose 10 bits are float16's own."""
+    if TRANSPOSED:
+        at = state + columns[None, :] * R + r[:, None]
+    else:
+        at = state + r[:, None] * O + columns[None, :]
+    tile = tl.load(at, mask=(r < R)[:, None] & (columns < O)[None, :], other=0.0)
+    return tl.dot(xs.to(tile.dtype), tile, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _add_pairs(
+    acc, pairs, z, decay, row, column, columns, z_token, O: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + (pairs * decay between row and column token, where causal) z[column tokens]."""
+    row0, rows, row_sums, pivot_sums = row
+    c0, at, at_ok, length = column
+    log_decay, sums, plane = decay
+    at_sums = running(sums, plane, at, length, PER_TOKEN, MASKED)
+    if REVERSE:
+        apart = c0 >= row0 + BM
+    else:
+        apart = c0 + BN <= row0
+    if apart:
+        # All tokens of the tile lie on the far side of the pivot: an outer product of decays <= 1.
+        near = between(log_decay, row_sums, pivot_sums, REVERSE, PER_TOKEN)
+        far = between(log_decay, pivot_sums, at_sums, REVERSE, PER_TOKEN)
+        weighted = pairs * (near[:, None] * far[None, :])
+    else:
+        weights = between_all(log_decay, row_sums, at_sums, REVERSE, PER_TOKEN)
+        if REVERSE:
+            weights = tl.where(at[None, :] >= rows[:, None], weights, 0.0)
+        else:
+            weights = tl.where(at[None, :] <= rows[:, None], weights, 0.0)
+        weighted = pairs * weights
+    zs = load_tile(z, at, columns, z_token, at_ok, O, BO)
+    return tl.dot(weighted.to(zs.dtype), zs, acc, input_precision=PRECISION)

@@ -1,0 +1,147 @@
+"""Sequences walked in parts: from what every part leaves by itself to the states of the whole.
+
+A walk is linear in the state that it starts from. So the parts of a sequence are walked at once, each from zeros (the
+first one from the initial state), and what the parts before leave is added afterwards:
+
+    start_0 = 0,   start_{p+1} = kept_p start_p + end_p         states[segment] += kept(part's start .. segment) start_p
+
+Here kept_p is the product of the decays of part p. Parts count in the direction of the walk, and are whole segments.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retnet.kernels.retention.portable.segment_decay import SegmentDecay, decay_of_head, decay_parts, enter_exponent
+from retnet.kernels.segments import Segments, sequence_bounds, sequence_of, state_of
+
+
+def join_parts(
+    states: Tensor,
+    ends: Tensor,
+    final: Tensor | None,
+    decay: SegmentDecay,
+    layout: Segments,
+    *,
+    reverse: bool,
+    to_tf32: bool,
+) -> None:
+    """states [slots, H, K, V] and ends [N, parts, H, K, V] of parts by themselves -> states and final [N, H, K, V] of
+    the whole, in place; ends become starts. `to_tf32` rounds the states as the walk does."""
+    N, parts, H, K, V = ends.shape
+    where = (decay.rate, decay.sums, layout.cu_seqlens, layout.first_slot, layout.tokens_per_row, layout.num_tokens)
+    constants = {
+        "H": H,
+        "SIZE": K * V,
+        "L": layout.segment,
+        "REVERSE": reverse,
+        "PER_TOKEN": decay.per_token,
+        "MASKED": decay.mask is not None,
+        "PACKED": layout.packed,
+    }
+    _chain_kernel[(N * H, triton.cdiv(K * V, 1024))](ends, final, *where, parts, **constants, BLOCK=1024, num_warps=4)
+    block = min(8192, triton.next_power_of_2(K * V))
+    _add_starts_kernel[(layout.num_slots * H, triton.cdiv(K * V, block))](
+        states, ends, *where, parts, N, **constants, TO_TF32=to_tf32, BLOCK=block, num_warps=8
+    )
+
+
+@triton.jit
+def part_bounds(part, parts, count):
+    """The segments [first, last) of a part, numbered in the direction of the walk, of `count` in the sequence."""
+    length = tl.cdiv(count, parts)
+    return tl.minimum(part * length, count), tl.minimum((part + 1) * length, count)
+
+
+@triton.jit
+def as_stored(state, DTYPE: tl.constexpr, TO_TF32: tl.constexpr):
+    """A float32 state as it is stored for the next product; rounded to tf32, whose further bits the product cuts."""
+    if TO_TF32:
+        rounded = ((state.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(state == state, rounded, state)  # the bits of a NaN would run over into those of a zero
+    return state.to(DTYPE)
+
+
+@triton.jit
+def _kept_exponent(
+    log_decay, sums, plane, first, last, count, length, L: tl.constexpr, REVERSE: tl.constexpr,
+    PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr = 64,
+):  # fmt: skip
+    """The log of the product of the decays of segments [first, last), numbered in the direction of the walk.
+
+    `sums` point at the sequence's first token; it has `length` tokens in `count` segments."""
+    total = 0.0
+    for i in range(first, last, BLOCK):
+        segment = i + tl.arange(0, BLOCK)
+        inside = segment < last
+        segment = tl.where(inside, segment, first)
+        if REVERSE:
+            segment = count - 1 - segment
+        begin = segment * L
+        end = tl.minimum(length - begin, L) - 1
+        exponent = enter_exponent(log_decay, sums + begin, plane, end, PER_TOKEN, MASKED)
+        total += tl.sum(tl.where(inside, exponent, 0.0), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "num_tokens", "parts"])
+def _chain_kernel(
+    ends, final, rate, sums, cu_seqlens, first_slot, T, num_tokens, parts,
+    H: tl.constexpr, SIZE: tl.constexpr, L: tl.constexpr, REVERSE: tl.constexpr,
+    PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ends -> starts, and the last part's end -> final. Grid: N H, blocks of a state."""
+    n, h = tl.program_id(0) // H, tl.program_id(0) % H
+    cell = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start, length, _, count = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
+    log_decay, sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
+    state = tl.zeros([BLOCK], dtype=tl.float32)
+    for part in range(parts):
+        at = state_of(ends, n * parts + part, h, H, SIZE) + cell
+        left = SIZE
+        if final is None:
+            left = tl.where(part < parts - 1, SIZE, 0)  # the last part left nothing
+        own = tl.load(at, mask=cell < left, other=0.0)
+        tl.store(at, state, mask=cell < SIZE)
+        first, last = part_bounds(part, parts, count)
+        exponent = _kept_exponent(
+            log_decay, sums, plane, first, last, count, length, L, REVERSE, PER_TOKEN, MASKED
+        )  # fmt: skip
+        factor, rest = decay_parts(exponent)
+        state = state * factor + state * rest + own
+    if final is not None:
+        tl.store(state_of(final, n, h, H, SIZE) + cell, state.to(final.dtype.element_ty), mask=cell < SIZE)
+
+
+@triton.jit(do_not_specialize=["T", "num_tokens", "parts", "num_sequences"])
+def _add_starts_kernel(
+    states, starts, rate, sums, cu_seqlens, first_slot, T, num_tokens, parts, num_sequences,
+    H: tl.constexpr, SIZE: tl.constexpr, L: tl.constexpr, REVERSE: tl.constexpr,
+    PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    TO_TF32: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """states[slot] += what is left there of the start of its part. Grid: slots H, blocks of a state."""
+    slot, h = tl.program_id(0) // H, tl.program_id(0) % H
+    if PACKED:
+        n = sequence_of(slot, first_slot, num_sequences)
+        if n >= num_sequences:
+            return
+    else:
+        n = slot // tl.cdiv(T, L)
+    start, length, slot0, count = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
+    step = slot - slot0
+    if REVERSE:
+        step = count - 1 - step
+    part = step // tl.cdiv(count, parts)
+    if part == 0:
+        return
+    log_decay, sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
+    first, _ = part_bounds(part, parts, count)
+    exponent = _kept_exponent(log_decay, sums, plane, first, step, count, length, L, REVERSE, PER_TOKEN, MASKED)
+    if exponent < -104.0:  # exp() is 0
+        return
+    cell = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = state_of(states, slot, h, H, SIZE) + cell
+    given = tl.load(state_of(starts, n * parts + part, h, H, SIZE) + cell, mask=cell < SIZE, other=0.0)
+    state = tl.load(at, mask=cell < SIZE, other=0.0).to(tl.float32) + given * tl.exp(exponent)
+    tl.store(at, as_stored(state, states.dtype.element_ty, TO_TF32), mask=cell < SIZE)

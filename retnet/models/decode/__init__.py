@@ -1,0 +1,1 @@
+"""Decoding: the fused decode step, sampling, and a plain generation loop."""

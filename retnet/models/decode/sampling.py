@@ -1,0 +1,227 @@
+"""From logits to tokens, for all slots at once: what a request asks for lies in tables with a row a slot.
+
+The random number of a token is a hash of the request's seed and the token's position, not the next draw of a generator:
+a request gets the same tokens whatever else is in the batch, when it is restored elsewhere, and when several tokens are
+checked at once. Everything runs on the device without waiting for the host, in shapes that depend on nothing.
+
+Parts that no running request needs (sorting for top-k and top-p, penalties, log-probabilities) are left out of a step.
+They change no bit of the other rows' results, so a request cannot tell.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TOP_LOGPROBS = 20  # the most alternatives that a request may ask for
+
+
+def is_integer(value: object, low: float, high: float = math.inf) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    if isinstance(value, Integral):
+        return is_integer(value, low, high)
+    return isinstance(value, Real) and low <= float(value) <= high
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request picks its tokens, in this order: penalties, bias, temperature, top-k, top-p, min-p.
+
+    temperature: 0 takes the likeliest token. top_k: among the k likeliest. top_p: among the fewest likeliest whose
+    probabilities reach p. min_p: among those at least p times as likely as the likeliest. repetition_penalty: logits of
+    tokens in the prompt or the output are divided by it if positive, else multiplied (arXiv 1909.05858).
+    presence_penalty, frequency_penalty: subtracted for tokens of the output, once or as often as they came. logit_bias:
+    added to tokens' logits. logprobs: None, or how many of the likeliest tokens to report beside the chosen one, by
+    the model's own distribution (before all of the above). seed: the same request with the same seed gives the same
+    tokens; drawn if None.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, accepted: str, is_right: Callable[[Any], bool]) -> None:
+            value = getattr(self, name)
+            if not is_right(value):
+                raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+
+        def maybe(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+            return lambda value: value is None or is_right(value)
+
+        check("temperature", "0 (greedy), or 1e-6 to 1e6", lambda t: _is_number(t, 0, 1e6) and (t == 0 or t >= 1e-6))
+        check("top_k", "None, or an integer of 1 or more", maybe(lambda k: is_integer(k, 1)))
+        check("top_p", "None, or 0 < top_p <= 1", maybe(lambda p: _is_number(p, 0, 1) and p > 0))
+        check("min_p", "None, or 0 <= min_p <= 1", maybe(lambda p: _is_number(p, 0, 1)))
+        check("repetition_penalty", "1e-6 to 1e6", lambda r: _is_number(r, 1e-6, 1e6))
+        check("presence_penalty", "-1e6 to 1e6", lambda x: _is_number(x, -1e6, 1e6))
+        check("frequency_penalty", "-1e6 to 1e6", lambda x: _is_number(x, -1e6, 1e6))
+        check(
+            "logprobs", f"None, or an integer of 0 to {TOP_LOGPROBS}", maybe(lambda n: is_integer(n, 0, TOP_LOGPROBS))
+        )
+        check("seed", "None, or an integer of 0 to 2^63 - 1", maybe(lambda n: is_integer(n, 0, 2**63 - 1)))
+        check("logit_bias", "a mapping of token ids to numbers", lambda bias: isinstance(bias, Mapping))
+        for token, bias in self.logit_bias.items():
+            if not (is_integer(token, -math.inf) and (bias == -math.inf or _is_number(bias, -1e30, 1e30))):
+                raise ValueError(
+                    f"logit_bias has {token!r}: {bias!r}; accepted: token ids, and -1e30 to 1e30 or minus infinity"
+                )
+
+    @property
+    def parts(self) -> "SamplingParts":
+        edits = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return SamplingParts(
+            draws=self.temperature > 0,
+            filters=self.top_k is not None or self.top_p is not None or self.min_p is not None,
+            edits=edits or bool(self.logit_bias),
+            logprobs=self.logprobs is not None,
+        )
+
+
+class SamplingParts(NamedTuple):
+    """Which parts of sampling a step needs: those that any of its requests does."""
+
+    draws: bool = False
+    filters: bool = False
+    edits: bool = False
+    logprobs: bool = False
+
+    @classmethod
+    def union(cls, parts: "Iterable[SamplingParts]") -> "SamplingParts":
+        return cls(*(any(column) for column in zip(cls(), *parts)))
+
+
+class Sampled(NamedTuple):
+    """tokens [R]; with log-probabilities: logprobs [R] of them, top_tokens and top_logprobs [R, TOP_LOGPROBS]."""
+
+    tokens: Tensor
+    logprobs: Tensor | None = None
+    top_tokens: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Sampled":
+        """With every tensor changed alike."""
+        return Sampled(change(self.tokens), *(None if x is None else change(x) for x in self[1:]))
+
+
+class SamplingTable:
+    """What the requests in R slots ask for, on the device; a captured graph reads it where it lies."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device):
+        def row(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.full((num_slots,), value, dtype=dtype, device=device)
+
+        self.vocab_size = vocab_size
+        self.temperature, self.top_p, self.min_p = row(0), row(1), row(0)
+        self.top_k, self.seed = row(vocab_size, torch.long), row(0, torch.long)
+        self.repetition, self.presence, self.frequency = row(1), row(0), row(0)
+        self.bias = torch.zeros(num_slots, vocab_size, device=device)
+        self.seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
+        self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
+
+    @classmethod
+    def bytes_per_slot(cls, vocab_size: int) -> int:
+        tensors = [x for x in vars(cls(1, vocab_size, torch.device("meta"))).values() if isinstance(x, Tensor)]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def fill(self, slot: int, sampling: Sampling, seed: int, seen: Tensor, generated: Tensor) -> None:
+        """Set a slot's row; seen and generated are the token ids so far, with and without those of the prompt."""
+        self.temperature[slot] = sampling.temperature
+        self.top_k[slot] = min(sampling.top_k or self.vocab_size, self.vocab_size)
+        self.top_p[slot] = 1.0 if sampling.top_p is None else sampling.top_p
+        self.min_p[slot] = sampling.min_p or 0.0
+        self.repetition[slot] = sampling.repetition_penalty
+        self.presence[slot] = sampling.presence_penalty
+        self.frequency[slot] = sampling.frequency_penalty
+        self.seed[slot] = seed
+        self.bias[slot].zero_()  # always: another request may need the step that adds it
+        if not sampling.parts.edits:
+            return  # penalties of nothing, whatever is counted
+        device = self.bias.device
+        for token, bias in sampling.logit_bias.items():
+            self.bias[slot, token] = bias
+        self.seen[slot].zero_()
+        self.seen[slot, seen.to(device)] = True
+        self.counts[slot] = torch.bincount(generated.cpu(), minlength=self.vocab_size).to(device)
+
+    def record(self, tokens: Tensor, written: Tensor) -> None:
+        """Count tokens [R] where written [R] is True."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        self.seen[rows, tokens] |= written
+        self.counts[rows, tokens] += written.int()
+
+    def sample(self, logits: Tensor, position: Tensor, parts: SamplingParts) -> Sampled:
+        """A token for each row of logits [R, vocab]; position [R] is what the new token's will be."""
+        logits = logits.float() if any(parts) else logits  # the likeliest is the same in either precision
+        chosen = self._choose(self._edited(logits) if parts.edits else logits, position, parts)
+        if not parts.logprobs:
+            return Sampled(chosen)
+        logprobs = logits.log_softmax(-1)
+        top = logprobs.topk(min(TOP_LOGPROBS, self.vocab_size), -1)
+        return Sampled(chosen, logprobs.gather(-1, chosen[:, None])[:, 0], top.indices, top.values)
+
+    def _edited(self, logits: Tensor) -> Tensor:
+        repetition = self.repetition[:, None]
+        repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(self.seen, repeated, logits)
+        logits = logits - self.presence[:, None] * (self.counts > 0) - self.frequency[:, None] * self.counts
+        return logits + self.bias
+
+    def _choose(self, logits: Tensor, position: Tensor, parts: SamplingParts) -> Tensor:
+        if not parts.draws:
+            return logits.argmax(-1)
+        greedy = self.temperature == 0
+        scaled = logits / self.temperature.masked_fill(greedy, 1)[:, None]
+        if parts.filters:
+            scaled = self._filtered(scaled)
+        mass = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
+        drawn = uniform(self.seed, position)[:, None] * mass[:, -1:]
+        sampled = torch.searchsorted(mass, drawn, right=True)[:, 0].clamp_max(self.vocab_size - 1)
+        return torch.where(greedy, logits.argmax(-1), sampled)
+
+    def _filtered(self, scaled: Tensor) -> Tensor:
+        ordered, order = scaled.sort(stable=True, dim=-1, descending=True)
+        rank = torch.arange(self.vocab_size, device=scaled.device)
+        ordered = ordered.masked_fill(rank >= self.top_k[:, None], -torch.inf)
+        probability = ordered.softmax(-1)
+        # The token that crosses p stays in: drop what had reached p before it.
+        reached = probability.cumsum(-1, dtype=torch.float64) - probability >= self.top_p[:, None]
+        dropped = (rank >= self.top_k[:, None]) | (reached & (self.top_p < 1)[:, None])
+        dropped |= probability < self.min_p[:, None] * probability[:, :1]
+        dropped[:, 0] = False
+        return scaled.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -torch.inf)
+
+
+def uniform(seed: Tensor, position: Tensor) -> Tensor:
+    """Numbers in [0, 1), float64, as if random: splitmix64 (Steele et al. 2014) of seed and position, int64."""
+    x = _mixed(seed) + (position + 1) * _signed(0x9E3779B97F4A7C15)
+    return _shifted(_mixed(x), 24).double() * 2.0**-40
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right: int64 shifts keep the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x

@@ -1,0 +1,1 @@
+"""The machine underneath: atomic files, memory readings, byte sizes in words. Standard library only."""

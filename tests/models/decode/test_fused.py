@@ -1,0 +1,213 @@
+"""The fused step computes what the model's modules do, in the model's own memory; late writes and broken states."""
+
+import pytest
+import torch
+
+from retnet.layers.block import BlockConfig
+from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.retention import RetentionConfig
+from retnet.models.config import ModelConfig
+from retnet.models.decode.fused import FusedBlock, FusedModel
+from retnet.models.decode.sampling import Sampling
+from retnet.models.directory import load_model, save_model
+from retnet.models.lm import LanguageModel
+from retnet.serve.engine import Engine
+from retnet.serve.pool import SlotPool
+from retnet.serve.request import Request
+from retnet.serve.speculation import Speculation
+from tests.serve.conftest import STRONG, VOCAB, hybrid_model, prompt, small_model
+
+GREEDY = Sampling(temperature=0, logprobs=2)
+MLP, GLU = FeedForwardConfig(24, bias=True), FeedForwardConfig(24, gated=True, activation="swish")
+SHAPES = {
+    "paper": BlockConfig(RetentionConfig(2, 16, 32), FeedForwardConfig(32)),
+    "gated": BlockConfig(RetentionConfig(2, 16, 32, decay="gated", bias=True), MLP, residual_scale=0.5, skip_scale=1.5),
+    "fla": BlockConfig(
+        RetentionConfig(4, 32, 64, rotary="half", head_norm="rms", head_norm_affine="shared", num_kv_heads=2),
+        GLU,
+        norm="rms",
+    ),
+    "learnt": BlockConfig(
+        RetentionConfig(2, 16, 32, learnable_decay=True, head_norm_affine="per_head", gate="none", rotary="none"), None
+    ),
+    "yarn": BlockConfig(RetentionConfig(2, 16, 32, decay=(0.3, 0.99), rotary_factor=4.0, rotary_yarn_length=32), MLP),
+}
+
+
+def shaped_model(shape: str) -> LanguageModel:
+    model = LanguageModel(ModelConfig(VOCAB, 16, (SHAPES[shape],) * 2, logit_soft_cap=20.0, **STRONG)).eval()
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in model.named_parameters():
+        if name.endswith(("norm.weight", "norm.bias", "norm_weight", "_proj.bias")):
+            torch.nn.init.normal_(weight, 0.5, 0.5, generator)
+    return model
+
+
+def engine_of(model, **options) -> Engine:
+    return Engine(model, **{"num_slots": 4, "max_tokens": 200, "prompt_block": 8, "prompt_budget": 8, **options})
+
+
+def run(engine: Engine, *requests: Request) -> list:
+    generations = [engine.submit(request) for request in requests]
+    engine.run()
+    return generations
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_fused_blocks_compute_what_their_modules_do(shape):
+    model = shaped_model(shape)
+    assert all(FusedBlock.fits(block) for block in model.layers)
+    state = SlotPool(model, num_slots=4).state
+    expected, fused = state.clone(), FusedModel(model, state, [None] * 2)
+    for step in range(5):
+        tokens = torch.tensor([step, 7, 3 * step, 11])
+        active = torch.tensor([True, step % 2 == 0, step != 3, True])
+        out, _ = model.hidden(tokens[:, None], expected, mask=active[:, None], carry=True, in_place=True)
+        logits = model.logits(out[:, 0])
+        ours = fused(tokens, active)
+        torch.testing.assert_close(ours[active], logits[active], rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(state, expected, strict=True):
+        assert torch.equal(mine.position, theirs.position)
+        # By the norm: a cell that is nearly 0 carries the rounding of its neighbours.
+        assert (mine.memory - theirs.memory).norm() <= 1e-5 * theirs.memory.norm()
+
+
+def test_packing_moves_weights_and_copies_none(tmp_path):
+    model = small_model(tie_embeddings=True)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    expected = run(engine_of(model), Request(prompt(9), 8, GREEDY))[0].tokens
+    assert model.head.weight is model.embedding.weight
+    places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    mixer = model.layers[0].mixer
+    assert mixer.q_proj.weight.untyped_storage().data_ptr() == mixer.v_proj.weight.untyped_storage().data_ptr()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    assert run(engine_of(model), Request(prompt(9), 8, GREEDY))[0].tokens == expected
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == places
+    save_model(model, tmp_path)
+    assert run(engine_of(load_model(tmp_path)), Request(prompt(9), 8, GREEDY))[0].tokens == expected
+
+
+def test_a_wrapped_projection_runs_as_its_own_module():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = small_model()
+    plain = run(engine_of(model), Request(prompt(5), 6, GREEDY))[0]
+    model = small_model()
+    old = model.layers[1].mixer.out_proj
+    model.layers[1].mixer.out_proj = Doubled(old.in_features, old.out_features, bias=False)
+    model.layers[1].mixer.out_proj.weight = old.weight
+    assert not FusedBlock.fits(model.layers[1])
+    changed = run(engine_of(model), Request(prompt(5), 6, GREEDY))[0]
+    with torch.no_grad():
+        expected = int(model(torch.tensor([prompt(5)])).logits[0, -1].argmax())
+    assert changed.tokens[0] == expected
+    assert changed.logprobs != plain.logprobs
+
+
+@pytest.mark.parametrize("make", [small_model, lambda: small_model(gated=True), hybrid_model])
+def test_late_writes_change_nothing_but_rounding(make):
+    model = make()
+    requests = [Request(prompt(5 + 8 * n, n), 40, Sampling(temperature=0, logprobs=0)) for n in range(4)]
+    for at_once, late in zip(run(engine_of(model), *requests), run(engine_of(model, deferred_writes=16), *requests)):
+        assert late.tokens == at_once.tokens
+        for a, b in zip(late.logprobs, at_once.logprobs):
+            assert a.logprob == pytest.approx(b.logprob, abs=2e-4)
+
+
+def test_late_writes_keep_a_request_apart_from_when_others_came():
+    model = small_model()
+    request = Request(prompt(11), 30, Sampling(temperature=0.9, seed=3, logprobs=1))
+    alone = run(engine_of(model, deferred_writes=16), request)[0]
+    engine = engine_of(model, deferred_writes=16)
+    engine.submit(Request(prompt(3, 1), 50))
+    for _ in range(5):
+        engine.step()
+    late = run(engine, request, Request(prompt(20, 2), 9))[0]
+    assert (late.tokens, late.logprobs) == (alone.tokens, alone.logprobs)
+
+
+@pytest.mark.parametrize("steps", [1, 15, 16, 21])
+def test_a_snapshot_holds_rows_that_were_not_written_yet(steps):
+    model = small_model()
+    request = Request(prompt(11), 40, GREEDY)
+    expected = run(engine_of(model, deferred_writes=16), request)[0]
+    engine = engine_of(model, deferred_writes=16)
+    generation = engine.submit(request)
+    while len(generation.tokens) < steps:
+        engine.step()
+    snapshot = engine.snapshot(generation)
+    engine.run()
+    assert generation.logprobs == expected.logprobs, "taking it changed nothing"
+    other = engine_of(model)
+    again = other.submit(Request([], 40 - steps, GREEDY), snapshot)
+    other.run()
+    assert again.tokens == expected.tokens[steps:]
+
+
+def test_the_next_in_a_slot_does_not_see_rows_of_the_last():
+    model = small_model()
+    request = Request(prompt(6), 12, GREEDY)
+    expected = run(engine_of(model, num_slots=1, deferred_writes=16), request)[0]
+    engine = engine_of(model, num_slots=1, deferred_writes=16)
+    run(engine, Request(prompt(4, 2), 5))
+    for ring in engine.pool.rings:
+        ring.keys.fill_(torch.nan)
+        ring.values.fill_(torch.nan)
+        ring.log_decay.fill_(torch.nan)
+    assert run(engine, request)[0].logprobs == expected.logprobs
+
+
+@pytest.mark.parametrize("length", [1, 8, 24, 128])
+def test_rings_of_other_lengths_are_refused(small, length):
+    with pytest.raises(ValueError, match=f"deferred_writes is {length}; accepted: 0, 16, 32, 64"):
+        engine_of(small, deferred_writes=length)
+
+
+def test_late_writes_with_speculation_are_refused(small):
+    with pytest.raises(ValueError, match="accepted: either one"):
+        engine_of(small, deferred_writes=16, speculation=Speculation(3))
+
+
+@pytest.mark.parametrize("options", [{}, {"deferred_writes": 16}, {"speculation": Speculation(3)}], ids=str)
+def test_a_state_that_is_no_number_fails_its_request_alone(any_model, options):
+    requests = [Request(prompt(9 + n, n), 20, GREEDY, keep_state=True) for n in range(3)]
+    expected = run(engine_of(any_model, **options), *requests)
+    engine = engine_of(any_model, prefix_cache_bytes=10**8, **options)
+    generations = [engine.submit(request) for request in requests]
+    while not all(g.num_new >= 3 for g in generations):
+        engine.step()
+    bad = generations[1]
+    for layer in engine.pool.state.slot(bad.slot):
+        for name, x in layer.tensors().items():
+            if name != "position":
+                x.fill_(torch.nan)
+    engine.run()
+    assert bad.finish_reason == "failed"
+    assert f"the logits of token {len(bad.seen)} are not finite" in bad.error
+    assert bad.snapshot is None
+    for generation, alone in zip(generations, expected, strict=True):
+        if generation is not bad:
+            assert (generation.tokens, generation.logprobs) == (alone.tokens, alone.logprobs)
+            assert generation.error is None
+    again = run(engine, requests[1])[0]
+    assert again.tokens == expected[1].tokens, "its slot and its prompt's prefix are clean"
+
+
+def test_a_prompt_that_cannot_be_read_fails_alone():
+    model = small_model(gated=True)
+    engine = engine_of(model)
+    running = engine.submit(Request(prompt(5), 12, GREEDY))
+    engine.step()
+    start = engine.snapshot(running)
+    for layer in start.state:
+        layer.memory.fill_(torch.nan)
+    bad = engine.submit(Request(prompt(20), 5, GREEDY), start)
+    engine.run()
+    assert bad.finish_reason == "failed"
+    assert bad.error.startswith("its prompt cannot be read: log_decay reaches nan")
+    assert running.tokens == run(engine_of(model), running.request)[0].tokens
+    assert engine.pool.num_free == 4
