@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from retnet.layers.rows import AttentionRows
-from retnet.layers.state import AttentionState
+from retnet.layers.state import AttentionState, no_tokens
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.attention import (
     alibi_slopes,
@@ -96,6 +96,13 @@ class Attention(nn.Module):
                 self._rotation(layout, self.config.rotary, dtype)
             if not layout.carry:  # else there may be a cache to attend to, and no use for it
                 self._flex_mask(layout)
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> AttentionState:
+        """The state of `batch` sequences before their first token, with room for `num_tokens` each."""
+        config = self.config
+        room = num_tokens if config.window is None else min(num_tokens, config.window)
+        keys = torch.zeros(batch, room, config.num_kv_heads, config.head_dim, device=device, dtype=dtype)
+        return AttentionState(no_tokens(batch, device), keys, torch.zeros_like(keys), filled=0)
 
     def _rotation(self, layout: TokenLayout, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         config = self.config

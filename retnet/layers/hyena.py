@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.short_convolution import ShortConvolution
-from retnet.layers.state import HyenaState
+from retnet.layers.state import HyenaState, no_tokens
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.long_convolution import long_convolution, past_convolution
@@ -110,6 +110,11 @@ class Hyena(nn.Module):
     def reset_own(self, generator: torch.Generator | None = None) -> None:
         """Skips of 1."""
         nn.init.ones_(self.skip)
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> HyenaState:
+        """The state of `batch` sequences before their first token, with room for `num_tokens` each."""
+        inputs = torch.zeros(batch, num_tokens, *self.skip.shape, device=device, dtype=dtype)
+        return HyenaState(no_tokens(batch, device), inputs, self.conv.init_state(batch, device, dtype), filled=0)
 
     def forward(self, x: Tensor, state: HyenaState | None, layout: TokenLayout) -> tuple[Tensor, HyenaState | None]:
         one_token = x.shape[1] == 1 and layout.cu_seqlens is None

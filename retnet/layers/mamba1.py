@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from retnet.layers.float32_parameters import Float32Parameters
 from retnet.layers.rows import Mamba1Rows
 from retnet.layers.short_convolution import ShortConvolution
-from retnet.layers.state import Mamba1State
+from retnet.layers.state import Mamba1State, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
@@ -79,6 +79,12 @@ class Mamba1(Float32Parameters):
             self.time_step_proj.bias, config.time_step_min, config.time_step_max, config.time_step_floor, generator
         )
         nn.init.ones_(self.skip)
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> Mamba1State:
+        """The state of `batch` sequences before their first token."""
+        shape = (batch, self.config.inner_dim, self.config.state_dim)
+        memory = torch.zeros(shape, device=device, dtype=wide_dtype(dtype))
+        return Mamba1State(no_tokens(batch, device), memory, self.conv.init_state(batch, device, dtype))
 
     def forward(
         self, x: Tensor, state: Mamba1State | None, layout: TokenLayout

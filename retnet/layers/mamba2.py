@@ -20,7 +20,7 @@ from retnet.layers.float32_parameters import Float32Parameters
 from retnet.layers.retention import retain
 from retnet.layers.rows import Mamba2Rows
 from retnet.layers.short_convolution import ShortConvolution
-from retnet.layers.state import Mamba2State
+from retnet.layers.state import Mamba2State, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
@@ -102,6 +102,13 @@ class Mamba2(Float32Parameters):
             self.time_step_bias, config.time_step_min, config.time_step_max, config.time_step_floor, generator
         )
         nn.init.ones_(self.skip)
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> Mamba2State:
+        """The state of `batch` sequences before their first token."""
+        config = self.config
+        shape = (batch, config.num_heads, config.state_dim, config.head_dim)
+        memory = torch.zeros(shape, device=device, dtype=wide_dtype(dtype))
+        return Mamba2State(no_tokens(batch, device), memory, self.conv.init_state(batch, device, dtype))
 
     def forward(
         self, x: Tensor, state: Mamba2State | None, layout: TokenLayout

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from retnet.layers.float32_parameters import Float32Parameters
 from retnet.layers.rows import RetentionRows
-from retnet.layers.state import RetentionState
+from retnet.layers.state import RetentionState, no_tokens
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.dtypes import wide_dtype
@@ -181,6 +181,12 @@ class MultiScaleRetention(Float32Parameters):
         config = self.config
         factor = scaling(config.rotary_factor, config.rotary_yarn_length)
         return layout.rotation(rotary, config.head_key_dim, config.rotary_base, factor, wide_dtype(dtype))
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> RetentionState:
+        """The state of `batch` sequences before their first token."""
+        config = self.config
+        shape = (batch, config.num_heads, config.head_key_dim, config.head_value_dim)
+        return RetentionState(no_tokens(batch, device), torch.zeros(shape, device=device, dtype=wide_dtype(dtype)))
 
     def forward(
         self, x: Tensor, state: RetentionState | None, layout: TokenLayout

@@ -23,6 +23,11 @@ class ShortConvolution(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The inputs before the first token, all zero: [N, W - 1, C]."""
+        channels, _, width = self.weight.shape
+        return torch.zeros(batch, width - 1, channels, device=device, dtype=dtype)
+
     def forward(self, x: Tensor, recent: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """A mask is understood for one token a row; longer masked calls come here packed."""
         y, after = short_convolution(x, self.weight, self.bias, recent=recent, cu_seqlens=layout.cu_seqlens)

@@ -15,6 +15,11 @@ from torch import Tensor
 from retnet.layers.token_layout import TokenLayout
 
 
+def no_tokens(batch: int, device: torch.device) -> Tensor:
+    """The position of `batch` sequences before their first token: zeros [N]."""
+    return torch.zeros(batch, device=device, dtype=torch.int64)
+
+
 @dataclass
 class LayerState:
     """Base of all layer states. position [N], int64: real tokens seen by each sequence."""
@@ -52,10 +57,6 @@ class LayerState:
 
     def to(self, device: torch.device | str) -> Self:
         return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
-
-    def blank(self, num_sequences: int, num_tokens: int = 0, window: int | None = None) -> Self:
-        """States like this one that have seen nothing, with room for `num_tokens` a sequence (see TokenCache)."""
-        return replace(self, **{name: x.new_zeros(num_sequences, *x.shape[1:]) for name, x in self.tensors().items()})
 
     def slot(self, index: int) -> Self:
         """The state of one sequence as a view: what is written in place there is written here."""
@@ -170,14 +171,6 @@ class TokenCache(LayerState):
             x: Tensor = getattr(self, name)
             roomy[name] = torch.cat([x, x.new_zeros(len(x), grown - capacity, *x.shape[2:])], 1)
         return replace(self, position=self.position.clone(), **roomy)
-
-    def blank(self, num_sequences: int, num_tokens: int = 0, window: int | None = None) -> Self:
-        empty = super().blank(num_sequences)
-        for name in self.SLOTTED:
-            x: Tensor = getattr(empty, name)
-            setattr(empty, name, x[:, :0])
-        empty.filled = 0
-        return empty.reserve(num_tokens if window is None else min(num_tokens, window), window)
 
     def slot(self, index: int) -> Self:
         return replace(super().slot(index), filled=None)

@@ -1,6 +1,6 @@
 """The language model: embedding, blocks, final norm, head. Plain torch; the Hugging Face face is `models/hf.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -127,6 +127,25 @@ class LanguageModel(nn.Module):
                 x, after = layer(x, before, layout)
             states.append(after)
         return self.final_norm(x), ModelState(tuple(states)) if carry else None
+
+    def init_state(
+        self,
+        batch: int,
+        *,
+        num_tokens: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ModelState:
+        """The state of `batch` sequences before their first token; the model does not run.
+
+        Args:
+            num_tokens: KV caches (and Hyena's inputs) get room for so many tokens per sequence, or for their window
+                where that is smaller. A cache without room grows when tokens come.
+            device, dtype: of the activations that the state belongs to; those of the embedding if None.
+        """
+        device, dtype = device or self.embedding.weight.device, dtype or self.embedding.weight.dtype
+        blocks = cast(Iterable[Block], self.layers)
+        return ModelState(tuple(block.mixer.init_state(batch, device, dtype, num_tokens) for block in blocks))
 
     @torch.no_grad()
     def draft(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelRows]:

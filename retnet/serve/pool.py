@@ -168,14 +168,7 @@ def _draft_bytes(model: LanguageModel, state: ModelState, width: int) -> int:
     return rows.nbytes
 
 
-@torch.no_grad()
 def _blank(model: LanguageModel, num_sequences: int, max_tokens: int | None) -> ModelState:
-    """States of sequences that have seen nothing, in the shapes and dtypes that one token gives."""
-    device = model.embedding.weight.device
-    _, sample = model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device), carry=True)
-    assert sample is not None
-    layers = []
-    for layer, config in zip(sample, model.config.layers, strict=True):
-        window = getattr(config.mixer, "window", None)
-        layers.append(layer.blank(num_sequences, (window or 0) if max_tokens is None else max_tokens, window))
-    return ModelState(tuple(layers))
+    """States of sequences that have seen nothing, with room for max_tokens, or for every window if None."""
+    windows = [getattr(layer.mixer, "window", None) or 0 for layer in model.config.layers]
+    return model.init_state(num_sequences, num_tokens=max(windows) if max_tokens is None else max_tokens)
