@@ -1,41 +1,20 @@
-"""A checked stack to the `ModelConfig` that builds it: the one place where the schema's words become the model's.
+"""The `ModelConfig` of a checked stack. Each mixer's own mapping is in `mixers`.
 
-Where the schema leaves something open, the choice is made here and in docs/stack.md: rotary positions of attention pair
-halves of a head, the final norm is of the last layer's kind (none after a post-norm layer), a Mamba-2 head is the
-widest of 64, 32, 16, ... that divides.
+The schema has no final norm: it is of the same type as the last layer's norm, and absent after a post-norm layer.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
-from retnet.layers.hyena import HyenaConfig
-from retnet.layers.mamba1 import Mamba1Config
-from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.moe import MoEConfig
-from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.ops.norms import Norm
 
 from .layers import Layer
 from .load import Stack
-from .scalars import LARGEST, init_std
-from .schema import (
-    BYTES,
-    DEFAULT_ROPE_THETA,
-    DOCUMENT_START,
-    Attention,
-    Hyena,
-    Mamba,
-    Retnet,
-    RopeScaling,
-    Spec,
-    TrainingHints,
-)
+from .scalars import init_std
+from .schema import BYTES, DOCUMENT_START, Spec, TrainingHints
 
 _NORMS: dict[str, Norm] = {"rmsnorm": "rms", "layernorm": "layer"}
 _ACTIVATIONS: dict[str, Literal["gelu", "relu", "swish"]] = {"gelu": "gelu", "relu": "relu", "swiglu": "swish"}
@@ -81,7 +60,7 @@ def _final_norm(last: Layer) -> Norm | Literal["none"]:
 
 def _block(layer: Layer, spec: Spec, hints: TrainingHints) -> BlockConfig:
     return BlockConfig(
-        mixer=_MIXERS[type(layer.mixer)](layer.mixer, spec),
+        mixer=layer.mixer.config(spec),
         feed_forward=_feed_forward(layer, spec, hints),
         norm=_NORMS[layer.norm.type],
         norm_position=layer.norm.position,
@@ -90,92 +69,6 @@ def _block(layer: Layer, spec: Spec, hints: TrainingHints) -> BlockConfig:
         dropout=hints.dropout,
         keeps_state=layer.keeps_state,
     )
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """How attention and retention rotate. YaRN stretches to max_seq_len, from max_seq_len / factor."""
-
-    base: float
-    factor: float
-    yarn_length: int | None
-
-    @classmethod
-    def of(cls, spec: Spec) -> "_Positions":
-        scaling = spec.embedding.rope_scaling or RopeScaling()
-        length = None
-        if scaling.type == "yarn":
-            length = max(1, round(min(spec.model.max_seq_len / scaling.factor, LARGEST)))
-        return cls(spec.embedding.rope_theta or DEFAULT_ROPE_THETA, scaling.factor, length)
-
-
-def _attention(mixer: Attention, spec: Spec) -> AttentionConfig:
-    positional, positions = spec.embedding.positional, _Positions.of(spec)
-    return AttentionConfig(
-        num_heads=spec.model.n_heads,
-        num_kv_heads=spec.model.kv_heads,
-        head_dim=spec.model.head_dim,
-        rotary="half" if positional == "rope" else "none",
-        alibi=positional == "alibi",
-        window=mixer.window,
-        qkv_bias=mixer.qkv_bias,
-        dropout=mixer.attn_drop,
-        rotary_base=positions.base,
-        rotary_factor=positions.factor,
-        rotary_yarn_length=positions.yarn_length,
-    )
-
-
-def _retention(mixer: Retnet, spec: Spec) -> RetentionConfig:
-    positions = _Positions.of(spec)
-    return RetentionConfig(
-        num_heads=spec.model.n_heads,
-        key_dim=mixer.key_dim or spec.model.d_model,
-        value_dim=mixer.value_dim or 2 * spec.model.d_model,
-        decay=mixer.decay,
-        learnable_decay=mixer.learnable_decay,
-        decay_norm=mixer.decay_norm,
-        rotary=mixer.rotary if mixer.rope else "none",
-        gate=mixer.gate,
-        head_norm=mixer.head_norm,
-        head_norm_affine=mixer.head_norm_affine,
-        head_norm_eps=mixer.head_norm_eps,
-        mode="chunkwise" if mixer.chunkwise else "parallel",
-        chunk_size=mixer.chunk_size,
-        rotary_base=positions.base,
-        rotary_factor=positions.factor,
-        rotary_yarn_length=positions.yarn_length,
-    )
-
-
-def mamba2_head_dim(inner_dim: int) -> int:
-    """The widest of 64, 32, 16, ... that divides: the schema has no key for it."""
-    return next(width for width in (64, 32, 16, 8, 4, 2, 1) if inner_dim % width == 0)
-
-
-def _mamba(mixer: Mamba, spec: Spec) -> Mamba1Config | Mamba2Config:
-    inner_dim = spec.model.d_model * mixer.expand
-    if mixer.variant == "mamba1":
-        rank = math.ceil(spec.model.d_model / 16)  # as the paper's code has it
-        return Mamba1Config(inner_dim, rank, state_dim=mixer.d_state, conv_width=mixer.d_conv)
-    return Mamba2Config(
-        inner_dim,
-        head_dim=mixer.head_dim or mamba2_head_dim(inner_dim),
-        state_dim=mixer.d_state,
-        conv_width=mixer.d_conv,
-    )
-
-
-def _hyena(mixer: Hyena, spec: Spec) -> HyenaConfig:
-    return HyenaConfig(order=mixer.depth, filter_hidden=mixer.filter_hidden, filter_decay=mixer.filter_decay)
-
-
-_MIXERS: dict[type, Callable[[Any, Spec], Any]] = {
-    Attention: _attention,
-    Mamba: _mamba,
-    Retnet: _retention,
-    Hyena: _hyena,
-}
 
 
 def _feed_forward(layer: Layer, spec: Spec, hints: TrainingHints) -> FeedForwardConfig | MoEConfig:

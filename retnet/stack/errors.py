@@ -25,10 +25,6 @@ _SECTIONS = {
     "embedding": "embedding",
     "layer_templates": "layer_templates",
     "mixer": "mixer",
-    "attention": "attention",
-    "mamba": "mamba",
-    "retnet": "retnet",
-    "hyena": "hyena",
     "ffn": "ffn",
     "moe": "moe",
     "norm": "norm-residual-state",
@@ -95,7 +91,10 @@ def guide_section(path: Path, category: Category) -> str:
     """The section of the guide that explains this part of a file."""
     if category is Category.UNSUPPORTED:
         return "not-supported"
-    known = [_SECTIONS[key] for key in path if isinstance(key, str) and key in _SECTIONS]
+    from .mixers import MIXERS  # not at the top: the mixers import this module
+
+    sections = _SECTIONS | {name: settings.GUIDE for name, settings in MIXERS.items()}
+    known = [sections[key] for key in path if isinstance(key, str) and key in sections]
     return known[-1] if known else "files"
 
 

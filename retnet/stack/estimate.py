@@ -5,7 +5,7 @@ It counts no biases, knows nothing of a gate or of wider values in retention, an
 """
 
 from .layers import Layer
-from .schema import Attention, Hyena, Mamba, Model, Retnet, Spec
+from .schema import Model, Spec
 
 
 def estimate_parameters(spec: Spec, layers: tuple[Layer, ...]) -> int:
@@ -16,21 +16,7 @@ def estimate_parameters(spec: Spec, layers: tuple[Layer, ...]) -> int:
 
 
 def _layer(layer: Layer, model: Model) -> int:
-    return _mixer(layer, model) + _ffn(layer, model) + 2 * model.d_model
-
-
-def _mixer(layer: Layer, model: Model) -> int:
-    d = model.d_model
-    match layer.mixer:
-        case Attention():
-            return 2 * d * d + 2 * d * model.kv_heads * model.head_dim
-        case Retnet():
-            return 4 * d * d + d
-        case Mamba(d_state=d_state, d_conv=d_conv, expand=expand):
-            inner = d * expand
-            return 2 * d * inner + inner * d_conv + inner * (2 * d_state + 1) + inner * d
-        case Hyena(filter_hidden=hidden, depth=depth):
-            return 2 * d * d + d * hidden * depth
+    return layer.mixer.estimate(model) + _ffn(layer, model) + 2 * model.d_model
 
 
 def _ffn(layer: Layer, model: Model) -> int:

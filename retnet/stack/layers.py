@@ -3,28 +3,13 @@
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .schema import (
-    DEFAULT_ACTIVATION,
-    STATE_OF,
-    Attention,
-    Entry,
-    Ffn,
-    Hyena,
-    Mamba,
-    Norm,
-    Override,
-    Residual,
-    Retnet,
-    Section,
-    Spec,
-    Template,
-)
+from .mixers import MIXERS, MixerSettings
+from .schema import DEFAULT_ACTIVATION, Entry, Ffn, Norm, Override, Residual, Spec, Template
+from .section import Section
 
 MAX_LAYERS = 4096
 
 S = TypeVar("S", bound=Section)
-MixerSettings = Attention | Mamba | Retnet | Hyena
-_SETTINGS = {"attention": Attention, "mamba": Mamba, "retnet": Retnet, "hyena": Hyena}
 
 
 @dataclass(frozen=True)
@@ -43,19 +28,13 @@ class Layer:
     keeps_state: bool
 
 
-def mixer_settings(template: Template) -> MixerSettings:
-    """The settings of the template's mixer, all defaults if the file gives none."""
-    kind = template.mixer.type
-    return getattr(template.mixer, kind) or _SETTINGS[kind]()
-
-
 def keeps_state(template: Template) -> bool:
-    """Whether the layer carries its state in decoding: what `state` says, true where it says nothing.
+    """Whether decoding carries the layer's state: as `state` says, true by default.
 
-    One key given makes the other false, so `state: {ssm_state: false}` also denies attention its cache. Hyena has no
-    key of its own and always may.
+    Setting one key of `state` makes the other false, so `state: {ssm_state: false}` also denies attention its cache.
+    A mixer without a key of its own always carries its state.
     """
-    key = STATE_OF[template.mixer.type]
+    key = MIXERS[template.mixer.type].STATE_KEY
     if key is None or template.state is None or not template.state.model_fields_set:
         return True
     return getattr(template.state, key)
@@ -78,7 +57,7 @@ def _layer(index: int, number: int, entry: Entry, template: Template) -> Layer:
         template=entry.template,
         entry=number,
         mixer_type=template.mixer.type,
-        mixer=_overridden(mixer_settings(template), override.attention),
+        mixer=_overridden(template.mixer.settings, override.attention),
         ffn=template.ffn,
         activation=_overridden(template.ffn, override.ffn).activation or DEFAULT_ACTIVATION[template.ffn.type],
         norm=_overridden(template.norm or Norm(), override.norm),

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"attention": "#d1495b", "retnet": "#1f6fb2", "mamba": "#2a9d6f", "hyena": "#8e5ea2"}
 FEED_FORWARD, INK, FAINT, GRID = "#d9dee4", "#1b2733", "#8a96a3", "#eceff2"
 BAND = 0.78  # of a row's height
 KIB = 1024
@@ -75,7 +74,7 @@ def _labels(axes: "Axes", rows: list[LayerSummary]) -> None:
     """The name of each run of equal layers, left of its rows."""
     start, groups = 0, runs(rows)
     for count, row in groups:
-        colour, middle = COLOURS[row.layer.mixer_type], start + (count - 1) / 2
+        colour, middle = row.layer.mixer.COLOUR, start + (count - 1) / 2
         if count > 1 or len(groups) <= 40:
             text = plain(row.layer.template, 18) + (f"  ×{count}" if count > 1 else "")
             place = {"ha": "right", "va": "center", "transform": axes.get_yaxis_transform(), "clip_on": False}
@@ -91,7 +90,7 @@ def _parameters(axes: "Axes", rows: list[LayerSummary]) -> None:
     unit, name = next(((u, n) for u, n in ((10**9, "G"), (10**6, "M"), (10**3, "K")) if widest >= u), (1, ""))
     for y, row in enumerate(rows):
         mixer, ffn = row.mixer_parameters / unit, row.feed_forward_parameters / unit
-        axes.barh(y, mixer, height=BAND, color=COLOURS[row.layer.mixer_type], linewidth=0)
+        axes.barh(y, mixer, height=BAND, color=row.layer.mixer.COLOUR, linewidth=0)
         axes.barh(y, ffn, left=mixer, height=BAND, color=FEED_FORWARD, linewidth=0)
     axes.set_xlim(0, 1.02 * widest / unit)
     axes.set_xlabel(
@@ -108,9 +107,7 @@ def _reach(axes: "Axes", rows: list[LayerSummary], context: int) -> None:
         stripe = BAND / len(heads)
         for i, reach in enumerate(heads):
             bottom = y - BAND / 2 + i * stripe
-            axes.barh(
-                bottom, reach - 1, left=1, height=stripe, align="edge", color=COLOURS[row.layer.mixer_type], linewidth=0
-            )
+            axes.barh(bottom, reach - 1, left=1, height=stripe, align="edge", color=row.layer.mixer.COLOUR, linewidth=0)
     axes.set_xticks(*_ticks(context))
     axes.set_xlabel(f"tokens within reach, of {short_tokens(context)}")
 
@@ -126,7 +123,7 @@ def _states(axes: "Axes", rows: list[LayerSummary], config: ModelConfig, context
     for y, (row, row_sizes) in enumerate(zip(rows, sizes)):
         shades = dict(zip(row_sizes, (0.35, 0.6, 1.0)))  # where sizes are equal, the darkest
         for size, alpha in shades.items():
-            colour = to_rgb_over_white(COLOURS[row.layer.mixer_type], alpha)
+            colour = to_rgb_over_white(row.layer.mixer.COLOUR, alpha)
             axes.barh(y, size - low, left=low, height=BAND, color=colour, linewidth=0)
     powers = [2**i for i in range(0, 60, 2) if low <= 2**i <= high]
     ticks = powers[:: max(1, -(-len(powers) // 5))]
@@ -159,8 +156,8 @@ def _title(figure: "Figure", stack: Stack, rows: list[LayerSummary], config: Mod
     line = "   ".join((*sizes, f"{model.n_heads} heads"))
     figure.text(0.15, up - 0.3 / figure.get_figheight(), line, fontsize=10, color=FAINT, va="center")
     x = 0.985
-    kinds = [*dict.fromkeys(row.layer.mixer_type for row in rows)]
-    for label, colour in [("feed-forward", FEED_FORWARD)] + [(kind, COLOURS[kind]) for kind in reversed(kinds)]:
+    colours = {row.layer.mixer_type: row.layer.mixer.COLOUR for row in rows}
+    for label, colour in [("feed-forward", FEED_FORWARD), *reversed(colours.items())]:
         text = figure.text(x, up, f"■ {label}", fontsize=10, color=colour if label != "feed-forward" else FAINT,
                            ha="right", va="center")  # fmt: skip
         x -= (len(label) + 5) * 0.0078

@@ -11,7 +11,7 @@ from enum import StrEnum
 from .errors import format_path, plain
 from .estimate import estimate_parameters
 from .load import Stack
-from .schema import Attention
+from .mixers import Attention
 
 # Tokens of tokenizers whose name tells: fewer rows in the embedding cannot hold them.
 TOKENIZER_SIZES = {"gpt2": 50257, "byt5": 259, "llama-2": 32000, "gemma-2": 256000}
@@ -80,7 +80,7 @@ def _sequence(stack: Stack) -> Iterator[str]:
 
 def _regularisation(stack: Stack) -> Iterator[str]:
     hints = stack.spec.training_hints
-    unusual = any(layer.mixer_type in ("mamba", "hyena") or layer.ffn.type == "moe" for layer in stack.layers)
+    unusual = any(layer.mixer.NEEDS_REGULARISATION or layer.ffn.type == "moe" for layer in stack.layers)
     if len(stack.layers) > 16 and unusual and not (hints and (hints.dropout or hints.checkpointing)):
         yield f"{len(stack.layers)} layers train without dropout and without checkpointing"
 

@@ -8,20 +8,9 @@ from collections.abc import Iterator
 
 from .document import Document
 from .errors import Category, Fault, Path, listing, nearest, plain, show
-from .layers import MAX_LAYERS, mixer_settings
-from .schema import (
-    BYTE_TOKENS,
-    BYTES,
-    DEFAULT_ROPE_THETA,
-    MIXERS,
-    OURS,
-    Attention,
-    Entry,
-    Ffn,
-    Mamba,
-    Retnet,
-    Template,
-)
+from .layers import MAX_LAYERS
+from .mixers import MIXERS, Attention
+from .schema import BYTE_TOKENS, BYTES, DEFAULT_ROPE_THETA, Entry, Ffn, Template
 from .validate import ParsedSections
 
 
@@ -80,7 +69,7 @@ class _Rules:
         embedding, model = self.parts.embedding, self.parts.model
         if embedding is None:
             return
-        turns = any(_turns_whole_heads(template) for template in self.parts.templates.values())
+        rotated = any(template.mixer.settings.rotates_heads for template in self.parts.templates.values())
         if embedding.positional != "rope":
             for key in ("rope_theta", "rope_scaling"):
                 if getattr(embedding, key) is not None:
@@ -90,8 +79,8 @@ class _Rules:
         scaling = embedding.rope_scaling
         if scaling and scaling.type == "yarn" and (embedding.rope_theta or DEFAULT_ROPE_THETA) <= 1:
             yield self.problem(("embedding", "rope_theta"), "yarn needs a base above 1", "write 10000.0")
-        if turns and model is not None and model.d_model % model.n_heads == 0 and model.head_dim % 2:
-            what = f"rotary positions turn pairs, but a head is {model.head_dim} wide (d_model / n_heads)"
+        if rotated and model is not None and model.d_model % model.n_heads == 0 and model.head_dim % 2:
+            what = f"rotary positions rotate pairs, but a head is {model.head_dim} wide (d_model / n_heads)"
             fix = "choose d_model and n_heads so that a head is even, or write retnet.rope: false"
             yield self.problem(("model", "d_model"), what, fix)
 
@@ -121,56 +110,8 @@ class _Rules:
             if other != mixer.type and other in mixer.model_fields_set:
                 what = f"`{other}` cannot stand beside type: {mixer.type}"
                 yield self.problem(here, what, f"remove it, or write type: {other}", at=(*here, other))
-        settings = mixer_settings(template)
-        if isinstance(settings, Attention) and settings.window_dilation > 1:
-            what = f"`window_dilation: {settings.window_dilation}` (dilated windows) is not supported here"
-            yield self.problem((*here, "attention", "window_dilation"), what, "remove it", Category.UNSUPPORTED)
-        if isinstance(settings, Mamba):
-            yield from self.mamba((*here, "mamba"), settings)
-        if isinstance(settings, Retnet):
-            yield from self.retnet((*here, "retnet"), settings)
-
-    def mamba(self, path: Path, mamba: Mamba) -> Iterator[Fault]:
-        if mamba.head_dim is None:
-            return
-        here = (*path, OURS + "head_dim")
-        if mamba.variant == "mamba1":
-            yield self.problem(here, "mamba1 has no heads", "remove it, or write variant: mamba2")
-        elif self.parts.model and self.parts.model.d_model * mamba.expand % mamba.head_dim:
-            inner = self.parts.model.d_model * mamba.expand
-            yield self.problem(here, f"{mamba.head_dim} does not divide d_model * expand = {inner}", f"divide {inner}")
-
-    def retnet(self, path: Path, retnet: Retnet) -> Iterator[Fault]:
-        embedding, model = self.parts.embedding, self.parts.model
-        if retnet.rope and embedding is not None and embedding.positional != "rope":
-            fix = "write rope: false here, or embedding.positional: rope"
-            yield self.problem(
-                (*path, "rope"), f"rope needs embedding.positional rope, not {embedding.positional}", fix
-            )
-        if model is not None:
-            yield from self.retention_widths(path, retnet, model.n_heads)
-        decay = (*path, OURS + "decay")
-        fixed = retnet.decay if isinstance(retnet.decay, tuple) else (retnet.decay,)
-        if isinstance(retnet.decay, tuple) and model is not None and len(retnet.decay) != model.n_heads:
-            what = f"{len(retnet.decay)} gammas for {model.n_heads} heads"
-            yield self.problem(decay, what, f"write {model.n_heads} numbers, or one without brackets")
-        if retnet.learnable_decay and any(gamma in ("none", "gated", 0.0, 1.0) for gamma in fixed):
-            fix = "write learnable_decay: false, or start from paper, experiment, or gammas between 0 and 1"
-            what = f"decay {show(retnet.decay)} is no start for a learnable decay"
-            yield self.problem((*path, OURS + "learnable_decay"), what, fix)
-        if retnet.decay_norm and retnet.decay == "gated":
-            what = "decay_norm is defined for a decay that is fixed per head, not for decay: gated"
-            yield self.problem((*path, OURS + "decay_norm"), what, "write false, or another decay")
-
-    def retention_widths(self, path: Path, retnet: Retnet, heads: int) -> Iterator[Fault]:
-        for key in ("key_dim", "value_dim"):
-            width = getattr(retnet, key)
-            if width is not None and width % heads:
-                fix = f"write a multiple of {heads}, such as {max(1, round(width / heads)) * heads}"
-                yield self.problem((*path, OURS + key), f"{width} cannot be split into {heads} heads (n_heads)", fix)
-        if retnet.rope and retnet.key_dim is not None and retnet.key_dim % (2 * heads) == heads:
-            what = f"rotary positions turn pairs, but the keys of a head are {retnet.key_dim // heads} wide"
-            yield self.problem((*path, OURS + "key_dim"), what, f"write a multiple of {2 * heads}, or rope: false")
+        for clash in mixer.settings.clashes(self.parts.model, self.parts.embedding):
+            yield self.problem((*here, mixer.type, clash.key), clash.what, clash.fix, clash.category)
 
     def ffn(self, path: Path, ffn: Ffn) -> Iterator[Fault]:
         here = (*path, "ffn")
@@ -210,7 +151,7 @@ class _Rules:
             return
         here, changed = (*path, "override"), entry.override
         if changed.attention is not None:
-            settings = mixer_settings(template)
+            settings = template.mixer.settings
             if not isinstance(settings, Attention):
                 what = f"the template's mixer is {template.mixer.type}, not attention"
                 yield self.problem((*here, "attention"), what, "remove it, or schedule a template with attention")
@@ -223,11 +164,3 @@ class _Rules:
             yield from self.residual((*here, "norm", "position"), template, changed.norm.position)
         if changed.ffn is not None:
             yield from self.activation((*here, "ffn", "activation"), template.ffn.type, changed.ffn.activation)
-
-
-def _turns_whole_heads(template: Template) -> bool:
-    """Whether rotary positions turn all d_model / n_heads components of the template's queries and keys."""
-    settings = mixer_settings(template)
-    return isinstance(settings, Attention) or (
-        isinstance(settings, Retnet) and settings.rope and settings.key_dim is None
-    )

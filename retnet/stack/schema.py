@@ -1,18 +1,19 @@
 """The sections of a stack file (EulerStack's schema_version 1) as closed, typed models.
 
-Only the keys that act on the model or its training are fields; `unsupported` names the rest. What keys of
-different sections demand of each other is in `rules`. Defaults are the schema's; where it is silent, the paper's.
-Fields whose key starts with `vendor.retnet.` are ours: the schema leaves that prefix to whoever reads the file.
+Only the keys that act on the model or its training are fields; `unsupported` names the rest. The settings of mixers
+are in `mixers`, rules between sections in `rules`. Defaults are the schema's; where it is silent, the paper's.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, PlainValidator, create_model
 
 from . import unsupported
+from .mixers import MIXERS, MixerSettings
 from .scalars import (
+    LARGEST,
     ONE_OF,
-    Decay,
     Flag,
     Fraction,
     Initialisation,
@@ -32,42 +33,15 @@ from .scalars import (
     Text,
     TextOrNull,
 )
-
-OURS = "vendor.retnet."
-RESERVED_PREFIXES = ("experimental.", "future.", "vendor.")
+from .section import Section
 
 # None: the key is absent.
 MaybeActivation = Annotated[Literal["swiglu", "gelu", "relu", None], ONE_OF]
 Dtype = Annotated[Literal["float32", "float16", "bfloat16"], ONE_OF]
-MIXERS = ("attention", "mamba", "retnet", "hyena")
-# The state key that each mixer may set; hyena has none.
-# What each mixer may hold of STATES; those that are not run are in the schema as well.
-STATE_OF = {
-    "attention": "kv_cache",
-    "retnet": "kv_cache",
-    "mamba": "ssm_state",
-    "hyena": None,
-    "branched": None,
-    "ttt_layer": "ssm_state",
-}
 # tokenizer_contract.pretrained of the byte tokenizer (`retnet.data.tokenizer`), and its tokens.
 BYTES, BYTE_TOKENS, DOCUMENT_START = "bytes", 257, 256
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_ACTIVATION = {"mlp": "gelu", "gated_mlp": "swiglu", "moe": "gelu"}
-
-
-class Section(BaseModel):
-    """A mapping of the file. Closed: a key is a field, one of `UNSUPPORTED`, reserved, or an error."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
-
-    UNSUPPORTED: ClassVar[unsupported.Keys] = {}
-    UNSUPPORTED_VALUES: ClassVar[unsupported.Values] = {}
-
-    @classmethod
-    def keys(cls) -> dict[str, Any]:
-        """The keys as the file spells them, with the type of each."""
-        return {info.alias or name: info.annotation for name, info in cls.model_fields.items()}
 
 
 class Model(Section):
@@ -113,58 +87,34 @@ class Embedding(Section):
     scale: PositiveOrNull = None
 
 
-class Attention(Section):
-    UNSUPPORTED = unsupported.ATTENTION
-    UNSUPPORTED_VALUES = unsupported.ATTENTION_VALUES
-
-    qkv_bias: Flag = False
-    attn_drop: Probability = 0.0
-    window: PositiveIntOrNull = None
-    window_mode: Annotated[Literal["standard", "sliding"], ONE_OF] = "standard"
-    window_dilation: PositiveInt = 1
-
-
-class Mamba(Section):
-    variant: Annotated[Literal["mamba1", "mamba2"], ONE_OF] = "mamba2"
-    d_state: PositiveInt = 64
-    d_conv: PositiveInt = 4
-    expand: PositiveInt = 2
-    head_dim: MaybePositiveInt = Field(default=None, alias=OURS + "head_dim")
-
-
-class Retnet(Section):
-    chunkwise: Flag = True
-    chunk_size: PositiveInt = 64
-    rope: Flag = True
-    # The schema is silent on all that follows; the defaults are the paper's (layers.retention says what each does).
-    key_dim: MaybePositiveInt = Field(default=None, alias=OURS + "key_dim")  # over all heads; default d_model
-    value_dim: MaybePositiveInt = Field(default=None, alias=OURS + "value_dim")  # over all heads; default 2 d_model
-    decay: Decay = Field(default="paper", alias=OURS + "decay")
-    learnable_decay: Flag = Field(default=False, alias=OURS + "learnable_decay")
-    decay_norm: Flag = Field(default=False, alias=OURS + "decay_norm")
-    rotary: Annotated[Literal["interleaved", "half"], ONE_OF] = Field(default="interleaved", alias=OURS + "rotary")
-    gate: Annotated[Literal["swish", "none"], ONE_OF] = Field(default="swish", alias=OURS + "gate")
-    head_norm: Annotated[Literal["layer", "rms", "none"], ONE_OF] = Field(default="layer", alias=OURS + "head_norm")
-    head_norm_affine: Annotated[Literal["none", "shared", "per_head"], ONE_OF] = Field(
-        default="none", alias=OURS + "head_norm_affine"
-    )
-    head_norm_eps: Positive = Field(default=1e-6, alias=OURS + "head_norm_eps")
-
-
-class Hyena(Section):
-    depth: PositiveInt = 2
-    filter_hidden: PositiveInt = 64
-    filter_decay: NonNegative = 0.0
-
-
 class Mixer(Section):
+    """`type`, and under the key of that name the settings; the names are those in `MIXERS` when a file is read."""
+
     UNSUPPORTED_VALUES = unsupported.MIXER_VALUES
 
-    type: Annotated[Literal["attention", "mamba", "retnet", "hyena"], ONE_OF]
-    attention: Attention | None = None
-    mamba: Mamba | None = None
-    retnet: Retnet | None = None
-    hyena: Hyena | None = None
+    type: str
+
+    @classmethod
+    def keys(cls) -> dict[str, Any]:
+        return {name: info.annotation for name, info in cls.with_known_mixers().model_fields.items()}
+
+    @classmethod
+    def with_known_mixers(cls) -> "type[Mixer]":
+        """This mapping with one key per mixer that is known at the moment."""
+        return _with_mixers(tuple(MIXERS.items()))
+
+    @property
+    def settings(self) -> MixerSettings:
+        """The settings of `type`; the defaults if the file gives none."""
+        return getattr(self, self.type) or MIXERS[self.type]()
+
+
+@cache
+def _with_mixers(mixers: tuple[tuple[str, type[MixerSettings]], ...]) -> type[Mixer]:
+    names = tuple(name for name, _ in mixers)
+    fields: dict[str, Any] = {"type": (Annotated[Literal[names], ONE_OF], ...)}
+    fields |= {name: (settings | None, None) for name, settings in mixers}
+    return create_model("Mixer", __base__=Mixer, **fields)
 
 
 class Moe(Section):
@@ -209,7 +159,8 @@ class State(Section):
 class Template(Section):
     UNSUPPORTED = unsupported.TEMPLATE
 
-    mixer: Mixer
+    # Validated by the class of the moment, so that a mixer may be registered after this module is imported.
+    mixer: Annotated[Mixer, PlainValidator(lambda value: Mixer.with_known_mixers().model_validate(value))]
     ffn: Ffn
     norm: Norm | None = None
     residual: Residual | None = None
@@ -270,7 +221,7 @@ class TrainingHints(Section):
     router_aux_loss_coef: NonNegative = 0.01
     lr_peak: Positive = 3e-4
     lr_floor_ratio: Fraction = 0.1
-    betas: Annotated[list[Probability], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    betas: Annotated[list[Probability], Field(min_length=2, max_length=2)] = Field(default=[0.9, 0.95])
     weight_decay: NonNegative = 0.1
     grad_clip: NonNegative = 1.0
     warmup_steps_ratio: Fraction = 0.03
@@ -299,3 +250,20 @@ class Spec(Section):
     head: Head
     training_hints: TrainingHints | None = None
     compatibility: Compatibility | None = None
+
+    def rotary(self) -> "Rotary":
+        """Rotary positions as the layers' configs take them. YaRN extends max_seq_len / factor to max_seq_len."""
+        scaling = self.embedding.rope_scaling or RopeScaling()
+        length = None
+        if scaling.type == "yarn":
+            length = max(1, round(min(self.model.max_seq_len / scaling.factor, LARGEST)))
+        base = self.embedding.rope_theta or DEFAULT_ROPE_THETA
+        return Rotary(rotary_base=base, rotary_factor=scaling.factor, rotary_yarn_length=length)
+
+
+class Rotary(TypedDict):
+    """The fields that AttentionConfig and RetentionConfig share."""
+
+    rotary_base: float
+    rotary_factor: float
+    rotary_yarn_length: int | None

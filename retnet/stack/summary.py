@@ -9,13 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from retnet.layers.block import Block, BlockConfig
-from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
-from retnet.models.cost import head_windows
 
 from .layers import Layer
 from .load import Stack
-from .schema import Attention, Hyena, Mamba
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,9 @@ def summarize(stack: Stack, config: ModelConfig) -> list[LayerSummary]:
     for layer, block in zip(stack.layers, config.layers):
         if block not in known:
             known[block] = _parameters(block, config.d_model)
-        words = mixer_words(layer), feed_forward_words(layer, stack)
-        rows.append(LayerSummary(layer, block, *known[block], _reach(block, config), *words))
+        one = ModelConfig(config.vocab_size, config.d_model, (block,))
+        words = layer.mixer.words(layer.mixer_type), feed_forward_words(layer, stack)
+        rows.append(LayerSummary(layer, block, *known[block], layer.mixer.reach(one), *words))
     return rows
 
 
@@ -59,29 +57,6 @@ def _parameters(block: BlockConfig, d_model: int) -> tuple[int, int]:
         module = Block(block, d_model)
     mixer = sum(p.numel() for name, p in module.named_parameters() if name.startswith("mixer"))
     return mixer, sum(p.numel() for p in module.parameters()) - mixer
-
-
-def _reach(block: BlockConfig, config: ModelConfig) -> tuple[float, ...] | None:
-    mixer = block.mixer
-    if isinstance(mixer, RetentionConfig):
-        one = ModelConfig(config.vocab_size, config.d_model, (block,))
-        return tuple(head_windows(one)[0]) or None
-    window = getattr(mixer, "window", None)
-    return None if window is None else (float(window),)
-
-
-def mixer_words(layer: Layer) -> str:
-    """'attention, window 4096', 'retnet', 'mamba2, state 128', 'hyena, order 2'."""
-    match layer.mixer:
-        case Attention(window=window):
-            return "attention" if window is None else f"attention, window {window}"
-        case Mamba(variant=variant, d_state=d_state):
-            return f"{variant}, state {d_state}"
-        case Hyena(depth=depth):
-            return f"hyena, order {depth}"
-        case retnet:
-            decay = retnet.decay if isinstance(retnet.decay, str) else "own"
-            return "retnet" if decay == "paper" else f"retnet, {decay} decay"
 
 
 def feed_forward_words(layer: Layer, stack: Stack) -> str:

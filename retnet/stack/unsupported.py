@@ -5,6 +5,7 @@ where the schema takes null (`takes_null`).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ MIXER_VALUES: Values = {
         ),
     }
 }
+# The key of `state` that an unsupported mixer may set; None: neither.
+STATE_KEYS: dict[str, Literal["kv_cache", "ssm_state"] | None] = {"branched": None, "ttt_layer": "ssm_state"}
 _WINDOW = "write window_mode: sliding with a window, or global attention without one"
 ATTENTION: Keys = {
     "latent_dim": Unsupported(

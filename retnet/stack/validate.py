@@ -14,23 +14,11 @@ from pydantic_core import ErrorDetails
 
 from .document import Document
 from .errors import Category, Fault, Mark, Path, listing, nearest, plain, show
+from .mixers import MIXERS
 from .scalars import FAULT
-from .schema import (
-    OURS,
-    RESERVED_PREFIXES,
-    STATE_OF,
-    Embedding,
-    Entry,
-    Head,
-    Model,
-    Section,
-    Spec,
-    State,
-    Template,
-    TokenizerContract,
-    TrainingHints,
-)
-from .unsupported import ENTRY_KINDS, Unsupported
+from .schema import Embedding, Entry, Head, Model, Spec, State, Template, TokenizerContract, TrainingHints
+from .section import OURS, RESERVED_PREFIXES, Section
+from .unsupported import ENTRY_KINDS, STATE_KEYS, Unsupported
 
 S = TypeVar("S", bound=Section)
 
@@ -138,12 +126,13 @@ class _Pruner:
         return raw
 
     def _without_foreign_states(self, template: dict[str, Any], path: Path) -> dict[str, Any]:
-        """What the mixer cannot hold is a fault of the template, whatever is asked for and whether the mixer is run."""
+        """Refuse a state that the mixer does not have, of whatever value, for unsupported mixers too."""
+        keys = {name: settings.STATE_KEY for name, settings in MIXERS.items()} | STATE_KEYS
         mixer, state = template.get("mixer"), template.get("state")
         kind = mixer.get("type") if isinstance(mixer, dict) else None
-        if not isinstance(kind, str) or kind not in STATE_OF or not isinstance(state, dict):
+        if not isinstance(kind, str) or kind not in keys or not isinstance(state, dict):
             return template
-        own = STATE_OF[kind]
+        own = keys[kind]
         foreign = [key for key in State.model_fields if key != own and state.get(key)]
         for key in foreign:
             fix = f"write state: {{{own}: true}}" if own else "remove `state`"

@@ -8,7 +8,9 @@ from typing import get_args
 import pytest
 
 from retnet.stack import errors, unsupported
-from retnet.stack.schema import Section, Spec
+from retnet.stack.mixers import MIXERS
+from retnet.stack.schema import Spec
+from retnet.stack.section import Section
 
 GUIDE = Path(__file__).resolve().parents[2] / errors.GUIDE
 
@@ -30,6 +32,7 @@ def sections(annotation=Spec) -> Iterator[type[Section]]:
 def test_every_section_that_errors_name_is_there(guide):
     anchors = {heading.lower().replace(",", "").replace(" ", "-") for heading in re.findall(r"^## (.+)$", guide, re.M)}
     assert {*errors._SECTIONS.values(), "files", "let", "not-supported"} <= anchors
+    assert {settings.GUIDE for settings in MIXERS.values()} <= anchors - {"mixer"}
 
 
 def test_every_key_is_documented(guide):

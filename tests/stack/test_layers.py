@@ -3,7 +3,8 @@
 import pytest
 
 from retnet.stack.layers import keeps_state
-from retnet.stack.schema import Attention, Retnet, Template
+from retnet.stack.mixers import Attention, Retnet
+from retnet.stack.schema import Template
 
 from .specs import stack
 

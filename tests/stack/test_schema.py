@@ -4,7 +4,7 @@ import pytest
 
 from retnet.stack import Category, StackError, parse_stack
 from retnet.stack.errors import nearest, plain, show
-from retnet.stack.schema import RESERVED_PREFIXES
+from retnet.stack.section import RESERVED_PREFIXES
 
 from .specs import BASE, changed, only, problems, stack
 

@@ -1,0 +1,28 @@
+"""The mixers of a stack: one entry per mixer, read by everything in `retnet.stack` that depends on the mixer.
+
+To add a mixer, write its entry, a subclass of `MixerSettings`, and list it in `MIXERS` under its name in YAML:
+
+    class Toy(MixerSettings):
+        STATE_KEY = "ssm_state"     # the key of `state` that says whether decoding carries the layer's state
+        width: PositiveInt = 16     # a key of the file: its name, type, range and default
+
+        def config(self, spec: Spec) -> ToyConfig:
+            return ToyConfig(self.width, heads=spec.model.n_heads)
+
+    MIXERS["toy"] = Toy
+
+A file may then say `mixer: {type: toy, toy: {width: 32}}`. Keys that the schema does not have are declared with the
+prefix `vendor.retnet.` (see `retnet.py`). What an entry may say beside its keys (rules, words, colour, reach) is in
+`settings.py`. The layer itself is registered in `retnet.layers.mixers`. A mixer outside the package is added the same
+way, before a file is read. Mixers of the package also have a section in docs/stack.md, which a test demands.
+"""
+
+from .attention import Attention
+from .hyena import Hyena
+from .mamba import Mamba
+from .retnet import Retnet
+from .settings import Clash, MixerSettings
+
+__all__ = ["MIXERS", "Attention", "Clash", "Hyena", "Mamba", "MixerSettings", "Retnet"]
+
+MIXERS: dict[str, type[MixerSettings]] = {"attention": Attention, "mamba": Mamba, "retnet": Retnet, "hyena": Hyena}

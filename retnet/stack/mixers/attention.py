@@ -1,0 +1,65 @@
+"""`type: attention`: softmax attention, global or in a window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from .. import unsupported
+from ..errors import Category
+from ..scalars import ONE_OF, Flag, PositiveInt, PositiveIntOrNull, Probability
+from .settings import Clash, MixerSettings
+
+if TYPE_CHECKING:
+    from retnet.layers.attention import AttentionConfig
+    from retnet.models.config import ModelConfig
+
+    from ..schema import Embedding, Model, Spec
+
+
+class Attention(MixerSettings):
+    STATE_KEY = "kv_cache"
+    GUIDE = "attention"
+    COLOUR: ClassVar[str] = "#d1495b"
+    UNSUPPORTED = unsupported.ATTENTION
+    UNSUPPORTED_VALUES = unsupported.ATTENTION_VALUES
+
+    qkv_bias: Flag = False
+    attn_drop: Probability = 0.0
+    window: PositiveIntOrNull = None
+    window_mode: Annotated[Literal["standard", "sliding"], ONE_OF] = "standard"
+    window_dilation: PositiveInt = 1
+
+    def config(self, spec: Spec) -> AttentionConfig:
+        """Rotary positions pair the halves of a head."""
+        from retnet.layers.attention import AttentionConfig
+
+        return AttentionConfig(
+            num_heads=spec.model.n_heads,
+            num_kv_heads=spec.model.kv_heads,
+            head_dim=spec.model.head_dim,
+            rotary="half" if spec.embedding.positional == "rope" else "none",
+            alibi=spec.embedding.positional == "alibi",
+            window=self.window,
+            qkv_bias=self.qkv_bias,
+            dropout=self.attn_drop,
+            **spec.rotary(),
+        )
+
+    def words(self, name: str) -> str:
+        return name if self.window is None else f"{name}, window {self.window}"
+
+    def clashes(self, model: Model | None, embedding: Embedding | None) -> Iterator[Clash]:
+        if self.window_dilation > 1:
+            what = f"`window_dilation: {self.window_dilation}` (dilated windows) is not supported here"
+            yield Clash("window_dilation", what, "remove it", Category.UNSUPPORTED)
+
+    @property
+    def rotates_heads(self) -> bool:
+        return True
+
+    def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
+        return None if self.window is None else (float(self.window),)
+
+    def estimate(self, model: Model) -> int:
+        return 2 * model.d_model * model.d_model + 2 * model.d_model * model.kv_heads * model.head_dim

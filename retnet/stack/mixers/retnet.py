@@ -1,0 +1,108 @@
+"""`type: retnet`: multi-scale retention (arXiv 2307.08621), and its gated form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ..errors import show
+from ..scalars import ONE_OF, Decay, Flag, MaybePositiveInt, Positive
+from ..section import OURS
+from .settings import Clash, MixerSettings
+
+if TYPE_CHECKING:
+    from retnet.layers.retention import RetentionConfig
+    from retnet.models.config import ModelConfig
+
+    from ..schema import Embedding, Model, Spec
+
+
+class Retnet(MixerSettings):
+    """Where the schema is silent (`vendor.retnet.*`), the defaults are the paper's; `RetentionConfig` explains each."""
+
+    STATE_KEY = "kv_cache"
+    GUIDE = "retnet"
+    COLOUR: ClassVar[str] = "#1f6fb2"
+
+    chunkwise: Flag = True
+    # EulerStack's files often give one (its default is 64). Devices other than the CPU take it as a hint.
+    chunk_size: MaybePositiveInt = None
+    rope: Flag = True
+    key_dim: MaybePositiveInt = Field(default=None, alias=OURS + "key_dim")  # over all heads; default d_model
+    value_dim: MaybePositiveInt = Field(default=None, alias=OURS + "value_dim")  # over all heads; default 2 d_model
+    decay: Decay = Field(default="paper", alias=OURS + "decay")
+    learnable_decay: Flag = Field(default=False, alias=OURS + "learnable_decay")
+    decay_norm: Flag = Field(default=False, alias=OURS + "decay_norm")
+    rotary: Annotated[Literal["interleaved", "half"], ONE_OF] = Field(default="interleaved", alias=OURS + "rotary")
+    gate: Annotated[Literal["swish", "none"], ONE_OF] = Field(default="swish", alias=OURS + "gate")
+    head_norm: Annotated[Literal["layer", "rms", "none"], ONE_OF] = Field(default="layer", alias=OURS + "head_norm")
+    head_norm_affine: Annotated[Literal["none", "shared", "per_head"], ONE_OF] = Field(
+        default="none", alias=OURS + "head_norm_affine"
+    )
+    head_norm_eps: Positive = Field(default=1e-6, alias=OURS + "head_norm_eps")
+
+    def config(self, spec: Spec) -> RetentionConfig:
+        from retnet.layers.retention import RetentionConfig
+
+        return RetentionConfig(
+            num_heads=spec.model.n_heads,
+            key_dim=self.key_dim or spec.model.d_model,
+            value_dim=self.value_dim or 2 * spec.model.d_model,
+            decay=self.decay,
+            learnable_decay=self.learnable_decay,
+            decay_norm=self.decay_norm,
+            rotary=self.rotary if self.rope else "none",
+            gate=self.gate,
+            head_norm=self.head_norm,
+            head_norm_affine=self.head_norm_affine,
+            head_norm_eps=self.head_norm_eps,
+            mode="chunkwise" if self.chunkwise else "parallel",
+            chunk_size=self.chunk_size,
+            **spec.rotary(),
+        )
+
+    def words(self, name: str) -> str:
+        decay = self.decay if isinstance(self.decay, str) else "own"
+        return name if decay == "paper" else f"{name}, {decay} decay"
+
+    def clashes(self, model: Model | None, embedding: Embedding | None) -> Iterator[Clash]:
+        if self.rope and embedding is not None and embedding.positional != "rope":
+            what = f"rope needs embedding.positional rope, not {embedding.positional}"
+            yield Clash("rope", what, "write rope: false here, or embedding.positional: rope")
+        if model is not None:
+            yield from self._widths(model.n_heads)
+            if isinstance(self.decay, tuple) and len(self.decay) != model.n_heads:
+                what = f"{len(self.decay)} gammas for {model.n_heads} heads"
+                yield Clash(OURS + "decay", what, f"write {model.n_heads} numbers, or one without brackets")
+        gammas = self.decay if isinstance(self.decay, tuple) else (self.decay,)
+        if self.learnable_decay and any(gamma in ("none", "gated", 0.0, 1.0) for gamma in gammas):
+            what = f"a learnable decay cannot start from decay {show(self.decay)}"
+            fix = "write learnable_decay: false, or start from paper, experiment, or gammas between 0 and 1"
+            yield Clash(OURS + "learnable_decay", what, fix)
+        if self.decay_norm and self.decay == "gated":
+            what = "decay_norm is defined for a decay that is fixed per head, not for decay: gated"
+            yield Clash(OURS + "decay_norm", what, "write false, or another decay")
+
+    def _widths(self, heads: int) -> Iterator[Clash]:
+        for key, width in (("key_dim", self.key_dim), ("value_dim", self.value_dim)):
+            if width is not None and width % heads:
+                fix = f"write a multiple of {heads}, such as {max(1, round(width / heads)) * heads}"
+                yield Clash(OURS + key, f"{width} cannot be split into {heads} heads (n_heads)", fix)
+        if self.rope and self.key_dim is not None and self.key_dim % (2 * heads) == heads:
+            what = f"rotary positions rotate pairs, but the keys of a head are {self.key_dim // heads} wide"
+            yield Clash(OURS + "key_dim", what, f"write a multiple of {2 * heads}, or rope: false")
+
+    @property
+    def rotates_heads(self) -> bool:
+        return self.rope and self.key_dim is None
+
+    def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
+        """Until a head's decay has left 1%."""
+        from retnet.models.cost import head_windows
+
+        return tuple(head_windows(config)[0]) or None
+
+    def estimate(self, model: Model) -> int:
+        return 4 * model.d_model * model.d_model + model.d_model

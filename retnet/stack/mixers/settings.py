@@ -1,0 +1,63 @@
+"""`MixerSettings`: the base class of a mixer's entry, with defaults for what an entry may leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ..errors import Category
+from ..section import Section
+
+if TYPE_CHECKING:
+    from retnet.layers.block import MixerConfig
+    from retnet.models.config import ModelConfig
+
+    from ..schema import Embedding, Model, Spec
+
+
+@dataclass(frozen=True)
+class Clash:
+    """A value of a mixer that does not go with another value of the file. `key` is as the file spells it."""
+
+    key: str
+    what: str
+    fix: str
+    category: Category = Category.VALIDATION
+
+
+class MixerSettings(Section):
+    """The settings of one type of mixer: its keys are the fields of the subclass."""
+
+    # The key of `state` that the layer may set; None: it may set neither.
+    STATE_KEY: ClassVar[Literal["kv_cache", "ssm_state"] | None] = None
+    # The section of docs/stack.md that errors about the mixer's keys point to.
+    GUIDE: ClassVar[str] = "mixer"
+    COLOUR: ClassVar[str] = "#6b7683"  # in pictures
+    # Whether the report advises dropout or checkpointing for deep stacks with this mixer.
+    NEEDS_REGULARISATION: ClassVar[bool] = False
+
+    def config(self, spec: Spec) -> MixerConfig:
+        """The configuration of the layer. Imports of torch belong inside: checking a file does not need it."""
+        raise NotImplementedError(f"{type(self).__name__}.config")
+
+    def words(self, name: str) -> str:
+        """The mixer in a table of layers; `name` is its name in YAML."""
+        return name
+
+    def clashes(self, model: Model | None, embedding: Embedding | None) -> Iterator[Clash]:
+        """What does not go with other sections; a section that is invalid by itself is None."""
+        yield from ()
+
+    @property
+    def rotates_heads(self) -> bool:
+        """Whether rotary positions apply to all d_model / n_heads components of a head."""
+        return False
+
+    def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
+        """How many tokens back each head can use, in a model of this one layer; None: all of them."""
+        return None
+
+    def estimate(self, model: Model) -> int:
+        """EulerStack's estimate of the mixer's parameters; 0 for a mixer that EulerStack does not have."""
+        return 0
