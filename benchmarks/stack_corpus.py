@@ -1,14 +1,14 @@
-"""EulerStack's specifications through our stack, beside what EulerStack itself makes of them: Markdown tables.
+"""Comparison with EulerStack: how each library treats EulerStack's own stack files, as Markdown tables.
 
     python benchmarks/stack_corpus.py CORPUS > docs/stack_corpus.md
 
-CORPUS is a folder with `valid.json`, `invalid.json`, `quirks.json` and the files that they name. What EulerStack did
-with each file is recorded there: its package pins an older torch, and so ran in an environment of its own.
+CORPUS is a folder with `valid.json`, `invalid.json`, `quirks.json` and the files that they name. The JSON files record
+EulerStack's results: its package pins an older torch and ran in an environment of its own.
 
-Every valid CORE file is counted at full size and run with its widths shrunk: the error of cached one-token steps
-against one full forward (float32, weights at unit gain, relative to centred logits), that of a prefix's logits against
-the whole sequence's, and whether greedy generation with a cache gives the tokens of generation without. Of the others
-the tables say where each is refused.
+Every valid CORE file is built at full size to count parameters, and run with reduced widths. Three checks, in float32
+with weights at unit gain and errors relative to centred logits: cached one-token steps against one full forward; the
+logits of a prefix against those of the whole sequence; greedy tokens with a cache against those without. For the other
+files the tables say where each library refuses them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,19 @@ from retnet.stack.build import model_config
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.stack.shrink import shrunk, small_model  # the reduction and the weights that tests use
 
+INTRODUCTION = """\
+# EulerStack's files, read by EulerStack and by this library
+
+Printed by `benchmarks/stack_corpus.py`, which explains the columns. Errors are relative, in float32. "Validation",
+"Compatibility" and "Unsupported" are the categories of the error, followed by its place in the file.
+"""
 TOKENS, PROMPT, NEW = 48, 16, 24
-CLOSE = 1e-5  # relative error of two orders of summation in float32
+CLOSE = 1e-5  # relative difference between two orders of summation in float32
 
 
 @torch.no_grad()
 def measure(model: LanguageModel) -> tuple[float, float, int]:
-    """(cached error, prefix error, equal tokens of NEW) of a small model."""
+    """(cached error, prefix error, number of equal tokens among NEW) of a small model."""
     ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     full = model(ids).logits
     scale = (full - full.mean(-1, keepdim=True)).norm()
@@ -55,7 +61,7 @@ def measure(model: LanguageModel) -> tuple[float, float, int]:
 
 
 def number(value: float | None) -> str:
-    """One digit; nothing where there is no value (a file whose state may not be carried, a size it could not run)."""
+    """One digit; empty if there is no value (a stack that may not carry its state, a model too large to run)."""
     return "" if value is None else f"{value:.0e}"
 
 
@@ -80,7 +86,7 @@ def entries(corpus: Path, kind: str) -> list[tuple[str, dict]]:
 
 
 def verdict(path: Path) -> str:
-    """Where we refuse a file, or that we accept it."""
+    """The places where we refuse a file, or "accepted"."""
     try:
         load_stack(path)
     except StackError as error:
@@ -94,7 +100,7 @@ def table(columns: list[str], rows: list[tuple]) -> str:
 
 
 def summary(valid: list[tuple], corpus: Path) -> str:
-    """How often each does what the files ask for."""
+    """Number of files for which each library gives the expected result."""
 
     def small(errors: list[float | None]) -> str:
         known = [error for error in errors if error is not None]
@@ -109,36 +115,40 @@ def summary(valid: list[tuple], corpus: Path) -> str:
     known = [count for count in greedy if count is not None]
     crashes = ", ".join(f"{count} {what}" for what, count in outcomes.items())
     rows = [
-        (f"cached decoding equals the forward within {CLOSE:.0e}", small(cached), small(their_cached)),
-        (f"a prefix's logits stay within {CLOSE:.0e}", small(prefix), small(their_prefix)),
-        ("greedy tokens with and without cache", f"{known.count(NEW)} of {len(known)} equal", "not recorded"),
-        ("faulty files", right("invalid"), f"{len(entries(corpus, 'invalid'))} refused"),
-        ("files that it takes or crashes on", right("quirks"), crashes),
+        (f"cached decoding equals one forward within {CLOSE:.0e}", small(cached), small(their_cached)),
+        (f"logits of a prefix do not depend on later tokens, within {CLOSE:.0e}", small(prefix), small(their_prefix)),
+        ("greedy tokens are equal with and without a cache", f"{known.count(NEW)} of {len(known)}", "not recorded"),
+        ("invalid files", right("invalid"), f"{len(entries(corpus, 'invalid'))} refused"),
+        ("edge cases that EulerStack accepts or crashes on", right("quirks"), crashes),
     ]
     return table(["over the corpus", "ours", "EulerStack's"], rows)
 
 
 def main(corpus: Path) -> None:
     valid = valid_rows(corpus)
-    print("# EulerStack's specifications, ours beside its own\n\nMade by `benchmarks/stack_corpus.py`.\n")
-    print(summary(valid, corpus) + "\n\n## Valid\n")
-    columns = ["file", "parameters: ours", "EulerStack's", "cached error: ours", "EulerStack's", "prefix error: ours"]
+    print(INTRODUCTION)
+    print(summary(valid, corpus) + "\n\n## Valid files\n")
+    columns = ["file", *(f"{what}, {whose}" for what in ("parameters", "cached error", "prefix error")
+               for whose in ("ours", "EulerStack"))]  # fmt: skip
     cells = [
         (row[0], row[1], row[2], *map(number, row[3:7]), "state refused" if row[7] is None else f"{row[7]}/{NEW}")
         for row in valid
     ]
-    print(table([*columns, "EulerStack's", "greedy tokens equal"], cells) + "\n\n## Invalid\n")
+    print(table([*columns, "equal greedy tokens"], cells) + "\n\n## Invalid files\n")
     faults = [
         (name, entry["fault"], f"{entry['category'].removesuffix('Error')} at `{entry['path'].replace('|', '` or `')}`",
          verdict(corpus / "invalid" / name))
         for name, entry in entries(corpus, "invalid")
     ]  # fmt: skip
-    print(table(["file", "fault", "EulerStack", "ours"], faults) + "\n\n## Taken by EulerStack, or crashed on\n")
+    print(
+        table(["file", "fault", "EulerStack", "ours"], faults)
+        + "\n\n## Edge cases that EulerStack accepts or crashes on\n"
+    )
     quirks = [
         (name, entry["what"], entry["result"], verdict(corpus / "quirks" / name))
         for name, entry in entries(corpus, "quirks")
     ]
-    print(table(["file", "what", "EulerStack", "ours"], quirks))
+    print(table(["file", "edge case", "EulerStack", "ours"], quirks))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Draws docs/pictures/decay_masks.png and windows.png: what each head sees, by the library's own functions.
+"""Pictures of decay masks and windows, computed by the library's own functions.
 
-python docs/decay_pictures.py [FOLDER]
+python docs/decay_pictures.py [FOLDER]     draws decay_masks.png and windows.png, into docs/pictures by default
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLUE, ORANGE = "#0b4f8a", "#c2571a"
 
 
 def save_masks(path: Path) -> None:
-    """D of Eq. 5 for four heads: alone, with a document boundary (a hard reset), and with gates by token."""
+    """D of Eq. 5 for four heads: fixed decay, with a document boundary (a hard reset), and gated per token."""
     generator = torch.Generator().manual_seed(0)
     fixed = paper_log_decay(HEADS)
     per_token = fixed.expand(1, TOKENS, HEADS).clone()
@@ -46,7 +46,7 @@ def save_masks(path: Path) -> None:
 
 
 def save_windows(path: Path) -> None:
-    """Left: what is left of a token with distance. Right: tokens until 1% is left, for both schedules."""
+    """Left: decay with distance. Right: number of tokens until 1% is left, for both schedules."""
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
     decay_axes, window_axes = figure.subplots(1, 2)
     distance = torch.logspace(0, 4.5, 300)
@@ -60,14 +60,16 @@ def save_windows(path: Path) -> None:
         )
     decay_axes.axhline(0.01, color=ORANGE, linewidth=1)
     decay_axes.text(1.2, 0.03, "1%", color=ORANGE, fontsize=9)
-    decay_axes.set(xlabel="distance in tokens", ylabel=r"$\gamma_h^{\,n-m}$", title="Eq. 8, heads 0 to 7")
+    decay_axes.set(
+        xlabel="distance in tokens", ylabel=r"$\gamma_h^{\,n-m}$", title="Decay with distance, Eq. 8, heads 0 to 7"
+    )
     for name, schedule, colour in (
         ("Eq. 8", paper_log_decay, BLUE),
         ("the paper's experiments", experiment_log_decay, ORANGE),
     ):
         windows = [window(x) for x in schedule(16).tolist()]
         window_axes.semilogy(range(16), windows, "o-", color=colour, label=name, markersize=4)
-    window_axes.set(xlabel="head of 16", ylabel="tokens", title="Window: tokens until 1% is left")
+    window_axes.set(xlabel="head (of 16)", ylabel="tokens", title="Window: tokens until 1% is left")
     window_axes.legend()
     for axes in (decay_axes, window_axes):
         axes.grid(alpha=0.25)

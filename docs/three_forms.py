@@ -1,9 +1,9 @@
-"""Draws docs/pictures/three_forms.svg: which products each form of retention computes, and what goes through the state.
+"""The picture of the three forms: which products each form of retention computes, and which go through the state.
 
-    python docs/three_forms.py [FOLDER]
+    python docs/three_forms.py [FOLDER]     draws three_forms.svg, into docs/pictures by default
 
-All three panels are the same T x T table, of query n (row) reading key m (column) with weight gamma^(n - m). Only the
-way to sum a row differs: Eq. 5, 6 and 7 of the paper (the last with the in-chunk decay that its print leaves out).
+All three panels are the same T x T table: query n (row) reads key m (column) with weight gamma^(n - m). The forms differ
+in how they sum a row: Eq. 5, 6 and 7 of the paper, the last with the in-chunk decay that the printed equation leaves out.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def draw(folder: Path) -> None:
     figure = Figure(figsize=(13.2, 5.3), layout="constrained")
     panels = [
         (parallel, "Parallel", "the whole table at once: training", r"$(QK^{\top} \odot D)\,V$"),
-        (recurrent, "Recurrent", "one row from one state: decoding, O(1) a token",
+        (recurrent, "Recurrent", "one token from one state: decoding, O(1) per token",
          r"$S_t = \gamma S_{t-1} + k_t^{\top} v_t$"),
-        (chunkwise, "Chunkwise", "blocks on the diagonal, a state for the rest: long text, O(T)",
+        (chunkwise, "Chunkwise", "blocks on the diagonal, a state for the rest: prefill, O(T)",
          r"$R_{i} = \gamma^{C} R_{i-1} + \sum_j \gamma^{C-1-j} k_j^{\top} v_j$"),
     ]  # fmt: skip
     for axes, (draw_panel, title, use, formula) in zip(figure.subplots(1, 3), panels, strict=True):
