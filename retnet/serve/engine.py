@@ -22,15 +22,16 @@ import torch
 from retnet.layers.moe import MoE
 from retnet.layers.state import TokenCache
 from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
+from retnet.models.decode.step import FAILED, DecodeStep
+from retnet.models.fingerprint import fingerprint
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.ops.device import current_device_of
 from retnet.serve.pool import SlotCost, SlotPool
 from retnet.serve.prefix import PrefixCache, PrefixCounts
 from retnet.serve.request import Failed, Generation, Refused, Request, Status, TokenLogprobs
-from retnet.serve.snapshot import Snapshot, fingerprint
+from retnet.serve.snapshot import Snapshot
 from retnet.serve.speculation import PromptLookup, Speculation, VerifyStep
-from retnet.serve.step import FAILED, DecodeStep
 from retnet.serve.stopping import Decode, StopStrings
 
 # Tokens of a prompt a call. A GPU is busy only with many; a CPU computes fewer while running requests wait.
@@ -125,7 +126,7 @@ class Engine:
         graphs = _use_graphs(graphs, model, device)
         self.speculation = speculation
         if speculation is None:
-            self._step = DecodeStep(model, self.pool.state, self.table, graphs, self.pool.rings)
+            self._step = DecodeStep(model, self.pool.state, self.table, graphs, self.pool.deferred)
         else:
             width = speculation.draft_tokens + 1
             self._step = VerifyStep(model, self.pool.state, self.table, graphs, width)

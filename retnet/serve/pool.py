@@ -12,11 +12,10 @@ from retnet.layers.attention import AttentionConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.state import RetentionState
 from retnet.models.config import ModelConfig
-from retnet.models.decode.fused import FusedBlock
+from retnet.models.decode.fused import empty_deferred_writes
 from retnet.models.decode.sampling import SamplingTable, is_integer
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
-from retnet.ops.decode import Ring
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class SlotPool:
         if (num_slots is None) == (memory_bytes is None):
             raise ValueError(f"num_slots is {num_slots}, memory_bytes {memory_bytes}; accepted: one of the two")
         one = _blank(model, 1, max_tokens)
-        rows = sum(ring.nbytes for ring in _rings(model, one, deferred_writes) if ring is not None)
+        rows = sum(ring.nbytes for ring in empty_deferred_writes(model, one, deferred_writes) if ring is not None)
         if draft_tokens:
             rows += _draft_bytes(model, one, draft_tokens + 1)
         self.cost = SlotCost(one.nbytes + rows, SamplingTable.bytes_per_slot(model.config.vocab_size))
@@ -72,7 +71,7 @@ class SlotPool:
         self.max_tokens = max_tokens
         self.num_slots = num_slots
         self.state = _blank(model, num_slots, max_tokens)
-        self.rings = _rings(model, self.state, deferred_writes)
+        self.deferred = empty_deferred_writes(model, self.state, deferred_writes)
         self._free = list(range(num_slots))[::-1]
 
     @property
@@ -100,14 +99,14 @@ class SlotPool:
     def kept(self, slot: int) -> ModelState:
         """A copy of a slot's state, without unused room; rows not written yet are written there."""
         state = self.state.slot(slot).trim().clone()
-        for layer, ring in zip(state, self.rings, strict=True):
+        for layer, ring in zip(state, self.deferred, strict=True):
             if ring is not None and isinstance(layer, RetentionState):
                 layer.memory = ring.slot(slot).folded(layer.memory)
         return state
 
     def _forget(self, slot: int) -> None:
         """Drop a slot's rows; what lies there is not read again."""
-        ring = next((ring for ring in self.rings if ring is not None), None)
+        ring = next((ring for ring in self.deferred if ring is not None), None)
         if ring is not None:  # the count is one for all layers
             ring.pending[slot] = 0
 
@@ -137,28 +136,6 @@ def growing_layer(config: ModelConfig) -> int | None:
     """The first layer whose state has no end: attention without a window."""
     mixers = enumerate(layer.mixer for layer in config.layers)
     return next((i for i, mixer in mixers if isinstance(mixer, AttentionConfig) and mixer.window is None), None)
-
-
-def _rings(model: LanguageModel, state: ModelState, length: int) -> list[Ring | None]:
-    """Empty rings of `length` rows for the retention layers that the fused step runs."""
-    rings: list[Ring | None] = []
-    pending = torch.zeros_like(state.position)
-    for block, config, layer in zip(model.layers, model.config.layers, state, strict=True):
-        if not length or not isinstance(layer, RetentionState) or not FusedBlock.fits(block):
-            rings.append(None)
-            continue
-        N, H, K, V = layer.memory.shape
-        G = getattr(config.mixer, "num_kv_heads", None) or H
-        rows = layer.memory.new_empty(0, dtype=model.embedding.weight.dtype)
-        rings.append(
-            Ring(
-                rows.new_zeros(N, G, length, K),
-                rows.new_zeros(N, G, length, V),
-                layer.memory.new_zeros(N, H, length),
-                pending,
-            )
-        )
-    return rings
 
 
 @torch.no_grad()

@@ -20,14 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from retnet.models.decode.int8 import int8_parts
-from retnet.models.lm import LanguageModel
+from retnet.models.fingerprint import bytes_of
 from retnet.models.states import ModelState
 from retnet.system.files import written_whole
 
 FORMAT = "retnet-snapshot"
-SAMPLED_VALUES = 1024  # of each weight tensor, for the fingerprint
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class Snapshot:
             if int(metadata["position"]) != len(seen) - 1:
                 raise ValueError(f"it has {len(seen)} tokens for position {metadata['position']}")
             tokens = array("i")
-            tokens.frombytes(_bytes(seen.contiguous()))
+            tokens.frombytes(bytes_of(seen.contiguous()))
             named = {name: x.to(device, getattr(torch, dtypes[name])) for name, x in tensors.items()}
             facts = metadata["model"], float(metadata["rounding_error"]), int(metadata["output_start"])
             return cls(ModelState.from_named(named), tokens, *facts)
@@ -112,40 +109,10 @@ class Snapshot:
             raise ValueError(f"{path} is not a whole snapshot: {error}") from error
 
 
-def fingerprint(model: LanguageModel) -> str:
-    """A hash of a model's configuration and weights: their names, shapes, dtypes, sums, and values at even distances.
-
-    A sum over all bits, read as integers, shows any one value that differs; hashing 13 GB would take longer than the
-    prompts that snapshots save.
-    """
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("name", "source", "seed")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    weights: dict[str, Tensor] = {}
-    for name, weight in model.state_dict().items():
-        int8 = int8_parts(weight)
-        weights |= {name: weight} if int8 is None else {f"{name}.int8": int8[0], f"{name}.scale": int8[1]}
-    for name, weight in sorted(weights.items()):
-        flat = weight.detach().flatten()
-        places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64)
-        values = flat[places.round().long().to(flat.device)].cpu().contiguous()
-        total = int(flat.view(_INTEGERS[weight.element_size()]).sum(dtype=torch.int64))
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype} {total}".encode())
-        digest.update(_bytes(values))
-    return digest.hexdigest()
-
-
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name]
         digest.update(f"{name} {list(x.shape)} {x.dtype}".encode())
-        digest.update(_bytes(x.contiguous()))
+        digest.update(bytes_of(x.contiguous()))
     return digest.hexdigest()
-
-
-def _bytes(x: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, without numpy."""
-    import ctypes
-
-    size = x.numel() * x.element_size()
-    return memoryview((ctypes.c_char * size).from_address(x.data_ptr())) if size else memoryview(b"")

@@ -17,9 +17,9 @@ import torch
 from retnet.layers.attention import AttentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
+from retnet.models.decode.step import DecodeStep
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelRows, ModelState
-from retnet.serve.step import DecodeStep
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from retnet.models.decode.sampling import Sampling
 from retnet.models.directory import save_model
+from retnet.models.fingerprint import fingerprint
 from retnet.models.states import ModelState
 from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
-from retnet.serve.snapshot import Snapshot, _digest, fingerprint
+from retnet.serve.snapshot import Snapshot, _digest
 
 from .conftest import prompt, small_model
 from .test_engine import alone, engine_of, facts

@@ -1,34 +1,37 @@
-"""The model as a decode step runs it: one token a slot, few launches, weights read once.
+"""The fused decode step: one token per sequence in few launches, every weight read once.
 
-What the paper's block computes in about forty operators is five here (`ops/decode.py`):
+What a block of the paper computes in about forty operators is five here (`ops/decode.py`):
 
-    q, k, v, g = norm(x) W_qkvg      one product, its four weights packed
+    q, k, v, g = norm(x) W_qkvg      one product of four packed weights
     y, S      <- rotation, retention
     x         <- x + (swish(g) * head_norm(y)) W_O
     u          = norm(x) W_up        both halves of a gated feed-forward in one product
     x         <- x + act(u) W_down
 
-Packing moves weights, it does not copy them: the model's parameters become views of the packed tensor. Blocks of other
-shapes (attention, Mamba, mixtures, post-norm, side by side) run as their own modules between these.
+Blocks of other shapes (attention, Mamba, mixtures of experts, post-norm, parallel residuals) and modules with hooks or
+adapters run as their own modules in between. The weights are packed in place (`packing.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from retnet.layers.block import Block
 from retnet.layers.feed_forward import FeedForward
+from retnet.layers.norm import LayerNorm, RMSNorm
 from retnet.layers.retention import MultiScaleRetention
-from retnet.layers.state import RetentionState
+from retnet.layers.state import LayerState, RetentionState
 from retnet.layers.token_layout import TokenLayout
-from retnet.models.decode.int8 import int8_parts, move_int8_
+from retnet.models.decode.int8 import int8_parts
+from retnet.models.decode.packing import is_packable, pack
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.ops.decode import (
-    DecodeWeight,
     InputNorm,
     Ring,
     StepDecay,
@@ -44,8 +47,8 @@ Rotation = tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
-class RotationKind:
-    """What layers share cos and sin by."""
+class RotaryKey:
+    """The settings of a rotary embedding: layers with equal ones share cos and sin."""
 
     rotary: Rotary
     key_dim: int
@@ -54,7 +57,7 @@ class RotationKind:
 
 
 class FusedBlock:
-    """x [S, D] -> x, overwritten; for blocks that `fits` accepts."""
+    """One block of a decode step: x [S, D] -> x, overwritten. For blocks that `supports` accepts."""
 
     def __init__(self, block: nn.Module):
         assert isinstance(block, Block)
@@ -68,13 +71,14 @@ class FusedBlock:
         if mixer.gate_proj is not None:
             inputs.append(mixer.gate_proj)
             self.widths.append(mixer.gate_proj.out_features)
-        self.inputs, self.output = packed(inputs), packed([mixer.out_proj])
-        self.decay_input = None if mixer.decay_proj is None else packed([mixer.decay_proj])
+        self.inputs, self.output = pack(inputs), pack([mixer.out_proj])
+        self.decay_input = None if mixer.decay_proj is None else pack([mixer.decay_proj])
         head = self.config
         self.head_norm = InputNorm(head.head_norm, head.num_heads, head.head_norm_eps, _data(mixer.head_norm_weight))
         self.decay = None
         if mixer.decay_proj is None:
-            self.decay = StepDecay.fixed(mixer.log_decay(torch.empty(0, device=self.inputs.values.device)))
+            with torch.inference_mode(False):
+                self.decay = StepDecay.fixed(mixer.log_decay(torch.empty(0, device=self.inputs.values.device)))
         self.up = self.down = None
         if block.feed_forward is not None:
             self._add_feed_forward(block)
@@ -86,80 +90,78 @@ class FusedBlock:
         self.activation = block.config.feed_forward.activation  # type: ignore[union-attr] (FeedForward's config)
         gate = feed_forward.gate_proj
         self.gated = gate is not None
-        self.up = packed([feed_forward.up_proj] if gate is None else [gate, feed_forward.up_proj])
-        self.down = packed([feed_forward.down_proj])
+        self.up = pack([feed_forward.up_proj] if gate is None else [gate, feed_forward.up_proj])
+        self.down = pack([feed_forward.down_proj])
 
     @property
-    def rotation(self) -> RotationKind | None:
+    def rotary_key(self) -> RotaryKey | None:
         config = self.config
         if config.rotary == "none":
             return None
         factor = scaling(config.rotary_factor, config.rotary_yarn_length)
-        return RotationKind(config.rotary, config.head_key_dim, config.rotary_base, factor)
+        return RotaryKey(config.rotary, config.head_key_dim, config.rotary_base, factor)
 
     @staticmethod
-    def fits(block: nn.Module) -> bool:
-        """Whether this computes what the block does."""
+    def supports(block: nn.Module) -> bool:
+        """Whether the fused block computes what the module does."""
         assert isinstance(block, Block)
         config, mixer, feed_forward = block.config, block.mixer, block.feed_forward
         if not isinstance(mixer, MultiScaleRetention) or mixer.config.decay_norm:
             return False
-        if config.norm_position != "pre" or config.residual != "sequential":
+        if config.norm_position != "pre" or config.residual != "sequential" or (block.training and config.dropout):
             return False
         if feed_forward is not None and not (
             isinstance(feed_forward, FeedForward) and isinstance(feed_forward.inner_norm, nn.Identity)
         ):
             return False
-        # A projection that someone wrapped (adapters, other quantisation) runs as its own module.
-        linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
-        plain = all(type(m) is nn.Linear and m.weight.dtype != torch.float64 for m in linears)
-        projections = [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.out_proj]
-        return plain and all(isinstance(p, nn.Linear) for p in projections) and all(map(readable, linears))
+        norms = [block.mixer_norm] if feed_forward is None else [block.mixer_norm, block.feed_forward_norm]
+        children = [*mixer.children(), *([] if feed_forward is None else feed_forward.children())]
+        linears = [child for child in children if not isinstance(child, nn.Identity)]
+        return is_unhooked(block) and all(map(_is_plain_norm, norms)) and all(map(is_packable, linears))
 
     def __call__(
-        self, x: Tensor, state: RetentionState, turn: Rotation, active: Tensor | None, ring: Ring | None
+        self, x: Tensor, state: RetentionState, rotation: Rotation, active: Tensor | None, deferred: Ring | None
     ) -> Tensor:
-        """active [S], None if all are."""
+        """active [S] bool: sequences that take part; None if all do. The position is not counted."""
         config = self.config
-        parts = decode_linear(x, self.inputs, norm=self.mixer_norm).split_with_sizes(self.widths, -1)
-        q, k = (z.view(x.shape[0], -1, config.head_key_dim) for z in parts[:2])
-        v = parts[2].view(x.shape[0], -1, config.head_value_dim)
+        projected = decode_linear(x, self.inputs, norm=self.mixer_norm).split_with_sizes(self.widths, -1)
+        q, k = (z.view(x.shape[0], -1, config.head_key_dim) for z in projected[:2])
+        v = projected[2].view(x.shape[0], -1, config.head_value_dim)
         decay = self.decay
         if self.decay_input is not None:
-            opened = decode_linear(x, self.decay_input, norm=self.mixer_norm)
-            decay = StepDecay.of(self.mixer.gated_log_decay(opened))
+            gate_input = decode_linear(x, self.decay_input, norm=self.mixer_norm)
+            decay = StepDecay.of(self.mixer.gated_log_decay(gate_input))
         assert decay is not None
         rotary: Rotary = "half" if config.rotary == "none" else config.rotary
-        y = decode_step_(q, k, v, turn, rotary, decay, state.memory, active, ring=ring)
-        return self._add_branches(x, y.flatten(1), parts[3] if len(parts) > 3 else None)
+        y = decode_step_(q, k, v, rotation, rotary, decay, state.memory, active, ring=deferred)
+        return self._add_branches(x, y.flatten(1), projected[3] if len(projected) > 3 else None)
 
-    def read(self, x: Tensor, state: RetentionState, turn: Rotation) -> Tensor:
-        """A block of one sequence: x [T, D], overwritten, as its next tokens; turn [T, K / 2]. The position is not
-        counted."""
+    def read(self, x: Tensor, state: RetentionState, rotation: Rotation) -> Tensor:
+        """The next tokens x [T, D] of one sequence, overwritten; rotation [T, K / 2]. The position is not counted."""
         config = self.config
-        parts = decode_linear(x, self.inputs, norm=self.mixer_norm).split_with_sizes(self.widths, -1)
-        q, k = (z.unflatten(-1, (-1, config.head_key_dim))[None] for z in parts[:2])
-        v = parts[2].unflatten(-1, (-1, config.head_value_dim))[None]
-        if turn is not None and config.rotary != "none":
-            turn_pairs_(q, k, *turn, config.rotary)
+        projected = decode_linear(x, self.inputs, norm=self.mixer_norm).split_with_sizes(self.widths, -1)
+        q, k = (z.unflatten(-1, (-1, config.head_key_dim))[None] for z in projected[:2])
+        v = projected[2].unflatten(-1, (-1, config.head_value_dim))[None]
+        if rotation is not None and config.rotary != "none":
+            turn_pairs_(q, k, *rotation, config.rotary)
         if config.heads_per_kv_head > 1:
             k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))
         if self.decay_input is None:
             assert self.decay is not None
             log_decay = self.decay.log_decay
         else:
-            opened = decode_linear(x, self.decay_input, norm=self.mixer_norm)
-            log_decay = self.mixer.gated_log_decay(opened)[None]
+            gate_input = decode_linear(x, self.decay_input, norm=self.mixer_norm)
+            log_decay = self.mixer.gated_log_decay(gate_input)[None]
         y, memory = retention(
             q, k, v, log_decay, state=state.memory, mode=config.mode, chunk_size=config.chunk_size,
             state_dtype=state.memory.dtype,
         )  # fmt: skip
         assert memory is not None
         state.memory.copy_(memory)
-        return self._add_branches(x, y[0].flatten(1), parts[3] if len(parts) > 3 else None)
+        return self._add_branches(x, y[0].flatten(1), projected[3] if len(projected) > 3 else None)
 
     def _add_branches(self, x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-        """What retention gave [B, H V], normed and gated, and the feed-forward, added to the stream."""
+        """Add retention's output y [B, H V], normed and gated, and then the feed-forward to the residual stream x."""
         x = decode_linear(
             y,
             self.output,
@@ -180,151 +182,196 @@ class FusedBlock:
 
 
 class FusedModel:
-    """tokens [S] -> logits [S, vocab], states read and overwritten in place; idle slots change nothing."""
+    """A language model as a decode step: tokens [S] -> (logits [S, vocab], the states after them).
 
-    def __init__(self, model: LanguageModel, state: ModelState, rings: list[Ring | None]):
-        self.model, self.state, self.rings = model, state, rings
-        self.blocks = [FusedBlock(block) if FusedBlock.fits(block) else None for block in model.layers]
-        self.final_norm = input_norm(model.final_norm)
-        self.head = packed([model.head]) if readable(model.head) else None
-        device = state.position.device
-        kinds = {block.rotation for block in self.blocks if block is not None}
-        self._frequencies = {
-            kind: frequencies(kind.rotary, kind.key_dim, kind.base, dtype=torch.float32, device=device)
-            for kind in kinds
-            if kind is not None
-        }
-        self._fused_positions = [
-            layer.position for layer, block in zip(state, self.blocks, strict=True) if block is not None
-        ]
-        self._pending = next((ring.pending for ring in rings if ring is not None), None)
+    Retention states, and all caches with room left, are overwritten in place. Inactive sequences change nothing.
+    """
 
-    def __call__(self, tokens: Tensor, active: Tensor) -> Tensor:
-        model = self.model
-        x, turns = self._embedded(tokens), self._turns(self.state.position[:, None])
-        layout = None
-        if any(block is None for block in self.blocks):
-            layout = TokenLayout.of(
-                (len(x), 1), x.device, start=self.state.position, mask=active[:, None], carry=True, in_place=True
-            )
-        some = None if not uses_kernels(active) and bool(active.all()) else active
-        for block, layer, state, ring in zip(self.blocks, model.layers, self.state, self.rings, strict=True):
-            if block is not None:
-                assert isinstance(state, RetentionState)
-                x = block(x, state, turns[block.rotation], some, ring)
-            else:
-                x = layer(x[:, None], state, layout)[0][:, 0].contiguous()
-        self._count(active)
-        return self._logits(x)
+    def __init__(self, model: LanguageModel):
+        self.model = model
+        self.blocks = [FusedBlock(block) if FusedBlock.supports(block) else None for block in model.layers]
+        head, final_norm = model.head, model.final_norm
+        fuses_head = is_packable(head) and _is_plain_norm(final_norm) and is_unhooked(head) and is_unhooked(final_norm)
+        self.head = pack([head]) if fuses_head else None
+        self.final_norm = input_norm(final_norm) if fuses_head else None
+        device = model.embedding.weight.device
+        keys = {block.rotary_key for block in self.blocks if block is not None} - {None}
+        with torch.inference_mode(False):
+            self._frequencies = {
+                key: frequencies(key.rotary, key.key_dim, key.base, dtype=torch.float32, device=device)
+                for key in keys
+                if key is not None
+            }
+        self._packed_from = _Origin(model, [b.block for b in self.blocks if b is not None] + [head, final_norm])
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model still has the modules and weights that were packed, and no hook has been added since.
+
+        In-place changes of weights (optimizers, `load_state_dict`) reach the packed ones by themselves.
+        """
+        return self._packed_from.is_unchanged()
 
     @torch.no_grad()
-    def read(self, slot: int, ids: Tensor) -> None:
-        """A block of a prompt [1, T], from and to a slot's state.
+    def __call__(
+        self,
+        tokens: Tensor,
+        state: ModelState,
+        active: Tensor | None = None,
+        deferred: Sequence[Ring | None] | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """active [S] bool: sequences that take part; all if None. deferred: deferred writes for each layer, or None."""
+        x, rotations = self._embed(tokens), self._rotations(state.position[:, None])
+        layout = None
+        if any(block is None for block in self.blocks):
+            mask = None if active is None else active[:, None]
+            layout = TokenLayout.of((len(x), 1), x.device, start=state.position, mask=mask, carry=True, in_place=True)
+        if uses_kernels(tokens):
+            taking_part = tokens.new_ones(tokens.shape, dtype=torch.bool) if active is None else active
+        else:
+            taking_part = None if active is None or bool(active.all()) else active
+        after: list[LayerState] = []
+        deferred = [None] * len(self.blocks) if deferred is None else deferred
+        for block, module, layer, writes in zip(self.blocks, self.model.layers, state, deferred, strict=True):
+            if block is not None:
+                assert isinstance(layer, RetentionState)
+                x = block(x, layer, rotations[block.rotary_key], taking_part, writes)
+            else:
+                x, layer = module(x[:, None], layer, layout)
+                x = x[:, 0].contiguous()
+            after.append(layer)
+        self._count(state, active, deferred)
+        return self._logits(x), ModelState(tuple(after))
 
-        On a GPU fused blocks read it in as few launches as they decode: up to thousands of tokens launches are what
-        takes the time. A CPU's time is in the products, and modules read it there.
+    @torch.no_grad()
+    def read(self, ids: Tensor, state: ModelState) -> ModelState:
+        """Read a chunk of a prompt [1, T] and return the state after it; the given one may be overwritten.
+
+        On a GPU the fused blocks read it in as few launches as they decode with, because up to thousands of tokens the
+        launches take the time. On a CPU the products take the time, and the modules run.
         """
-        before = self.state.slot(slot)
         if not uses_kernels(ids) or any(block is None for block in self.blocks):
-            _, after = self.model.hidden(ids, before, carry=True, in_place=True)
+            _, after = self.model.hidden(ids, state, carry=True, in_place=True)
             assert after is not None
-            for mine, view, new in zip(self.state, before, after, strict=True):
-                if new is not view:
-                    mine.write_(slot, new)
-            return
-        position = before.position + torch.arange(ids.shape[1], device=ids.device)
-        turns = self._turns(position[:, None])
-        x = self._embedded(ids[0])
-        for block, state in zip(self.blocks, before, strict=True):
+            return after
+        position = state.position + torch.arange(ids.shape[1], device=ids.device)
+        rotations = self._rotations(position[:, None])
+        x = self._embed(ids[0])
+        for block, layer in zip(self.blocks, state, strict=True):
             assert block is not None
-            assert isinstance(state, RetentionState)
-            x = block.read(x, state, turns[block.rotation])
-        torch._foreach_add_([state.position for state in before], ids.shape[1])
+            assert isinstance(layer, RetentionState)
+            x = block.read(x, layer, rotations[block.rotary_key])
+        torch._foreach_add_([layer.position for layer in state], ids.shape[1])
+        return state
 
-    def _embedded(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor) -> Tensor:
         model = self.model
         x = model.embedding(tokens)
         if model.config.embedding_scale != 1.0:
             x = x * model.config.embedding_scale
         return model.embedding_norm(x)
 
-    def _turns(self, position: Tensor) -> dict[RotationKind | None, Rotation]:
-        """cos and sin [B, K / 2] of positions [B, 1] for each kind of rotation in use."""
-        turns: dict[RotationKind | None, Rotation] = {None: None}
-        for kind, plain in self._frequencies.items():
-            cos, sin = rotation(position, kind.rotary, kind.key_dim, kind.base, factor=kind.factor, plain=plain)
-            turns[kind] = cos[:, 0], sin[:, 0]
-        return turns
+    def _rotations(self, position: Tensor) -> dict[RotaryKey | None, Rotation]:
+        """cos and sin [B, K / 2] of positions [B, 1] for each rotary embedding in use."""
+        rotations: dict[RotaryKey | None, Rotation] = {None: None}
+        for key, plain in self._frequencies.items():
+            cos, sin = rotation(position, key.rotary, key.key_dim, key.base, factor=key.factor, plain=plain)
+            rotations[key] = cos[:, 0], sin[:, 0]
+        return rotations
 
-    def _count(self, active: Tensor) -> None:
-        """One token more for every active slot: positions of all fused layers in one launch."""
-        step = active.long()
-        if self._fused_positions:
-            torch._foreach_add_(self._fused_positions, [step] * len(self._fused_positions))
-        if self._pending is not None:
-            length = next(ring.keys.shape[2] for ring in self.rings if ring is not None)
-            self._pending.add_(step).remainder_(length)
+    def _count(self, state: ModelState, active: Tensor | None, deferred: Sequence[Ring | None]) -> None:
+        """Count one more token of every active sequence, for all fused layers in one launch."""
+        positions = [layer.position for layer, block in zip(state, self.blocks, strict=True) if block is not None]
+        step = 1 if active is None else active.long()
+        if positions:
+            torch._foreach_add_(positions, step if isinstance(step, int) else [step] * len(positions))
+        writes = next((writes for writes in deferred if writes is not None), None)
+        if writes is not None:  # the count is shared by all layers
+            writes.pending.add_(step).remainder_(writes.keys.shape[2])
 
     def _logits(self, x: Tensor) -> Tensor:
         model = self.model
-        if self.head is None:
+        if self.head is None or self.final_norm is None:
             return model.logits(model.final_norm(x))
         logits = decode_linear(x, self.head, norm=self.final_norm)
         cap = model.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def can_fuse(model: LanguageModel) -> bool:
+    """Whether the model may decode fused in this context: evaluation mode, no compilation, export or autocast."""
+    device_type = model.embedding.weight.device.type
+    return not (model.training or torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type))
+
+
+class _Origin:
+    """The modules and tensors that a `FusedModel` was packed from, to notice when the model no longer has them."""
+
+    def __init__(self, model: LanguageModel, fused: list[nn.Module]):
+        self._links: list[tuple[dict[str, Any], str, object]] = []
+        for module in model.modules():
+            self._links += [(module._modules, name, child) for name, child in module._modules.items()]
+            self._links += [(module._parameters, name, weight) for name, weight in module._parameters.items()]
+        self._modules = [vars(module) for root in fused for module in root.modules()]
+        weights = [weight for root in fused for weight in root.parameters()]
+        self._places = [(weight, _place(weight)) for weight in weights]
+        # Small tensors that were copied: fixed decays come from log_rate, and packed int8 has its scales beside it.
+        mixers = [block.mixer for block in fused if isinstance(block, Block)]
+        copied = [mixer.log_rate for mixer in mixers if isinstance(mixer.log_rate, Tensor)]
+        copied += [parts[1] for weight in weights if (parts := int8_parts(weight)) is not None]
+        self._versions = [(x, x._version) for x in copied]
+
+    def is_unchanged(self) -> bool:
+        return (
+            all(names.get(name) is value for names, name, value in self._links)
+            and not any(_is_hooked(own) for own in self._modules)
+            and all(_place(weight) == place for weight, place in self._places)
+            and all(x._version == version for x, version in self._versions)
+        )
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling the module runs the `forward` of its class and of all modules in it, and nothing else."""
+    return not any(_is_hooked(vars(part)) for part in module.modules())
+
+
+def _is_hooked(own: dict[str, Any]) -> bool:
+    return "forward" in own or bool(own["_forward_hooks"]) or bool(own["_forward_pre_hooks"])
+
+
+def _place(weight: Tensor) -> int:
+    parts = int8_parts(weight)
+    return (weight if parts is None else parts[0]).data_ptr()
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    return type(module) in (LayerNorm, RMSNorm, nn.Identity)
+
+
+def empty_deferred_writes(model: LanguageModel, state: ModelState, length: int) -> list[Ring | None]:
+    """Room for `length` deferred writes for each layer that the fused step runs; None for other layers."""
+    rooms: list[Ring | None] = []
+    pending = torch.zeros_like(state.position)
+    for block, config, layer in zip(model.layers, model.config.layers, state, strict=True):
+        if not length or not isinstance(layer, RetentionState) or not FusedBlock.supports(block):
+            rooms.append(None)
+            continue
+        N, H, K, V = layer.memory.shape
+        G = getattr(config.mixer, "num_kv_heads", None) or H
+        rows = layer.memory.new_empty(0, dtype=model.embedding.weight.dtype)
+        keys, values = rows.new_zeros(N, G, length, K), rows.new_zeros(N, G, length, V)
+        rooms.append(Ring(keys, values, layer.memory.new_zeros(N, H, length), pending))
+    return rooms
+
+
 def input_norm(module: nn.Module) -> InputNorm:
-    """A norm module as what a product does to its input."""
+    """A norm module as the norm that `decode_linear` applies to its input."""
     if isinstance(module, nn.LayerNorm):
         return InputNorm("layer", 1, module.eps, _data(module.weight), _data(module.bias))
     if isinstance(module, nn.RMSNorm):
         assert module.eps is not None
         return InputNorm("rms", 1, module.eps, _data(module.weight))
     return InputNorm()
-
-
-def readable(linear: nn.Linear) -> bool:
-    """Whether the weight is a plain matrix, or int8 with a scale a row."""
-    return type(linear.weight.data) is Tensor or int8_parts(linear.weight) is not None
-
-
-@torch.no_grad()
-def packed(linears: list[nn.Linear]) -> DecodeWeight:
-    """Linears of one input as one; their weights become views of it, or are found to be already.
-
-    On a CPU what is wider than deep is laid out by columns.
-    """
-    width = sum(linear.out_features for linear in linears)
-    by_columns = not uses_kernels(linears[0].weight) and width > linears[0].in_features
-    biases = [linear.bias for linear in linears]
-    some = next((bias for bias in biases if bias is not None), None)
-    bias = None
-    if some is not None:
-        bias = torch.cat([some.new_zeros(m.out_features) if m.bias is None else m.bias for m in linears])
-    quantized = [int8_parts(linear.weight) for linear in linears]
-    if all(parts is not None for parts in quantized):
-        values, scales = zip(*[parts for parts in quantized if parts is not None], strict=True)
-        whole = _together(list(values))
-        for linear, rows in zip(linears, whole.split([len(x) for x in values]), strict=True):
-            move_int8_(linear.weight, rows)
-        return DecodeWeight(whole, torch.cat(scales), bias)
-    whole = _together([linear.weight.data for linear in linears], by_columns)
-    for linear, rows in zip(linears, whole.split([m.out_features for m in linears]), strict=True):
-        linear.weight.data = rows
-    return DecodeWeight(whole, None, bias)
-
-
-def _together(weights: list[Tensor], by_columns: bool = False) -> Tensor:
-    """[N_i, K] matrices as one [sum N_i, K], which by_columns lies as [K, sum N_i]: a copy, unless they lie so."""
-    first, N, K = weights[0], sum(map(len, weights)), weights[0].shape[1]
-    strides, row = ((1, N), first.element_size()) if by_columns else ((K, 1), K * first.element_size())
-    starts = [weight.data_ptr() for weight in weights]
-    ends = [weight.data_ptr() + len(weight) * row for weight in weights]
-    one_storage = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    if one_storage and starts[1:] == ends[:-1] and all(weight.stride() == strides for weight in weights):
-        return first.as_strided((N, K), strides)
-    return torch.cat([weight.t() for weight in weights], 1).t() if by_columns else torch.cat(weights)
 
 
 def _data(weight: Tensor | None) -> Tensor | None:

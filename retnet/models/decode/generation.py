@@ -1,4 +1,8 @@
-"""A plain generation loop: prompt in chunkwise form, then one token at a time in recurrent form with O(1) state."""
+"""Plain generation: read the prompt in chunks, then decode one token at a time with a state of constant size.
+
+One batch of equal prompts, without an engine. Tokens are sampled as the engine samples them: with the same seed and
+logits both pick the same token.
+"""
 
 from collections.abc import Iterator
 from typing import cast
@@ -6,20 +10,25 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from retnet.models.decode.fused import FusedModel, can_fuse
+from retnet.models.decode.sampling import Sampling, SamplingTable
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 
-PROMPT_BLOCK = 2048  # prompt tokens a call: bounds the memory of a long prompt's activations
+PROMPT_CHUNK = 2048  # tokens per call: bounds the memory of a long prompt's activations
 
 
 @torch.no_grad()
 def prefill(model: LanguageModel, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
-    """Read a prompt [B, T], T >= 1, in blocks. Returns the last token's logits [B, vocab] and the state after it."""
+    """Read a prompt [B, T], T >= 1, in chunks. Returns the logits [B, vocab] of its last token and the state after it.
+
+    A given state is continued and not changed.
+    """
     if ids.shape[1] == 0:
         raise ValueError(f"ids has shape {list(ids.shape)}; accepted: at least one token")
-    *blocks, last = ids.split(PROMPT_BLOCK, 1)
-    for block in blocks:
-        _, state = model.hidden(block, state, carry=True)
+    *chunks, last = ids.split(PROMPT_CHUNK, 1)
+    for chunk in chunks:
+        _, state = model.hidden(chunk, state, carry=True)
     hidden, state = model.hidden(last, state, carry=True)
     return model.logits(hidden[:, -1]), cast(ModelState, state)
 
@@ -33,56 +42,52 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Yield new tokens [B] one after another after the prompt ids [B, T]; endless if max_new_tokens is None.
+    """Yield new tokens [B] one after another after the prompt ids [B, T]; without end if max_new_tokens is None.
 
-    temperature 0 is greedy. `state` continues earlier tokens and is not changed.
+    Args:
+        state: continues earlier tokens; it is not changed.
+        temperature, top_k, top_p, min_p: as in `Sampling`; temperature 0 is greedy.
+        generator: draws one seed per row, from which all random numbers of that row follow.
+
+    Outside training the weights of a model that fits are packed in place (`models/decode/packing.py`).
     """
-    check_sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    return _generate(model, ids, max_new_tokens, state, sampling, generator)
+
+
+def _generate(
+    model: LanguageModel,
+    ids: Tensor,
+    max_new_tokens: int | None,
+    state: ModelState | None,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    if max_new_tokens is not None and max_new_tokens < 1:
+        return
+    table = SamplingTable(len(ids), model.config.vocab_size, ids.device)
+    table.fill_alike(sampling, _seeds(len(ids), generator))
     logits, state = prefill(model, ids, state)
+    fused = FusedModel(model) if can_fuse(model) else None
     count = 0
-    while max_new_tokens is None or count < max_new_tokens:
-        token = sample(logits, temperature, top_k, top_p, generator)
+    while True:
+        token = table.sample(logits, state.position, sampling.parts).tokens
         yield token
         count += 1
-        if count != max_new_tokens:
-            logits, state = _next(model, token, state)
+        if count == max_new_tokens:
+            return
+        logits, state = _decode(model, token, state) if fused is None else fused(token, state)
 
 
 @torch.no_grad()
-def _next(model: LanguageModel, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+def _decode(model: LanguageModel, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
     output = model(token[:, None], state, carry=True, in_place=True)
-    return output.logits[:, -1], output.state
+    return output.logits[:, -1], cast(ModelState, output.state)
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError for sampling options out of range."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}; accepted: 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; accepted: 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; accepted: 0 < top_p <= 1")
-
-
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token [B] a row of logits [B, vocab]: temperature, then the k likeliest, then the nucleus of mass p."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(-1, descending=True)
-        probability = ordered.softmax(-1)
-        # The token that crosses p stays in: drop what had reached p before it.
-        dropped = probability.cumsum(-1) - probability >= top_p
-        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+def _seeds(count: int, generator: torch.Generator | None) -> Tensor:
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(2**63 - 1, (count,), generator=generator, device=device)

@@ -1,11 +1,11 @@
-"""From logits to tokens, for all slots at once: what a request asks for lies in tables with a row a slot.
+"""Sampling: from logits to tokens for all slots at once. The options of each request are rows of tables.
 
-The random number of a token is a hash of the request's seed and the token's position, not the next draw of a generator:
-a request gets the same tokens whatever else is in the batch, when it is restored elsewhere, and when several tokens are
-checked at once. Everything runs on the device without waiting for the host, in shapes that depend on nothing.
+The random number of a token is a hash of the request's seed and the token's position, not the next draw of a generator.
+A request therefore gets the same tokens whatever else is in the batch, after it is restored elsewhere, and when several
+tokens are checked at once. Everything runs on the device, without waiting for the host, in fixed shapes.
 
-Parts that no running request needs (sorting for top-k and top-p, penalties, log-probabilities) are left out of a step.
-They change no bit of the other rows' results, so a request cannot tell.
+A step leaves out the parts that no running request needs (sorting for top-k and top-p, penalties, log-probabilities).
+Those parts change no bit of the results of other rows, so a request cannot tell.
 """
 
 import math
@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-TOP_LOGPROBS = 20  # the most alternatives that a request may ask for
+TOP_LOGPROBS = 20  # alternatives that a request may ask for, at most
 
 
 def is_integer(value: object, low: float, high: float = math.inf) -> bool:
+    """Whether the value is an integer from low to high; booleans are not."""
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
@@ -32,15 +33,17 @@ def _is_number(value: object, low: float, high: float) -> bool:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request picks its tokens, in this order: penalties, bias, temperature, top-k, top-p, min-p.
+    """Sampling options of one request, applied in this order: penalties, bias, temperature, top-k, top-p, min-p.
 
-    temperature: 0 takes the likeliest token. top_k: among the k likeliest. top_p: among the fewest likeliest whose
-    probabilities reach p. min_p: among those at least p times as likely as the likeliest. repetition_penalty: logits of
-    tokens in the prompt or the output are divided by it if positive, else multiplied (arXiv 1909.05858).
-    presence_penalty, frequency_penalty: subtracted for tokens of the output, once or as often as they came. logit_bias:
-    added to tokens' logits. logprobs: None, or how many of the likeliest tokens to report beside the chosen one, by
-    the model's own distribution (before all of the above). seed: the same request with the same seed gives the same
-    tokens; drawn if None.
+    temperature: 0 takes the likeliest token.
+    top_k: keep the k likeliest tokens. top_p: keep the fewest likeliest tokens whose probabilities sum to at least p.
+    min_p: keep the tokens that are at least p times as likely as the likeliest.
+    repetition_penalty: logits of tokens in the prompt or the output are divided by it if positive, else multiplied
+    (arXiv 1909.05858). presence_penalty, frequency_penalty: subtracted from the logits of tokens in the output, once or
+    once per occurrence. logit_bias: added to the logits of these tokens.
+    logprobs: how many of the likeliest tokens to report beside the chosen one, by the model's own distribution (before
+    all of the above); None reports nothing.
+    seed: the same request with the same seed gives the same tokens; drawn if None.
     """
 
     temperature: float = 1.0
@@ -93,7 +96,7 @@ class Sampling:
 
 
 class SamplingParts(NamedTuple):
-    """Which parts of sampling a step needs: those that any of its requests does."""
+    """The parts of sampling that a step needs: those that any of its requests needs."""
 
     draws: bool = False
     filters: bool = False
@@ -114,21 +117,22 @@ class Sampled(NamedTuple):
     top_logprobs: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Sampled":
-        """With every tensor changed alike."""
+        """The same with a function applied to every tensor."""
         return Sampled(change(self.tokens), *(None if x is None else change(x) for x in self[1:]))
 
 
 class SamplingTable:
-    """What the requests in R slots ask for, on the device; a captured graph reads it where it lies."""
+    """The sampling options of the requests in R slots, on the device; captured graphs read the tables in place."""
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device):
-        def row(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        def column(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.full((num_slots,), value, dtype=dtype, device=device)
 
         self.vocab_size = vocab_size
-        self.temperature, self.top_p, self.min_p = row(0), row(1), row(0)
-        self.top_k, self.seed = row(vocab_size, torch.long), row(0, torch.long)
-        self.repetition, self.presence, self.frequency = row(1), row(0), row(0)
+        self._largest_k: int | None = None  # of all slots, where it may shape the computation
+        self.temperature, self.top_p, self.min_p = column(0), column(1), column(0)
+        self.top_k, self.seed = column(vocab_size, torch.long), column(0, torch.long)
+        self.repetition, self.presence, self.frequency = column(1), column(0), column(0)
         self.bias = torch.zeros(num_slots, vocab_size, device=device)
         self.seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
         self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
@@ -139,18 +143,11 @@ class SamplingTable:
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def fill(self, slot: int, sampling: Sampling, seed: int, seen: Tensor, generated: Tensor) -> None:
-        """Set a slot's row; seen and generated are the token ids so far, with and without those of the prompt."""
-        self.temperature[slot] = sampling.temperature
-        self.top_k[slot] = min(sampling.top_k or self.vocab_size, self.vocab_size)
-        self.top_p[slot] = 1.0 if sampling.top_p is None else sampling.top_p
-        self.min_p[slot] = sampling.min_p or 0.0
-        self.repetition[slot] = sampling.repetition_penalty
-        self.presence[slot] = sampling.presence_penalty
-        self.frequency[slot] = sampling.frequency_penalty
-        self.seed[slot] = seed
-        self.bias[slot].zero_()  # always: another request may need the step that adds it
+        """Set the options of one slot; seen and generated are its token ids so far, with and without the prompt."""
+        self._set(slot, sampling, seed)
+        self.bias[slot].zero_()  # always: the step of another request may add it
         if not sampling.parts.edits:
-            return  # penalties of nothing, whatever is counted
+            return  # the penalties are neutral, whatever is counted
         device = self.bias.device
         for token, bias in sampling.logit_bias.items():
             self.bias[slot, token] = bias
@@ -158,15 +155,31 @@ class SamplingTable:
         self.seen[slot, seen.to(device)] = True
         self.counts[slot] = torch.bincount(generated.cpu(), minlength=self.vocab_size).to(device)
 
+    def fill_alike(self, sampling: Sampling, seeds: Tensor) -> None:
+        """Set the same options for all slots, without penalties or bias, and a seed [R] for each."""
+        assert not sampling.parts.edits
+        self._largest_k = None if sampling.top_k is None else min(sampling.top_k, self.vocab_size)
+        self._set(slice(None), sampling, seeds)
+
+    def _set(self, slots: int | slice, sampling: Sampling, seed: int | Tensor) -> None:
+        self.temperature[slots] = sampling.temperature
+        self.top_k[slots] = min(sampling.top_k or self.vocab_size, self.vocab_size)
+        self.top_p[slots] = 1.0 if sampling.top_p is None else sampling.top_p
+        self.min_p[slots] = sampling.min_p or 0.0
+        self.repetition[slots] = sampling.repetition_penalty
+        self.presence[slots] = sampling.presence_penalty
+        self.frequency[slots] = sampling.frequency_penalty
+        self.seed[slots] = seed
+
     def record(self, tokens: Tensor, written: Tensor) -> None:
         """Count tokens [R] where written [R] is True."""
-        rows = torch.arange(len(tokens), device=tokens.device)
-        self.seen[rows, tokens] |= written
-        self.counts[rows, tokens] += written.int()
+        slots = torch.arange(len(tokens), device=tokens.device)
+        self.seen[slots, tokens] |= written
+        self.counts[slots, tokens] += written.int()
 
     def sample(self, logits: Tensor, position: Tensor, parts: SamplingParts) -> Sampled:
-        """A token for each row of logits [R, vocab]; position [R] is what the new token's will be."""
-        logits = logits.float() if any(parts) else logits  # the likeliest is the same in either precision
+        """One token per slot from logits [R, vocab]; position [R] is the position that the new token will have."""
+        logits = logits.float() if any(parts) else logits  # the likeliest token is the same in either precision
         chosen = self._choose(self._edited(logits) if parts.edits else logits, position, parts)
         if not parts.logprobs:
             return Sampled(chosen)
@@ -187,27 +200,33 @@ class SamplingTable:
         greedy = self.temperature == 0
         scaled = logits / self.temperature.masked_fill(greedy, 1)[:, None]
         if parts.filters:
-            scaled = self._filtered(scaled)
+            limits = (x[:, None] for x in (self.top_k, self.top_p, self.min_p))
+            scaled = filter_logits(scaled, *limits, largest_k=self._largest_k)
         mass = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
         drawn = uniform(self.seed, position)[:, None] * mass[:, -1:]
         sampled = torch.searchsorted(mass, drawn, right=True)[:, 0].clamp_max(self.vocab_size - 1)
         return torch.where(greedy, logits.argmax(-1), sampled)
 
-    def _filtered(self, scaled: Tensor) -> Tensor:
-        ordered, order = scaled.sort(stable=True, dim=-1, descending=True)
-        rank = torch.arange(self.vocab_size, device=scaled.device)
-        ordered = ordered.masked_fill(rank >= self.top_k[:, None], -torch.inf)
-        probability = ordered.softmax(-1)
-        # The token that crosses p stays in: drop what had reached p before it.
-        reached = probability.cumsum(-1, dtype=torch.float64) - probability >= self.top_p[:, None]
-        dropped = (rank >= self.top_k[:, None]) | (reached & (self.top_p < 1)[:, None])
-        dropped |= probability < self.min_p[:, None] * probability[:, :1]
-        dropped[:, 0] = False
-        return scaled.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -torch.inf)
+
+def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, largest_k: int | None = None) -> Tensor:
+    """Logits [R, vocab] with minus infinity where top-k, then top-p, then min-p [R, 1] exclude a token.
+
+    The likeliest token always stays, and so does the token that crosses p: top-p drops a token if the likelier ones
+    alone reach p. largest_k: a bound on top_k known to the host, which saves sorting the whole vocabulary.
+    """
+    ordered, order = logits.sort(stable=True, dim=-1, descending=True) if largest_k is None else logits.topk(largest_k)
+    rank = torch.arange(ordered.shape[-1], device=logits.device)
+    ordered = ordered.masked_fill(rank >= top_k, -torch.inf)
+    probability = ordered.softmax(-1)
+    reached = probability.cumsum(-1, dtype=torch.float64) - probability >= top_p
+    dropped = (rank >= top_k) | (reached & (top_p < 1))
+    dropped |= probability < min_p * probability[:, :1]
+    dropped[:, 0] = False
+    return logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).scatter_(-1, order, dropped), -torch.inf)
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """Numbers in [0, 1), float64, as if random: splitmix64 (Steele et al. 2014) of seed and position, int64."""
+    """Pseudorandom numbers in [0, 1), float64: splitmix64 (Steele et al. 2014) of seed and position, int64."""
     x = _mixed(seed) + (position + 1) * _signed(0x9E3779B97F4A7C15)
     return _shifted(_mixed(x), 24).double() * 2.0**-40
 
@@ -219,7 +238,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: int64 shifts keep the sign."""
+    """A logical right shift, as int64 shifts keep the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

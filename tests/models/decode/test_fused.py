@@ -57,15 +57,15 @@ def run(engine: Engine, *requests: Request) -> list:
 @torch.no_grad()
 def test_fused_blocks_compute_what_their_modules_do(shape):
     model = shaped_model(shape)
-    assert all(FusedBlock.fits(block) for block in model.layers)
+    assert all(FusedBlock.supports(block) for block in model.layers)
     state = SlotPool(model, num_slots=4).state
-    expected, fused = state.clone(), FusedModel(model, state, [None] * 2)
+    expected, fused = state.clone(), FusedModel(model)
     for step in range(5):
         tokens = torch.tensor([step, 7, 3 * step, 11])
         active = torch.tensor([True, step % 2 == 0, step != 3, True])
         out, _ = model.hidden(tokens[:, None], expected, mask=active[:, None], carry=True, in_place=True)
         logits = model.logits(out[:, 0])
-        ours = fused(tokens, active)
+        ours, _ = fused(tokens, state, active)
         torch.testing.assert_close(ours[active], logits[active], rtol=1e-4, atol=1e-4)
     for mine, theirs in zip(state, expected, strict=True):
         assert torch.equal(mine.position, theirs.position)
@@ -100,7 +100,7 @@ def test_a_wrapped_projection_runs_as_its_own_module():
     old = model.layers[1].mixer.out_proj
     model.layers[1].mixer.out_proj = Doubled(old.in_features, old.out_features, bias=False)
     model.layers[1].mixer.out_proj.weight = old.weight
-    assert not FusedBlock.fits(model.layers[1])
+    assert not FusedBlock.supports(model.layers[1])
     changed = run(engine_of(model), Request(prompt(5), 6, GREEDY))[0]
     with torch.no_grad():
         expected = int(model(torch.tensor([prompt(5)])).logits[0, -1].argmax())
@@ -154,7 +154,7 @@ def test_the_next_in_a_slot_does_not_see_rows_of_the_last():
     expected = run(engine_of(model, num_slots=1, deferred_writes=16), request)[0]
     engine = engine_of(model, num_slots=1, deferred_writes=16)
     run(engine, Request(prompt(4, 2), 5))
-    for ring in engine.pool.rings:
+    for ring in engine.pool.deferred:
         ring.keys.fill_(torch.nan)
         ring.values.fill_(torch.nan)
         ring.log_decay.fill_(torch.nan)

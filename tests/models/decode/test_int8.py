@@ -5,9 +5,9 @@ import torch
 
 from retnet.models.decode.int8 import int8_parts, quantize_int8_
 from retnet.models.decode.sampling import Sampling
+from retnet.models.fingerprint import fingerprint
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
-from retnet.serve.snapshot import fingerprint
 from tests.serve.conftest import prompt, small_model
 
 pytest.importorskip("torchao")

@@ -1,10 +1,11 @@
-"""The decode step: every slot reads its last token and picks the next one, in fixed shapes and in place.
+"""The decode step with sampling: every slot reads its last token and picks the next one, in fixed shapes and in place.
 
-Slots without a running request are masked: they neither decay nor write. On a GPU the whole step, sampling and the copy
-of its results to pinned memory included, is one captured graph (one for each set of sampling parts in use): a token
-costs one launch and one wait. On a CPU it runs as it is: weights are read from memory, and what Python adds is lost
-beside that.
+Slots without a running request are masked: they neither decay nor write. On a GPU the whole step, with sampling and the
+copy of its results to pinned memory, is captured as one CUDA graph per set of sampling parts in use, so that a token
+costs one launch and one wait. On a CPU it runs eagerly: reading the weights takes far longer than Python's overhead.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,13 +18,14 @@ from retnet.models.states import ModelState
 from retnet.ops.decode import Ring
 
 WARM_UP_RUNS = 3  # before a capture: kernels compile, libraries allocate
-FAILED = -1  # in a token's place: the logits held NaN or infinity
+FAILED = -1  # in place of a token: the logits held NaN or infinity
 
 
 class DecodeStep:
-    """tokens [S]: each slot's last token, not read yet. active [S] bool: slots that take part.
+    """Decodes all slots of `state`, whose tensors are overwritten and never move.
 
-    On a GPU, to be called with the model's device current, as the engine does.
+    tokens [S]: the last token of each slot, not read yet. active [S] bool: slots that take part. On a GPU it is called
+    with the model's device current, as the engine does.
     """
 
     def __init__(
@@ -32,10 +34,10 @@ class DecodeStep:
         state: ModelState,
         table: SamplingTable,
         graphs: bool,
-        rings: list[Ring | None] | None = None,
+        deferred: Sequence[Ring | None] | None = None,
     ):
-        self.model, self.state, self.table, self.graphs = model, state, table, graphs
-        self._fused = FusedModel(model, state, rings or [None] * len(state.layers))  # now: prompts read its weights too
+        self.model, self.state, self.table, self.graphs, self.deferred = model, state, table, graphs, deferred
+        self._fused = FusedModel(model)  # packed here: prompts are read with the same weights
         device = state.position.device
         self.tokens = torch.zeros(len(state.position), dtype=torch.long, device=device)
         self.active = torch.zeros_like(self.tokens, dtype=torch.bool)
@@ -44,7 +46,7 @@ class DecodeStep:
 
     @torch.no_grad()
     def __call__(self, parts: SamplingParts) -> Sampled:
-        """One token [S, 1] for every active slot, on the host, FAILED if there is none; read before the next call."""
+        """One token [S, 1] per active slot, on the host; FAILED where there is none. Read it before the next call."""
         if not self.graphs:
             return self._run(parts).each(Tensor.cpu)
         if parts not in self._captured:
@@ -56,7 +58,7 @@ class DecodeStep:
 
     @torch.no_grad()
     def capture(self, parts: SamplingParts) -> None:
-        """Compile and capture the step ahead. Nothing changes for running requests: all slots are masked meanwhile."""
+        """Compile and capture the step ahead of use. Meanwhile all slots are masked, so that no request changes."""
         if parts in self._captured:
             return
         active = self.active.clone()
@@ -73,7 +75,7 @@ class DecodeStep:
                 layer.filled = 0  # asking the device would break the capture; requests are kept within the room
         on_host = sampled.each(lambda x: torch.empty(x.shape, dtype=x.dtype, pin_memory=True))
         graph = torch.cuda.CUDAGraph()
-        # On this stream: torch's own, if none is given, is one a process, of the GPU that captured first.
+        # On this stream: torch's default capture stream is one per process, on the GPU that captured first.
         with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
             sampled = self._run(parts)
             for here, there in zip(on_host, sampled, strict=True):
@@ -83,21 +85,25 @@ class DecodeStep:
         self.active.copy_(active)
 
     def _run(self, parts: SamplingParts) -> Sampled:
-        logits = self._fused(self.tokens, self.active)
+        logits, _ = self._fused(self.tokens, self.state, self.active, self.deferred)
         return self._pick(logits, self.state.position, self.active, parts).each(lambda x: x[:, None])
 
-    def _pick(self, logits: Tensor, position: Tensor, rows: Tensor, parts: SamplingParts) -> Sampled:
-        """A token from logits [S, vocab]; it becomes the last one of the slots in rows [S]."""
+    def _pick(self, logits: Tensor, position: Tensor, taking_part: Tensor, parts: SamplingParts) -> Sampled:
+        """A token from logits [S, vocab]; it becomes the last one of the slots that are taking_part [S]."""
         sampled = self.table.sample(logits, position, parts)
         if parts.edits:
-            self.table.record(sampled.tokens, rows)
-        self.tokens.copy_(torch.where(rows, sampled.tokens, self.tokens))
-        largest = logits.amax(-1)  # NaN if any is
+            self.table.record(sampled.tokens, taking_part)
+        self.tokens.copy_(torch.where(taking_part, sampled.tokens, self.tokens))
+        largest = logits.amax(-1)  # NaN if any logit is
         return sampled._replace(tokens=sampled.tokens.masked_fill(~largest.isfinite(), FAILED))
 
     def read(self, slot: int, ids: Tensor) -> None:
-        """Let a slot read a block of a prompt [1, T]."""
-        self._fused.read(slot, ids)
+        """Let a slot read a chunk of a prompt [1, T]."""
+        before = self.state.slot(slot)
+        after = self._fused.read(ids, before)
+        for layer, view, new in zip(self.state, before, after, strict=True):
+            if new is not view:
+                layer.write_(slot, new)
 
     def settle(self, counts: list[int]) -> None:
-        """Nothing: what this step reads, it has written."""
+        """Write what the first counts [S] tokens of the last call add to the states. Here they are written already."""

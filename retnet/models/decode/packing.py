@@ -1,0 +1,87 @@
+"""Packed weights: linear layers that read the same input become one matrix for the decode step.
+
+Packing moves weights and does not copy them: the modules' parameters become views of the packed matrix, so that an
+optimizer, `load_state_dict` or an in-place edit changes both. `unpack_` gives every parameter storage of its own again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from retnet.models.decode.int8 import int8_parts, move_int8_
+from retnet.ops.decode import DecodeWeight, uses_kernels
+
+
+def is_packable(module: nn.Module) -> bool:
+    """Whether the module is a plain linear layer whose weight is an ordinary matrix, or int8 with one scale per row.
+
+    False for adapters and other quantised layers, for float64, and for weights that are sharded.
+    """
+    if type(module) is not nn.Linear or module.weight.dtype == torch.float64:
+        return False
+    return type(module.weight.data) is Tensor or int8_parts(module.weight) is not None
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def pack(linears: list[nn.Linear]) -> DecodeWeight:
+    """Linear layers of one input as one; their weights and biases become views of it. Packed ones are left as they are.
+
+    On a CPU, matrices with more rows than columns are stored by columns.
+    """
+    width = sum(linear.out_features for linear in linears)
+    by_columns = not uses_kernels(linears[0].weight) and width > linears[0].in_features
+    bias = _pack_biases(linears)
+    quantized = [parts for linear in linears if (parts := int8_parts(linear.weight)) is not None]
+    if len(quantized) == len(linears):
+        whole = _joined([values for values, _ in quantized])
+        for linear, values in zip(linears, whole.split([len(values) for values, _ in quantized]), strict=True):
+            move_int8_(linear.weight, values)
+        return DecodeWeight(whole, torch.cat([scale for _, scale in quantized]), bias)
+    whole = _joined([linear.weight.data for linear in linears], by_columns)
+    for linear, values in zip(linears, whole.split([linear.out_features for linear in linears]), strict=True):
+        linear.weight.data = values
+    return DecodeWeight(whole, None, bias)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def unpack_(model: nn.Module) -> None:
+    """Give every parameter that is a part of packed storage contiguous storage of its own."""
+    for weight in model.parameters():
+        if type(weight.data) is Tensor and weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        elif type(weight.data) is Tensor and not weight.is_contiguous():
+            weight.data = weight.data.contiguous()
+
+
+def _pack_biases(linears: list[nn.Linear]) -> Tensor | None:
+    """All biases in one vector, 0 where a layer has none; None if no layer has one."""
+    given = next((linear.bias for linear in linears if linear.bias is not None), None)
+    if given is None:
+        return None
+    whole = _joined(
+        [given.new_zeros(linear.out_features) if linear.bias is None else linear.bias.data for linear in linears]
+    )
+    for linear, values in zip(linears, whole.split([linear.out_features for linear in linears]), strict=True):
+        if linear.bias is not None:
+            linear.bias.data = values
+    return whole
+
+
+def _joined(pieces: list[Tensor], by_columns: bool = False) -> Tensor:
+    """Matrices [N_i, K] (or vectors [N_i]) as one with sum N_i rows, stored by columns if asked.
+
+    Returns a view if they already lie in memory like that, and a copy otherwise.
+    """
+    first, rows = pieces[0], sum(map(len, pieces))
+    columns = first.shape[1] if first.dim() == 2 else 1
+    strides = (1, rows) if by_columns else (columns, 1)[: first.dim()]
+    row_bytes = strides[0] * first.element_size()
+    starts = [piece.data_ptr() for piece in pieces]
+    ends = [piece.data_ptr() + len(piece) * row_bytes for piece in pieces]
+    one_storage = len({piece.untyped_storage().data_ptr() for piece in pieces}) == 1
+    if one_storage and starts[1:] == ends[:-1] and all(piece.stride() == strides for piece in pieces):
+        return first.as_strided((rows, *first.shape[1:]), strides)
+    return torch.cat([piece.t() for piece in pieces], 1).t() if by_columns else torch.cat(pieces)
