@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from retnet.kernels import walk
+from retnet.kernels.retention.hopper import passes as walk
 from retnet.kernels.retention.problem import RetentionProblem
 
 SHAPES = [

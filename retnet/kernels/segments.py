@@ -1,9 +1,9 @@
-"""How a batch is cut into segments: the one place that knows where a segment starts and how long it is.
+"""Segments: how a batch is cut. The one place that knows where a segment starts and how long it is.
 
-A sequence of T tokens is cut into ceil(T / L) segments of L tokens, the last one ragged. Every segment of the batch has
-a slot, in order; slot s of a batch [B, T] is row s // ceil(T / L). Packed sequences (`cu_seqlens`) have a slot table
-that is built on the device, since their lengths are never read on the host: ceil(T / L) + N slots always suffice, and
-one that no sequence needs has length 0. Token numbers count through the whole batch, b T + t.
+A sequence of T tokens has ceil(T / L) segments of L tokens, the last one shorter. Every segment has a slot, counted
+through the batch: slot s of a batch [B, T] belongs to sequence s // ceil(T / L). Packed sequences (`cu_seqlens`) have a
+slot table that is built on the device, because their lengths are never read on the host. It has ceil(T / L) + N slots,
+which is always enough; a slot that no sequence needs has length 0. Tokens are counted through the batch too: b T + t.
 """
 
 from dataclasses import dataclass
@@ -16,32 +16,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """N sequences in `num_slots` segments of L tokens. `table` [slots, 4] int32 (start, length, is last, 0) and
-    `first_slot` [N + 1] int32 exist for packed sequences alone."""
+    """N sequences in `num_slots` segments of `length` tokens.
+
+    `table` [slots, 4] int32 (start, length, is last, 0) and `first_slot` [N + 1] int32 exist for packed sequences only.
+    """
 
     num_sequences: int
     num_tokens: int
-    tokens_per_row: int
-    segment: int
+    tokens_per_sequence: int  # unread for packed sequences
+    length: int
     num_slots: int
     cu_seqlens: Tensor | None
     table: Tensor | None
     first_slot: Tensor | None
 
     @classmethod
-    def of(cls, batch: int, tokens: int, segment: int, cu_seqlens: Tensor | None) -> "Segments":
+    def of(cls, batch: int, tokens: int, length: int, cu_seqlens: Tensor | None) -> "Segments":
         if cu_seqlens is None:
-            num_slots = batch * triton.cdiv(tokens, segment)
-            return cls(batch, batch * tokens, tokens, segment, num_slots, None, None, None)
+            num_slots = batch * triton.cdiv(tokens, length)
+            return cls(batch, batch * tokens, tokens, length, num_slots, None, None, None)
         cu_seqlens = cu_seqlens.contiguous()
         num_sequences = cu_seqlens.shape[0] - 1
-        num_slots = triton.cdiv(tokens, segment) + num_sequences
+        num_slots = triton.cdiv(tokens, length) + num_sequences
         table = torch.zeros(num_slots, 4, dtype=torch.int32, device=cu_seqlens.device)
-        first = torch.zeros(num_sequences + 1, dtype=torch.int32, device=cu_seqlens.device)
+        first_slot = torch.zeros(num_sequences + 1, dtype=torch.int32, device=cu_seqlens.device)
         if num_sequences > 0:
-            _first_slot_kernel[(1,)](cu_seqlens, first, num_sequences, L=segment, BLOCK=1024)
-            _slot_table_kernel[(num_sequences,)](cu_seqlens, first, table, L=segment, BLOCK=128)
-        return cls(num_sequences, tokens, tokens, segment, num_slots, cu_seqlens, table, first)
+            _first_slot_kernel[(1,)](cu_seqlens, first_slot, num_sequences, L=length, BLOCK=1024)
+            _slot_table_kernel[(num_sequences,)](cu_seqlens, first_slot, table, L=length, BLOCK=128)
+        return cls(num_sequences, tokens, tokens, length, num_slots, cu_seqlens, table, first_slot)
 
     @property
     def packed(self) -> bool:
@@ -63,6 +65,7 @@ def _first_slot_kernel(cu_seqlens, first, num_sequences, L: tl.constexpr, BLOCK:
 
 @triton.jit
 def _slot_table_kernel(cu_seqlens, first, table, L: tl.constexpr, BLOCK: tl.constexpr):
+    """The table's entries of one sequence. Grid: N."""
     n = tl.program_id(0)
     start = tl.load(cu_seqlens + n).to(tl.int32)
     end = tl.load(cu_seqlens + n + 1).to(tl.int32)
@@ -71,25 +74,25 @@ def _slot_table_kernel(cu_seqlens, first, table, L: tl.constexpr, BLOCK: tl.cons
     for s0 in range(0, count, BLOCK):
         s = s0 + tl.arange(0, BLOCK)
         ok = s < count
-        row = table + 4 * (slot + s)
-        tl.store(row, start + s * L, mask=ok)
-        tl.store(row + 1, tl.minimum(end - start - s * L, L), mask=ok)
-        tl.store(row + 2, (s == count - 1).to(tl.int32), mask=ok)
+        entry = table + 4 * (slot + s)
+        tl.store(entry, start + s * L, mask=ok)
+        tl.store(entry + 1, tl.minimum(end - start - s * L, L), mask=ok)
+        tl.store(entry + 2, (s == count - 1).to(tl.int32), mask=ok)
 
 
 @triton.jit
 def segment_bounds(slot, table, T, L: tl.constexpr, PACKED: tl.constexpr):
-    """The first token, the number of tokens, and whether the segment is its sequence's last, of one slot."""
+    """The first token of a slot's segment, its number of tokens, and whether it is the last of its sequence."""
     if PACKED:
         start = tl.load(table + 4 * slot).to(tl.int64)
         length = tl.load(table + 4 * slot + 1)
         is_last = tl.load(table + 4 * slot + 2) != 0
     else:
-        per_row = tl.cdiv(T, L)
-        s = slot % per_row
-        start = (slot // per_row).to(tl.int64) * T + s * L
+        count = tl.cdiv(T, L)
+        s = slot % count
+        start = (slot // count).to(tl.int64) * T + s * L
         length = tl.minimum(T - s * L, L)
-        is_last = s == per_row - 1
+        is_last = s == count - 1
     return start, length, is_last
 
 
@@ -111,7 +114,7 @@ def sequence_bounds(n, cu_seqlens, first_slot, T, L: tl.constexpr, PACKED: tl.co
 
 @triton.jit
 def sequence_of(slot, first_slot, num_sequences):
-    """The sequence that has this slot: the number of sequences that end at or before it."""
+    """The packed sequence that a slot belongs to: the number of sequences whose slots end at or before it."""
     low, high = 0, num_sequences
     while low < high:
         middle = (low + high) // 2
@@ -123,22 +126,22 @@ def sequence_of(slot, first_slot, num_sequences):
 
 
 @triton.jit
-def head_rows(pointer, start, head, row_stride, head_stride):
-    """The rows of one head from row `start` on. A head's stride may be a whole sequence long: 64 bits."""
-    return pointer + start * row_stride + tl.cast(head, tl.int64) * head_stride
+def head_pointer(pointer, start, head, stride, head_stride):
+    """Pointer to one head at index `start` of the leading axis. A head's stride may span a sequence: 64 bits."""
+    return pointer + start * stride + tl.cast(head, tl.int64) * head_stride
 
 
 @triton.jit
-def state_of(states, row, head, H: tl.constexpr, SIZE: tl.constexpr):
-    """One head's state of `SIZE` cells among states [rows, H, SIZE]."""
-    return states + (tl.cast(row, tl.int64) * H + head) * SIZE
+def state_of(states, index, head, H: tl.constexpr, SIZE: tl.constexpr):
+    """Pointer to one head's state of `SIZE` numbers in states [., H, SIZE]."""
+    return states + (tl.cast(index, tl.int64) * H + head) * SIZE
 
 
 @triton.jit
 def load_tile(pointer, rows, columns, row_stride, row_ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A [rows, columns] tile of a row-major matrix, zero where a row is not ok or a column lies past WIDTH.
+    """A [rows, columns] tile of a row-major matrix: zero where a row is not ok or a column is past WIDTH.
 
-    BLOCK is the step in which columns are visited: where it divides WIDTH, no column can lie past it.
+    Columns are visited BLOCK at a time: where BLOCK divides WIDTH, none can be past it.
     """
     at = pointer + rows[:, None] * row_stride + columns[None, :]
     if WIDTH % BLOCK == 0:
@@ -148,7 +151,7 @@ def load_tile(pointer, rows, columns, row_stride, row_ok, WIDTH: tl.constexpr, B
 
 @triton.jit
 def tokens_ok(mask, start, position, length, MASKED: tl.constexpr):
-    """Which tokens of a segment are there and not masked out."""
+    """Which positions of a segment hold a token that is not masked out."""
     ok = position < length
     if MASKED:
         ok = ok & (tl.load(mask + start + position, mask=ok, other=0) != 0)

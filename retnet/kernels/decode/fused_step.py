@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from retnet.kernels.dependent_launch import await_previous, dependent_launch, start_next
-from retnet.kernels.retention.tiles import power_of_two, step_tile
+from retnet.kernels.device import power_of_two
+from retnet.kernels.retention.tiles import step_tile
 
 SLAB_CELLS = 8192  # of a state that a program has in flight
 FOLD_ROWS = 16  # of a state that rows are added to at a time: few, so that this rare pass sets no register count

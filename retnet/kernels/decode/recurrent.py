@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.device import power_of_two
 from retnet.kernels.retention.portable.segment_decay import decay_parts
-from retnet.kernels.retention.tiles import StepTile, power_of_two, step_tile
-from retnet.kernels.segments import head_rows
+from retnet.kernels.retention.tiles import StepTile, step_tile
+from retnet.kernels.segments import head_pointer
 
 # Bits of a float32 significand that a narrower dtype drops.
 DROPPED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
@@ -115,9 +116,9 @@ def _step_kernel(
     b = (pid // (V_TILES * H)).to(tl.int64)
     columns = pid % V_TILES * BV + tl.arange(0, BV)
     state += b * state_batch + h * state_head
-    q = head_rows(q, b, h // HEADS_PER_GROUP, q_batch, q_head)
-    k = head_rows(k, b, h // HEADS_PER_GROUP, k_batch, k_head)
-    v = head_rows(v, b, h, v_batch, v_head)
+    q = head_pointer(q, b, h // HEADS_PER_GROUP, q_batch, q_head)
+    k = head_pointer(k, b, h // HEADS_PER_GROUP, k_batch, k_head)
+    v = head_pointer(v, b, h, v_batch, v_head)
     log_decay += (b * T * H if PER_TOKEN else 0) + h
     out += (b * T * H + h) * V
     if MASKED:

@@ -10,10 +10,11 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from retnet.kernels.device import device_family, is_hopper
 from retnet.kernels.retention.portable.border_states import stored_dtype
 from retnet.kernels.retention.portable.passes import portable_backward, portable_forward, portable_tiles
 from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
-from retnet.kernels.retention.tiles import device_family, is_hopper, shared_tile, step_tile
+from retnet.kernels.retention.tiles import shared_tile, step_tile
 
 
 def retention_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from retnet.kernels.device import device_family, multiprocessors, power_of_two
+
 SEGMENTS = (64, 128, 256)
 
 
@@ -101,19 +103,6 @@ def _is_large(K: int, V: int) -> bool:
     return K * V > 128 * 128
 
 
-def device_family(device: torch.device) -> str:
-    """ "hopper" where a block has 227 KiB of shared memory, "small" elsewhere and where nothing is known."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "small"
-    has_room = is_hopper(device) or torch.cuda.get_device_capability(device) in ((10, 0), (10, 3))
-    return "hopper" if has_room else "small"
-
-
-@cache
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def cache_file() -> Path:
     """Where `tune` keeps what it measured: $RETNET_CACHE, else the user's cache folder."""
     home = os.environ.get("RETNET_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "retnet"
@@ -148,26 +137,6 @@ def stored_tiles() -> dict[str, Tiles]:
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not what `retnet tune` writes ({error}); accepted: its file, or none") from error
-
-
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies float32 operands beside inputs of this dtype.
-
-    Float32 inputs go through three tf32 products, which measured no worse than exact ones (2.6e-7 against 3.2e-7 of the
-    norm) and 1.7 times as fast. Float16 inputs meet float32 states in one: tf32 holds all their bits.
-    """
-    if torch.version.hip is not None:
-        return "ieee"
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
-def power_of_two(n: int) -> int:
-    """The block length that holds n: a power of two, at least the 16 that tensor cores take."""
-    return max(16, 1 << (n - 1).bit_length())
 
 
 def nearest_segment(chunk_size: int) -> int:

@@ -16,9 +16,10 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from retnet.kernels.retention.portable.border_states import stored_dtype, walk_states
-from retnet.kernels.retention.portable.segment import read_segments
+from retnet.kernels.device import power_of_two
+from retnet.kernels.retention.portable.border_states import border_states, stored_dtype
 from retnet.kernels.retention.portable.segment_decay import SegmentDecay
+from retnet.kernels.retention.portable.segment_kernel import read_segments
 from retnet.kernels.retention.tiles import (
     SEGMENTS,
     SegmentTile,
@@ -27,7 +28,6 @@ from retnet.kernels.retention.tiles import (
     cache_file,
     device_key,
     forget_stored_tiles,
-    power_of_two,
     stored_tiles,
 )
 from retnet.kernels.segments import Segments
@@ -55,11 +55,11 @@ def tune(
         raise RuntimeError("no CUDA device: block shapes are tuned on the device that will run them")
     best: tuple[float, Tiles] | None = None
     for segment in SEGMENTS:
-        layout = Segments.of(8, 4096, segment, None)
-        problem = _problem(layout, K, V, dtype)
-        walk, walk_ms = _fastest(_state_tiles(K, V), partial(_walk, problem, layout), report)
-        key, key_ms = _fastest(_segment_tiles(K, V), partial(_roles, problem, layout, ("out", "dv")), report)
-        value, value_ms = _fastest(_segment_tiles(V, K), partial(_roles, problem, layout, ("dq", "dk")), report)
+        segments = Segments.of(8, 4096, segment, None)
+        problem = _problem(segments, K, V, dtype)
+        walk, walk_ms = _fastest(_state_tiles(K, V), partial(_walk, problem, segments), report)
+        key, key_ms = _fastest(_segment_tiles(K, V), partial(_roles, problem, segments, ("out", "dv")), report)
+        value, value_ms = _fastest(_segment_tiles(V, K), partial(_roles, problem, segments, ("dq", "dk")), report)
         total = 3 * walk_ms + key_ms + value_ms  # one walk forward, two backward
         report(f"segment {segment}: {total:.3f} ms forward and backward")
         if best is None or total < best[0]:
@@ -92,22 +92,22 @@ def _segment_tiles(R: int, O: int) -> Iterator[SegmentTile]:
             yield replace(tile, BR=power_of_two(R))
 
 
-def _problem(layout: Segments, K: int, V: int, dtype: torch.dtype) -> dict[str, torch.Tensor | SegmentDecay]:
+def _problem(segments: Segments, K: int, V: int, dtype: torch.dtype) -> dict[str, torch.Tensor | SegmentDecay]:
     """Eight heads of 32768 tokens: more programs than any device runs at once."""
     H = 8
-    q, k = (torch.randn(layout.num_tokens, H, K, device="cuda", dtype=dtype) for _ in range(2))
-    v = torch.randn(layout.num_tokens, H, V, device="cuda", dtype=dtype)
-    states = torch.randn(layout.num_slots, H, K, V, device="cuda").to(stored_dtype(dtype))
-    decay = SegmentDecay.of(torch.linspace(-0.03, -0.001, H, device="cuda"), None, layout)
+    q, k = (torch.randn(segments.num_tokens, H, K, device="cuda", dtype=dtype) for _ in range(2))
+    v = torch.randn(segments.num_tokens, H, V, device="cuda", dtype=dtype)
+    states = torch.randn(segments.num_slots, H, K, V, device="cuda").to(stored_dtype(dtype))
+    decay = SegmentDecay.of(torch.linspace(-0.03, -0.001, H, device="cuda"), None, segments)
     return {"q": q, "k": k, "v": v, "states": states, "decay": decay}
 
 
-def _walk(problem: dict, layout: Segments, tile: StateTile) -> None:
-    walk_states(
+def _walk(problem: dict, segments: Segments, tile: StateTile) -> None:
+    border_states(
         problem["k"],
         problem["v"],
         problem["decay"],
-        layout,
+        segments,
         tile,
         scale=1.0,
         initial=None,
@@ -116,7 +116,7 @@ def _walk(problem: dict, layout: Segments, tile: StateTile) -> None:
     )
 
 
-def _roles(problem: dict, layout: Segments, roles: tuple[str, ...], tile: SegmentTile) -> None:
+def _roles(problem: dict, segments: Segments, roles: tuple[str, ...], tile: SegmentTile) -> None:
     for role in roles:
         x, y, z, reverse, sum_heads = ROLES[role]
         read_segments(
@@ -125,7 +125,7 @@ def _roles(problem: dict, layout: Segments, roles: tuple[str, ...], tile: Segmen
             problem[z],
             problem["states"],
             problem["decay"],
-            layout,
+            segments,
             tile,
             state_scale=1.0,
             pair_scale=1.0,

@@ -28,27 +28,28 @@ def scan_backward(
     scan: Scan, starts: Tensor, dy: Tensor, dfinal: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dstep, drate, dwrite, dread, dstate [S, D, N]); starts as `scan_forward` made them. drate is float32."""
-    layout, device = scan.layout, scan.x.device
+    segments, device = scan.segments, scan.x.device
     B, T, D = scan.x.shape
     dy = dy.contiguous()
     after, sums = scan.per_slot(scan.N, D), scan.per_slot(D)
-    dstate = torch.empty(layout.num_sequences, D, scan.N, dtype=torch.float32, device=device)
+    dstate = torch.empty(segments.num_sequences, D, scan.N, dtype=torch.float32, device=device)
     dx, dstep = (torch.empty(z.shape, dtype=z.dtype, device=device) for z in (scan.x, scan.step))
     narrow = replace(scan, BD=max(1, scan.BD // 2))  # the states of a run take registers too
     by_block = torch.empty(2, narrow.blocks, B * T, scan.N, dtype=torch.float32, device=device)
     drate = scan.per_slot(scan.N, D)
-    if layout.num_slots:
-        _segment_adjoints[(layout.num_slots * scan.blocks,)](
-            dy, scan.step, scan.rate, scan.read, after, sums, layout.table, layout.tokens_per_row,
+    if segments.num_slots:
+        _segment_adjoints[(segments.num_slots * scan.blocks,)](
+            dy, scan.step, scan.rate, scan.read, after, sums, segments.table, segments.tokens_per_sequence,
             scan.step.stride(1), scan.read.stride(1), **scan.shapes, num_warps=1,
         )  # fmt: skip
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     join_segments(scan, after, sums, dfinal, dstate, reverse=True)
-    if layout.num_slots:
-        _gradients[(layout.num_slots * narrow.blocks,)](
+    if segments.num_slots:
+        _gradients[(segments.num_slots * narrow.blocks,)](
             scan.x, scan.step, scan.rate, scan.write, scan.read, dy, starts, after, dx, dstep, by_block[0],
-            by_block[1], drate, layout.table, layout.tokens_per_row, B * T, scan.x.stride(1), scan.step.stride(1),
-            scan.write.stride(1), scan.read.stride(1), **narrow.shapes, R=RUN, num_warps=1,
+            by_block[1], drate, segments.table, segments.tokens_per_sequence, B * T,
+            scan.x.stride(1), scan.step.stride(1), scan.write.stride(1), scan.read.stride(1),
+            **narrow.shapes, R=RUN, num_warps=1,
         )  # fmt: skip
     dwrite, dread = (part.sum(0).view(B, T, scan.N).to(scan.write.dtype) for part in by_block)
     return dx, dstep, drate.sum(0).T.contiguous(), dwrite, dread.to(scan.read.dtype), dstate

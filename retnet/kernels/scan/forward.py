@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.chain import chain_states
 from retnet.kernels.segments import Segments, segment_bounds, sequence_bounds
 
 TILE = 512  # numbers of state a program (a warp) holds
@@ -31,7 +32,7 @@ class Scan:
     write: Tensor
     read: Tensor
     state: Tensor | None
-    layout: Segments
+    segments: Segments
     N: int
     BN: int
     BD: int
@@ -81,13 +82,13 @@ class Scan:
             "N": self.N,
             "BN": self.BN,
             "BD": self.BD,
-            "L": self.layout.segment,
-            "PACKED": self.layout.packed,
+            "L": self.segments.length,
+            "PACKED": self.segments.packed,
         }
 
     def per_slot(self, *shape: int) -> Tensor:
         """Float32 for every segment."""
-        return torch.empty(self.layout.num_slots, *shape, dtype=torch.float32, device=self.x.device)
+        return torch.empty(self.segments.num_slots, *shape, dtype=torch.float32, device=self.x.device)
 
 
 def _rows(z: Tensor) -> Tensor:
@@ -97,19 +98,20 @@ def _rows(z: Tensor) -> Tensor:
 
 def scan_forward(scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, D] in x's dtype, the last state [S, D, N], and the state [slots, N, D] before each segment."""
-    layout = scan.layout
+    segments = scan.segments
     starts, sums = scan.per_slot(scan.N, scan.D), scan.per_slot(scan.D)
     y = torch.empty(scan.x.shape, dtype=scan.x.dtype, device=scan.x.device)
-    final = torch.empty(layout.num_sequences, scan.D, scan.N, dtype=torch.float32, device=scan.x.device)
-    if layout.num_slots:
-        _segment_states[(layout.num_slots * scan.blocks,)](
-            scan.x, scan.step, scan.rate, scan.write, starts, sums, layout.table, layout.tokens_per_row,
+    final = torch.empty(segments.num_sequences, scan.D, scan.N, dtype=torch.float32, device=scan.x.device)
+    if segments.num_slots:
+        _segment_states[(segments.num_slots * scan.blocks,)](
+            scan.x, scan.step, scan.rate, scan.write, starts, sums, segments.table, segments.tokens_per_sequence,
             scan.x.stride(1), scan.step.stride(1), scan.write.stride(1), **scan.shapes, num_warps=1,
         )  # fmt: skip
     join_segments(scan, starts, sums, scan.state, final, reverse=False)
-    if layout.num_slots:
-        _outputs[(layout.num_slots * scan.blocks,)](
-            scan.x, scan.step, scan.rate, scan.write, scan.read, starts, y, layout.table, layout.tokens_per_row,
+    if segments.num_slots:
+        _outputs[(segments.num_slots * scan.blocks,)](
+            scan.x, scan.step, scan.rate, scan.write, scan.read, starts, y,
+            segments.table, segments.tokens_per_sequence,
             scan.x.stride(1), scan.step.stride(1), scan.write.stride(1), scan.read.stride(1),
             **scan.shapes, num_warps=1,
         )  # fmt: skip
@@ -123,11 +125,11 @@ def join_segments(
 
     sums [slots, D] are those of the steps; first and last [S, D, N]: before and after the whole sequence.
     """
-    layout = scan.layout
-    if layout.num_sequences == 0:
+    segments = scan.segments
+    if segments.num_sequences == 0:
         return
-    _join[(layout.num_sequences * scan.blocks,)](
-        local, sums, scan.rate, first, last, layout.cu_seqlens, layout.first_slot, layout.tokens_per_row,
+    _join[(segments.num_sequences * scan.blocks,)](
+        local, sums, scan.rate, first, last, segments.cu_seqlens, segments.first_slot, segments.tokens_per_sequence,
         **scan.shapes, REVERSE=reverse, num_warps=1,
     )  # fmt: skip
 
@@ -182,15 +184,10 @@ def _join(
     h = tl.zeros([BN, BD], tl.float32)
     if first is not None:
         h = tl.load(first + turned, mask=ok, other=0.0)
-    at = _nth(slot, 0, count, REVERSE)
-    added, total = _segment(local, sums, at, count > 0, cell, ok, d, D, N)
-    for i in range(count):
-        # Asked for before it is needed: the compiler may not move a load across the store.
-        after = _nth(slot, i + 1, count, REVERSE)
-        next_added, next_total = _segment(local, sums, after, i + 1 < count, cell, ok, d, D, N)
-        tl.store(local + at * N * D + cell, h, mask=ok)
-        h = tl.exp(total[None, :] * rates) * h + added
-        at, added, total = after, next_added, next_total
+    h = chain_states(
+        h, local + _nth(slot, 0, count, REVERSE) * N * D, cell, ok, -N * D if REVERSE else N * D, count, count,
+        _steps, (sums, slot, count, d, D, REVERSE), _keep, (rates,),
+    )  # fmt: skip
     tl.store(last + turned, h, mask=ok)
 
 
@@ -203,10 +200,14 @@ def _nth(slot, i, count, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _segment(local, sums, at, there, cell, ok, d, D: tl.constexpr, N: tl.constexpr):
-    """What segment `at` adds and the sum of its steps, if it is there."""
-    added = tl.load(local + at * N * D + cell, mask=tl.where(there, ok, False), other=0.0)
-    return added, tl.load(sums + at * D + d, mask=tl.where(there, d, D) < D, other=0.0)
+def _steps(i, there, sums, slot, count, d, D: tl.constexpr, REVERSE: tl.constexpr):
+    """The sum of the steps of the i-th segment, if it is there."""
+    return tl.load(sums + _nth(slot, i, count, REVERSE) * D + d, mask=tl.where(there, d, D) < D, other=0.0)
+
+
+@triton.jit
+def _keep(state, steps, rates):
+    return tl.exp(steps[None, :] * rates) * state
 
 
 @triton.jit(do_not_specialize=["T", "x_stride", "step_stride", "write_stride", "read_stride"])

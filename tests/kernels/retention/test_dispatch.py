@@ -170,7 +170,7 @@ PARTED = [
 @pytest.mark.parametrize("case", PARTED, ids=lambda case: case.name)
 def test_sequences_walked_in_parts_are_joined(case, device, monkeypatch):
     """As on a chip that few sequences would leave idle."""
-    monkeypatch.setattr(states, "LEAST_PART", 1)
+    monkeypatch.setattr(states, "LEAST_SEGMENTS", 1)
     monkeypatch.setattr(states, "MOST_PARTS", 3 if case.cu is None else 2)
     monkeypatch.setattr(states, "multiprocessors", lambda device: 1000)
     joined = []

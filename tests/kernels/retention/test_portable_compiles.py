@@ -94,6 +94,6 @@ def test_every_tile_fits_the_shared_memory_of_its_family(
         tiles.tiles_on.cache_clear()
         run_both_ways(dtype, 1 if share else 2, width, width)
     needed = {(name, kernel.metadata.hash): kernel.metadata.shared for name, kernel in launched}
-    assert sum(name == "_walk_kernel" for name, _ in needed) >= (1 if share else len(candidates))
+    assert sum(name == "_border_states_kernel" for name, _ in needed) >= (1 if share else len(candidates))
     assert any(name in ("_read_kernel", "_sum_kernel") for name, _ in needed) == share
     assert {name: shared for name, shared in needed.items() if shared > limit} == {}

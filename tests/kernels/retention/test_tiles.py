@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from retnet.kernels.device import power_of_two
 from retnet.kernels.retention import tiles
 from retnet.kernels.retention.dispatch import plan
 from retnet.kernels.retention.tune import _segment_tiles, _state_tiles
@@ -26,7 +27,7 @@ def stored(tmp_path, monkeypatch):
 def test_every_head_size_has_shapes_to_try(size):
     candidates = list(_state_tiles(size, 16))
     assert candidates
-    assert all(tiles.power_of_two(size) >= t.BK and t.BV == 16 for t in candidates)
+    assert all(power_of_two(size) >= t.BK and t.BV == 16 for t in candidates)
     assert list(_segment_tiles(size, 16))
 
 

@@ -11,7 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from retnet.kernels.retention.hopper.walk import walk_kernel
-from retnet.kernels.retention.hopper.warp_roles import CHUNK, ROWS
+from retnet.kernels.retention.hopper.warp_roles import CHUNK, GROUP_VALUES
 
 MOST_KEYS = 256  # of a program: [64 values, 256 keys] in float32 take half the registers of a warpgroup's threads
 _BLOCK_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)  # of a descriptor's tile
@@ -58,7 +58,7 @@ class Variant:
 
 @lru_cache(maxsize=256)
 def variant_of(
-    K: int, V: int, narrow: bool, over_values: bool, reverse: bool, *, read: bool, placed: bool, per_document: bool,
+    K: int, V: int, narrow: bool, over_values: bool, reverse: bool, *, read: bool, has_codes: bool, per_document: bool,
     has_initial: bool, store_final: bool,
 ) -> Variant:  # fmt: skip
     tile, values = (tile_of(V, K, narrow), K) if over_values else (tile_of(K, V, narrow), V)
@@ -71,7 +71,7 @@ def variant_of(
         "VALUE_STRIDE": V if over_values else 1,
         "REVERSE": reverse,
         "READ": read,
-        "PLACED": placed,
+        "HAS_CODES": has_codes,
         "PER_DOCUMENT": per_document,
         "HAS_INITIAL": has_initial,
         "STORE_FINAL": store_final,
@@ -83,7 +83,7 @@ def variant_of(
         "LOAD_REGISTERS": 24,
     }
     names = walk_kernel.arg_names[-len(constants) :]
-    return Variant(tile.splits * values // (ROWS * tile.groups), tuple(constants[name] for name in names))
+    return Variant(tile.splits * values // (GROUP_VALUES * tile.groups), tuple(constants[name] for name in names))
 
 
 # Triton's own look-up of a compiled kernel inspects every argument again: most of the host's time of a launch here.
@@ -92,7 +92,7 @@ _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
 def launch(variant: Variant, programs: int, arguments: tuple) -> None:
     """Launch the walk; the key holds all that its code depends on, with aligned pointers (others take Triton's way)."""
-    log_decay, states_in, states_out, places, documents, factors = arguments[4], *arguments[6:11]
+    log_decay, states_in, states_out, codes, documents, factors = arguments[4], *arguments[6:11]
     key = (
         variant.constants,
         arguments[0].base.dtype,
@@ -101,7 +101,7 @@ def launch(variant: Variant, programs: int, arguments: tuple) -> None:
         driver.active.get_current_device(),
     )
     compiled = _compiled.get(key)
-    bits = log_decay.data_ptr() | states_in.data_ptr() | states_out.data_ptr() | places.data_ptr()
+    bits = log_decay.data_ptr() | states_in.data_ptr() | states_out.data_ptr() | codes.data_ptr()
     aligned = (bits | documents.data_ptr() | factors.data_ptr()) % 16 == 0
     if compiled is not None and aligned:
         compiled[programs, 1, 1](*arguments, *variant.constants)

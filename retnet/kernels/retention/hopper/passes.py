@@ -1,12 +1,12 @@
 """Retention on Hopper with the state on chip: what runs, in which order, and with which tiles.
 
 The adjoint of retention is retention, so one kernel (`walk_kernel`) makes everything: the output, and dV, dQ and dK as
-walks with the tensors in other roles; where heads are small, dK and dV share one (`walk_keys_values`). No state is
+walks with the tensors in other roles; where heads are small, dK and dV share one (`walk_dk_dv`). No state is
 written to memory. Where B * H * (slices of V) programs would leave most of the chip idle, the sequence is split into
-parts: a pass over all parts at once, without readers, finds what each adds to the state, `carry_kernel` chains these,
-and the walks start every part from its true state.
+parts: a pass over all parts at once, without readers, finds what each adds to the state, `part_starts_kernel` chains
+these, and the walks start every part from its true state.
 
-Masked tokens, read from a copy that has zeros there, and packed documents change a few chunks' decays (`walk_places`).
+Masked tokens, read from a copy that has zeros there, and packed documents change a few chunks' decays (`token_codes`).
 The last states of packed documents, which may end within a chunk, come from a walk of each document by itself.
 
 No host synchronization, and no sum whose order could change its bits: two runs give the same. Memory beyond outputs and
@@ -28,18 +28,18 @@ import torch
 import triton
 from torch import Tensor
 
-from retnet.kernels.retention.hopper.carry import carry_kernel
+from retnet.kernels.device import is_hopper, multiprocessors
+from retnet.kernels.retention.hopper.dk_dv import dk_dv_supported, fits_dk_dv, walk_dk_dv
 from retnet.kernels.retention.hopper.float16_range import state_factors
-from retnet.kernels.retention.hopper.keys_values import fits_keys_values, keys_values_supported, walk_keys_values
 from retnet.kernels.retention.hopper.launch import descriptor, launch, tile_of, tma_rows, variant_of
-from retnet.kernels.retention.hopper.token_codes import walk_places
-from retnet.kernels.retention.hopper.warp_roles import CHUNK, ROWS
+from retnet.kernels.retention.hopper.part_starts import part_starts_kernel
+from retnet.kernels.retention.hopper.token_codes import token_codes
+from retnet.kernels.retention.hopper.warp_roles import CHUNK, GROUP_VALUES
 from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
-from retnet.kernels.retention.tiles import is_hopper, multiprocessors
 
 KEYS = (64, 128, 256)
 VALUES = (64, 128, 256, 512)
-LEAST_PART = 16  # chunks a part of a split sequence has at least: below, its start costs more than it saves
+LEAST_CHUNKS = 16  # chunks a part of a split sequence has at least: below, its start costs more than it saves
 
 
 def walk_supported(problem: RetentionProblem, dfinal: Tensor | None = None) -> bool:
@@ -86,9 +86,9 @@ def walk_backward(
     q, k, v, dout = (_rows(problem, x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
     call = _Call.of(problem)
     dstarts = call.part_starts(q, dout, None if dfinal is None else dfinal.float(), reverse=True)
-    if problem.plain and not call.cut.narrow and keys_values_supported(q, k, v, dout):
+    if problem.plain and not call.cut.narrow and dk_dv_supported(q, k, v, dout):
         parts, part_chunks = call.cut.parts, call.cut.part_chunks
-        dk, dv, dstate = walk_keys_values(
+        dk, dv, dstate = walk_dk_dv(
             q, k, v, dout, call.log_decay, problem.scale, *dstarts,
             parts=parts, part_chunks=part_chunks, need_dstate=need_dstate,
         )  # fmt: skip
@@ -111,7 +111,7 @@ def walk_plan(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> d
     """What a call of this size will run."""
     cut = _cut(B, T, H, K, V, device)
     tiles = {"over_keys": tile_of(K, V, cut.narrow), "over_values": tile_of(V, K, cut.narrow)}
-    together = not cut.narrow and fits_keys_values(T, K, V)
+    together = not cut.narrow and fits_dk_dv(T, K, V)
     dk_and_dv = "one walk, of rows without mask or documents" if together else "two walks"
     return {"kernels": "walk_kernel", "chunk": CHUNK, **asdict(cut), **tiles, "dk_and_dv": dk_and_dv}
 
@@ -122,15 +122,15 @@ class _Call:
 
     problem: RetentionProblem
     log_decay: Tensor
-    places: Tensor | None
+    codes: Tensor | None
     cut: "_Cut"
 
     @classmethod
     def of(cls, problem: RetentionProblem) -> "_Call":
         q, device = problem.q, problem.q.device
         B, T, H, K = q.shape
-        places = None if problem.plain else walk_places(B, T, problem.mask, problem.cu_seqlens, device)
-        return cls(problem, problem.log_decay.contiguous(), places, _cut(B, T, H, K, problem.v.shape[3], device))
+        codes = None if problem.plain else token_codes(B, T, problem.mask, problem.cu_seqlens, device)
+        return cls(problem, problem.log_decay.contiguous(), codes, _cut(B, T, H, K, problem.v.shape[3], device))
 
     def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> "_Starts":
         """Where the parts of the sequence start, given that it starts from `state` (None: zeros)."""
@@ -142,18 +142,18 @@ class _Call:
             return _Starts(None if state is None else state.contiguous().unsqueeze(2), factors)
         states = self.walk(None, y, z, _Starts(None, factors), reverse=reverse, out=None, store_final=True)
         (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
-        carry_kernel[(B * H, triton.cdiv(K * V, 1024))](
+        part_starts_kernel[(B * H, triton.cdiv(K * V, 1024))](
             states,
             states if state is None else state.contiguous(),
             self.log_decay,
-            self.log_decay if self.places is None else self.places,
+            self.log_decay if self.codes is None else self.codes,
             T,
             self.cut.part_chunks,
             self.cut.parts,
             H,
             K * V,
             HAS_INITIAL=state is not None,
-            PLACED=self.places is not None,
+            HAS_CODES=self.codes is not None,
             REVERSE=reverse,
             CHUNK=CHUNK,
             BLOCK=1024,
@@ -191,10 +191,10 @@ class _Call:
         With `documents` (cu_seqlens) every document is walked by itself, from its first token on.
         """
         (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
-        cut, places = self.cut, self.places
+        cut, codes = self.cut, self.codes
         narrow, parts, part_chunks = cut.narrow, cut.parts, cut.part_chunks
         if documents is not None:
-            B, parts, part_chunks, places = documents.shape[0] - 1, 1, triton.cdiv(T, CHUNK), None
+            B, parts, part_chunks, codes = documents.shape[0] - 1, 1, triton.cdiv(T, CHUNK), None
         ends = torch.empty(B, H, parts, K, V, dtype=torch.float32, device=y.device) if store_final else None
         tile = tile_of(V, K, narrow) if over_values else tile_of(K, V, narrow)
         variant = variant_of(
@@ -204,7 +204,7 @@ class _Call:
             over_values,
             reverse,
             read=x is not None,
-            placed=places is not None,
+            has_codes=codes is not None,
             per_document=documents is not None,
             has_initial=starts.states is not None,
             store_final=store_final,
@@ -214,13 +214,13 @@ class _Call:
         arguments = (
             y_desc if x is None else descriptor(x, tile.keys),
             y_desc,
-            descriptor(z, ROWS * tile.groups),
-            descriptor(z if out is None else out, ROWS),
+            descriptor(z, GROUP_VALUES * tile.groups),
+            descriptor(z if out is None else out, GROUP_VALUES),
             self.log_decay,
             self.problem.scale,
             unused if starts.states is None else starts.states,
             unused if ends is None else ends,
-            unused if places is None else places,
+            unused if codes is None else codes,
             unused if documents is None else documents,
             unused if starts.factors is None else starts.factors,
             T,
@@ -260,9 +260,9 @@ def _cut(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> _Cut:
     """Enough programs for the chip. Where twice as many would do, narrow tiles, which score each pair twice as often,
     cost less than finding the states between two parts."""
     chunks, processors = triton.cdiv(T, CHUNK), multiprocessors(device)
-    programs = B * H * V // (ROWS * tile_of(K, V, False).groups)
+    programs = B * H * V // (GROUP_VALUES * tile_of(K, V, False).groups)
     wanted = max(1, processors // programs)
     if wanted == 2 and tile_of(K, V, False).groups == 2:
         return _Cut(True, 1, chunks)
-    part_chunks = max(triton.cdiv(chunks, wanted), min(chunks, LEAST_PART))
+    part_chunks = max(triton.cdiv(chunks, wanted), min(chunks, LEAST_CHUNKS))
     return _Cut(False, triton.cdiv(chunks, part_chunks), part_chunks)

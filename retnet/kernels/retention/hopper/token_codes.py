@@ -18,15 +18,15 @@ from torch import Tensor
 from retnet.kernels.retention.hopper.warp_roles import CHUNK
 
 
-def walk_places(B: int, T: int, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """mask [B, T] bool or cu_seqlens [N + 1] (with B = 1) -> places [B, ceil(T / CHUNK) * CHUNK] int32."""
+def token_codes(B: int, T: int, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """mask [B, T] bool or cu_seqlens [N + 1] (with B = 1) -> codes [B, ceil(T / CHUNK) * CHUNK] int32."""
     chunks = triton.cdiv(T, CHUNK)
-    places = torch.empty(B, chunks * CHUNK, dtype=torch.int32, device=device)
+    codes = torch.empty(B, chunks * CHUNK, dtype=torch.int32, device=device)
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _places_kernel[(B * chunks,)](
-        places,
-        places if mask is None else mask.contiguous().view(torch.uint8),
-        places if cu_seqlens is None else cu_seqlens,
+    _token_codes_kernel[(B * chunks,)](
+        codes,
+        codes if mask is None else mask.contiguous().view(torch.uint8),
+        codes if cu_seqlens is None else cu_seqlens,
         T,
         documents,
         documents.bit_length(),
@@ -34,7 +34,7 @@ def walk_places(B: int, T: int, mask: Tensor | None, cu_seqlens: Tensor | None, 
         C=CHUNK,
         num_warps=2,
     )
-    return places
+    return codes
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _document_of(token, cu_seqlens, documents, steps):
 
 
 @triton.jit(do_not_specialize=["tokens", "documents", "steps"])
-def _places_kernel(places, mask, cu_seqlens, tokens, documents, steps, MASKED: tl.constexpr, C: tl.constexpr):
+def _token_codes_kernel(codes, mask, cu_seqlens, tokens, documents, steps, MASKED: tl.constexpr, C: tl.constexpr):
     chunks = tl.cdiv(tokens, C)
     row = tl.program_id(0) // chunks
     first = tl.program_id(0) % chunks * C
@@ -64,5 +64,5 @@ def _places_kernel(places, mask, cu_seqlens, tokens, documents, steps, MASKED: t
     before = _document_of(tl.maximum(first - 1 + tl.arange(0, C) * 0, 0), cu_seqlens, documents, steps)
     special = (tl.min(real.to(tl.int32), 0) == 0) | (tl.max(document, 0) != tl.max(before, 0))
     code = tl.where(real, document, ~document)
-    place = (code << 8) | (special.to(tl.int32) << 7) | tl.cumsum(real.to(tl.int32), 0)
-    tl.store(places + row.to(tl.int64) * chunks * C + token, place)
+    code = (code << 8) | (special.to(tl.int32) << 7) | tl.cumsum(real.to(tl.int32), 0)
+    tl.store(codes + row.to(tl.int64) * chunks * C + token, code)

@@ -21,8 +21,8 @@ of the update: it never passes through shared memory. The warps have roles: one 
 computes the decayed scores that all values share, one or two warpgroups of 64 values each read, mix and update. Every
 decay is the exp of a non-positive difference.
 
-Masked tokens and packed documents (`PLACED`) change the decays of the chunks that hold one and of no other: those
-chunks get their factors from `places` (`walk_places`), the others the same ones as without.
+Masked tokens and packed documents (`HAS_CODES`) change the decays of the chunks that hold one and of no other: those
+chunks get their factors from `codes` (`token_codes`), the others the same ones as without.
 
 Left out: per-token decay, groups of heads, initial states of packed documents, float16 with masked tokens or packed
 documents (the portable kernels take those).
@@ -35,26 +35,26 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from retnet.kernels.retention.hopper.warp_roles import (
     AHEAD,
     CHUNK,
+    GROUP_VALUES,
     RATE_ROW,
-    ROWS,
     SCALE_ROW,
-    first_ticket,
+    first_barrier,
     load_role,
     mix_role,
     score_role,
 )
 
 _CHUNK = gl.constexpr(CHUNK)
-_ROWS = gl.constexpr(ROWS)
+_GROUP_VALUES = gl.constexpr(GROUP_VALUES)
 _AHEAD = gl.constexpr(AHEAD)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _init_ring(tickets, FULL: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr):
+def _init_ring(barriers, FULL: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr):
     for stage in gl.static_range(STAGES):
-        mbarrier.init(tickets.index(FULL + stage), count=1)
-        mbarrier.init(tickets.index(FULL + STAGES + stage), count=READERS)
+        mbarrier.init(barriers.index(FULL + stage), count=1)
+        mbarrier.init(barriers.index(FULL + STAGES + stage), count=READERS)
 
 
 @gluon.jit
@@ -101,12 +101,12 @@ def _make_pairs(log2_gamma, scale, TABLES: gl.constexpr, REVERSE: gl.constexpr):
 def walk_kernel(
     x_desc, y_desc, z_desc, out_desc,  # [B, T, H, SPLITS * KEYS] twice, [B, T, H, VALUES] twice
     log_decay, scale, state_in, state_out,  # [H], (), states [B, H, parts, ...] twice (float32)
-    places, cu_seqlens,  # [B, chunks * 64] if PLACED, [N + 1] if PER_DOCUMENT (then B = 1)
+    codes, cu_seqlens,  # [B, chunks * 64] if HAS_CODES, [N + 1] if PER_DOCUMENT (then B = 1)
     factors,  # [H] of float16 states (`state_range`)
     tokens, heads, parts, part_chunks,
     KEYS: gl.constexpr, VALUES: gl.constexpr, SPLITS: gl.constexpr, GROUPS: gl.constexpr,
     KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
-    REVERSE: gl.constexpr, READ: gl.constexpr, PLACED: gl.constexpr, PER_DOCUMENT: gl.constexpr,
+    REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr, PER_DOCUMENT: gl.constexpr,
     HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr,
     X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, Z_STAGES: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
@@ -114,7 +114,7 @@ def walk_kernel(
     """Grid: B * H * parts * SPLITS * VALUES / (64 GROUPS) programs; those that share x and y tiles are neighbours.
 
     Without readers, for the states that parts start from, one part fewer: the last of the walk."""
-    SLICE: gl.constexpr = _ROWS * GROUPS
+    SLICE: gl.constexpr = _GROUP_VALUES * GROUPS
     SLICES: gl.constexpr = VALUES // SLICE
     dtype: gl.constexpr = z_desc.dtype
     program = gl.program_id(0)
@@ -149,31 +149,31 @@ def walk_kernel(
     y_smem = gl.allocate_shared_memory(dtype, [Y_STAGES, _CHUNK, KEYS], wide)
     z_smem = gl.allocate_shared_memory(dtype, [Z_STAGES, _CHUNK, SLICE], wide)
     p_smem = gl.allocate_shared_memory(dtype, [_AHEAD, _CHUNK, _CHUNK], wide)
-    X: gl.constexpr = first_ticket(0, x_smem, y_smem)
-    Y: gl.constexpr = first_ticket(1, x_smem, y_smem)
-    Z: gl.constexpr = first_ticket(2, x_smem, y_smem)
-    tickets = gl.allocate_shared_memory(gl.int64, [Z + 2 * Z_STAGES, 1], mbarrier.MBarrierLayout())
-    _init_ring(tickets, 0, _AHEAD, GROUPS)
-    _init_ring(tickets, X, x_smem.shape[0], GROUPS + 1)
-    _init_ring(tickets, Y, Y_STAGES, GROUPS + 1 if READ else GROUPS)
-    _init_ring(tickets, Z, Z_STAGES, GROUPS)
-    outs_smem = gl.allocate_shared_memory(dtype, [GROUPS, _CHUNK, _ROWS], wide)
+    X: gl.constexpr = first_barrier(0, x_smem, y_smem)
+    Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
+    Z: gl.constexpr = first_barrier(2, x_smem, y_smem)
+    barriers = gl.allocate_shared_memory(gl.int64, [Z + 2 * Z_STAGES, 1], mbarrier.MBarrierLayout())
+    _init_ring(barriers, 0, _AHEAD, GROUPS)
+    _init_ring(barriers, X, x_smem.shape[0], GROUPS + 1)
+    _init_ring(barriers, Y, Y_STAGES, GROUPS + 1 if READ else GROUPS)
+    _init_ring(barriers, Z, Z_STAGES, GROUPS)
+    outs_smem = gl.allocate_shared_memory(dtype, [GROUPS, _CHUNK, _GROUP_VALUES], wide)
     factor = gl.load(factors + head) if dtype == gl.float16 else 1.0
     decays = _make_decays(log2_gamma, scale, factor, tail, REVERSE)
-    pairs = _make_pairs(log2_gamma, scale, 2 if PLACED else 1, REVERSE) if READ else decays
+    pairs = _make_pairs(log2_gamma, scale, 2 if HAS_CODES else 1, REVERSE) if READ else decays
     fence_async_shared()
 
     # Constexprs stay inside the calls: assigned to a name they would become run-time scalars.
-    loading = (x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, tickets, batch, head, key, value, start, count)
-    row_places = places + batch * chunks * _CHUNK
-    scoring = (x_smem, y_smem, p_smem, pairs, decays, tickets, row_places, start, count)
+    loading = (x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, head, key, value, start, count)
+    sequence_codes = codes + batch * chunks * _CHUNK
+    scoring = (x_smem, y_smem, p_smem, pairs, decays, barriers, sequence_codes, start, count)
     mixing = (
-        x_smem, y_smem, z_smem, p_smem, outs_smem, tickets, decays, out_desc, state_in + state_at, state_out + state_at,
-        batch, head, value, start, count, last_step, row_places,
+        x_smem, y_smem, z_smem, p_smem, outs_smem, barriers, decays, out_desc,
+        state_in + state_at, state_out + state_at, batch, head, value, start, count, last_step, sequence_codes,
     )  # fmt: skip
     _start_roles(
         mixing, scoring, loading,
-        GROUPS, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, SPLITS == 2,
+        GROUPS, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, SPLITS == 2,
         MIX_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS,
     )  # fmt: skip
 
@@ -181,7 +181,7 @@ def walk_kernel(
 @gluon.jit
 def _start_roles(
     mixing, scoring, loading,
-    GROUPS: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, PLACED: gl.constexpr,
+    GROUPS: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr,
     HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
     ADD: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
@@ -194,13 +194,13 @@ def _start_roles(
             [
                 (
                     mix_role,
-                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (mixing, LOWER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
                 ),
                 (
                     mix_role,
-                    (mixing, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (mixing, UPPER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
                 ),
-                (score_role, (scoring, REVERSE, PLACED)),
+                (score_role, (scoring, REVERSE, HAS_CODES)),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [4, 4, 1],
@@ -211,11 +211,11 @@ def _start_roles(
             [
                 (
                     mix_role,
-                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (mixing, LOWER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
                 ),
                 (
                     mix_role,
-                    (mixing, UPPER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (mixing, UPPER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
                 ),
                 (load_role, (loading, REVERSE, READ)),
             ],
@@ -227,9 +227,9 @@ def _start_roles(
             [
                 (
                     mix_role,
-                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (mixing, LOWER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
                 ),
-                (score_role, (scoring, REVERSE, PLACED)),
+                (score_role, (scoring, REVERSE, HAS_CODES)),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [4, 1],
@@ -240,7 +240,7 @@ def _start_roles(
             [
                 (
                     mix_role,
-                    (mixing, LOWER, REVERSE, READ, PLACED, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (mixing, LOWER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
                 ),
                 (load_role, (loading, REVERSE, READ)),
             ],

@@ -1,6 +1,6 @@
 """The roles of the walk's warps (`walk_kernel`): loading tiles, scoring pairs of tokens, mixing values.
 
-Roles meet at rings of tiles in shared memory. A ring of n slots has 2 n barriers among the `tickets`: `full`, which the
+Roles meet at rings of tiles in shared memory. A ring of n slots has 2 n of the `barriers`: `full`, which the
 producer of a slot opens, and `empty`, which all its readers open together.
 """
 
@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 CHUNK = 64  # tokens a step: the rows of one warpgroup instruction, so that scores tile without waste
-ROWS = 64  # values a warpgroup holds, likewise
+GROUP_VALUES = 64  # values a warpgroup holds, likewise
 PIECE = 64  # keys of a state piece: only one piece's 16-bit copy is in registers at a time
 AHEAD = 1  # chunks whose scores may wait to be read
 
@@ -36,7 +36,7 @@ _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 _tma_add = getattr(tma, "async_atomic_add", None) or _own_tma_add
 
 _CHUNK = gl.constexpr(CHUNK)
-_ROWS = gl.constexpr(ROWS)
+_GROUP_VALUES = gl.constexpr(GROUP_VALUES)
 _PIECE = gl.constexpr(PIECE)
 _AHEAD = gl.constexpr(AHEAD)
 RATE_ROW = gl.constexpr(12)  # row of `decays` that repeats log2(gamma)
@@ -50,140 +50,140 @@ def _token_at(step, start, REVERSE: gl.constexpr):
 
 
 @gluon.constexpr_function
-def first_ticket(ring, x_smem, y_smem):
-    """First barrier of rings x, y, z in `tickets`: a `full` one for each slot, then an `empty` one for each.
+def first_barrier(ring, x_smem, y_smem):
+    """First barrier of rings x, y, z in `barriers`: a `full` one for each slot, then an `empty` one for each.
 
     All barriers are one allocation (that of the scores comes first), so that a role holds one address of them."""
     return [2 * AHEAD, 2 * AHEAD + 2 * x_smem.shape[0], 2 * AHEAD + 2 * x_smem.shape[0] + 2 * y_smem.shape[0]][ring]
 
 
 @gluon.jit
-def _fetch(desc, at, smem, tickets, FULL: gl.constexpr, step):
+def _fetch(desc, at, smem, barriers, FULL: gl.constexpr, step):
     """Wait until the ring's slot of this step is free, then start its load."""
     STAGES: gl.constexpr = smem.shape[0]
     slot = step % STAGES
-    mbarrier.wait(tickets.index(FULL + STAGES + slot), ((step // STAGES) & 1) ^ 1)
-    mbarrier.expect(tickets.index(FULL + slot), desc.block_type.nbytes)
+    mbarrier.wait(barriers.index(FULL + STAGES + slot), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(barriers.index(FULL + slot), desc.block_type.nbytes)
     tile = smem.index(slot).reshape(desc.block_type.shape)
-    _tma_load(desc, at, tickets.index(FULL + slot), tile)
+    _tma_load(desc, at, barriers.index(FULL + slot), tile)
 
 
 @gluon.jit
-def _await(smem, tickets, FULL: gl.constexpr, step):
+def _await(smem, barriers, FULL: gl.constexpr, step):
     """The tile of this step, once it is there."""
     STAGES: gl.constexpr = smem.shape[0]
-    mbarrier.wait(tickets.index(FULL + step % STAGES), (step // STAGES) & 1)
+    mbarrier.wait(barriers.index(FULL + step % STAGES), (step // STAGES) & 1)
     return smem.index(step % STAGES)
 
 
 @gluon.jit
-def _release(smem, tickets, FULL: gl.constexpr, step):
+def _release(smem, barriers, FULL: gl.constexpr, step):
     STAGES: gl.constexpr = smem.shape[0]
-    mbarrier.arrive(tickets.index(FULL + STAGES + step % STAGES), count=1)
+    mbarrier.arrive(barriers.index(FULL + STAGES + step % STAGES), count=1)
 
 
 @gluon.jit
 def load_role(args, REVERSE: gl.constexpr, READ: gl.constexpr):
     """One warp: bring the tiles of every chunk into their rings, in the order in which they are needed."""
-    x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, tickets, batch, head, key, value, start, count = args
-    X: gl.constexpr = first_ticket(0, x_smem, y_smem)
-    Y: gl.constexpr = first_ticket(1, x_smem, y_smem)
-    Z: gl.constexpr = first_ticket(2, x_smem, y_smem)
+    x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, head, key, value, start, count = args
+    X: gl.constexpr = first_barrier(0, x_smem, y_smem)
+    Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
+    Z: gl.constexpr = first_barrier(2, x_smem, y_smem)
     for step in range(count):
         token = _token_at(step, start, REVERSE)
         if READ:
-            _fetch(x_desc, [batch, token, head, key], x_smem, tickets, X, step)
-        _fetch(y_desc, [batch, token, head, key], y_smem, tickets, Y, step)
-        _fetch(z_desc, [batch, token, head, value], z_smem, tickets, Z, step)
+            _fetch(x_desc, [batch, token, head, key], x_smem, barriers, X, step)
+        _fetch(y_desc, [batch, token, head, key], y_smem, barriers, Y, step)
+        _fetch(z_desc, [batch, token, head, value], z_smem, barriers, Z, step)
 
 
 @gluon.jit
-def score_role(args, REVERSE: gl.constexpr, PLACED: gl.constexpr):
+def score_role(args, REVERSE: gl.constexpr, HAS_CODES: gl.constexpr):
     """One warpgroup: (x y^T) of every chunk, readers by writers, masked to the causal side, decayed and scaled.
 
     The factors come from shared memory each time: the registers of a table are what the mixing warpgroups lack."""
-    x_smem, y_smem, p_smem, pairs, decays, tickets, places, start, count = args
-    X: gl.constexpr = first_ticket(0, x_smem, y_smem)
-    Y: gl.constexpr = first_ticket(1, x_smem, y_smem)
+    x_smem, y_smem, p_smem, pairs, decays, barriers, codes, start, count = args
+    X: gl.constexpr = first_barrier(0, x_smem, y_smem)
+    Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CHUNK, 16])
     table = pairs.index(0)
     for step in range(count):
-        if PLACED:
-            chunk_places = places + _token_at(step, start, REVERSE)
-            special = _is_special(gl.load(chunk_places))
-        x = _await(x_smem, tickets, X, step)
-        y = _await(y_smem, tickets, Y, step)
+        if HAS_CODES:
+            chunk_codes = codes + _token_at(step, start, REVERSE)
+            special = _is_special(gl.load(chunk_codes))
+        x = _await(x_smem, barriers, X, step)
+        y = _await(y_smem, barriers, Y, step)
         scores = gl.zeros([_CHUNK, _CHUNK], gl.float32, layout)
         scores = warpgroup_mma(x, y.permute((1, 0)), scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        _release(x_smem, tickets, X, step)
-        _release(y_smem, tickets, Y, step)
-        if PLACED:
+        _release(x_smem, barriers, X, step)
+        _release(y_smem, barriers, Y, step)
+        if HAS_CODES:
             if special != 0:
-                _place_pairs(pairs.index(1), decays, chunk_places, REVERSE)
+                _make_special_pairs(pairs.index(1), decays, chunk_codes, REVERSE)
             table = pairs.index(special)
-        mbarrier.wait(tickets.index(_AHEAD + step % _AHEAD), ((step // _AHEAD) & 1) ^ 1)
+        mbarrier.wait(barriers.index(_AHEAD + step % _AHEAD), ((step // _AHEAD) & 1) ^ 1)
         p_smem.index(step % _AHEAD).store((scores * table.load(layout)).to(p_smem.dtype))
         fence_async_shared()
-        mbarrier.arrive(tickets.index(step % _AHEAD), count=1)
+        mbarrier.arrive(barriers.index(step % _AHEAD), count=1)
 
 
 @gluon.jit
-def _place_pairs(table, decays, places, REVERSE: gl.constexpr):
+def _make_special_pairs(table, decays, codes, REVERSE: gl.constexpr):
     """`_make_pairs` for a chunk with masked tokens or a document's border."""
-    ROWS: gl.constexpr = 16  # a few at a time, for the sake of registers
+    ROWS: gl.constexpr = 16  # of the table at a time: registers are few
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
     writer = gl.arange(0, _CHUNK, gl.SliceLayout(0, layout))
     log2_gamma = decays.index(RATE_ROW).load(gl.SliceLayout(0, layout))[None, :]
     scale = decays.index(SCALE_ROW).load(gl.SliceLayout(0, layout))[None, :]
-    writer = gl.load(places + writer)[None, :]
+    writer = gl.load(codes + writer)[None, :]
     for i in gl.static_range(_CHUNK // ROWS):
         reader = i * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        reader = gl.load(places + reader)[:, None]
+        reader = gl.load(codes + reader)[:, None]
         distance = _count(writer) - _count(reader) if REVERSE else _count(reader) - _count(writer)
         decay = gl.exp2(log2_gamma * gl.maximum(distance, 0.0)) * scale
         # One document, neither masked. Counts rise with every such token, so they order them.
-        related = (_code(reader) == _code(writer)) & (writer >= 0) & (distance >= 0)
+        related = (_signed_document(reader) == _signed_document(writer)) & (writer >= 0) & (distance >= 0)
         table.slice(i * ROWS, ROWS, dim=0).store(gl.where(related, decay, 0.0))
 
 
 @gluon.jit
-def _is_special(place):
-    """Whether a chunk has masked tokens or a document's border; told by any of its places (`walk_places`)."""
-    return (place >> 7) & 1
+def _is_special(code):
+    """Whether a chunk has masked tokens or a document's border; told by any of its codes (`token_codes`)."""
+    return (code >> 7) & 1
 
 
 @gluon.jit
-def _count(place):
+def _count(code):
     """Tokens of the chunk through this one, masked ones apart."""
-    return (place & 127).to(gl.float32)
+    return (code & 127).to(gl.float32)
 
 
 @gluon.jit
-def _code(place):
+def _signed_document(code):
     """The document, or its complement for a masked token."""
-    return place >> 8
+    return code >> 8
 
 
 @gluon.jit
-def _document(place):
-    return (place ^ (place >> 31)) >> 8
+def _document(code):
+    return (code ^ (code >> 31)) >> 8
 
 
 @gluon.jit
-def _place_decays(decays, ROW: gl.constexpr, places, before, REVERSE: gl.constexpr):
+def _make_special_decays(decays, ROW: gl.constexpr, codes, before, REVERSE: gl.constexpr):
     """Read, write and keep of a special chunk; the state that enters is the one after the token at `before`."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     log2_gamma = decays.index(RATE_ROW).load(layout)
     scale = decays.index(SCALE_ROW).load(layout)
-    place = gl.load(places + gl.arange(0, _CHUNK, layout))
-    last = gl.load(places + _CHUNK - 1)
+    code = gl.load(codes + gl.arange(0, _CHUNK, layout))
+    last = gl.load(codes + _CHUNK - 1)
     entered = _document(gl.load(before))
     left = _document(last)
-    from_start = gl.exp2(log2_gamma * _count(place)) * scale
-    from_start = gl.where((place >= 0) & (_document(place) == entered), from_start, 0.0)
-    to_end = gl.exp2(log2_gamma * (_count(last) - _count(place)))
-    to_end = gl.where((place >= 0) & (_document(place) == left), to_end, 0.0)
+    from_start = gl.exp2(log2_gamma * _count(code)) * scale
+    from_start = gl.where((code >= 0) & (_document(code) == entered), from_start, 0.0)
+    to_end = gl.exp2(log2_gamma * (_count(last) - _count(code)))
+    to_end = gl.where((code >= 0) & (_document(code) == left), to_end, 0.0)
     decays.index(ROW).store(to_end if REVERSE else from_start)
     decays.index(ROW + 1).store(from_start if REVERSE else to_end)
     decays.index(ROW + 2).store(gl.where(entered == left, gl.exp2(log2_gamma * _count(last)), 0.0))
@@ -195,25 +195,25 @@ def _state_pointers(
     layout: gl.constexpr,
 ):  # fmt: skip
     """Pointers to one transposed piece [values, keys] of a warpgroup's state."""
-    values = GROUP * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, layout))
+    values = GROUP * _GROUP_VALUES + gl.arange(0, _GROUP_VALUES, gl.SliceLayout(1, layout))
     keys = PIECE_AT * _PIECE + gl.arange(0, _PIECE, gl.SliceLayout(0, layout))
     return base + keys[None, :] * KEY_STRIDE + values[:, None] * VALUE_STRIDE
 
 
 @gluon.jit
 def mix_role(
-    args, GROUP: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, PLACED: gl.constexpr,
+    args, GROUP: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr,
     HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
     ADD: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: outputs (added to what is there if ADD) and the state of its 64 values, chunk after chunk."""
     (
-        x_smem, y_smem, z_smem, p_smem, outs_smem, tickets, decays, out_desc, state_in, state_out,
-        batch, head, value, start, count, last_step, places,
+        x_smem, y_smem, z_smem, p_smem, outs_smem, barriers, decays, out_desc, state_in, state_out,
+        batch, head, value, start, count, last_step, codes,
     ) = args  # fmt: skip
-    X: gl.constexpr = first_ticket(0, x_smem, y_smem)
-    Y: gl.constexpr = first_ticket(1, x_smem, y_smem)
-    Z: gl.constexpr = first_ticket(2, x_smem, y_smem)
+    X: gl.constexpr = first_barrier(0, x_smem, y_smem)
+    Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
+    Z: gl.constexpr = first_barrier(2, x_smem, y_smem)
     PIECES: gl.constexpr = y_smem.shape[2] // _PIECE
     IN_FLIGHT: gl.constexpr = 0 if PIECES > 2 else 2
     dtype: gl.constexpr = z_smem.dtype
@@ -227,15 +227,15 @@ def mix_role(
             pointers = _state_pointers(state_in, j, GROUP, KEY_STRIDE, VALUE_STRIDE, layout)
             state = state + (gl.load(pointers),)
         else:
-            state = state + (gl.zeros([_ROWS, _PIECE], gl.float32, layout),)
+            state = state + (gl.zeros([_GROUP_VALUES, _PIECE], gl.float32, layout),)
 
     for step in range(count):
         token = _token_at(step, start, REVERSE)
-        if PLACED:
-            special = _is_special(gl.load(places + token))
+        if HAS_CODES:
+            special = _is_special(gl.load(codes + token))
         if READ:
-            x = _await(x_smem, tickets, X, step)
-            out = gl.zeros([_ROWS, _CHUNK], gl.float32, layout)
+            x = _await(x_smem, barriers, X, step)
+            out = gl.zeros([_GROUP_VALUES, _CHUNK], gl.float32, layout)
             for j in gl.static_range(PIECES):
                 piece = gl.convert_layout(state[j].to(dtype), operand, assert_trivial=True)
                 readers = x.slice(j * _PIECE, _PIECE, dim=1).permute((1, 0))
@@ -243,26 +243,26 @@ def mix_role(
                 if j >= IN_FLIGHT:  # bounds the 16-bit pieces alive, and so the registers
                     out = warpgroup_mma_wait(IN_FLIGHT, deps=(out,))
 
-        z = _await(z_smem, tickets, Z, step).slice(GROUP * _ROWS, _ROWS, dim=1).permute((1, 0))
+        z = _await(z_smem, barriers, Z, step).slice(GROUP * _GROUP_VALUES, _GROUP_VALUES, dim=1).permute((1, 0))
         if READ:
             out = warpgroup_mma_wait(0, deps=(out,))
-            _release(x_smem, tickets, X, step)
-        if PLACED:
+            _release(x_smem, barriers, X, step)
+        if HAS_CODES:
             if special != 0:
-                before = places + gl.maximum(token - 1, 0)
-                _place_decays(decays, 6 + 3 * GROUP, places + token, before, REVERSE)
+                before = codes + gl.maximum(token - 1, 0)
+                _make_special_decays(decays, 6 + 3 * GROUP, codes + token, before, REVERSE)
             row = gl.where(special != 0, 6 + 3 * GROUP, 0)
         else:
             row = gl.where(step == last_step, 3, 0)
         if READ:
             out = out * decays.index(row).load(gl.SliceLayout(0, layout))[None, :]
-            scores = _await(p_smem, tickets, 0, step).permute((1, 0))
+            scores = _await(p_smem, barriers, 0, step).permute((1, 0))
             out = warpgroup_mma(z, scores, out, is_async=True)
 
         write = decays.index(row + 1).load(gl.SliceLayout(0, operand))
         decayed = (z.load(operand).to(gl.float32) * write[None, :]).to(dtype)
         keep = decays.index(row + 2).load(gl.SliceLayout(1, layout))[:, None]
-        y = _await(y_smem, tickets, Y, step)
+        y = _await(y_smem, barriers, Y, step)
         updated = ()
         for j in gl.static_range(PIECES):
             writers = y.slice(j * _PIECE, _PIECE, dim=1)
@@ -270,7 +270,7 @@ def mix_role(
 
         if READ:
             out = warpgroup_mma_wait(PIECES, deps=(out,))
-            _release(p_smem, tickets, 0, step)
+            _release(p_smem, barriers, 0, step)
             tma.store_wait(0)
             _barrier()
             out_smem.permute((1, 0)).store(out.to(dtype))
@@ -278,15 +278,15 @@ def mix_role(
             _barrier()
             tile = out_smem.reshape(out_desc.block_type.shape)
             if ADD:
-                _tma_add(out_desc, [batch, token, head, value + GROUP * _ROWS], tile)
+                _tma_add(out_desc, [batch, token, head, value + GROUP * _GROUP_VALUES], tile)
             else:
-                _tma_store(out_desc, [batch, token, head, value + GROUP * _ROWS], tile)
+                _tma_store(out_desc, [batch, token, head, value + GROUP * _GROUP_VALUES], tile)
 
         state = warpgroup_mma_wait(0, deps=updated)
         if PIECES == 1:
             state = (state,)
-        _release(y_smem, tickets, Y, step)
-        _release(z_smem, tickets, Z, step)
+        _release(y_smem, barriers, Y, step)
+        _release(z_smem, barriers, Z, step)
 
     if STORE_FINAL:
         for j in gl.static_range(PIECES):

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.device import multiprocessors, precision
 from retnet.kernels.retention.portable.segment_decay import (
     SegmentDecay,
     decay_of_head,
@@ -28,11 +29,11 @@ from retnet.kernels.retention.portable.segment_decay import (
     leave,
 )
 from retnet.kernels.retention.portable.sequence_parts import as_stored, join_parts, part_bounds
-from retnet.kernels.retention.tiles import StateTile, multiprocessors, precision
-from retnet.kernels.segments import Segments, head_rows, load_tile, sequence_bounds, state_of, tokens_ok
+from retnet.kernels.retention.tiles import StateTile
+from retnet.kernels.segments import Segments, head_pointer, load_tile, sequence_bounds, state_of, tokens_ok
 
-PROGRAMS_A_PROCESSOR = 4  # of split walks: one hides another's latency
-LEAST_PART = 8  # segments a part has at least: below, joining costs more than it saves
+PROGRAMS_PER_PROCESSOR = 4  # of split walks: one hides another's latency
+LEAST_SEGMENTS = 8  # segments a part has at least: below, joining costs more than it saves
 MOST_PARTS = 16
 
 
@@ -41,11 +42,11 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def walk_states(
+def border_states(
     x: Tensor,
     y: Tensor,
     decay: SegmentDecay,
-    layout: Segments,
+    segments: Segments,
     tile: StateTile,
     *,
     scale: float,
@@ -56,22 +57,22 @@ def walk_states(
     """x [tokens, G, K], y [tokens, H, V] -> (states [slots, H, K, V], final [N, H, K, V]; no `final_dtype`: None)."""
     G, K = x.shape[1:]
     H, V = y.shape[1:]
-    states = torch.empty(layout.num_slots, H, K, V, dtype=stored_dtype(x.dtype), device=x.device)
+    states = torch.empty(segments.num_slots, H, K, V, dtype=stored_dtype(x.dtype), device=x.device)
     final = None
     if final_dtype is not None:
-        final = torch.empty(layout.num_sequences, H, K, V, dtype=final_dtype, device=x.device)
-    if layout.num_sequences == 0:
+        final = torch.empty(segments.num_sequences, H, K, V, dtype=final_dtype, device=x.device)
+    if segments.num_sequences == 0:
         return states, final
-    programs = triton.cdiv(K, tile.BK) * triton.cdiv(V, tile.BV) * H * layout.num_sequences
+    programs = triton.cdiv(K, tile.BK) * triton.cdiv(V, tile.BV) * H * segments.num_sequences
     parts, processors = 1, multiprocessors(x.device)
     if programs < processors:
-        parts = most_parts(layout.num_tokens, layout.num_sequences, layout.segment)
-        parts = min(parts, PROGRAMS_A_PROCESSOR * processors // programs)
+        parts = most_parts(segments.num_tokens, segments.num_sequences, segments.length)
+        parts = min(parts, PROGRAMS_PER_PROCESSOR * processors // programs)
     ends = final  # of the walks
     to_tf32 = x.dtype == torch.float16
     if parts > 1:
-        ends = torch.empty(layout.num_sequences, parts, H, K, V, dtype=torch.float32, device=x.device)
-    _walk_kernel[(programs * parts,)](
+        ends = torch.empty(segments.num_sequences, parts, H, K, V, dtype=torch.float32, device=x.device)
+    _border_states_kernel[(programs * parts,)](
         x,
         y,
         None if initial is None else initial.contiguous(),
@@ -80,10 +81,10 @@ def walk_states(
         decay.rate,
         decay.sums,
         decay.mask,
-        layout.cu_seqlens,
-        layout.first_slot,
-        layout.tokens_per_row,
-        layout.num_tokens,
+        segments.cu_seqlens,
+        segments.first_slot,
+        segments.tokens_per_sequence,
+        segments.num_tokens,
         parts,
         x.stride(0),
         x.stride(1),
@@ -94,14 +95,14 @@ def walk_states(
         HEADS_PER_GROUP=H // G,
         K=K,
         V=V,
-        L=layout.segment,
-        BT=min(tile.BT, layout.segment),
+        L=segments.length,
+        BT=min(tile.BT, segments.length),
         BK=tile.BK,
         BV=tile.BV,
         REVERSE=reverse,
         PER_TOKEN=decay.per_token,
         MASKED=decay.mask is not None,
-        PACKED=layout.packed,
+        PACKED=segments.packed,
         LAST_END=final is not None,
         TO_TF32=to_tf32,
         PRECISION=precision(x.dtype),
@@ -109,17 +110,17 @@ def walk_states(
         num_stages=tile.stages,
     )
     if parts > 1:
-        join_parts(states, ends, final, decay, layout, reverse=reverse, to_tf32=to_tf32)
+        join_parts(states, ends, final, decay, segments, reverse=reverse, to_tf32=to_tf32)
     return states, final
 
 
 def most_parts(tokens: int, num_sequences: int, segment: int) -> int:
     """The parts that a sequence of mean length may be walked in."""
-    return max(1, min(MOST_PARTS, tokens // max(1, num_sequences) // (LEAST_PART * segment)))
+    return max(1, min(MOST_PARTS, tokens // max(1, num_sequences) // (LEAST_SEGMENTS * segment)))
 
 
 @triton.jit(do_not_specialize=["T", "num_tokens", "parts"])
-def _walk_kernel(
+def _border_states_kernel(
     x, y, initial, states, ends,
     rate, sums, mask, cu_seqlens, first_slot, T, num_tokens, parts,
     x_token, x_head, y_token, y_head, scale,
@@ -143,8 +144,8 @@ def _walk_kernel(
 
     start, length, slot0, count = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
     log_decay, sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
-    x = head_rows(x, start, h // HEADS_PER_GROUP, x_token, x_head)
-    y = head_rows(y, start, h, y_token, y_head)
+    x = head_pointer(x, start, h // HEADS_PER_GROUP, x_token, x_head)
+    y = head_pointer(y, start, h, y_token, y_head)
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if initial is not None and part == 0:

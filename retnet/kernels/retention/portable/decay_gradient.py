@@ -25,17 +25,17 @@ def decay_gradient(
     final: Tensor | None,
     dfinal: Tensor | None,
     decay: SegmentDecay,
-    layout: Segments,
+    segments: Segments,
 ) -> Tensor:
     """Row products [tiles, H, tokens] and border states [slots, H, K, V] -> dlog_decay [tokens, H] float32.
 
     `final` and `dfinal` [N, H, K, V] are the last state and its adjoint; None where the loss does not read that state.
     """
     H = q_dot_dq.shape[1]
-    grad = torch.zeros(layout.num_tokens, H, dtype=torch.float32, device=states.device)
-    if layout.num_slots == 0:
+    grad = torch.zeros(segments.num_tokens, H, dtype=torch.float32, device=states.device)
+    if segments.num_slots == 0:
         return grad
-    _decay_gradient_kernel[(layout.num_slots, H)](
+    _decay_gradient_kernel[(segments.num_slots, H)](
         q_dot_dq,
         k_dot_dk,
         states,
@@ -45,20 +45,20 @@ def decay_gradient(
         grad,
         decay.sums,
         decay.mask,
-        layout.table,
-        layout.first_slot,
-        layout.tokens_per_row,
-        layout.num_tokens,
-        layout.num_sequences,
+        segments.table,
+        segments.first_slot,
+        segments.tokens_per_sequence,
+        segments.num_tokens,
+        segments.num_sequences,
         H=H,
         STATE=states.shape[2] * states.shape[3],
         TILES_Q=q_dot_dq.shape[0],
         TILES_K=k_dot_dk.shape[0],
-        L=layout.segment,
+        L=segments.length,
         BLOCK=4096,
         PER_TOKEN=decay.per_token,
         MASKED=decay.mask is not None,
-        PACKED=layout.packed,
+        PACKED=segments.packed,
         num_warps=8,
     )
     return grad

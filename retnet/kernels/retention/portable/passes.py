@@ -9,10 +9,10 @@ runs give the same bits.
 import torch
 from torch import Tensor
 
-from retnet.kernels.retention.portable.border_states import most_parts, walk_states
+from retnet.kernels.retention.portable.border_states import border_states, most_parts
 from retnet.kernels.retention.portable.decay_gradient import decay_gradient
-from retnet.kernels.retention.portable.segment import read_segments
 from retnet.kernels.retention.portable.segment_decay import SegmentDecay
+from retnet.kernels.retention.portable.segment_kernel import read_segments
 from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
 from retnet.kernels.retention.tiles import SEGMENTS, Tiles, tiles_on
 from retnet.kernels.segments import Segments
@@ -20,10 +20,10 @@ from retnet.kernels.segments import Segments
 
 def portable_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
-    tiles, layout, decay = _prepare(problem)
+    tiles, segments, decay = _prepare(problem)
     q, k, v = _rows(problem.q), _rows(problem.k), _rows(problem.v)
-    states, final = walk_states(
-        k, v, decay, layout, tiles.state, scale=1.0, initial=problem.state, final_dtype=state_dtype, reverse=False
+    states, final = border_states(
+        k, v, decay, segments, tiles.state, scale=1.0, initial=problem.state, final_dtype=state_dtype, reverse=False
     )
     out, _ = read_segments(
         q,
@@ -31,7 +31,7 @@ def portable_forward(problem: RetentionProblem, state_dtype: torch.dtype | None)
         v,
         states,
         decay,
-        layout,
+        segments,
         tiles.key_contraction,
         state_scale=problem.scale,
         pair_scale=problem.scale,
@@ -45,14 +45,14 @@ def portable_backward(
     problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, *, need_dlog_decay: bool, need_dstate: bool
 ) -> RetentionGradients:
     """RetentionGradients from those of the output and of the final state, if any."""
-    tiles, layout, decay = _prepare(problem)
+    tiles, segments, decay = _prepare(problem)
     scale = problem.scale
     dout, q, k, v = (_rows(x) for x in (dout.to(problem.v.dtype), problem.q, problem.k, problem.v))
-    states, final = walk_states(
+    states, final = border_states(
         k,
         v,
         decay,
-        layout,
+        segments,
         tiles.state,
         scale=1.0,
         initial=problem.state,
@@ -65,7 +65,7 @@ def portable_backward(
         k,
         states,
         decay,
-        layout,
+        segments,
         tiles.value_contraction,
         state_scale=scale,
         pair_scale=scale,
@@ -75,11 +75,11 @@ def portable_backward(
     )
     if not need_dlog_decay:
         del states  # before the adjoint states take as much memory
-    dstates, dstate = walk_states(
+    dstates, dstate = border_states(
         q,
         dout,
         decay,
-        layout,
+        segments,
         tiles.state,
         scale=scale,
         initial=dfinal,
@@ -92,7 +92,7 @@ def portable_backward(
         dout,
         dstates,
         decay,
-        layout,
+        segments,
         tiles.key_contraction,
         state_scale=1.0,
         pair_scale=scale,
@@ -105,7 +105,7 @@ def portable_backward(
         q,
         dstates,
         decay,
-        layout,
+        segments,
         tiles.value_contraction,
         state_scale=1.0,
         pair_scale=scale,
@@ -116,7 +116,7 @@ def portable_backward(
     dlog_decay = None
     if q_dot_dq is not None and k_dot_dk is not None:
         dfinal = None if dfinal is None else dfinal.contiguous()
-        grad = decay_gradient(q_dot_dq, k_dot_dk, states, dstates, final, dfinal, decay, layout)
+        grad = decay_gradient(q_dot_dq, k_dot_dk, states, dstates, final, dfinal, decay, segments)
         dlog_decay = grad.view(problem.log_decay.shape) if decay.per_token else grad.sum(0)
     shapes = problem.q.shape, problem.k.shape, problem.v.shape
     return RetentionGradients(dq.view(shapes[0]), dk.view(shapes[1]), dv.view(shapes[2]), dlog_decay, dstate)
@@ -133,8 +133,8 @@ def portable_tiles(problem: RetentionProblem) -> Tiles:
 def _prepare(problem: RetentionProblem) -> tuple[Tiles, Segments, SegmentDecay]:
     tiles = portable_tiles(problem)
     B, T = problem.q.shape[:2]
-    layout = Segments.of(B, T, tiles.segment, problem.cu_seqlens)
-    return tiles, layout, SegmentDecay.of(problem.log_decay, problem.mask, layout)
+    segments = Segments.of(B, T, tiles.segment, problem.cu_seqlens)
+    return tiles, segments, SegmentDecay.of(problem.log_decay, problem.mask, segments)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -35,29 +35,29 @@ class SegmentDecay:
     per_token: bool
 
     @classmethod
-    def of(cls, log_decay: Tensor, mask: Tensor | None, layout: Segments) -> "SegmentDecay":
+    def of(cls, log_decay: Tensor, mask: Tensor | None, segments: Segments) -> "SegmentDecay":
         per_token, heads = log_decay.dim() == 3, log_decay.shape[-1]
         log_decay = log_decay.contiguous()
         mask = None if mask is None else mask.contiguous().view(torch.uint8)
         sums = log_decay
         if per_token:
-            sums = torch.empty(5, heads, layout.num_tokens, dtype=torch.float32, device=log_decay.device)
+            sums = torch.empty(5, heads, segments.num_tokens, dtype=torch.float32, device=log_decay.device)
         elif mask is not None:
-            sums = torch.empty(2, layout.num_tokens, dtype=torch.float32, device=log_decay.device)
-        if sums is not log_decay and layout.num_slots > 0:
-            _running_sums_kernel[(layout.num_slots, heads if per_token else 1)](
+            sums = torch.empty(2, segments.num_tokens, dtype=torch.float32, device=log_decay.device)
+        if sums is not log_decay and segments.num_slots > 0:
+            _running_sums_kernel[(segments.num_slots, heads if per_token else 1)](
                 log_decay,
                 mask,
                 sums,
-                layout.table,
-                layout.tokens_per_row,
-                layout.num_tokens,
+                segments.table,
+                segments.tokens_per_sequence,
+                segments.num_tokens,
                 H=heads,
-                L=layout.segment,
+                L=segments.length,
                 PER_TOKEN=per_token,
                 MASKED=mask is not None,
-                PACKED=layout.packed,
-                num_warps=4 if layout.segment >= 128 else 2,
+                PACKED=segments.packed,
+                num_warps=4 if segments.length >= 128 else 2,
             )
         return cls(log_decay, sums, mask, per_token)
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.chain import chain_states
 from retnet.kernels.retention.portable.segment_decay import SegmentDecay, decay_of_head, decay_parts, enter_exponent
 from retnet.kernels.segments import Segments, sequence_bounds, sequence_of, state_of
 
@@ -21,7 +22,7 @@ def join_parts(
     ends: Tensor,
     final: Tensor | None,
     decay: SegmentDecay,
-    layout: Segments,
+    segments: Segments,
     *,
     reverse: bool,
     to_tf32: bool,
@@ -29,19 +30,22 @@ def join_parts(
     """states [slots, H, K, V] and ends [N, parts, H, K, V] of parts by themselves -> states and final [N, H, K, V] of
     the whole, in place; ends become starts. `to_tf32` rounds the states as the walk does."""
     N, parts, H, K, V = ends.shape
-    where = (decay.rate, decay.sums, layout.cu_seqlens, layout.first_slot, layout.tokens_per_row, layout.num_tokens)
+    where = (
+        decay.rate, decay.sums,
+        segments.cu_seqlens, segments.first_slot, segments.tokens_per_sequence, segments.num_tokens,
+    )  # fmt: skip
     constants = {
         "H": H,
         "SIZE": K * V,
-        "L": layout.segment,
+        "L": segments.length,
         "REVERSE": reverse,
         "PER_TOKEN": decay.per_token,
         "MASKED": decay.mask is not None,
-        "PACKED": layout.packed,
+        "PACKED": segments.packed,
     }
     _chain_kernel[(N * H, triton.cdiv(K * V, 1024))](ends, final, *where, parts, **constants, BLOCK=1024, num_warps=4)
     block = min(8192, triton.next_power_of_2(K * V))
-    _add_starts_kernel[(layout.num_slots * H, triton.cdiv(K * V, block))](
+    _add_starts_kernel[(segments.num_slots * H, triton.cdiv(K * V, block))](
         states, ends, *where, parts, N, **constants, TO_TF32=to_tf32, BLOCK=block, num_warps=8
     )
 
@@ -84,6 +88,22 @@ def _kept_exponent(
     return total
 
 
+@triton.jit
+def _part_exponent(
+    part, there, log_decay, sums, plane, parts, count, length, L: tl.constexpr, REVERSE: tl.constexpr,
+    PER_TOKEN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """`_kept_exponent` of a whole part; 0 of one past the last, which has no segments."""
+    first, last = part_bounds(part, parts, count)
+    return _kept_exponent(log_decay, sums, plane, first, last, count, length, L, REVERSE, PER_TOKEN, MASKED)
+
+
+@triton.jit
+def _keep(state, exponent):
+    factor, rest = decay_parts(exponent)
+    return state * factor + state * rest
+
+
 @triton.jit(do_not_specialize=["T", "num_tokens", "parts"])
 def _chain_kernel(
     ends, final, rate, sums, cu_seqlens, first_slot, T, num_tokens, parts,
@@ -95,20 +115,14 @@ def _chain_kernel(
     cell = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start, length, _, count = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
     log_decay, sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
-    state = tl.zeros([BLOCK], dtype=tl.float32)
-    for part in range(parts):
-        at = state_of(ends, n * parts + part, h, H, SIZE) + cell
-        left = SIZE
-        if final is None:
-            left = tl.where(part < parts - 1, SIZE, 0)  # the last part left nothing
-        own = tl.load(at, mask=cell < left, other=0.0)
-        tl.store(at, state, mask=cell < SIZE)
-        first, last = part_bounds(part, parts, count)
-        exponent = _kept_exponent(
-            log_decay, sums, plane, first, last, count, length, L, REVERSE, PER_TOKEN, MASKED
-        )  # fmt: skip
-        factor, rest = decay_parts(exponent)
-        state = state * factor + state * rest + own
+    added = parts
+    if final is None:
+        added = parts - 1  # the last part's end was not stored
+    state = chain_states(
+        tl.zeros([BLOCK], dtype=tl.float32), state_of(ends, n * parts, h, H, SIZE), cell, cell < SIZE, H * SIZE,
+        parts, added,
+        _part_exponent, (log_decay, sums, plane, parts, count, length, L, REVERSE, PER_TOKEN, MASKED), _keep, (),
+    )  # fmt: skip
     if final is not None:
         tl.store(state_of(final, n, h, H, SIZE) + cell, state.to(final.dtype.element_ty), mask=cell < SIZE)
 

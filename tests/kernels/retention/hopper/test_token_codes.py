@@ -5,19 +5,19 @@ import torch
 
 pytest.importorskip("triton")
 
-from retnet.kernels.retention.hopper.carry import carry_kernel
-from retnet.kernels.retention.hopper.token_codes import walk_places
+from retnet.kernels.retention.hopper.part_starts import part_starts_kernel
+from retnet.kernels.retention.hopper.token_codes import token_codes
 from retnet.kernels.retention.hopper.warp_roles import CHUNK
 
 
-def unpack(places):
-    """(document, special, count) of packed places; the document is complemented for masked tokens."""
-    return places >> 8, (places >> 7) & 1, places & 127
+def unpack(codes):
+    """(document, special, count) of packed codes; the document is complemented for masked tokens."""
+    return codes >> 8, (codes >> 7) & 1, codes & 127
 
 
 def test_places_tell_the_document_of_every_token(device):
     cu = torch.tensor([0, 5, 5, 64, 192, 300, 301, 400, 401], device=device)
-    document, special, count = unpack(walk_places(1, 401, None, cu, torch.device(device)).cpu())
+    document, special, count = unpack(token_codes(1, 401, None, cu, torch.device(device)).cpu())
     expected = torch.searchsorted(cu.cpu()[1:], torch.arange(401), right=True)
     assert torch.equal(document[0, :401].long(), expected)
     assert (document[0, 401:] == ~expected[-1]).all(), "padding is masked, and belongs to the last document"
@@ -29,9 +29,9 @@ def test_places_tell_the_document_of_every_token(device):
 def test_places_count_the_tokens_that_are_not_masked(device):
     mask = torch.ones(2, 130, dtype=torch.bool)
     mask[0, 3:7] = mask[1, -1] = False
-    places = walk_places(2, 130, mask.to(device), None, torch.device(device)).cpu()
-    document, special, count = unpack(places)
-    assert torch.equal(places[:, :130] >= 0, mask)
+    codes = token_codes(2, 130, mask.to(device), None, torch.device(device)).cpu()
+    document, special, count = unpack(codes)
+    assert torch.equal(codes[:, :130] >= 0, mask)
     assert special[:, ::CHUNK].tolist() == [[1, 0, 1], [0, 0, 1]]
     within_chunks = torch.nn.functional.pad(mask, (0, 62)).view(2, 3, CHUNK).cumsum(-1)
     assert torch.equal(count.view(2, 3, CHUNK).long(), within_chunks)
@@ -48,10 +48,10 @@ def test_parts_start_from_what_the_parts_before_them_leave(device, reverse, pack
     log_decay = torch.tensor([-0.01, -0.3])
     lengths = torch.tensor([128, 128, T - 256])
     kept = torch.exp(log_decay[:, None] * lengths)[..., None]
-    places = None
+    codes = None
     if packed:  # a border within the second part
         cu = torch.tensor([0, 150, T], device=device)
-        places = walk_places(1, T, None, cu, torch.device(device))
+        codes = token_codes(1, T, None, cu, torch.device(device))
         kept[:, 1] = 0
 
     state, order = initial, range(parts - 1, -1, -1) if reverse else range(parts)
@@ -62,18 +62,18 @@ def test_parts_start_from_what_the_parts_before_them_leave(device, reverse, pack
 
     states = own.clone().to(device)
     rate = log_decay.to(device)
-    carry_kernel[(B * H, 2)](
+    part_starts_kernel[(B * H, 2)](
         states,
         initial.to(device),
         rate,
-        rate if places is None else places,
+        rate if codes is None else codes,
         T,
         part_chunks,
         parts,
         H,
         size,
         HAS_INITIAL=True,
-        PLACED=packed,
+        HAS_CODES=packed,
         REVERSE=reverse,
         CHUNK=CHUNK,
         BLOCK=64,

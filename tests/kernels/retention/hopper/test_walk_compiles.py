@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 walk = pytest.importorskip("retnet.kernels.retention.hopper.passes")
 walk_launch = pytest.importorskip("retnet.kernels.retention.hopper.launch")
 roles = pytest.importorskip("retnet.kernels.retention.hopper.warp_roles")
-CHUNK, ROWS = roles.CHUNK, roles.ROWS
+CHUNK, GROUP_VALUES = roles.CHUNK, roles.GROUP_VALUES
 
 SHARED_MEMORY = 232448  # bytes that one program may have on sm_90
 SERIALIZED = pytest.mark.xfail(reason="ptxas serializes reversed walks of 256 keys in float16 alone", strict=True)
@@ -35,7 +35,7 @@ CASES = [
 ]
 
 
-def compile_walk(keys: int, values: int, narrow: bool, reverse: bool, read: bool, placed: bool, dtype: str):
+def compile_walk(keys: int, values: int, narrow: bool, reverse: bool, read: bool, has_codes: bool, dtype: str):
     """The compiled kernel of a walk over `keys` that makes `values`, from pointers and shapes alone."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
@@ -54,15 +54,20 @@ def compile_walk(keys: int, values: int, narrow: bool, reverse: bool, read: bool
         over_values,
         reverse,
         read=read,
-        placed=placed,
+        has_codes=has_codes,
         per_document=False,
         has_initial=True,
         store_final=True,
     )
     constants = dict(zip(walk_launch.walk_kernel.arg_names[-len(variant.constants) :], variant.constants))
     pointers = dict.fromkeys(("log_decay", "state_in", "state_out", "factors"), "*fp32")
-    pointers |= {"places": "*i32", "cu_seqlens": "*i64"}
-    descriptors = {"x_desc": tile.keys, "y_desc": tile.keys, "z_desc": ROWS * tile.groups, "out_desc": ROWS}
+    pointers |= {"codes": "*i32", "cu_seqlens": "*i64"}
+    descriptors = {
+        "x_desc": tile.keys,
+        "y_desc": tile.keys,
+        "z_desc": GROUP_VALUES * tile.groups,
+        "out_desc": GROUP_VALUES,
+    }
     signature = {
         name: "constexpr"
         if name in constants
@@ -93,11 +98,11 @@ def copies_register_operands() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("keys", "values", "narrow", "reverse", "read", "placed", "dtype"), CASES)
+@pytest.mark.parametrize(("keys", "values", "narrow", "reverse", "read", "has_codes", "dtype"), CASES)
 def test_a_program_fits_a_multiprocessor_and_keeps_its_products_asynchronous(
-    keys, values, narrow, reverse, read, placed, dtype, tmp_path
+    keys, values, narrow, reverse, read, has_codes, dtype, tmp_path
 ):
-    kernel = compile_walk(keys, values, narrow, reverse, read, placed, dtype)
+    kernel = compile_walk(keys, values, narrow, reverse, read, has_codes, dtype)
     assert kernel.metadata.shared <= SHARED_MEMORY
     listing = disassemble(kernel.asm["cubin"], tmp_path / "walk.cubin")
     products = re.findall(r"HGMMA.*", listing)
@@ -117,7 +122,7 @@ def test_the_walk_of_keys_and_values_nearly_fits_its_registers(values, most, tmp
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = pytest.importorskip("retnet.kernels.retention.hopper.keys_values").keys_values_kernel
+    kernel = pytest.importorskip("retnet.kernels.retention.hopper.dk_dv").dk_dv_kernel
     widths = {"q_desc": 64, "k_desc": 64, "v_desc": values, "dout_desc": values, "dk_desc": 64, "dv_desc": values}
     types = {name: f"tensordesc<bf16[{CHUNK},{width}]>" for name, width in widths.items()}
     types |= {"log_decay": "*fp32", "scale": "fp32", "starts": "*fp32", "dstate": "*fp32"}
@@ -140,4 +145,4 @@ def test_every_head_size_has_a_tile():
             for (keys, values), narrow in itertools.product(((K, V), (V, K)), (False, True)):
                 tile = walk_launch.tile_of(keys, values, narrow)
                 assert tile.keys * tile.splits == keys
-                assert values % (ROWS * tile.groups) == 0
+                assert values % (GROUP_VALUES * tile.groups) == 0

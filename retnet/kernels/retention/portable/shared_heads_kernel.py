@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.device import power_of_two, precision
 from retnet.kernels.retention.portable.segment_decay import (
     SegmentDecay,
     between_all,
@@ -18,8 +19,8 @@ from retnet.kernels.retention.portable.segment_decay import (
     leave,
     running,
 )
-from retnet.kernels.retention.tiles import SharedTile, power_of_two, precision
-from retnet.kernels.segments import Segments, head_rows, load_tile, segment_bounds, state_of, tokens_ok
+from retnet.kernels.retention.tiles import SharedTile
+from retnet.kernels.segments import Segments, head_pointer, load_tile, segment_bounds, state_of, tokens_ok
 
 
 def read_shared_segments(
@@ -28,7 +29,7 @@ def read_shared_segments(
     z: Tensor,
     states: Tensor,
     decay: SegmentDecay,
-    layout: Segments,
+    segments: Segments,
     tile: SharedTile,
     *,
     state_scale: float,
@@ -39,16 +40,16 @@ def read_shared_segments(
 ) -> tuple[Tensor, Tensor | None]:
     """`segment.read_segments`, with a single tile of output columns."""
     H, R, O = states.shape[1], x.shape[-1], z.shape[-1]
-    out = torch.empty(layout.num_tokens, z.shape[1], O, dtype=z.dtype, device=z.device)
+    out = torch.empty(segments.num_tokens, z.shape[1], O, dtype=z.dtype, device=z.device)
     dots = None
     if row_dot_with is not None:
-        dots = torch.empty(1, H, layout.num_tokens, dtype=torch.float32, device=z.device)
+        dots = torch.empty(1, H, segments.num_tokens, dtype=torch.float32, device=z.device)
     heads = H // (z if sum_heads else x).shape[1]
     if not sum_heads:
         heads = max(n for n in range(1, tile.heads + 1) if heads % n == 0)
     partner = z if row_dot_with is None else row_dot_with
     kernel = _sum_kernel if sum_heads else _read_kernel
-    kernel[(layout.num_slots * (H // heads),)](
+    kernel[(segments.num_slots * (H // heads),)](
         x,
         y,
         z,
@@ -58,9 +59,9 @@ def read_shared_segments(
         decay.rate,
         decay.sums,
         decay.mask,
-        layout.table,
-        layout.tokens_per_row,
-        layout.num_tokens,
+        segments.table,
+        segments.tokens_per_sequence,
+        segments.num_tokens,
         x.stride(0),
         x.stride(1),
         y.stride(0),
@@ -74,13 +75,13 @@ def read_shared_segments(
         HEADS=heads,
         R=R,
         O=O,
-        L=layout.segment,
+        L=segments.length,
         BR=power_of_two(R),
         BO=power_of_two(O),
         REVERSE=reverse,
         PER_TOKEN=decay.per_token,
         MASKED=decay.mask is not None,
-        PACKED=layout.packed,
+        PACKED=segments.packed,
         PRECISION=precision(z.dtype),
         num_warps=tile.sum_warps if sum_heads else tile.warps,
         num_stages=tile.stages,
@@ -130,8 +131,8 @@ def _read_kernel(
         return
     rows, columns, r = tl.arange(0, L), tl.arange(0, BO), tl.arange(0, BR)
     ok = tokens_ok(mask, start, rows, length, MASKED)
-    xs = load_tile(head_rows(x, start, group, x_token, x_head), rows, r, x_token, ok, R, BR)
-    ys = load_tile(head_rows(y, start, group, y_token, y_head), rows, r, y_token, ok, R, BR)
+    xs = load_tile(head_pointer(x, start, group, x_token, x_head), rows, r, x_token, ok, R, BR)
+    ys = load_tile(head_pointer(y, start, group, y_token, y_head), rows, r, y_token, ok, R, BR)
     pairs = _causal(tl.dot(xs, tl.trans(ys), input_precision=PRECISION) * pair_scale, rows, REVERSE)
     for i in range(HEADS):
         h = head0 + i
@@ -142,7 +143,7 @@ def _read_kernel(
         weighted = pairs * apart
         cells = state_of(states, slot, h, H, R * O) + r[:, None] * O + columns[None, :]
         state = tl.load(cells, mask=(r < R)[:, None] & (columns < O)[None, :], other=0.0)
-        zs = load_tile(head_rows(z, start, h, z_token, z_head), rows, columns, z_token, ok, O, BO)
+        zs = load_tile(head_pointer(z, start, h, z_token, z_head), rows, columns, z_token, ok, O, BO)
         acc = tl.dot(xs.to(state.dtype), state, input_precision=PRECISION) * reach[:, None]
         acc = tl.dot(weighted.to(zs.dtype), zs, acc, input_precision=PRECISION)
         to = out + (start + rows)[:, None] * (H * O) + h * O + columns[None, :]
@@ -169,11 +170,11 @@ def _sum_kernel(
         return
     rows, columns, r = tl.arange(0, L), tl.arange(0, BO), tl.arange(0, BR)
     ok = tokens_ok(mask, start, rows, length, MASKED)
-    zs = load_tile(head_rows(z, start, group, z_token, z_head), rows, columns, z_token, ok, O, BO)
+    zs = load_tile(head_pointer(z, start, group, z_token, z_head), rows, columns, z_token, ok, O, BO)
     if dots is not None:
         # The row product with a head's part of out, without that part: scores of pairs times those of partner and z.
         other = load_tile(
-            head_rows(partner, start, group, partner_token, partner_head), rows, columns, partner_token, ok, O, BO
+            head_pointer(partner, start, group, partner_token, partner_head), rows, columns, partner_token, ok, O, BO
         )  # fmt: skip
         match = tl.dot(other, tl.trans(zs), input_precision=PRECISION) * pair_scale
     scores = tl.zeros([L, L], dtype=tl.float32)
@@ -184,8 +185,8 @@ def _sum_kernel(
             rate, sums, num_tokens, h, start, rows, length, H, REVERSE, PER_TOKEN, MASKED
         )  # fmt: skip
         reach *= state_scale
-        xs = load_tile(head_rows(x, start, h, x_token, x_head), rows, r, x_token, ok, R, BR)
-        ys = load_tile(head_rows(y, start, h, y_token, y_head), rows, r, y_token, ok, R, BR)
+        xs = load_tile(head_pointer(x, start, h, x_token, x_head), rows, r, x_token, ok, R, BR)
+        ys = load_tile(head_pointer(y, start, h, y_token, y_head), rows, r, y_token, ok, R, BR)
         pairs = _causal(tl.dot(xs, tl.trans(ys), input_precision=PRECISION), rows, REVERSE)
         pairs *= apart
         cells = state_of(states, slot, h, H, R * O) + columns[None, :] * R + r[:, None]

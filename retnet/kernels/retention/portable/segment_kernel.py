@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.device import device_family, precision
 from retnet.kernels.retention.portable.segment_decay import (
     SegmentDecay,
     between,
@@ -28,9 +29,9 @@ from retnet.kernels.retention.portable.segment_decay import (
     leave,
     running,
 )
-from retnet.kernels.retention.portable.segment_shared import read_shared_segments
-from retnet.kernels.retention.tiles import SegmentTile, device_family, precision, shared_tile
-from retnet.kernels.segments import Segments, head_rows, load_tile, segment_bounds, state_of, tokens_ok
+from retnet.kernels.retention.portable.shared_heads_kernel import read_shared_segments
+from retnet.kernels.retention.tiles import SegmentTile, shared_tile
+from retnet.kernels.segments import Segments, head_pointer, load_tile, segment_bounds, state_of, tokens_ok
 
 
 def read_segments(
@@ -39,7 +40,7 @@ def read_segments(
     z: Tensor,
     states: Tensor,
     decay: SegmentDecay,
-    layout: Segments,
+    segments: Segments,
     tile: SegmentTile,
     *,
     state_scale: float,
@@ -58,8 +59,8 @@ def read_segments(
     R, O = x.shape[-1], z.shape[-1]
     out_heads = z.shape[1]
     shared = None
-    if min(x.shape[1], out_heads) < H and layout.num_slots > 0:
-        shared = shared_tile(device_family(z.device), states.dtype, *states.shape[2:], layout.segment)
+    if min(x.shape[1], out_heads) < H and segments.num_slots > 0:
+        shared = shared_tile(device_family(z.device), states.dtype, *states.shape[2:], segments.length)
     if shared is not None:
         return read_shared_segments(
             x,
@@ -67,7 +68,7 @@ def read_segments(
             z,
             states,
             decay,
-            layout,
+            segments,
             shared,
             state_scale=state_scale,
             pair_scale=pair_scale,
@@ -75,17 +76,17 @@ def read_segments(
             sum_heads=sum_heads,
             row_dot_with=row_dot_with,
         )
-    out = torch.empty(layout.num_tokens, out_heads, O, dtype=z.dtype, device=z.device)
+    out = torch.empty(segments.num_tokens, out_heads, O, dtype=z.dtype, device=z.device)
     column_tiles = triton.cdiv(O, tile.BO)
     dots = None
     if row_dot_with is not None:
-        dots = torch.empty(column_tiles, H, layout.num_tokens, dtype=torch.float32, device=z.device)
-    if layout.num_slots == 0:
+        dots = torch.empty(column_tiles, H, segments.num_tokens, dtype=torch.float32, device=z.device)
+    if segments.num_slots == 0:
         return out, dots
-    L = layout.segment
+    L = segments.length
     BM = min(tile.BM, L)
     partner = z if row_dot_with is None else row_dot_with
-    _segment_kernel[(layout.num_slots * out_heads * (L // BM) * column_tiles,)](
+    _segment_kernel[(segments.num_slots * out_heads * (L // BM) * column_tiles,)](
         x,
         y,
         z,
@@ -96,9 +97,9 @@ def read_segments(
         decay.rate,
         decay.sums,
         decay.mask,
-        layout.table,
-        layout.tokens_per_row,
-        layout.num_tokens,
+        segments.table,
+        segments.tokens_per_sequence,
+        segments.num_tokens,
         x.stride(0),
         x.stride(1),
         y.stride(0),
@@ -124,7 +125,7 @@ def read_segments(
         SUM_HEADS=sum_heads,
         PER_TOKEN=decay.per_token,
         MASKED=decay.mask is not None,
-        PACKED=layout.packed,
+        PACKED=segments.packed,
         PRECISION=precision(z.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -167,16 +168,16 @@ def _segment_kernel(
         else:
             h, xy_head = out_head, out_head // HEADS_PER_GROUP
         product = _one_head(
-            head_rows(x, start, xy_head, x_token, x_head),
-            head_rows(y, start, xy_head, y_token, y_head),
-            head_rows(z, start, out_head, z_token, z_head),
+            head_pointer(x, start, xy_head, x_token, x_head),
+            head_pointer(y, start, xy_head, y_token, y_head),
+            head_pointer(z, start, out_head, z_token, z_head),
             state_of(states, slot, h, H, R * O),
             decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED),
             (mask, start, length), (row0, rows, ok, columns), (x_token, y_token, z_token), state_scale, pair_scale,
             R, O, BM, BN, BR, BS, BO, REVERSE, SUM_HEADS, PER_TOKEN, MASKED, PRECISION,
         )  # fmt: skip
         if dots is not None:
-            at = head_rows(partner, start, out_head, partner_token, partner_head)
+            at = head_pointer(partner, start, out_head, partner_token, partner_head)
             other = load_tile(at, rows, columns, partner_token, ok, O, BO).to(tl.float32)
             at = dots + (column_tile * H + h) * num_tokens.to(tl.int64) + start + rows
             tl.store(at, tl.sum(product * other, 1), mask=rows < length)

@@ -28,14 +28,14 @@ VALUES = (64, 128)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def fits_keys_values(T: int, K: int, V: int) -> bool:
+def fits_dk_dv(T: int, K: int, V: int) -> bool:
     """Whether sequences of T tokens and heads of [K, V] have one walk for both."""
     return T % CHUNK == 0 and K == KEYS and V in VALUES
 
 
-def keys_values_supported(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> bool:
+def dk_dv_supported(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> bool:
     """Whether [B, T, H, K] and [B, T, H, V] have the sizes and the rows that this takes."""
-    return fits_keys_values(q.shape[1], q.shape[3], v.shape[3]) and all(map(_in_rows, (q, k, v, dout)))
+    return fits_dk_dv(q.shape[1], q.shape[3], v.shape[3]) and all(map(_in_rows, (q, k, v, dout)))
 
 
 def _in_rows(x: Tensor) -> bool:
@@ -45,7 +45,7 @@ def _in_rows(x: Tensor) -> bool:
     return feature == 1 and (H == 1 or head == width) and (B == 1 or batch == T * token)
 
 
-def walk_keys_values(
+def walk_dk_dv(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -67,7 +67,7 @@ def walk_keys_values(
     (B, T, H, K), V = q.shape, v.shape[3]
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     dstate = torch.empty(B, H, K, V, dtype=torch.float32, device=q.device) if need_dstate else None
-    keys_values_kernel[(B * H * parts,)](
+    dk_dv_kernel[(B * H * parts,)](
         *map(_rows, (q, k, v, dout, dk, dv)),
         log_decay,
         scale,
@@ -94,7 +94,7 @@ def _rows(x: Tensor) -> TensorDescriptor:
 
 
 @triton.jit(do_not_specialize=["tokens", "parts", "part_chunks"])
-def keys_values_kernel(
+def dk_dv_kernel(
     q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, log_decay, scale, starts, dstate, factors,
     tokens, heads, parts, part_chunks, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from retnet.kernels.retention.hopper.keys_values import keys_values_supported, walk_keys_values
+from retnet.kernels.retention.hopper.dk_dv import dk_dv_supported, walk_dk_dv
 from retnet.kernels.retention.hopper.warp_roles import CHUNK
 from retnet.ops import reference
 
@@ -50,8 +50,8 @@ def test_errors_are_at_most_twice_those_of_plain_retention(case, device):
     starts = None
     if dfinal is not None or parts > 1:
         starts = starts_of(q, dout, log_decay, dfinal, part_chunks, parts)
-    assert keys_values_supported(q, k, v, dout)
-    dk, dv, dstate = walk_keys_values(
+    assert dk_dv_supported(q, k, v, dout)
+    dk, dv, dstate = walk_dk_dv(
         q, k, v, dout, log_decay, q.shape[-1] ** -0.5, starts,
         parts=parts, part_chunks=part_chunks, need_dstate=state is not None,
     )  # fmt: skip
@@ -65,21 +65,21 @@ def test_slices_of_a_wider_row_are_read_in_place(device):
     q, k, v, dout, log_decay, *_ = make(2, 128, 2, 64, 128, "float16", device=device)
     wide = torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], -1)
     views = [x.unflatten(-1, (2, -1)) for x in wide.split([128, 128, 256], -1)]
-    assert keys_values_supported(*views, dout)
+    assert dk_dv_supported(*views, dout)
     options = {"parts": 1, "part_chunks": 2, "need_dstate": False}
-    one = walk_keys_values(q, k, v, dout, log_decay, 1.0, None, **options)
-    two = walk_keys_values(*views, dout, log_decay, 1.0, None, **options)
+    one = walk_dk_dv(q, k, v, dout, log_decay, 1.0, None, **options)
+    two = walk_dk_dv(*views, dout, log_decay, 1.0, None, **options)
     assert all(torch.equal(a, b) for a, b in zip(one[:2], two[:2]))
 
 
 def test_what_is_no_matrix_of_whole_chunks_is_not_taken():
     x = torch.zeros(2, 128, 2, 64)
-    assert keys_values_supported(x, x, x, x)
+    assert dk_dv_supported(x, x, x, x)
     for y in (
         x[:, :100],
         torch.zeros(2, 128, 2, 192)[..., :64],
         torch.zeros(2, 256, 2, 64)[:, :128],
         x.new_zeros(2, 128, 2, 128),
     ):
-        assert not keys_values_supported(y, x, x, x)
-    assert not keys_values_supported(x, x, x.new_zeros(2, 128, 2, 256), x)
+        assert not dk_dv_supported(y, x, x, x)
+    assert not dk_dv_supported(x, x, x.new_zeros(2, 128, 2, 256), x)
