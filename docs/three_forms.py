@@ -117,7 +117,7 @@ def draw(folder: Path) -> None:
         (parallel, "Parallel", "the whole table at once: training", r"$(QK^{\top} \odot D)\,V$"),
         (recurrent, "Recurrent", "one token from one state: decoding, O(1) per token",
          r"$S_t = \gamma S_{t-1} + k_t^{\top} v_t$"),
-        (chunkwise, "Chunkwise", "blocks on the diagonal, a state for the rest: prefill, O(T)",
+        (chunkwise, "Chunkwise", "blocks on the diagonal, a state for the rest: long sequences, O(T)",
          r"$R_{i} = \gamma^{C} R_{i-1} + \sum_j \gamma^{C-1-j} k_j^{\top} v_j$"),
     ]  # fmt: skip
     for axes, (draw_panel, title, use, formula) in zip(figure.subplots(1, 3), panels, strict=True):
