@@ -28,7 +28,7 @@ from retnet.stack import StackError, load_stack
 from retnet.stack.build import model_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.stack.shrink import shrunk, small_model  # the reduction and the weights that tests use
+from tests.stack.shrink import shrunk, shrunk_model  # the reduction and the weights that tests use
 
 INTRODUCTION = """\
 # EulerStack's files, read by EulerStack and by this library
@@ -76,7 +76,7 @@ def valid_rows(corpus: Path) -> list[tuple]:
         theirs = [entry.get(f"eulerstack_{key}_rel_err") for key in ("cached_vs_full", "prefix")]
         cached = prefix = equal = None
         if all(layer.keeps_state for layer in shrunk(stack).layers):
-            cached, prefix, equal = measure(small_model(stack))
+            cached, prefix, equal = measure(shrunk_model(stack))
         rows.append((name, count, entry["eulerstack_real_params"], cached, theirs[0], prefix, theirs[1], equal))
     return rows
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -29,33 +31,54 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def hybrid_byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same width with attention and Mamba-2 beside retention."""
-    from retnet.layers.attention import AttentionConfig
-    from retnet.layers.block import BlockConfig
-    from retnet.layers.mamba2 import Mamba2Config
-    from retnet.layers.retention import RetentionConfig
-    from retnet.models.config import ModelConfig
-    from retnet.models.directory import save_model
-    from retnet.models.lm import LanguageModel
-
-    mixers = (Mamba2Config(64, head_dim=16, state_dim=8), RetentionConfig(2, 32, 64), AttentionConfig(4, 2, head_dim=8))
-    layers = tuple(BlockConfig(mixer, None, norm="rms") for mixer in mixers)
-    directory = tmp_path_factory.mktemp("models") / "hybrid-byte-model"
-    save_model(LanguageModel(ModelConfig(257, 32, layers, name="hybrid-byte-model", bos_token_id=256)), directory)
-    return directory
+    """A directory with a byte model of every mixer that the engine serves, as initialised."""
+    return _saved(tmp_path_factory, "hybrid-byte-model", "hybrid")
 
 
 @pytest.fixture(scope="session")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a byte model small enough to run anywhere, weights at unit gain so that its state matters."""
-    from retnet.models.directory import save_model
-    from retnet.models.lm import LanguageModel
-    from retnet.models.presets import retnet_config
+    """A directory with a byte model of the paper's architecture, as initialised."""
+    return _saved(tmp_path_factory, "byte-model", "retention")
 
-    directory = tmp_path_factory.mktemp("models") / "byte-model"
-    config = retnet_config("byte-model", 2, 32, 2, vocab_size=257, bos_token_id=256)
-    save_model(LanguageModel(config), directory)
+
+@pytest.fixture(scope="session")
+def dropout_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The byte model with dropout, whose training depends on the random state."""
+    from tests.small_models import PAPER
+
+    return _saved(tmp_path_factory, "dropout-model", [replace(PAPER, dropout=0.1)] * 2)
+
+
+def _saved(tmp_path_factory: pytest.TempPathFactory, name: str, stack: Any) -> Path:
+    from retnet.models.directory import save_model
+    from tests.small_models import BYTES, small_model
+
+    directory = tmp_path_factory.mktemp("models") / name
+    save_model(small_model(stack, **BYTES, name=name, init="paper", tie_embeddings=True), directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def small() -> Any:
+    """Two layers of retention in memory. Tests do not change it."""
+    from tests.small_models import small_model
+
+    return small_model()
+
+
+@pytest.fixture(scope="session")
+def hybrid() -> Any:
+    """Every mixer that the engine serves, in memory. Tests do not change it."""
+    from tests.small_models import small_model
+
+    return small_model("hybrid")
+
+
+@pytest.fixture(params=["retention", "gated", "hybrid"], scope="session")
+def any_model(request: pytest.FixtureRequest) -> Any:
+    from tests.small_models import small_model
+
+    return small_model(request.param)
 
 
 @pytest.fixture

@@ -12,12 +12,8 @@ import pytest
 import torch
 
 from retnet.cli import main
-from retnet.layers.attention import AttentionConfig
-from retnet.layers.block import BlockConfig
-from retnet.layers.feed_forward import FeedForwardConfig
-from retnet.models.config import ModelConfig
 from retnet.models.directory import load_model, save_model
-from retnet.models.lm import LanguageModel
+from tests.small_models import ALIBI, BYTES, small_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,10 +156,8 @@ def test_a_device_that_is_not_there_is_refused(capsys, byte_model):
 
 def test_generate_refuses_a_model_that_does_not_read_bytes(capsys, tmp_path):
     from retnet.models.directory import save_model
-    from retnet.models.lm import LanguageModel
-    from retnet.models.presets import retnet_config
 
-    save_model(LanguageModel(retnet_config("other", 1, 32, 2, vocab_size=100)), tmp_path)
+    save_model(small_model(vocab_size=100), tmp_path)
     assert "vocabulary of 100" in wrong_input(capsys, "generate", tmp_path, "text")
 
 
@@ -214,9 +208,7 @@ def test_check_refuses_what_it_cannot_run(capsys, byte_model, words, message):
 
 
 def test_generate_refuses_an_endless_text_of_a_cache_that_grows(capsys, tmp_path):
-    attention = AttentionConfig(2, 2, head_dim=8)
-    model = LanguageModel(ModelConfig(257, 16, (BlockConfig(attention, FeedForwardConfig(32)),)))
-    save_model(model, tmp_path / "model")
+    save_model(small_model([ALIBI], **BYTES), tmp_path / "model")
     message = wrong_input(capsys, "generate", tmp_path / "model", "hello", "--max-tokens", 0)
     assert "--max-tokens is 0 and layer 0 is attention without a window" in message
     assert run("generate", tmp_path / "model", "hello", "--max-tokens", 2, "--no-stats") == 0

@@ -6,9 +6,8 @@ import pytest
 
 from retnet.cli import main
 from retnet.models.directory import load_model, save_model
-from retnet.models.lm import LanguageModel
-from retnet.models.presets import retnet_config
 from retnet.stack.presets import preset_names, preset_text
+from tests.small_models import small_model
 
 MINI = "arch_intermediate_gemma2_mini"
 
@@ -84,7 +83,7 @@ def test_compile_writes_a_model_and_its_source(capsys, tmp_path):
 
 
 def test_a_model_that_was_not_compiled_from_a_stack_has_no_source(capsys, tmp_path):
-    save_model(LanguageModel(retnet_config("plain", 1, 32, 2, vocab_size=9)), tmp_path / "plain")
+    save_model(small_model(), tmp_path / "plain")
     assert run("source", tmp_path / "plain") == 2
     assert "was not compiled from a stack" in capsys.readouterr().err
 

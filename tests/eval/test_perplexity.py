@@ -20,6 +20,7 @@ from retnet.models.directory import load_model
 from retnet.models.hf.tokenizer import byte_tokenizer
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import retnet_config
+from tests.small_models import PAPER, small_model
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 TEXT = " the state decays \n\n a token is read and the state goes on \n" * 3
@@ -85,7 +86,7 @@ def test_wikitext_is_counted_by_its_own_words_whatever_the_tokenizer(model, code
     assert count_words(wikitext) == 245_569
     text = "\n".join(wikitext.splitlines()[:12]) + "\n"
     (tmp_path / "tokenizer.json").write_bytes((SHARED / "data" / "gpt2-tokenizer" / "tokenizer.json").read_bytes())
-    uniform = LanguageModel(retnet_config("uniform", 1, 32, 2, vocab_size=50257, bos_token_id=50256))
+    uniform = small_model([PAPER], vocab_size=50257, bos_token_id=50256)
     with torch.no_grad():
         uniform.head.weight.zero_()
     result = perplexity(uniform, TextCodec.of(tmp_path, uniform.config), text)

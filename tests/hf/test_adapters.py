@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .conftest import STACKS, make_model, random_ids
+from tests.small_models import hf_model
+
+from .conftest import STACKS, random_ids
 
 peft = pytest.importorskip("peft")
 
@@ -29,11 +31,16 @@ def train(model, steps=8):
 
 @pytest.mark.parametrize(
     ("stack", "targets"),
-    [("retnet", RETENTION), ("retnet", "all-linear"), ("retnet", [*RETENTION, "head"]), ("hybrid", "all-linear")],
+    [
+        ("both decays", RETENTION),
+        ("both decays", "all-linear"),
+        ("both decays", [*RETENTION, "head"]),
+        ("hybrid", "all-linear"),
+    ],
     ids=["retention", "all", "head", "hybrid"],
 )
 def test_lora_trains_is_saved_and_merged(tmp_path, stack, targets):
-    base = make_model(stack, init_std=0.05)
+    base = hf_model(stack, init="normal", init_std=0.05)
     frozen = {name: p.clone() for name, p in base.named_parameters()}
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
     losses = train(model)
@@ -51,7 +58,7 @@ def test_lora_trains_is_saved_and_merged(tmp_path, stack, targets):
     ids = random_ids(2, 7)
     adapted = model(ids).logits
     model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(make_model(stack, init_std=0.05), tmp_path).eval()
+    again = peft.PeftModel.from_pretrained(hf_model(stack, init="normal", init_std=0.05), tmp_path).eval()
     torch.testing.assert_close(again(ids).logits, adapted)
     assert torch.equal(
         model.generate(input_ids=ids, max_new_tokens=5, do_sample=False),
@@ -64,7 +71,7 @@ def test_lora_trains_is_saved_and_merged(tmp_path, stack, targets):
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_prompt_tuning_trains_in_front_of_the_text(stack):
-    base = make_model(stack, init_std=0.05)
+    base = hf_model(stack, init="normal", init_std=0.05)
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, token_dim=32, num_layers=2,
                                      num_attention_heads=2)  # fmt: skip
     model = peft.get_peft_model(base, config)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .conftest import STACKS, make_model, random_ids
+from tests.small_models import hf_model
+
+from .conftest import STACKS, random_ids
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -15,7 +17,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("stack", STACKS)
 def test_the_whole_model_compiles_without_a_graph_break(stack, device):
     torch._dynamo.reset()
-    model, ids = make_model(stack).to(device).train(), random_ids(2, 40).to(device)
+    model, ids = hf_model(stack).to(device).train(), random_ids(2, 40).to(device)
     compiled = torch.compile(model, fullgraph=True)
     losses, gradients = [], []
     for run in (model, compiled):
@@ -32,7 +34,7 @@ def test_the_whole_model_compiles_without_a_graph_break(stack, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_evaluation_takes_masks(device):
     torch._dynamo.reset()
-    model, ids = make_model().to(device), random_ids(2, 40).to(device)
+    model, ids = hf_model().to(device), random_ids(2, 40).to(device)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     with torch.no_grad():
@@ -46,7 +48,7 @@ def test_compiled_evaluation_takes_masks(device):
 def test_generation_is_compiled_and_replayed_on_a_gpu():
     """With transformers' own settings for a static cache: one graph a step, replayed."""
     torch._dynamo.reset()
-    model, ids = make_model().to("cuda"), random_ids(2, 9).to("cuda")
+    model, ids = hf_model().to("cuda"), random_ids(2, 9).to("cuda")
     expected = model.generate(ids, max_new_tokens=24, do_sample=False)
     compiled = model.generate(ids, max_new_tokens=24, do_sample=False, cache_implementation="static")
     assert torch.equal(compiled, expected)

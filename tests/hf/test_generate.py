@@ -10,8 +10,9 @@ import torch
 from transformers import CompileConfig, TextStreamer
 
 from retnet.models.hf import StateCache
+from tests.small_models import hf_model
 
-from .conftest import make_model, random_ids
+from .conftest import random_ids
 
 
 def generate(model, ids, **options):
@@ -93,7 +94,7 @@ def test_a_row_that_has_ended_leaves_the_others_alone(model):
 
 def test_exhaustive_beam_search_finds_the_likeliest_continuation():
     """7 tokens, 4 new ones: 343 beams keep every prefix of 3, so that the result is the argmax over all 2401."""
-    model = make_model(vocab_size=7)
+    model = hf_model(vocab_size=7, bos_token_id=None)
     prompt = torch.tensor([[1, 4, 2]])
     continuations = torch.tensor(list(itertools.product(range(7), repeat=4)))
     with torch.no_grad():
@@ -127,7 +128,7 @@ def test_a_model_without_states_generates_without_a_cache():
 
     from retnet.models.hf import RetNetConfig, RetNetForCausalLM
 
-    config = make_model().model.config
+    config = hf_model().model.config
     layers = tuple(replace(layer, keeps_state=False) for layer in config.layers)
     stateless = RetNetForCausalLM(RetNetConfig.of(replace(config, layers=layers))).eval()
     assert generate(stateless, random_ids(1, 5), pad_token_id=0).shape == (1, 15)
@@ -146,7 +147,7 @@ def test_assisted_generation_is_refused(retnet_model):
 
 def test_a_growing_state_is_refused_for_a_static_cache():
     with pytest.raises(ValueError, match="AttentionState grows with the tokens"):
-        generate(make_model("hybrid"), random_ids(1, 5), cache_implementation="static")
+        generate(hf_model("hybrid"), random_ids(1, 5), cache_implementation="static")
 
 
 @pytest.mark.slow

@@ -9,21 +9,18 @@ import torch.nn.functional as F
 from retnet.models.directory import load_model, save_model
 from retnet.models.hf import RetNetConfig, RetNetForCausalLM, document_bounds
 from retnet.models.lm import LanguageModel
-from retnet.models.presets import preset, retnet_config
+from retnet.models.presets import preset
+from tests.small_models import random_ids, small_config
 
 
 @pytest.fixture(scope="module")
 def config():
-    return retnet_config("face", 2, 32, 2, vocab_size=61, bos_token_id=3)
+    return small_config(bos_token_id=3, tie_embeddings=True)
 
 
 @pytest.fixture(scope="module")
 def model(config):
     return RetNetForCausalLM(RetNetConfig.of(config)).eval()
-
-
-def random_ids(*shape):
-    return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
 
 
 def test_the_configuration_shows_the_usual_names(config):

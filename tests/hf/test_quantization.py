@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import retnet.hf  # noqa: F401 (registers)
+from tests.small_models import hf_model
 
-from .conftest import make_model, random_ids
+from .conftest import random_ids
 
 quantization = pytest.importorskip("torchao.quantization")
 
@@ -42,7 +43,7 @@ def test_a_model_is_quantized_while_it_is_loaded(saved):
 def test_training_with_a_quantized_head_uses_it(retnet_model):
     """The fused loss reads the head's weight; a quantized one goes through the head."""
     ids = random_ids(2, 9)
-    expected = make_model()(ids, labels=ids).loss
+    expected = hf_model()(ids, labels=ids).loss
     quantization.quantize_(retnet_model, quantization.Int8WeightOnlyConfig())
     output = retnet_model.train()(ids, labels=ids)
     assert output.logits is not None

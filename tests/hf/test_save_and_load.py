@@ -20,8 +20,9 @@ from retnet.models.directory import load_model, save_model
 from retnet.models.hf import RetNetForCausalLM, RetNetModel
 from retnet.models.hf.card import model_card
 from retnet.models.hf.tokenizer import byte_tokenizer
+from tests.small_models import hf_model
 
-from .conftest import STACKS, make_model, random_ids
+from .conftest import STACKS, random_ids
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -31,9 +32,9 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize(("stack", "tied"), [("retnet", True), ("retnet", False), ("hybrid", True)])
+@pytest.mark.parametrize(("stack", "tied"), [("both decays", True), ("both decays", False), ("hybrid", True)])
 def test_shards_are_written_and_read_by_both_faces(tmp_path, stack, tied):
-    model = make_model(stack, tie_embeddings=tied)
+    model = hf_model(stack, tie_embeddings=tied)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     ids = random_ids(2, 7)
@@ -54,7 +55,7 @@ def test_a_dtype_that_is_asked_for_is_what_the_weights_have(saved, dtype):
 
 
 def test_a_model_saved_in_half_precision_comes_back_in_it(tmp_path):
-    make_model().bfloat16().save_pretrained(tmp_path)
+    hf_model().bfloat16().save_pretrained(tmp_path)
     assert RetNetForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
     assert RetNetForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
 
@@ -93,13 +94,13 @@ def test_auto_classes_find_the_model(saved):
 @pytest.mark.parametrize(
     ("stack", "writer"),
     [
-        ("retnet", "face"),
-        *(pytest.param(s, w, marks=pytest.mark.slow) for s, w in [("retnet", "core"), ("hybrid", "face")]),
+        ("both decays", "face"),
+        *(pytest.param(s, w, marks=pytest.mark.slow) for s, w in [("both decays", "core"), ("hybrid", "face")]),
     ],
 )
 def test_a_process_that_knows_nothing_loads_the_directory_by_its_shim(tmp_path, stack, writer):
     directory, again = tmp_path / "model", tmp_path / "again"
-    model = make_model(stack, tie_embeddings=True)
+    model = hf_model(stack, tie_embeddings=True)
     model.save_pretrained(directory) if writer == "face" else save_model(model.model, directory)
     output = run_python(
         "import sys\n"
@@ -146,7 +147,7 @@ def test_the_tokenizer_of_a_directory_is_that_of_bytes(saved):
 
 
 def test_token_ids_that_a_library_sets_are_kept(tmp_path):
-    model = make_model()
+    model = hf_model()
     model.config.pad_token_id = 7
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
@@ -167,7 +168,7 @@ def test_the_model_card_says_what_the_model_is_and_how_to_load_it(saved):
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_resized_vocabulary_is_saved(tmp_path, stack):
-    model = make_model(stack, tie_embeddings=True)
+    model = hf_model(stack, tie_embeddings=True)
     ids = random_ids(1, 5)
     before = model(ids).logits
     model.resize_token_embeddings(300)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from retnet.models.hf.inputs import document_bounds, last_columns, without_first_labels
+from tests.small_models import hf_model
 
-from .conftest import STACKS, make_model, random_ids
+from .conftest import STACKS, random_ids
 
 FEATURES = [{"input_ids": random_ids(1, length)[0].tolist()} for length in (9, 4, 12)]
 
@@ -23,7 +24,7 @@ def loss_and_gradient(model, **inputs):
 
 @pytest.mark.parametrize("extra", [{}, {"num_items_in_batch": torch.tensor(100)}])
 def test_training_takes_the_loss_without_logits_unless_asked(extra):
-    model, ids = make_model().train(), random_ids(2, 9)
+    model, ids = hf_model().train(), random_ids(2, 9)
     labels = ids.masked_fill(ids < 60, -100)
     fused, gradient = loss_and_gradient(model, input_ids=ids, labels=labels, **extra)
     plain, expected = loss_and_gradient(model, input_ids=ids, labels=labels, logits_to_keep=0, **extra)
@@ -36,7 +37,7 @@ def test_training_takes_the_loss_without_logits_unless_asked(extra):
 
 def test_a_head_that_is_more_than_its_weight_is_run_whole():
     """An adapter on the head must not be passed by."""
-    model, ids = make_model().train(), random_ids(2, 9)
+    model, ids = hf_model().train(), random_ids(2, 9)
 
     class Shifted(torch.nn.Linear):
         def forward(self, x):
@@ -146,7 +147,7 @@ def test_first_labels_are_found_by_bounds_with_empty_documents():
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_the_trainer_trains_packed_rows_and_evaluates(tmp_path, stack):
-    model = make_model(stack, init_std=0.05)
+    model = hf_model(stack, init="normal", init_std=0.05)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=3, gradient_accumulation_steps=2,
         learning_rate=3e-2, logging_steps=1, report_to=[], gradient_checkpointing=True, use_cpu=True, disable_tqdm=True,

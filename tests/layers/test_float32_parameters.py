@@ -9,7 +9,7 @@ from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.retention import RetentionConfig
-from retnet.models.config import ModelConfig
+from tests.small_models import small_model
 
 MIXERS = {
     "retention": RetentionConfig(2, 16, 16, learnable_decay=True),
@@ -19,8 +19,7 @@ MIXERS = {
 
 
 def make_model(mixer: str, dtype: str = "float32") -> LanguageModel:
-    config = ModelConfig(19, 16, (BlockConfig(MIXERS[mixer], FeedForwardConfig(16)),), dtype=dtype)
-    return LanguageModel(config)
+    return small_model([BlockConfig(MIXERS[mixer], FeedForwardConfig(16))], dtype=dtype)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

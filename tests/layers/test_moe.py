@@ -8,8 +8,8 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.moe import MoE, MoEConfig, assign
 from retnet.layers.retention import RetentionConfig
 from retnet.layers.token_layout import TokenLayout
-from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
+from tests.small_models import small_model
 
 D, E = 6, 5
 KINDS = {
@@ -163,9 +163,7 @@ def test_jitter_acts_in_training_alone():
 
 def model(checkpointing: bool = False, **options) -> LanguageModel:
     block = BlockConfig(RetentionConfig(2, 8, 8), MoEConfig(E, 2, 8, **options))
-    return LanguageModel(
-        ModelConfig(11, 8, (block, block), dtype="float64", init="normal", gradient_checkpointing=checkpointing)
-    )
+    return small_model([block] * 2, init="normal", vocab_size=11, dtype="float64", gradient_checkpointing=checkpointing)
 
 
 def test_losses_of_all_layers_are_in_the_models_loss_and_train_the_router():

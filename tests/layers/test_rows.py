@@ -9,8 +9,7 @@ from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.retention import RetentionConfig
-from retnet.models.config import ModelConfig
-from retnet.models.lm import LanguageModel
+from tests.small_models import random_ids, small_model
 
 MIXERS = {
     "retention": RetentionConfig(2, 12, 24),
@@ -27,9 +26,7 @@ MIXERS = {
 @pytest.mark.parametrize("counts", [[0, 1, 4], [3, 4, 2]])
 def test_accepted_rows_leave_the_state_of_decoding_them_one_by_one(name, counts):
     layer = BlockConfig(MIXERS[name], FeedForwardConfig(16))
-    config = ModelConfig(31, 12, (layer, layer), init="normal", init_std=0.3, dtype="float64", tie_embeddings=False)
-    model = LanguageModel(config).eval()
-    ids = torch.randint(31, (3, 15), generator=torch.Generator().manual_seed(0))
+    model, ids = small_model([layer] * 2, dtype="float64"), random_ids(3, 15)
     lengths, tokens = torch.tensor([9, 3, 5]), torch.arange(9)
     with torch.no_grad():
         state = model.hidden(ids[:, :9], mask=tokens < lengths[:, None], carry=True)[1]

@@ -9,6 +9,7 @@ from retnet import LanguageModel, ModelConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.cost import head_windows, model_cost, parameter_counts, transformer_cache_bytes
 from retnet.models.presets import PRESETS, SIZES, preset, retnet_config
+from tests.small_models import small_model
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -50,7 +51,7 @@ def test_state_is_constant_and_the_cache_is_not():
     config = preset("retnet-1.3b")
     assert model_cost(config, 1_000).state_bytes == model_cost(config, 1_000_000).state_bytes
     assert transformer_cache_bytes(config, 2_000) == 2 * transformer_cache_bytes(config, 1_000)
-    small = LanguageModel(retnet_config("small", 2, 32, 2, vocab_size=9))
+    small = small_model()
     state = small(torch.zeros(1, 5, dtype=torch.long), carry=True).state
     assert state.nbytes == model_cost(small.config, 5).state_bytes
 

@@ -11,18 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from retnet.models.directory import load_config, load_model, save_model
 from retnet.models.lm import LanguageModel
-from retnet.models.presets import retnet_config
 from retnet.models.tensor_files import open_tensors, write_tensors
+from tests.small_models import PAPER, small_model
 
 IDS = torch.arange(24).view(2, 12)
 
 
 @pytest.fixture
 def model() -> LanguageModel:
-    config = retnet_config("small", 2, 32, 2, vocab_size=50)
-    layer = config.layers[0]
-    learnable = replace(layer, mixer=replace(layer.mixer, learnable_decay=True, head_norm_affine="per_head"))
-    return LanguageModel(replace(config, layers=(layer, learnable))).eval()
+    learnable = replace(PAPER, mixer=replace(PAPER.mixer, learnable_decay=True, head_norm_affine="per_head"))
+    return small_model([PAPER, learnable], tie_embeddings=True)
 
 
 @torch.no_grad()

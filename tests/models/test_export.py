@@ -8,22 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retnet.layers.attention import AttentionConfig
 from retnet.models.export import BLOCK_TOKENS, export_block, export_onnx, export_step, initial_state
 from retnet.models.lm import LanguageModel
-from retnet.models.presets import retnet_config
+from tests.small_models import PAPER, WINDOW, random_ids, small_model
 
 LENGTHS = (200, 1, 3, 1, 2, 512)  # tokens of one call after another
 
 
 def make_model() -> LanguageModel:
-    """Fixed and gated decay, with and without rotary, at unit gain."""
-    config = retnet_config("export", 2, 32, 2, vocab_size=61, init="normal", init_std=32**-0.5)
+    """Fixed and gated decay, with and without rotary."""
     options = ({"decay_norm": True}, {"decay": "gated", "rotary": "none"})
-    layers = tuple(
-        replace(layer, mixer=replace(layer.mixer, **option)) for layer, option in zip(config.layers, options)
-    )
-    return LanguageModel(replace(config, layers=layers)).eval()
+    return small_model([replace(PAPER, mixer=replace(PAPER.mixer, **option)) for option in options])
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +28,7 @@ def model() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
-    return torch.randint(61, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    return random_ids(1, sum(LENGTHS))
 
 
 def expected_logits(model, ids):
@@ -88,8 +83,6 @@ def test_onnxruntime_gives_equal_logits(model, ids, tmp_path):
 
 
 def test_a_layer_that_cannot_be_exported_is_named():
-    config = retnet_config("hybrid", 2, 32, 2, vocab_size=61)
-    attention = replace(config.layers[1], mixer=AttentionConfig(2, 2, head_dim=16))
-    model = LanguageModel(replace(config, layers=(config.layers[0], attention)))
+    model = small_model([PAPER, WINDOW])
     with pytest.raises(ValueError, match="layer 1 is AttentionConfig; accepted for export: RetentionConfig"):
         export_step(model)

@@ -1,6 +1,8 @@
 """Models of all mixers together: configurations, states on disk, packs, checkpointing, decoding."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,39 +12,16 @@ from torch.nn.attention.flex_attention import flex_attention
 from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.block import MIXERS, BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
-from retnet.layers.hyena import HyenaConfig
-from retnet.layers.mamba1 import Mamba1Config
-from retnet.layers.mamba2 import Mamba2Config
-from retnet.layers.moe import MoEConfig
-from retnet.layers.retention import RetentionConfig
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.states import STATES, ModelState
 from retnet.ops import attention
+from tests.small_models import MAMBA2, STACKS, WIDTH, random_ids, small_model
 
-D = 12
-FEED_FORWARD = FeedForwardConfig(16, gated=True, activation="swish")
-LAYERS = (
-    BlockConfig(Mamba2Config(24, head_dim=6, state_dim=4), None, norm="rms"),
-    BlockConfig(RetentionConfig(2, 12, 24), FEED_FORWARD),
-    BlockConfig(AttentionConfig(4, 2, head_dim=4, window=3), MoEConfig(4, 2, 8, z_loss_coef=0.01), norm="rms"),
-    BlockConfig(Mamba1Config(24, time_step_rank=2), FEED_FORWARD, norm_position="post", residual_scale=0.7),
-    BlockConfig(HyenaConfig(filter_hidden=8, filter_decay=0.05), FEED_FORWARD, residual="parallel"),
-    BlockConfig(AttentionConfig(4, 1, head_dim=4, rotary="none", alibi=True), None),
-)
-
-
-def hybrid(layers: tuple[BlockConfig, ...] = LAYERS, **options) -> LanguageModel:
-    config = ModelConfig(31, D, layers, **{"dtype": "float64", "init": "normal", "init_std": 0.3, **options})
-    model = LanguageModel(config)
-    with torch.no_grad():
-        model.embedding.weight.normal_(generator=torch.Generator().manual_seed(5))
-    return model.eval()
-
-
-def ids(rows: int = 2, length: int = 12) -> torch.Tensor:
-    return torch.randint(31, (rows, length), generator=torch.Generator().manual_seed(0))
+LAYERS = STACKS["every mixer"]
+hybrid = partial(small_model, "every mixer", dtype="float64")
+ids = partial(random_ids, 2, 12)
 
 
 def test_the_configuration_survives_json():
@@ -84,7 +63,7 @@ def test_forked_and_selected_states_go_on_alone():
 
 
 def test_packs_and_pads_equal_documents_alone():
-    model, tokens = hybrid(), ids(1)
+    model, tokens = hybrid(), random_ids(1, 12)
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[0, :5] = mask[1, 9:] = False
     with torch.no_grad():
@@ -105,8 +84,8 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_a_step_of_training_reaches_every_parameter():
-    model = hybrid(tie_embeddings=False).train()
-    model.loss(ids(4), ids(4)).backward()
+    model = hybrid().train()
+    model.loss(random_ids(4, 12), random_ids(4, 12)).backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert idle == []
 
@@ -115,7 +94,7 @@ def test_a_step_of_training_reaches_every_parameter():
 def test_initial_weights_come_from_the_seed_alone(init):
     def draw(noise: int, seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(noise)
-        return LanguageModel(ModelConfig(31, D, LAYERS, init=init, seed=seed)).state_dict()
+        return hybrid(init=init, seed=seed, dtype="float32").state_dict()
 
     first, again, other = draw(1, 0), draw(2, 0), draw(1, 7)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -148,25 +127,25 @@ def test_half_precision_follows_double(dtype):
 
 def test_a_mixer_alone_takes_no_parallel_residual():
     with pytest.raises(ValueError, match="residual is 'parallel' without a feed_forward"):
-        BlockConfig(Mamba2Config(24, head_dim=6), None, residual="parallel")
+        replace(MAMBA2, residual="parallel")
 
 
 def test_a_block_without_feed_forward_adds_its_mixer_alone():
-    block = hybrid((LAYERS[0],)).layers[0]
+    block = small_model([MAMBA2], dtype="float64").layers[0]
     assert block.feed_forward is None
     assert not any("feed_forward" in name for name, _ in block.named_parameters())
     nn.init.zeros_(block.mixer.out_proj.weight)
-    x = torch.randn(1, 3, D, dtype=torch.float64)
+    x = torch.randn(1, 3, WIDTH, dtype=torch.float64)
     assert torch.equal(block(x, None, TokenLayout.of((1, 3), x.device))[0], x)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
 def test_cuda_equals_the_cpu_in_logits_gradients_and_decoding(packed):
-    tokens, bounds = ids(1, 200), torch.tensor([0, 70, 71, 200]) if packed else None
+    tokens, bounds = random_ids(1, 200), torch.tensor([0, 70, 71, 200]) if packed else None
     results = []
     for device in ("cpu", "cuda"):
-        model = hybrid(init_std=0.2).float().to(device)
+        model = hybrid().float().to(device)
         at = {"cu_seqlens": None if bounds is None else bounds.to(device)}
         loss = model.loss(tokens.to(device), tokens.to(device), **at)
         grads = torch.autograd.grad(loss, list(model.parameters()))
@@ -182,7 +161,7 @@ def test_cuda_equals_the_cpu_in_logits_gradients_and_decoding(packed):
 def test_blocks_compiled_one_by_one_share_the_mask_of_flex_attention(monkeypatch):
     """With its plain form on a CPU. Every call has other documents."""
     layer = BlockConfig(AttentionConfig(4, 2, head_dim=16), FeedForwardConfig(64), norm="rms")
-    model = LanguageModel(ModelConfig(50, 64, (layer,) * 3, init="normal", init_std=0.2)).eval()
+    model = small_model([layer] * 3)
     calls = [(torch.randint(50, (1, 300)), torch.tensor([0, n, 2 * n, 300])) for n in (40, 100, 131)]
     expected = [model(ids, cu_seqlens=bounds).logits for ids, bounds in calls]
     monkeypatch.setattr(Attention, "FLEX_DEVICES", ("cpu",))

@@ -5,16 +5,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
 
 from retnet import LanguageModel
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
-from retnet.models.config import ModelConfig
 from retnet.models.presets import retnet_config
+from tests.small_models import VOCAB, random_ids, small_model
 
-VOCAB = 61
 VARIANTS = {
     "paper": {},
     "gated": {"decay": "gated"},
@@ -37,25 +35,15 @@ VARIANTS = {
 
 
 def make_model(block: dict | None = None, dtype: str = "float64", **mixer) -> LanguageModel:
-    """Two small layers at unit gain: at a small init a broken state would hide behind the residual stream."""
     retention = RetentionConfig(**({"num_heads": 2, "key_dim": 16, "value_dim": 24} | mixer))
     layer = BlockConfig(retention, FeedForwardConfig(20, gated=True, activation="swish"), **(block or {}))
-    model = LanguageModel(ModelConfig(VOCAB, 16, (layer, layer), tie_embeddings=False, dtype=dtype))
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5, generator=generator)
-    return model.eval()
-
-
-def ids(B, T, seed=0):
-    return torch.randint(0, VOCAB, (B, T), generator=torch.Generator().manual_seed(seed))
+    return small_model([layer] * 2, dtype=dtype)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_prefill_and_decode_from_any_split_equal_one_forward(variant, in_place):
-    model, x = make_model(**VARIANTS[variant]), ids(2, 23)
+    model, x = make_model(**VARIANTS[variant]), random_ids(2, 23)
     with torch.no_grad():
         whole = model(x).logits
         for bounds in ([0, 23], [0, 1, 2, 22, 23], [0, 11, 17, 23], list(range(24))):
@@ -70,7 +58,7 @@ def test_prefill_and_decode_from_any_split_equal_one_forward(variant, in_place):
 
 def test_a_broken_state_would_be_seen():
     """The test above can fail: dropping the state moves the logits far more than its tolerance."""
-    model, x = make_model(), ids(1, 10)
+    model, x = make_model(), random_ids(1, 10)
     whole, tail = model(x).logits[:, 5:], model(x[:, 5:]).logits
     assert (whole - tail).norm() > 0.1 * whole.norm()
 
@@ -78,7 +66,7 @@ def test_a_broken_state_would_be_seen():
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 @pytest.mark.parametrize("variant", ["paper", "gated", "decay norm", "recurrent"])
 def test_pads_and_holes_change_nothing(side, variant):
-    model, x = make_model(**VARIANTS[variant]), ids(2, 19)
+    model, x = make_model(**VARIANTS[variant]), random_ids(2, 19)
     keep = {"left": [7, 19], "right": [0, 12]}.get(side)
     mask = torch.zeros(2, 19, dtype=torch.bool)
     mask[0] = True
@@ -90,14 +78,14 @@ def test_pads_and_holes_change_nothing(side, variant):
         alone = model(x[1:, mask[1]], carry=True)
         assert (output.logits[1, mask[1]] - alone.logits[0]).norm() < 1e-10 * alone.logits.norm()
         # ... nor for the tokens that follow.
-        after = model(ids(2, 1, seed=3), output.state, carry=True).logits[1]
-        expected = model(ids(2, 1, seed=3)[1:], alone.state, carry=True).logits[0]
+        after = model(random_ids(2, 1, seed=3), output.state, carry=True).logits[1]
+        expected = model(random_ids(2, 1, seed=3)[1:], alone.state, carry=True).logits[0]
         assert (after - expected).norm() < 1e-10 * expected.norm()
 
 
 @pytest.mark.parametrize("variant", ["paper", "gated", "decay norm"])
 def test_packed_documents_are_alone(variant):
-    model, x = make_model(**VARIANTS[variant]), ids(1, 30)
+    model, x = make_model(**VARIANTS[variant]), random_ids(1, 30)
     bounds = torch.tensor([0, 9, 9, 20, 30])
     packed = model(x, cu_seqlens=bounds, carry=True)
     for n, (start, end) in enumerate([(0, 9), (9, 9), (9, 20), (20, 30)]):
@@ -114,10 +102,10 @@ def test_packed_documents_are_alone(variant):
 
 
 def test_packed_states_continue():
-    model, x = make_model(), ids(1, 30)
+    model, x = make_model(), random_ids(1, 30)
     bounds = torch.tensor([0, 12, 30])
     first = model(x[:, :20], cu_seqlens=torch.tensor([0, 12, 20]), carry=True)
-    rest = torch.cat([ids(1, 4, seed=8), x[:, 20:]], 1)
+    rest = torch.cat([random_ids(1, 4, seed=8), x[:, 20:]], 1)
     second = model(rest, first.state, cu_seqlens=torch.tensor([0, 4, 14]), carry=True)
     expected = model(x, cu_seqlens=bounds).logits[:, 20:]
     assert torch.allclose(second.logits[:, 4:], expected, rtol=1e-10, atol=1e-12)
@@ -125,7 +113,7 @@ def test_packed_states_continue():
 
 
 def test_gradients_of_packed_documents_do_not_leak():
-    model, x = make_model(), ids(1, 20)
+    model, x = make_model(), random_ids(1, 20)
     embeddings = model.embedding(x).detach().requires_grad_()
     hidden, _ = model.hidden(None, embeddings=embeddings, cu_seqlens=torch.tensor([0, 8, 20]))
     hidden[:, 8:].square().sum().backward()
@@ -142,7 +130,7 @@ def test_gradients_of_packed_documents_do_not_leak():
     ],
 )
 def test_block_variants_decode_like_they_train(block):
-    model, x = make_model(block), ids(1, 12)
+    model, x = make_model(block), random_ids(1, 12)
     whole = model(x).logits
     first = model(x[:, :7], carry=True)
     second = model(x[:, 7:], first.state)
@@ -156,7 +144,7 @@ def test_bfloat16_keeps_positions_and_decays_at_4096():
     with torch.no_grad():
         for parameter, twin in zip(exact.parameters(), narrow.parameters()):
             parameter.copy_(twin)
-        x = ids(1, 4096)
+        x = random_ids(1, 4096)
         difference = (narrow(x).logits.float() - exact(x).logits).norm(dim=-1) / exact(x).logits.norm(dim=-1)
     early, late = difference[0, 32:256].mean(), difference[0, -256:].mean()
     assert late < 1.5 * early
@@ -173,7 +161,7 @@ def test_half_and_meta_initialisation_keep_the_decay():
     decay = restored.layers[0].mixer.log_decay(x)
     assert decay.dtype == torch.float32
     assert torch.equal(decay, make_model().layers[0].mixer.log_decay(x.float()))
-    assert torch.equal(restored(ids(1, 9)).logits, make_model().bfloat16()(ids(1, 9)).logits)
+    assert torch.equal(restored(random_ids(1, 9)).logits, make_model().bfloat16()(random_ids(1, 9)).logits)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -182,7 +170,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     plain = make_model(decay="gated").train()
     saving = make_model(decay="gated").train()
     saving.config = dataclasses.replace(saving.config, gradient_checkpointing=True)
-    x = ids(2, 12)
+    x = random_ids(2, 12)
     for model in (plain, saving):
         model.loss(x[:, :-1], x[:, 1:]).backward()
     for a, b in zip(plain.parameters(), saving.parameters()):

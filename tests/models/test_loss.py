@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from retnet.models import loss
 from retnet.models.loss import linear_cross_entropy
+from tests.small_models import small_model
 
 
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
@@ -45,10 +46,7 @@ def test_half_precision_loses_nothing_of_the_sum():
 
 
 def test_the_whole_models_loss_uses_no_full_logits(monkeypatch):
-    from retnet import LanguageModel
-    from retnet.models.presets import retnet_config
-
-    model = LanguageModel(retnet_config("loss", 1, 16, 1, vocab_size=4001))
+    model = small_model(vocab_size=4001)
     monkeypatch.setattr(model, "logits", lambda hidden: pytest.fail("logits of all tokens were made"))
     x = torch.randint(0, 4001, (2, 9))
     model.loss(x[:, :-1], x[:, 1:]).backward()

@@ -12,9 +12,8 @@ from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.moe import MoEConfig
 from retnet.layers.retention import RetentionConfig
-from retnet.models.config import ModelConfig
 from retnet.models.cost import attention_cost, idle_parameters, model_cost
-from retnet.models.lm import LanguageModel
+from tests.small_models import small_model
 
 
 @pytest.mark.parametrize(("window", "context"), [(None, 7), (3, 7), (7, 7), (9, 7), (1, 5)])
@@ -39,14 +38,14 @@ def test_attention_does_four_operations_a_pair_and_element(window, context):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_state_is_what_a_model_keeps_at_any_length(mixer, dtype):
     layer = BlockConfig(mixer, FeedForwardConfig(32))
-    model = LanguageModel(ModelConfig(9, 32, (layer, layer), dtype=dtype))
+    model = small_model([layer] * 2, dtype=dtype)
     state = model(torch.zeros(1, 20, dtype=torch.long), carry=True).state
     assert state.nbytes == model_cost(model.config, 20).state_bytes == model_cost(model.config, 10**6).state_bytes
 
 
 def test_hyena_keeps_the_inputs_of_its_convolutions():
     layer = BlockConfig(HyenaConfig(order=3), FeedForwardConfig(32))
-    model = LanguageModel(ModelConfig(9, 32, (layer,)))
+    model = small_model([layer])
     state = model(torch.zeros(1, 20, dtype=torch.long), carry=True).state.layers[0]
     kept = state.inputs[:, :20].nbytes + state.recent.nbytes + state.position.nbytes
     assert kept == model_cost(model.config, 20).state_bytes
@@ -57,7 +56,7 @@ def test_hyena_keeps_the_inputs_of_its_convolutions():
 def test_idle_parameters_are_those_of_the_experts_not_chosen(gated, bias):
     moe = MoEConfig(num_experts=5, top_k=2, hidden_dim=24, gated=gated, bias=bias)
     layer = BlockConfig(AttentionConfig(2, 2, 8), moe)
-    model = LanguageModel(ModelConfig(9, 16, (layer, layer)))
+    model = small_model([layer] * 2)
     experts = [p for block in model.layers for name, p in block.feed_forward.named_parameters() if "router" not in name]
     assert idle_parameters(model.config) == sum(p.numel() for p in experts) * 3 // 5
     assert isinstance(model.layers[0].feed_forward.router, nn.Linear)

@@ -7,18 +7,12 @@ import weakref
 import pytest
 import torch
 
-from retnet.layers.block import BlockConfig
-from retnet.layers.feed_forward import FeedForwardConfig
-from retnet.layers.hyena import HyenaConfig
 from retnet.layers.state import AttentionState, RetentionState
-from retnet.models.config import ModelConfig
 from retnet.models.decode.sampling import Sampling
-from retnet.models.lm import LanguageModel
 from retnet.serve.engine import Engine
 from retnet.serve.request import Failed, Refused, Request
 from retnet.serve.speculation import Speculation
-
-from .conftest import VOCAB, hybrid_model, moe_model, prompt, small_model
+from tests.small_models import HYENA, VOCAB, prompt, small_model
 
 GREEDY = Sampling(temperature=0, logprobs=3)
 
@@ -81,7 +75,7 @@ def test_another_number_of_slots_agrees_to_rounding(any_model):
 @pytest.mark.parametrize("speculation", [None, Speculation(3)])
 def test_mixtures_of_experts_agree_in_a_crowd_up_to_rounding(speculation):
     """In float64, where rounding picks no other expert and no other token."""
-    model = moe_model("float64")
+    model = small_model("experts", dtype="float64")
     request = Request(prompt(21), 15, Sampling(temperature=0.9, seed=7, logprobs=0))
     expected = alone(model, request, num_slots=1)
     with torch.no_grad():
@@ -203,9 +197,9 @@ def test_a_budget_in_bytes_buys_as_many_slots_as_fit(hybrid):
 
 
 def test_a_budget_counts_the_rows_of_drafts():
-    model, width = hybrid_model(), 4
+    model, width = small_model("hybrid"), 4
     plain, drafting = (engine_of(model, speculation=s).pool.cost for s in (None, Speculation(width - 1)))
-    own = {RetentionState: 2 * (16 + 32), AttentionState: 2 * 2 * 8}  # k and v a token, floats; a rate a head once
+    own = {RetentionState: 2 * (32 + 64), AttentionState: 2 * 2 * 8}  # k and v a token, floats; a rate a head once
     rows = [own.get(type(layer), 0) for layer in engine_of(model).pool.state]
     assert drafting.sampling == plain.sampling
     assert drafting.state - plain.state > 4 * width * sum(rows)
@@ -281,9 +275,8 @@ def test_engines_that_cannot_be_are_refused(hybrid, options, message):
 
 
 def test_hyena_is_refused_by_name():
-    layers = (BlockConfig(HyenaConfig(filter_hidden=8), FeedForwardConfig(8)),)
     with pytest.raises(ValueError, match="layer 0 is a Hyena"):
-        Engine(LanguageModel(ModelConfig(VOCAB, 8, layers)).eval(), num_slots=1)
+        Engine(small_model([HYENA]), num_slots=1)
 
 
 @pytest.mark.parametrize(

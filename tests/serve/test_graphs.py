@@ -7,8 +7,7 @@ from retnet.models.decode.sampling import Sampling, SamplingParts
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
-
-from .conftest import hybrid_model, prompt, small_model
+from tests.small_models import prompt, small_model
 
 pytestmark = pytest.mark.gpu
 
@@ -27,17 +26,17 @@ def outputs(model, graphs: bool, device="cuda", **options) -> list:
     return [(g.tokens, g.logprobs, g.finish_reason) for g in generations]
 
 
-@pytest.mark.parametrize("make", [small_model, hybrid_model])
+@pytest.mark.parametrize("stack", ["retention", "hybrid"])
 @pytest.mark.parametrize("speculation", [None, Speculation(3)])
-def test_captured_steps_give_the_bits_of_plain_ones(make, speculation):
-    model = make()
+def test_captured_steps_give_the_bits_of_plain_ones(stack, speculation):
+    model = small_model(stack)
     assert outputs(model, True, speculation=speculation) == outputs(model, False, speculation=speculation)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("speculation", [None, Speculation(3)])
 def test_a_model_on_a_second_gpu_is_served_there(speculation):
-    model = hybrid_model()
+    model = small_model("hybrid")
     on_first = outputs(model, True, "cuda:0", speculation=speculation)
     assert outputs(model, True, "cuda:1", speculation=speculation) == on_first
 

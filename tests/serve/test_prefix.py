@@ -7,8 +7,8 @@ import pytest
 from retnet.models.decode.sampling import Sampling
 from retnet.serve.prefix import PrefixCache
 from retnet.serve.request import Request
+from tests.small_models import prompt
 
-from .conftest import prompt
 from .test_engine import alone, engine_of, facts
 
 SAMPLED = Sampling(temperature=0.8, seed=5, logprobs=2)

@@ -20,8 +20,8 @@ from retnet.models.states import ModelState
 from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
 from retnet.serve.snapshot import Snapshot, _digest
+from tests.small_models import prompt, small_model
 
-from .conftest import prompt, small_model
 from .test_engine import alone, engine_of, facts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,7 @@ def test_a_snapshot_of_another_model_is_refused(small):
     trained = small_model()
     with torch.no_grad():
         trained.layers[1].mixer.v_proj.weight.mul_(1.001)
-    for other in (trained, small_model("float64"), small_model(logit_soft_cap=30.0)):
+    for other in (trained, small_model(dtype="float64"), small_model(logit_soft_cap=30.0)):
         with pytest.raises(Refused, match="the snapshot is of another model"):
             Engine(other, num_slots=1).submit(Request([1], 5), snapshot)
     assert fingerprint(small_model()) == fingerprint(small)

@@ -8,8 +8,8 @@ import pytest
 from retnet.models.decode.sampling import Sampling
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
+from tests.small_models import VOCAB, prompt, small_model
 
-from .conftest import VOCAB, hybrid_model, prompt, small_model
 from .test_engine import text_of
 
 SLOTS = 16
@@ -75,16 +75,16 @@ def check_each_alone(model, generations) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "requests"),
+    ("stack", "requests"),
     [
-        (small_model, 200),
-        pytest.param(small_model, 2000, marks=pytest.mark.slow),
-        pytest.param(hybrid_model, 400, marks=pytest.mark.slow),
+        ("retention", 200),
+        pytest.param("retention", 2000, marks=pytest.mark.slow),
+        pytest.param("hybrid", 400, marks=pytest.mark.slow),
     ],
     ids=["200", "2000", "hybrid"],
 )
-def test_requests_in_a_crowd_get_what_each_gets_alone(make, requests):
-    model = make()
+def test_requests_in_a_crowd_get_what_each_gets_alone(stack, requests):
+    model = small_model(stack)
     generations = soak(model, requests)
     reasons = {generation.finish_reason for generation in generations}
     assert reasons == {"length", "stop_string", "cancelled"}

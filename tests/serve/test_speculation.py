@@ -6,8 +6,8 @@ import torch
 from retnet.models.decode.sampling import Sampling
 from retnet.serve.request import Request
 from retnet.serve.speculation import PromptLookup, Speculation
+from tests.small_models import prompt, small_model
 
-from .conftest import hybrid_model, prompt, small_model
 from .test_engine import alone, engine_of, facts, text_of
 
 GREEDY = Sampling(temperature=0)
@@ -17,9 +17,7 @@ REPEATING = prompt(7) * 5
 @pytest.fixture(params=["retention", "gated", "hybrid"], scope="module")
 def exact_model(request):
     """In float64: rows of several tokens round otherwise than one."""
-    if request.param == "hybrid":
-        return hybrid_model("float64")
-    return small_model("float64", gated=request.param == "gated")
+    return small_model(request.param, dtype="float64")
 
 
 @pytest.mark.parametrize("draft_tokens", [3, 7])
@@ -106,8 +104,8 @@ def test_lookup_finds_what_followed_the_longest_ending_last():
 
 
 def test_drafts_that_a_cache_cannot_take_are_refused_by_name():
-    with pytest.raises(ValueError, match="layer 1 is attention that keeps 16 tokens; accepted with draft_tokens 19"):
-        engine_of(hybrid_model(), speculation=Speculation(19))
+    with pytest.raises(ValueError, match="layer 1 is attention that keeps 9 tokens; accepted with draft_tokens 19"):
+        engine_of(small_model("hybrid"), speculation=Speculation(19))
     with pytest.raises(ValueError, match="draft_tokens is 4; accepted: 3, 7, 11"):
         Speculation(4)
 

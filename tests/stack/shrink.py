@@ -2,13 +2,11 @@
 
 from dataclasses import replace
 
-import torch
-
-from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.stack import Stack
 from retnet.stack.build import model_config
 from retnet.stack.layers import expand
+from tests.small_models import unit_gain_
 
 WIDTH, MAX_LAYERS, WINDOW = 64, 4, 6
 
@@ -43,18 +41,5 @@ def _narrow(template):
     return template.model_copy(update={"mixer": mixer.model_copy(update=changes)})
 
 
-def unit_gain(config: ModelConfig) -> LanguageModel:
-    """The model with matrices that keep a vector's size: at a small initialisation a broken cache passes."""
-    model = LanguageModel(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.normal_(std=module.in_features**-0.5, generator=generator)
-            if isinstance(module, torch.nn.Embedding):
-                module.weight.normal_(std=0.5 if config.tie_embeddings else 1.0, generator=generator)
-    return model
-
-
-def small_model(stack: Stack) -> LanguageModel:
-    return unit_gain(model_config(shrunk(stack)))
+def shrunk_model(stack: Stack) -> LanguageModel:
+    return unit_gain_(LanguageModel(model_config(shrunk(stack))).eval())

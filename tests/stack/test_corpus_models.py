@@ -9,7 +9,7 @@ from retnet.models.decode.generation import generate
 from retnet.stack import load_stack
 from retnet.stack.build import model_config
 
-from .shrink import shrunk, small_model
+from .shrink import shrunk, shrunk_model
 from .test_corpus import CORPUS, cases
 
 CORE = cases("valid", "CORE")
@@ -58,7 +58,7 @@ def test_full_size_is_built_on_the_meta_device_and_counted(name, entry):
 
 @pytest.mark.parametrize(("name", "entry"), CORE)
 def test_every_parameter_learns(name, entry, ids):
-    model = small_model(load_stack(CORPUS / "valid" / name)).train()
+    model = shrunk_model(load_stack(CORPUS / "valid" / name)).train()
     loss = F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     assert torch.isfinite(loss)
@@ -73,7 +73,7 @@ def test_every_parameter_learns(name, entry, ids):
 @torch.no_grad()
 def test_cached_logits_and_generation_equal_the_full_forward(name, entry, ids):
     stack = load_stack(CORPUS / "valid" / name)
-    model = small_model(stack)
+    model = shrunk_model(stack)
     full = model(ids).logits
     if not all(layer.keeps_state for layer in shrunk(stack).layers):
         with pytest.raises(ValueError, match="layer 0"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +35,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def dropout_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from retnet.models.directory import save_model
-    from retnet.models.lm import LanguageModel
-    from retnet.models.presets import retnet_config
-
-    directory = tmp_path_factory.mktemp("models") / "dropout-model"
-    config = retnet_config("dropout-model", 2, 32, 2, vocab_size=257, bos_token_id=256)
-    layers = tuple(replace(layer, dropout=0.1) for layer in config.layers)
-    save_model(LanguageModel(replace(config, layers=layers)), directory)
-    return directory
 
 
 @pytest.fixture

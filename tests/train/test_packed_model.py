@@ -10,12 +10,12 @@ import torch
 
 from retnet.data import PackedDataset, open_corpus
 from retnet.models.lm import LanguageModel
-from retnet.models.presets import retnet_config
 from retnet.stack.resolve import resolve_config, resolve_model
 from retnet.train.batches import FACTS, RowStream, collate
 from retnet.train.inputs import open_data
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.trainer import PackedTrainer, RunOptions
+from tests.small_models import BYTES, small_model
 
 from .conftest import recipe_for
 
@@ -24,13 +24,7 @@ LENGTH, LANES = 40, 4
 
 def make_model(**options) -> PackedForCausalLM:
     """Weights at unit gain, so that what is forgotten or leaks is seen."""
-    config = replace(retnet_config("m", 2, 32, 2, vocab_size=257, bos_token_id=256), **options)
-    model = LanguageModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    return PackedForCausalLM.wrap(model).eval()
+    return PackedForCausalLM.wrap(small_model(**BYTES, **options)).eval()
 
 
 def forward(model, batch, **options):

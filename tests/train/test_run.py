@@ -14,13 +14,11 @@ from transformers import Trainer
 
 from retnet.data import PackedDataset, open_corpus
 from retnet.models.directory import load_model, save_model
-from retnet.models.hf import RetNetConfig, RetNetForCausalLM
-from retnet.models.lm import LanguageModel
-from retnet.models.presets import retnet_config
 from retnet.train.inputs import _check_same_tokens, open_model
 from retnet.train.losses import NonFiniteLoss
 from retnet.train.run import train
 from retnet.train.trainer import PackedTrainer
+from tests.small_models import PAPER, hf_model, small_model
 
 from .conftest import losses, recipe_for, weights
 
@@ -231,18 +229,17 @@ def test_a_presets_weights_are_drawn_from_the_seed(text_folder, tmp_path):
 
 
 def test_a_model_that_cannot_read_the_tokens_is_refused(text_folder, tmp_path, console):
-    save_model(LanguageModel(retnet_config("other", 1, 32, 2, vocab_size=100)), tmp_path / "other")
+    save_model(small_model(vocab_size=100), tmp_path / "other")
     with pytest.raises(ValueError, match=r"vocabulary of 100; the tokens of .* need 257"):
         train(recipe_for(tmp_path / "other", text_folder, tmp_path / "out"), console)
 
 
 def test_weight_decay_leaves_norms_and_decays_alone():
-    config = retnet_config("decays", 1, 32, 2, vocab_size=257)
     layers = [
-        replace(config.layers[0], mixer=replace(config.layers[0].mixer, head_norm_affine="per_head", **options))
+        replace(PAPER, mixer=replace(PAPER.mixer, head_norm_affine="per_head", **options))
         for options in ({"learnable_decay": True}, {"decay": "gated"})
     ]
-    model = RetNetForCausalLM(RetNetConfig.of(replace(config, layers=tuple(layers))))
+    model = hf_model(layers)
     decayed = set(PackedTrainer.get_decay_parameter_names(None, model))
     spared = {name for name, _ in model.named_parameters()} - decayed
     assert {name.split(".")[-1] for name in decayed} == {"weight"}

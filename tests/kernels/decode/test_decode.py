@@ -6,11 +6,11 @@ import torch
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
-from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.ops import decode
 from retnet.ops.decode import ACTIVATIONS, InputNorm, Ring, StepDecay, decode_step_
 from retnet.ops.rotary import rotation
+from tests.small_models import small_model
 
 pytest.importorskip("triton")
 
@@ -145,9 +145,6 @@ def test_steps_agree_with_rotation_and_retention_one_after_another(rotary, H, G,
                 counts.add_(active.to(counts.device)).remainder_(W)
 
 
-STRONG = {"init": "normal", "init_std": 0.3, "tie_embeddings": False}
-
-
 def shaped_model(variant: str) -> LanguageModel:
     if variant == "paper":
         mixer, feed_forward, norm = RetentionConfig(2, 8, 16), FeedForwardConfig(8), "layer"
@@ -157,7 +154,7 @@ def shaped_model(variant: str) -> LanguageModel:
         )
         feed_forward, norm = FeedForwardConfig(8, gated=True, activation="swish"), "rms"
     block = BlockConfig(mixer, feed_forward, norm=norm)
-    return LanguageModel(ModelConfig(13, 8, (block,), final_norm=norm, **STRONG)).eval()
+    return small_model([block], vocab_size=13, d_model=8, final_norm=norm)
 
 
 @pytest.mark.parametrize(

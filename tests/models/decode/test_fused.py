@@ -6,7 +6,6 @@ import torch
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
-from retnet.models.config import ModelConfig
 from retnet.models.decode.fused import FusedBlock, FusedModel
 from retnet.models.decode.sampling import Sampling
 from retnet.models.directory import load_model, save_model
@@ -15,7 +14,7 @@ from retnet.serve.engine import Engine
 from retnet.serve.pool import SlotPool
 from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
-from tests.serve.conftest import STRONG, VOCAB, hybrid_model, prompt, small_model
+from tests.small_models import prompt, small_model
 
 GREEDY = Sampling(temperature=0, logprobs=2)
 MLP, GLU = FeedForwardConfig(24, bias=True), FeedForwardConfig(24, gated=True, activation="swish")
@@ -35,7 +34,7 @@ SHAPES = {
 
 
 def shaped_model(shape: str) -> LanguageModel:
-    model = LanguageModel(ModelConfig(VOCAB, 16, (SHAPES[shape],) * 2, logit_soft_cap=20.0, **STRONG)).eval()
+    model = small_model((SHAPES[shape],) * 2, logit_soft_cap=20.0)
     generator = torch.Generator().manual_seed(3)
     for name, weight in model.named_parameters():
         if name.endswith(("norm.weight", "norm.bias", "norm_weight", "_proj.bias")):
@@ -108,9 +107,9 @@ def test_a_wrapped_projection_runs_as_its_own_module():
     assert changed.logprobs != plain.logprobs
 
 
-@pytest.mark.parametrize("make", [small_model, lambda: small_model(gated=True), hybrid_model])
-def test_late_writes_change_nothing_but_rounding(make):
-    model = make()
+@pytest.mark.parametrize("stack", ["retention", "gated", "hybrid"])
+def test_late_writes_change_nothing_but_rounding(stack):
+    model = small_model(stack)
     requests = [Request(prompt(5 + 8 * n, n), 40, Sampling(temperature=0, logprobs=0)) for n in range(4)]
     for at_once, late in zip(run(engine_of(model), *requests), run(engine_of(model, deferred_writes=16), *requests)):
         assert late.tokens == at_once.tokens
@@ -198,7 +197,7 @@ def test_a_state_that_is_no_number_fails_its_request_alone(any_model, options):
 
 
 def test_a_prompt_that_cannot_be_read_fails_alone():
-    model = small_model(gated=True)
+    model = small_model("gated")
     engine = engine_of(model)
     running = engine.submit(Request(prompt(5), 12, GREEDY))
     engine.step()

@@ -8,7 +8,7 @@ from retnet.models.decode.sampling import Sampling
 from retnet.models.fingerprint import fingerprint
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
-from tests.serve.conftest import prompt, small_model
+from tests.small_models import prompt, small_model
 
 pytest.importorskip("torchao")
 
@@ -16,16 +16,16 @@ pytest.importorskip("torchao")
 BFLOAT16 = 0.1  # nats, of products whose inputs and results are rounded to it
 
 
-def quantized(**options):
-    return quantize_int8_(small_model(**options))
+def quantized():
+    return quantize_int8_(small_model())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("gated", [False, True])
-def test_an_engine_reads_int8_weights_as_their_modules_do(gated, device):
-    model = quantize_int8_(small_model(gated=gated).to(device))
+@pytest.mark.parametrize("stack", ["retention", "gated"])
+def test_an_engine_reads_int8_weights_as_their_modules_do(stack, device):
+    model = quantize_int8_(small_model(stack).to(device))
     assert int8_parts(model.layers[0].mixer.q_proj.weight) is not None
-    if gated:
+    if stack == "gated":
         assert int8_parts(model.layers[0].mixer.decay_proj.weight) is None
     engine = Engine(model, num_slots=4, prompt_block=8)
     generation = engine.submit(Request(prompt(13), 10, Sampling(temperature=0, logprobs=0)))

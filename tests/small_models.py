@@ -1,0 +1,104 @@
+"""Small language models: the stacks of layers that tests share, with weights large enough that a broken state shows.
+
+At the usual small initialisation the residual stream hides what a mixer computes, and a broken cache passes. Matrices
+here have unit gain, and the head is not the embedding: a tied one mostly says the last token again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from retnet.layers.attention import AttentionConfig
+from retnet.layers.block import BlockConfig
+from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.hyena import HyenaConfig
+from retnet.layers.mamba1 import Mamba1Config
+from retnet.layers.mamba2 import Mamba2Config
+from retnet.layers.moe import MoEConfig
+from retnet.layers.retention import RetentionConfig
+from retnet.models.config import ModelConfig
+from retnet.models.lm import LanguageModel
+
+if TYPE_CHECKING:
+    from retnet.models.hf import RetNetForCausalLM
+
+WIDTH, VOCAB = 32, 61
+BYTES = {"vocab_size": 257, "bos_token_id": 256}  # options of a model that reads bytes
+
+GLU = FeedForwardConfig(WIDTH, gated=True, activation="swish")
+PAPER = BlockConfig(RetentionConfig(2, WIDTH, 2 * WIDTH), FeedForwardConfig(2 * WIDTH))
+GATED = BlockConfig(RetentionConfig(2, WIDTH, 2 * WIDTH, decay="gated"), GLU)
+WINDOW = BlockConfig(AttentionConfig(4, 2, head_dim=8, window=9), GLU, norm="rms")
+MAMBA2 = BlockConfig(Mamba2Config(2 * WIDTH, head_dim=16, state_dim=8), None, norm="rms")
+MAMBA1 = BlockConfig(Mamba1Config(2 * WIDTH, time_step_rank=2), None)
+HYENA = BlockConfig(HyenaConfig(filter_hidden=8, filter_decay=0.05), GLU, residual="parallel")
+ALIBI = BlockConfig(AttentionConfig(4, 1, head_dim=8, rotary="none", alibi=True), GLU)
+EXPERTS = MoEConfig(num_experts=4, top_k=2, hidden_dim=16)
+
+STACKS: dict[str, tuple[BlockConfig, ...]] = {
+    "retention": (PAPER, PAPER),
+    "gated": (GATED, GATED),
+    "both decays": (PAPER, GATED),
+    "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=EXPERTS)),
+    # Every mixer that the engine serves.
+    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI),
+    # Every mixer, every place of norms and residuals, experts with their losses.
+    "every mixer": (
+        MAMBA2,
+        PAPER,
+        replace(WINDOW, mixer=replace(WINDOW.mixer, window=3), feed_forward=replace(EXPERTS, z_loss_coef=0.01)),
+        replace(MAMBA1, feed_forward=GLU, norm_position="post", residual_scale=0.7),
+        HYENA,
+        replace(ALIBI, feed_forward=None),
+    ),
+}
+Stack = str | Sequence[BlockConfig]
+
+
+def small_config(stack: Stack = "retention", **options: Any) -> ModelConfig:
+    """A name of `STACKS` or layers of your own; `options` are fields of ModelConfig."""
+    layers = STACKS[stack] if isinstance(stack, str) else tuple(stack)
+    name = stack if isinstance(stack, str) else "small"
+    return ModelConfig(**{
+        "vocab_size": VOCAB, "d_model": WIDTH, "layers": layers, "name": name, "tie_embeddings": False, **options
+    })  # fmt: skip
+
+
+def small_model(stack: Stack = "retention", **options: Any) -> LanguageModel:
+    """`small_config` as a model in evaluation mode: at unit gain, or as initialised where `init` is given."""
+    model = LanguageModel(small_config(stack, **options)).eval()
+    return model if "init" in options else unit_gain_(model)
+
+
+def hf_model(stack: Stack = "both decays", **options: Any) -> RetNetForCausalLM:
+    """A small model of bytes with transformers' interface."""
+    from retnet.models.hf import RetNetForCausalLM
+
+    model = RetNetForCausalLM.wrap(small_model(stack, **(BYTES | options)))
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+@torch.no_grad()
+def unit_gain_(model: LanguageModel, seed: int = 0) -> LanguageModel:
+    """Redraws the matrices so that each keeps the size of a vector."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if name == "embedding.weight":
+            weight.normal_(std=0.5 if model.config.tie_embeddings else 1.0, generator=generator)
+        elif name.endswith("weight") and weight.dim() > 1:
+            weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+    return model
+
+
+def random_ids(*shape: int, low: int = 0, high: int = VOCAB, seed: int = 0) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random_ids(length, seed=seed).tolist()
