@@ -9,32 +9,29 @@ from retnet.models.decode.sampling import Sampling
 from retnet.models.presets import retnet_config
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
-from tests.serve.conftest import hybrid_model, prompt, small_model
+from tests.small_models import prompt, random_ids, small_model
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["fused", "modules"])
+@pytest.fixture(scope="module", params=["float32", "float64"], ids=["fused", "modules"])
 def model(request):
-    return LanguageModel(retnet_config("states", 2, 32, 2, vocab_size=19)).to(request.param).eval()
-
-
-def ids(B, T, seed=0):
-    return torch.randint(0, 19, (B, T), generator=torch.Generator().manual_seed(seed))
+    return small_model(dtype=request.param)
 
 
 def test_generation_is_reproducible_and_leaves_the_given_state_alone(model):
-    _, state = prefill(model, ids(1, 7))
+    _, state = prefill(model, random_ids(1, 7))
     kept = state.clone()
 
     def run():
         generator = torch.Generator().manual_seed(5)
-        return [int(t) for t in generate(model, ids(1, 3), 20, state=state, top_k=5, top_p=0.9, generator=generator)]
+        options = {"state": state, "top_k": 5, "top_p": 0.9, "generator": generator}
+        return [int(token) for token in generate(model, random_ids(1, 3), 20, **options)]
 
     assert run() == run()
     assert all(torch.equal(a.memory, b.memory) for a, b in zip(state, kept))
 
 
 def test_greedy_generation_is_the_argmax_of_full_forwards(model):
-    x = ids(2, 6)
+    x = random_ids(2, 6)
     tokens = torch.stack(list(generate(model, x, 12, temperature=0)), 1)
     for i in range(12):
         with torch.no_grad():
@@ -48,7 +45,7 @@ def test_greedy_generation_is_the_argmax_of_full_forwards(model):
 )
 def test_sampling_options_out_of_range_are_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
-        next(generate(model, ids(1, 3), 1, **options))
+        next(generate(model, random_ids(1, 3), 1, **options))
 
 
 @pytest.mark.parametrize("tokens", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
@@ -56,7 +53,7 @@ def test_a_long_generation_keeps_its_memory_flat(tokens):
     import resource
 
     model = LanguageModel(retnet_config("long", 1, 16, 1, vocab_size=19)).eval()
-    stream = generate(model, ids(1, 3), tokens, temperature=0)
+    stream = generate(model, random_ids(1, 3, high=19), tokens, temperature=0)
     for _ in range(tokens // 10):
         next(stream)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -66,9 +63,9 @@ def test_a_long_generation_keeps_its_memory_flat(tokens):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 7}, {"top_p": 0.8, "min_p": 0.05}], ids=str)
-@pytest.mark.parametrize("make", [small_model, hybrid_model])
-def test_the_same_seed_gives_the_tokens_of_the_engine(make, options):
-    model = make()
+@pytest.mark.parametrize("stack", ["retention", "hybrid"])
+def test_the_same_seed_gives_the_tokens_of_the_engine(stack, options):
+    model = small_model(stack)
     seed = int(torch.randint(2**63 - 1, (1,), generator=torch.Generator().manual_seed(4)))
     engine = Engine(model, num_slots=1, max_tokens=100)
     expected = engine.submit(Request(prompt(9), 20, Sampling(seed=seed, **options)))
@@ -79,7 +76,7 @@ def test_the_same_seed_gives_the_tokens_of_the_engine(make, options):
 
 
 def test_rows_of_a_batch_are_sampled_with_seeds_of_their_own(model):
-    rows = torch.stack(list(generate(model, ids(1, 3).expand(4, 3), 20)), 1)
+    rows = torch.stack(list(generate(model, random_ids(1, 3).expand(4, 3), 20)), 1)
     assert len({tuple(row) for row in rows.tolist()}) == 4
 
 
@@ -91,4 +88,4 @@ def test_a_model_in_training_mode_generates_with_its_modules():
 
 
 def test_no_new_tokens_read_no_prompt(model):
-    assert list(generate(model, ids(1, 3), 0)) == []
+    assert list(generate(model, random_ids(1, 3), 0)) == []
