@@ -1,1 +1,1 @@
-"""The machine underneath: atomic files, memory readings, byte sizes in words. Standard library only."""
+"""The machine: atomic files, memory readings, and byte counts in words. Standard library only."""

@@ -1,6 +1,6 @@
-"""Atomic files: at any moment the old file or the new one is there, whole, also after a power cut.
+"""Atomic files: at every moment, also after a power failure, a path holds its old content or its new one, whole.
 
-A file is written under another name beside its target, flushed to the disk, and renamed.
+A file is written under a temporary name beside its target, flushed to the disk, and renamed.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,30 +19,37 @@ from typing import Any, BinaryIO
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write, which replaces `path` once all of it is on the disk.
 
-    After an exception nothing of it remains, and `path` is as before. The name of the staged file is random, so that
-    processes that write the same path at once do not share it.
+    After an exception the new file is removed and `path` is unchanged. Temporary names are random, so that processes
+    that write the same path at the same time do not share one.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
-        with open(staged, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
+        move_into_place(temporary, path)
     finally:
-        staged.unlink(missing_ok=True)
-    flush(path.parent)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:
-    """JSON, whole or not at all; the same data gives the same bytes."""
+    """Write JSON atomically. Equal data gives equal bytes."""
     with written_whole(path) as file:
         file.write(json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n")
 
 
+def move_into_place(written: Path, target: Path) -> None:
+    """Flush a finished file and rename it to `target` on the same file system, replacing what has that name."""
+    flush(written)
+    os.replace(written, target)
+    flush(target.parent)
+
+
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or the names in a folder, are on the disk. Windows cannot flush folders."""
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

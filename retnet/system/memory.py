@@ -1,20 +1,24 @@
-"""Memory of this process, in bytes, without a dependency."""
+"""Memory of this process, in bytes, from the standard library alone."""
 
 import os
-import resource
 import sys
 from pathlib import Path
 
+_STATM = Path("/proc/self/statm")
+
 
 def peak_bytes() -> int:
-    """The largest resident size so far. The kernel reports KiB on Linux and bytes on macOS."""
+    """The largest resident size so far; 0 on Windows, where the standard library cannot read it."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def resident_bytes() -> int:
-    """The resident size now on Linux; elsewhere its peak, which is all that the standard library can read."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """The current resident size on Linux; the peak elsewhere."""
+    if _STATM.exists():
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return peak_bytes()

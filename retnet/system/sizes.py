@@ -1,10 +1,10 @@
-"""Byte counts in words, in the binary units that memory is sold and measured in."""
+"""Byte counts in words, in binary units."""
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def format_bytes(count: float, digits: int = 4) -> str:
-    """4194304 -> '4 MiB', with at most `digits` significant digits."""
+    """4194304 -> '4 MiB', with at most `digits` significant digits, or all four of 1000 to 1023."""
     size, unit = float(count), UNITS[0]
     for larger in UNITS[1:]:
         if abs(size) < 1024:

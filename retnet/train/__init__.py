@@ -1,1 +1,1 @@
-"""Training on packed documents, on the Hugging Face Trainer: recipe, run, progress, loss curve."""
+"""Training on packed documents with the Hugging Face Trainer: recipes, runs, checkpoints, progress."""

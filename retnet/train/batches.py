@@ -1,9 +1,9 @@
-"""Which rows a step trains on, and their batches, built ahead of the step that takes them.
+"""Batches of training and validation rows, prepared ahead of the step that uses them.
 
-The rows of all epochs are one stream: row g is row `g % len` of epoch `g // len`. Batch b over all processes is rows
-[b G, (b + 1) G) of it, of which process p of P takes the p-th part. So a batch is known from its number: nothing is
-skipped to resume, no row is repeated to fill an epoch, and any number of processes and accumulation steps with the same
-product trains on the same rows in the same steps. With lanes (carry_state) row b of every batch stays in its lane.
+The rows of all epochs form one stream: row g is row `g % len` of epoch `g // len`. Batch b, over all processes, is rows
+[b G, (b + 1) G) of the stream, and process p takes the p-th part of it. A batch is therefore known from its number:
+resuming skips nothing, no row is repeated to fill an epoch, and the rows of a step depend only on the product of batch
+size, accumulation steps and processes. With carried states, row b of every batch belongs to lane b.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _END = object()
 
 @dataclass(frozen=True)
 class BatchFacts:
-    """What is known of a batch without asking the device it lies on.
+    """Facts about a batch, on the host.
 
-    rows: their numbers in the stream; -1 for one that fills up a validation batch.
+    rows: their numbers in the stream; -1 for a row that fills up a validation batch.
     num_targets: tokens that are predicted.
-    seen: sum over tokens of the tokens in their piece of a document: what attention could look at, twice.
-    num_tokens: all of them.
+    seen: the sum of the squared lengths of the document pieces, about twice the pairs that causal attention scores.
+    num_tokens: all tokens, targets or not.
     """
 
     rows: tuple[int, ...]
@@ -41,7 +41,7 @@ class BatchFacts:
 
 
 class RowStream(Dataset[dict[str, Any]]):
-    """Rows of all epochs by their number in the stream; number -1 is a row that predicts nothing."""
+    """Rows of all epochs, by their number in the stream. Row -1 has no targets."""
 
     def __init__(self, rows: Rows):
         self.rows = rows
@@ -64,16 +64,16 @@ class RowStream(Dataset[dict[str, Any]]):
 
 
 class TrainBatches(Sampler[list[int]]):
-    """The batches of one process in one epoch: `epoch` is to be set before it begins.
+    """The batches of one process in one epoch. `epoch` must be set before the epoch begins.
 
-    An epoch is rounded up to whole optimizer steps, and the next one goes on where its last row was.
+    An epoch is rounded up to whole optimizer steps, and the next one continues after its last row.
     """
 
     def __init__(self, num_rows: int, batch_size: int, accumulation: int, process: int = 0, num_processes: int = 1):
         self.epoch = 0
         self._batch_size, self._process, self._num_processes = batch_size, process, num_processes
-        rows_a_step = batch_size * accumulation * num_processes
-        self._batches = accumulation * -(-num_rows // rows_a_step)
+        rows_per_step = batch_size * accumulation * num_processes
+        self._batches = accumulation * -(-num_rows // rows_per_step)
 
     def __len__(self) -> int:
         return self._batches
@@ -85,7 +85,7 @@ class TrainBatches(Sampler[list[int]]):
 
 
 class ValidBatches(Sampler[list[int]]):
-    """Every row of an epoch once, in order; all processes have as many batches, filled up with -1."""
+    """Every row of an epoch once, in order. All processes have the same number of batches, filled up with row -1."""
 
     def __init__(self, num_rows: int, batch_size: int, process: int = 0, num_processes: int = 1):
         self._num_rows, self._batch_size = num_rows, batch_size
@@ -101,10 +101,10 @@ class ValidBatches(Sampler[list[int]]):
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows as a batch for `RetNetForCausalLM`: documents by their bounds, so that no device is asked where they are.
+    """Rows as a batch for `PackedForCausalLM`. Document boundaries are computed here, without a device synchronisation.
 
-    input_ids, labels, shift_labels [B, T]; cu_seq_lens_q [N + 1]; begins_fresh [B]: whether a row's first token begins
-    a state of its own, and does not go on in the lane's; `FACTS`.
+    input_ids, labels, shift_labels [B, T]; cu_seq_lens_q [N + 1]; begins_fresh [B]: whether a row starts from an empty
+    state, not from its lane's; `FACTS`.
     """
     batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels", "shift_labels")}
     positions = torch.stack([row["position_ids"] for row in rows])
@@ -122,12 +122,12 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch's tensors on a device, without waiting for what it is doing."""
+    """The batch with its tensors on a device, copied asynchronously."""
     return {k: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for k, x in batch.items()}
 
 
 class ReadAhead:
-    """An iterator whose next items are made while the present one is used: `depth` of them, in a thread."""
+    """An iterator that prepares the next `depth` items in a thread while the current one is used."""
 
     def __init__(self, source: Iterator[Any], depth: int = 2):
         self._source = source
@@ -148,7 +148,7 @@ class ReadAhead:
         return item
 
     def close(self) -> None:
-        """Make no more items; one that is being made is finished first."""
+        """Prepare no more items, after the one in preparation is finished."""
         self._pool.shutdown(cancel_futures=True)
 
     def _ask(self) -> None:

@@ -1,19 +1,18 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints: folders that are complete or absent, with a size and a hash per file.
 
-A checkpoint is written into a staging folder, every file is flushed to the disk, a marker with the size and the hash of
-each file is written last, and then the folder is renamed to `checkpoint-STEP`. What a crash leaves behind is therefore
-a staging folder, which nobody reads. A checkpoint counts as complete if its marker is there and every file is as the
-marker says; a damaged one is named and skipped as a whole.
+`system.files` makes one file atomic. A checkpoint is many files, which the Trainer and torch write, so the unit here is
+the folder: it is written in a staging folder, every file is flushed to the disk, a marker with the size and hash of
+each file is written last, and the folder is renamed to `checkpoint-STEP`. A crash leaves only a staging folder, which
+is never read. A checkpoint is complete if it has a marker and every file is as the marker says.
 
-Order is by `serial`, which grows with every save, and not by step: a run resumed from an older checkpoint is the one
-to go on with. What is in the files is the Trainer's business.
+Checkpoints are ordered by `serial`, which grows with every save, not by step: after a run was resumed from an older
+checkpoint, the newest is the last one saved.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from retnet.system.files import flush
+from retnet.system.files import flush, move_into_place, write_json
 
 MARKER = "complete.json"
 STAGING = ".saving"
@@ -31,12 +30,12 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written or read; the message says what to do."""
+    """A checkpoint that cannot be written or read. The message says what to do."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder `checkpoint-STEP`. problem: what is wrong with it; None if it is complete, and serial is then set."""
+    """A folder `checkpoint-STEP`. problem: what is wrong with it, None if it is complete; only then is serial set."""
 
     path: Path
     step: int
@@ -46,10 +45,10 @@ class Checkpoint:
 
 @contextmanager
 def staged(output: Path, name: str, *, writes: bool = True) -> Iterator[Path]:
-    """A folder to write `checkpoint-STEP` or the model into; `commit` or `publish` gives it its place.
+    """A path to write `checkpoint-STEP` or the model at, for `commit` or `publish` to move into its place.
 
-    writes: whether this process makes and removes it (one process a file system). An error inside removes it and
-    becomes a CheckpointError that names the last complete checkpoint.
+    writes: whether this process creates and removes the staging folder (one process per file system). After an error
+    the folder is removed, and the error becomes a CheckpointError that names the last complete checkpoint.
     """
     root = output / STAGING
     if writes:
@@ -57,23 +56,21 @@ def staged(output: Path, name: str, *, writes: bool = True) -> Iterator[Path]:
         root.mkdir(parents=True)
     try:
         yield root / name
-    except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # what the different writers raise on a full disk
         if writes:
             shutil.rmtree(root, ignore_errors=True)
         raise CheckpointError(_not_saved(output, name, error)) from error
 
 
 def commit(staging: Path) -> Checkpoint:
-    """Make a staged checkpoint complete and give it its place; one of the same step makes way."""
+    """Complete a staged checkpoint and move it to its place, instead of an earlier one of the same step."""
     output = staging.parent.parent
     serial = 1 + max((c.serial for c in list_checkpoints(output)), default=0)
     files = {}
     for file in _files(staging):
         files[file.relative_to(staging).as_posix()] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
         flush(file)
-    marker = staging / MARKER
-    marker.write_text(json.dumps({"serial": serial, "files": files}, indent=1) + "\n")
-    flush(marker)
+    write_json(staging / MARKER, {"serial": serial, "files": files})
     for folder in {file.parent for file in _files(staging)}:
         flush(folder)
     final = output / staging.name
@@ -86,9 +83,9 @@ def commit(staging: Path) -> Checkpoint:
 
 
 def list_checkpoints(output: Path, *, hashes: bool = False) -> list[Checkpoint]:
-    """All checkpoints of a run, complete ones in the order in which they were saved, after those with a problem.
+    """All checkpoints of a run: those with a problem, then the complete ones in the order in which they were saved.
 
-    hashes: read every file; otherwise its size must do.
+    hashes: compare the hash of every file; otherwise its size only.
     """
     if not output.is_dir():
         return []
@@ -97,7 +94,7 @@ def list_checkpoints(output: Path, *, hashes: bool = False) -> list[Checkpoint]:
 
 
 def inspect(path: Path, *, hashes: bool = True) -> Checkpoint:
-    """A checkpoint and what is wrong with it, if anything."""
+    """Check one checkpoint."""
     match = _NAME.fullmatch(path.name)
     step = int(match.group(1)) if match else -1
     try:
@@ -105,7 +102,7 @@ def inspect(path: Path, *, hashes: bool = True) -> Checkpoint:
         serial = int(marker["serial"])
         files = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in marker["files"].items()}
     except FileNotFoundError:
-        return Checkpoint(path, step, problem=f"it has no {MARKER}: it was not finished")
+        return Checkpoint(path, step, problem=f"it has no {MARKER}: saving did not finish")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return Checkpoint(path, step, problem=f"its {MARKER} cannot be read: {error}")
     for name, (expected_size, expected_hash) in files.items():
@@ -116,20 +113,20 @@ def inspect(path: Path, *, hashes: bool = True) -> Checkpoint:
         if size != expected_size:
             return Checkpoint(path, step, problem=f"{name} has {size} bytes, not {expected_size}")
         if hashes and _hash(file) != expected_hash:
-            return Checkpoint(path, step, problem=f"{name} is not what was written: its hash differs")
+            return Checkpoint(path, step, problem=f"{name} has changed since it was written: its hash differs")
     return Checkpoint(path, step, serial)
 
 
 def choose(output: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
-    """The newest complete checkpoint of a run, every byte of it read, and the damaged ones that were looked at.
+    """The newest complete checkpoint of a run, with all its hashes checked, and the damaged ones that were found.
 
-    (None, []) if there are none. Raises CheckpointError if there are some and none is complete.
+    (None, []) if there are no checkpoints. Raises CheckpointError if there are some and none is complete.
     """
     damaged = []
     for checkpoint in reversed(list_checkpoints(output)):
         checked = inspect(checkpoint.path) if checkpoint.problem is None else checkpoint
         if checked.problem is None:
-            # Those without a marker sort last; name them too.
+            # In this order those without a marker come last, and are reported too.
             rest = [c for c in list_checkpoints(output) if c.problem is not None and c not in damaged]
             return checked, damaged + rest
         damaged.append(checked)
@@ -140,9 +137,9 @@ def choose(output: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
 
 
 def rotate(output: Path, keep: int | None, best: Path | None = None) -> None:
-    """Remove all but the `keep` newest complete checkpoints and the best one; None or 0 keeps all.
+    """Remove all checkpoints but the `keep` newest complete ones and the best one. None or 0 keeps all.
 
-    Damaged ones older than those kept go too. The newest complete one is never removed.
+    Damaged ones that are older than those kept are removed too. The newest complete one is never removed.
     """
     if not keep:
         return
@@ -158,24 +155,22 @@ def rotate(output: Path, keep: int | None, best: Path | None = None) -> None:
 
 
 def publish(staging: Path, output: Path) -> None:
-    """Move finished files into a folder, each flushed and renamed over what had its name."""
+    """Move all files of a staging folder into another, each atomically."""
     for file in _files(staging):
         target = output / file.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
-        flush(file)
-        os.replace(file, target)
-    flush(output)
+        move_into_place(file, target)
     shutil.rmtree(staging)
 
 
 def _discard(path: Path) -> None:
-    """Remove a folder so that an interruption leaves no half of it under its name."""
+    """Remove a folder atomically: it is renamed first."""
     doomed = path.parent / STAGING / f"removed-{path.name}"
     doomed.parent.mkdir(exist_ok=True)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-    with suppress(OSError):  # it holds what is being saved
+    with suppress(OSError):  # not empty: a checkpoint is being saved
         doomed.parent.rmdir()
 
 
@@ -190,6 +185,6 @@ def _hash(file: Path) -> str:
 
 def _not_saved(output: Path, name: str, error: Exception) -> str:
     complete = [c for c in list_checkpoints(output) if c.problem is None]
-    last = f"the last complete checkpoint, {complete[-1].path}, is whole" if complete else "there is no checkpoint"
+    last = f"the last complete checkpoint is {complete[-1].path}" if complete else "there is no checkpoint"
     free = shutil.disk_usage(output).free / 2**20
     return f"{name} could not be written ({error}; {free:,.0f} MiB free): {last}"

@@ -1,8 +1,8 @@
-"""FSDP2 on processors without accelerators, where accelerate would leave it out without a word.
+"""FSDP2 on machines without accelerators, where accelerate silently disables it.
 
-PyTorch shards on the CPU through gloo as it does on GPUs through NCCL; accelerate asks for a kind of machine first. It
-gets an answer that lets it go on, for as long as it decides. Slow, but a sharded run can be tested and its checkpoints
-be read anywhere.
+PyTorch can shard on CPUs through gloo, as on GPUs through NCCL, but accelerate enables FSDP for several GPUs only.
+While the Trainer is made, this module reports several GPUs. Training is slow, but a sharded run can be tested, and its
+checkpoints can be read, on any machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 @contextmanager
 def sharding_on_cpus(arguments: TrainingArguments) -> Iterator[None]:
-    """Make the Trainer inside, where its arguments ask for FSDP on CPUs."""
+    """A context to make the Trainer in. It has an effect only if the arguments ask for FSDP on CPUs."""
     state = PartialState()
     kind = state.distributed_type
     if not arguments.fsdp or arguments.device.type != "cpu":

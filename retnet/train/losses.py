@@ -1,7 +1,8 @@
-"""Losses that are not finite: found at the step where they began, with the documents that were trained on.
+"""Detection of losses that are not finite, with the step where they began and the documents it was trained on.
 
-Losses stay on the device until somebody looks, which waits for it: at every step on a CPU, else every few, and always
-before a checkpoint is written, so that none is written after things went wrong.
+Losses stay on the device until they are checked, because a check waits for the device. They are checked after every
+step on a CPU, after every `CHECK_EVERY` steps on a GPU, and before every checkpoint, so that no checkpoint holds the
+weights of a failed run.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-LOOK_EVERY = 10  # steps, on a GPU
+CHECK_EVERY = 10  # steps, on a GPU
 _SHOWN = 12
 
 
 class NonFiniteLoss(ValueError):
-    """A run cannot go on. documents: what the step was trained on."""
+    """A run that cannot continue. documents: what the step was trained on."""
 
     def __init__(self, message: str, documents: list[str]):
         super().__init__(message)
@@ -26,36 +27,37 @@ class NonFiniteLoss(ValueError):
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _MicroBatch:
     step: int
     rows: tuple[int, ...]
     loss: Tensor
 
 
 class LossWatch:
-    """Losses of the micro-batches since somebody last looked.
+    """The losses of the micro-batches since the last check.
 
-    describe: the documents of a row by its number.
+    describe: the documents of a row, by the row's number. documents: those of the loss that a check found.
     """
 
     def __init__(self, describe: Callable[[int], list[str]]):
         self._describe = describe
-        self._kept: list[_Kept] = []
+        self._unchecked: list[_MicroBatch] = []
+        self.documents: list[str] = []
 
     def add(self, step: int, rows: tuple[int, ...], loss: Tensor) -> None:
-        """The loss of one micro-batch of the step."""
-        self._kept.append(_Kept(step, rows, loss))
+        """Keep the loss of one micro-batch until the next check."""
+        self._unchecked.append(_MicroBatch(step, rows, loss))
 
-    def look(self) -> str | None:
-        """What is wrong, if anything is; all losses so far are forgotten."""
-        kept, self._kept = self._kept, []
-        if not kept:
+    def check(self) -> str | None:
+        """What is wrong with the first loss that is not finite, None if all are; they are then forgotten."""
+        batches, self._unchecked = self._unchecked, []
+        if not batches:
             return None
-        values = torch.stack([k.loss.float() for k in kept]).tolist()
-        for entry, value in zip(kept, values, strict=True):
-            if not abs(value) < float("inf"):  # false for NaN too
-                self.documents = [text for row in entry.rows for text in self._describe(row)]
-                return f"loss is {value} at step {entry.step}, trained on {_listed(self.documents)}"
+        values = torch.stack([batch.loss.float() for batch in batches]).tolist()
+        for batch, value in zip(batches, values, strict=True):
+            if not abs(value) < float("inf"):  # also true of NaN
+                self.documents = [text for row in batch.rows for text in self._describe(row)]
+                return f"loss is {value} at step {batch.step}, trained on {_listed(self.documents)}"
         return None
 
 
@@ -66,6 +68,6 @@ def _listed(documents: list[str]) -> str:
 
 @torch.no_grad()
 def all_finite(module: torch.nn.Module) -> bool:
-    """Whether every weight that this process holds is a number."""
+    """Whether every weight that this process holds is finite."""
     local = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
     return bool(torch.stack([p.isfinite().all() for p in local]).all())

@@ -1,16 +1,15 @@
-"""The language model as the trainer calls it: packed rows in, their loss out, states from row to row if wanted.
+"""The language model for training: the loss of packed rows, with states carried from row to row on request.
 
-Beside the Hugging Face face it is built on, it never makes the logits of all tokens (in validation either), weighs what
-routers add to the loss by a batch's share of the step's tokens, and can carry states: truncated backpropagation through
-time. The rows of a batch are then lanes (`retnet.data`): row b goes on where row b of the batch before ended. Its first
-document starts from the state that the lane ended with, without a gradient into it, and every other one afresh. Rows
-are packed end to end, so the core gets one state a document: the lanes', or that of a lane that has seen nothing.
+It differs from its base class, the Hugging Face model, in three ways. It never computes the logits of all tokens at
+once. The auxiliary losses of routers count by the batch's share of the step's tokens. It can carry states (truncated
+backpropagation through time): row b of a batch then continues row b of the batch before (a lane, see `retnet.data`).
+The first document of a row starts from the lane's state, without a gradient into it; the other documents start from an
+empty state. The rows are laid end to end, so the core model gets one state per document.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from retnet.models.states import ModelState
 
 
 class PackedForCausalLM(RetNetForCausalLM):
-    """`RetNetForCausalLM` that trains on packed rows. Saved, it is a `RetNetForCausalLM`."""
+    """A `RetNetForCausalLM` that trains on packed rows. It is saved as a `RetNetForCausalLM`."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -35,10 +34,10 @@ class PackedForCausalLM(RetNetForCausalLM):
         carry: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """As the base class without begins_fresh; with it, the loss of a batch that `collate` made.
+        """With begins_fresh, the loss of a batch from `collate`; without it, as the base class.
 
-        begins_fresh [B]: whether a row's first document begins here. lanes: the states [B] that the others go on from.
-        carry: return the states after the rows, as `past_key_values`.
+        begins_fresh [B]: whether the first document of a row begins there. lanes: the states [B] that other rows
+        continue. carry: return the states after the rows, as `past_key_values`.
         """
         if begins_fresh is None:
             return super().forward(*args, **kwargs)
@@ -56,9 +55,9 @@ class PackedForCausalLM(RetNetForCausalLM):
         cu_seq_lens_q: Tensor,
         num_items_in_batch: Tensor | int,
     ) -> CausalLMOutputWithPast:
-        """The sum of the targets' nats over num_items_in_batch."""
+        """The summed cross-entropy of the targets, divided by num_items_in_batch."""
         bounds, (B, T) = cu_seq_lens_q, input_ids.shape
-        torch._dynamo.maybe_mark_dynamic(bounds, 0)  # as many as there are documents: no graph of its own for each
+        torch._dynamo.maybe_mark_dynamic(bounds, 0)  # one graph for any number of documents
         starts = torch.arange(0, B * T, T, device=bounds.device)
         before = None if lanes is None else _states_before(lanes, begins_fresh, bounds, starts)
         losses: list[Tensor] = []
@@ -73,12 +72,12 @@ class PackedForCausalLM(RetNetForCausalLM):
         cache = None
         if after is not None:
             cache = StateCache()
-            last = torch.searchsorted(bounds, starts + T) - 1  # a row's end is always a bound
+            last = torch.searchsorted(bounds, starts + T) - 1  # the end of a row is always a boundary
             cache.update_state(detached(after.select(last)), T)
         return CausalLMOutputWithPast(loss=loss, past_key_values=cache)  # type: ignore[arg-type]
 
     def _mean_nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of targets [R] given hidden states [R, D]; 0 without any."""
+        """The mean cross-entropy of targets [R] given hidden states [R, D]; 0 if all targets are ignored."""
         if self._head_is_plain:
             return linear_cross_entropy(hidden, self.model.head.weight, targets, self.model.config.logit_soft_cap)
         nats = F.cross_entropy(self.model.logits(hidden).float(), targets, ignore_index=IGNORED, reduction="sum")
@@ -89,17 +88,12 @@ class PackedForCausalLM(RetNetForCausalLM):
 
 
 def detached(state: ModelState) -> ModelState:
-    """The same values, without what led to them."""
+    """The state without its autograd history."""
     return ModelState.from_named({name: x.detach() for name, x in state.named_tensors().items()})
 
 
-def lanes_file(checkpoint: Path, process: int) -> Path:
-    """Where a process keeps its lanes in a checkpoint."""
-    return checkpoint / f"lanes-{process}.safetensors"
-
-
 def _states_before(lanes: ModelState, begins_fresh: Tensor, bounds: Tensor, starts: Tensor) -> ModelState:
-    """The state before each of the N documents of packed rows: a lane's, or one that has seen nothing."""
+    """The state before each of the N documents of packed rows: a lane's, or an empty one."""
     count = len(starts)
     lane = torch.arange(count, device=bounds.device)
     with_fresh = lanes.select(torch.cat([lane, lane[:1]]))

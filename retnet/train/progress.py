@@ -1,6 +1,6 @@
-"""What a user sees while a model trains: loss, bits per byte, tokens a second, utilisation, memory, time left.
+"""Progress of a run on the console: loss, bits per byte, tokens per second, MFU, memory, time left.
 
-On a terminal one line that changes, elsewhere a line at each log.
+A terminal shows one line that is updated; other outputs get one line per log entry.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows a run on a console.
-
-    max_minutes: a limit on its time, if there is one.
-    """
+    """Shows a run on a console. max_minutes: the run's time limit, if it has one."""
 
     def __init__(self, console: Console, max_minutes: float | None = None):
         self._console = console
@@ -73,7 +70,7 @@ class ProgressCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; the Trainer does not say when a run was interrupted."""
+        """Release the terminal, also after an interruption, for which the Trainer has no event."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,7 +1,7 @@
-"""What a training run is: a model, data, and the fields of transformers' TrainingArguments, in one flat mapping.
+"""Recipes: a model, data and the fields of transformers' TrainingArguments in one flat mapping.
 
-A recipe is a YAML file, `key=value` words, or both (the words win). It is closed: every key is a field below or a field
-of TrainingArguments, and a misspelt one is an error that names the nearest. What nobody sets comes from `DEFAULTS`.
+A recipe is a YAML file, `key=value` arguments, or both; arguments override the file. Every key is a field of `Recipe`
+or of TrainingArguments, and a misspelt one is an error that names the nearest key. `DEFAULTS` fills in the rest.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from transformers import TrainingArguments
 from retnet.stack.resolve import STACK_SUFFIXES, resolve_stack
 from retnet.stack.training import router_lr_multiplier, training_defaults
 
-# The optimizer is the paper's (section 3.1 and its table of hyperparameters: betas, weight decay, clipping, linear
-# decay); the rest is what a run needs that must not lose its work or hide its failures.
+# The optimizer's values are the paper's (section 3.1 and its table of hyperparameters: betas, weight decay, clipping,
+# linear decay). The others make sure that a run keeps its work and reports its failures.
 DEFAULTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,
     "adam_beta2": 0.98,
@@ -44,31 +44,31 @@ DEFAULTS: dict[str, Any] = {
 }
 
 _REQUIRED = {
-    "model": "a preset's name (such as retnet-tiny), a stack's file, or a saved directory",
-    "data": "a folder that `retnet data` wrote, a file or folder of text, or stdlib; or several with their weights",
+    "model": "the name of a preset (such as retnet-tiny), a stack file, or a saved directory",
+    "data": "a folder written by `retnet data`, a file or folder of text, or stdlib; or several with their weights",
 }
-# Fields of TrainingArguments that would be without effect, as rows, their order and the loss are ours.
+# Fields of TrainingArguments that would have no effect, because rows, their order and the loss are ours.
 _WITHOUT_EFFECT = {
-    "accelerator_config": "rows are dealt out by their number",
-    "auto_find_batch_size": "the number of rows in a step is part of what a run is",
+    "accelerator_config": "rows are assigned to processes by their number",
+    "auto_find_batch_size": "the number of rows per step is part of a run's identity",
     "bf16_full_eval": "validation runs as training does",
     "dataloader_drop_last": "no row is left out",
-    "do_train": "training is what this does; `retnet eval` validates",
+    "do_train": "this command trains; `retnet eval` validates",
     "enable_jit_checkpoint": "a SIGTERM always saves",
     "fp16_full_eval": "validation runs as training does",
-    "ignore_data_skip": "a resumed run goes on with the rows that come next",
+    "ignore_data_skip": "a resumed run continues with the rows that come next",
     "label_smoothing_factor": "the loss is cross-entropy",
-    "length_column_name": "rows are of one length",
-    "save_only_model": "a checkpoint is what a run goes on from",
-    "train_sampling_strategy": "rows come in the order of data_seed",
-    "use_liger_kernel": "the loss makes no logits of all tokens already",
+    "length_column_name": "all rows have the same length",
+    "save_only_model": "a checkpoint must be complete to resume from it",
+    "train_sampling_strategy": "data_seed determines the order of rows",
+    "use_liger_kernel": "the loss already avoids the logits of all tokens at once",
 }
-# Where TrainingArguments take more than they declare.
+# Fields that accept more types than TrainingArguments declares.
 _BOOL_OR_WORD = Annotated[bool | str, Field(union_mode="left_to_right")]
 _HINTS: dict[str, Any] = {"fsdp": _BOOL_OR_WORD, "resume_from_checkpoint": _BOOL_OR_WORD}
 _COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-# What TrainingArguments do not look at before they fail for it: the least value, or one that stands for none.
-_LEAST: dict[str, tuple[float, float | None]] = {
+# Minimums that TrainingArguments does not validate, and a value that means "no limit".
+_MINIMUMS: dict[str, tuple[float, float | None]] = {
     "gradient_accumulation_steps": (1, None),
     "max_steps": (1, -1),
     "per_device_eval_batch_size": (1, None),
@@ -81,18 +81,18 @@ Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Recipe(BaseModel):
-    """A training run.
+    """The settings of a training run.
 
-    model: a preset's name, a stack's file, or a saved directory to go on from.
+    model: the name of a preset, a stack file, or a saved directory to train further.
     data: a folder of shards, a file or folder of text, or `stdlib`; or a mapping of several to their shares of tokens.
-    valid: the same for validation, in place of a share of `data`.
-    length: tokens in a row; longer documents are cut into pieces that start fresh.
-    carry_state: pieces start from the state that the one before ended with instead.
-    valid_fraction: share of the documents held out where `valid` does not name others.
-    max_minutes: of training, over all its parts; the schedule then ends with them if they are over before the steps.
-    num_samples: continuations of validation documents that are written at the end.
-    router_lr_multiplier: learning rate of MoE routers over that of everything else.
-    training: fields of TrainingArguments, defaults filled in: those of a stack's training_hints, then `DEFAULTS`.
+    valid: one source for validation, instead of a share of the documents of `data`.
+    length: tokens per row. Longer documents are cut into pieces, each of which starts from an empty state.
+    carry_state: each piece starts from the state at the end of the piece before instead.
+    valid_fraction: the share of documents held out for validation if `valid` is not given.
+    max_minutes: a time limit on training, resumed parts included; the learning-rate schedule ends with it.
+    num_samples: the number of validation documents to write continuations of at the end.
+    router_lr_multiplier: the learning rate of MoE routers, divided by that of all other parameters.
+    training: fields of TrainingArguments, completed from the training_hints of a stack, then from `DEFAULTS`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -111,19 +111,19 @@ class Recipe(BaseModel):
     def training_arguments(self) -> TrainingArguments:
         """The arguments for the Trainer. Raises ValueError for a combination that transformers refuses.
 
-        Without those of compilation: blocks are compiled one by one (`compile_options`), not the model as a whole.
+        Compilation arguments are left out: blocks are compiled one by one (`compile_options`), not the whole model.
         """
-        # Pinning without an accelerator is a warning and nothing else; bf16 and gloo want the CPU to be asked for.
+        # Without an accelerator, pinning memory only causes a warning, and bf16 and gloo need an explicit use_cpu.
         device = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
         values: dict[str, Any] = {**device, **self.training}
         try:
             return TrainingArguments(**{key: value for key, value in values.items() if key not in _COMPILE})
         except (ImportError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"TrainingArguments do not take these values: {error}") from error
+            raise ValueError(f"TrainingArguments does not accept these values: {error}") from error
 
     @property
     def compile_options(self) -> dict[str, str] | None:
-        """Arguments for torch.compile; None if nothing is to be compiled."""
+        """Arguments for torch.compile; None without compilation."""
         wanted, backend, mode = (self.training.get(key) for key in _COMPILE)
         if not (wanted or backend or mode):
             return None
@@ -136,9 +136,9 @@ class Recipe(BaseModel):
 
 
 def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = (), **sugar: Any) -> Recipe:
-    """A recipe from a YAML file, then `key=value` words, then keyword arguments that are not None.
+    """A recipe from a YAML file, `key=value` arguments, and keyword arguments that are not None; later ones override.
 
-    Raises FileNotFoundError if there is no such file, ValueError for anything in it that is not accepted, all at once.
+    Raises FileNotFoundError if the file does not exist, and one ValueError that names everything not accepted.
     """
     values = _read_yaml(Path(file)) if file is not None else {}
     values |= dict(map(_parse_override, overrides))
@@ -167,7 +167,7 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
         name = model.stem if model.name.endswith(STACK_SUFFIXES) else model.name
         training.setdefault("output_dir", str(Path("out") / name))
         if Path(training["output_dir"]).resolve() == model.resolve():
-            raise ValueError(f"output_dir is {training['output_dir']}, the model's own folder; accepted: another")
+            raise ValueError(f"output_dir is {training['output_dir']}, the folder of the model; accepted: another")
         try:
             return Recipe(training=training, **{key: values[key] for key in own & values.keys()})
         except ValidationError as error:
@@ -176,13 +176,13 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
 
 
 def _unusable(training: Mapping[str, Any]) -> list[str]:
-    """What is wrong with settings that would otherwise fail late, or be without effect."""
+    """Faults of settings that would otherwise fail late or have no effect."""
     problems = []
-    for key, (least, none) in _LEAST.items():
-        value = training.get(key, least)
-        if value < least and value != none:
-            also = "" if none is None else f", or {none:g} for none"
-            problems.append(f"{key} is {value}; accepted: {least:g} or more{also}")
+    for key, (minimum, no_limit) in _MINIMUMS.items():
+        value = training.get(key, minimum)
+        if value < minimum and value != no_limit:
+            also = "" if no_limit is None else f", or {no_limit:g} for no limit"
+            problems.append(f"{key} is {value}; accepted: {minimum:g} or more{also}")
     if training["num_train_epochs"] <= 0:
         problems.append(f"num_train_epochs is {training['num_train_epochs']}; accepted: a number above 0")
     best = training.get("metric_for_best_model")
@@ -191,7 +191,7 @@ def _unusable(training: Mapping[str, Any]) -> list[str]:
             f"metric_for_best_model is {best!r}; accepted: {', '.join(f'eval_{name}' for name in _METRICS)}"
         )
     if training.get("load_best_model_at_end") and str(training.get("eval_strategy", "no")) == "no":
-        problems.append("load_best_model_at_end is True without validation; accepted: with eval_strategy")
+        problems.append("load_best_model_at_end is True without validation; accepted: False, or an eval_strategy")
     backend, mode = (training.get(f"torch_compile_{what}") for what in ("backend", "mode"))
     if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
         problems.append(f"torch_compile_backend is {backend!r}; accepted: {', '.join(torch.compiler.list_backends())}")
@@ -203,7 +203,7 @@ def _unusable(training: Mapping[str, Any]) -> list[str]:
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(
-            f"no such recipe: {file} (words with '=' are settings, another word is a recipe's file)"
+            f"no such recipe: {file} (arguments with '=' are settings, one without is a recipe file)"
         )
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -225,13 +225,13 @@ def _from_yaml(key: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{key} is {text!r}, which begins like YAML and is not: {error}") from error
+        raise ValueError(f"{key} is {text!r}, which starts like YAML but is not valid: {error}") from error
 
 
 def _coerce(key: str, hint: Any, value: Any) -> Any:
-    """A value as TrainingArguments types it; a word may be YAML for a list, and YAML's `no` is the word, not False.
+    """A value converted to its type in TrainingArguments. Text may be YAML, and YAML's `no` may mean the word "no".
 
-    Raises ValidationError, and ValueError for a word that begins like YAML and is not.
+    Raises ValidationError, and ValueError for text that starts like YAML but is not valid.
     """
     adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):

@@ -1,11 +1,10 @@
-"""A training run from a recipe to a saved model: data, Trainer, validation, what is left behind.
+"""A training run, from a recipe to a saved model.
 
-The Trainer does the training (`trainer.py`). Here a run is put together, and its checkpoint to go on from is chosen.
+`train` opens the data and the model, chooses the checkpoint to resume from, trains (`trainer.py`), validates and saves.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,27 @@ from retnet.train.finish import TrainingSummary, continuations, record, save_who
 from retnet.train.inputs import RunData, open_data, open_model, run_identity
 from retnet.train.progress import ProgressCallback
 from retnet.train.recipe import Recipe
+from retnet.train.resume import check_identity
 from retnet.train.stopping import Terminated
-from retnet.train.trainer import RUN_FILE, PackedTrainer, RunOptions
+from retnet.train.trainer import PackedTrainer, RunOptions
 
-NEWEST = ("auto", "true")  # values of resume_from_checkpoint that name no checkpoint
+NEWEST = ("auto", "true")  # values of resume_from_checkpoint that select the newest checkpoint
 
 
 def train(recipe: Recipe, console: Console) -> TrainingSummary:
-    """Run a recipe. The output directory holds the model with its tokenizer, `training.json`, `loss_curve.png` and
-    `samples.txt`.
+    """Run a recipe. Afterwards the output directory holds the model, its tokenizer, and the files of `finish.py`.
 
     Raises ValueError or OSError for a model or data that cannot be used, NonFiniteLoss (a ValueError) if the loss is
     not finite, CheckpointError (an OSError) if a checkpoint cannot be written or read, and Terminated after a SIGTERM,
-    when a checkpoint has been saved.
+    once a checkpoint has been saved.
     """
     arguments = recipe.training_arguments()
     if arguments.n_gpu > 1:
         raise ValueError(
-            f"{arguments.n_gpu} GPUs in one process would split packed rows: start one process a GPU with torchrun, "
-            "or choose one with CUDA_VISIBLE_DEVICES"
+            f"{arguments.n_gpu} GPUs in one process would split packed rows: start one process per GPU with torchrun, "
+            "or choose one GPU with CUDA_VISIBLE_DEVICES"
         )
-    if arguments.process_index > 0:  # the first process speaks for all
+    if arguments.process_index > 0:  # only the first process prints
         console = Console(quiet=True)
     output = Path(str(arguments.output_dir))
     data = open_data(recipe, arguments)
@@ -58,7 +57,7 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
         try:
             trainer = PackedTrainer(model, arguments, data.train, data.valid, options, callbacks=[progress])
         except (ImportError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"these settings make no Trainer: {error}") from error
+            raise ValueError(f"the Trainer does not accept these settings: {error}") from error
     trainer.resumed = resumed
     _describe(console, recipe, parameters, data, trainer)
     try:
@@ -67,7 +66,7 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
     finally:
         progress.close()
     if trainer.terminated:
-        raise Terminated(trainer.state.global_step, trainer.where_to_go_on)
+        raise Terminated(trainer.state.global_step, trainer.how_to_resume)
     trainer.check_weights()
     seconds = trainer.clock.read()
     metrics = trainer.evaluate() if arguments.do_eval else {}
@@ -94,7 +93,7 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
 
 
 def _checkpoint(recipe: Recipe, arguments: TrainingArguments, options: RunOptions, console: Console) -> Path | None:
-    """The checkpoint to go on from, chosen by one process for all."""
+    """The checkpoint to resume from, chosen by the first process."""
     chosen: list[Any] = [None]
     if arguments.process_index == 0:
         chosen = [_choose_checkpoint(recipe, Path(str(arguments.output_dir)), console)]
@@ -102,7 +101,7 @@ def _checkpoint(recipe: Recipe, arguments: TrainingArguments, options: RunOption
         broadcast_object_list(chosen)
     path: Path | None = chosen[0]
     if path is not None:
-        _check_identity(path, options.identity)
+        check_identity(path, options.identity)
     return path
 
 
@@ -113,7 +112,7 @@ def _choose_checkpoint(recipe: Recipe, output: Path, console: Console) -> Path |
         if existing:
             raise ValueError(
                 f"{output} holds checkpoints of an earlier run, up to {existing[-1].path.name}; accepted: "
-                "resume_from_checkpoint=auto to go on with it, or another output_dir"
+                "resume_from_checkpoint=auto to resume it, or another output_dir"
             )
         return None
     if str(asked).lower() not in NEWEST:
@@ -127,21 +126,8 @@ def _choose_checkpoint(recipe: Recipe, output: Path, console: Console) -> Path |
     if newest is None:
         console.print(f"no checkpoint in {output}: starting from the beginning", highlight=False)
         return None
-    console.print(f"going on from {newest.path}", highlight=False, soft_wrap=True)
+    console.print(f"resuming from {newest.path}", highlight=False, soft_wrap=True)
     return newest.path
-
-
-def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raise ValueError if a checkpoint is of another run: it would go on with other rows than come next."""
-    saved = json.loads((checkpoint / RUN_FILE).read_text())
-    differences = [
-        f"{key} was {saved.get(key)!r} and is {value!r}" for key, value in identity.items() if saved.get(key) != value
-    ]
-    if differences:
-        raise ValueError(
-            f"{checkpoint} is of another run: {'; '.join(differences)}. Accepted: the same, or model={checkpoint} "
-            "in another output_dir to start from its weights"
-        )
 
 
 def _describe(console: Console, recipe: Recipe, parameters: int, data: RunData, trainer: PackedTrainer) -> None:
@@ -156,8 +142,8 @@ def _describe(console: Console, recipe: Recipe, parameters: int, data: RunData, 
     )
     where = f"{arguments.world_size} x {arguments.device.type}" if arguments.world_size > 1 else arguments.device.type
     console.print(
-        f"on {where}, {torch.get_num_threads()} threads, {trainer.options.identity['rows_per_step']} rows a step; "
-        f"MFU is of {trainer.meter.peak.source}",
+        f"on {where}, {torch.get_num_threads()} threads, {trainer.options.identity['rows_per_step']} rows per step; "
+        f"MFU is relative to {trainer.meter.peak.source}",
         highlight=False,
         soft_wrap=True,
     )

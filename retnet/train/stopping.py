@@ -1,7 +1,7 @@
-"""When a run ends: its last step, its last minute, or a SIGTERM; and the schedule that follows from it.
+"""The end of a run: its last step, its time limit, or a SIGTERM, agreed on by all processes.
 
-All processes have to stop at the same step, so they agree on the host before every step: one small sum over a group of
-its own on the CPU, which no GPU waits for. It also counts the tokens of the step, by which the loss is weighted.
+All processes must stop at the same step, so they exchange what they know before every step: one small all-reduce on
+the CPU, which no GPU waits for. It also sums the targets of the step, by which the loss is divided.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that the signal ended
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM  # as shells report a process that the signal ended
 
 
 class Terminated(Exception):
-    """A run ended by SIGTERM. saved: the checkpoint to resume from, in words."""
+    """A run ended by SIGTERM."""
 
-    def __init__(self, step: int, saved: str):
-        super().__init__(f"terminated at step {step}; {saved}")
+    def __init__(self, step: int, how_to_resume: str):
+        super().__init__(f"terminated at step {step}; {how_to_resume}")
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all processes know before a step: its targets on all of them, SIGTERM on any, seconds by process 0."""
+    """What all processes know before a step.
+
+    num_targets: of the step, over all processes. terminate: whether any process received SIGTERM. seconds: the time of
+    the run by the clock of process 0.
+    """
 
     num_targets: int
     terminate: bool
@@ -36,14 +40,14 @@ class Agreed:
 
 
 class ProcessConsensus:
-    """The sum over processes of what each knows; nothing but a copy for one process."""
+    """Exchanges what each process knows. With one process it returns what it is given."""
 
     def __init__(self) -> None:
         self._several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo") if self._several else None
 
     def reach(self, num_targets: int, terminate: bool, seconds: float) -> Agreed:
-        """All processes call this before every step."""
+        """Combine the values of all processes, which all call this before every step."""
         if not self._several:
             return Agreed(num_targets, terminate, seconds)
         mine = [num_targets, terminate, seconds if dist.get_rank() == 0 else 0.0]
@@ -52,12 +56,12 @@ class ProcessConsensus:
         return Agreed(int(total[0]), bool(total[1]), float(total[2]))
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so; all call this at the same places."""
+        """Whether the flag is set on any process. All processes call this at the same points."""
         return self.reach(0, flag, 0.0).terminate
 
 
 class TerminationSignal:
-    """Remembers a SIGTERM while it is entered, in the main thread; elsewhere Python allows no handler."""
+    """A context in which a SIGTERM is recorded instead of ending the process."""
 
     def __init__(self) -> None:
         self.received = False
@@ -66,7 +70,7 @@ class TerminationSignal:
     def __enter__(self) -> TerminationSignal:
         try:
             self._before = signal.signal(signal.SIGTERM, self._remember)
-        except ValueError:  # not the main thread: whoever runs us there deals with signals
+        except ValueError:  # Python allows handlers in the main thread only; in others the caller handles signals
             self._before = None
         return self
 
@@ -79,10 +83,9 @@ class TerminationSignal:
 
 
 class RunClock:
-    """How far a run is: steps over max_steps, or with a limit its minutes, whichever is further.
+    """The time of a run against its limit. The time before a run was resumed counts too.
 
-    The minutes of earlier parts of a resumed run count too. All processes hold the same value: `seconds` is what they
-    agreed on.
+    seconds: the time that all processes agreed on before the current step.
     """
 
     def __init__(self, max_minutes: float | None):
@@ -96,14 +99,14 @@ class RunClock:
         self.seconds = earlier_seconds
 
     def read(self) -> float:
-        """Seconds of the run by this process's clock."""
+        """Seconds of the run, by this process's clock."""
         return self._earlier + (0.0 if self._began is None else time.monotonic() - self._began)
 
     @property
     def fraction(self) -> float:
-        """Of the time allowed; 0 without a limit."""
+        """The share of the time limit that has passed; 0 without a limit."""
         return 0.0 if self._limit is None else min(1.0, self.seconds / self._limit)
 
     def schedule(self, by_step: Callable[[int], float], max_steps: int) -> Callable[[int], float]:
-        """A schedule of the learning rate that is through when the time is: of step or time, the further one counts."""
+        """A learning-rate schedule that follows the steps or the time, whichever has progressed further."""
         return lambda step: by_step(max(step, int(self.fraction * max_steps)))

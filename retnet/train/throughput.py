@@ -1,9 +1,8 @@
-"""How fast a run is: tokens a second, model FLOP utilisation, the share of time spent waiting for batches, memory.
+"""Throughput of a run: tokens per second, model FLOP utilisation (MFU), time spent waiting for batches, memory.
 
-Utilisation is the operations that the model needs (`models/cost.py`, one function a mixer; nothing for recomputation)
-over what the devices could do. The dense peak of a known GPU is the vendor's; of anything else the rate of a matrix
-product is measured, and the log says which it was. Attention is counted over what it can see: the documents in the
-rows, not the length of the rows.
+MFU is the operations that the model needs (`models/cost.py`, without recomputation) per second, divided by the peak
+rate of the devices. The peak is the vendor's dense rate for a known GPU, and the measured rate of a matrix product for
+other devices; the log says which. Attention is counted within documents, not over whole rows.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from retnet.models.cost import model_cost
 from retnet.system.memory import peak_bytes
 from retnet.train.batches import BatchFacts
 
-# Vendors' dense matrix rates in bfloat16, operations a second; the first name that a device's name contains counts.
+# Vendors' dense matrix rates in bfloat16, operations per second, for the first name that the device's name contains.
 PEAK_RATES = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -39,21 +38,21 @@ PEAK_RATES = {
     "RTX 4090": 165e12,
     "MI300X": 1307e12,
 }
-_PRODUCT = 768  # rows and columns of the measured product on a CPU, some of which emulate bfloat16
+_PRODUCT = 768  # rows and columns of the measured product on a CPU; small, as some CPUs emulate bfloat16
 _PRODUCT_SECONDS = 0.5
 _PRODUCT_GPU = 8192
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Operations a second that one device could do, and where the number comes from."""
+    """The peak rate of one device, in operations per second, and the source of the number."""
 
     rate: float
     source: str
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The vendor's rate where it is known, for bfloat16 and float16; otherwise that of a product, measured now."""
+    """The vendor's rate for bfloat16 and float16 on a known GPU; otherwise the measured rate of a product."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         for known, rate in PEAK_RATES.items():
@@ -67,7 +66,7 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 @torch.no_grad()
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of some square products. Random numbers are not drawn: a run's generators stay as they are."""
+    """The rate of the fastest of several square products. It draws no random numbers, which a run depends on."""
     size = _PRODUCT_GPU if device.type == "cuda" else _PRODUCT
     a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
     times: list[float] = []
@@ -81,22 +80,22 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU has been given to do."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def memory_gib(device: torch.device) -> float:
-    """The peak so far: of the GPU's allocator, or on a CPU of the process."""
+    """Peak memory so far: of the GPU's allocator, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return peak_bytes() / 2**30
 
 
 class Meter:
-    """Sums over the steps since the last reading. Time for validation and checkpoints is left out (`pause`).
+    """Tokens and time since the last reading, without the time of validation and checkpoints (`pause`).
 
-    num_processes: that do the same work each; what one counts stands for all.
+    num_processes: this process's counts are scaled by it, as all processes do equal work.
     """
 
     def __init__(self, config: ModelConfig, peak: Peak, num_processes: int):
@@ -106,24 +105,24 @@ class Meter:
         self._reset()
 
     def waited(self, seconds: float) -> None:
-        """The step's batches came after so long."""
+        """Add time spent waiting for batches."""
         self._waited += seconds
 
     def count(self, facts: BatchFacts) -> None:
-        """A batch has been given to the device."""
+        """Add the tokens of a batch."""
         self._tokens += facts.num_tokens
         self._seen += facts.seen
 
     def pause(self, seconds: float) -> None:
-        """So much of the time was for something else."""
+        """Leave out time that was not spent on training steps."""
         self._paused += seconds
 
     def restart(self) -> None:
-        """Count from now on."""
+        """Start counting again from zero."""
         self._reset()
 
     def read(self) -> dict[str, float]:
-        """What the log gets, over the time since the last reading; {} if there was none."""
+        """Values for the log, over the time since the last reading; {} if no tokens were counted."""
         seconds = time.perf_counter() - self._began - self._paused
         tokens, seen, waited = self._tokens, self._seen, self._waited
         self._reset()
@@ -145,8 +144,9 @@ class Meter:
 
 
 def flops_per_token(config: ModelConfig, num_tokens: int, seen: int) -> float:
-    """Operations a token, forward and backward, in pieces of documents of which `seen` is the sum of squared lengths.
+    """Operations per token, forward and backward; `seen` is the sum of the squared lengths of the document pieces.
 
-    Attention's work in a piece grows with its square, so that the mean over tokens is that of one length.
+    The work of attention grows with the square of a piece's length, so the mean over tokens is that of one length,
+    `seen / num_tokens`.
     """
     return model_cost(config, max(1, round(seen / num_tokens))).training_flops

@@ -1,12 +1,12 @@
-"""The Hugging Face Trainer with what is ours: batches by number, weighted losses, states carried, whole checkpoints.
+"""The Hugging Face Trainer for packed rows, with exact resumption.
 
-Optimizer, mixed precision, distribution, schedules and reporting stay the Trainer's. Overridden are the places where a
-run would not be the same run after a restart, or where what it reports would not be what was trained.
+Optimizers, mixed precision, distribution, schedules and reporting are the Trainer's. This class replaces what would
+make a resumed run differ from one that was never stopped (batches, checkpoints), and what would report a loss that is
+not the mean over all tokens (losses, validation).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -19,28 +19,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from retnet.data import PackedDataset, Rows
-from retnet.layers.moe import ExpertLinear, MoE
 from retnet.models.states import ModelState
 from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainBatches, ValidBatches, collate, to_device
 from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged
-from retnet.train.losses import LOOK_EVERY, LossWatch, NonFiniteLoss, all_finite
-from retnet.train.packed_model import PackedForCausalLM, lanes_file
+from retnet.train.hooks import TrainingHooks
+from retnet.train.losses import CHECK_EVERY, LossWatch, NonFiniteLoss, all_finite
+from retnet.train.optimizer import decayed_parameters, separate_routers
+from retnet.train.packed_model import PackedForCausalLM
+from retnet.train.resume import Progress, save_run, trained_seconds
 from retnet.train.stopping import ProcessConsensus, RunClock, Terminated, TerminationSignal
 from retnet.train.throughput import Meter, device_peak, flops_per_token, memory_gib, synchronize
 
-RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run has beside TrainingArguments.
+    """The settings of a run beside TrainingArguments.
 
-    identity: what has to be equal for a checkpoint to be one of this run.
+    identity: what a checkpoint must have in common with the run to be resumed.
     """
 
     carry_state: bool = False
@@ -52,7 +53,7 @@ class RunOptions:
 class PackedTrainer(Trainer):
     """Trains on rows of packed documents.
 
-    train_rows: their stream (`batches.py`). valid_rows: by name; all of them are the validation set.
+    train_rows: the stream of rows (`batches.py`). valid_rows: by name; together they are the validation set.
     """
 
     def __init__(
@@ -65,12 +66,12 @@ class PackedTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.rows, self.valid_rows, self.options = RowStream(train_rows), valid_rows, options
-        # What is validated is `valid_rows`; the Trainer wants to see that there is something.
+        # The Trainer requires a validation set; `evaluate` uses `valid_rows`.
         valid = RowStream(next(iter(valid_rows.values())))
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=valid, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Hooks(self))
-        self.agreement, self.signal = ProcessConsensus(), TerminationSignal()
+        self.add_callback(TrainingHooks(self))
+        self.consensus, self.signal = ProcessConsensus(), TerminationSignal()
         self.clock = RunClock(options.max_minutes)
         self.watch = LossWatch(self.rows.describe)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
@@ -111,27 +112,27 @@ class PackedTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of a step, on the device, and what their losses are to be divided by.
+        """The micro-batches of a step, on the device, and the number that their summed losses are divided by.
 
-        None in a run that was through when it was resumed: the Trainer would take a step before it looks.
+        No batches if the resumed run had already finished: the Trainer takes a step before it checks for the end.
         """
         if self.state.global_step >= self.state.max_steps or self.clock.fraction >= 1:
             self.control.should_training_stop = True
             return [], 1
         if epoch_iterator is not self._source:
-            self._close_ahead()
+            self.stop_reading_ahead()
             self._source = epoch_iterator
             self._ahead = ReadAhead(to_device(batch, device) for batch in epoch_iterator)
         assert self._ahead is not None
         begin = time.perf_counter()
         batches = list(islice(self._ahead, num_batches))
         self.meter.waited(time.perf_counter() - begin)
-        mine = sum(batch[FACTS].num_targets for batch in batches)
-        agreed = self.agreement.reach(mine, self.signal.received, self.clock.read())
+        num_targets = sum(batch[FACTS].num_targets for batch in batches)
+        agreed = self.consensus.reach(num_targets, self.signal.received, self.clock.read())
         self.clock.seconds, self.terminated = agreed.seconds, agreed.terminate
-        return batches, max(1, agreed.num_targets if self.args.average_tokens_across_devices else mine)
+        return batches, max(1, agreed.num_targets if self.args.average_tokens_across_devices else num_targets)
 
-    def _close_ahead(self) -> None:
+    def stop_reading_ahead(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = self._source = None
@@ -151,72 +152,56 @@ class PackedTrainer(Trainer):
         self.watch.add(self.state.global_step + 1, facts.rows, loss.detach())
         return (loss, outputs) if return_outputs else loss
 
-    @property
-    def where_to_go_on(self) -> str:
-        return f"resume_from_checkpoint=auto goes on from {self.args.output_dir}"
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
         facts: BatchFacts = inputs[FACTS]
         config = self.accelerator.unwrap_model(self.model).model.config
         return facts.num_tokens * flops_per_token(config, facts.num_tokens, facts.seen)
 
-    def check_finite(self) -> None:
-        """Raise NonFiniteLoss if any process had a loss that is not a number. All processes call this together."""
-        problem = self.watch.look()
-        if self.agreement.any(problem is not None):
-            problem = problem or f"another process had a loss that is not finite by step {self.state.global_step}"
-            raise NonFiniteLoss(f"{problem}. {self._advice()}", getattr(self.watch, "documents", []))
+    def check_losses(self) -> None:
+        """Raise NonFiniteLoss if any process has a loss that is not finite. All processes call this together."""
+        problem = self.watch.check()
+        if self.consensus.any(problem is not None):
+            problem = problem or f"another process has a loss that is not finite, at step {self.state.global_step}"
+            raise NonFiniteLoss(f"{problem}. {self._advice()}", self.watch.documents)
 
     def check_weights(self) -> None:
-        """Raise NonFiniteLoss if a loss or a weight is not a number. All processes call this together."""
-        self.check_finite()
+        """Raise NonFiniteLoss if a loss or a weight is not finite. All processes call this together."""
+        self.check_losses()
         assert self.model is not None
-        if self.agreement.any(not all_finite(self.model)):
+        if self.consensus.any(not all_finite(self.model)):
             step = self.state.global_step
             raise NonFiniteLoss(f"weights are not finite after step {step}. {self._advice()}", [])
 
     def _advice(self) -> str:
         complete = [c for c in list_checkpoints(Path(str(self.args.output_dir))) if c.problem is None]
-        last, begun = "There is no checkpoint", ""
+        last, restart = "There is no checkpoint", ""
         if complete:
             last = f"The last good checkpoint is {complete[-1].path}"
-            begun = f": model={complete[-1].path} in another output_dir begins with its weights"
+            restart = f": start from its weights with model={complete[-1].path} and another output_dir"
         return (
             f"{last}; a lower learning_rate (now {self.args.learning_rate:g}) or max_grad_norm "
-            f"(now {self.args.max_grad_norm:g}) usually helps{begun}"
+            f"(now {self.args.max_grad_norm:g}) usually helps{restart}"
         )
 
     # Optimizer and schedule
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, routers moved to groups of their own. Raises ValueError if it cannot be made."""
-        made = self.optimizer is None
+        """The Trainer's optimizer, with routers in groups of their own. Raises ValueError if it cannot be made."""
+        is_new = self.optimizer is None
         try:
             optimizer = super().create_optimizer(*args, **kwargs)
         except (ImportError, TypeError, ValueError) as error:
             given = self.args.to_dict()["optim"]
             raise ValueError(
-                f"optim is {given!r} with optim_args {self.args.optim_args!r}, and cannot be made: {error}"
+                f"optim is {given!r} with optim_args {self.args.optim_args!r}, which cannot be made: {error}"
             ) from error
         assert self.model is not None
-        modules = (module for module in self.model.modules() if isinstance(module, MoE))
-        routers = {id(module.router.weight) for module in modules}
-        if made and routers and self.options.router_lr_multiplier != 1.0:
-            for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in routers]
-                if own:
-                    group["params"] = [p for p in group["params"] if id(p) not in routers]
-                    lr = group["lr"] * self.options.router_lr_multiplier
-                    optimizer.add_param_group({**group, "params": own, "lr": lr})
+        if is_new and self.options.router_lr_multiplier != 1.0:
+            separate_routers(optimizer, self.model, self.options.router_lr_multiplier)
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        matrices = {
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, nn.Embedding, ExpertLinear)) and not name.endswith("decay_proj")
-        }
-        return [name for name, _ in model.named_parameters() if name in matrices]
+        return decayed_parameters(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
@@ -235,18 +220,18 @@ class PackedTrainer(Trainer):
     def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Nats over all tokens of the validation documents, by corpus and together; every token is scored once."""
+        """The loss over all validation documents, per corpus and in total. Every token is scored once."""
         begin = time.perf_counter()
-        each = {name: self._score(rows) for name, rows in self.valid_rows.items()}
-        if self.terminated:  # in the middle of it: there is time to save, not to go on
+        sums = {name: self._score(rows) for name, rows in self.valid_rows.items()}
+        if self.terminated:  # SIGTERM: stop the validation and save
             self._save_checkpoint(cast(nn.Module, self.model), None)
-            raise Terminated(self.state.global_step, self.where_to_go_on)
+            raise Terminated(self.state.global_step, self.how_to_resume)
         metrics: dict[str, float] = {}
-        if len(each) > 1:
-            for name, sums in each.items():
-                metrics |= _metrics(f"{metric_key_prefix}_{name}", sums, self.valid_rows[name].num_bytes)
+        if len(sums) > 1:
+            for name, rows in self.valid_rows.items():
+                metrics |= _loss_metrics(f"{metric_key_prefix}_{name}", sums[name], rows.num_bytes)
         num_bytes = sum(rows.num_bytes for rows in self.valid_rows.values())
-        metrics |= _metrics(metric_key_prefix, torch.stack(list(each.values())).sum(0), num_bytes)
+        metrics |= _loss_metrics(metric_key_prefix, torch.stack(list(sums.values())).sum(0), num_bytes)
         if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
             step = self.state.global_step
             raise NonFiniteLoss(f"the validation loss is not finite after step {step}. {self._advice()}", [])
@@ -258,7 +243,7 @@ class PackedTrainer(Trainer):
 
     @torch.no_grad()
     def _score(self, rows: PackedDataset) -> Tensor:
-        """(nats, targets) [2] of all rows, float64, over all processes."""
+        """(nats, targets) [2] of all rows, float64, summed over all processes."""
         args, model = self.args, self.model
         assert model is not None
         per_process = rows.lanes // args.world_size if rows.carry_state else args.eval_batch_size
@@ -270,7 +255,7 @@ class PackedTrainer(Trainer):
         total = torch.zeros(2, dtype=torch.float64, device=args.device)
         ahead = ReadAhead(to_device(batch, args.device) for batch in loader)
         for number, batch in enumerate(ahead):
-            if number % LOOK_EVERY == 0 and self.agreement.any(self.signal.received):
+            if number % CHECK_EVERY == 0 and self.consensus.any(self.signal.received):
                 self.terminated = True
                 break
             facts: BatchFacts = batch.pop(FACTS)
@@ -284,7 +269,7 @@ class PackedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self.check_finite()
+            self.check_losses()
             logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.rows.rows.bytes_per_target
             logs |= self.meter.read()
             logs["memory_gib"] = memory_gib(self.args.device)
@@ -292,14 +277,18 @@ class PackedTrainer(Trainer):
 
     # Checkpoints
 
+    @property
+    def how_to_resume(self) -> str:
+        return f"resume_from_checkpoint=auto resumes from {self.args.output_dir}"
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """After the checkpoint has its name: `_save_checkpoint` calls it."""
+        """Nothing: `_save_checkpoint` pushes once the checkpoint has its name."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's checkpoint and ours beside it, staged and then published."""
+        """Stage the Trainer's checkpoint and our files beside it, then give the folder its name."""
         step, args = self.state.global_step, self.args
         if step == self._saved_step:
             return
@@ -328,85 +317,38 @@ class PackedTrainer(Trainer):
         self.meter.pause(time.perf_counter() - begin)
 
     def _save_progress(self, folder: Path, output: Path) -> None:
-        """What the Trainer does not keep: losses since the last log, lanes, time, and whose checkpoint this is."""
-        process = self.args.process_index
-        progress = {"loss": float(self._tr_loss), "last_logged": self._globalstep_last_logged}
-        _progress_file(folder, process).write_text(json.dumps(progress))
-        if self.lanes is not None:
-            self.lanes.trim().save(lanes_file(folder, process))
+        """What the Trainer does not save."""
+        progress = Progress(float(self._tr_loss), self._globalstep_last_logged, self.lanes)
+        progress.save(folder, self.args.process_index)
         if self.args.should_save:
-            run = {**self.options.identity, "seconds": self.clock.seconds, "processes": self.args.world_size}
-            (folder / RUN_FILE).write_text(json.dumps(run, indent=1))
-            if self.state.best_global_step:  # the Trainer saw the staging folder
+            save_run(folder, self.options.identity, self.clock.seconds, self.args.world_size)
+            if self.state.best_global_step:  # the Trainer recorded the path of the staging folder
                 self.state.best_model_checkpoint = str(output / f"checkpoint-{self.state.best_global_step}")
                 self.state.save_to_json(str(folder / STATE_FILE))
 
+    def restore_progress(self) -> None:
+        """The inverse of `_save_progress`, once the Trainer has loaded its part."""
+        if self.resumed is None:
+            self.clock.start(0.0)
+            return
+        self._saved_step = self.state.global_step
+        self.clock.start(trained_seconds(self.resumed))
+        progress = Progress.load(self.resumed, self.args.process_index)
+        if progress is not None:
+            self._tr_loss.fill_(progress.loss)
+            self._globalstep_last_logged = progress.last_logged
+            if self.options.carry_state and progress.lanes is not None:
+                self.lanes = progress.lanes.to(self.args.device)
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Weights that are not those of the model are an error, not a warning. (A tied head is not stored.)"""
+        """Raise CheckpointError for weights of another model; the Trainer warns. (A tied head is not stored.)"""
         tied = {"model.head.weight"} if self.model.model.config.tie_embeddings else set()  # type: ignore[union-attr]
         wrong = sorted((set(load_result.missing_keys) - tied) | set(load_result.unexpected_keys))
         if wrong:
             raise CheckpointError(f"the weights of {self.resumed} are not those of the model: {', '.join(wrong[:5])}")
 
-    def _restore_progress(self) -> None:
-        """The inverse of `_save_progress`, once the Trainer has loaded its part."""
-        if self.resumed is None:
-            self.clock.start(0.0)
-            return
-        process = self.args.process_index
-        self._saved_step = self.state.global_step
-        self.clock.start(json.loads((self.resumed / RUN_FILE).read_text())["seconds"])
-        if _progress_file(self.resumed, process).exists():
-            progress = json.loads(_progress_file(self.resumed, process).read_text())
-            self._tr_loss.fill_(progress["loss"])
-            self._globalstep_last_logged = progress["last_logged"]
-        if self.options.carry_state and lanes_file(self.resumed, process).exists():
-            self.lanes = ModelState.load(lanes_file(self.resumed, process)).to(self.args.device)
 
-
-class _Hooks(TrainerCallback):
-    """The places in the Trainer's loop that it tells of."""
-
-    def __init__(self, trainer: PackedTrainer):
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer._restore_progress()
-        self._trainer.meter.restart()
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        batches = self._trainer.batches
-        batches.epoch = state.global_step // (len(batches) // args.gradient_accumulation_steps)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        trainer = self._trainer
-        if args.device.type == "cpu" or state.global_step % LOOK_EVERY == 0:
-            trainer.check_finite()
-        if state.global_step == state.max_steps:  # no step follows that would ask
-            trainer.terminated = trainer.agreement.any(trainer.signal.received)
-        if trainer.terminated:
-            control.should_training_stop = control.should_save = control.should_log = True
-            control.should_evaluate = False
-        elif trainer.clock.fraction >= 1:
-            control.should_training_stop = control.should_log = True
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._trainer.terminated:
-            control.should_evaluate = False
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer._close_ahead()
-
-
-def _metrics(prefix: str, sums: Tensor, num_bytes: int) -> dict[str, float]:
+def _loss_metrics(prefix: str, sums: Tensor, num_bytes: int) -> dict[str, float]:
     """sums: (nats, targets)."""
     nats, targets = sums.tolist()
     mean = nats / max(1.0, targets)
@@ -415,7 +357,3 @@ def _metrics(prefix: str, sums: Tensor, num_bytes: int) -> dict[str, float]:
         f"{prefix}_perplexity": math.exp(min(mean, 700.0)),
         f"{prefix}_bits_per_byte": nats / math.log(2) / num_bytes,
     }
-
-
-def _progress_file(checkpoint: Path, process: int) -> Path:
-    return checkpoint / f"progress-{process}.json"

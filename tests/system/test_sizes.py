@@ -1,3 +1,5 @@
+"""Byte counts in words."""
+
 import pytest
 
 from retnet.system.sizes import format_bytes
@@ -8,10 +10,10 @@ from retnet.system.sizes import format_bytes
     [(0, "0 B"), (1, "1 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (4 << 20, "4 MiB"),
      (1023 << 30, "1023 GiB"), (1 << 40, "1 TiB"), (5 << 50, "5120 TiB"), (-2048, "-2 KiB")],
 )  # fmt: skip
-def test_bytes_are_written_in_the_largest_unit_that_they_fill(count, words):
+def test_bytes_are_written_in_the_largest_unit_below_them(count, words):
     assert format_bytes(count) == words
 
 
-def test_digits_round_but_never_into_another_unit():
+def test_rounding_keeps_the_unit():
     assert format_bytes(1234567, digits=2) == "1.2 MiB"
     assert format_bytes(1023 << 10, digits=2) == "1023 KiB"

@@ -1,4 +1,4 @@
-"""Small runs: a byte model with dropout on, a folder of texts, one thread."""
+"""Small runs: a byte model with dropout, a folder of texts, one thread."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The order of sums is then the same in every process."""
+    """The order of summation is then the same in every process."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def console() -> Console:
 
 
 def words_for(model: Path, data: Path | str, output: Path, **settings: Any) -> list[str]:
-    """The command line of a small run."""
+    """The command-line arguments of a small run."""
     values = SETTINGS | settings | {"model": model, "data": data, "output_dir": output}
     return [f"{key}={value}" for key, value in values.items()]
 
@@ -53,7 +53,7 @@ def recipe_for(model: Path, data: Path | str, output: Path, **settings: Any) -> 
 
 
 def losses(output: Path) -> dict[int, float]:
-    """Step -> logged loss of a finished run."""
+    """The logged losses of a finished run, by step."""
     log = json.loads((output / "training.json").read_text())["log"]
     return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
 

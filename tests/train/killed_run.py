@@ -1,6 +1,6 @@
-"""A run that kills itself (SIGKILL) at a place of your choice: python killed_run.py step:N|save:N KEY=VALUE...
+"""A run that kills itself with SIGKILL: python killed_run.py step:N|save:N KEY=VALUE...
 
-`step:N`: in the middle of step N; `save:N`: with half of the optimizer's file of checkpoint N on the disk.
+`step:N`: in the middle of step N. `save:N`: while checkpoint N is written, with half of the optimizer's file on disk.
 """
 
 import io

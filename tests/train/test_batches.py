@@ -1,4 +1,4 @@
-"""Which rows come when, however many processes there are, and that they are made ahead."""
+"""The rows of each step, for any number of processes, and batches prepared ahead."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def steps_of(num_rows, batch_size, accumulation, num_processes, epochs=3):
 def test_rows_of_a_step_do_not_depend_on_processes_or_accumulation(layout):
     assert steps_of(21, *layout) == steps_of(21, 8, 1, 1)
     flat = [row for step in steps_of(21, *layout) for row in step]
-    assert flat == list(range(72))  # 3 epochs of 3 whole steps: no row twice, none left out
+    assert flat == list(range(72))  # 3 epochs of 3 whole steps: every row once per epoch
 
 
-def test_validation_has_every_row_once_and_as_many_batches_everywhere():
+def test_validation_has_every_row_once_and_equally_many_batches_per_process():
     parts = [list(ValidBatches(21, 4, process, 2)) for process in range(2)]
     assert len(parts[0]) == len(parts[1]) == len(ValidBatches(21, 4, 0, 2)) == 3
     rows = [row for part in parts for batch in part for row in batch]
@@ -63,7 +63,7 @@ def test_a_batch_knows_its_documents_and_targets(text_folder):
     assert stream.describe(len(rows) + 2) == rows.describe(2, epoch=1)
 
 
-def test_batches_are_made_ahead_while_others_are_used():
+def test_batches_are_prepared_before_they_are_asked_for():
     made = threading.Semaphore(0)
 
     def slow():
@@ -73,13 +73,13 @@ def test_batches_are_made_ahead_while_others_are_used():
 
     ahead = ReadAhead(slow(), depth=2)
     for _ in range(2):
-        assert made.acquire(timeout=10)  # before anybody asked
+        assert made.acquire(timeout=10)  # nothing was asked for
     assert list(ahead) == list(range(6))
     assert list(ahead) == []
     ahead.close()
 
 
-def test_an_error_in_a_batch_is_raised_where_it_is_used():
+def test_an_error_while_preparing_a_batch_is_raised_when_it_is_used():
     def broken():
         yield 1
         raise OSError("the file changed")
@@ -91,7 +91,7 @@ def test_an_error_in_a_batch_is_raised_where_it_is_used():
     ahead.close()
 
 
-def test_waiting_is_short_when_batches_are_made_faster_than_used():
+def test_waiting_is_short_when_batches_are_prepared_faster_than_used():
     def quick():
         for number in range(10):
             time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""Checkpoints on a disk: complete or not there, damaged ones named, the last good one kept."""
+"""Checkpoint folders: complete or absent, damaged ones reported, the last good one kept."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def steps(checkpoints):
     return [checkpoint.step for checkpoint in checkpoints]
 
 
-def test_what_was_saved_last_is_found_and_nothing_else_is_left(tmp_path):
+def test_the_last_saved_checkpoint_is_chosen_and_no_other_file_remains(tmp_path):
     assert choose(tmp_path) == (None, [])
     save(tmp_path, 10)
     last = save(tmp_path, 20)
@@ -53,7 +53,7 @@ def test_what_was_saved_last_is_found_and_nothing_else_is_left(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-20"}
 
 
-def test_newest_is_the_last_saved_not_the_highest_step(tmp_path):
+def test_the_newest_checkpoint_is_the_last_saved_not_the_highest_step(tmp_path):
     for step in (10, 20, 15):
         save(tmp_path, step)
     assert choose(tmp_path)[0].step == 15
@@ -61,7 +61,7 @@ def test_newest_is_the_last_saved_not_the_highest_step(tmp_path):
     assert steps(list_checkpoints(tmp_path)) == [15]
 
 
-def test_the_same_step_again_takes_the_place_of_the_first(tmp_path):
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
     save(tmp_path, 10)
     save(tmp_path, 10, a="other weights")
     assert (choose(tmp_path)[0].path / "a").read_text() == "other weights"
@@ -91,13 +91,13 @@ def garble(path):
     ("damage", "problem"),
     [
         (truncate, "a has 4 bytes, not 7"),
-        (flip, "shard/b is not what was written: its hash differs"),
+        (flip, "shard/b has changed since it was written: its hash differs"),
         (remove, "shard/b is missing"),
-        (unmark, "it has no complete.json: it was not finished"),
+        (unmark, "it has no complete.json: saving did not finish"),
         (garble, "its complete.json cannot be read: "),
     ],
 )
-def test_a_damaged_one_is_named_and_skipped(tmp_path, damage, problem):
+def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path, damage, problem):
     save(tmp_path, 10)
     damage(save(tmp_path, 20).path)
     newest, damaged = choose(tmp_path)
@@ -110,14 +110,14 @@ def test_a_damaged_one_is_named_and_skipped(tmp_path, damage, problem):
         choose(tmp_path)
 
 
-def test_rotation_keeps_the_newest_and_the_best_and_never_the_damaged_instead(tmp_path):
+def test_rotation_keeps_the_newest_complete_and_the_best_checkpoint(tmp_path):
     for step in (10, 20, 30, 40):
         save(tmp_path, step)
     rotate(tmp_path, None)
     assert len(list_checkpoints(tmp_path)) == 4
     truncate(tmp_path / "checkpoint-40")
     rotate(tmp_path, 1, best=tmp_path / "checkpoint-10")
-    assert steps(list_checkpoints(tmp_path)) == [40, 10, 30]  # the damaged one, newer, is left to be looked at
+    assert steps(list_checkpoints(tmp_path)) == [40, 10, 30]  # the damaged one is newer, and is kept for inspection
     assert inspect(tmp_path / "checkpoint-30").problem is None
     assert not (tmp_path / STAGING).exists()
 
@@ -129,15 +129,15 @@ def fail_in_the_middle(output):
         raise RuntimeError("file torn")
 
 
-def test_an_error_while_writing_leaves_the_old_one_and_says_so(tmp_path):
+def test_an_error_while_saving_keeps_the_old_checkpoint_and_names_it(tmp_path):
     save(tmp_path, 10)
-    message = r"checkpoint-20 could not be written \(.*torn.*\): the last complete checkpoint, .*checkpoint-10"
+    message = r"checkpoint-20 could not be written \(.*torn.*\): the last complete checkpoint is .*checkpoint-10"
     with pytest.raises(CheckpointError, match=message):
         fail_in_the_middle(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10"}
 
 
-def test_finished_files_are_published_over_old_ones(tmp_path):
+def test_published_files_replace_old_ones(tmp_path):
     output, staging = tmp_path / "out", tmp_path / "out/.saving/model"
     staging.mkdir(parents=True)
     (output / "config.json").write_text("old")
@@ -149,13 +149,13 @@ def test_finished_files_are_published_over_old_ones(tmp_path):
 
 @pytest.fixture
 def small_files():
-    """Call it, and no file can grow beyond so many bytes: what a full disk is to a writer."""
+    """A function that limits the size of files in bytes; writers then fail as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_writer_that_fails_stops_the_run_with_the_old_checkpoint_whole(
+def test_a_failed_save_stops_the_run_and_keeps_the_old_checkpoint(
     dropout_model, text_folder, tmp_path, console, monkeypatch, small_files
 ):
     original = PackedTrainer._save_checkpoint
@@ -167,7 +167,7 @@ def test_a_writer_that_fails_stops_the_run_with_the_old_checkpoint_whole(
 
     monkeypatch.setattr(PackedTrainer, "_save_checkpoint", save_checkpoint)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint-4 could not be written \(.*MiB free\): the last complete checkpoint, .*2"
+        CheckpointError, match=r"checkpoint-4 could not be written \(.*MiB free\): the last complete checkpoint is .*2"
     ):
         train(recipe_for(dropout_model, text_folder, tmp_path / "out", **SAVING), console)
     newest, damaged = choose(tmp_path / "out")
@@ -175,7 +175,7 @@ def test_a_writer_that_fails_stops_the_run_with_the_old_checkpoint_whole(
     assert not (tmp_path / "out" / STAGING).exists()
 
 
-def test_a_model_that_cannot_be_written_ends_the_run_with_nothing_half_written(
+def test_a_model_that_cannot_be_written_stops_the_run_without_partial_files(
     dropout_model, text_folder, tmp_path, console, monkeypatch, small_files
 ):
     original = PackedTrainer.save_model
@@ -192,7 +192,7 @@ def test_a_model_that_cannot_be_written_ends_the_run_with_nothing_half_written(
 
 
 @pytest.mark.parametrize("text", ["[]", '{"serial": 1, "files": {"a": {"bytes": 3}}}', '{"serial": 1, "files": [1]}'])
-def test_a_marker_that_says_something_else_is_a_damaged_checkpoint(tmp_path, text):
+def test_a_marker_with_other_content_is_a_damaged_checkpoint(tmp_path, text):
     save(tmp_path, 10)
     save(tmp_path, 20)
     (tmp_path / "checkpoint-20" / MARKER).write_text(text)
@@ -203,26 +203,26 @@ def test_a_marker_that_says_something_else_is_a_damaged_checkpoint(tmp_path, tex
 
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_with_one_message(dropout_model, text_folder, tmp_path):
-    """A real one: a file system in memory with room for one checkpoint and no more."""
+    """A file system in memory with room for one checkpoint only."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=900k tmpfs {disk}"
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a file system of their own")
+        pytest.skip("needs permission to mount a file system")
     words = words_for(dropout_model, text_folder, disk / "out", **SAVING)
     command = subprocess.list2cmdline([sys.executable, "-m", "retnet.cli", "train", *words])
     script = f"{mount} && {{ {command}; code=$?; cp -r {disk} {kept}; exit $code; }}"
     run = subprocess.run([unshare, "-rm", "sh", "-c", script], capture_output=True, text=True, env=os.environ)
     assert run.returncode == 2, run.stderr
     assert "checkpoint-4 could not be written" in run.stderr
-    assert "checkpoint-2, is whole" in run.stderr
+    assert "the last complete checkpoint is" in run.stderr
     assert "Traceback" not in run.stderr
     newest, damaged = choose(kept / "out")
     assert (newest.step, damaged) == (2, [])
 
 
-def test_a_run_skips_a_damaged_checkpoint_and_says_so(dropout_model, text_folder, tmp_path, console):
+def test_a_resumed_run_reports_and_skips_a_damaged_checkpoint(dropout_model, text_folder, tmp_path, console):
     train(recipe_for(dropout_model, text_folder, tmp_path, **SAVING), console)
     file = tmp_path / "checkpoint-4/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -230,12 +230,12 @@ def test_a_run_skips_a_damaged_checkpoint_and_says_so(dropout_model, text_folder
     train(recipe_for(dropout_model, text_folder, tmp_path, **SAVING, resume_from_checkpoint="auto"), console)
     text = console.file.getvalue()
     assert f"skipped {tmp_path / 'checkpoint-4'}: model.safetensors has" in text
-    assert f"going on from {tmp_path / 'checkpoint-2'}" in text
+    assert f"resuming from {tmp_path / 'checkpoint-2'}" in text
     log = json.loads((tmp_path / "training.json").read_text())["log"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
 
 
-def test_asking_for_a_damaged_checkpoint_by_name_is_an_error(dropout_model, text_folder, tmp_path, console):
+def test_resuming_from_a_damaged_checkpoint_by_path_is_an_error(dropout_model, text_folder, tmp_path, console):
     train(recipe_for(dropout_model, text_folder, tmp_path, **SAVING), console)
     (tmp_path / "checkpoint-2/optimizer.pt").unlink()
     recipe = recipe_for(

@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them, on gloo: the run that one process would have been."""
+"""Several processes under torchrun, on gloo: the same run as with one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def torchrun(processes: int, words: list[str]) -> str:
 
 
 def assert_same_run(output, expected):
-    """To rounding: sums come in another order."""
+    """Equal up to rounding, since sums are taken in another order."""
     assert losses(output).keys() == losses(expected).keys() == {1, 2, 3, 4}
     assert list(losses(output).values()) == pytest.approx(list(losses(expected).values()), rel=2e-5)
     trained, wanted = load_model(output).state_dict(), load_model(expected).state_dict()
@@ -43,23 +43,23 @@ def assert_same_run(output, expected):
 
 @pytest.fixture
 def one_process(byte_model, text_folder, tmp_path, console):
-    """16 rows a step in one batch, and its output."""
+    """The output of a run with 16 rows per step in one batch."""
     settings = SETTINGS | {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
     train(recipe_for(byte_model, text_folder, tmp_path / "one", **settings), console)
     return tmp_path / "one"
 
 
-def test_two_processes_that_accumulate_are_one_that_does_not(byte_model, text_folder, tmp_path, one_process):
+def test_two_processes_with_accumulation_train_as_one_without(byte_model, text_folder, tmp_path, one_process):
     settings = SETTINGS | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     shown = torchrun(2, words_for(byte_model, text_folder, tmp_path / "two", **settings))
-    assert shown.count("saved in") == 1  # one process speaks
+    assert shown.count("saved in") == 1  # only one process prints
     assert "on 2 x cpu" in shown
     assert_same_run(tmp_path / "two", one_process)
 
 
 @pytest.mark.slow
-def test_sharded_checkpoints_go_on_with_any_number_of_processes(byte_model, text_folder, tmp_path, one_process):
-    """Two processes to the first checkpoint; one, and three, from there on."""
+def test_sharded_checkpoints_resume_with_any_number_of_processes(byte_model, text_folder, tmp_path, one_process):
+    """Two processes up to the first checkpoint; then one, and four."""
     sharded = SETTINGS | FSDP | {"gradient_accumulation_steps": 1, "resume_from_checkpoint": "auto"}
     output = tmp_path / "two"
     torchrun(2, words_for(byte_model, text_folder, output, **sharded, per_device_train_batch_size=8))

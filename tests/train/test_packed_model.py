@@ -1,4 +1,4 @@
-"""Packed rows through the model that is trained: no leaks, states carried, losses by their share."""
+"""The training model on packed rows: no leaks, carried states, losses by their share of the step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTH, LANES = 40, 4
 
 
 def make_model(**options) -> PackedForCausalLM:
-    """Weights at unit gain, so that what is forgotten or leaks is seen."""
+    """Weights at unit gain, so that leaks and lost states show."""
     return PackedForCausalLM.wrap(small_model(**BYTES, **options)).eval()
 
 
@@ -37,8 +37,8 @@ def corpus(text_folder):
     return open_corpus(text_folder)
 
 
-def test_a_token_of_one_document_changes_no_loss_of_the_others(byte_model, text_folder, tmp_path):
-    """Through the whole trainer: its rows, its batches, its model, its loss; token by token."""
+def test_a_token_changes_no_loss_of_other_documents(byte_model, text_folder, tmp_path):
+    """Through the whole trainer: rows, batches, model and loss."""
     recipe = recipe_for(byte_model, text_folder, tmp_path, length=200)
     arguments = recipe.training_arguments()
     data, model = open_data(recipe, arguments), make_model()
@@ -52,7 +52,7 @@ def test_a_token_of_one_document_changes_no_loss_of_the_others(byte_model, text_
     ids[victim[3]] = (ids[victim[3]] + 1) % 256
 
     def losses_by_token(inputs):
-        """Each document's loss alone: the others' targets are ignored."""
+        """The loss of each document, with the targets of the others ignored."""
         targets = inputs["shift_labels"].flatten()
         values = []
         for begin, end in pairwise(bounds):
@@ -69,7 +69,7 @@ def test_a_token_of_one_document_changes_no_loss_of_the_others(byte_model, text_
     assert before[number + 1 :] == after[number + 1 :]
 
 
-def test_rows_without_carried_states_are_their_pieces(corpus):
+def test_without_carried_states_the_loss_of_a_row_is_that_of_its_pieces(corpus):
     model = make_model()
     batch = collate([RowStream(PackedDataset(corpus, LENGTH, 0))[i] for i in range(3)])
     loss = forward(model, batch).loss
@@ -83,8 +83,8 @@ def test_rows_without_carried_states_are_their_pieces(corpus):
 
 
 @pytest.mark.parametrize("stack", ["retention", "arch_expert_research_mini"])
-def test_carried_states_make_segments_whole_documents(corpus, stack):
-    """The same nats as reading each document of a lane in one piece, over all the steps of an epoch."""
+def test_with_carried_states_the_loss_is_that_of_whole_documents(corpus, stack):
+    """Equal to reading each document of a lane in one piece, over the steps of an epoch."""
     model = make_model() if stack == "retention" else PackedForCausalLM.wrap(resolve_model(stack)).eval()
     rows = PackedDataset(corpus, LENGTH, 0, carry_state=True, lanes=LANES)
     stream = RowStream(rows)
@@ -108,11 +108,11 @@ def test_carried_states_make_segments_whole_documents(corpus, stack):
             log_p = model.model(ids[None, begin:end]).logits[0].log_softmax(-1)
             kept = targets[begin:end] != -100
             expected -= log_p[kept].gather(1, targets[begin:end][kept, None]).sum().item()
-    assert continued > LANES  # documents did go on from row to row
+    assert continued > LANES  # documents continued from row to row
     assert nats == pytest.approx(expected, rel=1e-4)
 
 
-def test_no_gradient_goes_into_the_lane_before(corpus):
+def test_no_gradient_flows_into_the_carried_state(corpus):
     model = make_model().train()
     stream = RowStream(PackedDataset(corpus, LENGTH, 0, carry_state=True, lanes=LANES))
     first, second = (collate([stream[step * LANES + lane] for lane in range(LANES)]) for step in range(2))
@@ -144,7 +144,7 @@ def test_what_routers_add_counts_by_a_batchs_share_of_the_step(corpus):
     assert extra[0][0] > evaluated  # validation has the nats alone
 
 
-def test_the_logits_of_all_tokens_are_never_made(corpus, monkeypatch):
+def test_the_logits_of_all_tokens_are_never_computed(corpus, monkeypatch):
     model = make_model()
     monkeypatch.setattr(model.model, "logits", lambda hidden: pytest.fail("logits of all tokens were made"))
     batch = collate([RowStream(PackedDataset(corpus, LENGTH, 0))[0]])
@@ -152,7 +152,7 @@ def test_the_logits_of_all_tokens_are_never_made(corpus, monkeypatch):
         assert forward(model.train(training), batch).loss > 0
 
 
-def test_saved_it_is_the_face_that_everybody_loads(tmp_path, corpus):
+def test_it_is_saved_as_the_class_that_transformers_loads(tmp_path, corpus):
     from retnet.models.hf import RetNetForCausalLM
 
     model = make_model()
@@ -165,10 +165,10 @@ def test_saved_it_is_the_face_that_everybody_loads(tmp_path, corpus):
 @pytest.mark.gpu
 @pytest.mark.parametrize("stack", ["retnet-125m", "recipes/llama-125m.yml"])
 def test_a_compiled_step_on_a_gpu_has_the_gradients_of_the_cpu(stack):
-    """As a run of the Wikipedia recipes takes it: 8 rows of 2048 laid end to end, bfloat16, documents as they come.
+    """A step of the Wikipedia recipes: 8 rows of 2048 laid end to end, bfloat16, random document boundaries.
 
-    Nothing is asked of a document's first token, whose retention output, normalized, depends on q and k by rounding
-    alone (docs/numerics.md).
+    The first token of a document has no target: its normalized retention output depends on q and k only through
+    rounding (docs/numerics.md).
     """
     config = resolve_config(stack)
     config = replace(config, layers=config.layers[:1], vocab_size=500, init="normal", init_std=0.04)
@@ -184,7 +184,7 @@ def test_a_compiled_step_on_a_gpu_has_the_gradients_of_the_cpu(stack):
     def gradients(device: str) -> list[list[torch.Tensor]]:
         torch._dynamo.reset()
         model = PackedForCausalLM.wrap(LanguageModel(config)).to(device).train()
-        if device == "cuda":  # block by block, as `retnet train` does
+        if device == "cuda":  # block by block, as in `retnet train`
             for layer in model.model.layers:
                 layer.compile()
         found = []

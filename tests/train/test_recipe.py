@@ -7,7 +7,7 @@ from retnet.train.recipe import DEFAULTS, load_recipe
 STACK = str(Path(__file__).resolve().parents[2] / "recipes" / "llama-125m.yml")
 
 
-def test_words_set_our_fields_and_those_of_the_trainer():
+def test_arguments_set_fields_of_recipes_and_of_the_trainer():
     recipe = load_recipe(None, ["model=retnet-tiny", "data=stdlib", "length=64", "learning_rate=3e-4", "max_steps=7"])
     assert (recipe.model, recipe.data, recipe.length) == ("retnet-tiny", "stdlib", 64)
     arguments = recipe.training_arguments()
@@ -16,7 +16,7 @@ def test_words_set_our_fields_and_those_of_the_trainer():
     assert arguments.output_dir == "out/retnet-tiny"
 
 
-def test_a_file_is_read_and_words_win_over_it(tmp_path):
+def test_arguments_override_the_file(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("model: retnet-tiny\ndata: some/folder\nlearning_rate: 3e-3\neval_strategy: no\nmax_steps: 5\n")
     recipe = load_recipe(file, ["max_steps=9"], data="stdlib")
@@ -26,7 +26,7 @@ def test_a_file_is_read_and_words_win_over_it(tmp_path):
     assert recipe.training["eval_strategy"] == "no"
 
 
-def test_lists_mappings_and_booleans_come_as_yaml():
+def test_arguments_may_be_yaml_lists_mappings_and_booleans():
     words = ["model=m", "data=d", "do_eval=false", "lr_scheduler_kwargs={num_cycles: 2}", "eval_strategy=no"]
     training = load_recipe(None, words).training
     assert training["do_eval"] is False
@@ -34,7 +34,7 @@ def test_lists_mappings_and_booleans_come_as_yaml():
     assert training["eval_strategy"] == "no"
 
 
-def test_every_mistake_is_named_at_once_with_the_nearest_key():
+def test_all_mistakes_are_reported_at_once_with_the_nearest_keys():
     with pytest.raises(ValueError, match="unknown key 'learning_rat'") as error:
         load_recipe(None, ["learning_rat=1", "lenght=3", "max_steps=many", "model=m"])
     message = str(error.value)
@@ -45,7 +45,7 @@ def test_every_mistake_is_named_at_once_with_the_nearest_key():
 
 
 @pytest.mark.parametrize("word", ["length=1", "valid_fraction=1.5", "length=many"])
-def test_our_own_fields_are_checked(word):
+def test_fields_of_recipes_are_validated(word):
     with pytest.raises(ValueError, match=word.split("=")[0]):
         load_recipe(None, ["model=m", "data=d", word])
 
@@ -54,20 +54,20 @@ def test_our_own_fields_are_checked(word):
     ("text", "message"),
     [("- a\n- b\n", "holds a list"), ("a: [1,\n", "is not YAML"), ("just text", "holds a str")],
 )
-def test_a_file_that_is_no_recipe_says_why(tmp_path, text, message):
+def test_a_file_that_is_not_a_recipe_is_refused_with_the_reason(tmp_path, text, message):
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_recipe(file)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_named_in_the_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such recipe: .*gone\.yaml"):
         load_recipe(tmp_path / "gone.yaml")
 
 
 @pytest.mark.parametrize("word", ["=3", "length"])
-def test_a_word_that_is_no_setting_is_refused(word):
+def test_an_argument_that_is_not_a_setting_is_refused(word):
     with pytest.raises(ValueError, match="is not key=value"):
         load_recipe(None, [word])
 
@@ -92,11 +92,11 @@ def test_data_may_be_several_sources_with_weights(tmp_path):
         ("fsdp_config", "{state_dict_type: SHARDED_STATE_DICT}", {"state_dict_type": "SHARDED_STATE_DICT"}),
     ],
 )
-def test_fields_that_take_more_than_they_declare(key, word, value):
+def test_fields_accept_more_types_than_they_declare(key, word, value):
     assert load_recipe(None, ["model=m", "data=d", f"{key}={word}"]).training[key] == value
 
 
-def test_compilation_is_of_blocks_and_not_of_the_trainers_whole_model():
+def test_blocks_are_compiled_and_not_the_whole_model():
     recipe = load_recipe(None, ["model=m", "data=d", "torch_compile=true", "torch_compile_mode=max-autotune"])
     assert recipe.compile_options == {"mode": "max-autotune"}
     assert not recipe.training_arguments().torch_compile
@@ -106,7 +106,7 @@ def test_compilation_is_of_blocks_and_not_of_the_trainers_whole_model():
     assert load_recipe(None, ["model=m", "data=d"]).compile_options is None
 
 
-def test_a_setting_that_would_do_nothing_is_refused():
+def test_a_setting_without_effect_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="dataloader_drop_last is not accepted: no row is left out"):
         load_recipe(None, ["model=m", "data=d", "dataloader_drop_last=true"])
 
@@ -117,20 +117,23 @@ def test_a_setting_that_would_do_nothing_is_refused():
         ("per_device_train_batch_size=0", "per_device_train_batch_size is 0; accepted: 1 or more"),
         ("per_device_eval_batch_size=-2", "per_device_eval_batch_size is -2; accepted: 1 or more"),
         ("gradient_accumulation_steps=0", "gradient_accumulation_steps is 0; accepted: 1 or more"),
-        ("max_steps=0", "max_steps is 0; accepted: 1 or more, or -1 for none"),
+        ("max_steps=0", "max_steps is 0; accepted: 1 or more, or -1 for no limit"),
         ("num_train_epochs=-1", "num_train_epochs is -1.0; accepted: a number above 0"),
         ("metric_for_best_model=foo", "metric_for_best_model is 'foo'; accepted: eval_loss, eval_perplexity"),
-        ("load_best_model_at_end=true", "load_best_model_at_end is True without validation; accepted: with eval"),
+        (
+            "load_best_model_at_end=true",
+            "load_best_model_at_end is True without validation; accepted: False",
+        ),
         ("torch_compile_mode=foo", "torch_compile_mode is 'foo'; accepted: default"),
         ("torch_compile_backend=foo", "torch_compile_backend is 'foo'; accepted: .*inductor"),
-        ("lr_scheduler_kwargs={a", "lr_scheduler_kwargs is '{a', which begins like YAML and is not"),
-        ("data={a: 1", "data is '{a: 1', which begins like YAML and is not"),
-        ("save_only_model=true", "save_only_model is not accepted: a checkpoint is what a run goes on from"),
-        ("do_train=false", "do_train is not accepted: training is what this does"),
-        ("output_dir=m", "output_dir is m, the model's own folder; accepted: another"),
+        ("lr_scheduler_kwargs={a", "lr_scheduler_kwargs is '{a', which starts like YAML but is not valid"),
+        ("data={a: 1", "data is '{a: 1', which starts like YAML but is not valid"),
+        ("save_only_model=true", "save_only_model is not accepted: a checkpoint must be complete"),
+        ("do_train=false", "do_train is not accepted: this command trains"),
+        ("output_dir=m", "output_dir is m, the folder of the model; accepted: another"),
     ],
 )
-def test_settings_that_would_fail_later_or_do_nothing_are_refused(word, message):
+def test_settings_that_would_fail_late_or_have_no_effect_are_refused(word, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(None, ["model=m", "data=d", word])
 
@@ -138,5 +141,5 @@ def test_settings_that_would_fail_later_or_do_nothing_are_refused(word, message)
 @pytest.mark.parametrize(
     ("model", "folder"), [("retnet-1.3b", "retnet-1.3b"), (STACK, "llama-125m"), ("some/trained", "trained")]
 )
-def test_a_run_has_a_folder_by_the_name_of_its_model(model, folder):
+def test_the_default_output_folder_is_named_after_the_model(model, folder):
     assert load_recipe(None, ["data=d"], model=model).training["output_dir"] == str(Path("out") / folder)

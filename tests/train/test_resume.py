@@ -1,4 +1,4 @@
-"""A run that was killed and resumed is the run that was never stopped, bit for bit."""
+"""A run that was killed and resumed equals one that was never stopped, bit for bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_and_die(place: str, words: list[str]) -> None:
         ),
     ],
 )
-def test_a_killed_run_goes_on_as_if_it_had_not_been(
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     dropout_model, text_folder, tmp_path, console, places, settings, resumed_at
 ):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -51,13 +51,13 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
         )
     assert not (killed / "training.json").exists()
     train(recipe_for(dropout_model, text_folder, killed, **SAVING, **settings, resume_from_checkpoint="auto"), console)
-    assert f"going on from {killed / resumed_at}" in console.file.getvalue()
+    assert f"resuming from {killed / resumed_at}" in console.file.getvalue()
     assert losses(killed) == losses(whole)
     assert len(losses(whole)) == 24
     assert weights(killed) == weights(whole)
 
 
-def test_sigterm_saves_and_the_run_goes_on_in_the_middle_of_a_log_interval(
+def test_a_run_stopped_by_sigterm_resumes_in_the_middle_of_a_log_interval(
     dropout_model, text_folder, tmp_path, console, monkeypatch
 ):
     settings = {"logging_steps": 4, "carry_state": True}
@@ -75,7 +75,7 @@ def test_sigterm_saves_and_the_run_goes_on_in_the_middle_of_a_log_interval(
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(PackedTrainer, "training_step", training_step)
-        with pytest.raises(Terminated, match="terminated at step 11; resume_from_checkpoint=auto goes on from"):
+        with pytest.raises(Terminated, match="terminated at step 11; resume_from_checkpoint=auto resumes from"):
             train(recipe_for(dropout_model, text_folder, stopped, **settings), console)
     assert signal.getsignal(signal.SIGTERM) == before
     assert (stopped / "checkpoint-11/complete.json").exists()
@@ -85,7 +85,7 @@ def test_sigterm_saves_and_the_run_goes_on_in_the_middle_of_a_log_interval(
     assert weights(stopped) == weights(whole)
 
 
-def test_the_command_ends_with_the_code_of_the_signal(dropout_model, text_folder, tmp_path, monkeypatch, capsys):
+def test_after_sigterm_the_exit_code_is_that_of_the_signal(dropout_model, text_folder, tmp_path, monkeypatch, capsys):
     from retnet.cli import main
     from retnet.train.trainer import PackedTrainer
 
@@ -99,12 +99,12 @@ def test_the_command_ends_with_the_code_of_the_signal(dropout_model, text_folder
     with pytest.raises(SystemExit) as ended:
         main(["train", *words_for(dropout_model, text_folder, tmp_path, save_strategy="no")])
     assert ended.value.code == 143
-    assert "terminated at step 2; resume_from_checkpoint=auto goes on" in capsys.readouterr().out
+    assert "terminated at step 2; resume_from_checkpoint=auto resumes" in capsys.readouterr().out
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2"}
 
 
 def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(dropout_model, text_folder, tmp_path, console, monkeypatch):
-    """Validation that is best at step 4, and room for one checkpoint beside that."""
+    """Validation is best at step 4, and one more checkpoint is kept."""
     from retnet.train.trainer import PackedTrainer
 
     scores = iter([2.0, 1.0, 3.0, 4.0, 1.0])
@@ -120,9 +120,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(dropout_model, text_f
     assert weights(tmp_path) == weights(best)
 
 
-def test_everything_that_is_read_back_is_read_as_weights_only(
-    dropout_model, text_folder, tmp_path, console, monkeypatch
-):
+def test_checkpoints_are_read_with_weights_only(dropout_model, text_folder, tmp_path, console, monkeypatch):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "num_train_epochs": 1}
     train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
     read = []
@@ -155,15 +153,15 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(dropout_mod
         train(other, console)
 
 
-def test_a_folder_with_checkpoints_is_not_written_over(dropout_model, text_folder, tmp_path, console):
+def test_a_folder_with_checkpoints_is_not_overwritten(dropout_model, text_folder, tmp_path, console):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
     with pytest.raises(ValueError, match="checkpoint-2; accepted: resume_from_checkpoint=auto"):
         train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
 
 
-def test_a_run_that_was_through_is_finished_and_not_trained_on(dropout_model, text_folder, tmp_path, console):
-    """As after a kill during the last validation: at a constant rate one more step would show in the weights."""
+def test_resuming_a_finished_run_validates_and_saves_without_training(dropout_model, text_folder, tmp_path, console):
+    """As after a kill during the last validation. At a constant rate one more step would change the weights."""
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
     first = train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
     before = weights(tmp_path)
@@ -171,12 +169,14 @@ def test_a_run_that_was_through_is_finished_and_not_trained_on(dropout_model, te
     again = train(recipe_for(dropout_model, text_folder, tmp_path, **settings, resume_from_checkpoint="auto"), console)
     assert weights(tmp_path) == before
     assert (again.steps, again.tokens) == (8, first.tokens)
-    assert again.seconds >= 0.5 * first.seconds, "of all parts of the run"
+    assert again.seconds >= 0.5 * first.seconds, "the time before resuming counts"
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
 
 
 @pytest.mark.parametrize("place", ["validation", "last step"])
-def test_sigterm_is_heard_where_no_step_follows(dropout_model, text_folder, tmp_path, console, monkeypatch, place):
+def test_sigterm_in_validation_or_the_last_step_saves(
+    dropout_model, text_folder, tmp_path, console, monkeypatch, place
+):
     from retnet.train.batches import ValidBatches
     from retnet.train.trainer import PackedTrainer
 
@@ -210,9 +210,7 @@ def test_sigterm_is_heard_where_no_step_follows(dropout_model, text_folder, tmp_
 
 
 @pytest.mark.parametrize("changed", [{"learning_rate": 1e-4}, {"weight_decay": 0.5}, {"optim": "sgd"}, {"bf16": True}])
-def test_settings_that_a_checkpoint_brings_along_cannot_be_changed(
-    dropout_model, text_folder, tmp_path, console, changed
-):
+def test_settings_stored_in_a_checkpoint_cannot_be_changed(dropout_model, text_folder, tmp_path, console, changed):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)
     settings |= {"max_steps": 4, "resume_from_checkpoint": "auto"} | changed

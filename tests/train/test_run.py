@@ -1,4 +1,4 @@
-"""A whole run through the Trainer, small: what it writes, what it repeats, what it refuses."""
+"""Small whole runs: their files, their reproducibility, and what is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .conftest import losses, recipe_for, weights
 QUICK = {"max_steps": 8, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
 
 
-def test_a_run_learns_and_leaves_a_model_a_log_a_curve_and_samples(byte_model, text_folder, tmp_path, console):
+def test_a_run_learns_and_writes_a_model_a_log_a_curve_and_samples(byte_model, text_folder, tmp_path, console):
     settings = QUICK | {"do_eval": True, "num_samples": 2, "logging_steps": 4}
     summary = train(recipe_for(byte_model, text_folder, tmp_path / "out", **settings), console)
     assert (summary.steps, summary.tokens) == (8, 8 * 4 * 48)
@@ -43,7 +43,7 @@ def test_a_run_learns_and_leaves_a_model_a_log_a_curve_and_samples(byte_model, t
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["RetNetForCausalLM"]
 
 
-def test_what_is_saved_loads_with_its_tokenizer_everywhere(byte_model, text_folder, tmp_path, console):
+def test_a_saved_model_loads_with_its_tokenizer_in_transformers(byte_model, text_folder, tmp_path, console):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import retnet.hf  # noqa: F401 (registers)
@@ -55,8 +55,8 @@ def test_what_is_saved_loads_with_its_tokenizer_everywhere(byte_model, text_fold
     assert model(ids).logits.shape == (1, 6, 257)
 
 
-def test_validation_is_the_nats_of_every_byte_once(byte_model, text_folder, tmp_path, console):
-    """Against each piece of each validation document by itself."""
+def test_validation_scores_every_byte_once(byte_model, text_folder, tmp_path, console):
+    """Compared with each piece of each validation document on its own."""
     settings = QUICK | {"do_eval": True, "per_device_eval_batch_size": 3}
     summary = train(recipe_for(byte_model, text_folder, tmp_path, **settings), console)
     _, valid = open_corpus(text_folder).split(0.2)
@@ -75,7 +75,7 @@ def test_validation_is_the_nats_of_every_byte_once(byte_model, text_folder, tmp_
     assert summary.valid_bits_per_byte == pytest.approx(nats / count / math.log(2), rel=1e-5)
 
 
-def test_the_same_run_twice_gives_the_same_bits(dropout_model, text_folder, tmp_path, console):
+def test_two_equal_runs_give_equal_bits(dropout_model, text_folder, tmp_path, console):
     for name in ("a", "b"):
         train(recipe_for(dropout_model, text_folder, tmp_path / name, **QUICK), console)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
@@ -98,8 +98,8 @@ def test_the_same_run_twice_gives_the_same_bits(dropout_model, text_folder, tmp_
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_how_a_step_is_computed_changes_no_loss(byte_model, text_folder, tmp_path, console, changed):
-    """Rows have unequal numbers of targets, so that a mean of means would differ."""
+def test_losses_do_not_depend_on_how_a_step_is_computed(byte_model, text_folder, tmp_path, console, changed):
+    """Rows have unequal numbers of targets, so a mean of means would differ."""
     settings = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 3}
     train(recipe_for(byte_model, text_folder, tmp_path / "a", **settings), console)
     train(recipe_for(byte_model, text_folder, tmp_path / "b", **settings | changed), console)
@@ -134,10 +134,10 @@ def test_corpora_are_mixed_and_validated_by_name(byte_model, text_folder, tmp_pa
 
 
 @pytest.mark.parametrize("place", ["loss", "weights"])
-def test_what_is_not_finite_ends_the_run_and_names_step_documents_and_checkpoint(
+def test_a_loss_or_weight_that_is_not_finite_stops_the_run_with_its_step_documents_and_checkpoint(
     byte_model, text_folder, tmp_path, console, monkeypatch, place
 ):
-    """Either the loss of a step, or a gradient that only the weights show."""
+    """The loss of a step, or a gradient that only makes the weights not finite."""
     original = PackedTrainer.training_step
 
     def training_step(self, *args, **kwargs):
@@ -174,14 +174,14 @@ def test_what_is_not_finite_ends_the_run_and_names_step_documents_and_checkpoint
         assert "weights are not finite after step 6" in message
 
 
-def test_a_rate_that_is_far_too_high_ends_the_run(byte_model, text_folder, tmp_path, console):
+def test_a_far_too_high_learning_rate_stops_the_run(byte_model, text_folder, tmp_path, console):
     recipe = recipe_for(byte_model, text_folder, tmp_path, **QUICK, learning_rate=1e30, max_grad_norm=0)
     with pytest.raises(NonFiniteLoss, match=r"loss is (nan|inf) at step \d+, trained on .*There is no checkpoint"):
         train(recipe, console)
 
 
-def test_what_is_not_finite_is_not_saved_as_the_model(byte_model, text_folder, tmp_path, console, monkeypatch):
-    """After the last step, where no loss and no checkpoint looks at the weights any more."""
+def test_weights_that_are_not_finite_are_not_saved(byte_model, text_folder, tmp_path, console, monkeypatch):
+    """After the last step, no loss and no checkpoint checks the weights."""
     original = PackedTrainer.training_step
 
     def training_step(self, *args, **kwargs):
@@ -196,7 +196,7 @@ def test_what_is_not_finite_is_not_saved_as_the_model(byte_model, text_folder, t
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_validation_loss_that_is_not_finite_ends_the_run(byte_model, text_folder, tmp_path, console, monkeypatch):
+def test_a_validation_loss_that_is_not_finite_stops_the_run(byte_model, text_folder, tmp_path, console, monkeypatch):
     monkeypatch.setattr(PackedTrainer, "_score", lambda self, rows: torch.tensor([math.nan, 1.0]))
     with pytest.raises(NonFiniteLoss, match=r"the validation loss is not finite after step \d+"):
         train(recipe_for(byte_model, text_folder, tmp_path, **{**QUICK, "do_eval": True}), console)
@@ -221,7 +221,7 @@ def test_a_model_goes_on_with_its_own_tokenizer_alone(byte_model, text_folder, t
         train(recipe_for(tmp_path / "first", text_folder, tmp_path / "second", **QUICK), console)
 
 
-def test_a_presets_weights_are_drawn_from_the_seed(text_folder, tmp_path):
+def test_the_seed_determines_the_weights_of_a_preset(text_folder, tmp_path):
     recipe, corpus = recipe_for("retnet-tiny", text_folder, tmp_path), open_corpus(str(text_folder))
     one, same, other = (open_model(recipe, corpus, seed).model.embedding.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)

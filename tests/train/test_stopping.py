@@ -1,4 +1,4 @@
-"""When a run ends, and the schedule that follows from it."""
+"""The end of a run, and the learning-rate schedule that follows from it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from retnet.train.stopping import ProcessConsensus, RunClock, TerminationSignal
 from .conftest import recipe_for
 
 
-def test_one_process_agrees_with_itself():
-    agreement = ProcessConsensus()
-    agreed = agreement.reach(7, False, 1.5)
+def test_one_process_gets_back_what_it_gives():
+    consensus = ProcessConsensus()
+    agreed = consensus.reach(7, False, 1.5)
     assert (agreed.num_targets, agreed.terminate, agreed.seconds) == (7, False, 1.5)
-    assert agreement.any(True)
-    assert not agreement.any(False)
+    assert consensus.any(True)
+    assert not consensus.any(False)
 
 
-def test_sigterm_is_remembered_and_its_old_handler_comes_back():
+def test_sigterm_is_recorded_and_the_old_handler_is_restored():
     before = signal.getsignal(signal.SIGTERM)
     with TerminationSignal() as termination:
         assert not termination.received
@@ -31,7 +31,7 @@ def test_sigterm_is_remembered_and_its_old_handler_comes_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_schedule_follows_the_steps_or_the_minutes_whichever_is_further():
+def test_a_schedule_follows_the_steps_or_the_time_whichever_is_further():
     clock = RunClock(max_minutes=1.0)
     clock.start(earlier_seconds=0.0)
     rate = clock.schedule(lambda step: 1 - step / 100, max_steps=100)
@@ -43,14 +43,14 @@ def test_a_schedule_follows_the_steps_or_the_minutes_whichever_is_further():
     assert (rate(30), clock.fraction) == (0.0, 1.0)
 
 
-def test_a_clock_counts_earlier_parts_of_a_run():
+def test_a_clock_counts_the_time_before_a_run_was_resumed():
     clock = RunClock(None)
     clock.start(earlier_seconds=100.0)
     assert 100.0 <= clock.read() < 160.0
     assert clock.fraction == 0.0
 
 
-def test_a_run_ends_with_its_minutes_and_its_schedule_does_too(dropout_model, text_folder, tmp_path, console):
+def test_a_run_and_its_schedule_end_at_the_time_limit(dropout_model, text_folder, tmp_path, console):
     recipe = recipe_for(
         dropout_model, text_folder, tmp_path, max_steps=100_000, max_minutes=0.025, warmup_steps=0, do_eval=True
     )
@@ -61,11 +61,11 @@ def test_a_run_ends_with_its_minutes_and_its_schedule_does_too(dropout_model, te
     rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > 0.5 * recipe.training["learning_rate"]
-    last_step = 2.5 / summary.steps  # its share of the run, with something over for a slow beginning
+    last_step = 2.5 / summary.steps  # its share of the run, with a margin for slow first steps
     assert rates[-1] < max(0.2, last_step) * recipe.training["learning_rate"]
 
 
-def test_minutes_need_a_schedule_that_is_a_function_of_the_step(dropout_model, text_folder, tmp_path, console):
+def test_a_time_limit_needs_a_schedule_that_is_a_function_of_the_step(dropout_model, text_folder, tmp_path, console):
     settings = {"max_minutes": 1, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
     recipe = recipe_for(dropout_model, text_folder, tmp_path, **settings)
     with pytest.raises(ValueError, match="reduce_lr_on_plateau with max_minutes; accepted there"):

@@ -1,9 +1,8 @@
-"""Speed and utilisation: what is counted, and what they are of."""
+"""Throughput and utilisation: what is counted, and relative to which peak."""
 
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -19,23 +18,70 @@ from retnet.train.throughput import Meter, Peak, device_peak, flops_per_token, m
 CPU = torch.device("cpu")
 
 
-def test_utilisation_is_the_models_operations_over_the_peak():
+class Clock:
+    """A clock that moves only when it is told to."""
+
+    def __init__(self):
+        self.seconds = 100.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(throughput, "time", clock)
+    return clock
+
+
+def test_a_reading_is_of_the_tokens_and_the_time_since_the_last_one(clock):
     config = preset("retnet-tiny")
     meter = Meter(config, Peak(1e12, "a device"), num_processes=4)
-    meter.count(BatchFacts((0,), 900, seen=1000 * 500, num_tokens=1000))
-    meter.waited(0.01)
-    time.sleep(0.1)
-    meter.pause(0.05)
-    reading = meter.read()
-    rate = reading["tokens_per_second"]
-    assert 4 * 1000 / 0.5 < rate < 4 * 1000 / 0.05
-    assert reading["mfu"] == pytest.approx(rate / 4 * model_cost(config, 500).training_flops / 1e12)
-    assert reading["data_wait"] == pytest.approx(0.01 * rate / 4 / 1000)
     assert meter.read() == {}
+    for _ in range(2):
+        meter.count(BatchFacts((0,), 900, seen=1000 * 500, num_tokens=1000))
+        meter.waited(0.01)
+        clock.seconds += 0.25
+    reading = meter.read()
+    assert reading["tokens_per_second"] == pytest.approx(4 * 2000 / 0.5)
+    assert reading["mfu"] == pytest.approx(2000 / 0.5 * model_cost(config, 500).training_flops / 1e12)
+    assert reading["data_wait"] == pytest.approx(0.02 / 0.5)
+    assert (meter.total_seconds, meter.total_waited) == pytest.approx((0.5, 0.02))
+    clock.seconds += 1.0
+    assert meter.read() == {}  # no tokens
+    meter.count(BatchFacts((0,), 900, seen=1000 * 500, num_tokens=1000))
+    clock.seconds += 0.5
+    assert meter.read()["tokens_per_second"] == pytest.approx(4 * 1000 / 0.5)
+    assert (meter.total_seconds, meter.total_waited) == pytest.approx((1.0, 0.02))
 
 
-def test_attention_is_counted_over_the_documents_that_it_sees():
-    """Two documents of 100 and 300 tokens in a row of 400: work as the sum of theirs, not that of 400."""
+def test_time_for_validation_and_checkpoints_does_not_count(clock):
+    meter = Meter(preset("retnet-tiny"), Peak(1e12, "a device"), num_processes=1)
+    meter.count(BatchFacts((0,), 900, seen=1000 * 500, num_tokens=1000))
+    clock.seconds += 10.0
+    meter.pause(6.0)
+    meter.pause(3.0)
+    assert meter.read()["tokens_per_second"] == pytest.approx(1000)
+    assert meter.total_seconds == pytest.approx(1.0)
+    meter.count(BatchFacts((0,), 900, seen=1000 * 500, num_tokens=1000))
+    clock.seconds += 2.0  # the pauses above are those of the first reading
+    assert meter.read()["tokens_per_second"] == pytest.approx(500)
+
+
+def test_a_restart_forgets_tokens_and_time(clock):
+    meter = Meter(preset("retnet-tiny"), Peak(1e12, "a device"), num_processes=1)
+    meter.count(BatchFacts((0,), 900, seen=1000 * 500, num_tokens=1000))
+    clock.seconds += 10.0
+    meter.restart()
+    assert meter.read() == {}
+    meter.count(BatchFacts((0,), 900, seen=1000 * 500, num_tokens=1000))
+    clock.seconds += 2.0
+    assert meter.read()["tokens_per_second"] == pytest.approx(500)
+
+
+def test_attention_is_counted_within_documents():
+    """Documents of 100 and 300 tokens in a row of 400 cost as much as in two rows."""
     config = resolve_config("arch_beginner_llama_mini")
     packed = 400 * flops_per_token(config, 400, 100**2 + 300**2)
     apart = sum(n * model_cost(config, n).training_flops for n in (100, 300))
@@ -43,7 +89,7 @@ def test_attention_is_counted_over_the_documents_that_it_sees():
     assert packed < 400 * model_cost(config, 400).training_flops
 
 
-def test_a_known_gpu_is_compared_with_its_vendors_rate(monkeypatch):
+def test_a_known_gpu_has_its_vendors_rate(monkeypatch):
     gpu = torch.device("cuda", 0)
     for name, rate in (("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
@@ -52,7 +98,7 @@ def test_a_known_gpu_is_compared_with_its_vendors_rate(monkeypatch):
         assert "vendor's" in peak.source
 
 
-def test_anything_else_is_measured_and_said_so(monkeypatch):
+def test_other_devices_are_measured_and_the_source_says_so(monkeypatch):
     state = torch.get_rng_state()
     peak = device_peak(CPU, torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
@@ -65,7 +111,7 @@ def test_anything_else_is_measured_and_said_so(monkeypatch):
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' own count")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="compares with Linux's own count")
 def test_memory_is_the_peak_of_the_process():
     held = torch.ones(2**27, dtype=torch.uint8)
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())

@@ -1,0 +1,69 @@
+"""The files of a checkpoint that the Trainer does not write: unlogged losses, carried states, identity."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retnet.models.states import ModelState
+from retnet.system.files import write_json
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one process holds between two steps, beside what the Trainer saves.
+
+    loss: the sum since step `last_logged`. lanes: the carried states, if states are carried.
+    """
+
+    loss: float
+    last_logged: int
+    lanes: ModelState | None = None
+
+    def save(self, checkpoint: Path, process: int) -> None:
+        write_json(_progress_file(checkpoint, process), {"loss": self.loss, "last_logged": self.last_logged})
+        if self.lanes is not None:
+            self.lanes.trim().save(_lanes_file(checkpoint, process))
+
+    @classmethod
+    def load(cls, checkpoint: Path, process: int) -> Progress | None:
+        """The progress of a process; None if the checkpoint is of fewer processes."""
+        file, lanes = _progress_file(checkpoint, process), _lanes_file(checkpoint, process)
+        if not file.exists():
+            return None
+        return cls(**json.loads(file.read_text()), lanes=ModelState.load(lanes) if lanes.exists() else None)
+
+
+def save_run(checkpoint: Path, identity: dict[str, Any], seconds: float, num_processes: int) -> None:
+    """Record the run that a checkpoint is of, and how long it has trained."""
+    write_json(checkpoint / RUN_FILE, {**identity, "seconds": seconds, "processes": num_processes})
+
+
+def trained_seconds(checkpoint: Path) -> float:
+    """How long the run had trained when it wrote a checkpoint."""
+    return json.loads((checkpoint / RUN_FILE).read_text())["seconds"]
+
+
+def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Raise ValueError for a checkpoint of another run: training would not continue with the rows that come next."""
+    saved = json.loads((checkpoint / RUN_FILE).read_text())
+    differences = [
+        f"{key} was {saved.get(key)!r} and is {value!r}" for key, value in identity.items() if saved.get(key) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"{checkpoint} is of another run: {'; '.join(differences)}. Accepted: the same, or model={checkpoint} "
+            "in another output_dir to start from its weights"
+        )
+
+
+def _progress_file(checkpoint: Path, process: int) -> Path:
+    return checkpoint / f"progress-{process}.json"
+
+
+def _lanes_file(checkpoint: Path, process: int) -> Path:
+    return checkpoint / f"lanes-{process}.safetensors"
