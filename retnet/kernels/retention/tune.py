@@ -20,6 +20,7 @@ from retnet.kernels.device import power_of_two
 from retnet.kernels.retention.portable.border_states import border_states, stored_dtype
 from retnet.kernels.retention.portable.segment_decay import SegmentDecay
 from retnet.kernels.retention.portable.segment_kernel import read_segments
+from retnet.kernels.retention.portable.segment_read import SegmentRead
 from retnet.kernels.retention.tiles import (
     SEGMENTS,
     SegmentTile,
@@ -119,19 +120,8 @@ def _walk(problem: dict, segments: Segments, tile: StateTile) -> None:
 def _roles(problem: dict, segments: Segments, roles: tuple[str, ...], tile: SegmentTile) -> None:
     for role in roles:
         x, y, z, reverse, sum_heads = ROLES[role]
-        read_segments(
-            problem[x],
-            problem[y],
-            problem[z],
-            problem["states"],
-            problem["decay"],
-            segments,
-            tile,
-            state_scale=1.0,
-            pair_scale=1.0,
-            reverse=reverse,
-            sum_heads=sum_heads,
-        )
+        tensors = (problem[name] for name in (x, y, z, "states"))
+        read_segments(SegmentRead(*tensors, problem["decay"], segments, 1.0, 1.0, reverse, sum_heads), tile)
 
 
 def _fastest(tiles: Iterator[Tile], run: Callable[[Tile], None], report: Callable[[str], None]) -> tuple[Tile, float]:

@@ -186,7 +186,10 @@ def _start_roles(
     ADD: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One or two warpgroups mix, one scores if there are readers, and one warp loads."""
+    """One or two warpgroups mix, one scores if there are readers, and one warp loads.
+
+    Each of the four cases is written out: added lists or a named one would turn their constexprs into run-time values.
+    """
     LOWER: gl.constexpr = 0
     UPPER: gl.constexpr = 1
     if GROUPS == 2 and READ:

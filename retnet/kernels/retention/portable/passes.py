@@ -13,6 +13,7 @@ from retnet.kernels.retention.portable.border_states import border_states, most_
 from retnet.kernels.retention.portable.decay_gradient import decay_gradient
 from retnet.kernels.retention.portable.segment_decay import SegmentDecay
 from retnet.kernels.retention.portable.segment_kernel import read_segments
+from retnet.kernels.retention.portable.segment_read import SegmentRead
 from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
 from retnet.kernels.retention.tiles import SEGMENTS, Tiles, tiles_on
 from retnet.kernels.segments import Segments
@@ -21,23 +22,13 @@ from retnet.kernels.segments import Segments
 def portable_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
     tiles, segments, decay = _prepare(problem)
-    q, k, v = _rows(problem.q), _rows(problem.k), _rows(problem.v)
+    scale = problem.scale
+    q, k, v = _flat_tokens(problem.q), _flat_tokens(problem.k), _flat_tokens(problem.v)
     states, final = border_states(
         k, v, decay, segments, tiles.state, scale=1.0, initial=problem.state, final_dtype=state_dtype, reverse=False
     )
-    out, _ = read_segments(
-        q,
-        k,
-        v,
-        states,
-        decay,
-        segments,
-        tiles.key_contraction,
-        state_scale=problem.scale,
-        pair_scale=problem.scale,
-        reverse=False,
-        sum_heads=False,
-    )
+    read = SegmentRead(q, k, v, states, decay, segments, scale, scale, reverse=False, sum_heads=False)
+    out, _ = read_segments(read, tiles.key_contraction)
     return out.view(problem.v.shape), final
 
 
@@ -47,7 +38,7 @@ def portable_backward(
     """RetentionGradients from those of the output and of the final state, if any."""
     tiles, segments, decay = _prepare(problem)
     scale = problem.scale
-    dout, q, k, v = (_rows(x) for x in (dout.to(problem.v.dtype), problem.q, problem.k, problem.v))
+    dout, q, k, v = (_flat_tokens(x) for x in (dout.to(problem.v.dtype), problem.q, problem.k, problem.v))
     states, final = border_states(
         k,
         v,
@@ -59,22 +50,13 @@ def portable_backward(
         final_dtype=torch.float32 if need_dlog_decay and dfinal is not None else None,
         reverse=False,
     )
-    dq, q_dot_dq = read_segments(
-        dout,
-        v,
-        k,
-        states,
-        decay,
-        segments,
-        tiles.value_contraction,
-        state_scale=scale,
-        pair_scale=scale,
-        reverse=False,
-        sum_heads=True,
-        row_dot_with=q if need_dlog_decay else None,
+    dot_with = q if need_dlog_decay else None
+    read = SegmentRead(
+        dout, v, k, states, decay, segments, scale, scale, reverse=False, sum_heads=True, dot_with=dot_with
     )
+    dq, q_dot_dq = read_segments(read, tiles.value_contraction)
     if not need_dlog_decay:
-        del states  # before the adjoint states take as much memory
+        del states, read  # before the adjoint states take as much memory
     dstates, dstate = border_states(
         q,
         dout,
@@ -86,33 +68,13 @@ def portable_backward(
         final_dtype=torch.float32 if need_dstate else None,
         reverse=True,
     )
-    dv, _ = read_segments(
-        k,
-        q,
-        dout,
-        dstates,
-        decay,
-        segments,
-        tiles.key_contraction,
-        state_scale=1.0,
-        pair_scale=scale,
-        reverse=True,
-        sum_heads=False,
+    read = SegmentRead(k, q, dout, dstates, decay, segments, 1.0, scale, reverse=True, sum_heads=False)
+    dv, _ = read_segments(read, tiles.key_contraction)
+    dot_with = k if need_dlog_decay else None
+    read = SegmentRead(
+        v, dout, q, dstates, decay, segments, 1.0, scale, reverse=True, sum_heads=True, dot_with=dot_with
     )
-    dk, k_dot_dk = read_segments(
-        v,
-        dout,
-        q,
-        dstates,
-        decay,
-        segments,
-        tiles.value_contraction,
-        state_scale=1.0,
-        pair_scale=scale,
-        reverse=True,
-        sum_heads=True,
-        row_dot_with=k if need_dlog_decay else None,
-    )
+    dk, k_dot_dk = read_segments(read, tiles.value_contraction)
     dlog_decay = None
     if q_dot_dq is not None and k_dot_dk is not None:
         dfinal = None if dfinal is None else dfinal.contiguous()
@@ -137,7 +99,7 @@ def _prepare(problem: RetentionProblem) -> tuple[Tiles, Segments, SegmentDecay]:
     return tiles, segments, SegmentDecay.of(problem.log_decay, problem.mask, segments)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _flat_tokens(x: Tensor) -> Tensor:
     """[B, T, heads, width] -> [B T, heads, width] with contiguous rows, a view wherever the strides allow one."""
     if x.stride(-1) != 1:
         x = x.contiguous()

@@ -14,14 +14,12 @@ else in slices of BR, which the state and the first tile of tokens share. Everyt
 share queries and keys have kernels of their own where rows are short enough (`segment_shared`).
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from retnet.kernels.device import device_family, precision
+from retnet.kernels.device import device_family
 from retnet.kernels.retention.portable.segment_decay import (
-    SegmentDecay,
     between,
     between_all,
     decay_of_head,
@@ -29,104 +27,45 @@ from retnet.kernels.retention.portable.segment_decay import (
     leave,
     running,
 )
+from retnet.kernels.retention.portable.segment_read import SegmentRead, load_state, store_tile
 from retnet.kernels.retention.portable.shared_heads_kernel import read_shared_segments
 from retnet.kernels.retention.tiles import SegmentTile, shared_tile
-from retnet.kernels.segments import Segments, head_pointer, load_tile, segment_bounds, state_of, tokens_ok
+from retnet.kernels.segments import head_pointer, load_tile, segment_bounds, state_of, tokens_ok
 
 
-def read_segments(
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    states: Tensor,
-    decay: SegmentDecay,
-    segments: Segments,
-    tile: SegmentTile,
-    *,
-    state_scale: float,
-    pair_scale: float,
-    reverse: bool,
-    sum_heads: bool,
-    row_dot_with: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """x, y [tokens, ., R], z [tokens, ., O], states [slots, H, K, V] -> out [tokens, ., O] in z's dtype.
-
-    Without `sum_heads` x and y are per group, z and out per head, and R = K; with it x and y are per head, z and out
-    per group, and R = V. `row_dot_with` [tokens, G, O] also returns its row-wise product with each head's float32 out,
-    [output tiles, H, tokens]: what the gradient of log_decay is made of.
-    """
-    H = states.shape[1]
-    R, O = x.shape[-1], z.shape[-1]
-    out_heads = z.shape[1]
-    shared = None
-    if min(x.shape[1], out_heads) < H and segments.num_slots > 0:
-        shared = shared_tile(device_family(z.device), states.dtype, *states.shape[2:], segments.length)
-    if shared is not None:
-        return read_shared_segments(
-            x,
-            y,
-            z,
-            states,
-            decay,
-            segments,
-            shared,
-            state_scale=state_scale,
-            pair_scale=pair_scale,
-            reverse=reverse,
-            sum_heads=sum_heads,
-            row_dot_with=row_dot_with,
-        )
-    out = torch.empty(segments.num_tokens, out_heads, O, dtype=z.dtype, device=z.device)
-    column_tiles = triton.cdiv(O, tile.BO)
-    dots = None
-    if row_dot_with is not None:
-        dots = torch.empty(column_tiles, H, segments.num_tokens, dtype=torch.float32, device=z.device)
-    if segments.num_slots == 0:
+def read_segments(read: SegmentRead, tile: SegmentTile) -> tuple[Tensor, Tensor | None]:
+    """out [tokens, ., O], and its inner products with `dot_with` [column tiles, H, tokens] if that is given."""
+    H, L, slots = read.states.shape[1], read.segments.length, read.segments.num_slots
+    groups, out_heads = read.x.shape[1], read.z.shape[1]
+    if min(groups, out_heads) < H and slots > 0:
+        shared = shared_tile(device_family(read.z.device), read.states.dtype, *read.states.shape[2:], L)
+        if shared is not None:
+            return read_shared_segments(read, shared)
+    column_tiles = triton.cdiv(read.z.shape[2], tile.BO)
+    out, dots = read.outputs(column_tiles)
+    if slots == 0:
         return out, dots
-    L = segments.length
-    BM = min(tile.BM, L)
-    partner = z if row_dot_with is None else row_dot_with
-    _segment_kernel[(segments.num_slots * out_heads * (L // BM) * column_tiles,)](
-        x,
-        y,
-        z,
-        states,
+    BM, partner = min(tile.BM, L), read.partner
+    _segment_kernel[(slots * out_heads * (L // BM) * column_tiles,)](
+        *read.tensors,
         out,
         partner,
         dots,
-        decay.rate,
-        decay.sums,
-        decay.mask,
-        segments.table,
-        segments.tokens_per_sequence,
-        segments.num_tokens,
-        x.stride(0),
-        x.stride(1),
-        y.stride(0),
-        y.stride(1),
-        z.stride(0),
-        z.stride(1),
+        *read.tokens,
+        *read.strides,
         partner.stride(0),
         partner.stride(1),
-        state_scale,
-        pair_scale,
-        H=H,
+        read.state_scale,
+        read.pair_scale,
+        **read.constants,
         OUT_HEADS=out_heads,
-        HEADS_PER_GROUP=H // (out_heads if sum_heads else x.shape[1]),
-        R=R,
-        O=O,
-        L=L,
+        HEADS_PER_GROUP=H // (out_heads if read.sum_heads else groups),
+        SUM_HEADS=read.sum_heads,
         BM=BM,
         BN=min(tile.BN, BM),
         BR=tile.BR,
         BS=tile.BS,
         BO=tile.BO,
-        REVERSE=reverse,
-        SUM_HEADS=sum_heads,
-        PER_TOKEN=decay.per_token,
-        MASKED=decay.mask is not None,
-        PACKED=segments.packed,
-        PRECISION=precision(z.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -185,8 +124,7 @@ def _segment_kernel(
             total = product
         else:
             total += product
-    at = out + (start + rows)[:, None] * (OUT_HEADS * O) + out_head * O + columns[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=(rows < length)[:, None] & (columns < O)[None, :])
+    store_tile(out, start, rows, length, out_head, OUT_HEADS, columns, total, O)
 
 
 @triton.jit
@@ -265,11 +203,7 @@ def _add_state(
     xs, state, r, columns, acc, R: tl.constexpr, O: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """acc + xs S[r, columns]. States wider than x (float16) go through tf32, whose 10 bits are float16's own."""
-    if TRANSPOSED:
-        at = state + columns[None, :] * R + r[:, None]
-    else:
-        at = state + r[:, None] * O + columns[None, :]
-    tile = tl.load(at, mask=(r < R)[:, None] & (columns < O)[None, :], other=0.0)
+    tile = load_state(state, r, columns, R, O, TRANSPOSED)
     return tl.dot(xs.to(tile.dtype), tile, acc, input_precision=PRECISION)
 
 
