@@ -21,7 +21,9 @@ from runner import Point, append, copy_bandwidth, median_milliseconds, need_gpu,
 from torch import Tensor
 
 from retnet.ops.decay import paper_log_decay
-from retnet.ops.decode import Ring, StepDecay, decode_step_
+from retnet.ops.decode.ring import Ring
+from retnet.ops.decode.step import decode_step_
+from retnet.ops.recurrence import StepDecay
 from retnet.ops.retention import retention_step_
 
 RING = 32
@@ -34,8 +36,7 @@ def our_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) 
 
 def deferred_step(ring: Ring, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
     everyone = torch.ones(len(q), dtype=torch.bool, device="cuda")
-    decay = StepDecay(log_decay, log_decay.expm1())
-    decode_step_(q[:, 0], k[:, 0], v[:, 0], None, "none", decay, state, everyone, ring=ring)
+    decode_step_(q[:, 0], k[:, 0], v[:, 0], None, "none", StepDecay(log_decay), state, everyone, ring=ring)
 
 
 def ring_of(batch: int, H: int, K: int, V: int, waiting: int) -> Ring:
@@ -46,8 +47,9 @@ def ring_of(batch: int, H: int, K: int, V: int, waiting: int) -> Ring:
 
 def tiled_step(tile, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:
     from retnet.kernels.decode.recurrent import retention_step
+    from retnet.kernels.retention.problem import RetentionProblem
 
-    retention_step(q, k, v, log_decay, state, q.shape[-1] ** -0.5, None, tile)
+    retention_step(RetentionProblem(q, k, v, log_decay, q.shape[-1] ** -0.5), state, tile)
 
 
 def fla_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) -> None:

@@ -1,9 +1,9 @@
 """What generation is measured beside: transformers' Llama, FLA's RetNet, and a Transformer step as fast as ours.
 
 `generation_milliseconds` times `generate` of transformers as its users call it. `TransformerStep` is the rival that the
-paper's Figure 6 ought to have: the same fused products around attention (`retnet.ops.decode`), a static cache, one CUDA
-graph a token, attention over exactly the cached tokens. It times a step at a fixed length, which flatters it: a real
-one must also grow its cache.
+paper's Figure 6 ought to have: the same fused products around attention (`retnet.ops.decode.linear`), a static cache,
+one CUDA graph per token, attention over exactly the cached tokens. It times a step at a fixed length, which flatters
+it: a real one must also grow its cache.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from runner import median_milliseconds
 from torch import Tensor
 
-from retnet.ops.decode import DecodeWeight, InputNorm, decode_linear
+from retnet.ops.decode.linear import DecodeWeight, InputNorm, decode_linear
 from retnet.ops.rotary import rotate, rotation
 
 # Shapes of Llamas with the parameters of our presets: (layers, width, heads, feed-forward width).

@@ -20,6 +20,7 @@ from retnet.layers.token_layout import TokenLayout
 from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
+from retnet.ops.plan import supported_chunk_size
 from retnet.ops.retention import Mode, retention, retention_step_
 from retnet.ops.rotary import Rotary, rotate, scaling
 
@@ -252,7 +253,7 @@ def retain(
         mask=layout.mask,
         cu_seqlens=layout.cu_seqlens,
         mode=mode if q.shape[1] > 1 else "auto",
-        chunk_size=chunk_size,
+        chunk_size=supported_chunk_size(q, v, log_decay.dim() == 3, chunk_size),
         state_dtype=None if memory is None else memory.dtype,
         return_state=layout.carry,
     )

@@ -1,4 +1,4 @@
-"""The GPU that kernels are launched on: Triton takes the current one, whatever device its tensors are on."""
+"""Devices of GPU kernels: whether a tensor goes to kernels, and the current GPU, on which Triton launches them."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,3 +11,8 @@ def current_device_of(x: Tensor) -> AbstractContextManager[None]:
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether the decode operators run as GPU kernels for x; otherwise they are torch operators chosen for a CPU."""
+    return x.is_cuda

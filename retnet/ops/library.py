@@ -1,11 +1,13 @@
 """The torch.library operators `retnet::retention`, `retnet::retention_backward` and `retnet::retention_step_`.
 
-Each has a CPU kernel (`ops/chunkwise.py`, `ops/recurrent.py`), a CUDA one (`retnet/kernels`, imported when the first
-CUDA tensor arrives), a fake for tracing, and retention its gradient. Arguments are those of `ops/retention.py`, checked
-there; values are checked here, by the CPU kernels alone. Retention and its backward are registered piece by piece, not
-as a `torch.library.custom_op`: what that wraps around a call took a GPU's host longer than all the kernels' launches.
+Each has a CPU kernel (`cpu_chunkwise.py`, `cpu_recurrent.py`), a CUDA kernel (`retnet/kernels`, imported when the first
+CUDA tensor arrives) and a fake for tracing; retention has a gradient. `ops/retention.py` checks the arguments; the CPU
+kernels check values. Below the flat signatures, which torch.library needs, a call is one `RetentionProblem`. Retention
+and its backward are registered piece by piece, not as a `torch.library.custom_op`: its wrapper took more of the host's
+time per call than all kernel launches together.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -13,21 +15,26 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops import cpu_chunkwise, cpu_recurrent
 from retnet.ops.device import current_device_of
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import Compaction
 
+# The fields of RetentionProblem, in order.
+_PROBLEM = (
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? state, Tensor? mask, Tensor? cu_seqlens, "
+    "int chunk_size"
+)
+_FIELDS = _PROBLEM.count(",") + 1
 _library = torch.library.Library("retnet", "FRAGMENT")
 _library.define(
-    "retention(Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? state, Tensor? mask, "
-    "Tensor? cu_seqlens, str mode, int chunk_size, ScalarType state_dtype, bool return_state) -> (Tensor, Tensor)",
+    f"retention({_PROBLEM}, str mode, ScalarType state_dtype, bool return_state) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    "retention_backward(Tensor dout, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, "
-    "Tensor? state, Tensor? mask, Tensor? cu_seqlens, str mode, int chunk_size, bool need_dlog_decay, "
-    "bool need_dstate) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"retention_backward(Tensor dout, Tensor? dfinal, {_PROBLEM}, bool need_dlog_decay, bool need_dstate)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -44,67 +51,46 @@ def check_values(log_decay: Tensor, cu_seqlens: Tensor | None, num_tokens: int) 
     return bounds
 
 
+def _compacted(problem: RetentionProblem, compaction: Compaction) -> RetentionProblem:
+    """The problem of the real tokens alone, packed into one row."""
+    q, k, v = (compaction.gather(x) for x in (problem.q, problem.k, problem.v))
+    log_decay = compaction.gather(problem.log_decay) if problem.per_token else problem.log_decay
+    return replace(problem, q=q, k=k, v=v, log_decay=log_decay, mask=None, cu_seqlens=compaction.cu_seqlens)
+
+
 @torch.library.impl(_library, "retention", "CPU")
-def _retention_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mode: str,
-    chunk_size: int,
-    state_dtype: torch.dtype,
-    return_state: bool,
-) -> tuple[Tensor, Tensor]:
-    bounds = check_values(log_decay, cu_seqlens, q.shape[1])
-    compaction = None if mask is None else Compaction.of(mask, cu_seqlens)
-    if compaction is not None:
-        bounds = compaction.bounds
-        q, k, v = (compaction.gather(x) for x in (q, k, v))
-        log_decay = log_decay if log_decay.dim() == 1 else compaction.gather(log_decay)
+def _retention_cpu(*arguments) -> tuple[Tensor, Tensor]:
+    problem = RetentionProblem(*arguments[:_FIELDS])
+    mode, state_dtype, return_state = arguments[_FIELDS:]
+    bounds = check_values(problem.log_decay, problem.cu_seqlens, problem.q.shape[1])
+    compaction = None
+    if problem.mask is not None:
+        compaction = Compaction.of(problem.mask, problem.cu_seqlens)
+        problem, bounds = _compacted(problem, compaction), compaction.bounds
     if mode == "recurrent":
-        out, final = cpu_recurrent.forward(q, k, v, log_decay, scale, state, bounds, state_dtype)
+        out, final = cpu_recurrent.forward(problem, bounds, state_dtype)
     else:
-        out, final = cpu_chunkwise.forward(
-            q, k, v, log_decay, scale, state, bounds, chunk_size, state_dtype, return_state
-        )
+        out, final = cpu_chunkwise.forward(problem, bounds, state_dtype, return_state)
     return out if compaction is None else compaction.scatter(out), final if return_state else final.new_empty(0)
 
 
 @torch.library.impl(_library, "retention_backward", "CPU")
 def _retention_backward_cpu(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mode: str,
-    chunk_size: int,
-    need_dlog_decay: bool,
-    need_dstate: bool,
+    dout: Tensor, dfinal: Tensor | None, *arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
-    compaction = None if mask is None else Compaction.of(mask, cu_seqlens)
-    per_token = log_decay.dim() == 3
-    if compaction is not None:
-        bounds = compaction.bounds
-        dout, q, k, v = (compaction.gather(x) for x in (dout, q, k, v))
-        log_decay = compaction.gather(log_decay) if per_token else log_decay
-    dq, dk, dv, dlog, dstate = cpu_chunkwise.backward(
-        dout, dfinal, q, k, v, log_decay, scale, state, bounds, chunk_size, need_dlog_decay
-    )
+    problem = RetentionProblem(*arguments[:_FIELDS])
+    need_dlog_decay, need_dstate = arguments[_FIELDS:]
+    bounds = None if problem.cu_seqlens is None else problem.cu_seqlens.tolist()
+    compaction = None
+    if problem.mask is not None:
+        compaction = Compaction.of(problem.mask, problem.cu_seqlens)
+        problem, bounds = _compacted(problem, compaction), compaction.bounds
+        dout = compaction.gather(dout)
+    dq, dk, dv, dlog, dstate = cpu_chunkwise.backward(problem, dout, dfinal, bounds, need_dlog_decay)
     if compaction is not None:
         dq, dk, dv = (compaction.scatter(x) for x in (dq, dk, dv))
-        dlog = compaction.scatter(dlog) if dlog is not None and per_token else dlog
-    nothing = log_decay.new_empty(0)
+        dlog = compaction.scatter(dlog) if dlog is not None and problem.per_token else dlog
+    nothing = problem.log_decay.new_empty(0)
     return dq, dk, dv, nothing if dlog is None else dlog, dstate if need_dstate else nothing
 
 
@@ -113,40 +99,38 @@ def _retention_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float, mask: Tensor | None
 ) -> Tensor:
     check_values(log_decay.nan_to_num(0.0), None, q.shape[1])  # NaN stays in its sequence; a step runs many
-    return cpu_recurrent.step_(q, k, v, log_decay, state, scale, mask)
+    return cpu_recurrent.step_(RetentionProblem(q, k, v, log_decay, scale, state, mask), state)
 
 
 @torch.library.impl(_library, "retention", "CUDA")
-def _retention_cuda(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype, return_state):
+def _retention_cuda(*arguments):
     from retnet.kernels.decode.recurrent import retention_recurrent
     from retnet.kernels.retention.dispatch import retention_forward
-    from retnet.kernels.retention.problem import RetentionProblem
 
-    packed, one_token = cu_seqlens is not None, q.shape[1] == 1  # of one token all forms are the same sums
+    problem = RetentionProblem(*arguments[:_FIELDS])
+    mode, state_dtype, return_state = arguments[_FIELDS:]
+    packed, one_token = problem.cu_seqlens is not None, problem.q.shape[1] == 1  # of one token, all forms are one sum
     if mode == "recurrent" and packed and not one_token:  # no kernel: operator by operator, as on a CPU
-        return _retention_cpu(
-            q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype, return_state
-        )
-    with current_device_of(q):
+        return _retention_cpu(*arguments)
+    with current_device_of(problem.q):
         if mode == "recurrent" and not packed:
-            out, final = retention_recurrent(q, k, v, log_decay, scale, state, mask, state_dtype)
+            out, final = retention_recurrent(problem, state_dtype)
         else:
-            problem = RetentionProblem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
             out, final = retention_forward(problem, state_dtype if return_state else None)
-    return out, final if return_state else v.new_empty(0, dtype=state_dtype)
+    return out, final if return_state else problem.v.new_empty(0, dtype=state_dtype)
 
 
 @torch.library.impl(_library, "retention_backward", "CUDA")
 def _retention_backward_cuda(
-    dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, need_dlog_decay, need_dstate
-):
+    dout: Tensor, dfinal: Tensor | None, *arguments
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from retnet.kernels.retention.dispatch import retention_backward
-    from retnet.kernels.retention.problem import RetentionProblem
 
-    problem = RetentionProblem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
-    with current_device_of(q):
+    problem = RetentionProblem(*arguments[:_FIELDS])
+    need_dlog_decay, need_dstate = arguments[_FIELDS:]
+    with current_device_of(problem.q):
         grads = retention_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
-    nothing = log_decay.new_empty(0)
+    nothing = problem.log_decay.new_empty(0)
     dlog, dstate = (nothing if x is None else x for x in (grads.dlog_decay, grads.dstate))
     return grads.dq, grads.dk, grads.dv, dlog, dstate
 
@@ -156,23 +140,23 @@ def _retention_step_cuda(q, k, v, log_decay, state, scale, mask):
     from retnet.kernels.decode.recurrent import retention_step
 
     with current_device_of(q):
-        return retention_step(q, k, v, log_decay, state, scale, mask)
+        return retention_step(RetentionProblem(q, k, v, log_decay, scale, state, mask), state)
 
 
 @torch.library.register_fake("retnet::retention", lib=_library)
-def _(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, state_dtype, return_state):
-    if not return_state:
-        return v.new_empty(v.shape), v.new_empty(0, dtype=state_dtype)
-    num_sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = v.new_empty((num_sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=state_dtype)
-    return v.new_empty(v.shape), final
+def _(*arguments):
+    problem = RetentionProblem(*arguments[:_FIELDS])
+    _, state_dtype, return_state = arguments[_FIELDS:]
+    v = problem.v
+    return v.new_empty(v.shape), v.new_empty(problem.state_shape if return_state else 0, dtype=state_dtype)
 
 
 @torch.library.register_fake("retnet::retention_backward", lib=_library)
-def _(dout, dfinal, q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, need_dlog_decay, need_dstate):
-    num_sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (num_sequences, v.shape[2], q.shape[3], v.shape[3]) if need_dstate else (0,)
-    dstate = v.new_empty(shape, dtype=wide_dtype(v.dtype))
+def _(dout, dfinal, *arguments):
+    problem = RetentionProblem(*arguments[:_FIELDS])
+    need_dlog_decay, need_dstate = arguments[_FIELDS:]
+    q, k, v, log_decay = problem.q, problem.k, problem.v, problem.log_decay
+    dstate = v.new_empty(problem.state_shape if need_dstate else 0, dtype=wide_dtype(v.dtype))
     dlog = log_decay.new_empty(log_decay.shape if need_dlog_decay else 0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlog, dstate
 
@@ -184,37 +168,28 @@ def _(q, k, v, log_decay, state, scale, mask):
 
 class _Retention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, _, return_state = inputs
+    def forward(ctx, *arguments):
+        *tensors, scale, state, mask, cu_seqlens, chunk_size = arguments[:_FIELDS]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, log_decay, state, mask, cu_seqlens)
-        ctx.scale, ctx.mode, ctx.chunk_size, ctx.return_state = scale, mode, chunk_size, return_state
+        ctx.save_for_backward(*tensors, state, mask, cu_seqlens)
+        ctx.scale, ctx.chunk_size, ctx.return_state = scale, chunk_size, arguments[-1]
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.retnet.retention.default(*inputs)
+            return torch.ops.retnet.retention.default(*arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor | None, dfinal: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, log_decay, state, mask, cu_seqlens = ctx.saved_tensors
+        q, k, v, log_decay, *options = ctx.saved_tensors
         need_dlog_decay, need_dstate = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
         dq, dk, dv, dlog, dstate = torch.ops.retnet.retention_backward.default(
             torch.zeros_like(v) if dout is None else dout,
             dfinal if ctx.return_state else None,
-            q,
-            k,
-            v,
-            log_decay,
-            ctx.scale,
-            state,
-            mask,
-            cu_seqlens,
-            ctx.mode,
-            ctx.chunk_size,
+            *(q, k, v, log_decay, ctx.scale, *options, ctx.chunk_size),
             need_dlog_decay,
             need_dstate,
         )
         dlog = dlog if need_dlog_decay else None
-        dstate = dstate.to(state.dtype) if need_dstate else None
+        dstate = dstate.to(options[0].dtype) if need_dstate else None
         return dq, dk, dv, dlog, None, dstate, None, None, None, None, None, None
 
 
@@ -223,14 +198,14 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 @torch.library.impl(_library, "retention", "Autograd")
-def _retention_autograd(*inputs):
-    q, k, v, log_decay, _, state, *_ = inputs
+def _retention_autograd(*arguments):
+    q, k, v, log_decay, _, state, *_ = arguments
     differentiable = (q, k, v, log_decay) if state is None else (q, k, v, log_decay, state)
     if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in differentiable):
         raise NotImplementedError(
             "retention has no forward-mode derivative of its own; accepted: reverse mode, or backend='aten'"
         )
     if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
-        return _Retention.apply(*inputs)
+        return _Retention.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.retnet.retention.default(*inputs)
+        return torch.ops.retnet.retention.default(*arguments)

@@ -18,6 +18,7 @@ class Compaction:
     """The real tokens of a [B, T] batch: their flat positions [R] and the sequences' bounds [N + 1] among them."""
 
     tokens: Tensor
+    cu_seqlens: Tensor
     bounds: list[int]
     shape: tuple[int, int]
 
@@ -29,7 +30,8 @@ class Compaction:
             edges = torch.arange(num_rows + 1, device=mask.device) * num_tokens
         else:
             edges = cu_seqlens.long()
-        return cls(mask.flatten().nonzero()[:, 0], before[edges].tolist(), (num_rows, num_tokens))
+        bounds = before[edges]
+        return cls(mask.flatten().nonzero()[:, 0], bounds, bounds.tolist(), (num_rows, num_tokens))
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [1, R, ...]."""

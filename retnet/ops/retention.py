@@ -2,38 +2,24 @@
 
     S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t        out_t = scale q_t S_t
 
-This file checks arguments, chooses a form, and calls the operators of `ops/library.py`, which dispatch to the CPU's
-streamed chunks or to the GPU kernels. No normaliser lives here: the paper's
-are invariances of the head norm that follows, or a layer's option (`decay_norm`).
+This file checks arguments, resolves the plan, and calls the operators of `ops/library.py`, which dispatch to the CPU
+forms or the GPU kernels. No normaliser lives here: the paper's are invariances of the head norm that follows, or a
+layer's option (`decay_norm`).
 """
 
 import os
-from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops import reference
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.library import check_values
-
-Mode = Literal["auto", "parallel", "recurrent", "chunkwise"]
-Backend = Literal["auto", "torch", "triton", "aten"]
-
-# Tokens a chunk on the CPU. At every head size tried, from (64, 64) to (256, 512), 64 was the fastest or within 10% of
-# it (dev/LOG.md): fewer tokens cost more passes over the state, more cost work inside the chunk.
-CPU_CHUNK_SIZE = 64
-
-
-@dataclass(frozen=True)
-class RetentionPlan:
-    """What will run for a set of arguments: the form, the tokens a chunk, the code, and the kernels' own detail."""
-
-    mode: str
-    chunk_size: int
-    backend: str
-    detail: dict[str, Any]
+from retnet.ops.plan import Backend, Mode, autocast_dtype, resolve
+from retnet.ops.plan import chunk_tokens as chunk_tokens
+from retnet.ops.plan import retention_plan as retention_plan
 
 
 def retention(
@@ -65,9 +51,11 @@ def retention(
         cu_seqlens: [N + 1] int32 or int64 bounds of the sequences packed into one row (B = 1): 0, ..., T.
         mode: "parallel" (Eq. 5), "recurrent" (Eq. 6), "chunkwise" (Eq. 7), or "auto": recurrent for one token, parallel
             while T fits into one chunk, else chunkwise.
-        chunk_size: tokens a chunk; never changes the result beyond rounding.
+        chunk_size: tokens per chunk of the chunkwise form; never changes the result beyond rounding. A CPU uses
+            exactly this many. A GPU uses the nearest number that its kernels have: a call whose chunk_size it does not
+            use warns, once per process and value, and `retention_plan` says what runs.
         state_dtype: of the returned state; float32 (float64 for float64) if None.
-        return_state: False returns None in the state's place.
+        return_state: False returns None instead of the state.
         backend: "torch" (CPU), "triton" (CUDA), "aten" (plain operators, exportable), or "auto": by device, and aten
             inside torch.export.
 
@@ -78,31 +66,20 @@ def retention(
         ValueError, TypeError: shapes, dtypes or values that do not fit; the message names what was given and accepted.
     """
     q, k, v = _autocast(q, k, v)
-    _check(q, k, v, log_decay, state, mask, cu_seqlens)
+    problem = RetentionProblem(q, k, v, log_decay, 1.0, state, mask, cu_seqlens)
+    _check(problem)
+    problem.scale = _scale(scale, q)
     if state_dtype is not None and not state_dtype.is_floating_point:
         raise TypeError(f"state_dtype is {state_dtype}; accepted: a floating-point dtype, or None")
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.contiguous()
-    plan = _resolve(q, v, mode, chunk_size, backend)
-    scale = _scale(scale, q)
-    wide = wide_dtype(v.dtype)
+        problem.cu_seqlens = cu_seqlens.contiguous()
+    plan = resolve(q.shape[1], v.dtype, q.device, mode, chunk_size, backend)
+    problem.chunk_size = plan.chunk_size
+    state_dtype = state_dtype or wide_dtype(v.dtype)
     if plan.backend == "aten":
-        out, final = _aten(plan, q, k, v, log_decay, scale, state, mask, cu_seqlens)
-        return out, final.to(state_dtype or wide) if return_state else None
-    out, final = torch.ops.retnet.retention(
-        q,
-        k,
-        v,
-        log_decay,
-        scale,
-        state,
-        mask,
-        cu_seqlens,
-        plan.mode,
-        plan.chunk_size,
-        state_dtype or wide,
-        return_state,
-    )
+        out, final = _aten(plan.mode, problem)
+        return out, final.to(state_dtype) if return_state else None
+    out, final = torch.ops.retnet.retention(*problem.arguments, plan.mode, state_dtype, return_state)
     return out, final if return_state else None
 
 
@@ -118,68 +95,13 @@ def retention_step_(
 ) -> Tensor:
     """One or a few tokens, T, read recurrently with the state [B, H, K, V] updated in place. No gradients.
 
-    Arguments as for `retention`; the state may be narrower than float32 and is then rounded once a call.
+    Arguments as for `retention`; a state narrower than float32 is rounded once per call.
     Returns out [B, T, H, V] in v's dtype.
     """
     if not isinstance(state, Tensor):
         raise TypeError(f"state is {state!r}; accepted: the tensor [B, H, K, V] to update")
-    _check(q, k, v, log_decay, state, mask, None)
+    _check(RetentionProblem(q, k, v, log_decay, 1.0, state, mask))
     return torch.ops.retnet.retention_step_(q, k, v, log_decay, state, _scale(scale, q), mask)
-
-
-def retention_plan(
-    q: Tensor,
-    v: Tensor,
-    *,
-    mode: Mode = "auto",
-    chunk_size: int | None = None,
-    backend: Backend = "auto",
-    per_token: bool = False,
-) -> RetentionPlan:
-    """What `retention` will run for q [B, T, G, K] and v [B, T, H, V]: a forced mode or backend is never replaced.
-
-    On a GPU "auto" is recurrent for one token and chunkwise for more; the parallel form runs as plain operators (aten).
-    per_token: whether log_decay is [B, T, H], which other kernels and block shapes serve there.
-    """
-    plan = _resolve(q, v, mode, chunk_size, backend)
-    if plan.backend != "triton":
-        return plan
-    from retnet.kernels.retention.dispatch import plan as kernel_plan
-
-    detail = kernel_plan(q, v, plan.mode, plan.chunk_size, per_token)
-    return RetentionPlan(plan.mode, cast(int, detail["chunk"]), plan.backend, detail)
-
-
-def _resolve(q: Tensor, v: Tensor, mode: Mode, chunk_size: int | None, backend: Backend) -> RetentionPlan:
-    """The plan without the kernels' detail, which torch.compile traces. Chunks of 0 tokens: the kernels choose."""
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode is {mode!r}; accepted: {', '.join(get_args(Mode))}")
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is {backend!r}; accepted: {', '.join(get_args(Backend))}")
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size is {chunk_size!r}; accepted: a positive integer or None")
-    num_tokens, on_gpu = q.shape[1], q.device.type == "cuda"
-    if backend == "auto" and _exporting():
-        backend = "aten"
-    if backend == "auto":
-        has_kernel = v.dtype != torch.float64 and mode != "parallel"
-        backend = ("triton" if has_kernel else "aten") if on_gpu else "torch"
-    if (backend == "triton") != on_gpu and backend != "aten":
-        raise ValueError(
-            f"backend is {backend!r} for tensors on {q.device}; accepted there: {'triton' if on_gpu else 'torch'}, aten"
-        )
-    if backend == "triton":
-        if mode == "parallel":
-            raise ValueError("mode is 'parallel' for backend 'triton'; accepted there: auto, recurrent, chunkwise")
-        if mode == "auto":
-            mode = "recurrent" if num_tokens == 1 else "chunkwise"
-        return RetentionPlan(mode, chunk_size or 0, backend, {})
-    chunk = chunk_size or CPU_CHUNK_SIZE
-    if mode == "auto":
-        mode = "recurrent" if num_tokens == 1 else "parallel" if num_tokens <= chunk else "chunkwise"
-    if mode != "chunkwise":
-        chunk = 1 if mode == "recurrent" else max(1, num_tokens)
-    return RetentionPlan(mode, chunk, backend, {})
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
@@ -188,30 +110,18 @@ def _scale(scale: float | None, q: Tensor) -> float:
     return float(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _exporting() -> bool:
-    """Whether torch.export traces; `torch.compiler.is_exporting()` says so of torch.compile too, up to torch 2.11."""
-    return torch.compiler._is_exporting_flag
-
-
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v in the autocast dtype where autocast is on; decay and state always stay wide."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+    """q, k and v in the autocast dtype where autocast is on; decay and state stay float32 or wider."""
+    if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(tensors[0])
     return tuple(x.to(dtype) for x in tensors)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
+def _check(problem: RetentionProblem) -> None:
     """Shapes, dtypes and devices. Values are checked where the kernel reads them."""
+    q, k, v, log_decay = problem.q, problem.k, problem.v, problem.log_decay
+    state, mask, cu_seqlens = problem.state, problem.mask, problem.cu_seqlens
     for name, x, sizes in (("q", q, "[B, T, G, K]"), ("k", k, "[B, T, G, K]"), ("v", v, "[B, T, H, V]")):
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}; accepted: {sizes}")
@@ -263,32 +173,16 @@ def _check(
         check_values(log_decay, cu_seqlens, T)
 
 
-def _aten(
-    plan: RetentionPlan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _aten(mode: str, problem: RetentionProblem) -> tuple[Tensor, Tensor]:
     """The reference forms in float32 or wider: plain operators that torch.export and ONNX take."""
-    wide = wide_dtype(v.dtype)
-    options = {"chunk_size": plan.chunk_size} if plan.mode == "chunkwise" else {}
-    form = {"parallel": reference.parallel, "recurrent": reference.recurrent, "chunkwise": reference.chunkwise}[
-        plan.mode
-    ]
-    out, final = form(
-        q.to(wide),
-        k.to(wide),
-        v.to(wide),
-        log_decay,
-        scale=scale,
+    dtype = problem.v.dtype
+    wide, state = wide_dtype(dtype), problem.state
+    problem = replace(
+        problem,
+        q=problem.q.to(wide),
+        k=problem.k.to(wide),
+        v=problem.v.to(wide),
         state=None if state is None else state.to(wide),
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        **options,
     )
-    return out.to(v.dtype), final
+    out, final = reference.of_sequences(reference.FORMS[mode], problem)
+    return out.to(dtype), final

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet import retention, retention_plan, retention_step_
+from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops import cpu_chunkwise, reference
 
 from .conftest import make_problem, relative_error
@@ -208,7 +209,7 @@ def test_opcheck(packed):
     for mode in ("recurrent", "chunkwise"):
         torch.library.opcheck(
             torch.ops.retnet.retention,
-            (*inputs[:4], 0.5, inputs[4], p.mask, p.cu_seqlens, mode, 4, torch.float32, mode == "recurrent"),
+            (*inputs[:4], 0.5, inputs[4], p.mask, p.cu_seqlens, 4, mode, torch.float32, mode == "recurrent"),
         )
     if not packed:
         plain = [x.detach() for x in inputs]
@@ -270,9 +271,10 @@ def test_memory_is_a_few_chunks_beyond_results():
 
     T, C = 1024, 16
     p = make_problem(1, T, 1, 2, 8, 16, per_token=True, seed=15)
+    problem = RetentionProblem(p.q, p.k, p.v, p.log_decay, 1.0, p.state, chunk_size=C)
     with Largest() as largest:
-        cpu_chunkwise.forward(p.q, p.k, p.v, p.log_decay, 1.0, p.state, None, C, torch.float64)
-        cpu_chunkwise.backward(p.dout, p.dstate, p.q, p.k, p.v, p.log_decay, 1.0, p.state, None, C, True)
+        cpu_chunkwise.forward(problem, None, torch.float64)
+        cpu_chunkwise.backward(problem, p.dout, p.dstate, None, True)
     assert largest.numel <= T * 2 * 16
 
 
@@ -373,7 +375,7 @@ def test_a_forced_recurrent_form_of_packed_rows_is_recurrent_on_a_gpu_too():
     from retnet.ops import library
 
     q, log_decay, bounds = torch.randn(1, 9, 2, 8), torch.tensor([-0.1, -0.2]), torch.tensor([0, 4, 4, 9])
-    wanted = (0.3, None, None, bounds, "recurrent", 0, torch.float32, True)
+    wanted = (0.3, None, None, bounds, 0, "recurrent", torch.float32, True)
     out, final = library._retention_cuda(q, q, q, log_decay, *wanted)
     expected, last = retention(q, q, q, log_decay, scale=0.3, cu_seqlens=bounds, mode="recurrent")
     assert torch.equal(out, expected)

@@ -1,17 +1,17 @@
 """Decoding: rotation of q and k, then one token of retention with the state in place, in one launch.
 
-    S <- gamma_t S + k_t^T v_t        out_t = scale q_t S        q, k: turned by the token's angles first
+    S <- gamma_t S + k_t^T v_t        out_t = scale q_t S        q, k: rotated by the token's angles first
 
-As in `step.py`, a program owns a [K, BV] slice of one head's state, and no sum crosses programs. Sequences that take no
-part are left unread. Here, besides, q, k and v are columns of one packed product, and slow decays are added as
-expm1(log gamma) S: gamma itself, rounded to the same side at every token, would drift over a million of them.
+As in `recurrent.py`, a program owns a [K, BV] slice of one head's state, and no sum crosses programs. Inactive
+sequences are not read. q, k and v are columns of one packed product.
 
-With a ring, writing is deferred. The state stays as it was W tokens ago or less, its later rows lie beside it, and
+With a ring, writing is deferred. The state is as it was up to W - 1 tokens ago, the later tokens are beside it, and
 
     out_t = scale (gamma_(0..t) q_t S_0 + sum_i gamma_(i..t) (q_t k_i) v_i)
 
-The token that fills the ring folds all its rows into the state. A state is then read once a token and written once in
-W. Every sequence has its own count of rows, so what it computes does not depend on when others came.
+The token that fills the ring writes all its tokens into the state: another sum than W times `recurrence.advance`, with
+one rounding of the state per W tokens. A state is then read once per token and written once per W. Every sequence has
+its own count of tokens, so its results do not depend on when other sequences came.
 """
 
 import torch
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.decode.recurrence import advance
 from retnet.kernels.dependent_launch import await_previous, dependent_launch, start_next
 from retnet.kernels.device import power_of_two
 from retnet.kernels.retention.tiles import step_tile
@@ -34,7 +35,6 @@ def decode_step(
     rotation: tuple[Tensor, Tensor] | None,
     rotary: str,
     log_decay: Tensor,
-    change: Tensor,
     state: Tensor,
     active: Tensor,
     ring: tuple[Tensor, Tensor, Tensor, Tensor] | None,
@@ -42,8 +42,8 @@ def decode_step(
 ) -> Tensor:
     """q [B, H, K], k [B, G, K], v [B, G, V], state [B, H, K, V] float32 (updated) -> out [B, H, V].
 
-    rotation: cos, sin [B, K / 2] float32. log_decay and change = expm1(log_decay): [H] or [B, H], float32. active [B].
-    ring: keys [B, G, W, K], values [B, G, W, V], log decays [B, H, W], pending [B] (rows there; the caller counts).
+    rotation: cos, sin [B, K / 2] float32. log_decay: [H] or [B, H], float32. active [B].
+    ring: keys [B, G, W, K], values [B, G, W, V], log decays [B, H, W], pending [B] (tokens in it; the caller counts).
     """
     B, H, K = q.shape
     G, V = v.shape[1:]
@@ -64,7 +64,7 @@ def decode_step(
     if ring is None:
         tile = step_tile(K, V, B * H, state.dtype)
         _write_kernel[(B * H * triton.cdiv(V, tile.BV),)](
-            q, k, v, cos, sin, log_decay, change, state, active, out, *strides, scale,
+            q, k, v, cos, sin, log_decay, state, active, out, *strides, scale,
             BV=tile.BV, num_warps=tile.warps, **shared,
         )  # fmt: skip
         return out
@@ -142,7 +142,7 @@ def _begin(H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DEPENDENT: tl.con
 
 @triton.jit
 def _write_kernel(
-    q, k, v, cos, sin, log_decay, change, state, active, out,
+    q, k, v, cos, sin, log_decay, state, active, out,
     q_batch, q_head, k_batch, k_head, v_batch, v_head, state_batch, scale,
     H: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, ROTARY: tl.constexpr, PER_TOKEN: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -164,12 +164,7 @@ def _write_kernel(
         qt = _turned(q + b * q_batch + h * q_head, row, row_ok, turn_cos, turn_sin, K, ROTARY) * scale
         kt = _turned(k + b * k_batch + g * k_head, row, row_ok, turn_cos, turn_sin, K, ROTARY)
         vt = tl.load(v + b * v_batch + g * v_head + column, mask=column_ok, other=0.0).to(tl.float32)
-        decay_at = b * H + h if PER_TOKEN else h
-        decay = tl.load(log_decay + decay_at)
-        slow = decay > -0.5
-        kept = tl.where(slow, 1.0, tl.exp(decay))
-        added = tl.where(slow, tl.load(change + decay_at), 0.0)
-        S = S * kept + S * added + kt[:, None] * vt[None, :]
+        S = advance(S, tl.load(log_decay + (b * H + h if PER_TOKEN else h)), kt, vt)
         tl.store(out + column, tl.sum(qt[:, None] * S, 0).to(out.dtype.element_ty), mask=column_ok)
         tl.store(state + cell, S, mask=in_state)
 

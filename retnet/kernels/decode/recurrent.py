@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.decode.recurrence import advance
 from retnet.kernels.device import power_of_two
-from retnet.kernels.retention.portable.segment_decay import decay_parts
+from retnet.kernels.retention.problem import RetentionProblem
 from retnet.kernels.retention.tiles import StepTile, step_tile
 from retnet.kernels.segments import head_pointer
 
@@ -26,17 +27,9 @@ from retnet.kernels.segments import head_pointer
 DROPPED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
-def retention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    tile: StepTile | None = None,
-) -> Tensor:
-    """q, k [B, T, G, K], v [B, T, H, V], state [B, H, K, V] (updated) -> out [B, T, H, V] in v's dtype."""
+def retention_step(problem: RetentionProblem, state: Tensor, tile: StepTile | None = None) -> Tensor:
+    """T tokens of every row: `state` [B, H, K, V] is updated (the problem's is not read); out [B, T, H, V]."""
+    q, k, v, log_decay, mask = problem.q, problem.k, problem.v, problem.log_decay, problem.mask
     B, T, G, K = q.shape
     H, V = v.shape[2:]
     if state.dtype not in DROPPED_BITS:
@@ -53,53 +46,25 @@ def retention_step(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     tile = tile or step_tile(K, V, B * H, state.dtype, T)
     _step_kernel[(B * H * triton.cdiv(V, tile.BV),)](
-        q,
-        k,
-        v,
-        log_decay.contiguous(),
-        state,
-        None if mask is None else mask.contiguous().view(torch.uint8),
-        out,
-        T,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *state.stride()[:2],
-        scale,
-        H=H,
-        HEADS_PER_GROUP=H // G,
-        K=K,
-        V=V,
-        BK=power_of_two(K),
-        BV=tile.BV,
-        SLAB=min(tile.slab, power_of_two(K)),
-        PER_TOKEN=log_decay.dim() == 3,
-        MASKED=mask is not None,
-        DROPPED_BITS=DROPPED_BITS[state.dtype],
-        ONE_TOKEN=T == 1,
-        num_warps=tile.warps,
-    )
+        q, k, v, log_decay.contiguous(), state, None if mask is None else mask.contiguous().view(torch.uint8), out, T,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *state.stride()[:2], problem.scale,
+        H=H, HEADS_PER_GROUP=H // G, K=K, V=V, BK=power_of_two(K), BV=tile.BV, SLAB=min(tile.slab, power_of_two(K)),
+        PER_TOKEN=log_decay.dim() == 3, MASKED=mask is not None, DROPPED_BITS=DROPPED_BITS[state.dtype],
+        ONE_TOKEN=T == 1, num_warps=tile.warps,
+    )  # fmt: skip
     return out
 
 
-def retention_recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    state: Tensor | None,
-    mask: Tensor | None,
-    state_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(out [B, T, H, V], the state [B, H, K, V] after the T tokens), the given state left as it was."""
-    shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
+def retention_recurrent(problem: RetentionProblem, state_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, the state [B, H, K, V] after the last token in `state_dtype`); the given state is left as it was."""
+    device, state = problem.v.device, problem.state
     if state is None:
-        final = torch.zeros(shape, dtype=torch.float32, device=v.device)
+        final = torch.zeros(problem.state_shape, dtype=torch.float32, device=device)
     else:  # never rounded before it is read
         as_given = state.dtype == state_dtype and state_dtype in DROPPED_BITS
-        final = torch.empty(shape, dtype=state_dtype if as_given else torch.float32, device=v.device).copy_(state)
-    return retention_step(q, k, v, log_decay, final, scale, mask), final.to(state_dtype)
+        dtype = state_dtype if as_given else torch.float32
+        final = torch.empty(problem.state_shape, dtype=dtype, device=device).copy_(state)
+    return retention_step(problem, final), final.to(state_dtype)
 
 
 @triton.jit(do_not_specialize=["T", "q_batch", "k_batch", "v_batch"])
@@ -159,7 +124,7 @@ def _one_token(
         rows = r0 + tl.arange(0, SLAB)
         qt = tl.load(q + rows, mask=rows < limit, other=0.0).to(tl.float32) * scale
         kt = tl.load(k + rows, mask=rows < limit, other=0.0).to(tl.float32)
-        S = _decay_and_write(S.to(tl.float32), step, kt, vt)
+        S = advance(S.to(tl.float32), step, kt, vt)
         total += qt[:, None] * S
         _store_state(state, S, rows, columns, seed, K, V, DROPPED_BITS)
     tl.store(out + columns, tl.sum(total, 0).to(out.dtype.element_ty), mask=v_ok)
@@ -188,7 +153,7 @@ def _tokens(
         qt = tl.load(q + rows, mask=k_ok, other=0.0).to(tl.float32) * scale
         kt = tl.load(k + rows, mask=k_ok, other=0.0).to(tl.float32)
         vt = tl.load(v + columns, mask=v_ok, other=0.0).to(tl.float32)
-        S = _decay_and_write(S, step, kt, vt)
+        S = advance(S, step, kt, vt)
         tl.store(out + columns, tl.sum(qt[:, None] * S, 0).to(out.dtype.element_ty), mask=column_ok)
         q, k, v, out = q + q_token, k + k_token, v + v_token, out + H * V
         if PER_TOKEN:
@@ -204,13 +169,6 @@ def _load_slab(state, r0, columns, K: tl.constexpr, V: tl.constexpr, SLAB: tl.co
     return tl.load(
         state + rows[:, None] * V + columns[None, :], mask=(rows < K)[:, None] & (columns < V)[None, :], other=0.0
     )
-
-
-@triton.jit
-def _decay_and_write(S, step, kt, vt):
-    """exp(step) S + k^T v."""
-    factor, rest = decay_parts(step)
-    return S * factor + (S * rest + kt[:, None] * vt[None, :])
 
 
 @triton.jit

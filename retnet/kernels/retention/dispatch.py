@@ -1,11 +1,13 @@
-"""Chunkwise retention on the GPU: which kernels take a call, and a plan that says so.
+"""Chunkwise retention on the GPU: which kernels run a call, and a plan that says so.
 
-`portable` takes every argument. On Hopper GPUs, 16 bits with a fixed decay and one query head a value head goes to
-`walk`, which keeps the state on chip (and has no gradient of log_decay and no states of packed sequences). Both are
-deterministic and neither waits for the device.
+The portable kernels take every argument. On Hopper GPUs, 16 bits with a fixed decay and one query head per value head
+go to the Hopper kernels, which keep the state on chip (and have no gradient of log_decay and no states of packed
+sequences). Both are deterministic and neither waits for the device.
 """
 
+import warnings
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from retnet.kernels.device import device_family, is_hopper
 from retnet.kernels.retention.portable.border_states import stored_dtype
 from retnet.kernels.retention.portable.passes import portable_backward, portable_forward, portable_tiles
 from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
-from retnet.kernels.retention.tiles import shared_tile, step_tile
+from retnet.kernels.retention.tiles import SEGMENTS, nearest_segment, shared_tile, step_tile
 
 
 def retention_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
@@ -23,14 +25,30 @@ def retention_forward(problem: RetentionProblem, state_dtype: torch.dtype | None
         from retnet.kernels.retention.hopper import passes as hopper
 
         if hopper.walk_supported(problem):
+            if problem.chunk_size:
+                _report_chunk_size(problem.chunk_size, hopper.CHUNK, "the kernels for Hopper GPUs have this one alone")
             return hopper.walk_forward(problem, state_dtype)
+    if problem.chunk_size:
+        lengths = ", ".join(map(str, SEGMENTS))
+        _report_chunk_size(problem.chunk_size, nearest_segment(problem.chunk_size), f"the kernels have {lengths}")
     return portable_forward(problem, state_dtype)
+
+
+_reported: set[int] = set()
+
+
+def _report_chunk_size(given: int, used: int, why: str) -> None:
+    """Warn where another chunk size runs than the one that was given, once per process and value."""
+    if used == given or given in _reported:
+        return
+    _reported.add(given)
+    warnings.warn(f"retention uses chunks of {used} tokens instead of chunk_size={given}: {why}", stacklevel=2)
 
 
 def retention_backward(
     problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, *, need_dlog_decay: bool, need_dstate: bool
 ) -> RetentionGradients:
-    """RetentionGradients from those of the output and of the final state, if any."""
+    """The gradients, from those of the output and of the final state, if any."""
     if not need_dlog_decay and _may_walk(problem.q, problem.v):
         from retnet.kernels.retention.hopper import passes as hopper
 
@@ -45,19 +63,19 @@ NOT_WALKED = (
 )
 
 
-def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: bool) -> dict[str, object]:
-    """The kernels and block shapes that q [B, T, G, K] and v [B, T, H, V] will run with in a mode. `chunk`: tokens."""
+def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: bool) -> dict[str, Any]:
+    """The kernels and block shapes of a mode for q [B, T, G, K] and v [B, T, H, V]. `chunk`: tokens per chunk."""
     family = device_family(q.device)
     if mode == "recurrent":
         tile = step_tile(q.shape[-1], v.shape[-1], v.shape[0] * v.shape[2], torch.float32, q.shape[1])
-        packed = "plain operators, a token at a time"
+        packed = "plain operators, one token after another"
         return {"kernels": "step", "chunk": 1, "device_family": family, **asdict(tile), "cu_seqlens": packed}
     shape = v.shape[:3] if per_token else v.shape[2:3]
     log_decay = torch.empty(shape, dtype=torch.float32, device=v.device)
     problem = RetentionProblem(q, q, v, log_decay, 1.0, chunk_size=chunk_size)
     tiles = portable_tiles(problem)
     shared = shared_tile(family, stored_dtype(v.dtype), q.shape[-1], v.shape[-1], tiles.segment)
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "kernels": "portable",
         "chunk": tiles.segment,
         "device_family": family,
@@ -77,5 +95,5 @@ def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: boo
 
 
 def _may_walk(q: Tensor, v: Tensor) -> bool:
-    """Cheap and without the walk's imports, which other devices may lack: the walk itself decides."""
+    """Whether to ask the Hopper kernels: a cheap test without their imports, which other devices may lack."""
     return q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] == v.shape[2] and is_hopper(q.device)

@@ -1,15 +1,17 @@
-"""What the forward and the backward pass of one call have in common: its inputs, as `ops/retention.py` checked them."""
+"""The inputs and the gradients of one retention call, passed by reference through the CPU forms and the GPU kernels."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: a frozen dataclass takes three times as long to make, and one is made per call. Nobody assigns to it.
+@dataclass(slots=True, eq=False)
 class RetentionProblem:
-    """q, k [B, T, G, K], v [B, T, H, V], log_decay [H] or [B, T, H], state [N, H, K, V], mask [B, T], cu_seqlens [N+1].
+    """Checked inputs of `retnet.ops.retention`, in the order in which the torch.library operators take them.
 
-    `chunk_size` (None or 0: the tuned one) is taken to the nearest supported segment; the walk has one of its own.
+    q, k [B, T, G, K]; v [B, T, H, V]; log_decay [H] or [B, T, H]; state [N, H, K, V]; mask [B, T]; cu_seqlens [N + 1].
+    chunk_size: tokens per chunk; None or 0 leaves the choice to the kernels.
     """
 
     q: Tensor
@@ -23,18 +25,42 @@ class RetentionProblem:
     chunk_size: int | None = None
 
     @property
+    def arguments(self) -> tuple:
+        """The fields in order: the operators' first arguments."""
+        return (
+            self.q, self.k, self.v, self.log_decay, self.scale, self.state, self.mask, self.cu_seqlens, self.chunk_size,
+        )  # fmt: skip
+
+    @property
     def num_sequences(self) -> int:
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every token has a decay of its own."""
+        return self.log_decay.dim() == 3
 
     @property
     def plain(self) -> bool:
         """Every token of every row belongs to one sequence: neither masked nor packed."""
         return self.mask is None and self.cu_seqlens is None
 
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """[N, H, K, V]."""
+        return self.num_sequences, self.v.shape[2], self.q.shape[3], self.v.shape[3]
+
+    def block(self, rows: slice, tokens: slice, sequences: slice) -> "RetentionProblem":
+        """A part of the batch as a problem of its own, neither masked nor packed; its tensors are views."""
+        log_decay = self.log_decay[rows, tokens] if self.per_token else self.log_decay
+        state = None if self.state is None else self.state[sequences]
+        q, k, v = (x[rows, tokens] for x in (self.q, self.k, self.v))
+        return RetentionProblem(q, k, v, log_decay, self.scale, state, None, None, self.chunk_size)
+
 
 @dataclass(frozen=True, slots=True)
 class RetentionGradients:
-    """RetentionGradients of a problem's tensors in their shapes; None for what was not asked for. dstate is float32."""
+    """Gradients of a problem's tensors in their shapes; None for what was not asked for. dstate is float32."""
 
     dq: Tensor
     dk: Tensor

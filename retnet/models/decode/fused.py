@@ -31,15 +31,12 @@ from retnet.models.decode.int8 import int8_parts
 from retnet.models.decode.packing import is_packable, pack
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
-from retnet.ops.decode import (
-    InputNorm,
-    Ring,
-    StepDecay,
-    decode_linear,
-    decode_step_,
-    turn_pairs_,
-    uses_kernels,
-)
+from retnet.ops import device
+from retnet.ops.decode.linear import InputNorm, decode_linear
+from retnet.ops.decode.ring import Ring
+from retnet.ops.decode.step import decode_step_, turn_pairs_
+from retnet.ops.plan import supported_chunk_size
+from retnet.ops.recurrence import StepDecay
 from retnet.ops.retention import retention
 from retnet.ops.rotary import Rotary, Yarn, frequencies, rotation, scaling
 
@@ -130,7 +127,7 @@ class FusedBlock:
         decay = self.decay
         if self.decay_input is not None:
             gate_input = decode_linear(x, self.decay_input, norm=self.mixer_norm)
-            decay = StepDecay.of(self.mixer.gated_log_decay(gate_input))
+            decay = StepDecay(self.mixer.gated_log_decay(gate_input))
         assert decay is not None
         rotary: Rotary = "half" if config.rotary == "none" else config.rotary
         y = decode_step_(q, k, v, rotation, rotary, decay, state.memory, active, ring=deferred)
@@ -153,7 +150,8 @@ class FusedBlock:
             gate_input = decode_linear(x, self.decay_input, norm=self.mixer_norm)
             log_decay = self.mixer.gated_log_decay(gate_input)[None]
         y, memory = retention(
-            q, k, v, log_decay, state=state.memory, mode=config.mode, chunk_size=config.chunk_size,
+            q, k, v, log_decay, state=state.memory, mode=config.mode,
+            chunk_size=supported_chunk_size(q, v, log_decay.dim() == 3, config.chunk_size),
             state_dtype=state.memory.dtype,
         )  # fmt: skip
         assert memory is not None
@@ -226,7 +224,7 @@ class FusedModel:
         if any(block is None for block in self.blocks):
             mask = None if active is None else active[:, None]
             layout = TokenLayout.of((len(x), 1), x.device, start=state.position, mask=mask, carry=True, in_place=True)
-        if uses_kernels(tokens):
+        if device.uses_kernels(tokens):
             taking_part = tokens.new_ones(tokens.shape, dtype=torch.bool) if active is None else active
         else:
             taking_part = None if active is None or bool(active.all()) else active
@@ -250,7 +248,7 @@ class FusedModel:
         On a GPU the fused blocks read it in as few launches as they decode with, because up to thousands of tokens the
         launches take the time. On a CPU the products take the time, and the modules run.
         """
-        if not uses_kernels(ids) or any(block is None for block in self.blocks):
+        if not device.uses_kernels(ids) or any(block is None for block in self.blocks):
             _, after = self.model.hidden(ids, state, carry=True, in_place=True)
             assert after is not None
             return after

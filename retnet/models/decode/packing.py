@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from retnet.models.decode.int8 import int8_parts, move_int8_
-from retnet.ops.decode import DecodeWeight, uses_kernels
+from retnet.ops import device
+from retnet.ops.decode.linear import DecodeWeight
 
 
 def is_packable(module: nn.Module) -> bool:
@@ -31,7 +32,7 @@ def pack(linears: list[nn.Linear]) -> DecodeWeight:
     On a CPU, matrices with more rows than columns are stored by columns.
     """
     width = sum(linear.out_features for linear in linears)
-    by_columns = not uses_kernels(linears[0].weight) and width > linears[0].in_features
+    by_columns = not device.uses_kernels(linears[0].weight) and width > linears[0].in_features
     bias = _pack_biases(linears)
     quantized = [parts for linear in linears if (parts := int8_parts(linear.weight)) is not None]
     if len(quantized) == len(linears):

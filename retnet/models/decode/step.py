@@ -15,7 +15,7 @@ from retnet.models.decode.fused import FusedModel
 from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
-from retnet.ops.decode import Ring
+from retnet.ops.decode.ring import Ring
 
 WARM_UP_RUNS = 3  # before a capture: kernels compile, libraries allocate
 FAILED = -1  # in place of a token: the logits held NaN or infinity

@@ -7,8 +7,10 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.lm import LanguageModel
-from retnet.ops import decode
-from retnet.ops.decode import ACTIVATIONS, InputNorm, Ring, StepDecay, decode_step_
+from retnet.ops.decode.linear import ACTIVATIONS, InputNorm
+from retnet.ops.decode.ring import Ring
+from retnet.ops.decode.step import decode_step_
+from retnet.ops.recurrence import StepDecay
 from retnet.ops.rotary import rotation
 from tests.small_models import small_model
 
@@ -122,7 +124,7 @@ def test_steps_agree_with_rotation_and_retention_one_after_another(rotary, H, G,
             v,
             turn,
             "half" if rotary == "none" else rotary,
-            StepDecay.of(log_decay),
+            StepDecay(log_decay),
             state,
             active,
             ring=ring,
@@ -132,7 +134,7 @@ def test_steps_agree_with_rotation_and_retention_one_after_another(rotary, H, G,
             *(x.to(device) for x in (q, k, v)),
             None if turn is None else tuple(x.to(device).contiguous() for x in turn),
             rotary,
-            *(x.to(device) for x in (log_decay, torch.expm1(log_decay))),
+            log_decay.to(device),
             ours,
             active.to(device),
             theirs,
@@ -172,8 +174,7 @@ def test_engines_on_kernels_say_what_the_model_says(variant, slots, ring, device
         ids = list(prompt)
         for _ in range(3):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    monkeypatch.setattr(decode, "uses_kernels", lambda x: True)
-    monkeypatch.setattr("retnet.models.decode.fused.uses_kernels", lambda x: True)
+    monkeypatch.setattr("retnet.ops.device.uses_kernels", lambda x: True)
     engine = Engine(model.to(device), num_slots=slots, prompt_block=4, deferred_writes=ring)
     generation = engine.submit(Request(prompt, 3, Sampling(temperature=0)))
     engine.run()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops import reference
 
 pytest.importorskip("triton")
@@ -26,7 +27,7 @@ def test_steps_agree_with_the_oracle(B, T, G, H, K, V, per_token, masked, state_
     expected, last = reference.recurrent(
         *(x.double() for x in (q, k, v, log_decay)), scale=0.3, state=state.double(), mask=mask
     )
-    out = retention_step(q, k, v, log_decay, state, 0.3, mask)
+    out = retention_step(RetentionProblem(q, k, v, log_decay, 0.3, mask=mask), state)
     assert (out.double() - expected).norm() <= 2e-6 * expected.norm()
     assert (state.double() - last).norm() <= (2e-6 if state_dtype == torch.float32 else 1e-3) * last.norm()
 
@@ -44,7 +45,7 @@ def test_thousands_of_slow_decays_keep_float32_digits(device):
     expected, last = reference.chunkwise(
         *(x.double() for x in (q, k, v, log_decay)), scale=0.3, state=state.double(), chunk_size=256
     )
-    out = retention_step(q, k, v, log_decay, state, 0.3, None)
+    out = retention_step(RetentionProblem(q, k, v, log_decay, 0.3), state)
     assert (out.double() - expected).norm() <= 2e-6 * expected.norm()
     assert (state.double() - last).norm() <= 2e-6 * last.norm()
 
@@ -59,7 +60,7 @@ def test_a_narrow_state_forgets_at_the_rate_of_its_decay(device):
     silent = torch.zeros(1, 1, 1, 16, device=device)
     for step in range(steps):
         q = torch.full((1, 1, 1, 16), float(step), device=device)
-        retention_step(q, silent, silent, torch.tensor([decay], device=device).log(), state, 1.0, None)
+        retention_step(RetentionProblem(q, silent, silent, torch.tensor([decay], device=device).log(), 1.0), state)
     lost = 1 - state.double().sum() / before
     assert abs(lost - (1 - decay**steps)) < 0.2 * (1 - decay**steps)
 
@@ -68,12 +69,11 @@ def test_a_state_that_cannot_be_updated_in_place_is_refused(device):
     from retnet.kernels.decode.recurrent import retention_step
 
     x = torch.zeros(1, 1, 1, 16, device=device)
+    problem = RetentionProblem(x, x, x, torch.zeros(1, device=device), 1.0)
     with pytest.raises(ValueError, match="contiguous"):
-        retention_step(x, x, x, torch.zeros(1, device=device), torch.zeros(1, 1, 16, 16, device=device).mT, 1.0, None)
+        retention_step(problem, torch.zeros(1, 1, 16, 16, device=device).mT)
     with pytest.raises(TypeError, match="float64"):
-        retention_step(
-            x, x, x, torch.zeros(1, device=device), torch.zeros(1, 1, 16, 16, device=device).double(), 1.0, None
-        )
+        retention_step(problem, torch.zeros(1, 1, 16, 16, device=device).double())
 
 
 @pytest.mark.gpu
@@ -89,7 +89,7 @@ def test_a_strided_state_of_a_pool_is_updated_in_its_place(state_dtype, device):
     expected, last = reference.recurrent(
         *(x.double() for x in (q, k, v, log_decay)), scale=1.0, state=pool[::2].double()
     )
-    out = retention_step(q, k, v, log_decay, pool[::2], 1.0, None)
+    out = retention_step(RetentionProblem(q, k, v, log_decay, 1.0), pool[::2])
     assert torch.equal(pool[1::2], kept[1::2])
     assert (out.double() - expected).norm() <= 4e-3 * expected.norm()
     assert (pool[::2].double() - last).norm() <= (2e-6 if state_dtype == torch.float32 else 6e-3) * last.norm()
@@ -104,7 +104,7 @@ def test_a_state_is_rounded_after_it_was_read(state_dtype, device):
     log_decay = torch.tensor([-0.1, -0.2], device=device)
     state = 1e5 * torch.randn(2, 2, 16, 16, device=device)  # beyond float16
     expected, _ = reference.recurrent(*(x.double() for x in (q, k, v, log_decay)), scale=0.3, state=state.double())
-    out, final = retention_recurrent(q, k, v, log_decay, 0.3, state, None, state_dtype)
+    out, final = retention_recurrent(RetentionProblem(q, k, v, log_decay, 0.3, state), state_dtype)
     assert final.dtype == state_dtype
     assert (out.double() - expected).norm() <= 2e-6 * expected.norm()
 
@@ -115,6 +115,7 @@ def test_a_state_that_sequences_share_is_not_updated(device):
     q = torch.randn(2, 1, 1, 16, device=device)
     state = torch.zeros(1, 1, 16, 16, device=device).expand(2, 1, 16, 16)
     with pytest.raises(ValueError, match=r"state has strides \(0, 256, 16, 1\); accepted: .* and its own"):
-        retention_step(q, q, q, torch.zeros(1, device=device), state, 1.0, None)
+        retention_step(RetentionProblem(q, q, q, torch.zeros(1, device=device), 1.0), state)
     odd = torch.zeros(256, device=device).as_strided((1, 1, 16, 16), (0, 7, 16, 1))
-    assert retention_step(q[:1], q[:1], q[:1], torch.zeros(1, device=device), odd, 1.0, None).isfinite().all()
+    problem = RetentionProblem(q[:1], q[:1], q[:1], torch.zeros(1, device=device), 1.0)
+    assert retention_step(problem, odd).isfinite().all()

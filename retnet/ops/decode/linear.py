@@ -1,0 +1,189 @@
+"""A linear layer of few rows with its input norm, gate and residual: the products of a decode step.
+
+    decode_linear   skip residual + branch (y W^T + bias)       y = norm(x) * act(gate)
+
+Layers define these operations; here they are fused for inference: no gradients, no checks of values. On a GPU they are
+one launch while there are few rows (`kernels/decode/linear.py`); on a CPU, the time is that of reading the weights with
+all cores.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retnet.ops import device
+from retnet.ops.dtypes import widened
+from retnet.ops.norms import normalize
+
+MATVEC_ROWS = 1  # up to this many rows, a GPU's product is bound by reading weights, without tensor cores
+INT8_ROWS = 4  # up to this many rows, int8 weights are read once per row rather than widened in memory
+# Blocks of a weight that a CPU multiplies as a batch: MKL uses one core for a product of few rows, all for a batch.
+ROW_BLOCKS = (32, 16, 8, 4, 2, 1)  # of W [N, K], the first that divides N
+COLUMN_BLOCKS = (4, 2, 1)  # of W kept as [K, N], the first that divides K; their sums are added
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu, "none": lambda x: x}
+
+
+@dataclass(frozen=True)
+class InputNorm:
+    """A norm over each of `groups` equal parts of a row; weight and bias [width of a part], or of the whole row."""
+
+    kind: Literal["layer", "rms", "none"] = "none"
+    groups: int = 1
+    eps: float = 1e-6
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [B, K], in float32 (float64 for float64)."""
+        x = widened(x)
+        if self.kind == "none":
+            return x
+        width = x.shape[1] // self.groups
+        parts = x if self.groups == 1 else x.view(-1, self.groups, width)
+        weight, bias = self.weight, self.bias
+        if weight is not None and weight.dtype == x.dtype and weight.numel() == width:  # in the norm's own pass
+            if self.kind == "layer":
+                parts = F.layer_norm(parts, (width,), weight, bias, self.eps)
+                return parts if self.groups == 1 else parts.flatten(1)
+            parts, weight = F.rms_norm(parts, (width,), weight, self.eps), None
+        else:
+            parts = normalize(parts, self.kind, self.eps)
+        if weight is not None:
+            parts = parts * weight.view(-1, width)[0 if self.groups == 1 else slice(None)]
+        if bias is not None:
+            parts = parts + bias.view(-1, width)[0 if self.groups == 1 else slice(None)]
+        return parts if self.groups == 1 else parts.flatten(1)
+
+
+@dataclass(frozen=True)
+class DecodeWeight:
+    """values [N, K], floating point, or int8 with scale [N] that multiplies the rows; bias [N].
+
+    Stored as [K, N] (strides (1, N)), a CPU reads them faster if N > K.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """Views for a CPU: [n, K, N / n], or of values stored as [K, N], [n, K / n, N]."""
+        N, K = self.values.shape
+        if self.by_columns:
+            n = next(n for n in COLUMN_BLOCKS if K % n == 0)
+            return self.values.t().view(n, K // n, N)
+        n = next(n for n in ROW_BLOCKS if N % n == 0)
+        return self.values.view(n, N // n, K).mT
+
+    @cached_property
+    def ones(self) -> Tensor:
+        """[N], for a product whose scale is applied after it, in its own precision."""
+        return torch.ones(self.values.shape[0], dtype=torch.bfloat16, device=self.values.device)
+
+    @property
+    def by_columns(self) -> bool:
+        return self.values.stride(0) == 1
+
+
+NO_NORM = InputNorm()
+
+
+def decode_linear(
+    x: Tensor | None,
+    weight: DecodeWeight,
+    *,
+    norm: InputNorm = NO_NORM,
+    gate: Tensor | None = None,
+    activation: str = "none",
+    residual_: Tensor | None = None,
+    skip: float = 1.0,
+    branch: float = 1.0,
+) -> Tensor:
+    """skip residual + branch (y W^T + bias) [B, N], with y = norm(x) * activation(gate), in x's dtype.
+
+    Args:
+        x, gate: [B, K]; either may be None and is then left out.
+        weight: W [N, K] with its scale and bias.
+        residual_: [B, N], overwritten with the result; a plain product if None.
+    """
+    some = x if x is not None else gate
+    assert some is not None
+    if not device.uses_kernels(some):
+        return _linear_on_cpu(x, weight, norm, gate, activation, residual_, skip, branch)
+    from retnet.kernels.decode.linear import matvec, prepare
+
+    described = (norm.kind, norm.groups, norm.eps, norm.weight, norm.bias)
+    if len(some) <= (MATVEC_ROWS if weight.scale is None else INT8_ROWS):
+        out = some.new_empty(len(some), len(weight.values)) if residual_ is None else residual_
+        for rows in zip(*(x.split(MATVEC_ROWS) if x is not None else _nones(some) for x in (x, gate, out))):
+            matvec(
+                rows[0], rows[1], weight.values, weight.scale, weight.bias, described, activation, rows[2],
+                None if residual_ is None else rows[2], skip, branch,
+            )  # fmt: skip
+        return out
+    y = some
+    if gate is not None or norm.kind != "none":
+        y = torch.empty_like(some, memory_format=torch.contiguous_format)
+        prepare(x, gate, described, activation, y)
+    return _product(y, weight, residual_, skip, branch)
+
+
+def _linear_on_cpu(
+    x: Tensor | None,
+    weight: DecodeWeight,
+    norm: InputNorm,
+    gate: Tensor | None,
+    activation: str,
+    residual_: Tensor | None,
+    skip: float,
+    branch: float,
+) -> Tensor:
+    some = x if x is not None else gate
+    assert some is not None
+    y = None if x is None else norm(x)
+    if gate is not None:
+        opened = ACTIVATIONS[activation](gate)
+        y = opened if y is None else y * opened
+    assert y is not None
+    return _product(y if y.dtype == some.dtype else y.to(some.dtype), weight, residual_, skip, branch)
+
+
+def _product(y: Tensor, weight: DecodeWeight, residual_: Tensor | None, skip: float, branch: float) -> Tensor:
+    if residual_ is not None and device.uses_kernels(y) and weight.bias is None and weight.scale is None:
+        return residual_.addmm_(y, weight.values.t(), beta=skip, alpha=branch)
+    out = _by_library(y, weight) if device.uses_kernels(y) else _in_blocks(y, weight)
+    if weight.bias is not None:
+        out = out + weight.bias
+    if residual_ is None:
+        return out
+    if skip != 1.0:
+        residual_.mul_(skip)
+    return residual_.add_(out, alpha=branch)
+
+
+def _by_library(y: Tensor, weight: DecodeWeight) -> Tensor:
+    if weight.scale is None:
+        return y @ weight.values.t()
+    return (y @ weight.values.to(y.dtype).t()) * weight.scale.to(y.dtype)
+
+
+def _in_blocks(y: Tensor, weight: DecodeWeight) -> Tensor:
+    """y W^T on a CPU with W in blocks, whose products run side by side on all cores."""
+    if weight.scale is not None:
+        # bfloat16 inputs and sums: torch's kernel for other dtypes is slower than reading the weights in float32.
+        out = torch._weight_int8pack_mm(y.bfloat16(), weight.values, weight.ones)
+        return (out * weight.scale).to(y.dtype)
+    blocks, B = weight.blocks, y.shape[0]  # (len of a tensor takes microseconds)
+    if weight.by_columns:
+        return torch.bmm(y.view(B, blocks.shape[0], -1).transpose(0, 1), blocks).sum(0)
+    out = torch.bmm(y.expand(blocks.shape[0], -1, -1), blocks)
+    return out.view(1, -1) if B == 1 else out.transpose(0, 1).reshape(B, -1)
+
+
+def _nones(x: Tensor) -> list[None]:
+    return [None] * len(x.split(MATVEC_ROWS))
