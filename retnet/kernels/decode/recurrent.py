@@ -124,7 +124,7 @@ def _one_token(
         rows = r0 + tl.arange(0, SLAB)
         qt = tl.load(q + rows, mask=rows < limit, other=0.0).to(tl.float32) * scale
         kt = tl.load(k + rows, mask=rows < limit, other=0.0).to(tl.float32)
-        S = advance(S.to(tl.float32), step, kt, vt)
+        S = advance(S, step, kt, vt)
         total += qt[:, None] * S
         _store_state(state, S, rows, columns, seed, K, V, DROPPED_BITS)
     tl.store(out + columns, tl.sum(total, 0).to(out.dtype.element_ty), mask=v_ok)
