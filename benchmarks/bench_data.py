@@ -1,16 +1,15 @@
-"""Tokenising text: `retnet data` beside `datasets.map`, speed and peak memory.
+"""Tokenising text: speed and peak memory of `retnet data` and of `datasets.map`.
 
     python benchmarks/bench_data.py TEXT --tokenizer FILE [--separator S] [--megabytes M] [--processes P]
                                     [--only NAME ...] [--csv FILE]
 
-Both read the same jsonl (the first M megabytes of the text's documents, whole documents), with the same tokenizer.json,
-in P processes, and write to disk: ours token shards, datasets its cache of int32 or int64 columns, in the way of its
-documentation (a fast tokenizer of transformers on batches of 1000). "map" is the call to `map` alone; "whole" is the
-process from start to end, imports and the reading of jsonl included, and so is ours. Memory is the highest sum of the
-resident memory of all processes of a run, looked at every 20 ms; pages that several share count for each.
+Both read the same jsonl file (whole documents, the first M megabytes of the text) with the same tokenizer.json in P
+processes, and write to disk: ours writes token shards, datasets writes its cache of int32 or int64 columns. datasets
+is used as its documentation shows, with a fast transformers tokenizer on batches of 1000. "map" is the call to `map`
+alone. "whole" is the process from start to end, including imports and reading jsonl. Memory is the peak of the summed
+resident memory of all processes of a run, sampled every 20 ms; shared pages count once per process.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 
 import psutil
-from runner import Point, append, table
+from runner import Point, arguments, report
 
 MAP = """
 import sys, time
@@ -43,7 +42,7 @@ if __name__ == "__main__":
 
 
 def write_jsonl(text: Path, separator: str, megabytes: float, path: Path) -> tuple[int, int]:
-    """The first documents as jsonl; (bytes, documents)."""
+    """Write the first documents as jsonl; (bytes, number of documents)."""
     size = documents = 0
     with open(path, "w", encoding="utf-8") as file:
         for document in text.read_text(encoding="utf-8").split(separator):
@@ -53,8 +52,8 @@ def write_jsonl(text: Path, separator: str, megabytes: float, path: Path) -> tup
     return size, documents
 
 
-def run(words: list[str]) -> tuple[str, float, float]:
-    """Output, seconds and peak MiB of a command and its descendants."""
+def run(words: list[str]) -> tuple[str, float, int]:
+    """(output, seconds, peak bytes) of a command and its child processes."""
     began = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     watched, peak = psutil.Process(process.pid), 0
@@ -69,50 +68,46 @@ def run(words: list[str]) -> tuple[str, float, float]:
     output = process.stdout.read() if process.stdout else ""
     if process.returncode:
         raise RuntimeError(f"{words[:4]} ended with {process.returncode}: {output}")
-    return output, seconds, peak / 2**20
+    return output, seconds, peak
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--separator", default="\n\n\n")
+    parser.add_argument("--separator", default="\n\n\n", help="between documents of TEXT")
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=["retnet", "datasets"])
-    parser.add_argument("--csv", type=Path)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     points = []
     try:
         source = folder / "text.jsonl"
-        size, documents = write_jsonl(arguments.text, arguments.separator, arguments.megabytes, source)
-        case = f"{size / 1e6:.1f} MB, {documents} docs, {arguments.processes} proc"
+        size, documents = write_jsonl(options.text, options.separator, options.megabytes, source)
+        case = f"{size / 1e6:.1f} MB, {documents} docs, {options.processes} proc"
 
-        def add(name: str, what: str, seconds: float, mebibytes: float | None, note: str = "") -> None:
+        def add(name: str, what: str, seconds: float, peak: int | None, note: str = "") -> None:
             note = f"{size / 1e6 / seconds:.2f} MB/s {note}"
-            points.append(Point("data", case, name, what, 1e3 * seconds, extra_mebibytes=mebibytes, note=note))
+            points.append(Point("data", case, name, what, 1e3 * seconds, extra_bytes=peak, note=note))
 
-        if "retnet" in arguments.only:
-            shard_size = arguments.megabytes / (4 * arguments.processes)
-            options = ["--workers", str(arguments.processes), "--shard-size", str(shard_size)]
-            options += ["--tokenizer", arguments.tokenizer]
-            words = [sys.executable, "-m", "retnet.cli", "data", str(source), str(folder / "out"), *options]
-            _, seconds, mebibytes = run(words)
+        if "retnet" in options.only:
+            shard_size = options.megabytes / (4 * options.processes)
+            words = [sys.executable, "-m", "retnet.cli", "data", str(source), str(folder / "out")]
+            words += ["--workers", str(options.processes), "--shard-size", str(shard_size)]
+            _, seconds, peak = run([*words, "--tokenizer", options.tokenizer])
             manifest = json.loads((folder / "out/manifest.json").read_bytes())
-            add("retnet", "whole", seconds, mebibytes, f"{manifest['tokens'] - manifest['documents']} tokens")
-        if "datasets" in arguments.only:
+            add("retnet", "whole", seconds, peak, f"{manifest['tokens'] - manifest['documents']} tokens")
+        if "datasets" in options.only:
             (folder / "map.py").write_text(MAP)
-            words = [sys.executable, str(folder / "map.py"), str(source), arguments.tokenizer]
-            output, seconds, mebibytes = run([*words, str(arguments.processes), str(folder / "cache")])
+            words = [sys.executable, str(folder / "map.py"), str(source), options.tokenizer]
+            output, seconds, peak = run([*words, str(options.processes), str(folder / "cache")])
             found = dict(line.split() for line in output.splitlines())
             add("datasets", "map", float(found["seconds"]), None)
-            add("datasets", "whole", seconds, mebibytes, f"{found['tokens']} tokens")
+            add("datasets", "whole", seconds, peak, f"{found['tokens']} tokens")
     finally:
         shutil.rmtree(folder)
-    print(table(points))
-    if arguments.csv:
-        append(arguments.csv, points)
+    report(points, options.csv)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,20 @@
-"""One decode step of retention on a GPU: a captured graph rotates over enough states that none stays in cache.
+"""One recurrent step of retention on a GPU. A captured graph rotates over enough states that none stays in cache.
 
     python benchmarks/bench_decode.py --batch 1 16 128 512
     python benchmarks/bench_decode.py --variants          tiles of the step, for retnet/kernels/retention/tiles.py
 
-The floor is the state read and written once over the copy bandwidth measured in the same run: what any step with a
-state in memory must move. "deferred" is the engine's step with deferred writes, which reads the state and a half full
-ring of 32 waiting rows, and folds every 32nd step: its time is the mean, against the same floor. FLA's step is its
-fused recurrent kernel, which returns a new state.
+The floor is the time to read and write the state once at the copy bandwidth of the same run. "deferred" is the
+engine's step with deferred writes: it reads the state and a half-full ring of 32 waiting rows, and writes the ring
+into the state every 32nd step. Its time is the mean over such a cycle, against the same floor. FLA's step is its fused
+recurrent kernel, which returns a new state.
 """
 
-import argparse
-import importlib.util
 import itertools
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-from runner import Point, append, copy_bandwidth, median_milliseconds, need_gpu, table
+from runner import Point, arguments, captured, copy_bandwidth, fla_installed, median_milliseconds, need_gpu, report
 from torch import Tensor
 
 from retnet.ops.decay import paper_log_decay
@@ -58,20 +55,6 @@ def fla_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor) 
     fused_recurrent_retention(q, k, v, initial_state=state, output_final_state=True)
 
 
-def captured(steps: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
-    """A graph of all steps, after a warm-up on a side stream."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for step in steps[:2]:
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for step in steps:
-            step()
-    return graph
-
-
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
@@ -92,7 +75,7 @@ def measure(batch: int, H: int, K: int, V: int, state_dtype: torch.dtype, implem
         step = clock(partial(deferred_step, ring_of(batch, H, K, V, RING // 2)))
         fold = clock(partial(deferred_step, ring_of(batch, H, K, V, RING - 1)))
         milliseconds = step + (fold - step) / RING
-        note = f"step {1e3 * step:.1f} us, with the fold {1e3 * fold:.1f} us"
+        note = f"step {1e3 * step:.1f} us, step that writes the ring {1e3 * fold:.1f} us"
     else:
         milliseconds = clock({"ours": our_step, "fla": fla_step}[implementation])
     return point(batch, H, K, V, state_dtype, implementation, milliseconds, note)
@@ -107,14 +90,14 @@ def point(
 
 
 def measure_variants(batch: int, H: int, K: int, V: int, state_dtype: torch.dtype) -> list[Point]:
-    """Every tile of the step that compiles, the best one first."""
+    """Every tile of the step that compiles, the fastest first."""
     from triton.runtime.errors import OutOfResources
 
     from retnet.kernels.retention.tiles import StepTile
 
     points = []
     for BV, slab, warps in itertools.product((32, 64, 128, 256), (32, 64, 128, 256), (4, 8)):
-        cells = BV * slab // (32 * warps)  # of a slab in a thread's registers
+        cells = BV * slab // (32 * warps)  # cells of a slab per thread
         if BV > V or slab > K or not 16 <= cells <= (64 if slab < K else 128):
             continue
         tile = StepTile(BV, slab, warps)
@@ -127,34 +110,28 @@ def measure_variants(batch: int, H: int, K: int, V: int, state_dtype: torch.dtyp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, csv="out/bench_decode.csv")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 128, 512])
     parser.add_argument("--heads", type=int, nargs=3, default=[16, 256, 512], metavar=("H", "K", "V"))
     parser.add_argument("--implementations", default="ours,deferred,fla")
-    parser.add_argument("--variants", action="store_true", help="every tile of our step, at each batch and state dtype")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the state, for ours")
-    parser.add_argument("--csv", type=Path, default=Path("out/bench_decode.csv"))
+    parser.add_argument("--variants", action="store_true", help="measure every tile of our step")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes of our state")
     options = parser.parse_args()
     need_gpu()
     dtypes = [getattr(torch, name) for name in options.dtypes]
     if options.variants:
         for state_dtype, batch in itertools.product(dtypes, options.batch):
-            points = measure_variants(batch, *options.heads, state_dtype)
-            print(table(points[:6]), flush=True)
-            append(options.csv, points)
+            report(measure_variants(batch, *options.heads, state_dtype), options.csv)
             torch.cuda.empty_cache()
         return
     for implementation in options.implementations.split(","):
-        if implementation == "fla" and importlib.util.find_spec("fla") is None:
-            print("flash-linear-attention is not installed (pip install retnet[bench]): left out")
+        if implementation == "fla" and not fla_installed():
             continue
         for state_dtype in (torch.float32,) if implementation == "fla" else dtypes:
             for batch in options.batch:
                 if implementation == "deferred" and state_dtype != torch.float32:
                     continue
-                points = [measure(batch, *options.heads, state_dtype, implementation)]
-                print(table(points), flush=True)
-                append(options.csv, points)
+                report([measure(batch, *options.heads, state_dtype, implementation)], options.csv)
                 torch.cuda.empty_cache()
 
 

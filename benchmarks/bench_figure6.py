@@ -1,16 +1,16 @@
-"""The paper's Figure 6 redrawn: memory, latency and throughput of decoding at the 6.7B shape, against a fair rival.
+"""The paper's Figure 6, measured again: memory, latency and throughput of decoding at the shape of the 6.7B model.
 
     python benchmarks/bench_figure6.py --lengths 512 2048 8192 32768 --batch 8 --budget 64 --plot out/figure6
 
 The paper compares with a Transformer whose cache grows by concatenation. Here the Transformer has a static cache, one
-CUDA graph a token, the same fused products, attention over exactly the cached tokens, and either as many heads of keys
-and values as of queries (MHA) or 8 (GQA). Weights are random, bfloat16; RetNet's states are float32. Points:
+CUDA graph per token, the same fused products, and attention over exactly the cached tokens. It has as many heads of
+keys and values as of queries (MHA), or 8 (GQA). Weights are random, bfloat16; RetNet's states are float32. Points:
 
-    memory      MiB that one sequence keeps beside the weights
-    latency     a step of --batch sequences, as the host waits for it
-    throughput  a step of as many sequences as fit into --budget GiB beside the weights (at most --most)
+    memory      bytes per sequence, weights not counted
+    latency     time per step at batch size --batch, as the host waits for it
+    throughput  tokens/s with as many sequences as fit in --budget GiB beside the weights (at most --most)
 
-The crossover is where the Transformer's cache, and where its step, becomes the larger: below it RetNet loses.
+The crossover of a quantity is the context length from which RetNet is ahead; below it, RetNet loses.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import runner
 import torch
-from plots import Panel, lines, save_panels
+from plots import Panel, lines, mebibytes, save_panels
 from rivals import LLAMAS, TransformerStep
-from runner import Point, append, median_milliseconds, need_gpu, read, table
+from runner import Point, arguments, median_milliseconds, need_gpu, read, report
 
 from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
@@ -32,22 +32,22 @@ from retnet.serve.request import Request
 
 GQA_HEADS = 8
 RING = 32
-STEPS = 2 * RING  # a multiple of the ring: the steps that fold count
+STEPS = 2 * RING  # a multiple of the ring, so that the steps that write it are included
 
 
 def affordable(budget: float, one: int, most: int) -> int:
-    """Sequences of `one` bytes in `budget` GiB: a multiple of 4, or fewer than 4."""
+    """Number of sequences of `one` bytes that fit in `budget` GiB: a multiple of 4, or fewer than 4."""
     count = min(most, int(budget * 2**30 / one))
     return count if count < 4 else count // 4 * 4
 
 
-def point(case: str, name: str, what: str, milliseconds: float, bytes_a_sequence: int, batch: int) -> Point:
+def point(case: str, name: str, what: str, milliseconds: float, bytes_per_sequence: int, batch: int) -> Point:
     note = f"batch {batch}, {1e3 * batch / milliseconds:.0f} tokens/s"
-    return Point("figure6", case, name, what, milliseconds, extra_mebibytes=bytes_a_sequence / 2**20, note=note)
+    return Point("figure6", case, name, what, milliseconds, extra_bytes=bytes_per_sequence, note=note)
 
 
 def retnet_step(model: LanguageModel, batch: int, ring: int) -> tuple[float, int]:
-    """(milliseconds of a step, bytes a sequence); the context's length is nowhere in it."""
+    """(milliseconds per step, bytes per sequence); both are independent of the context length."""
     engine = Engine(model, num_slots=batch, deferred_writes=ring)
     for slot in range(batch):
         engine.submit(Request([slot], None, Sampling(temperature=0), ignore_eos=True))
@@ -60,7 +60,7 @@ def retnet_step(model: LanguageModel, batch: int, ring: int) -> tuple[float, int
 
 
 def by_retnet(options: argparse.Namespace) -> Iterator[Point]:
-    """The same for every length: measured once, drawn at each."""
+    """Measured once and reported at every length, since nothing depends on it."""
     with torch.device("cuda"):
         model = LanguageModel(replace(preset(options.model), dtype="bfloat16")).eval()
     for name, ring in (("RetNet", 0), (f"RetNet, writes deferred by {RING}", RING)):
@@ -81,14 +81,14 @@ def by_transformer(options: argparse.Namespace) -> Iterator[Point]:
         weights = None
         for length in options.lengths:
             step = TransformerStep(options.model, kv_heads, 1, length, weights)
-            weights, one = step.weights, step.cache.numel() * step.cache.element_size()
+            weights, one = step.weights, step.cache.nbytes
             del step
             for what, batch in (
                 ("latency", options.batch),
                 ("throughput", affordable(options.budget, one, options.most)),
             ):
                 if batch < 1 or batch * one > options.budget * 2**30:
-                    print(f"{name}, length {length}, {what}: {max(1, batch)} sequences do not fit into the budget")
+                    print(f"{name}, length {length}, {what}: batch {max(1, batch)} does not fit in the budget")
                     continue
                 step = TransformerStep(options.model, kv_heads, batch, length, weights)
                 taken, _ = runner.device_milliseconds(step.run)
@@ -98,20 +98,20 @@ def by_transformer(options: argparse.Namespace) -> Iterator[Point]:
 
 
 def crossovers(points: list[Point]) -> Iterator[str]:
-    """For each rival and quantity, the first measured length at which RetNet is ahead."""
+    """For each rival and quantity, the shortest measured length at which RetNet is ahead."""
     lengths = sorted({int(p.case.split()[-1]) for p in points})
     ours = [p for p in points if p.implementation == "RetNet"]
     for rival in dict.fromkeys(p.implementation for p in points if p.implementation.startswith("Transformer")):
         theirs = [p for p in points if p.implementation == rival]
         at = {(p.what, p.case): p for p in theirs}
         for label, what, larger in (
-            ("memory a sequence", "latency", lambda a, b: a.extra_mebibytes > b.extra_mebibytes),
+            ("memory per sequence", "latency", lambda a, b: a.extra_bytes > b.extra_bytes),
             ("latency", "latency", lambda a, b: a.milliseconds > b.milliseconds),
             ("throughput", "throughput", lambda a, b: tokens_per_second(a) < tokens_per_second(b)),
         ):
             pairs = [(int(p.case.split()[-1]), at.get((what, p.case)), p) for p in ours if p.what == what]
             ahead = [length for length, theirs_at, mine in pairs if theirs_at is not None and larger(theirs_at, mine)]
-            where = f"from {min(ahead)} tokens on" if ahead else f"nowhere up to {lengths[-1]}"
+            where = f"from {min(ahead)} tokens" if ahead else f"at no length up to {lengths[-1]} tokens"
             yield f"{label}: RetNet is ahead of {rival} {where}"
 
 
@@ -120,25 +120,19 @@ def tokens_per_second(p: Point) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, csv="out/bench_figure6.csv")
     parser.add_argument("--model", default="retnet-6.7b", choices=sorted(LLAMAS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--budget", type=float, default=64.0, help="GiB for states or caches")
-    parser.add_argument("--most", type=int, default=256, help="sequences at a time")
-    parser.add_argument("--csv", type=Path, default=Path("out/bench_figure6.csv"))
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw what the CSV file has")
+    parser.add_argument("--batch", type=int, default=8, help="sequences per step, for latency")
+    parser.add_argument("--budget", type=float, default=64.0, help="GiB for states or caches, for throughput")
+    parser.add_argument("--most", type=int, default=256, help="largest batch, for throughput")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="only plot the rows of the CSV file")
     options = parser.parse_args()
     if options.plot is not None:
         plot(read(options.csv), options)
         return
     need_gpu()
-    points = []
-    for measured in (by_retnet, by_transformer):
-        for p in measured(options):
-            print(table([p]), flush=True)
-            append(options.csv, [p])
-            points.append(p)
+    points = [point for measured in (by_retnet, by_transformer) for point in report(measured(options), options.csv)]
     for line in crossovers(points):
         print(line)
 
@@ -146,12 +140,17 @@ def main() -> None:
 def plot(points: list[Point], options: argparse.Namespace) -> None:
     def panel(title: str, y_label: str, what: str, y: Callable[[Point], float | None]) -> Panel:
         drawn = lines([p for p in points if p.what == what], lambda p: int(p.case.split()[-1]), y)
-        return Panel(title, "tokens of context", y_label, drawn, y_log=y_label != "milliseconds")
+        return Panel(title, "context length, tokens", y_label, drawn, y_log=y_label != "milliseconds")
 
     panels = [
-        panel("memory a sequence", "MiB", "latency", lambda p: p.extra_mebibytes),
-        panel(f"a step of {options.batch} sequences", "milliseconds", "latency", lambda p: p.milliseconds),
-        panel(f"as many sequences as {options.budget:g} GiB hold", "tokens a second", "throughput", tokens_per_second),
+        panel("memory per sequence", "MiB", "latency", mebibytes),
+        panel(f"time per step, batch {options.batch}", "milliseconds", "latency", lambda p: p.milliseconds),
+        panel(
+            f"as many sequences as fit in {options.budget:g} GiB",
+            "tokens/s",
+            "throughput",
+            tokens_per_second,
+        ),
     ]
     save_panels(options.plot, panels, f"Decoding at the shape of {options.model}, weights in bfloat16")
 

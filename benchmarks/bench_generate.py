@@ -1,13 +1,14 @@
-"""Generation by the engine: time a token against position and batch, time to the first token, prefix hits, memory.
+"""Generation by the engine: time per step by position and batch, time to first token, prefix cache hits, memory.
 
     python benchmarks/bench_generate.py --model retnet-125m --sections batch,first --threads 2
     python benchmarks/bench_generate.py --model retnet-1.3b --dtype bfloat16
 
-Weights are random: a preset's shapes are what is measured. A time a token is the host's, Python and the copy of tokens
-included, as a user waits for it: the median over groups of 32 steps, so that late writes count. The floor is the
-weights read once and the states read and written once (with deferred writes: read, the rows beside them aside), over
-the copy bandwidth of the same run. A position is reached by reading as many prompt tokens in blocks. Rivals, where
-installed: transformers' Llama with its growing and its static cache (the latter compiled), FLA's RetNet.
+Weights are random; only a preset's shapes matter. Time per step is the host's, including Python and the copy of tokens,
+as a user waits for it. It is the median over groups of 32 steps, so that deferred writes are included. The floor is the
+time to read the weights once and to read and write the states once, at the copy bandwidth of the same run. With deferred
+writes, states are written once per 32 steps, and the ring of waiting rows is not counted. A position is reached by a
+prompt of that many tokens. Rivals, if installed: transformers' Llama with a growing cache and with a static cache (the
+latter compiled), and FLA's RetNet.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from pathlib import Path
 
 import runner
 import torch
-from plots import Panel, lines, save_panels
-from rivals import fla_retnet, generation_milliseconds, held_mebibytes, llama, prompt_milliseconds
-from runner import Point, append, read, table
+from plots import Panel, lines, mebibytes, save_panels
+from rivals import fla_retnet, generation_milliseconds, held_bytes, llama, prompt_milliseconds
+from runner import Point, arguments, read, report
 
 from retnet.models.decode.int8 import quantize_int8_
 from retnet.models.decode.sampling import Sampling
@@ -29,16 +30,17 @@ from retnet.models.presets import preset
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 from retnet.serve.snapshot import Snapshot
+from retnet.system.sizes import format_bytes
 
 WARM_UP_STEPS = 5
-RING = 32  # rows of deferred writes
+RING = 32  # tokens per deferred write
 CPU_COPY_BYTES = 1 << 28  # several times the caches of any CPU so far
 PROMPT_BLOCK = {"cpu": 256, "cuda": 8192}
 SECTIONS = ("position", "batch", "first", "prefix", "restore", "llama", "static", "fla")
 
 
 class Bench:
-    """One model on one device, and what all sections share."""
+    """One model on one device, shared by all sections."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.device = options, torch.device(options.device)
@@ -63,7 +65,7 @@ class Bench:
         return engine
 
     def floor(self, engine: Engine, deferred: bool = False) -> float:
-        """Milliseconds of a step (of a tied embedding the head's reading alone)."""
+        """Milliseconds per step; a tied embedding is counted once, for the head."""
         state = engine.pool.state.nbytes * (1 + 1 / RING if deferred else 2)
         return 1e3 * (weight_bytes(self.model) + state) / self.bandwidth
 
@@ -72,7 +74,7 @@ class Bench:
         return torch.randint(self.model.config.vocab_size, (length,), generator=generator).tolist()
 
     def start(self, engine: Engine, count: int, length: int, temperature: float = 0.0) -> float:
-        """Let `count` endless requests run after prompts of `length`; seconds to the first one's first token."""
+        """Start `count` endless requests with prompts of `length`; seconds to the first request's first token."""
         sampling = Sampling(temperature=temperature, seed=0)
         requests = [Request(self.prompt(length, n), None, sampling, ignore_eos=True) for n in range(count)]
         begin = time.perf_counter()
@@ -87,9 +89,9 @@ class Bench:
         return first
 
     def step_milliseconds(self, engine: Engine, most: int = 100_000) -> tuple[float, int]:
-        """(median over groups of steps, steps): as many as fit into --seconds, in groups of a ring.
+        """(median over groups of steps, number of steps): as many as fit into --seconds, in groups of RING steps.
 
-        On a CPU, whose memory others use too, the copy bandwidth is measured again beside.
+        On a CPU the copy bandwidth is measured again, because other processes use the memory too.
         """
         if self.device.type == "cpu":
             self.bandwidth = self._copy_bandwidth()
@@ -103,56 +105,41 @@ class Bench:
 
 
 def by_position(bench: Bench) -> Iterator[Point]:
-    """One sequence, from a short context to a long one: the same time, the same memory to the byte."""
+    """One sequence at short and long contexts: the same time, the same memory to the byte."""
     for position in bench.options.positions:
         engine = bench.engine()
         bench.start(engine, 1, position)
         before = allocated(bench.device)
         milliseconds, steps = bench.step_milliseconds(engine)
         grown = allocated(bench.device) - before
-        note = f"{grown} bytes more after them; slot {engine.pool.cost.total} bytes; " + bench.note(
-            1, milliseconds, steps
-        )
-        held = (before or engine.pool.cost.total) / 2**20  # of the device, or on a CPU of the slot
+        slot = engine.pool.cost.total
+        note = f"memory grew by {grown} bytes; {slot} bytes per slot; " + bench.note(1, milliseconds, steps)
+        held = before or slot  # memory of the device, or on a CPU of the slot
         floor = bench.floor(engine)
-        del engine  # before the next one is made
+        del engine  # before the next one is created
         free(bench.device)
-        yield Point(
-            "generate",
-            f"position {position}",
-            "engine",
-            "step",
-            milliseconds,
-            floor,
-            extra_mebibytes=held,
-            note=note,
-        )
+        case = f"position {position}"
+        yield Point("generate", case, "engine", "step", milliseconds, floor, extra_bytes=held, note=note)
 
 
 def by_batch(bench: Bench) -> Iterator[Point]:
-    """Many sequences: the states' traffic grows with them, the weights' does not; writing late saves near half."""
+    """Time per step by batch. State traffic grows with the batch, weight traffic does not; deferred writes halve it
+    nearly."""
     variants = [("engine", 0, 0.0), (f"deferred {RING}", RING, 0.0), ("sampled", 0, 0.8)]
     for batch in bench.options.batch:
         for name, ring, temperature in variants:
             engine = bench.engine(batch, deferred_writes=ring)
             bench.start(engine, batch, bench.options.context, temperature)
             milliseconds, steps = bench.step_milliseconds(engine)
-            yield Point(
-                "generate",
-                f"batch {batch}",
-                name,
-                "step",
-                milliseconds,
-                bench.floor(engine, bool(ring)),
-                extra_mebibytes=engine.pool.cost.total / 2**20,
-                note="memory a slot; " + bench.note(batch, milliseconds, steps),
-            )
+            floor, slot = bench.floor(engine, bool(ring)), engine.pool.cost.total
+            note = "memory per slot; " + bench.note(batch, milliseconds, steps)
+            yield Point("generate", f"batch {batch}", name, "step", milliseconds, floor, extra_bytes=slot, note=note)
             del engine
             free(bench.device)
 
 
 def by_prompt(bench: Bench) -> Iterator[Point]:
-    """Time to the first token of one prompt; the first run of a length compiles and is not counted."""
+    """Time to first token by prompt length; the first run of a length compiles and is not counted."""
     for length in bench.options.prompts:
         engine = bench.engine()
         times = []
@@ -165,7 +152,7 @@ def by_prompt(bench: Bench) -> Iterator[Point]:
 
 
 def prefix_hits(bench: Bench) -> Iterator[Point]:
-    """The first token of prompts with a shared beginning: read, and found in the cache."""
+    """Time to first token of a prompt whose beginning is in the prefix cache."""
     length = bench.options.prompts[-1]
     engine = bench.engine(prefix_cache_bytes=4 * bench.engine().pool.cost.state)
     shared = bench.prompt(length)
@@ -176,12 +163,12 @@ def prefix_hits(bench: Bench) -> Iterator[Point]:
         engine.submit(Request(shared + own, 1, Sampling(temperature=0), shared=length))
         taken = seconds(engine.run)
     prefix = engine.stats().prefix
-    note = f"{prefix.hits} hit, {prefix.misses.total()} missed, {prefix.tokens_saved} tokens not read again"
+    note = f"{prefix.hits} hit, {prefix.misses.total()} missed, {prefix.tokens_saved} prompt tokens saved"
     yield Point("generate", f"prompt {length + 16}", "engine", "prefix hit", 1e3 * taken, note=note)
 
 
 def restore(bench: Bench) -> Iterator[Point]:
-    """A saved session, from its file to the step that it waits for, beside reading its tokens; the file is cached."""
+    """Restoring a saved session: time from its file, which is in the page cache, to being ready for a step."""
     length = bench.options.context
     engine = bench.engine()
     generation = engine.submit(Request(bench.prompt(length), 1, Sampling(temperature=0), keep_state=True))
@@ -198,12 +185,12 @@ def restore(bench: Bench) -> Iterator[Point]:
     assert again.tokens
     size = path.stat().st_size
     path.unlink()
-    note = f"{size / 2**20:.1f} MiB; reading the {length} tokens took {prefill:.2f} s"
+    note = f"{format_bytes(size)}; prefill of the {length} tokens took {prefill:.2f} s"
     yield Point("generate", f"context {length}", "engine", "restore", 1e3 * statistics.median(times), note=note)
 
 
 def rival_llama(bench: Bench, cache: str | None = None) -> Iterator[Point]:
-    """transformers' Llama, with its growing cache or the static one, whose prompts take as long."""
+    """transformers' Llama with a growing cache (None) or a static one ("static")."""
     model = llama(bench.options.model, bench.device, max(bench.options.prompts) + 1024)
     yield from _rival(bench, "llama dynamic" if cache is None else "llama static", model, cache)
 
@@ -211,16 +198,14 @@ def rival_llama(bench: Bench, cache: str | None = None) -> Iterator[Point]:
 def rival_fla(bench: Bench) -> Iterator[Point]:
     """FLA's RetNet."""
     model = fla_retnet(bench.options.model, bench.device, max(bench.options.prompts) + 1024)
-    if model is None:
-        print("flash-linear-attention is not installed (pip install retnet[bench]): left out")
-        return
-    yield from _rival(bench, "fla", model, None)
+    if model is not None:
+        yield from _rival(bench, "fla", model, None)
 
 
 def _rival(bench: Bench, name: str, model, cache: str | None) -> Iterator[Point]:
-    """Steps of `generate` by batch and by position (up to the longest prompt), the first token by prompt length.
+    """Time per step of `generate` by batch and by position (up to the longest prompt), time to first token by prompt.
 
-    Memory and first tokens of a static cache, which has its size from the start, are those of the growing one.
+    Memory and time to first token are not measured again for a static cache.
     """
     prompts = bench.options.prompts
     for batch in bench.options.batch:
@@ -228,23 +213,23 @@ def _rival(bench: Bench, name: str, model, cache: str | None) -> Iterator[Point]
         yield Point("generate", f"batch {batch}", name, "step", taken, note=f"{1e3 * batch / taken:.1f} tokens/s")
     for position in bench.options.positions:
         if position <= max(prompts):
-            held = held_mebibytes(model, position) if cache is None else None
+            held = held_bytes(model, position) if cache is None else None
             taken = generation_milliseconds(model, 1, position, RING, cache)
-            yield Point("generate", f"position {position}", name, "step", taken, extra_mebibytes=held)
+            yield Point("generate", f"position {position}", name, "step", taken, extra_bytes=held)
     for length in prompts if cache is None else ():
         yield Point("generate", f"prompt {length}", name, "first token", prompt_milliseconds(model, length))
     free(bench.device)
 
 
 def weight_bytes(model: LanguageModel) -> int:
-    """Of all weights as stored, int8 ones included; an embedding that the head does not share is not read by a step."""
+    """Bytes of the weights that a step reads, as stored (int8 included). A step does not read an untied embedding."""
     tensors = []
     for name, weight in model.named_parameters():
         if name == "embedding.weight" and model.head.weight is not weight:
             continue
         parts = [getattr(weight, part, None) for part in ("qdata", "scale")]
         tensors += [x for x in parts if isinstance(x, torch.Tensor)] or [weight]
-    return sum(x.numel() * x.element_size() for x in tensors)
+    return sum(x.nbytes for x in tensors)
 
 
 def seconds(run) -> float:
@@ -265,20 +250,19 @@ def free(device: torch.device) -> None:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, csv="out/bench_generate.csv")
     parser.add_argument("--model", default="retnet-125m")
     parser.add_argument("--sections", default="position,batch,first,prefix", help=", ".join(SECTIONS))
     parser.add_argument("--positions", type=int, nargs="+", default=[1000, 4000])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--prompts", type=int, nargs="+", default=[1024])
-    parser.add_argument("--context", type=int, default=64, help="prompt tokens before steps are timed by batch")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of steps a point")
+    parser.add_argument("--context", type=int, default=64, help="prompt tokens of the sections batch and restore")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on the steps of a point")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--int8", action="store_true", help="weights in int8 (torchao)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, default=Path("out/bench_generate.csv"))
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw what the CSV file has")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="only plot the rows of the CSV file")
     options = parser.parse_args()
     unknown = set(options.sections.split(",")) - set(SECTIONS)
     if unknown:
@@ -304,29 +288,28 @@ def main() -> None:
         "static": lambda bench: rival_llama(bench, "static"),
         "fla": rival_fla,
     }
-    print(f"{options.model}, {options.dtype}{', int8 weights' * options.int8}: {weight_bytes(bench.model):,} bytes")
+    size = format_bytes(weight_bytes(bench.model))
+    print(f"{options.model}, {options.dtype}{', int8' * options.int8}: {size} of weights")
     for section in options.sections.split(","):
-        for point in run[section](bench):
-            print(table([point]), flush=True)
-            append(options.csv, [point])
+        report(run[section](bench), options.csv)
 
 
 def plot(points: list[Point], options: argparse.Namespace) -> None:
-    def panel(title: str, axis: str, what: str) -> Panel:
+    def panel(title: str, axis: str, x_label: str, what: str) -> Panel:
         chosen = [p for p in points if p.what == what and p.case.split()[0] == axis]
         drawn = lines(chosen, lambda p: int(p.case.split()[-1]), lambda p: p.milliseconds)
         floor = lines(chosen, lambda p: int(p.case.split()[-1]), lambda p: p.floor_milliseconds)
         if "engine" in floor:
             drawn["floor"] = floor["engine"]
-        return Panel(title, axis, "milliseconds", drawn)
+        return Panel(title, x_label, "milliseconds", drawn)
 
     at_positions = [p for p in points if p.case.startswith("position")]
-    held = lines(at_positions, lambda p: int(p.case.split()[-1]), lambda p: p.extra_mebibytes)
+    held = lines(at_positions, lambda p: int(p.case.split()[-1]), mebibytes)
     panels = [
-        *([Panel("memory by position", "position", "MiB", held)] if held else []),
-        panel("a step by position", "position", "step"),
-        panel("a step by batch", "batch", "step"),
-        panel("to the first token by prompt", "prompt", "first token"),
+        *([Panel("memory, weights included", "context length, tokens", "MiB", held)] if held else []),
+        panel("time per step, one sequence", "position", "context length, tokens", "step"),
+        panel("time per step", "batch", "batch size", "step"),
+        panel("time to first token", "prompt", "prompt length, tokens", "first token"),
     ]
     save_panels(options.plot, panels, f"{options.model}, {options.dtype}")
 

@@ -1,27 +1,26 @@
-"""Cross-entropy of a linear head, forward and backward: time, and peak memory beyond its inputs and gradients.
+"""Cross-entropy of a linear head, forward + backward: time, and peak memory beyond inputs and gradients.
 
     python benchmarks/bench_loss.py [--tokens N ...] [--width D] [--vocab V ...] [--dtype bfloat16] [--only NAME ...]
 
-"plain" makes the logits of all tokens and their float32 log-probabilities, as transformers does; "ours" is
-`retnet.models.loss`; "torch" is `torch.nn.functional.linear_cross_entropy` where this torch has it, in its own chunks;
-"liger" is liger-kernel's, on CUDA, where it is installed. Memory on a GPU is the allocator's peak, on a CPU the peak of
-the resident set, measured in a process of its own for each point.
+"plain" computes the logits of all tokens and their float32 log-probabilities, as transformers does. "ours" is
+`retnet.models.loss`. "torch" is `torch.nn.functional.linear_cross_entropy` with its default chunks, if this torch has
+it. "liger" is liger-kernel's, on CUDA, if it is installed. Memory is the allocator's peak on a GPU and the peak
+resident set on a CPU, measured in a new process for each point.
 """
 
-import argparse
 import importlib.util
 import multiprocessing
-import resource
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 import torch.nn.functional as F
-from runner import Point, append, median_milliseconds, table
+from runner import Point, arguments, extra_bytes, median_milliseconds, report
 from torch import Tensor
 
 from retnet.models.loss import linear_cross_entropy
+from retnet.system.memory import peak_bytes
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -43,7 +42,7 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def losses() -> dict[str, Loss]:
-    """What can be measured here."""
+    """The implementations that are available here."""
     found: dict[str, Loss] = {"plain": plain, "ours": linear_cross_entropy}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["torch"] = torchs_own
@@ -53,7 +52,7 @@ def losses() -> dict[str, Loss]:
 
 
 def measure(name: str, tokens: int, width: int, vocab: int, dtype: torch.dtype) -> Point:
-    """One point, in a process that has done nothing else."""
+    """One point. On a CPU, the process must not have done anything else before."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(tokens, width, device=device, dtype=dtype, generator=generator).requires_grad_()
@@ -67,48 +66,37 @@ def measure(name: str, tokens: int, width: int, vocab: int, dtype: torch.dtype) 
 
     if device == "cuda":
         step()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        extra = torch.cuda.max_memory_allocated() - before
+        extra = extra_bytes(step)
         milliseconds = median_milliseconds(step)
     else:
-        F.linear(hidden[:1], weight[:64]).sum().backward()  # loads what a first product loads
-        before = _peak_bytes()
+        F.linear(hidden[:1], weight[:64]).sum().backward()  # the first product loads libraries
+        before = peak_bytes()
         begin = time.perf_counter()
         step()
         milliseconds = 1e3 * (time.perf_counter() - begin)
-        extra = _peak_bytes() - before
+        extra = peak_bytes() - before
     case = f"N={tokens} D={width} V={vocab}"
-    return Point("loss", case, name, "forward+backward", milliseconds, extra_mebibytes=extra / 2**20, note=str(dtype))
+    return Point("loss", case, name, "forward+backward", milliseconds, extra_bytes=extra, note=str(dtype))
 
 
-def _peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def in_new_processes(cases: list[tuple]) -> Iterator[Point]:
+    for case in cases:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            yield pool.apply(measure, case)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[65536 if torch.cuda.is_available() else 2048])
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab", type=int, nargs="+", default=[50304, 151936])
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--only", nargs="+", choices=losses(), default=list(losses()))
-    parser.add_argument("--csv", type=Path, default=None)
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    points = []
-    for vocab in options.vocab:
-        for tokens in options.tokens:
-            for name in options.only:
-                arguments = (name, tokens, options.width, vocab, getattr(torch, options.dtype))
-                with context.Pool(1) as pool:
-                    points.append(pool.apply(measure, arguments))
-                print(table(points[-1:]), flush=True)
-    if options.csv:
-        append(options.csv, points)
+    dtype = getattr(torch, options.dtype)
+    shapes = product(options.vocab, options.tokens, options.only)
+    cases = [(name, tokens, options.width, vocab, dtype) for vocab, tokens, name in shapes]
+    report(in_new_processes(cases), options.csv)
 
 
 if __name__ == "__main__":

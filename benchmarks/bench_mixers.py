@@ -1,44 +1,54 @@
-"""Mixers and stacks of them, side by side in one run.
+"""Mixers, and stacks of mixers, compared in one run.
 
-    python benchmarks/bench_mixers.py mixer [--csv FILE]       one Mamba layer's mixing: ours, FLA's, mamba-ssm's;
-                                                               on a CPU also whole layers, and transformers' slow path
+    python benchmarks/bench_mixers.py mixer [--csv FILE]       the recurrence of a Mamba layer: ours, FLA's, mamba-ssm;
+                                                               on a CPU also whole layers and transformers' slow path
     python benchmarks/bench_mixers.py stack [--only NAME ...]  a training step of the tri-mixer `arch_expert_research`
-                                                               (1.53B), a pure RetNet and a Llama of as many parameters
+                                                               (1.53B), a pure RetNet and a Llama of the same size
 
-On a GPU bfloat16 throughout, fused AdamW for `stack`. Mamba-2's recurrence is retention with queries and keys shared by
-all heads; flash-linear-attention wants them for every head, so "fla" copies them as a Mamba-2 of its would, and "per
-head" compares the operators alone, both with queries and keys a head. Implementations that are not installed are left
-out and named.
+On a GPU everything is bfloat16, and `stack` uses fused AdamW. Mamba-2's recurrence is retention with queries and keys
+shared by all heads. flash-linear-attention needs them per head, so "fla" copies them, as its Mamba-2 would; "per head"
+compares the operators alone, both with queries and keys per head. Implementations that are not installed are left out,
+with a message.
 """
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from runner import Point, append, device_milliseconds, extra_mebibytes, floor_milliseconds, median_milliseconds, table
+from rivals import llama_config
+from runner import (
+    Point,
+    arguments,
+    device_milliseconds,
+    extra_bytes,
+    failed,
+    fla_installed,
+    floor_milliseconds,
+    installed,
+    median_milliseconds,
+    report,
+)
 from torch import Tensor, nn
+from training import Trained, llama, measured, ours
 
-from retnet import LanguageModel, ModelConfig, retention
+from retnet import ModelConfig, retention
 from retnet.layers.mamba1 import Mamba1, Mamba1Config
 from retnet.layers.mamba2 import Mamba2, Mamba2Config
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.cost import parameter_counts
-from retnet.models.loss import linear_cross_entropy
 from retnet.ops.selective_scan import selective_scan
 from retnet.stack.resolve import resolve_config
 
-MAMBA2_CASES = ((4, 8192, 32, 128, 64), (1, 32768, 32, 128, 64))  # B, T, heads, d_state, width of a head
-MAMBA1_CASES = ((1, 8192, 1536, 16), (4, 8192, 1536, 16))  # B, T, D, d_state
+MAMBA2_CASES = ((4, 8192, 32, 128, 64), (1, 32768, 32, 128, 64))  # B, T, heads, state width, head width
+MAMBA1_CASES = ((1, 8192, 1536, 16), (4, 8192, 1536, 16))  # B, T, D, state width
 CPU_MAMBA2 = (1, 1024, 768)  # B, T, width of the model
-CPU_MAMBA1 = (1, 128, 768)  # transformers' backward takes time quadratic in T: 5 s here, minutes at 1024
-CHUNK = 64  # of the floor's count of operations
+CPU_MAMBA1 = (1, 128, 768)  # transformers' backward is quadratic in T: 5 s here, minutes at 1024
+CHUNK = 64  # tokens per chunk in the floor's count of operations
 COMPILED_SCAN = importlib.util.find_spec("selective_scan_cuda") is not None  # mamba-ssm's extension
 
 
@@ -46,30 +56,28 @@ COMPILED_SCAN = importlib.util.find_spec("selective_scan_cuda") is not None  # m
 
 
 @torch.compile(dynamic=False)
-def written(x: Tensor, step: Tensor) -> Tensor:
-    """x [B, T, H, V] times its steps [B, T, H]: one kernel each way, as in a compiled model; mamba-ssm fuses it."""
+def scaled_by_step(x: Tensor, step: Tensor) -> Tensor:
+    """x [B, T, H, V] times its time steps [B, T, H], compiled to one kernel per direction; mamba-ssm fuses it."""
     return x * step[..., None].to(x.dtype)
 
 
 def mamba2_forms(H: int) -> dict[str, tuple[bool, Callable[..., Tensor]]]:
-    """Implementation -> (queries and keys a head?, (C, B, x, step) -> out), for rates of -1."""
+    """Implementation -> (queries and keys per head?, (C, B, x, step) -> out), for rates of -1."""
 
     def ours(q, k, x, step):
-        return retention(q, k, written(x, step), -step, scale=1.0, return_state=False)[0]
+        return retention(q, k, scaled_by_step(x, step), -step, scale=1.0, return_state=False)[0]
 
     forms: dict[str, tuple[bool, Callable[..., Tensor]]] = {"ours": (False, ours), "ours per head": (True, ours)}
-    if importlib.util.find_spec("fla"):
+    if fla_installed():
         from fla.ops.simple_gla import chunk_simple_gla
 
         def fla(q, k, x, step):
             q, k = (z.expand(-1, -1, x.shape[2], -1).contiguous() if z.shape[2] == 1 else z for z in (q, k))
-            return chunk_simple_gla(q, k, written(x, step), -step, scale=1.0)[0]
+            return chunk_simple_gla(q, k, scaled_by_step(x, step), -step, scale=1.0)[0]
 
         forms |= {"fla": (False, fla), "fla per head": (True, fla)}
-    else:
-        print("flash-linear-attention is not installed (pip install retnet[bench]): left out")
-    if importlib.util.find_spec("mamba_ssm"):
-        if not COMPILED_SCAN:  # built without Mamba-1, which its import asks for and Mamba-2 does not call
+    if installed("mamba_ssm", "mamba-ssm"):
+        if not COMPILED_SCAN:  # the import needs Mamba-1's extension, which Mamba-2 does not call
             sys.modules["selective_scan_cuda"] = ModuleType("selective_scan_cuda")
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -79,8 +87,6 @@ def mamba2_forms(H: int) -> dict[str, tuple[bool, Callable[..., Tensor]]]:
             return mamba_chunk_scan_combined(x, step, rates, k, q, chunk_size=256)
 
         forms["mamba-ssm"] = (False, mamba_ssm)
-    else:
-        print("mamba-ssm is not installed: left out")
     return forms
 
 
@@ -98,7 +104,7 @@ def mamba2_points(only: Sequence[str] | None, B: int, T: int, H: int, K: int, V:
 
 
 def _mamba2_floor(tokens: int, G: int, H: int, K: int, V: int, backward: bool) -> float:
-    """Operations of retention's count; queries and keys are moved once a group, steps in float32."""
+    """Operations as for retention; queries and keys are moved once per group, time steps in float32."""
     operations = H * (CHUNK * (K + V) + 4 * K * V)
     moved = 2 * (2 * G * K + 2 * H * V) + 4 * H
     if backward:
@@ -121,7 +127,7 @@ def mamba1_points(only: Sequence[str] | None, B: int, T: int, D: int, N: int) ->
             return selective_scan_fn(turned[0], turned[1], rate, *turned[2:]).transpose(1, 2)
 
         forms["mamba-ssm"] = mamba_ssm
-    # Read x, step, write, read and write y; the backward reads them and dy and writes their gradients.
+    # Forward: read x, step, write and read, write y. Backward: read them and dy, write their gradients.
     moved = [B * T * (2 * D + 4 * D + 2 * 2 * N + 2 * D)]
     moved.append(2 * moved[0] + B * T * (2 * D + 4 * D + 2 * 2 * N))
     floors = [floor_milliseconds(0, count) for count in moved]
@@ -134,7 +140,7 @@ def mamba1_points(only: Sequence[str] | None, B: int, T: int, D: int, N: int) ->
 def _timed(
     bench: str, case: str, name: str, form: Callable, tensors: list[Tensor], floors: list[float]
 ) -> Iterator[Point]:
-    """Forward, and forward and backward with its peak memory; a point that fails says why."""
+    """Forward, and forward + backward with its peak memory."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     dout = torch.randn_like(tensors[2] if bench == "mamba2" else tensors[0])
 
@@ -148,23 +154,23 @@ def _timed(
     for what, run, floor in (("forward", forward, floors[0]), ("forward+backward", both, floors[1])):
         try:
             run()
-            memory = extra_mebibytes(run, sum(x.numel() * x.element_size() for x in leaves)) if run is both else None
+            memory = extra_bytes(run, sum(x.nbytes for x in leaves)) if run is both else None
             device, host = device_milliseconds(run)
-            yield Point(bench, case, name, what, device, floor, host, extra_mebibytes=memory)
+            yield Point(bench, case, name, what, device, floor, host, extra_bytes=memory)
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            yield Point(bench, case, name, what, float("inf"), note=str(error).splitlines()[0][:100])
+            yield failed(bench, case, name, what, error)
         torch.cuda.empty_cache()
 
 
-# --- on a CPU: Mamba-2's recurrence alone, and whole layers ---
+# --- on a CPU: the recurrence of Mamba-2, and whole layers ---
 
 
 def cpu_scan_points() -> Iterator[Point]:
-    """The recurrence of Mamba-2 beside transformers' slow path for it, on the same float32 inputs."""
+    """The recurrence of Mamba-2 and transformers' slow path for it, on the same float32 inputs."""
     try:
         from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
     except ImportError:
-        print("this version of transformers has no scan apart from its layer: left out")
+        print("this version of transformers has no separate function for the scan: left out")
         return
     B, T, D = CPU_MAMBA2
     H, K, V = 2 * D // 64, 128, 64
@@ -187,7 +193,7 @@ def cpu_scan_points() -> Iterator[Point]:
 
 
 def cpu_points() -> Iterator[Point]:
-    """A layer's forward and backward in float32 (transformers has no kernels of its own there: its slow path)."""
+    """Forward and backward of a layer in float32; transformers runs its slow path on a CPU."""
     for name, (B, T, D), layers in (("mamba2", CPU_MAMBA2, _mamba2_layers), ("mamba1", CPU_MAMBA1, _mamba1_layers)):
         ours, theirs = layers(D)
         x, layout = torch.randn(B, T, D), TokenLayout.of((B, T), torch.device("cpu"))
@@ -226,13 +232,11 @@ def _mamba1_layers(D: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 # --- training stacks of 1.5B ---
 
-# (model, its hidden states, the head's weight)
-Built = tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]
-WIDTH_STEP = 128  # of feed-forwards, so that tensor cores are full
+WIDTH_STEP = 128  # of feed-forward widths, so that tensor cores are full
 
 
 def stack_configs() -> dict[str, ModelConfig]:
-    """The preset, and its retention layer in every place with the preset's parameters."""
+    """The preset, and a stack of its retention layer alone with as many parameters."""
     tri_mixer = replace(resolve_config("arch_expert_research"), gradient_checkpointing=False)
     target = parameter_counts(tri_mixer)["total"]
     layer = next(layer for layer in tri_mixer.layers if layer.mixer.kind == "retention")
@@ -246,83 +250,44 @@ def stack_configs() -> dict[str, ModelConfig]:
 
 
 def _matching_width(parameters: Callable[[int], int], target: int) -> int:
-    """The feed-forward width at which parameters, linear in it, come nearest to the target."""
+    """The feed-forward width whose parameter count, which is linear in the width, is nearest to the target."""
     one, two = parameters(WIDTH_STEP), parameters(2 * WIDTH_STEP)
     return WIDTH_STEP * (1 + round((target - one) / (two - one)))
 
 
-def ours(config: ModelConfig, compile: bool) -> Built:
-    with torch.device("cuda"):
-        model = LanguageModel(config).bfloat16()
-    if compile:
-        for layer in model.layers:
-            layer.compile()
-    return model, lambda ids: model.hidden(ids)[0], model.head.weight
+def llama_like(like: ModelConfig) -> Trained:
+    """transformers' Llama of the same width, depth, heads, vocabulary and parameter count."""
+    from transformers import LlamaForCausalLM
 
+    shape = {"layers": len(like.layers), "width": like.d_model, "heads": 16, "num_key_value_heads": 4}
+    shape |= {"vocab": like.vocab_size, "max_tokens": 32768, "tie_word_embeddings": True}
 
-def llama(like: ModelConfig, compile: bool) -> Built:
-    """transformers' Llama of the width, depth, heads and vocabulary, attention by SDPA."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    def config(width: int) -> LlamaConfig:
-        return LlamaConfig(
-            vocab_size=like.vocab_size,
-            hidden_size=like.d_model,
-            intermediate_size=width,
-            num_hidden_layers=len(like.layers),
-            num_attention_heads=16,
-            num_key_value_heads=4,
-            max_position_embeddings=32768,
-            tie_word_embeddings=True,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-
-    def parameters(width: int) -> int:
+    def parameters(feed_forward: int) -> int:
         with torch.device("meta"):
-            return sum(p.numel() for p in LlamaForCausalLM(config(width)).parameters())
+            model = LlamaForCausalLM(llama_config(feed_forward=feed_forward, **shape))
+        return sum(p.numel() for p in model.parameters())
 
-    width = _matching_width(parameters, parameter_counts(like)["total"])
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config(width)).bfloat16()
-    if compile:
-        for layer in model.model.layers:
-            layer.compile()
-    return model, lambda ids: model.model(ids).last_hidden_state, model.lm_head.weight
+    return llama(feed_forward=_matching_width(parameters, parameter_counts(like)["total"]), **shape)
 
 
 def stack_points(name: str, batch: int, tokens: int, compile: bool) -> Iterator[Point]:
-    torch.cuda.empty_cache()  # of the stack before
+    torch.cuda.empty_cache()  # memory of the previous stack
     configs = stack_configs()
-    model, hidden, weight = llama(configs["tri-mixer"], compile) if name == "llama" else ours(configs[name], compile)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    trained = llama_like(configs["tri-mixer"]) if name == "llama" else ours(configs[name])
+    if compile:
+        trained.compile_layers()
     ids = torch.randint(0, configs["tri-mixer"].vocab_size, (batch, tokens + 1), device="cuda")
-
-    def step() -> None:
-        optimizer.zero_grad()
-        linear_cross_entropy(hidden(ids[:, :-1]), weight, ids[:, 1:]).backward()
-        optimizer.step()
-
-    step()
-    torch.cuda.reset_peak_memory_stats()
-    milliseconds = median_milliseconds(step, budget=3.0)
-    parameters = sum(p.numel() for p in model.parameters())
-    note = f"{1e3 * batch * tokens / milliseconds:.0f} tokens/s, {parameters / 1e9:.3f}B parameters"
-    note += ", compiled" if compile else ", eager"
-    peak = torch.cuda.max_memory_allocated() / 2**20
-    yield Point("stack", f"B={batch} T={tokens}", name, "step", milliseconds, extra_mebibytes=peak, note=note)
+    yield measured("stack", name, trained, ids, note="compiled" if compile else "eager", budget=3.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("what", choices=["mixer", "stack"])
-    parser.add_argument("--only", nargs="+", choices=["tri-mixer", "retnet", "llama"], help="of the stacks")
-    parser.add_argument("--implementations", nargs="+", metavar="NAME", help="of the mixers on a GPU")
+    parser.add_argument("--only", nargs="+", choices=["tri-mixer", "retnet", "llama"], help="stacks to measure")
+    parser.add_argument("--implementations", nargs="+", metavar="NAME", help="mixers to measure on a GPU")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--eager", action="store_true", help="do not compile the stacks' layers")
-    parser.add_argument("--csv", type=Path, default=None)
     options = parser.parse_args()
     torch.manual_seed(0)
     measures: list[Callable[[], Iterator[Point]]]
@@ -335,10 +300,7 @@ def main() -> None:
         measures = [partial(mamba2_points, options.implementations, *case) for case in MAMBA2_CASES]
         measures += [partial(mamba1_points, options.implementations, *case) for case in MAMBA1_CASES]
     for measure in measures:
-        for point in measure():
-            print(table([point]), flush=True)
-            if options.csv:
-                append(options.csv, [point])  # at once: a run that is cut short keeps what it measured
+        report(measure(), options.csv)
 
 
 if __name__ == "__main__":

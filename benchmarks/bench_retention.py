@@ -1,35 +1,35 @@
-"""Chunkwise retention on a GPU, side by side in one run: ours, our portable kernels alone, flash-linear-attention, and
-causal attention of the same width (16 heads of 128 for d = 2048) through PyTorch's cuDNN and flash backends.
+"""Chunkwise retention on a GPU: ours, our portable kernels, flash-linear-attention, and causal attention in one run.
 
-    python benchmarks/bench_retention.py                          the cases of the paper's head sizes
-    python benchmarks/bench_retention.py --sweep                  T from 512 to 32768 at 32768 tokens in all
-    python benchmarks/bench_retention.py --plot PNG               a picture of the sweep's rows
+    python benchmarks/bench_retention.py                          the paper's head sizes
+    python benchmarks/bench_retention.py --sweep                  T from 512 to 32768, 32768 tokens in total
+    python benchmarks/bench_retention.py --plot PNG               a plot of the sweep's rows
 
-Prints the device's time (a captured graph), share of the floor, the host's time to launch a call, the time of a call
-among many eager ones, and peak memory beyond inputs, outputs and gradients; appends rows to a CSV file. The tensors of
-every case exceed the caches. Implementations that are not installed are left out and named. The first call of
-flash-linear-attention tunes its kernels for minutes; `warm_fla.py` has several processes compile what it will try.
+Attention has the same width (16 heads of 128 for d = 2048) and runs through PyTorch's cuDNN and flash backends.
+Columns: device time (a captured graph), share of the floor, host time to launch a call, time per call of many eager
+calls, and peak memory beyond inputs, outputs and gradients. The tensors of every case exceed the caches.
+Implementations that are not installed are left out, with a message. The first call of flash-linear-attention tunes its
+kernels for minutes; `warm_fla.py` compiles their configurations in several processes before.
 """
 
-import argparse
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from plots import Panel, lines, save_panels
+from plots import Panel, lines, mebibytes, save_panels
 from runner import (
     Point,
-    append,
+    arguments,
     device_milliseconds,
     eager_milliseconds,
-    extra_mebibytes,
+    extra_bytes,
+    failed,
+    fla_installed,
     floor_milliseconds,
     need_gpu,
     read,
-    table,
+    report,
 )
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,7 +40,7 @@ from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops.decay import paper_log_decay
 from retnet.ops.retention import retention
 
-CHUNK = 64  # of the floor's count of operations
+CHUNK = 64  # tokens per chunk in the floor's count of operations
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Case:
         return cls(*map(int, text.split(",")))
 
     def floor(self, *, backward: bool) -> float:
-        """Operations and bytes that no order of summation avoids: forward, or forward and backward together."""
+        """Operations and bytes that every order of summation needs, forward or forward + backward."""
         tokens, K, V = self.B * self.T * self.H, self.K, self.V
         operations = CHUNK * (K + V) + 4 * K * V
         moved = 2 * (2 * K + 2 * V)
@@ -103,7 +103,7 @@ def attention_form(backend: SDPBackend) -> Form:
 
 
 def inputs(case: Case, implementation: str) -> list[Tensor]:
-    """q, k, v and dout. Attention gets as many heads of 128 as make the width of q."""
+    """q, k, v and dout. Attention gets heads of 128 with the total width of q."""
     generator = torch.Generator(device="cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -116,7 +116,7 @@ def inputs(case: Case, implementation: str) -> list[Tensor]:
 
 
 def measure(case: Case, implementation: str) -> list[Point]:
-    """Forward, and forward and backward together, with peak memory of the latter."""
+    """Forward, and forward + backward with its peak memory."""
     q, k, v, dout = inputs(case, implementation)
     log_decay = paper_log_decay(case.H).cuda()
     if implementation == "portable":
@@ -144,9 +144,8 @@ def measure(case: Case, implementation: str) -> list[Point]:
 
     own = implementation in ("ours", "portable", "fla")
     point = partial(Point, "retention", str(case), implementation)
-    both()  # what the first call compiles and allocates is not the operator's
-    kept = sum(x.numel() * x.element_size() for x in (q, k, v, dout))
-    memory = extra_mebibytes(both, kept)
+    both()  # compiles and allocates, which is not to be measured
+    memory = extra_bytes(both, kept=sum(x.nbytes for x in (q, k, v, dout)))
     rows = []
     for what, run in (("forward", forward), ("forward+backward", both)):
         device, host = device_milliseconds(run)
@@ -157,7 +156,7 @@ def measure(case: Case, implementation: str) -> list[Point]:
 
 
 def plot(points: list[Point], path: Path) -> None:
-    """Time and memory against T, of the points that have 32768 tokens in all."""
+    """Time and memory against T, from the points with 32768 tokens in total."""
 
     def length(p: Point) -> int:
         return Case.parse(p.case).T
@@ -167,29 +166,28 @@ def plot(points: list[Point], path: Path) -> None:
         for p in points
         if p.what == "forward+backward" and (case := Case.parse(p.case)).B * case.T == 32768 and case.K == 256
     ]
-    x_label = "tokens a sequence, 32768 in all"
+    x_label = "tokens per sequence, 32768 in total"
     panels = [
         Panel("forward + backward", x_label, "milliseconds", lines(chosen, length, lambda p: p.milliseconds)),
         Panel(
             "peak memory beyond inputs and results",
             x_label,
             "MiB",
-            lines(chosen, length, lambda p: p.extra_mebibytes),
+            lines(chosen, length, mebibytes),
             y_log=False,
         ),
     ]
-    save_panels(path, panels, "Eight heads (256, 512), bfloat16, one NVIDIA H200")
+    save_panels(path, panels, "8 heads (256, 512), bfloat16, one NVIDIA H200")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, csv="out/bench_retention.csv")
     parser.add_argument(
-        "--case", type=Case.parse, action="append", metavar="B,T,H,K,V", help="instead of the usual cases"
+        "--case", type=Case.parse, action="append", metavar="B,T,H,K,V", help="a case (default: the paper's head sizes)"
     )
-    parser.add_argument("--sweep", action="store_true", help="T from 512 to 32768 at 32768 tokens in all")
+    parser.add_argument("--sweep", action="store_true", help="T from 512 to 32768, 32768 tokens in total")
     parser.add_argument("--implementations", default="ours,portable,fla,cudnn,flash")
-    parser.add_argument("--csv", type=Path, default=Path("out/bench_retention.csv"))
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="only draw what the CSV file has of the sweep")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="only plot the sweep's rows of the CSV file")
     options = parser.parse_args()
     if options.plot:
         plot(read(options.csv), options.plot)
@@ -197,16 +195,13 @@ def main() -> None:
     need_gpu()
     for case in options.case or (SWEEP if options.sweep else CASES):
         for implementation in options.implementations.split(","):
-            if implementation == "fla" and importlib.util.find_spec("fla") is None:
-                print("flash-linear-attention is not installed (pip install retnet[bench]): left out")
+            if implementation == "fla" and not fla_installed():
                 continue
             try:
                 rows = measure(case, implementation)
             except (RuntimeError, torch.OutOfMemoryError) as error:
-                note = str(error).splitlines()[0][:100]
-                rows = [Point("retention", str(case), implementation, "failed", float("inf"), note=note)]
-            print(table(rows), flush=True)
-            append(options.csv, rows)
+                rows = [failed("retention", str(case), implementation, "failed", error)]
+            report(rows, options.csv)
             torch.cuda.empty_cache()
 
 

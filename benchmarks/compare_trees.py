@@ -5,8 +5,9 @@
     python benchmarks/compare_trees.py ../before . --device cuda --cases operator,engine
 
 Each checkout is a process of its own that imports its package and waits for orders, so one is idle while the other
-runs. Cases use public names alone, which both checkouts have. Times are milliseconds: `device` is a captured graph on a
-GPU, `host` the time to launch an eager call without waiting for it, `wall` a call on a CPU, `token` an engine's step.
+runs. Cases use public names alone, which both checkouts have. Times are milliseconds: `device` is a captured graph on
+a GPU, `host` the time to launch an eager call without waiting for it, `wall` a call on a CPU, `token` an engine's
+step.
 """
 
 import argparse

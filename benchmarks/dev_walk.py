@@ -1,19 +1,18 @@
-"""Development bench of the Hopper walk: the time of every stage.
+"""Development benchmark of the Hopper kernels: the time of every stage of a forward and a backward.
 
-    python benchmarks/dev_walk.py stages     a line a shape: GPU time of every walk, host time, memory
-    python benchmarks/dev_walk.py once       one forward walk at (256, 512), for a profiler to look at
+    python benchmarks/dev_walk.py stages     one line per shape: GPU time of every stage, host time, extra memory
+    python benchmarks/dev_walk.py once       one forward at (256, 512), for a profiler
 
-GPU times are medians over replays of a captured graph, without launch overhead. Correctness is
-tests/kernels/retention/hopper/test_walk.py.
+GPU times are medians over replays of a captured graph, without launch overhead. The tests of correctness are in
+tests/kernels/retention/hopper/.
 """
 
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from runner import device_milliseconds, extra_bytes
 
-from retnet.kernels.retention.hopper import passes as walk
 from retnet.kernels.retention.problem import RetentionProblem
 
 SHAPES = [
@@ -28,45 +27,8 @@ SHAPES = [
 ]
 
 
-def milliseconds(call: Callable[[], object], repeats: int = 12) -> float:
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    graph.replay()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
-
-
-def host_milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
-    call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    spent = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return 1e3 * spent / repeats
-
-
-def extra_bytes(call: Callable[[], tuple[torch.Tensor, ...]]) -> int:
-    """Peak memory of a call beyond what it returns."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - sum(x.untyped_storage().nbytes() for x in results)
-
-
 def make(B: int, T: int, H: int, K: int, V: int, kind: str):
-    """Random q, k, v, dout, log_decay of the paper's schedule, and documents of 1000 tokens for "packed"."""
+    """Random q, k, v and dout, log_decay of the paper's schedule, and documents of 1000 tokens if packed."""
     q, k = (torch.randn(B, T, H, K, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     v, dout = (torch.randn(B, T, H, V, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(H, device="cuda", dtype=torch.float32))))
@@ -81,13 +43,13 @@ def stages(B: int, T: int, H: int, K: int, V: int, kind: str) -> None:
     q, k, v, dout, log_decay, cu = make(B, T, H, K, V, kind)
     scale, out, dv = K**-0.5, torch.empty_like(v), torch.empty_like(v)
     problem = RetentionProblem(q, k, v, log_decay, scale, cu_seqlens=cu)
-    call, zeros = walk._Call.of(problem), walk._Starts(None, None)
+    call, zeros = passes._Call.of(problem), passes._Starts(None, None)
 
     def forward():
-        return walk.walk_forward(problem, None)[:1]
+        return passes.walk_forward(problem, None)[:1]
 
     def backward():
-        grads = walk.walk_backward(problem, dout, None, need_dstate=False)
+        grads = passes.walk_backward(problem, dout, None, need_dstate=False)
         return grads.dq, grads.dk, grads.dv
 
     calls = {
@@ -99,17 +61,27 @@ def stages(B: int, T: int, H: int, K: int, V: int, kind: str) -> None:
         "dq": lambda: call.walk_over_values(dout, v, k, zeros, False),
         "dk": lambda: call.walk_over_values(v, dout, q, zeros, True),
     }
-    times = {name: milliseconds(run) for name, run in calls.items()}
+    times, host = {}, {}
+    for name, run in calls.items():
+        times[name], host[name] = device_milliseconds(run, budget=0.01)
     line = " ".join(f"{name} {ms:.3f}" for name, ms in times.items())
-    host = f"{host_milliseconds(forward):.3f} {host_milliseconds(backward):.3f}"
-    extra = f"{extra_bytes(forward) >> 20} {extra_bytes(backward) >> 20}"
+    extra = [format_bytes(_extra(run)) for run in (forward, backward)]
     total = times["forward"] + times["backward"]
-    print(f"{(B, T, H, K, V)} {kind}: fwd+bwd {total:.3f} | {line} | host {host} | extra MiB {extra}", flush=True)
+    print(
+        f"{(B, T, H, K, V)} {kind}: forward + backward {total:.3f} ms | {line}"
+        f" | host {host['forward']:.3f} {host['backward']:.3f} | extra memory {', '.join(extra)}",
+        flush=True,
+    )
+
+
+def _extra(run: Callable[[], Sequence[torch.Tensor]]) -> int:
+    """Peak memory of a call beyond its results."""
+    return extra_bytes(run, kept=sum(x.untyped_storage().nbytes() for x in run()))
 
 
 def once() -> None:
     q, k, v, _, log_decay, _ = make(*SHAPES[0])
-    walk.walk_forward(RetentionProblem(q, k, v, log_decay, 1 / 16), None)
+    passes.walk_forward(RetentionProblem(q, k, v, log_decay, 1 / 16), None)
     torch.cuda.synchronize()
 
 

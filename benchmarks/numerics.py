@@ -1,9 +1,10 @@
-"""The error table of docs/numerics.md: every form and dtype against the float64 definition, torchscale beside it.
+"""The error tables of docs/numerics.md: every form and dtype against the float64 oracle, and torchscale's forms.
 
     python benchmarks/numerics.py [--oracle FOLDER]
 
-Ours: relative error of outputs, final state and gradients, over lengths up to 4096 and decays of four decades. With a
-folder of torchscale's own logits (`torchscale_small.safetensors`), how far its forms are from one another.
+For retention, the relative error of outputs, final state and gradients, with up to 4096 tokens and decays over four
+decades. With --oracle, a folder that holds torchscale's own logits (`torchscale_small.safetensors`), also the relative
+difference between torchscale's forms.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def torchscale(folder: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--oracle", type=Path, default=None)
+    parser.add_argument("--oracle", type=Path, default=None, metavar="FOLDER", help="folder of torchscale's logits")
     options = parser.parse_args()
     print("| dtype | decay | T | form | " + " | ".join(NAMES) + " |")
     print("|---" * (4 + len(NAMES)) + "|")
@@ -72,7 +73,9 @@ def main() -> None:
         for per_token in (False, True):
             print("\n".join(ours(4096 if dtype == torch.float32 else 512, dtype, per_token)))
     if options.oracle:
-        print("\n| torchscale's form | against its parallel form | predicted tokens that change |\n|---|---|---|")
+        print(
+            "\n| torchscale's form | difference from its parallel form | predicted tokens that differ |\n|---|---|---|"
+        )
         print("\n".join(torchscale(options.oracle)))
 
 

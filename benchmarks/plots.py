@@ -1,4 +1,4 @@
-"""Pictures of measured points: panels side by side, a line for each implementation, one legend."""
+"""Plots of measured points: panels side by side, one line per implementation, one legend."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from pathlib import Path
 
 from runner import Point
 
-# Colours that colour-blind readers tell apart (Okabe and Ito).
+# Colours that colour-blind readers can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """lines: implementation -> points (x, y). The x axis is logarithmic; y is if y_log, and begins at 0 if not."""
+    """lines: implementation -> points (x, y). The x axis is logarithmic; the y axis too if y_log, else it starts at 0."""
 
     title: str
     x_label: str
@@ -24,7 +24,7 @@ class Panel:
 def lines(
     points: Iterable[Point], x: Callable[[Point], float], y: Callable[[Point], float | None]
 ) -> dict[str, list[tuple[float, float]]]:
-    """One line for each implementation; of points at one x the last, which is the newest of a CSV file."""
+    """One line per implementation. Of several points at the same x the last counts, the newest of a CSV file."""
     found: dict[str, dict[float, float]] = {}
     for point in points:
         value = y(point)
@@ -33,8 +33,12 @@ def lines(
     return {name: sorted(line.items()) for name, line in found.items()}
 
 
+def mebibytes(point: Point) -> float | None:
+    return None if point.extra_bytes is None else point.extra_bytes / 2**20
+
+
 def save_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
-    """A PNG; ValueError without a single point."""
+    """Write a PNG. ValueError if there are no points."""
     import matplotlib
 
     matplotlib.use("agg")

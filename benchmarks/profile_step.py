@@ -1,4 +1,4 @@
-"""Where one decode step's time goes: its kernels on a GPU, its operators on a CPU, and what the host adds.
+"""Profile of one decode step: time per kernel on a GPU, per operator on a CPU, and the whole step without a profiler.
 
 python benchmarks/profile_step.py --model retnet-1.3b --dtype bfloat16 --batch 1
 """
@@ -22,10 +22,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--deferred", type=int, default=0)
+    parser.add_argument("--deferred", type=int, default=0, help="deferred writes, as for the engine")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=14)
+    parser.add_argument("--rows", type=int, default=14, help="kernels or operators to print")
     options = parser.parse_args()
     with torch.device(options.device):
         model = LanguageModel(preset(options.model)).to(getattr(torch, options.dtype)).eval()
@@ -39,7 +39,7 @@ def main() -> None:
     for _ in range(options.steps):
         engine.step()
     wall = 1e3 * (time.perf_counter() - begin) / options.steps
-    print(f"{wall:.3f} ms a step without the profiler")
+    print(f"{wall:.3f} ms per step without the profiler")
     print(profile_table(engine.step, options.steps, options.rows, torch.device(options.device)))
 
 

@@ -1,49 +1,56 @@
-"""What generation is measured beside: transformers' Llama, FLA's RetNet, and a Transformer step as fast as ours.
+"""Rivals in generation: transformers' Llama, FLA's RetNet, and an optimised decode step of a Transformer.
 
-`generation_milliseconds` times `generate` of transformers as its users call it. `TransformerStep` is the rival that the
-paper's Figure 6 ought to have: the same fused products around attention (`retnet.ops.decode.linear`), a static cache,
-one CUDA graph per token, attention over exactly the cached tokens. It times a step at a fixed length, which flatters
-it: a real one must also grow its cache.
+`generation_milliseconds` times transformers' `generate` as its users call it. `TransformerStep` is a fair rival for
+the paper's Figure 6: our fused products (`retnet.ops.decode.linear`) around attention, a static cache, one CUDA graph
+per token, attention over exactly the cached tokens. It is timed at a fixed length, which favours it: in use, the cache
+must grow.
 """
 
-import importlib.util
 import time
 
 import torch
 import torch.nn.functional as F
-from runner import median_milliseconds
+from runner import fla_installed, median_milliseconds
 from torch import Tensor
 
 from retnet.ops.decode.linear import DecodeWeight, InputNorm, decode_linear
 from retnet.ops.rotary import rotate, rotation
 
-# Shapes of Llamas with the parameters of our presets: (layers, width, heads, feed-forward width).
+# Shapes of Llamas with as many parameters as our presets: (layers, width, heads, feed-forward width).
 LLAMAS = {"retnet-125m": (12, 768, 12, 2048), "retnet-1.3b": (24, 2048, 16, 5504), "retnet-6.7b": (32, 4096, 32, 11008)}
 VOCAB = 50304
 
 
-def llama(shape: str, device: torch.device, max_tokens: int):
-    """transformers' Llama of a preset's size, bfloat16, random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(*, layers: int, width: int, heads: int, feed_forward: int, vocab: int, max_tokens: int, **options):
+    """transformers' configuration of a Llama, in this project's names; `options` in transformers'."""
+    from transformers import LlamaConfig
 
-    layers, width, heads, hidden = LLAMAS[shape]
-    config = LlamaConfig(
-        vocab_size=VOCAB,
+    return LlamaConfig(
+        vocab_size=vocab,
         hidden_size=width,
-        intermediate_size=hidden,
+        intermediate_size=feed_forward,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=max_tokens,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=0,
+        **options,
+    )
+
+
+def llama(shape: str, device: torch.device, max_tokens: int):
+    """transformers' Llama of a preset's size, bfloat16, random weights."""
+    from transformers import LlamaForCausalLM
+
+    layers, width, heads, hidden = LLAMAS[shape]
+    tokens = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+    config = llama_config(
+        layers=layers, width=width, heads=heads, feed_forward=hidden, vocab=VOCAB, max_tokens=max_tokens, **tokens
     )
     return _built(LlamaForCausalLM, config, device)
 
 
 def fla_retnet(shape: str, device: torch.device, max_tokens: int):
-    """FLA's RetNet of a preset's size; None if it is not installed."""
-    if importlib.util.find_spec("fla") is None:
+    """FLA's RetNet of a preset's size; None if FLA is not installed."""
+    if not fla_installed():
         return None
     from fla.models import RetNetConfig, RetNetForCausalLM
 
@@ -66,7 +73,7 @@ def _built(kind, config, device: torch.device):
 
 @torch.no_grad()
 def generation_milliseconds(model, batch: int, prompt: int, tokens: int, cache: str | None) -> float:
-    """A token of `generate`, the time of its prompt taken off. cache: "static" compiles the step, None grows."""
+    """Time per step of `generate`, without its prefill. cache: "static" compiles the step; None: a growing cache."""
     ids = torch.randint(VOCAB, (batch, prompt), device=model.device)
     options = {"do_sample": False, "pad_token_id": 0} | ({} if cache is None else {"cache_implementation": cache})
 
@@ -83,27 +90,27 @@ def generation_milliseconds(model, batch: int, prompt: int, tokens: int, cache: 
 
 @torch.no_grad()
 def prompt_milliseconds(model, prompt: int) -> float:
-    """One forward over a prompt, the logits of its last token."""
+    """Prefill of one prompt, with the logits of its last token."""
     ids = torch.randint(VOCAB, (1, prompt), device=model.device)
     return median_milliseconds(lambda: model(ids, use_cache=True, logits_to_keep=1), budget=1.0, least=2)
 
 
 @torch.no_grad()
-def held_mebibytes(model, position: int) -> float:
-    """The weights, and what `generate` keeps after `position` tokens."""
+def held_bytes(model, position: int) -> int:
+    """Memory of the weights, and of the cache of `generate` after `position` tokens."""
     before = torch.cuda.memory_allocated()
     ids = torch.randint(VOCAB, (1, position), device=model.device)
     kept = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     del ids
     grown = torch.cuda.memory_allocated() - before
     del kept
-    return (grown + sum(p.numel() * p.element_size() for p in model.parameters())) / 2**20
+    return grown + sum(p.nbytes for p in model.parameters())
 
 
 class TransformerStep:
-    """One token of a Llama-shaped Transformer for B sequences with L cached tokens each; random weights.
+    """The decode step of a Llama-shaped Transformer for B sequences with L cached tokens each; random weights.
 
-    kv_heads: heads of keys and values, fewer than heads in grouped-query attention.
+    kv_heads: heads of keys and values; grouped-query attention has fewer than query heads.
     """
 
     def __init__(self, shape: str, kv_heads: int, batch: int, length: int, weights: list[DecodeWeight] | None = None):
@@ -120,12 +127,8 @@ class TransformerStep:
         self.tokens = torch.zeros(batch, dtype=torch.long, device="cuda")
         self.position = torch.full((batch, 1), length - 1, device="cuda")
 
-    @property
-    def weight_bytes(self) -> int:
-        return sum(2 * weight.values.numel() for weight in self.weights)
-
     def run(self) -> None:
-        """Embed, all layers, the next token; the new key and value overwrite the cache's last."""
+        """Embedding, all layers, the next token. The new key and value overwrite the last ones in the cache."""
         x = F.embedding(self.tokens, self.weights[-1].values)
         cos, sin = rotation(self.position, "half", self.head_dim, 10000.0)
         for i in range(self.layers):

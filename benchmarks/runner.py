@@ -1,13 +1,15 @@
-"""What all benchmarks share: timing, the device's own ceilings, peak memory, and CSV rows with a birth certificate.
+"""The runner of all benchmarks: timing, peak memory, the device's own limits, CSV rows with a birth certificate.
 
-A time on a GPU is that of the device alone: the median over replays of a captured graph, without launch overhead. What
-the host spends to launch the same work is a column of its own: the longer of the two is what an eager caller waits for.
-On a CPU it is the host's clock. The floor of a point is the longer of its bytes over the copy bandwidth and its
-operations over the matrix rate, measured in the same run.
+Device time on a GPU is the median over replays of a captured graph, without launch overhead. Host time, a column of
+its own, is the cost of launching the same work; an eager caller waits for the longer of the two. On a CPU, time is the
+host's clock. The floor of a point is the larger of two times: its bytes at the copy bandwidth, its operations at the
+rate of a large matrix product. Both rates are measured in the same run.
 """
 
+import argparse
 import csv
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -15,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache
@@ -25,10 +27,15 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from retnet.system.sizes import format_bytes
+
 
 @dataclass(frozen=True)
 class Point:
-    """One measured point. `milliseconds` is inf where it could not be measured; `note` says why."""
+    """One measured point. `milliseconds` is inf if the measurement failed; `note` says why.
+
+    extra_bytes: memory; each benchmark says which.
+    """
 
     bench: str
     case: str
@@ -38,7 +45,7 @@ class Point:
     floor_milliseconds: float | None = None
     host_milliseconds: float | None = None
     eager_milliseconds: float | None = None
-    extra_mebibytes: float | None = None
+    extra_bytes: float | None = None
     note: str = ""
     certificate: dict[str, str] = field(default_factory=dict)
 
@@ -49,7 +56,7 @@ class Point:
 
 @cache
 def certificate() -> dict[str, str]:
-    """Device, versions, commit, command and time: what a number needs to be believed."""
+    """Birth certificate of a number: device, threads, versions, commit, command, date."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "threads": "" if torch.cuda.is_available() else str(torch.get_num_threads()),
@@ -61,14 +68,50 @@ def certificate() -> dict[str, str]:
     }
 
 
+def arguments(doc: str | None, *, csv: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help is the module's docstring, with --csv (default: no file)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    path = None if csv is None else Path(csv)
+    parser.add_argument("--csv", type=Path, default=path, metavar="FILE", help=f"append rows to FILE (default: {path})")
+    return parser
+
+
 def need_gpu() -> None:
-    """End with a message where there is no GPU to measure."""
+    """Exit with a message if there is no GPU."""
     if not torch.cuda.is_available():
-        sys.exit("this measures a GPU, and PyTorch finds none here; accepted: a machine with CUDA or ROCm")
+        sys.exit("this benchmark measures a GPU, and PyTorch finds none; accepted: a machine with CUDA or ROCm")
+
+
+def installed(module: str, package: str, install: str = "") -> bool:
+    """Is a rival installed? Prints that it is left out if not. `module` is its import name."""
+    found = importlib.util.find_spec(module) is not None
+    if not found:
+        print(f"{package} is not installed{f' (pip install {install})' if install else ''}: left out")
+    return found
+
+
+def fla_installed() -> bool:
+    return installed("fla", "flash-linear-attention", "retnet[bench]")
+
+
+def report(points: Iterable[Point], path: Path | None) -> list[Point]:
+    """Print and append each point as soon as it is measured, so that an interrupted run keeps its points."""
+    done = []
+    for point in points:
+        print(table([point]), flush=True)
+        if path is not None:
+            append(path, [point])
+        done.append(point)
+    return done
+
+
+def failed(bench: str, case: str, implementation: str, what: str, error: Exception) -> Point:
+    """The point of a measurement that ended with an error."""
+    return Point(bench, case, implementation, what, float("inf"), note=str(error).splitlines()[0][:100])
 
 
 def append(path: Path, points: list[Point]) -> None:
-    """Add rows to a CSV file, with a header if the file is new."""
+    """Append rows to a CSV file, with a header if the file is new."""
     names = [f.name for f in fields(Point) if f.name != "certificate"] + ["share_of_floor", *certificate()]
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
@@ -100,14 +143,14 @@ def table(points: list[Point]) -> str:
         share = "" if p.share_of_floor is None else f"{p.share_of_floor:6.1%} of floor"
         host = "" if p.host_milliseconds is None else f"host {p.host_milliseconds:7.3f} ms"
         host += "" if p.eager_milliseconds is None else f" eager {p.eager_milliseconds:8.3f} ms"
-        memory = "" if p.extra_mebibytes is None else f"{p.extra_mebibytes:9.0f} MiB"
+        memory = "" if p.extra_bytes is None else f"{format_bytes(p.extra_bytes):>10s}"
         name = f"{p.case:26s} {p.implementation:10s} {p.what:17s}"
         lines.append(f"{name} {p.milliseconds:10.4f} ms {share:15s} {host} {memory} {p.note}")
     return "\n".join(lines)
 
 
 def profile_table(step: Callable[[], object], steps: int, rows: int, device: torch.device) -> str:
-    """Where the time of a step goes: kernels on a GPU, operators on a CPU, those that take most first."""
+    """Time per kernel of a step on a GPU, per operator on a CPU, the longest first."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiled:
@@ -118,7 +161,8 @@ def profile_table(step: Callable[[], object], steps: int, rows: int, device: tor
     events = [e for e in profiled.key_averages() if (e.device_type == DeviceType.CUDA) == on_gpu]
     taken = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / steps for e in events}
     calls = sum(e.count for e in events) / steps
-    lines = [f"{calls:.0f} {'kernels' if on_gpu else 'operators'}, {sum(taken.values()) / 1e3:.3f} ms in them"]
+    unit = "kernels" if on_gpu else "operators"
+    lines = [f"{calls:.0f} {unit} per step, {sum(taken.values()) / 1e3:.3f} ms in total"]
     for e in sorted(events, key=lambda e: -taken[e.key])[:rows]:
         each = taken[e.key] / max(1.0, e.count / steps)
         lines.append(f"{taken[e.key]:9.1f} us {e.count / steps:6.1f} x {each:8.2f} us  {e.key[:110]}")
@@ -145,37 +189,45 @@ def median_milliseconds(run: Callable[[], object], *, budget: float = 0.4, least
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
-def device_milliseconds(run: Callable[[], object]) -> tuple[float, float]:
-    """(device, host) time of `run`: replays of its captured graph, and the enqueueing of it without waiting."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
+def device_milliseconds(run: Callable[[], object], *, budget: float = 0.4) -> tuple[float, float]:
+    """(device, host) time of `run`: replays of its captured graph, and launching it without waiting."""
+    for _ in range(3):
+        run()
     torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(5):
         run()
     host = (time.perf_counter() - begin) / 5
+    return median_milliseconds(captured([run]).replay, budget=budget), 1e3 * host
+
+
+def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One CUDA graph of all calls; the first two run on a side stream before, to compile and allocate."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return median_milliseconds(graph.replay), 1e3 * host
+        for call in calls:
+            call()
+    return graph
 
 
-def extra_mebibytes(run: Callable[[], object], kept: int) -> float:
-    """Peak device memory of `run` beyond what is allocated before it and `kept` bytes that it returns."""
+def extra_bytes(run: Callable[[], object], kept: int = 0) -> int:
+    """Peak device memory of `run`, minus what was allocated before and the `kept` bytes of its results."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     result = run()
     torch.cuda.synchronize()
     del result
-    return (torch.cuda.max_memory_allocated() - before - kept) / 2**20
+    return torch.cuda.max_memory_allocated() - before - kept
 
 
 def eager_milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """What a call takes among many that are launched one after another, the slower of host and device."""
+    """Time per call of `repeats` calls in a row without waiting in between: the slower of host and device."""
     run()
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -187,20 +239,21 @@ def eager_milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
 
 @cache
 def copy_bandwidth() -> float:
-    """Bytes a second, read plus written, of a copy far larger than the cache."""
+    """Bytes per second, read plus written, of a copy far larger than the cache."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / (median_milliseconds(lambda: target.copy_(source)) * 1e-3)
+    return 2 * source.nbytes / (median_milliseconds(lambda: target.copy_(source)) * 1e-3)
 
 
 @cache
 def matrix_rate() -> float:
-    """Operations a second of an 8192^3 bfloat16 product on random data."""
+    """Operations per second of an 8192^3 bfloat16 matrix product on random data."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * 8192**3 / (median_milliseconds(lambda: a @ b) * 1e-3)
 
 
 def floor_milliseconds(operations: float, moved_bytes: float) -> float:
+    """The time that no implementation can beat on this device."""
     return 1e3 * max(operations / matrix_rate(), moved_bytes / copy_bandwidth())
 
 
@@ -221,7 +274,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, with + where files differ from it; $GIT_COMMIT where only the files were copied."""
+    """The checkout's commit, with + if files differ from it; $GIT_COMMIT if there is no checkout."""
     changed = "+" if _git("status", "--porcelain", "-uno") else ""
     return _git("rev-parse", "--short", "HEAD") + changed or os.environ.get("GIT_COMMIT", "")
 

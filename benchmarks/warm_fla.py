@@ -1,14 +1,14 @@
-"""Compiles and tunes flash-linear-attention's kernels in a minute or two, before they are measured.
+"""Warm-up of flash-linear-attention: its kernels compiled in parallel and tuned, in a minute or two. Needs a GPU.
 
     python benchmarks/warm_fla.py [PROCESSES]         both
-    python benchmarks/warm_fla.py compile PROCESSES   what may share the device with other work
-    python benchmarks/warm_fla.py tune                what may not
+    python benchmarks/warm_fla.py compile PROCESSES   compile; may share the GPU with other work
+    python benchmarks/warm_fla.py tune                tune; needs the GPU alone
 
-Its first call at a head size compiles up to 48 configurations of each kernel one after another, minutes at K = 256.
-Here several processes first compile a share each: they run their configurations once on a short input, without timing,
-and Triton keeps the binaries in its cache folder. Then one process tunes alone on the device, at the sizes that
-`bench_retention.py` and `bench_train.py` run, with 20 ms a configuration in place of 100; the choices are kept in the
-same folder, where the benchmarks find them. Needs a GPU.
+The first call of flash-linear-attention at a head size compiles up to 48 configurations of each kernel one after
+another, which takes minutes at K = 256. Here several processes compile a share each: they run their configurations
+once on a short input without timing, and Triton keeps the binaries in its cache folder. Then one process tunes at the
+sizes of `bench_retention.py` and `bench_train.py`, with 20 ms per configuration instead of 100. The choices are kept
+in the same folder, where the benchmarks find them.
 """
 
 import os
@@ -21,13 +21,13 @@ LAYER = (2, 8192)  # B, T of a layer of the trained model
 
 
 def take_share(share: int, shares: int) -> None:
-    """Let the autotuner see every `shares`-th configuration from `share` on, and run each once instead of timing it."""
+    """Give the autotuner every `shares`-th configuration from `share` on, and run each once instead of timing it."""
     from triton.runtime.autotuner import Autotuner
 
     make = Autotuner.__init__
 
     def with_fewer(self, fn, arg_names, configs, *args, **kwargs):
-        # A share may hold only configurations that do not fit the device: the leanest of all stands by to be run.
+        # A share may have only configurations that do not fit the device, so the smallest of all is added to each.
         leanest = min(
             configs,
             key=lambda config: (
@@ -53,7 +53,7 @@ def time_with(clock: Callable) -> None:
 
 
 def run_everything(*, short: bool) -> None:
-    """Forward and backward of the operator at every head size, and of one layer of the model."""
+    """Forward + backward of the operator at every head size, and of a model of one layer."""
     import torch
     from fla.models import RetNetConfig, RetNetForCausalLM
     from fla.ops.retention import chunk_retention
@@ -74,7 +74,7 @@ def run_everything(*, short: bool) -> None:
 
 
 def compile_share(share: int, shares: int) -> None:
-    os.environ["FLA_CACHE_RESULTS"] = "0"  # these are no results
+    os.environ["FLA_CACHE_RESULTS"] = "0"  # nothing was timed, so there is no choice to keep
     take_share(share, shares)
     run_everything(short=True)
 
@@ -84,7 +84,7 @@ def compile_all(shares: int) -> None:
     children = [subprocess.Popen([*command, str(share), str(shares)]) for share in range(shares)]
     failed = [share for share, child in enumerate(children) if child.wait() != 0]
     if failed:
-        print(f"shares {failed} of {shares} failed: their configurations are compiled when they are tuned")
+        print(f"shares {failed} of {shares} failed: tuning will compile their configurations")
 
 
 def tune() -> None:

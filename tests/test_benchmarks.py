@@ -59,7 +59,7 @@ def test_what_measures_a_gpu_says_so_without_one(script):
     done = run(script)
     assert done.returncode == 1
     assert done.stderr.strip().endswith(
-        "this measures a GPU, and PyTorch finds none here; accepted: a machine with CUDA or ROCm"
+        "this benchmark measures a GPU, and PyTorch finds none; accepted: a machine with CUDA or ROCm"
     )
 
 
