@@ -3,12 +3,12 @@
     python benchmarks/bench_generate.py --model retnet-125m --sections batch,first --threads 2
     python benchmarks/bench_generate.py --model retnet-1.3b --dtype bfloat16
 
-Weights are random; only a preset's shapes matter. Time per step is the host's, including Python and the copy of tokens,
-as a user waits for it. It is the median over groups of 32 steps, so that deferred writes are included. The floor is the
-time to read the weights once and to read and write the states once, at the copy bandwidth of the same run. With deferred
-writes, states are written once per 32 steps, and the ring of waiting rows is not counted. A position is reached by a
-prompt of that many tokens. Rivals, if installed: transformers' Llama with a growing cache and with a static cache (the
-latter compiled), and FLA's RetNet.
+Weights are random; only a preset's shapes matter. Time per step is the host's, including Python and the copy of
+tokens, as a user waits for it. It is the median over groups of 32 steps, so that deferred writes are included. The
+floor is the time to read the weights once and to read and write the states once, at the copy bandwidth of the same
+run. With deferred writes, states are written once per 32 steps, and the ring of waiting rows is not counted. A
+position is reached by a prompt of that many tokens. Rivals, if installed: transformers' Llama with a growing cache and
+with a static cache (the latter compiled), and FLA's RetNet.
 """
 
 import argparse

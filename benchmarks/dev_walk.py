@@ -14,6 +14,7 @@ import torch
 from runner import device_milliseconds, extra_bytes
 
 from retnet.kernels.retention.problem import RetentionProblem
+from retnet.system.sizes import format_bytes
 
 SHAPES = [
     (4, 8192, 8, 256, 512, ""),

@@ -12,7 +12,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 @dataclass(frozen=True)
 class Panel:
-    """lines: implementation -> points (x, y). The x axis is logarithmic; the y axis too if y_log, else it starts at 0."""
+    """lines: implementation -> points (x, y). x is logarithmic; y is too if y_log, else it starts at 0."""
 
     title: str
     x_label: str
