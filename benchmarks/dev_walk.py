@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from runner import device_milliseconds, extra_bytes
 
+from retnet.kernels.retention.hopper import passes
 from retnet.kernels.retention.problem import RetentionProblem
 from retnet.system.sizes import format_bytes
 
