@@ -1,7 +1,10 @@
-"""Retentive Network (Sun et al. 2023, arXiv 2307.08621): one retention operator, language models built on it.
+"""Retentive Network (Sun et al. 2023, arXiv 2307.08621): one retention operator, and language models built on it.
 
-Importing this package does nothing but define names: what is listed in `_EXPORTS` is imported on first use (PEP 562),
-so `import retnet` costs no torch, and the command line starts fast.
+    model = retnet.load("retnet-tiny")
+    text = retnet.generate(model, "def main(", max_tokens=50)
+
+Importing this package only defines names: those in `_EXPORTS` are imported on first use (PEP 562), so `import retnet`
+loads no torch, and the command line starts fast.
 """
 
 from __future__ import annotations
@@ -13,6 +16,9 @@ __version__ = "0.1.0"
 
 # public name -> the module that defines it
 _EXPORTS = {
+    "load": "retnet.api",
+    "load_tokenizer": "retnet.api",
+    "generate": "retnet.api",
     "retention": "retnet.ops.retention",
     "retention_step_": "retnet.ops.retention",
     "retention_plan": "retnet.ops.retention",
@@ -24,6 +30,9 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
+    from retnet.api import generate as generate
+    from retnet.api import load as load
+    from retnet.api import load_tokenizer as load_tokenizer
     from retnet.models.config import ModelConfig as ModelConfig
     from retnet.models.decode.sampling import Sampling as Sampling
     from retnet.models.lm import LanguageModel as LanguageModel
@@ -40,6 +49,9 @@ __all__ = [
     "Request",
     "Sampling",
     "__version__",
+    "generate",
+    "load",
+    "load_tokenizer",
     "retention",
     "retention_plan",
     "retention_step_",

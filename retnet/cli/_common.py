@@ -1,8 +1,9 @@
-"""What the verbs share: the terminal, errors, and reading a command's input."""
+"""Terminal output, error messages and input that all verbs share."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,14 @@ from rich.markup import escape
 console = Console()
 errors = Console(stderr=True)
 
+MODEL_HELP = "Preset, stack file or saved directory."
+DEVICE_HELP = "auto (the GPU where there is one), cpu, cuda or cuda:N."
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
+
 
 @dataclass
 class Session:
-    """What holds for a whole command line."""
+    """Options of the whole command line."""
 
     debug: bool = False
 
@@ -30,8 +35,8 @@ def report_error(error: Exception) -> None:
     errors.print("[dim]`retnet --debug VERB ...` shows where it came from[/]")
 
 
-def read_text(text: str | None, file: Path | None) -> bytes:
-    """Input given as an argument, as a file (`-` is standard input), or piped in; nothing if given in no way.
+def read_text(text: str | None, file: Path | None) -> bytes | None:
+    """Input given as an argument, as a file (`-` is standard input), or piped in; None if given in no way.
 
     Raises ValueError if both an argument and a file were given, OSError if the file cannot be read.
     """
@@ -42,8 +47,13 @@ def read_text(text: str | None, file: Path | None) -> bytes:
     if file is not None and str(file) != "-":
         return file.read_bytes()
     if sys.stdin is None or (file is None and sys.stdin.isatty()):
-        return b""
+        return None
     return sys.stdin.buffer.read()
+
+
+def unescape(text: str) -> str:
+    r"""\n, \t, \r, \0 and \\ as the characters they stand for."""
+    return re.sub(r"\\([ntr0\\])", lambda match: _ESCAPES[match[1]], text)
 
 
 def write_json(data: object) -> None:

@@ -1,4 +1,4 @@
-"""`retnet check`: do the forms agree? A table, and an exit code that says so."""
+"""`retnet check`: whether the forms of retention agree, as a table and an exit code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from retnet.cli._common import console, write_json
+from retnet.cli._common import DEVICE_HELP, console, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,17 +24,17 @@ def check(
     model: Annotated[
         str, typer.Argument(metavar="MODEL|operator", help="Preset, stack file, saved directory, or 'operator'.")
     ],
-    text: Annotated[Path | None, typer.Option(help="Text to run on; random tokens if not given.")] = None,
+    text: Annotated[Path | None, typer.Option(help="File of text to run on; random tokens by default.")] = None,
     length: Annotated[int, typer.Option(help="Tokens.")] = _SHAPE[1],
     dtype: Annotated[
         list[str] | None, typer.Option(help="float64, float32, float16, bfloat16; may be repeated.")
     ] = None,
     chunk_size: Annotated[list[int] | None, typer.Option(help="Chunk sizes to try; may be repeated.")] = None,
-    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     seed: Annotated[int, typer.Option(help="Of random inputs.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Run the three forms, prompts decoded from several splits, chunk sizes and dtypes, beside float64.
+    """Run the three forms, chunk sizes, and prefill with decode from several splits; compare each with float64.
 
     Exits with 1 if any row fails.
     """
@@ -43,16 +43,18 @@ def check(
     dtypes = dtype or ["float64", "float32", "bfloat16"]
     sizes = chunk_size or list(CHUNK_SIZES)
     if model == OPERATOR:
+        from retnet.ops.device import resolve_device
+
         if text is not None:
             raise ValueError("the operator runs on random tensors; --text is for models")
         shape = (_SHAPE[0], length, *_SHAPE[2:])
-        rows = list(check_operator(shape, dtypes, sizes, device=device, seed=seed))
+        rows = list(check_operator(shape, dtypes, sizes, device=resolve_device(device), seed=seed))
         title = f"retention, B, T, H, K, V = {', '.join(map(str, shape))}"
     else:
-        from retnet.stack.resolve import resolve_model
+        from retnet.api import load
 
-        network = resolve_model(model, device=device)
-        ids = _ids(network, text, length, seed).to(device)
+        network = load(model, device)
+        ids = _ids(network, text, length, seed).to(network.embedding.weight.device)
         rows = list(check_model(network, ids, dtypes, sizes))
         title = f"{model}, {ids.shape[1]} tokens of {text or 'random input'}"
     failed = sum(not row.passed for row in rows)
@@ -61,9 +63,7 @@ def check(
     else:
         console.print(_table(title, rows))
         if rows[0].tokens is not None:
-            console.print(
-                "[dim]changed: positions whose likeliest token is another than in float64[/]", highlight=False
-            )
+            console.print("[dim]changed: positions whose likeliest token differs from float64's[/]", highlight=False)
         console.print(f"[bold red]{failed} of {len(rows)} fail[/]" if failed else f"[green]all {len(rows)} agree[/]")
     raise typer.Exit(code=1 if failed else 0)
 
@@ -75,14 +75,12 @@ def _ids(model: LanguageModel, text: Path | None, length: int, seed: int) -> Ten
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(model.config.vocab_size, (1, length), generator=generator)
 
-    from retnet.data import ByteTokenizer
-    from retnet.eval.bits import check_reads_bytes
+    from retnet.api import load_tokenizer
 
-    check_reads_bytes(model)
-    ids = ByteTokenizer().encode(text.read_bytes())[None, :length]
-    if ids.shape[1] < 2:
+    ids = load_tokenizer(model).encode(text.read_bytes(), start=True)
+    if len(ids) < 2:
         raise ValueError(f"{text} is empty")
-    return ids
+    return torch.tensor([ids[:length]])
 
 
 def _table(title: str, rows: list[Agreement]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from retnet.cli._common import console, errors, write_json
+from retnet.cli._common import console, errors, unescape, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 WRITE = "write"
 PLOT = "lengths.png"
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
 
 
 class _WriteByDefault(TyperGroup):
@@ -97,7 +95,7 @@ def write(
                 tokenizer=tokenizer,
                 document_start=document_start,
                 with_end=with_end,
-                settings=Settings(field, None if separator is None else _unescape(separator), config, split),
+                settings=Settings(field, None if separator is None else unescape(separator), config, split),
                 shard_size=None if shard_size is None else int(shard_size * 2**20),
                 workers=workers,
                 on_progress=show_progress,
@@ -236,11 +234,6 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
             bar.update(task, completed=size, total=progress.size, status=status)
 
         yield show_progress
-
-
-def _unescape(text: str) -> str:
-    r"""\n, \t, \r, \0 and \\ as the characters they stand for."""
-    return re.sub(r"\\([ntr0\\])", lambda match: _ESCAPES[match[1]], text)
 
 
 def _count(number: int, unit: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from retnet.cli._common import console, write_json
+from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, write_json
 
 
 class Part(StrEnum):
@@ -21,8 +21,10 @@ class Part(StrEnum):
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Preset, stack file or saved directory.")],
-    data: Annotated[str | None, typer.Option(help="File or folder of text, or 'stdlib': bits per byte.")] = None,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    data: Annotated[
+        str | None, typer.Option(help="Shards, file or folder of text, or 'stdlib': bits per byte.")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="One text: perplexity, the whole of it in one state.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="With --file: also in windows of so many tokens.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens scored in each window; all if not given.")] = None,
@@ -32,13 +34,14 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
     part: Annotated[Part, typer.Option(help="The held-out documents, or all of them.")] = Part.valid,
     valid_fraction: Annotated[float, typer.Option(help="Share held out, as in training.")] = 0.05,
-    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """How well a model predicts: one of --data, --file and --tasks.
+    """How well a model predicts text: one of --data, --file and --tasks.
 
-    --data: bits per byte, each document in one context, beside gzip -9, xz -9 and an order-2 byte model. That is
-    trained on the training documents, so it is shown for the held-out part alone.
+    --data: bits per byte, each document in one context, beside gzip -9, xz -9 and an order-2 byte model. The order-2
+    model is trained on the training documents, so it is shown for the held-out part only. A model trained on token
+    shards has its held-out documents there: give the same shards.
     """
     if sum(option is not None for option in (data, file, tasks)) != 1:
         raise ValueError("accepted: one of --data, --file and --tasks")
@@ -51,19 +54,30 @@ def evaluate(
 
 
 def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, device: str, as_json: bool) -> None:
-    from retnet.data import find_documents, split_documents
-    from retnet.eval.bits import bits_per_byte
-    from retnet.eval.compressors import compressor_table
-    from retnet.stack.resolve import resolve_model
+    from retnet.api import load, load_tokenizer
+    from retnet.data import open_corpus
+    from retnet.data.corpus import ByteCorpus
+    from retnet.eval.bits import bits_per_byte, corpus_bits_per_byte
+    from retnet.eval.compressors import compressor_table, texts_of
 
-    network = resolve_model(model, device=device)
-    documents = find_documents(data)
-    split = split_documents(documents, valid_fraction) if part is Part.valid else None
-    scored = split.valid if split else documents
+    network = load(model, device)
+    tokenizer = load_tokenizer(network)
+    corpus = open_corpus(data)
+    train, scored = corpus.split(valid_fraction) if part is Part.valid else (None, corpus)
     began = time.perf_counter()
-    result = bits_per_byte(network, scored)
+    if isinstance(scored, ByteCorpus):  # files of text, in the tokens of any model
+        result = bits_per_byte(network, tokenizer, scored.documents)
+    elif tokenizer.same_tokens(scored.tokenizer):
+        result = corpus_bits_per_byte(network, scored)
+    else:
+        raise ValueError(
+            f"{data} holds tokens of another tokenizer than that of {model}; accepted: text, or tokens that `retnet "
+            "data` wrote with its tokenizer"
+        )
     seconds = time.perf_counter() - began
-    rows = compressor_table(split.train if split else None, scored) | {model: result.bits_per_byte}
+    rows = compressor_table(None if train is None else texts_of(train), texts_of(scored)) | {
+        model: result.bits_per_byte
+    }
     if as_json:
         write_json({"documents": len(scored), "bytes": result.num_bytes, "seconds": seconds, "bits_per_byte": rows})
         return
@@ -79,16 +93,15 @@ def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, dev
 
 
 def _perplexity(model: str, file: Path, context: int | None, stride: int | None, device: str, as_json: bool) -> None:
+    from retnet.api import load, load_tokenizer
     from retnet.eval.perplexity import perplexity
-    from retnet.eval.text import TextCodec
-    from retnet.stack.resolve import resolve_model
 
-    network = resolve_model(model, device=device)
-    codec = TextCodec.of(model, network.config)
+    network = load(model, device)
+    tokenizer = load_tokenizer(network)
     text = file.read_text(encoding="utf-8")
-    results = {"stateful": perplexity(network, codec, text)}
+    results = {"stateful": perplexity(network, tokenizer, text)}
     if context is not None or stride is not None:
-        results["strided"] = perplexity(network, codec, text, context=context, stride=stride)
+        results["strided"] = perplexity(network, tokenizer, text, context=context, stride=stride)
     rows = {
         way: {
             "nats": result.nats,

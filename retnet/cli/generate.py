@@ -3,93 +3,120 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet.cli._common import errors, read_text
+from retnet.cli._common import DEVICE_HELP, MODEL_HELP, errors, read_text, unescape
+from retnet.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from retnet.eval.meter import StreamMeter
 
 ENDLESS = 0
-PROMPT_BLOCK = 2048  # bytes of the prompt a call: bounds the memory of its activations
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Preset, stack file or saved directory.")],
-    prompt: Annotated[str | None, typer.Argument(help="Text to go on from; also --file or standard input.")] = None,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; also from --file or standard input.")] = None,
     file: Annotated[Path | None, typer.Option(help="File that holds the prompt; - is standard input.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=0, help="Tokens to make; 0 goes on until interrupted.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=0, help="New tokens at most; 0 continues until interrupted.")] = 256,
+    stop: Annotated[
+        list[str] | None, typer.Option(help=r"Text that ends the output, such as '\n\n'; may be repeated.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of mass p.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens of total probability p.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Sample from tokens at least p times as likely as the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens of the prompt and the output become less likely.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Subtracted from the logits of tokens of the output, once each.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Subtracted from the logits of tokens of the output, per occurrence.")
+    ] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
-    stats: Annotated[bool, typer.Option(help="Say at the end what time and memory it took (standard error).")] = True,
-    png: Annotated[Path | None, typer.Option(help="Draw time and memory per token here.")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: float32, bfloat16, float16 or float64; as saved by default.")
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise weights to int8 (needs retnet[quantize]).")] = False,
+    speculate: Annotated[
+        int, typer.Option(min=0, help="Draft tokens per step, guessed from the context: 3, 7, 11, ...; 0 is off.")
+    ] = 0,
+    stats: Annotated[bool, typer.Option(help="Report time and memory at the end, on standard error.")] = True,
+    png: Annotated[Path | None, typer.Option(help="Plot time and memory per token into this file.")] = None,
 ) -> None:
-    """Stream text. Memory and time per token do not grow, however long it gets."""
-    text = read_text(prompt, file)
+    """Stream text. Memory and time per token do not grow with its length.
 
-    from retnet.data import ByteTokenizer
-    from retnet.eval.bits import check_reads_bytes
-    from retnet.eval.figures import save_stream_figure
+    Example: retnet generate retnet-tiny "def main(" --max-tokens 100
+    """
+    text = read_text(prompt, file)
+    if text is None:
+        raise ValueError('no prompt; accepted: text after the model (or "" for none), --file FILE, or text piped in')
+
+    from retnet.api import engine_for, load, load_tokenizer, stream_text, token_ids
+    from retnet.eval.meter import StreamMeter
     from retnet.models.cost import model_cost
     from retnet.models.decode.sampling import Sampling
-    from retnet.serve.engine import Engine
-    from retnet.serve.pool import growing_layer
-    from retnet.serve.request import Request
-    from retnet.stack.resolve import resolve_model
+    from retnet.serve.request import Failed, Request
 
-    network = resolve_model(model, device=device)
-    check_reads_bytes(network)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    ids = ByteTokenizer().encode(text).tolist()
-    limit = None if max_tokens == ENDLESS else max_tokens
-    growing = growing_layer(network.config)
-    if limit is None and growing is not None:
-        raise ValueError(
-            f"--max-tokens is 0 and layer {growing} is attention without a window, whose cache grows; accepted with "
-            "this model: 1 or more"
-        )
-    engine = Engine(
-        network,
-        num_slots=1,
-        max_tokens=None if limit is None else len(ids) + limit,
-        prompt_block=PROMPT_BLOCK,
-        prompt_budget=PROMPT_BLOCK,
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
     )
-    meter = _stream(engine.stream(Request(ids, limit, sampling)))
-    sizes = [model_cost(network.config, len(text) + 1 + count).state_bytes for count in (0, meter.tokens)]
-    if stats:
-        _report(meter, *sizes)
-    if png is not None:
-        save_stream_figure(meter.bins, sizes[-1], png)
+    network = load(model, device, dtype)
+    tokenizer = load_tokenizer(network)
+    if int8:
+        from retnet.models.decode.int8 import quantize_int8_
 
-
-def _stream(tokens: Iterable[int]) -> StreamMeter:
-    """Print tokens as text while they come; an interrupt ends the stream. Raises ValueError if it fails."""
-    from retnet.data import ByteTokenizer
-    from retnet.eval.meter import StreamMeter
-    from retnet.serve.request import Failed
-
-    decoder = ByteTokenizer().stream_decoder()
-    meter, failed = StreamMeter(), None
+        try:
+            quantize_int8_(network)
+        except ImportError as error:
+            raise ValueError(f"--int8: {error}") from error
+    stops = [unescape(text) for text in stop or []]
+    limit = None if max_tokens == ENDLESS else max_tokens
+    request = Request(token_ids(text, tokenizer), limit, sampling, stop_strings=stops)
+    engine = engine_for(network, request, tokenizer, speculate)
+    meter = StreamMeter()
+    failed = None
     try:
-        for token in tokens:
-            _write(decoder.push(token))
-            meter.tick()
+        for piece in stream_text(_metered(engine.stream(request), meter), tokenizer, stops):
+            _write(piece)
     except KeyboardInterrupt:
         errors.print()
     except Failed as error:
         failed = error
-    _write(decoder.flush() + "\n")
+    _write("\n")
     if failed is not None:
         raise ValueError(str(failed)) from failed
-    return meter
+    sizes = [model_cost(network.config, len(request.prompt) + count).state_bytes for count in (0, meter.tokens)]
+    if stats:
+        _report(meter, *sizes)
+    if png is not None:
+        from retnet.eval.figures import save_stream_figure
+
+        save_stream_figure(meter.bins, sizes[-1], png)
+
+
+def _metered(tokens: Iterator[int], meter: StreamMeter) -> Iterator[int]:
+    for token in tokens:
+        meter.tick()
+        yield token
 
 
 def _write(text: str) -> None:
@@ -98,25 +125,25 @@ def _write(text: str) -> None:
 
 
 def _report(meter: StreamMeter, first_state_bytes: int, last_state_bytes: int) -> None:
-    """Whether time and memory stayed flat: the first tenth of the stream and the last."""
-    state = f"{first_state_bytes / 2**20:.2f} MiB"
-    state += " throughout" if first_state_bytes == last_state_bytes else f", then {last_state_bytes / 2**20:.2f} MiB"
+    """Time and memory at the first tenth of the stream and at the last: whether they stayed flat."""
     bins = meter.bins
     if not bins:
         return
     tenth = max(1, len(bins) // 10)
-    (early_ms, early_mb), (late_ms, late_mb) = (
+    (early_ms, early_bytes), (late_ms, late_bytes) = (
         (
             1e3 * sum(b.seconds_per_token * b.count for b in part) / sum(b.count for b in part),
-            part[-1].memory_bytes / 2**20,
+            part[-1].memory_bytes,
         )
         for part in (bins[:tenth], bins[-tenth:])
     )
+    state = format_bytes(first_state_bytes)
+    state += " throughout" if first_state_bytes == last_state_bytes else f", then {format_bytes(last_state_bytes)}"
     errors.print(
         f"[dim]{meter.tokens} tokens, the first after {1e3 * meter.seconds_to_first:.0f} ms, then "
         f"{(meter.tokens - 1) / meter.seconds:.0f} tokens/s; "
-        f"{early_ms:.2f} ms a token at the start, {late_ms:.2f} ms at the end; "
-        f"state {state}; process {early_mb:.0f} MiB, then {late_mb:.0f} MiB[/]",
+        f"{early_ms:.2f} ms per token at the start, {late_ms:.2f} ms at the end; "
+        f"state {state}; process {format_bytes(early_bytes, 3)}, then {format_bytes(late_bytes, 3)}[/]",
         soft_wrap=True,
         highlight=False,
     )

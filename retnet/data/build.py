@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from retnet.data.encoders import BYTES, TOKENIZER_FILE, Encoder, find_encoder
 from retnet.data.plan import Piece, Settings, describe_files, make_plan
 from retnet.data.pool import write_here, write_in_parallel
 from retnet.data.readers import DataError
 from retnet.data.shard_writer import Counts
-from retnet.data.shards import FORMAT, MANIFEST, SUFFIXES, TOKENIZER, VERSION, hash_file
+from retnet.data.shards import FORMAT, MANIFEST, SUFFIXES, TOKENIZER, VERSION, hash_file, token_dtype
+from retnet.data.tokenizer import BYTES, Tokenizer
+from retnet.data.tokenizer_json import TOKENIZER_FILE, find_tokenizer
 from retnet.system.files import flush, write_json
 
 PARTIAL = ".partial"
@@ -52,7 +53,7 @@ def build_shards(
 ) -> dict[str, Any]:
     """Write the folder `out` and return its manifest.
 
-    sources, settings, shard_size: see `make_plan`. tokenizer, document_start, with_end: see `find_encoder`.
+    sources, settings, shard_size: see `make_plan`. tokenizer, document_start, with_end: see `find_tokenizer`.
     workers: processes; None: one a core. A script that asks for more than one needs the usual
         `if __name__ == "__main__"`.
 
@@ -68,13 +69,13 @@ def build_shards(
                 f"{out} lies inside {source}, and would be read as text there; accepted: a folder elsewhere"
             )
     out = out.resolve()  # what a link leads to is what is written, and the folder beside it is on the same disk
-    encoder = find_encoder(tokenizer, document_start, with_end=with_end)
+    found = find_tokenizer(tokenizer, document_start, with_end=with_end)
     left_out: Counter[str] = Counter()
     plan = make_plan(sources, settings, shard_size, left_out)
     run = {
         "sources": list(sources),
         "settings": asdict(settings),
-        "tokenizer": encoder.describe(),
+        "tokenizer": found.describe(),
         "shard_size": shard_size,
         "files": describe_files(plan),
     }
@@ -82,10 +83,10 @@ def build_shards(
         _check_replaceable(out)
     partial = out.with_name(out.name + PARTIAL)
     with _locked(partial):
-        _begin(partial, run, encoder)
+        _begin(partial, run, found)
         try:
-            _write_missing(plan, settings, encoder, partial / _DATA, workers or _cores(), on_progress)
-            manifest = _finish(partial / _DATA, plan, run, encoder, left_out)
+            _write_missing(plan, settings, found, partial / _DATA, workers or _cores(), on_progress)
+            manifest = _finish(partial / _DATA, plan, run, found, left_out)
         except DataError:
             _remove(partial)
             raise
@@ -137,7 +138,7 @@ def _locked(partial: Path) -> Iterator[None]:
         yield
 
 
-def _begin(partial: Path, run: dict[str, Any], encoder: Encoder) -> None:
+def _begin(partial: Path, run: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Start a run, or check that what is there is the same run and clear what it left half-written."""
     data = partial / _DATA
     before = _unfinished(partial)
@@ -151,7 +152,7 @@ def _begin(partial: Path, run: dict[str, Any], encoder: Encoder) -> None:
         if data.exists():
             shutil.rmtree(data)
         data.mkdir()
-        encoder.save(data / TOKENIZER)
+        tokenizer.save(data / TOKENIZER)
         write_json(partial / _RUN, run)
     for file in data.iterdir():
         if file.is_file() and (file.name.startswith(".") or not file.with_suffix(".json").exists()):
@@ -187,7 +188,7 @@ def _changed_files(before: dict[str, Any], now: dict[str, Any]) -> str:
 def _write_missing(
     plan: list[list[Piece]],
     settings: Settings,
-    encoder: Encoder,
+    tokenizer: Tokenizer,
     data: Path,
     workers: int,
     on_progress: Callable[[Progress], None] | None,
@@ -213,13 +214,13 @@ def _write_missing(
 
     workers = min(workers, len(missing))
     if workers > 1:
-        write_in_parallel(missing, settings, encoder.describe(), data / TOKENIZER, data, workers, report)
+        write_in_parallel(missing, settings, tokenizer.describe(), data / TOKENIZER, data, workers, report)
     else:
-        write_here(missing, settings, encoder, data, report)
+        write_here(missing, settings, tokenizer, data, report)
 
 
 def _finish(
-    data: Path, plan: list[list[Piece]], run: dict[str, Any], encoder: Encoder, left_out: Counter[str]
+    data: Path, plan: list[list[Piece]], run: dict[str, Any], tokenizer: Tokenizer, left_out: Counter[str]
 ) -> dict[str, Any]:
     """Write the manifest, which makes the folder whole."""
     _check_unchanged(plan, run["files"])
@@ -246,8 +247,8 @@ def _finish(
         "format": FORMAT,
         "version": VERSION,
         **totals,
-        "dtype": encoder.dtype.str,
-        "tokenizer": encoder.describe(),
+        "dtype": token_dtype(tokenizer.vocab_size).str,
+        "tokenizer": tokenizer.describe(),
         "sources": [Path(source).name for source in run["sources"]],
         "settings": run["settings"],
         "left_out": dict(sorted(left_out.items())),

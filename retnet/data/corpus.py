@@ -17,10 +17,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet.data.byte_vocabulary import DOCUMENT_START, VOCAB_SIZE
-from retnet.data.encoders import BYTES, ByteEncoder
 from retnet.data.shards import TOKENIZER, Column, ShardFolder, is_shard_folder
 from retnet.data.sources import STDLIB, Document, find_documents, split_documents
+from retnet.data.tokenizer import BYTES, DOCUMENT_START, VOCAB_SIZE, ByteTokenizer, Tokenizer
 
 _HASH_BLOCK = 1 << 20
 
@@ -70,9 +69,14 @@ class Corpus(ABC):
     def describe(self, document: int) -> str:
         """Where a document comes from: a path, or a path and a line or row."""
 
+    @property
     @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of these tokens."""
+
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens; document starts are dropped, and what is not text becomes U+FFFD."""
+        """The text of tokens; document starts are dropped, and bytes that are not UTF-8 become U+FFFD."""
+        return self.tokenizer.decode(tokens)
 
     @abstractmethod
     def split(self, valid_fraction: float) -> tuple[Self, Self]:
@@ -111,8 +115,9 @@ class ByteCorpus(Corpus):
         chosen = self.documents[document]
         return f"{chosen.path} from byte {chosen.offset}" if chosen.offset else str(chosen.path)
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        return ByteEncoder().decode(tokens)
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return ByteTokenizer()
 
     def split(self, valid_fraction: float) -> tuple[Self, Self]:
         split = split_documents(self.documents, valid_fraction)
@@ -138,9 +143,9 @@ class ShardCorpus(Corpus):
 
     def __init__(self, folder: ShardFolder, name: str):
         self.folder, self.name = folder, name
-        encoder = folder.manifest["tokenizer"]
-        self.vocab_size, self.document_start = encoder["vocab_size"], encoder["document_start"]
-        self.tokenizer_id = encoder["identity"]
+        described = folder.manifest["tokenizer"]
+        self.vocab_size, self.document_start = described["vocab_size"], described["document_start"]
+        self.tokenizer_id = described["identity"]
         self.tokenizer_directory = None if self.tokenizer_id == BYTES else folder.directory / TOKENIZER
         self._documents: NDArray[np.int64] | None = None
         self._skipped: NDArray[np.int64] | None = None
@@ -162,8 +167,9 @@ class ShardCorpus(Corpus):
         skipped = 0 if self._skipped is None else int(self._skipped[document])
         return f"{text} from token {skipped}" if skipped else text
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        return self.folder.encoder.decode(tokens)
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.folder.tokenizer
 
     def split(self, valid_fraction: float) -> tuple[Self, Self]:
         """By the hash of each document's text, so that copies of a text land on the same side.

@@ -18,26 +18,27 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from retnet.data.encoders import Encoder, saved_encoder
 from retnet.data.plan import Piece, Settings
 from retnet.data.readers import DataError
 from retnet.data.shard_writer import Counts, write_shard
+from retnet.data.tokenizer import Tokenizer
+from retnet.data.tokenizer_json import saved_tokenizer
 
 Shards = Mapping[int, list[Piece]]
 Report = Callable[[int, Counts], None]
 
 
-def write_here(shards: Shards, settings: Settings, encoder: Encoder, directory: Path, report: Report) -> None:
+def write_here(shards: Shards, settings: Settings, tokenizer: Tokenizer, directory: Path, report: Report) -> None:
     """Write shards one after the other in this process; `report` gets a shard's number and counts after every batch."""
     for number, pieces in shards.items():
-        write_shard(number, pieces, settings, encoder, directory, partial(report, number))
+        write_shard(number, pieces, settings, tokenizer, directory, partial(report, number))
 
 
 def write_in_parallel(
     shards: Shards,
     settings: Settings,
-    tokenizer: dict[str, Any],
-    tokenizer_folder: Path,
+    description: dict[str, Any],
+    tokenizer_directory: Path,
     directory: Path,
     count: int,
     report: Report,
@@ -53,7 +54,7 @@ def write_in_parallel(
         for _ in range(min(count, len(shards))):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, settings, tokenizer, tokenizer_folder, directory), daemon=True
+                target=_work, args=(theirs, settings, description, tokenizer_directory, directory), daemon=True
             )
             process.start()
             theirs.close()
@@ -96,17 +97,17 @@ def _send(connection: Connection, number: int, counts: Counts) -> None:
 
 
 def _work(
-    connection: Connection, settings: Settings, tokenizer: dict[str, Any], tokenizer_folder: Path, directory: Path
+    connection: Connection, settings: Settings, description: dict[str, Any], tokenizer_directory: Path, directory: Path
 ) -> None:
     """A worker: tasks come and counts go through the connection; None says idle, or from the parent, the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
-        encoder = saved_encoder(tokenizer_folder, tokenizer)
+        tokenizer = saved_tokenizer(tokenizer_directory, description)
         while (task := connection.recv()) is not None:
             number, pieces = task
             try:
-                write_shard(number, pieces, settings, encoder, directory, partial(_send, connection, number))
+                write_shard(number, pieces, settings, tokenizer, directory, partial(_send, connection, number))
             except (BrokenPipeError, ConnectionResetError):
                 raise
             except (DataError, OSError) as error:

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet.data.encoders import Encoder
 from retnet.data.plan import Piece, Settings
 from retnet.data.readers import ROW_KINDS, Block, DataError, Reading, place_of
-from retnet.data.shards import Column
+from retnet.data.shards import Column, token_dtype
+from retnet.data.tokenizer import Tokenizer
 from retnet.system.files import write_json, written_whole
 
 BATCH_BYTES = 1 << 19
@@ -37,7 +37,7 @@ def write_shard(
     number: int,
     pieces: Sequence[Piece],
     settings: Settings,
-    encoder: Encoder,
+    tokenizer: Tokenizer,
     directory: Path,
     report: Callable[[Counts], None],
 ) -> None:
@@ -51,9 +51,9 @@ def write_shard(
     with ExitStack() as stack:
         index = _Index([stack.enter_context(tempfile.TemporaryFile(dir=directory)) for _ in Column])
         with written_whole(directory / f"{name}.tokens") as file:
-            writer = _TokenWriter(file, index, encoder, pieces)
+            writer = _TokenWriter(file, index, tokenizer, pieces)
             for position, piece in enumerate(pieces):
-                reading = Reading(piece, settings, utf8=encoder.reads_text)
+                reading = Reading(piece, settings, utf8=tokenizer.reads_text)
                 for block in reading.blocks():
                     if writer.add(position, block):
                         size = size_before + int(reading.progress * piece.size)
@@ -103,10 +103,11 @@ class _Index:
 class _TokenWriter:
     """Blocks gathered to batches, tokenised, and written with the tokens around documents."""
 
-    def __init__(self, file: BinaryIO, index: _Index, encoder: Encoder, pieces: Sequence[Piece]):
+    def __init__(self, file: BinaryIO, index: _Index, tokenizer: Tokenizer, pieces: Sequence[Piece]):
         self.tokens = 0
         self.digest = hashlib.sha256()
-        self._file, self._index, self._encoder, self._pieces = file, index, encoder, pieces
+        self._file, self._index, self._tokenizer, self._pieces = file, index, tokenizer, pieces
+        self._dtype = token_dtype(tokenizer.vocab_size)
         self._batch: list[tuple[int, Block]] = []
         self._batch_bytes = 0
         self._text: Any = None  # hash of the document that is open
@@ -129,7 +130,7 @@ class _TokenWriter:
         for (piece, block), tokens in zip(self._batch, texts, strict=True):
             if self._text is None:
                 self._text, self._text_bytes = hashlib.sha256(), 0
-                runs.append(self._one(self._encoder.document_start))
+                runs.append(self._one(self._tokenizer.document_start))
             runs.append(tokens)
             self.tokens += len(tokens)
             self._text.update(block.data)
@@ -137,7 +138,7 @@ class _TokenWriter:
             if block.last:
                 ended.append(self._end_document(piece, block.number, runs))
         if runs:
-            data = np.concatenate(runs, dtype=self._encoder.dtype, casting="unsafe").tobytes()
+            data = np.concatenate(runs, dtype=self._dtype, casting="unsafe").tobytes()
             self._file.write(data)
             self.digest.update(data)
         self._index.add(ended)
@@ -146,19 +147,23 @@ class _TokenWriter:
     def _encode(self) -> list[NDArray[np.integer]]:
         """The tokens of each block. Raises DataError that names the first text without tokens."""
         try:
-            return self._encoder.encode([block.data for _, block in self._batch])
+            texts = self._tokenizer.encode_batch([block.data for _, block in self._batch])
         except ValueError:
             for piece, block in self._batch:
                 try:
-                    self._encoder.encode([block.data])
+                    self._tokenizer.encode_batch([block.data])
                 except ValueError as error:
                     raise DataError(f"{place_of(self._pieces[piece], block.number)}: {error}") from error
             raise
+        return [
+            np.frombuffer(tokens, np.uint8) if isinstance(tokens, bytes) else np.array(tokens, self._dtype)
+            for tokens in texts
+        ]
 
     def _end_document(self, piece: int, number: int, runs: list[NDArray[np.integer]]) -> dict[Column, int]:
         """Close the document that is open; its entry in the index."""
-        if self._encoder.document_end is not None:
-            runs.append(self._one(self._encoder.document_end))
+        if self._tokenizer.document_end is not None:
+            runs.append(self._one(self._tokenizer.document_end))
         size, digest = self._text_bytes, self._text.digest()
         self._text = None
         return {
@@ -171,4 +176,4 @@ class _TokenWriter:
 
     def _one(self, token: int) -> NDArray[np.integer]:
         self.tokens += 1
-        return np.array([token], dtype=self._encoder.dtype)
+        return np.array([token], dtype=self._dtype)

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet.data.encoders import BYTES, Encoder, saved_encoder
+from retnet.data.tokenizer import Tokenizer
+from retnet.data.tokenizer_json import saved_tokenizer
 
 FORMAT = "retnet-tokens"
 VERSION = 1
@@ -42,6 +43,11 @@ class Column(IntEnum):
     HASH = 2  # first 8 bytes of the SHA-256 of its text, as a signed number: what splits go by
     PIECE = 3  # which of the shard's pieces it came from
     NUMBER = 4  # line (from 1, inside the piece) or row (from 0, of the file) that it begins at; -1 for a whole file
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest of uint16 and uint32 that holds every token, little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class ShardFolder:
@@ -71,9 +77,9 @@ class ShardFolder:
         return int(self.first_document[-1])
 
     @cached_property
-    def encoder(self) -> Encoder:
-        """What made the tokens."""
-        return saved_encoder(self.directory / TOKENIZER, self.manifest["tokenizer"])
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of these tokens."""
+        return saved_tokenizer(self.directory / TOKENIZER, self.manifest["tokenizer"])
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -171,8 +177,8 @@ def check_shards(directory: Path) -> Iterator[tuple[str, str | None]]:
     ValueError for a tokenizer that is not the one of these tokens.
     """
     folder = ShardFolder(directory)
-    if folder.encoder.identity != BYTES and folder.encoder.dtype != folder.dtype:
-        raise ValueError(f"{directory}: {folder.dtype} cannot be the type of {folder.encoder.vocab_size} tokens")
+    if token_dtype(folder.tokenizer.vocab_size) != folder.dtype:
+        raise ValueError(f"{directory}: {folder.dtype} cannot be the type of {folder.tokenizer.vocab_size} tokens")
     for number, shard in enumerate(folder.shards):
         yield shard["name"], _check_shard(folder, number)
 
@@ -196,7 +202,7 @@ def _check_shard(folder: ShardFolder, number: int) -> str | None:
     if (np.diff(ends, prepend=0) < 1).any() or (len(ends) and ends[-1] != shard["tokens"]):
         return f"{shard['name']}.index does not add up to the {shard['tokens']} tokens of the shard"
     starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
-    wrong = np.flatnonzero(folder.shard_tokens(number)[starts] != folder.encoder.document_start)
+    wrong = np.flatnonzero(folder.shard_tokens(number)[starts] != folder.tokenizer.document_start)
     if len(wrong):
         document = int(folder.first_document[number]) + int(wrong[0])
         return f"{folder.describe(document)} does not begin with the document start"

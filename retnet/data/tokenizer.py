@@ -1,71 +1,137 @@
-"""Bytes as tokens: 256 byte values and one more, the document start.
+"""Tokenizers: text to tokens and back, the one home of it; here the interface, and bytes as tokens.
 
 A byte model reads any file on any machine with nothing to download or train, and its loss is bits per byte, which
-compressors share. Trained tokenizers (`tokenizer.json`) are in `encoders`.
+compressors share. Trained tokenizers (`tokenizer.json`) are in `tokenizer_json`. Standard library only: worker
+processes that tokenise load no torch.
 """
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+from retnet.data.stream_decoder import CHARACTER_BYTES, StreamDecoder, ends_inside_character
 
-from retnet.data.byte_vocabulary import DOCUMENT_START, VOCAB_SIZE
+BYTES = "bytes"
+DOCUMENT_START = 256
+VOCAB_SIZE = 257
 
 
-class ByteTokenizer:
-    """Text or bytes to tokens and back.
+class Tokenizer(ABC):
+    """A vocabulary and its rules.
 
-    Tokens 0 to 255 are the bytes themselves (text is UTF-8); 256 (`DOCUMENT_START`) stands before a document and is
-    never inside one. Decoding drops it.
+    identity: equal for tokenizers whose tokens mean the same: `bytes`, or the SHA-256 of the `tokenizer.json`.
+    vocab_size: tokens are below it. A model's vocabulary may be larger (padded); such tokens decode to nothing.
+    document_start: the token before every document, and before a prompt.
+    document_end: the token after every document, if there is one.
+    reads_text: whether `encode` needs text, which is UTF-8 where given as bytes, or takes any bytes.
     """
 
-    vocab_size = VOCAB_SIZE
-    document_start = DOCUMENT_START
+    identity: str
+    vocab_size: int
+    document_start: int
+    document_end: int | None = None
+    reads_text: bool
 
-    def encode(self, text: str | bytes, *, document_start: bool = True) -> Tensor:
-        """Tokens of a document, int64 [T], with the document start first unless `document_start` is False."""
-        data = text.encode() if isinstance(text, str) else bytes(text)
-        tokens = torch.empty(len(data) + document_start, dtype=torch.int64)
-        if document_start:
-            tokens[0] = DOCUMENT_START
-        if data:
-            tokens[int(document_start) :] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return tokens
+    def encode(self, text: str | bytes, *, start: bool = False) -> list[int]:
+        """The tokens of a text, with the document start first if `start`. Special tokens spelled in a text are text.
 
-    def decode_bytes(self, tokens: Tensor | Iterable[int]) -> bytes:
-        """The bytes of tokens [T]; document starts are dropped.
-
-        Raises ValueError for a token outside 0 to 256.
+        Raises ValueError for a text that has no tokens in this vocabulary, and for bytes that are not UTF-8 where text
+        is needed.
         """
-        ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
-        for token in ids:
-            if not 0 <= token < VOCAB_SIZE:
-                raise ValueError(f"byte tokens are 0 to {VOCAB_SIZE - 1}, got {token}")
-        return bytes(token for token in ids if token != DOCUMENT_START)
+        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+        (tokens,) = self.encode_batch([data])
+        return [self.document_start, *tokens] if start else list(tokens)
 
-    def decode(self, tokens: Tensor | Iterable[int]) -> str:
-        """The text of tokens [T]; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(tokens).decode(errors="replace")
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Sequence[int]]:
+        """The tokens of each text, nothing around them; bytes come back as bytes. Raises ValueError as `encode`."""
+
+    @abstractmethod
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens. Special tokens and padding of the vocabulary are dropped, and bytes that are not UTF-8
+        become U+FFFD.
+
+        Raises ValueError for a negative token.
+        """
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for inside a text, apart from spaces that decoding adds or strips."""
 
     def stream_decoder(self) -> StreamDecoder:
-        """A decoder for tokens that arrive one at a time."""
-        return StreamDecoder(self)
+        """A decoder for tokens that arrive one at a time: a character is returned with its last byte."""
+
+        def unsettled(tokens: Sequence[int], text: str) -> int:
+            tail = b"".join(map(self.token_bytes, tokens[-CHARACTER_BYTES:]))
+            return int(ends_inside_character(tail))  # decoded to one U+FFFD
+
+        return StreamDecoder(self.decode, unsettled)
+
+    def same_tokens(self, other: Tokenizer) -> bool:
+        """Whether every token means the same to both: a tokenizer saved again has another identity."""
+        return self.identity == other.identity
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's entry for a tokenizer, enough for `saved_tokenizer`."""
+        return {
+            "identity": self.identity,
+            "vocab_size": self.vocab_size,
+            "document_start": self.document_start,
+            "document_end": self.document_end,
+        }
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write into a new directory, flushed to the disk, what transformers needs to load this tokenizer.
+
+        Nothing for bytes.
+        """
 
 
-class StreamDecoder:
-    """Decodes tokens as they arrive and holds back the bytes of a character that is not complete yet."""
+class ByteTokenizer(Tokenizer):
+    """Bytes as tokens.
 
-    def __init__(self, tokenizer: ByteTokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    Tokens 0 to 255 are the bytes themselves (text is UTF-8); 256 (`DOCUMENT_START`) stands before a document and is
+    never inside one.
+    """
 
-    def push(self, token: int) -> str:
-        """The text that this token completes; empty while a character is incomplete."""
-        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+    identity = BYTES
+    vocab_size = VOCAB_SIZE
+    document_start = DOCUMENT_START
+    reads_text = False
 
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for an incomplete character, otherwise nothing."""
-        return self._utf8.decode(b"", final=True)
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Sequence[int]]:
+        return list(texts)
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """The bytes of tokens; document starts and padding of the vocabulary are dropped."""
+        return b"".join(map(self.token_bytes, tokens))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self.decode_bytes(tokens).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        check_token(token)
+        return _ONE_BYTE[token] if token < DOCUMENT_START else b""
+
+    def save(self, directory: Path) -> None:
+        return
+
+
+_ONE_BYTE = [bytes([byte]) for byte in range(256)]
+
+
+def check_token(token: int) -> None:
+    """Raise ValueError for a token that no vocabulary has."""
+    if token < 0:
+        raise ValueError(f"a token is {token}; accepted: 0 or more")
+
+
+def byte_characters() -> dict[int, str]:
+    """Byte -> the character that stands for it in byte-level BPE: itself where printable, else one from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

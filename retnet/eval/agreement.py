@@ -22,11 +22,10 @@ from retnet.layers.retention import RetentionConfig
 from retnet.models.lm import LanguageModel
 from retnet.ops import reference
 from retnet.ops.decay import paper_log_decay
-from retnet.ops.dtypes import wide_dtype
+from retnet.ops.dtypes import DTYPES, resolve_dtype, wide_dtype
 from retnet.ops.retention import Mode, retention
 
 FLOOR = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOOR}
 CHUNK_SIZES = (1, 16, 64, 100)
 DECODE_BLOCK = 7  # tokens a call where several are decoded at a time; a divisor of nothing in sight
 
@@ -206,6 +205,6 @@ def _in_form(model: LanguageModel, dtype: torch.dtype, mode: Mode, chunk_size: i
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}; accepted: {', '.join(DTYPES)}")
-    return DTYPES[name]
+    dtype = resolve_dtype(name)
+    assert dtype is not None  # a name was given
+    return dtype

@@ -1,21 +1,24 @@
-"""Bits per byte of documents under a byte model, each document in one context however long.
+"""Bits per byte of documents: the nats of a document's tokens over the bytes of its text, each document one context.
 
-Documents are read in pieces with the state carried over, so neither memory nor accuracy depends on their length.
+Documents are read in pieces with the state carried over, so neither memory nor accuracy depends on their length. Per
+byte, models with different tokenizers are comparable, and compressors beside them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from retnet.data import VOCAB_SIZE, ByteTokenizer, Document
+from retnet.data import Corpus, Document, Tokenizer
+from retnet.data.readers import cut_documents
 from retnet.models.lm import LanguageModel
 from retnet.models.log_likelihood import score
 
 PIECE_BYTES = 1 << 16
+PIECE_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -30,32 +33,67 @@ class BitsPerByte:
         return self.bits / self.num_bytes
 
 
-def bits_per_byte(model: LanguageModel, documents: Iterable[Document]) -> BitsPerByte:
-    """-log2 p summed over every byte of every document, each begun by the document start.
+def bits_per_byte(model: LanguageModel, tokenizer: Tokenizer, documents: Iterable[Document]) -> BitsPerByte:
+    """-log2 p summed over every token of every document, each begun by the document start.
 
-    Raises ValueError if the model's vocabulary is not bytes or there are no documents.
+    A document cut inside a character (`split_documents` of a single file) begins with its next one, where the tokenizer
+    needs text.
+
+    Raises ValueError for a document that the tokenizer cannot read, and if there are none.
     """
-    check_reads_bytes(model)
-    device = model.embedding.weight.device
     bits, num_bytes = 0.0, 0
     for document in documents:
-        state, before = None, ByteTokenizer().encode(b"")
-        for start in range(0, document.size, PIECE_BYTES):
-            data = document.read(start, min(PIECE_BYTES, document.size - start))
-            ids = torch.cat([before, ByteTokenizer().encode(data, document_start=False)])
-            nats, state = score(model, ids[None].to(device), state)
-            bits += nats.double().sum().item() / math.log(2)
-            before = ids[-1:]
-        num_bytes += document.size
+        begin = _first_character(document) if tokenizer.reads_text else 0
+        try:
+            bits += _bits(model, tokenizer.document_start, _pieces_of_text(tokenizer, document, begin))
+        except ValueError as error:
+            raise ValueError(f"{document.path}: {error}") from error
+        num_bytes += document.size - begin
+    return _total(bits, num_bytes)
+
+
+def corpus_bits_per_byte(model: LanguageModel, corpus: Corpus) -> BitsPerByte:
+    """The same of a corpus whose tokens are the model's: token shards are scored as they were trained on."""
+    bits = sum(_bits(model, corpus.document_start, _pieces_of_tokens(corpus, i)) for i in range(len(corpus)))
+    return _total(bits, corpus.num_bytes)
+
+
+def _total(bits: float, num_bytes: int) -> BitsPerByte:
     if not num_bytes:
         raise ValueError("no documents to score")
     return BitsPerByte(bits, num_bytes)
 
 
-def check_reads_bytes(model: LanguageModel) -> None:
-    """Raise ValueError unless the model's tokens are bytes and the document start."""
-    if model.config.vocab_size != VOCAB_SIZE:
-        raise ValueError(
-            f"{model.config.name} has a vocabulary of {model.config.vocab_size}; text is read as bytes, which need "
-            f"one of {VOCAB_SIZE}"
-        )
+def _bits(model: LanguageModel, document_start: int, pieces: Iterable[Sequence[int]]) -> float:
+    """-log2 p of the tokens in `pieces`, which follow one another after the document start."""
+    device = model.embedding.weight.device
+    bits, state, before = 0.0, None, document_start
+    for piece in pieces:
+        if len(piece):
+            ids = torch.tensor([[before, *piece]], device=device)
+            nats, state = score(model, ids, state)
+            bits += nats.double().sum().item() / math.log(2)
+            before = piece[-1]
+    return bits
+
+
+def _pieces_of_text(tokenizer: Tokenizer, document: Document, begin: int) -> Iterator[Sequence[int]]:
+    """The tokens of a document in pieces; where text is needed, cut as `retnet data` cuts it."""
+    chunks = (
+        document.read(start, min(PIECE_BYTES, document.size - start))
+        for start in range(begin, document.size, PIECE_BYTES)
+    )
+    for piece in (block for block, _ in cut_documents(chunks, b"")) if tokenizer.reads_text else chunks:
+        yield tokenizer.encode_batch([piece])[0]
+
+
+def _pieces_of_tokens(corpus: Corpus, document: int) -> Iterator[Sequence[int]]:
+    length = int(corpus.lengths[document])
+    for start in range(1, length, PIECE_TOKENS):
+        yield corpus.tokens(document, start, min(start + PIECE_TOKENS, length)).tolist()
+
+
+def _first_character(document: Document) -> int:
+    """Bytes before the first character that begins in a part of a file."""
+    head = document.read(0, min(3, document.size)) if document.offset else b""
+    return len(head) - len(head.lstrip(bytes(range(0x80, 0xC0))))

@@ -1,25 +1,63 @@
-"""Bits per byte of things that are not neural networks: gzip, xz and an order-2 byte model.
+"""Compressors for comparison, in bits per byte: gzip, xz and an order-2 byte model.
 
-They put a language model's bits per byte into proportion. gzip and xz see only the text that they compress, as one
-stream, which suits them better than file by file; the order-2 model is trained on the training side, as the network
-is. A network that does not beat the order-2 model has learnt less than which byte follows which two.
+gzip and xz see only the text that they compress, as one stream, which suits them better than file by file. The order-2
+model is trained on the training documents, as the network is: a network that does not beat it has learnt less than
+which byte follows which two.
 """
 
 from __future__ import annotations
 
 import gzip
 import lzma
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from retnet.data import Document
+from retnet.data import ByteCorpus, Corpus
 
 _CHUNK = 1 << 20
 
 
-def gzip_bits_per_byte(documents: Sequence[Document]) -> float:
+class Text(Protocol):
+    """Bytes to compress: a document in a file (`retnet.data.Document`), or one decoded."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes [start, start + length), to the end if None."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecodedText:
+    """The text of a document that is stored as tokens."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read(self, start: int = 0, length: int | None = None) -> bytes:
+        return self.data[start : None if length is None else start + length]
+
+
+class DecodedCorpus:
+    """The texts of a corpus, decoded one at a time when they are asked for."""
+
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
+
+    def __iter__(self) -> Iterator[DecodedText]:
+        for document in range(len(self.corpus)):
+            yield DecodedText(self.corpus.decode(self.corpus.tokens(document).tolist()).encode())
+
+
+def gzip_bits_per_byte(documents: Iterable[Text]) -> float:
     """Size of `gzip -9` of all documents in one stream, in bits per byte of text."""
     counter = _CountingSink()
     with gzip.GzipFile(fileobj=counter, mode="wb", compresslevel=9, mtime=0) as stream:
@@ -27,7 +65,7 @@ def gzip_bits_per_byte(documents: Sequence[Document]) -> float:
     return 8 * counter.size / total
 
 
-def xz_bits_per_byte(documents: Sequence[Document]) -> float:
+def xz_bits_per_byte(documents: Iterable[Text]) -> float:
     """Size of `xz -9` of all documents in one stream, in bits per byte of text."""
     compressor = lzma.LZMACompressor(preset=9)
     size = total = 0
@@ -49,7 +87,7 @@ class Order2Model:
     A document starts in the context of two zero bytes.
     """
 
-    def __init__(self, documents: Iterable[Document]):
+    def __init__(self, documents: Iterable[Text]):
         counts = torch.zeros(1 << 24, dtype=torch.float64)
         for codes in _trigram_codes(documents):
             values, times = codes.unique(return_counts=True)
@@ -61,7 +99,7 @@ class Order2Model:
             table.copy_(_witten_bell(table, order1).log2_())
         self._log2 = counts
 
-    def bits_per_byte(self, documents: Iterable[Document]) -> float:
+    def bits_per_byte(self, documents: Iterable[Text]) -> float:
         """Mean of -log2 p over all bytes."""
         bits, total = 0.0, 0
         for codes in _trigram_codes(documents):
@@ -70,7 +108,12 @@ class Order2Model:
         return bits / total
 
 
-def compressor_table(train: Sequence[Document] | None, valid: Sequence[Document]) -> dict[str, float]:
+def texts_of(corpus: Corpus) -> Iterable[Text]:
+    """The texts of a corpus: its files, or its tokens decoded."""
+    return corpus.documents if isinstance(corpus, ByteCorpus) else DecodedCorpus(corpus)
+
+
+def compressor_table(train: Iterable[Text] | None, valid: Iterable[Text]) -> dict[str, float]:
     """Bits per byte of `valid`, by name of the method; the order-2 model only if there is something to train it on."""
     table = {"gzip -9": gzip_bits_per_byte(valid), "xz -9": xz_bits_per_byte(valid)}
     if train is not None:
@@ -87,7 +130,7 @@ def _witten_bell(counts: Tensor, lower: Tensor) -> Tensor:
     return (counts + distinct * lower) / (total + distinct)
 
 
-def _trigram_codes(documents: Iterable[Document]) -> Iterator[Tensor]:
+def _trigram_codes(documents: Iterable[Text]) -> Iterator[Tensor]:
     """For each byte x after bytes a and b: 65536 a + 256 b + x, int64, at most `_CHUNK` at a time."""
     for document in documents:
         before = bytes(2)
@@ -98,7 +141,7 @@ def _trigram_codes(documents: Iterable[Document]) -> Iterator[Tensor]:
             before = data[-2:]
 
 
-def _chunks(documents: Sequence[Document]) -> Iterator[bytes]:
+def _chunks(documents: Iterable[Text]) -> Iterator[bytes]:
     for document in documents:
         for start in range(0, document.size, _CHUNK):
             yield document.read(start, min(_CHUNK, document.size - start))

@@ -19,12 +19,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from torch import Tensor
 
-from retnet.eval.text import TextCodec
+from retnet.data import Tokenizer
 from retnet.models.decode.generation import generate, prefill
 from retnet.models.lm import LanguageModel
 from retnet.models.log_likelihood import score
 from retnet.models.states import ModelState
-from retnet.stack.resolve import resolve_model
+from retnet.ops.dtypes import resolve_dtype
+from retnet.stack.resolve import resolve_model, tokenizer_of
 
 MAX_GENERATED = 256  # tokens, where a task does not say
 ROWS = 64  # answers scored at a time
@@ -40,7 +41,7 @@ class _Read:
 
 
 class RetNetLM(TemplateLM):
-    """pretrained: a saved directory, preset or stack; or a model with its codec.
+    """pretrained: a saved directory, preset or stack; or a model with its tokenizer.
 
     tokens_read counts what went through the model as context: with shared prefixes less than the requests hold.
     """
@@ -48,8 +49,8 @@ class RetNetLM(TemplateLM):
     def __init__(
         self,
         pretrained: str | LanguageModel,
-        codec: TextCodec | None = None,
-        device: str = "cpu",
+        tokenizer: Tokenizer | None = None,
+        device: str = "auto",
         dtype: str | None = None,
         **kwargs: Any,
     ):
@@ -58,21 +59,20 @@ class RetNetLM(TemplateLM):
         if unknown:
             raise ValueError(f"unknown model_args: {', '.join(sorted(unknown))}; accepted: pretrained, device, dtype")
         if isinstance(pretrained, str):
-            model = resolve_model(pretrained, device=device, dtype=getattr(torch, dtype) if dtype else None)
-            codec = codec or TextCodec.of(pretrained, model.config)
+            model = resolve_model(pretrained, device=device, dtype=resolve_dtype(dtype))
+            tokenizer = tokenizer or tokenizer_of(model.config, model.directory)
         else:
             model = pretrained
-        if codec is None:
-            raise ValueError("a model in memory needs its codec")
-        self.model, self.codec, self.tokens_read = model.eval(), codec, 0
+        if tokenizer is None:
+            raise ValueError("a model in memory has no tokenizer; accepted with it: tokenizer=...")
+        self.model, self._text, self.tokens_read = model.eval(), tokenizer, 0
 
     @property
     def eot_token_id(self) -> int:
-        return self.codec.start
+        return self._text.document_start
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        start = [] if add_special_tokens is False else [self.codec.start]
-        return start + self.codec.encode(string)
+        return self._text.encode(string, start=add_special_tokens is not False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
@@ -157,7 +157,8 @@ class RetNetLM(TemplateLM):
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", True) else 0.0
-        tokens: list[int] = []
+        longest = max(map(len, until), default=0)
+        decoder, text = self._text.stream_decoder(), ""
         stream = generate(
             self.model,
             torch.tensor([[last]], device=self._place),
@@ -167,14 +168,14 @@ class RetNetLM(TemplateLM):
             top_p=options.get("top_p"),
         )
         for token in stream:
-            if int(token) == self.codec.start:
+            if int(token) == self._text.document_start:
                 break
-            tokens.append(int(token))
-            text = self.codec.decode(tokens)
-            ends = [text.index(stop) for stop in until if stop and stop in text]
+            before = max(0, len(text) - longest)  # where a string that ends in the new text may begin
+            text += decoder.push(int(token))
+            ends = [place for stop in until if stop and (place := text.find(stop, before)) >= 0]
             if ends:
                 return text[: min(ends)]
-        return self.codec.decode(tokens)
+        return text + decoder.flush()
 
     @property
     def _place(self) -> torch.device:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from retnet.eval.text import TextCodec
+from retnet.data import Tokenizer
 from retnet.models.lm import LanguageModel
 from retnet.models.log_likelihood import score
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """nats summed over num_tokens tokens, which are num_words words (`<eos>` a line included) and num_bytes bytes."""
+    """nats summed over num_tokens tokens, which are num_words words (with one `<eos>` per line) and num_bytes bytes."""
 
     nats: float
     num_tokens: int
@@ -40,27 +40,27 @@ class Perplexity:
 
 
 def perplexity(
-    model: LanguageModel, codec: TextCodec, text: str, *, context: int | None = None, stride: int | None = None
+    model: LanguageModel, tokenizer: Tokenizer, text: str, *, context: int | None = None, stride: int | None = None
 ) -> Perplexity:
     """How well a model predicts a text.
 
     Args:
-        context: tokens a window, each read from a fresh state; None: one state for the whole text.
+        context: tokens per window, each read from a fresh state; None: one state for the whole text.
         stride: tokens scored in each window, those at its end; `context` (windows side by side) if None.
 
     Raises ValueError for an empty text, and for windows that leave tokens out.
     """
-    tokens = codec.encode(text)
-    if not tokens:
+    ids = torch.tensor([tokenizer.encode(text, start=True)], device=model.embedding.weight.device)
+    num_tokens = ids.shape[1] - 1
+    if not num_tokens:
         raise ValueError("there is no text to score")
-    ids = torch.tensor([[codec.start, *tokens]], device=model.embedding.weight.device)
     if context is None:
         if stride is not None:
             raise ValueError(f"stride is {stride} without a context; accepted then: None")
         nats = score(model, ids)[0].double().sum().item()
     else:
         nats = _strided_nats(model, ids, context, context if stride is None else stride)
-    return Perplexity(nats, len(tokens), count_words(text), len(text.encode()))
+    return Perplexity(nats, num_tokens, count_words(text), len(text.encode()))
 
 
 @torch.no_grad()

@@ -93,7 +93,9 @@ def load_model(
     are missing, damaged, or not those of its configuration.
     """
     config, tensors = open_model(directory)
-    return fill(build_empty(config), tensors, device=device, dtype=dtype)
+    model = fill(build_empty(config), tensors, device=device, dtype=dtype)
+    model.directory = Path(directory)
+    return model
 
 
 def open_model(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]:

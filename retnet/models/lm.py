@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,11 @@ class LanguageModel(nn.Module):
     """Token ids in, logits out, states passed in and returned.
 
     Weights are drawn from config.seed in config.dtype; under `torch.device("meta")` nothing is allocated.
+
+    directory: where the weights were loaded from, if they were; a tokenizer may lie beside them.
     """
+
+    directory: Path | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
+from retnet.data.tokenizer import DOCUMENT_START, Tokenizer
+from retnet.data.tokenizer_json import tokenizer_of_model
 from retnet.models.config import ModelConfig
 from retnet.models.directory import load_config, load_model
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import PRESETS, preset
+from retnet.ops.device import resolve_device
 
 from .build import model_config
 from .load import Stack, load_stack, parse_stack
@@ -58,13 +61,13 @@ def resolve_model(
     """The model that a name stands for, in evaluation mode: fresh weights for a preset or a stack, else the saved ones.
 
     seed: of a preset's weights, in place of its own; a stack has its seed in its file.
+    device: "auto" is the GPU where there is one.
 
     Raises as `resolve_config`, and ValueError for weights that are not those of the configuration and for a device that
     is not there.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(device)!r} and there is no CUDA device here; accepted: cpu")
-    if name in PRESETS or name in preset_names() or name.endswith(STACK_SUFFIXES):
+    device = resolve_device(device)
+    if saved_directory(name) is None:
         config = resolve_config(name)
         if seed is not None and name in PRESETS:
             config = replace(config, seed=seed)
@@ -72,6 +75,35 @@ def resolve_model(
             return LanguageModel(config).to(device, dtype).eval()
     _check_exists(name)
     return load_model(name, device=device, dtype=dtype)
+
+
+def resolve_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of the model that a name stands for.
+
+    Raises as `resolve_config` and `tokenizer_of`.
+    """
+    return tokenizer_of(resolve_config(name), saved_directory(name))
+
+
+def tokenizer_of(config: ModelConfig, directory: Path | None) -> Tokenizer:
+    """The tokenizer of a model: the one beside its saved weights (in `directory`, if it is saved), otherwise bytes.
+
+    Raises ValueError for a model that has no tokenizer and whose vocabulary is not bytes.
+    """
+    return tokenizer_of_model(
+        config.name if directory is None else str(directory),
+        directory,
+        config.vocab_size,
+        bos=config.bos_token_id,
+        eos=config.eos_token_id,
+        reads_bytes=config.source is not None and config.bos_token_id == DOCUMENT_START,  # a stack's byte tokenizer
+    )
+
+
+def saved_directory(name: str) -> Path | None:
+    """The directory that a name stands for; None for a preset or a stack, which go before a directory of the name."""
+    made = name in PRESETS or name in preset_names() or name.endswith(STACK_SUFFIXES)
+    return None if made else Path(name)
 
 
 def _check_exists(name: str) -> None:

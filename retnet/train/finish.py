@@ -1,8 +1,7 @@
-"""What a finished run leaves: the model with its tokenizer, the log, the loss curve, and continuations to read."""
+"""Results of a finished run: the model with its tokenizer, the log, the loss curve, and sampled continuations."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,11 @@ from retnet.data import Corpus
 from retnet.models.decode.generation import generate
 from retnet.models.directory import PREFIX, load_model, write_model
 from retnet.models.tensor_files import Tensors
+from retnet.stack.resolve import tokenizer_of
+from retnet.system.files import write_json
 from retnet.train.checkpoints import publish, staged
 from retnet.train.curve import save_loss_curve
-from retnet.train.inputs import tokenizer_of
+from retnet.train.inputs import transformers_tokenizer
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
 from retnet.train.trainer import PackedTrainer
@@ -35,10 +36,10 @@ TEMPERATURE = 0.8
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What a run did; also in `training.json` beside the weights, with the log.
+    """Totals of a run; also in `training.json` beside the weights, with the log.
 
-    seconds: of training in all its parts, validation and checkpoints in it included. data_wait: share of the time of
-    steps that was spent waiting for batches. mfu_peak: what utilisation is of.
+    seconds: of training, over all resumed parts, with the validation and checkpoints during it. data_wait: share of
+    the steps' time spent waiting for batches. mfu_peak: the peak rate that MFU refers to.
     """
 
     steps: int
@@ -55,7 +56,7 @@ class TrainingSummary:
 
 
 def save_whole_model(trainer: PackedTrainer, output: Path, corpus: Corpus) -> None:
-    """The model and its tokenizer into the run's folder, staged first. All processes call this."""
+    """Write the model and its tokenizer into the run's directory, staged first. All processes call this."""
     with staged(output, "model", writes=trainer.args.should_save) as staging:
         if trainer.args.should_save:
             staging.mkdir()
@@ -65,14 +66,14 @@ def save_whole_model(trainer: PackedTrainer, output: Path, corpus: Corpus) -> No
         else:
             trainer.save_model(str(staging))
         if trainer.args.should_save:
-            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
-            tokenizer_of(corpus).save_pretrained(str(staging))
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to load one
+            transformers_tokenizer(corpus).save_pretrained(str(staging))
             publish(staging, output)
     trainer.accelerator.wait_for_everyone()
 
 
 def _save_sharded(trainer: PackedTrainer, directory: Path) -> None:
-    """Gather the weights of all processes in the memory of one, which writes them."""
+    """Gather the weights of all processes in the memory of the first, which writes them."""
     model = cast(PackedForCausalLM, trainer.model)
     gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if trainer.args.should_save:
@@ -84,19 +85,21 @@ def _save_sharded(trainer: PackedTrainer, directory: Path) -> None:
 
 
 def continuations(output: Path, corpus: Corpus, count: int, seed: int, device: torch.device) -> list[tuple[str, str]]:
-    """(beginning of a validation document, what the saved model goes on with), sampled."""
+    """Pairs of text: the beginning of a validation document, and a continuation sampled from the saved model."""
     if not count:
         return []
     model = load_model(output, device=device)
+    tokenizer = tokenizer_of(model.config, model.directory)
     generator = torch.Generator(device).manual_seed(seed)
     texts = []
     for document in range(min(count, len(corpus))):
         tokens = corpus.tokens(document, 0, min(PROMPT_TOKENS, int(corpus.lengths[document])))
         prompt = torch.tensor(tokens.astype("int64"), device=device)[None]
         new = generate(model, prompt, SAMPLE_TOKENS, temperature=TEMPERATURE, generator=generator)
-        # Padding of the vocabulary is never a target, so that a trained model does not sample it; a fresh one may.
-        ids = [int(token) for token in new if int(token) < corpus.vocab_size]
-        texts.append((corpus.decode(prompt[0].tolist()), corpus.decode(ids)))
+        decoder = tokenizer.stream_decoder()
+        begun = "".join(map(decoder.push, prompt[0].tolist()))
+        # One decoder for both: the prompt may end inside a character, and its tokens decide about the next space.
+        texts.append((begun, "".join(decoder.push(int(token)) for token in new) + decoder.flush()))
     return texts
 
 
@@ -109,7 +112,7 @@ def record(
     samples: Sequence[tuple[str, str]],
     console: Console,
 ) -> None:
-    """Write the log and the pictures, and show the samples."""
+    """Write the log, the loss curve and the samples, and print the samples."""
     data = {
         "recipe": recipe.model_dump(mode="json", exclude={"training"}) | {"training": arguments.to_sanitized_dict()},
         "summary": asdict(summary),
@@ -117,7 +120,7 @@ def record(
         "threads": torch.get_num_threads(),
         "log": log,
     }
-    (output / SUMMARY_FILE).write_text(json.dumps(data, indent=1) + "\n")
+    write_json(output / SUMMARY_FILE, data)
     save_loss_curve(log, summary.tokens / summary.steps, output / CURVE_FILE)
     if samples:
         (output / SAMPLES_FILE).write_text(
@@ -128,5 +131,5 @@ def record(
 
 
 def _line(text: str) -> str:
-    """Text in one line, safe for rich."""
+    """Text on one line, safe for rich."""
     return escape("".join(c if c.isprintable() else " " for c in " ".join(text.split()))) + " "

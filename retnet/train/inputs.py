@@ -1,4 +1,4 @@
-"""What a recipe names, opened: the model to train, and the rows of its training and validation documents."""
+"""Inputs of a run: the model that a recipe names, and the rows of its training and validation documents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Train
 
 from retnet.data import Corpus, Mixture, PackedDataset, Rows, open_corpus
 from retnet.data.corpus import token_kind
+from retnet.data.tokenizer_json import TOKENIZER_FILE
 from retnet.models.hf.tokenizer import byte_tokenizer
-from retnet.models.presets import PRESETS
-from retnet.stack.resolve import resolve_model
+from retnet.models.lm import LanguageModel
+from retnet.stack.resolve import resolve_model, tokenizer_of
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
 
@@ -34,7 +34,7 @@ class RunData:
 
     @property
     def corpus(self) -> Corpus:
-        """One of them: vocabulary, document start and tokenizer are those of all."""
+        """The first of them; all share vocabulary, document start and tokenizer."""
         return next(iter(self.corpora.values()))
 
 
@@ -59,7 +59,7 @@ def open_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
 
 
 def _check_same_tokens(train: Corpus, valid: Corpus) -> None:
-    """Raise ValueError for validation whose tokens mean something else: its loss would be of no use."""
+    """Raise ValueError if the validation data has another tokenizer: its loss would mean nothing."""
     (was, size, start), (other, other_size, other_start) = kinds = token_kind(train), token_kind(valid)
     if kinds[0] != kinds[1]:
         raise ValueError(
@@ -69,7 +69,7 @@ def _check_same_tokens(train: Corpus, valid: Corpus) -> None:
 
 
 def _valid_rows(corpus: Corpus, recipe: Recipe, arguments: TrainingArguments) -> PackedDataset:
-    """In the given order; with carry_state in as many lanes as the corpus has rows for, the same for each process."""
+    """Rows in the given order; with carry_state, in as many lanes as there are rows for, equally many per process."""
     if not recipe.carry_state:
         return PackedDataset(corpus, recipe.length, None)
     available = -(-corpus.num_tokens // recipe.length)
@@ -79,54 +79,54 @@ def _valid_rows(corpus: Corpus, recipe: Recipe, arguments: TrainingArguments) ->
 
 
 def open_model(recipe: Recipe, corpus: Corpus, seed: int) -> PackedForCausalLM:
-    """The model that a recipe names: a preset with weights drawn from the seed, a stack with those of its own seed, or
-    a saved one to go on from.
+    """The model that a recipe names: a preset with weights drawn from the seed, a stack with weights drawn from its own
+    seed, or a saved model to continue from.
 
     Raises ValueError or OSError if there is none, or if it does not read the corpus's tokens.
     """
     model = resolve_model(recipe.model, seed=seed)
-    if recipe.model not in PRESETS:
-        _check_tokenizer(Path(recipe.model), corpus)
+    _check_tokenizer(model, corpus)
     if model.config.vocab_size < corpus.vocab_size:
         raise ValueError(
             f"{recipe.model} has a vocabulary of {model.config.vocab_size}; the tokens of {corpus.name} need "
             f"{corpus.vocab_size}"
         )
     if recipe.compile_options is not None:
-        # Blocks differ by their configuration, and by gradients or none.
+        # Blocks are compiled once per configuration, with and without gradients.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for layer in model.layers:
             layer.compile(**recipe.compile_options)
     return PackedForCausalLM.wrap(model)
 
 
-def tokenizer_of(corpus: Corpus) -> PreTrainedTokenizerBase:
+def transformers_tokenizer(corpus: Corpus) -> PreTrainedTokenizerBase:
     """The tokenizer of a corpus, for transformers; its document start begins and ends texts."""
     if corpus.tokenizer_directory is None:
         return byte_tokenizer()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(corpus.tokenizer_directory / "tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(corpus.tokenizer_directory / TOKENIZER_FILE))
     start = tokenizer.convert_ids_to_tokens(corpus.document_start)
     tokenizer.add_special_tokens({"bos_token": start, "eos_token": start, "pad_token": start})
     return tokenizer
 
 
-def _check_tokenizer(directory: Path, corpus: Corpus) -> None:
+def _check_tokenizer(model: LanguageModel, corpus: Corpus) -> None:
     """Raise ValueError if a saved model has a tokenizer, and it is not the corpus's."""
-    file = directory / "tokenizer.json"
-    if not file.is_file():
+    file = None if model.directory is None else model.directory / TOKENIZER_FILE
+    if file is None or not file.is_file():
         return
-    own, given = PreTrainedTokenizerFast(tokenizer_file=str(file)), tokenizer_of(corpus)
-    if own.get_vocab() != given.get_vocab():
+    own = tokenizer_of(model.config, model.directory)
+    if not own.same_tokens(corpus.tokenizer):
         raise ValueError(
-            f"{directory} reads the {len(own)} tokens of its tokenizer.json, and {corpus.name} holds others, of "
-            f"{len(given)}; accepted: data in the model's own (retnet data ... --tokenizer {file}; bytes need none)"
+            f"{model.directory} reads the {own.vocab_size} tokens of its {TOKENIZER_FILE}, and {corpus.name} holds "
+            f"others, of {corpus.vocab_size}; accepted: data in the model's own tokens (retnet data ... --tokenizer "
+            f"{file}; bytes need none)"
         )
 
 
 def run_identity(
     recipe: Recipe, arguments: TrainingArguments, data: RunData, model: PackedForCausalLM
 ) -> dict[str, Any]:
-    """What two runs must share for one to go on where the other stopped: the same model, rows, order and batches."""
+    """What a run must share with a checkpoint to resume from it: model, rows, their order, and batches."""
     rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     settings = arguments.to_dict()
     config = {k: v for k, v in model.model.config.to_dict().items() if k != "gradient_checkpointing"}
@@ -137,7 +137,7 @@ def run_identity(
         "rows_per_step": rows_per_step,
         "data_seed": arguments.seed if arguments.data_seed is None else arguments.data_seed,
         "carry_state": recipe.carry_state,
-        # A checkpoint's optimizer and schedule bring these along: other values would be without effect.
+        # The checkpoint's optimizer and schedule restore these: other values would have no effect.
         **{name: settings[name] for name in OPTIMIZER},
     }
     if recipe.carry_state:  # each process keeps its lanes

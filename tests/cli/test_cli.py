@@ -210,7 +210,7 @@ def test_check_refuses_what_it_cannot_run(capsys, byte_model, words, message):
 def test_generate_refuses_an_endless_text_of_a_cache_that_grows(capsys, tmp_path):
     save_model(small_model([ALIBI], **BYTES), tmp_path / "model")
     message = wrong_input(capsys, "generate", tmp_path / "model", "hello", "--max-tokens", 0)
-    assert "--max-tokens is 0 and layer 0 is attention without a window" in message
+    assert "the text has no limit and layer 0 is attention without a window" in message
     assert run("generate", tmp_path / "model", "hello", "--max-tokens", 2, "--no-stats") == 0
 
 

@@ -34,8 +34,9 @@ class NumberedCorpus(Corpus):
     def describe(self, document):
         return f"document {document}"
 
-    def decode(self, tokens):
-        return " ".join(str(token) for token in tokens)
+    @property
+    def tokenizer(self):
+        raise NotImplementedError
 
     def split(self, valid_fraction):
         raise NotImplementedError

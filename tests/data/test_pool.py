@@ -1,9 +1,9 @@
 import pytest
 
-from retnet.data.encoders import ByteEncoder
 from retnet.data.plan import Piece, Settings
 from retnet.data.pool import write_in_parallel
 from retnet.data.readers import DataError
+from retnet.data.tokenizer import ByteTokenizer
 
 
 def test_what_a_worker_raises_reaches_the_parent(tmp_path):
@@ -18,7 +18,7 @@ def test_what_a_worker_raises_reaches_the_parent(tmp_path):
     ]:
         shards = {1: good, 7: pieces, 8: good}
         reported = {}
-        description = ByteEncoder().describe()
+        description = ByteTokenizer().describe()
         with pytest.raises(kind, match=message):
             write_in_parallel(shards, Settings(), description, tmp_path, tmp_path / "out", 1, reported.__setitem__)
         assert set(reported) == {1}

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retnet.data import readers
-from retnet.data.encoders import find_encoder
 from retnet.data.plan import Piece, Settings
 from retnet.data.readers import DataError, Reading, cut_documents
+from retnet.data.tokenizer_json import find_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -60,13 +60,13 @@ def test_documents_are_what_lies_between_separators_however_the_text_arrives(sma
 
 
 def test_a_long_document_in_blocks_has_the_tokens_it_has_at_once(small_blocks, tokenizer_file, articles):
-    encoder = find_encoder(str(tokenizer_file))
+    trained = find_tokenizer(str(tokenizer_file))
     prose = [text for text in articles if not any(len(word.encode()) > 14 for word in text.split())]
     assert len(prose) > 20
     for text in prose:
         blocks = [block for block, _ in cut_documents([text.encode()], b"")]
-        whole, *parts = encoder.encode([text.encode(), *blocks])
-        assert [token for part in parts for token in part] == whole.tolist()
+        whole, *parts = trained.encode_batch([text.encode(), *blocks])
+        assert [token for part in parts for token in part] == whole
     assert len(blocks) > 1
 
 

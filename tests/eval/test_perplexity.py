@@ -13,13 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from retnet.api import load_tokenizer
 from retnet.cli import main
+from retnet.data import Tokenizer
 from retnet.eval.perplexity import count_words, perplexity
-from retnet.eval.text import TextCodec
 from retnet.models.directory import load_model
 from retnet.models.hf.tokenizer import byte_tokenizer
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import retnet_config
+from retnet.stack.resolve import tokenizer_of
 from tests.small_models import PAPER, small_model
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -32,8 +34,8 @@ def model(byte_model) -> LanguageModel:
 
 
 @pytest.fixture
-def codec(byte_model, model) -> TextCodec:
-    return TextCodec.of(byte_model, model.config)
+def tokenizer(model) -> Tokenizer:
+    return load_tokenizer(model)
 
 
 def nats_of(model, ids, begin, end, first):
@@ -43,9 +45,9 @@ def nats_of(model, ids, begin, end, first):
     return F.cross_entropy(logits, ids[0, first + 1 : end + 1], reduction="sum").item()
 
 
-def test_the_whole_text_is_one_context(model, codec):
+def test_the_whole_text_is_one_context(model, tokenizer):
     ids = torch.tensor([[256, *TEXT.encode()]])
-    result = perplexity(model, codec, TEXT)
+    result = perplexity(model, tokenizer, TEXT)
     assert result.nats == pytest.approx(nats_of(model, ids, 0, len(TEXT), 0), rel=1e-5)
     assert (result.num_tokens, result.num_bytes) == (len(TEXT), len(TEXT))
     assert result.per_token == pytest.approx(math.exp(result.nats / len(TEXT)))
@@ -53,17 +55,17 @@ def test_the_whole_text_is_one_context(model, codec):
 
 
 @pytest.mark.parametrize(("context", "stride"), [(32, 32), (32, 8), (50, 7), (1000, 10), (1, 1)])
-def test_windows_score_every_token_once_with_enough_before_it(model, codec, context, stride):
+def test_windows_score_every_token_once_with_enough_before_it(model, tokenizer, context, stride):
     ids = torch.tensor([[256, *TEXT.encode()]])
     expected, first = 0.0, 0
     while first < len(TEXT):
         end = min(len(TEXT), context if first == 0 else first + stride)
         expected += nats_of(model, ids, max(0, end - context), end, first)
         first = end
-    result = perplexity(model, codec, TEXT, context=context, stride=stride)
+    result = perplexity(model, tokenizer, TEXT, context=context, stride=stride)
     assert result.nats == pytest.approx(expected, rel=1e-4)
     if context > len(TEXT):
-        assert result.nats == pytest.approx(perplexity(model, codec, TEXT).nats, rel=1e-5)
+        assert result.nats == pytest.approx(perplexity(model, tokenizer, TEXT).nats, rel=1e-5)
 
 
 def test_words_are_counted_with_an_end_of_every_line():
@@ -74,13 +76,13 @@ def test_words_are_counted_with_an_end_of_every_line():
     ("options", "message"),
     [({"context": 8, "stride": 9}, "1 <= stride <= context"), ({"stride": 9}, "stride is 9 without a context")],
 )
-def test_windows_that_leave_tokens_out_are_refused(model, codec, options, message):
+def test_windows_that_leave_tokens_out_are_refused(model, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
-        perplexity(model, codec, TEXT, **options)
+        perplexity(model, tokenizer, TEXT, **options)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared beside the repository")
-def test_wikitext_is_counted_by_its_own_words_whatever_the_tokenizer(model, codec, tmp_path):
+def test_wikitext_is_counted_by_its_own_words_whatever_the_tokenizer(model, tokenizer, tmp_path):
     """The published count of the test split; and word perplexity is all nats over words, whatever the tokens."""
     wikitext = (SHARED / "data" / "wikitext-2" / "test.txt").read_text()
     assert count_words(wikitext) == 245_569
@@ -89,8 +91,8 @@ def test_wikitext_is_counted_by_its_own_words_whatever_the_tokenizer(model, code
     uniform = small_model([PAPER], vocab_size=50257, bos_token_id=50256)
     with torch.no_grad():
         uniform.head.weight.zero_()
-    result = perplexity(uniform, TextCodec.of(tmp_path, uniform.config), text)
-    assert result.num_words == perplexity(model, codec, text).num_words < result.num_tokens < len(text)
+    result = perplexity(uniform, tokenizer_of(uniform.config, tmp_path), text)
+    assert result.num_words == perplexity(model, tokenizer, text).num_words < result.num_tokens < len(text)
     assert math.log(result.per_word) == pytest.approx(math.log(50257) * result.num_tokens / result.num_words)
 
 
@@ -120,5 +122,5 @@ def test_a_directory_with_a_shim_is_read_without_running_it(byte_model, tmp_path
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no tokenizer\.json, and its vocabulary of 61 is not that of bytes"):
-        TextCodec.of(tmp_path, retnet_config("other", 1, 32, 2, vocab_size=61))
+    with pytest.raises(ValueError, match=r"vocabulary of 61 and no tokenizer\.json beside its weights"):
+        tokenizer_of(retnet_config("other", 1, 32, 2, vocab_size=61), tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from retnet.data.tokenizer import DOCUMENT_START
+from retnet.data.tokenizer import DOCUMENT_START, byte_characters
 
 DOCUMENT_START_TOKEN = "<|document|>"
 
@@ -16,7 +16,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     The ids are those of `retnet.data.ByteTokenizer`. `save_pretrained` beside a model's weights makes the directory
     whole.
     """
-    vocabulary = {character: byte for byte, character in _printable_bytes().items()}
+    vocabulary = {character: byte for byte, character in byte_characters().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -33,10 +33,3 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-
-
-def _printable_bytes() -> dict[int, str]:
-    """Byte -> the character that stands for it inside byte-level BPE: itself where printable, else one from 256 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

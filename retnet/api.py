@@ -1,0 +1,190 @@
+"""Models and text in three lines: load a model, its tokenizer, and generate.
+
+    import retnet
+
+    model = retnet.load("runs/wikipedia")
+    print(retnet.generate(model, "The river", max_tokens=50))
+
+For many requests at once, or states to keep, there is `retnet.Engine`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from retnet.data.tokenizer import Tokenizer
+from retnet.data.tokenizer_json import find_tokenizer
+from retnet.models.decode.sampling import Sampling
+from retnet.models.lm import LanguageModel
+from retnet.ops.dtypes import resolve_dtype
+from retnet.serve.engine import Engine
+from retnet.serve.pool import growing_layer
+from retnet.serve.request import Request
+from retnet.serve.speculation import Speculation
+from retnet.serve.stopping import StopStrings
+from retnet.stack.resolve import resolve_model, resolve_tokenizer, tokenizer_of
+
+Model = str | os.PathLike[str] | LanguageModel
+Prompt = str | bytes | Sequence[int] | Tensor
+
+PROMPT_BLOCK = 2048  # tokens per prompt chunk: bounds the memory of its activations
+
+
+def load(
+    model: str | os.PathLike[str], device: torch.device | str = "auto", dtype: torch.dtype | str | None = None
+) -> LanguageModel:
+    """A model, in evaluation mode.
+
+    Args:
+        model: a preset's name, a stack file (fresh weights for both), or a saved directory.
+        device: "auto" is the GPU where there is one, otherwise the CPU.
+        dtype: of the weights, as a torch dtype or by name ("bfloat16"); as saved if None.
+
+    Raises ValueError or FileNotFoundError for a name that is no model of ours, for weights that do not fit their
+    configuration, and for a device that is not there.
+
+    Example:
+        >>> retnet.load("retnet-tiny", device="cpu", dtype="bfloat16").embedding.weight.dtype
+        torch.bfloat16
+    """
+    return resolve_model(os.fspath(model), device=device, dtype=resolve_dtype(dtype))
+
+
+def load_tokenizer(model: Model) -> Tokenizer:
+    """The tokenizer of a model: the one saved beside its weights, otherwise bytes.
+
+    model: as for `load`, or a loaded model, which remembers its directory (`LanguageModel.directory`).
+
+    Raises ValueError for a model without a tokenizer whose vocabulary is not bytes, FileNotFoundError for no model.
+
+    Example:
+        >>> tokenizer = retnet.load_tokenizer("retnet-tiny")
+        >>> tokenizer.encode("héllo"), tokenizer.decode([104, 195, 169])
+        ([104, 195, 169, 108, 108, 111], 'hé')
+    """
+    if not isinstance(model, LanguageModel):
+        return resolve_tokenizer(os.fspath(model))
+    return tokenizer_of(model.config, model.directory)
+
+
+@overload
+def generate(model: Model, prompt: Prompt = ..., *, stream: Literal[False] = ..., **options: Any) -> str: ...
+@overload
+def generate(model: Model, prompt: Prompt = ..., *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leave the options to this signature)
+    model: Model,
+    prompt: Prompt = "",
+    *,
+    stream: bool = False,
+    max_tokens: int | None = 256,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    speculate: int = 0,
+    tokenizer: Tokenizer | str | None = None,
+) -> str | Iterator[str]:
+    """The text that goes on from a prompt.
+
+    Args:
+        model: as for `load`, or a loaded model, which saves loading it for every call.
+        prompt: text, which is read after the document start; or token ids, which are read as they are.
+        stream: return an iterator over pieces of the text, each as soon as it is certain, in place of the whole.
+        max_tokens: new tokens at most; None goes on for ever (with `stream`).
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed: see `Sampling`;
+            temperature 0 takes the likeliest token, and the same seed gives the same text.
+        stop: strings that end the text; they are left out of it.
+        speculate: draft tokens per step (3, 7, 11, ...), guessed from the context and verified; 0: none.
+        tokenizer: in place of the model's own; or what names one, as in `retnet data --tokenizer`.
+
+    Raises ValueError for a model without a tokenizer, for options out of range, and for an endless text of a model
+    whose cache grows; retnet.serve.request.Failed if the model computes what is not finite.
+
+    Example:
+        >>> model = retnet.load("retnet-tiny")
+        >>> text = retnet.generate(model, "def main(", max_tokens=20, temperature=0)
+        >>> for piece in retnet.generate(model, "def main(", stop="\\n", seed=1, stream=True):
+        ...     print(piece, end="", flush=True)
+    """
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+    )
+    if max_tokens is None and not stream:
+        raise ValueError("max_tokens is None without stream, which would never return; accepted: an integer")
+    if not isinstance(model, LanguageModel):
+        tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+        model = load(model)
+    found = as_tokenizer(model, tokenizer)
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    request = Request(token_ids(prompt, found), max_tokens, sampling, stop_strings=stops)
+    engine = engine_for(model, request, found, speculate)
+    pieces = stream_text(engine.stream(request), found, stops)
+    return pieces if stream else "".join(pieces)
+
+
+def as_tokenizer(model: LanguageModel, tokenizer: Tokenizer | str | None) -> Tokenizer:
+    """The tokenizer given or named; without one that of the model."""
+    if tokenizer is None:
+        return load_tokenizer(model)
+    return find_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+
+
+def token_ids(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a prompt: of text with the document start before them, of token ids as they are."""
+    if isinstance(prompt, (str, bytes)):
+        return tokenizer.encode(prompt, start=True)
+    if isinstance(prompt, Tensor):
+        if prompt.dim() != 1 or prompt.is_floating_point():
+            raise ValueError(f"prompt is {prompt.dtype} {list(prompt.shape)}; accepted: text, or token ids [T]")
+        return prompt.tolist()
+    return list(prompt)
+
+
+def engine_for(model: LanguageModel, request: Request, tokenizer: Tokenizer, speculate: int = 0) -> Engine:
+    """An engine with room for one request. Raises ValueError for an endless text of a model whose cache grows."""
+    limit, growing = request.max_new_tokens, growing_layer(model.config)
+    if limit is None and growing is not None:
+        raise ValueError(
+            f"the text has no limit and layer {growing} is attention without a window, whose cache grows; accepted "
+            "with this model: a maximum of 1 new token or more"
+        )
+    return Engine(
+        model,
+        num_slots=1,
+        max_tokens=None if limit is None else len(request.prompt) + limit,
+        prompt_block=PROMPT_BLOCK,
+        prompt_budget=PROMPT_BLOCK,
+        decode=tokenizer.decode,
+        speculation=Speculation(draft_tokens=speculate) if speculate else None,
+    )
+
+
+def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
+    """The text of tokens as they come, up to the first stop string, in pieces that are not empty."""
+    watch = StopStrings(stop, tokenizer.stream_decoder())
+    for token in tokens:
+        watch.push(token)
+        if piece := watch.take():
+            yield piece
+        if watch.matched is not None:
+            return
+    watch.flush()
+    if piece := watch.take(all=True):
+        yield piece

@@ -1,0 +1,190 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from retnet.data import tokenizer_json
+from retnet.data.shards import token_dtype
+from retnet.data.tokenizer import ByteTokenizer
+from retnet.data.tokenizer_json import JsonTokenizer, find_tokenizer, saved_tokenizer, tokenizer_of_model
+from retnet.models.hf.tokenizer import byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def trained(tokenizer_file):
+    return find_tokenizer(str(tokenizer_file))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.text(), max_size=4))
+def test_any_text_survives_a_round_trip_at_its_full_length(trained, texts):
+    texts = [text.encode(errors="replace") for text in texts]
+    for text, tokens in zip(texts, trained.encode_batch(texts), strict=True):
+        assert trained.decode(tokens).encode() == text
+        assert list(tokens) == trained.encode(text)
+    assert token_dtype(trained.vocab_size) == np.uint16
+
+
+def test_special_tokens_spelled_in_a_text_are_text(trained):
+    tokens = trained.encode("a <|endoftext|> b")
+    assert trained.document_start not in tokens
+    assert trained.decode(tokens) == "a <|endoftext|> b"
+
+
+def test_starts_and_ends_are_dropped_when_decoding(tokenizer_file):
+    trained = find_tokenizer(str(tokenizer_file), with_end=True)
+    tokens = trained.encode(b"naive")
+    assert trained.document_end == trained.document_start == 0
+    assert trained.decode([0, *tokens, 0]) == "naive"
+
+
+def test_the_document_start_comes_from_the_tokenizers_config(tokenizer_file, tmp_path):
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    number = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"special tokens: <\|endoftext\|>, <s> \(choose one with --document-start\)"):
+        find_tokenizer(str(tmp_path))
+    assert find_tokenizer(str(tmp_path), "<s>").document_start == number
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    trained = find_tokenizer(str(tmp_path), with_end=True)
+    assert (trained.document_start, trained.document_end, trained.vocab_size) == (number, 0, number + 1)
+
+
+def test_transformers_loads_what_is_saved_beside_the_tokens(trained, tmp_path, articles):
+    from transformers import AutoTokenizer
+
+    trained.save(tmp_path / "saved")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert loaded.bos_token_id == loaded.eos_token_id == trained.document_start
+    tokens = trained.encode(articles[0])
+    assert loaded(articles[0], add_special_tokens=False, truncation=False).input_ids == tokens
+
+
+def test_a_saved_tokenizer_is_the_same_and_another_file_in_its_place_is_refused(trained, tmp_path, tokenizer_file):
+    trained.save(tmp_path / "saved")
+    again = saved_tokenizer(tmp_path / "saved", trained.describe())
+    assert again.encode("state decay") == trained.encode("state decay")
+    assert again.describe() == trained.describe()
+    shutil.copyfile(tokenizer_file, tmp_path / "saved/tokenizer.json")
+    with open(tmp_path / "saved/tokenizer.json", "a") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match="not the tokenizer of these tokens"):
+        saved_tokenizer(tmp_path / "saved", trained.describe())
+
+
+def test_tokenizers_that_cannot_be_used_are_refused(tmp_path, tokenizer_file):
+    with pytest.raises(FileNotFoundError, match=r"no such tokenizer: .*gone\.json .*accepted: bytes"):
+        find_tokenizer(str(tmp_path / "gone.json"))
+    with pytest.raises(FileNotFoundError, match=r"no such tokenizer: .*tokenizer\.json"):
+        find_tokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match=r"no special token '<s>'; it has: <\|endoftext\|>"):
+        find_tokenizer(str(tokenizer_file), "<s>")
+    with pytest.raises(ValueError, match="bytes have one document start"):
+        find_tokenizer("bytes", with_end=True)
+    for text in ("{}", "not json"):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+            find_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[]", "is a JSON list; accepted: an object"),
+        ('{"bos_token": {"x": 1}}', r"""bos_token is \{"x": 1\}; accepted: text, null, or an object with 'content'"""),
+        ('{"eos_token": ["<s>"]}', r'eos_token is \["<s>"\]; accepted'),
+        ('{"bos_token": {"content": 3}}', "bos_token is .*; accepted"),
+        ("{cut", "is not JSON"),
+        ("\xff", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(tmp_path, tokenizer_file, config, message):
+    shutil.copyfile(tokenizer_file, tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(config, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json.*{message}"):
+        find_tokenizer(str(tmp_path))
+
+
+def test_a_saved_tokenizer_is_on_the_disk(trained, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(tokenizer_json, "flush", flushed.append)
+    trained.save(tmp_path / "saved")
+    assert sorted(flushed[:-1]) == sorted((tmp_path / "saved").iterdir())
+    assert flushed[-1] == tmp_path / "saved"
+
+
+def test_a_tokenizer_of_the_hub_is_fetched_and_one_that_is_not_there_is_named(tokenizer_file, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name == "org/gone":
+            raise OSError("404")
+        return str(tokenizer_file.parent if name == "org/model" else tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert find_tokenizer("org/model").identity == find_tokenizer(str(tokenizer_file)).identity
+    assert asked == [("org/model", ["tokenizer.json", "tokenizer_config.json"])]
+    with pytest.raises(FileNotFoundError, match=r"no such tokenizer: org/gone .*: 404"):
+        find_tokenizer("org/gone")
+    with pytest.raises(FileNotFoundError, match=r"org/without on the hub has no tokenizer\.json"):
+        find_tokenizer("org/without")
+
+
+def test_text_that_is_not_utf8_is_refused_with_the_place(trained):
+    with pytest.raises(ValueError, match=r"not UTF-8 at byte 3 \(0xff\); accepted by this tokenizer: UTF-8"):
+        trained.encode(b"abc\xff")
+
+
+def test_padding_of_the_vocabulary_decodes_to_nothing_and_negative_tokens_are_refused(trained):
+    assert trained.decode([*trained.encode("state"), trained.vocab_size + 5]) == "state"
+    with pytest.raises(ValueError, match="a token is -1; accepted: 0 or more"):
+        trained.decode([-1])
+
+
+def test_the_byte_tokenizer_of_transformers_is_recognised_as_bytes(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert isinstance(tokenizer_of_model("m", tmp_path, 257), ByteTokenizer)
+    assert isinstance(tokenizer_of_model("m", tmp_path, 320), ByteTokenizer)  # a padded vocabulary
+    plain = find_tokenizer(str(tmp_path))
+    assert isinstance(plain, JsonTokenizer)
+    text = "h\u00e9llo <|document|> \ufffd \U0001f600\n"
+    assert plain.encode(text, start=True) == ByteTokenizer().encode(text, start=True)
+    assert plain.decode(plain.encode(text)) == text
+    assert plain.document_start == 256
+
+
+@pytest.mark.parametrize("bos", [None, "<s>", {"content": "<s>"}])
+def test_the_tokenizer_of_a_model_lies_beside_its_weights(tmp_path, tokenizer_file, bos):
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos}))
+    with_model = tokenizer_of_model("m", tmp_path, 512, bos=0, eos=0)
+    assert with_model.document_start == (0 if bos is None else 400)
+    assert with_model.same_tokens(find_tokenizer(str(tmp_path), "<s>"))
+    assert not with_model.same_tokens(find_tokenizer(str(tokenizer_file)))
+    assert not with_model.same_tokens(ByteTokenizer())
+    if bos is None:
+        with pytest.raises(ValueError, match="neither a bos nor an eos token"):
+            tokenizer_of_model("m", tmp_path, 512)
+
+
+def test_a_model_without_its_tokenizer_says_what_is_accepted(tmp_path, tokenizer_file):
+    assert isinstance(tokenizer_of_model("m", None, 257), ByteTokenizer)
+    assert isinstance(tokenizer_of_model("m", None, 320, reads_bytes=True), ByteTokenizer)
+    message = r"m has a vocabulary of 61 and no tokenizer\.json beside its weights; accepted without a tokenizer: bytes"
+    with pytest.raises(ValueError, match=message):
+        tokenizer_of_model("m", tmp_path, 61)
+    shutil.copyfile(tokenizer_file, tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"has 400 tokens; accepted: at most the 61 of m"):
+        tokenizer_of_model("m", tmp_path, 61)
