@@ -131,7 +131,7 @@ def resolve(
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; accepted: a positive integer or None")
     on_gpu = device.type == "cuda"
-    if backend == "auto" and _exporting():
+    if backend == "auto" and is_exporting():
         backend = "aten"
     if backend == "auto":
         has_kernel = dtype != torch.float64 and mode != "parallel"
@@ -162,6 +162,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
-def _exporting() -> bool:
+def is_exporting() -> bool:
     """Whether torch.export traces; `torch.compiler.is_exporting()` says so of torch.compile too, up to torch 2.11."""
     return torch.compiler._is_exporting_flag

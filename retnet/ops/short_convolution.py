@@ -1,14 +1,21 @@
-"""Causal depthwise convolution over a few tokens, with the tokens before as its state: what Mamba and Hyena start with.
+"""Causal depthwise convolution over a few tokens, with the tokens before them as its state: part of Mamba and Hyena.
 
     y_t = bias + sum_i weight_i x_{t - (W - 1) + i}        i = 0 .. W - 1
 
-Written as W multiply-adds over shifted views: for a width of 4 on a CPU that is as fast as PyTorch's depthwise
-convolution forward, and two to three times as fast with its backward in float32 and bfloat16. A packed row is spread
-out so that every document is preceded by its own W - 1 tokens of the past; no loop over documents.
+On a GPU, `retnet/kernels/convolution` computes it. Elsewhere it is W multiply-adds over shifted views: for a width of 4
+on a CPU that is as fast as PyTorch's depthwise convolution forward, and two to three times as fast with its backward in
+float32 and bfloat16. There a packed row is spread out so that every document is preceded by its own W - 1 tokens of the
+past; no loop over documents.
 """
 
 import torch
 from torch import Tensor
+
+from retnet.ops.device import current_device_of
+from retnet.ops.plan import is_exporting
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_WIDTHS = range(2, 9)
 
 
 def short_convolution(
@@ -30,6 +37,8 @@ def short_convolution(
 
     Returns y [B, T, C] and the inputs [N, W - 1, C] that a next call needs.
     """
+    if _has_kernel(x, weight):
+        return torch.ops.retnet.short_convolution(x, weight, bias, recent, cu_seqlens)
     past = weight.shape[-1] - 1
     num_sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if recent is None:
@@ -58,3 +67,63 @@ def _taps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     for i, tap in enumerate(others, 1):
         y = torch.addcmul(y, x[:, i : i + num_tokens], tap)
     return y
+
+
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """On a GPU, and not while torch.export traces, which keeps to plain operators."""
+    supported = x.dtype in KERNEL_DTYPES and weight.dtype in KERNEL_DTYPES and weight.shape[-1] in KERNEL_WIDTHS
+    return x.is_cuda and supported and not is_exporting()
+
+
+@torch.library.custom_op("retnet::short_convolution", mutates_args=(), device_types="cuda")
+def _convolution_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, recent: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from retnet.kernels.convolution.short import Convolution, convolution_forward
+
+    with current_device_of(x):
+        return convolution_forward(Convolution.of(x, weight, recent, cu_seqlens), bias)
+
+
+@torch.library.custom_op("retnet::short_convolution_backward", mutates_args=(), device_types="cuda")
+def _convolution_backward_cuda(
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, weight: Tensor, recent: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from retnet.kernels.convolution.short import Convolution, convolution_backward
+
+    with current_device_of(x):
+        call = Convolution.of(x, weight, recent, cu_seqlens)
+        dx, dweight, dbias, drecent = convolution_backward(call, dy, dfinal)
+    return dx, dweight[:, None].to(weight.dtype), dbias, drecent
+
+
+@_convolution_cuda.register_fake
+def _(x, weight, bias, recent, cu_seqlens):
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    return y, x.new_empty(sequences, weight.shape[-1] - 1, x.shape[2])
+
+
+@_convolution_backward_cuda.register_fake
+def _(dy, dfinal, x, weight, recent, cu_seqlens):
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dweight, dbias = weight.new_empty(weight.shape), x.new_empty(x.shape[2], dtype=torch.float32)
+    return x.new_empty(x.shape), dweight, dbias, x.new_empty(sequences, weight.shape[-1] - 1, x.shape[2])
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    x, weight, bias, recent, cu_seqlens = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight, recent, cu_seqlens)
+
+
+def _gradients(ctx, dy, dfinal):
+    x, weight, recent, cu_seqlens = ctx.saved_tensors
+    dy = x.new_zeros(x.shape) if dy is None else dy
+    dx, dweight, dbias, drecent = torch.ops.retnet.short_convolution_backward(dy, dfinal, x, weight, recent, cu_seqlens)
+    dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+    return dx, dweight, dbias, None if recent is None else drecent.to(recent.dtype), None
+
+
+_convolution_cuda.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,1 @@
+"""The causal depthwise convolution over a few tokens, forward and backward."""

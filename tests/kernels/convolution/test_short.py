@@ -1,0 +1,144 @@
+"""The short convolution's kernels against its definition in float64: outputs, states, gradients; packs, strides."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from retnet.ops import short_convolution as ops
+
+pytest.importorskip("triton")
+
+from retnet.kernels.convolution.short import Convolution, convolution_backward, convolution_forward
+
+NAMES = ("y", "final", "dx", "dweight", "dbias", "drecent")
+
+
+def by_definition(x: Tensor, weight: Tensor, bias: Tensor, recent: Tensor, bounds: list[int] | None):
+    """y [B, T, C] and the last inputs [N, W - 1, C], every sequence by itself through PyTorch's convolution."""
+    past = weight.shape[-1] - 1
+    parts = list(x) if bounds is None else [x[0, a:b] for a, b in pairwise(bounds)]
+    outs, finals = [], []
+    for part, before in zip(parts, recent, strict=True):
+        inputs = torch.cat([before, part])
+        outs.append(part)  # of no token
+        if len(part):
+            outs[-1] = torch.nn.functional.conv1d(inputs.mT[None], weight, bias, groups=weight.shape[0])[0].mT
+        finals.append(inputs[len(inputs) - past :])
+    y = torch.stack(outs) if bounds is None else torch.cat(outs)[None]
+    return y, torch.stack(finals)
+
+
+def inputs(B: int, T: int, C: int, W: int, sequences: int, device: str) -> list[Tensor]:
+    """x is a part of a wider tensor, as the layers' inputs are."""
+    torch.manual_seed(0)
+    x = torch.randn(B, T, 2 * C + 3, device=device)[..., 3 : 3 + C]
+    weight, bias = torch.randn(C, 1, W, device=device), torch.randn(C, device=device)
+    return [x, weight, bias, torch.randn(sequences, W - 1, C, device=device)]
+
+
+def by_kernels(tensors: list[Tensor], cu_seqlens: Tensor | None, dy: Tensor, dfinal: Tensor | None) -> list[Tensor]:
+    x, weight, bias, recent = tensors
+    call = Convolution.of(x, weight, recent, cu_seqlens)
+    y, final = convolution_forward(call, bias)
+    dx, dweight, dbias, drecent = convolution_backward(call, dy, dfinal)
+    return [y, final, dx, dweight[:, None], dbias, drecent]
+
+
+CASES = [
+    pytest.param(2, 77, 5, 4, None, id="two segments"),
+    pytest.param(1, 1, 3, 8, None, id="one token"),
+    pytest.param(3, 2, 3, 4, None, id="fewer tokens than the width"),
+    pytest.param(1, 131, 70, 3, [0, 1, 1, 66, 131], id="packed with an empty document"),
+    pytest.param(1, 9, 6, 2, [0, 0, 9, 9], id="packed with empty documents at both ends"),
+    pytest.param(2, 0, 3, 4, None, id="no token"),
+    pytest.param(1, 0, 3, 4, [0, 0, 0], id="no token, packed"),
+]
+
+
+@pytest.mark.parametrize(("B", "T", "C", "W", "bounds"), CASES)
+def test_kernels_agree_with_the_definition(B, T, C, W, bounds, device):
+    tensors = inputs(B, T, C, W, B if bounds is None else len(bounds) - 1, device)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, device=device)
+    wide = [z.double().requires_grad_() for z in tensors]
+    expected = by_definition(*wide, bounds)
+    dy, dfinal = (torch.randn_like(z) for z in expected)
+    loss = (expected[0] * dy).sum() + (expected[1] * dfinal).sum()
+    expected = [*expected, *torch.autograd.grad(loss, wide, materialize_grads=True)]
+    for name, a, b in zip(NAMES, by_kernels(tensors, cu_seqlens, dy.float(), dfinal.float()), expected, strict=True):
+        assert a.shape == b.shape, name
+        assert (a.double() - b).norm() <= 2e-6 * b.norm(), name
+
+
+def test_without_recent_inputs_a_sequence_starts_from_zeros(device):
+    x, weight, bias, recent = inputs(2, 70, 5, 4, 2, device)
+    dy = torch.randn(2, 70, 5, device=device)
+    without = by_kernels([x, weight, bias, None], None, dy, None)
+    zeros = by_kernels([x, weight, bias, torch.zeros_like(recent)], None, dy, None)
+    assert all(torch.equal(a, b) for a, b in zip(without, zeros, strict=True))
+
+
+def test_a_packed_document_has_the_bits_of_the_same_document_alone(device):
+    x, weight, bias, recent = inputs(1, 90, 6, 4, 2, device)
+    dy = torch.randn(1, 90, 6, device=device)
+    packed = by_kernels([x, weight, bias, recent], torch.tensor([0, 40, 90], device=device), dy, None)
+    alone = by_kernels([x[:, :40], weight, bias, recent[:1]], None, dy[:, :40], None)
+    for name, a, b in zip(NAMES, packed, alone, strict=True):
+        if name in ("y", "dx"):
+            assert torch.equal(a[:, :40], b), name
+        if name in ("final", "drecent"):
+            assert torch.equal(a[:1], b), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_rounded_once(dtype, device):
+    tensors = [z.to(dtype) for z in inputs(2, 70, 5, 4, 2, device)]
+    y, final = by_definition(*(z.double() for z in tensors), None)
+    found = by_kernels(tensors, None, y.to(dtype), None)
+    assert found[0].dtype == dtype
+    assert (found[0].double() - y).norm() <= torch.finfo(dtype).eps * y.norm()
+    assert torch.equal(found[1].double(), final)
+
+
+def test_the_operator_has_the_shapes_and_gradients_of_its_kernels(device):
+    """`torch.ops.retnet.short_convolution` and its autograd, on a CPU through kernels registered there."""
+    if device == "cpu":
+
+        def forward(x, weight, bias, recent, cu_seqlens):
+            return convolution_forward(Convolution.of(x, weight, recent, cu_seqlens), bias)
+
+        def backward(dy, dfinal, *rest):
+            dx, dweight, dbias, drecent = convolution_backward(Convolution.of(*rest), dy, dfinal)
+            return dx, dweight[:, None], dbias, drecent
+
+        ops._convolution_cuda.register_kernel("cpu")(forward)
+        ops._convolution_backward_cuda.register_kernel("cpu")(backward)
+    tensors = [z.requires_grad_() for z in inputs(1, 19, 5, 4, 2, device)]
+    cu_seqlens = torch.tensor([0, 7, 19], device=device)
+    torch.library.opcheck(torch.ops.retnet.short_convolution, (*tensors, cu_seqlens))
+    y, final = torch.ops.retnet.short_convolution(*tensors, cu_seqlens)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad((y * dy).sum() + final.square().sum(), tensors)
+    wide = [z.detach().double().requires_grad_() for z in tensors]
+    y, final = by_definition(*wide, [0, 7, 19])
+    expected = torch.autograd.grad((y * dy).sum() + final.square().sum(), wide)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 2e-6 * b.norm()
+
+
+@pytest.mark.gpu
+def test_the_public_function_gives_the_same_with_kernels_and_without(device, monkeypatch):
+    tensors = [z.requires_grad_() for z in inputs(1, 1000, 96, 4, 3, device)]
+    x, weight, bias, recent = tensors
+    cu_seqlens = torch.tensor([0, 300, 300, 1000], device=device)
+
+    def results():
+        y, final = ops.short_convolution(x, weight, bias, recent=recent, cu_seqlens=cu_seqlens)
+        return [y, final, *torch.autograd.grad(y.square().sum() + final.square().sum(), tensors)]
+
+    one, two = results(), results()
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    monkeypatch.setattr(ops, "KERNEL_DTYPES", ())
+    for a, b in zip(one, results(), strict=True):
+        assert (a - b).norm() <= 4e-6 * b.norm()
