@@ -1,11 +1,12 @@
-# Everything a fresh machine needs is Python 3.11 or newer and make: each target makes .venv and installs first.
+# A machine needs Python 3.11 or newer and make. Every target creates .venv and installs into it first.
 #
-#   make demo      trains retnet-tiny on the standard library's source and shows what it learnt
-#   make test      the tests that a small CPU machine runs in minutes
-#   make test-all  every test that this machine can run; says what was skipped and why
+#   make demo      train retnet-tiny on the standard library's source, score it and sample from it
+#   make test      tests that a small CPU machine runs in minutes
+#   make test-all  every test that this machine can run; reports what was skipped and why
+#   make lint      ruff, basedpyright, import contracts
 #
-# Settings: PYTHON (the interpreter of a new .venv), TORCH_INDEX (another index for torch alone, such as PyTorch's
-# CPU index), PIP_FLAGS and pip's own PIP_* variables and configuration files, TEST_JOBS, TEST_ARGS.
+# Settings: PYTHON (the interpreter of a new .venv), TORCH_INDEX (an index for torch only, such as PyTorch's CPU index),
+# PIP_FLAGS, pip's own PIP_* variables and configuration files, TEST_JOBS, TEST_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,8 +20,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) $(TEST_ARGS)
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
 
-# One stamp for what users run, one for what developers add: installation is repeated only when pyproject.toml or
-# constraints.txt changed since.
+# One stamp for users' packages, one for developers'. Installation is repeated only after a change of pyproject.toml or
+# constraints.txt.
 define install
 	$(if $(TORCH_INDEX),$(PIP) install $(PIP_FLAGS) --index-url $(TORCH_INDEX) -c constraints.txt torch)
 	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '$(1)'
@@ -41,14 +42,14 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 
 venv install: $(VENV)/.installed-dev
 
-# The main job, as the commands that it is made of. out/demo holds the model and three pictures.
+# Train, evaluate, generate, check, describe. out/demo gets the model and three plots.
 demo: $(VENV)/.installed
 	$(BIN)/retnet train recipes/retnet-tiny_stdlib_cpu.yaml
 	$(BIN)/retnet eval out/demo --data stdlib
 	$(BIN)/retnet generate out/demo "def " --max-tokens 1000 --seed 0 --png out/demo/stream.png
 	$(BIN)/retnet check out/demo --text README.md --length 256
 	$(BIN)/retnet info out/demo --png out/demo/model.png
-	@echo "pictures: out/demo/loss_curve.png, out/demo/stream.png, out/demo/model.png"
+	@echo "plots: out/demo/loss_curve.png, out/demo/stream.png, out/demo/model.png"
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not gpu and not slow"
@@ -58,7 +59,7 @@ test-all: $(VENV)/.installed-dev
 	$(PYTEST) -rs
 	$(MAKE) test-matrix
 
-# The oldest transformers that pyproject.toml admits, with the tests that touch it.
+# The tests that use transformers, with the oldest version that pyproject.toml allows.
 test-matrix: $(VENV)/.installed-dev
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed-dev
 	.venv-oldest/bin/python -m pip install $(PIP_FLAGS) "transformers==5.17.*"

@@ -1,4 +1,4 @@
-"""Streams text from an exported byte model with onnxruntime and numpy alone: no torch, no tokenizer library.
+"""Streaming text from an exported byte model with onnxruntime and numpy: no torch, no tokenizer library.
 
     python -c "from retnet.models.directory import load_model; from retnet.models.export import export_onnx; \
                export_onnx(load_model('out/demo'), 'out/onnx')"
@@ -16,7 +16,7 @@ import onnxruntime
 
 
 def read(sessions, ids, state, block_tokens):
-    """Logits [vocab] after ids, and the state: whole blocks first, then what is left; one token by the step."""
+    """Logits [vocab] after ids, and the state. Several tokens run through the block, a single one through the step."""
     logits = None
     while len(ids):
         piece, ids = ids[:block_tokens], ids[block_tokens:]
@@ -27,7 +27,7 @@ def read(sessions, ids, state, block_tokens):
 
 
 def stream(directory, prompt, num_tokens, temperature, seed):
-    """Yields bytes."""
+    """Yield one byte at a time."""
     sessions = {name: onnxruntime.InferenceSession(directory / f"{name}.onnx") for name in ("step", "block")}
     manifest = json.loads((directory / "export.json").read_text())
     state = {entry["name"]: np.zeros(entry["shape"], entry["dtype"]) for entry in manifest["state"]}
@@ -36,7 +36,7 @@ def stream(directory, prompt, num_tokens, temperature, seed):
     ids = [start, *prompt.encode()]
     for _ in range(num_tokens):
         logits, state = read(sessions, ids, state, manifest["block_tokens"])
-        logits[start] = -np.inf  # documents do not end here
+        logits[start] = -np.inf  # never start a new document
         scaled = (logits - logits.max()).astype(np.float64) / max(temperature, 1e-6)
         ids = [int(rng.choice(len(scaled), p=np.exp(scaled) / np.exp(scaled).sum()))]
         yield bytes(ids)

@@ -1,8 +1,8 @@
-"""Several runs in one picture: validation loss against tokens, by the names of their folders.
+"""Plot of several training runs: validation loss against tokens.
 
     python recipes/curves.py out/retnet-125m_enwiki2015_h200 out/llama-125m_enwiki2015_h200 --png out/wikipedia.png
 
-The folders are those that `retnet train` wrote.
+The arguments are folders that `retnet train` wrote. The legend has the first part of their names.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 
 def points(folder: Path) -> list[tuple[float, float]]:
-    """(millions of tokens, validation bits per byte) of a run, from the training.json that it left."""
+    """(millions of tokens, validation bits per byte), from the training.json of a run."""
     run = json.loads((folder / "training.json").read_text())
     tokens_per_step = run["summary"]["tokens"] / run["summary"]["steps"]
     found = {entry["step"]: entry["eval_bits_per_byte"] for entry in run["log"] if "eval_bits_per_byte" in entry}
@@ -29,9 +29,9 @@ def main() -> None:
     axes = figure.subplots()
     for folder, marker in zip(options.runs, "osDv^P" * len(options.runs)):
         if not (line := points(folder)):
-            parser.error(f"{folder / 'training.json'} has no validation loss (eval_steps says how often)")
+            parser.error(f"{folder / 'training.json'} has no validation loss; set eval_strategy and eval_steps")
         axes.plot(*zip(*line), marker=marker, markersize=4, label=folder.name.split("_")[0])
-    axes.set(xlabel="million tokens", ylabel="validation, bits per byte")
+    axes.set(xlabel="million tokens", ylabel="validation loss, bits per byte")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

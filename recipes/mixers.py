@@ -1,12 +1,12 @@
-"""Language models that differ in their mixers alone: equal parameters, the same bytes, the same number of tokens.
+"""Comparison of mixers in language models with equal parameters, trained on the same bytes.
 
     python recipes/mixers.py tiny --out out/mixers        CPU, minutes
     python recipes/mixers.py full --out out/mixers        one GPU, about 3 minutes
-    python recipes/mixers.py plot --out out/mixers [--recall out/mqar/mqar.csv]     picture and table from the figures
+    python recipes/mixers.py plot --out out/mixers [--recall out/mqar/mqar.csv]     plot and table from saved results
 
-Three questions. How fast does each learn (validation loss against tokens)? What does it make of a long past (loss at a
-position against how much came before, to four times the length trained on)? What must decoding carry (bytes of state
-against context)? With `--recall`, the table adds `mqar.py`'s accuracies: exact recall beside summary beside cost.
+Three questions. How fast does each model learn (validation loss against tokens)? How much does it gain from context
+(loss by position, up to four times the training length)? How large is its state (bytes against context length)? With
+`--recall`, the table also has the accuracies of `mqar.py`.
 """
 
 import argparse
@@ -30,15 +30,16 @@ from torch import Tensor
 from retnet import LanguageModel
 from retnet.data import DOCUMENT_START, Document, find_documents, split_documents
 from retnet.models.cost import model_cost, parameter_counts
+from retnet.system.sizes import format_bytes
 
-STRETCH = 4  # longest context tested, in lengths trained on
-CONTEXTS = tuple(2**n for n in range(7, 18))  # of the state's panel
-SERVED = 32768  # the context of the table's costs
+STRETCH = 4  # longest tested context / training length
+CONTEXTS = tuple(2**n for n in range(7, 18))  # context lengths in the plot of state sizes
+SERVED = 32768  # context length of the costs in the table
 
 
 @dataclass(frozen=True)
 class Setting:
-    """batch sequences of length tokens a step; tests windows of STRETCH lengths score a model, `points` times."""
+    """A step trains on `batch` sequences of `length` tokens. A model is scored `points` times, on `tests` windows."""
 
     size: Size
     length: int
@@ -56,7 +57,7 @@ SETTINGS = {
 
 
 def tokens_of(documents: tuple[Document, ...], device: torch.device) -> Tensor:
-    """All documents in one row of byte tokens, each after a document start."""
+    """All documents as one sequence of byte tokens, each after a document start."""
     parts = []
     for document in documents:
         parts += [torch.tensor([DOCUMENT_START], dtype=torch.int16)]
@@ -83,7 +84,7 @@ def next_byte_loss(model: LanguageModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_by_position(model: LanguageModel, tokens: Tensor, tests: int, length: int) -> Tensor:
-    """Bits a byte [length] at each position, the mean over `tests` windows spread evenly over the text."""
+    """Bits per byte at each position, [length]: the mean over `tests` windows spread evenly over the text."""
     starts = torch.linspace(0, len(tokens) - length - 2, tests, device=tokens.device).long()
     total = torch.zeros(length, dtype=torch.float64, device=tokens.device)
     for part in starts.split(8):
@@ -95,7 +96,7 @@ def bits_by_position(model: LanguageModel, tokens: Tensor, tests: int, length: i
 
 
 def measure(setting: Setting, source: str, device: torch.device, graphs: bool) -> dict:
-    """What the picture and the table need, as plain data."""
+    """Results for the plot and the table, as plain data."""
     split = split_documents(find_documents(source))
     train_tokens, valid_tokens = tokens_of(split.train, device), tokens_of(split.valid, device)
     configs = equal_stacks(setting.size)
@@ -111,7 +112,7 @@ def measure(setting: Setting, source: str, device: torch.device, graphs: bool) -
             bits = bits_by_position(run.model, valid_tokens, setting.tests, setting.length).mean().item()
             curves[run.name].append(((step + 1) * setting.batch * setting.length, bits))
         scores = ", ".join(f"{name} {points[-1][1]:.3f}" for name, points in curves.items())
-        print(f"step {step + 1}, {time.perf_counter() - begin:.0f} s, bits a byte: {scores}", flush=True)
+        print(f"step {step + 1}, {time.perf_counter() - begin:.0f} s, bits per byte: {scores}", flush=True)
 
     train(runs, batches(train_tokens, setting, 0), setting.steps, report)
     longest = STRETCH * setting.length
@@ -131,19 +132,19 @@ def measure(setting: Setting, source: str, device: torch.device, graphs: bool) -
 
 
 def bucketed(bits: Tensor) -> list[tuple[int, float]]:
-    """(last position, mean) of positions 1-16, 17-32, 33-64, ...: what a context of that length is worth."""
+    """(last position, mean) of positions 1-16, 17-32, 33-64, ...: the loss with a context of that length."""
     edges = [0, *(2**n for n in range(4, int(math.log2(len(bits))) + 1))]
     return [(high, bits[low:high].mean().item()) for low, high in pairwise(edges)]
 
 
 def table(found: dict, recall: list[dict]) -> str:
-    """Markdown, a row a stack. Context is worth what the loss falls from the first bucket that it fills to the last."""
+    """Markdown, one row per stack."""
     length, recalled = found["length"], {}
     for (name, width), accuracies in best(recall).items():
         recalled.setdefault(name, {})[width] = accuracies
     lines = [
-        f"| stack | parameters | bits a byte, {length} tokens | of the tokens at {length} | at {STRETCH * length} "
-        f"| recall of most pairs, % | state at {SERVED}, KiB | decode MFLOP a token at {SERVED} |",
+        f"| stack | parameters | bits per byte, {length} tokens | at position {length} | at {STRETCH * length} "
+        f"| recall of most pairs, % | state at {SERVED} tokens | decode MFLOP per token at {SERVED} |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, count in found["parameters"].items():
@@ -156,7 +157,7 @@ def table(found: dict, recall: list[dict]) -> str:
             exact = f"{100 * sum(seen) / len(seen):.0f} ({max(accuracies)} pairs)"
         lines.append(
             f"| {name} | {count} | {found['curves'][name][-1][1]:.3f} | {places[length]:.3f} "
-            f"| {places[STRETCH * length]:.3f} | {exact} | {found['served_bytes'][name] / 1024:.0f} "
+            f"| {places[STRETCH * length]:.3f} | {exact} | {format_bytes(found['served_bytes'][name])} "
             f"| {found['served_flops'][name] / 1e6:.2f} |"
         )
     return "\n".join(lines)
@@ -168,24 +169,24 @@ def picture(found: dict, path: Path) -> None:
         name: [(T, count / 1024) for T, count in zip(CONTEXTS, line, strict=True)]
         for name, line in found["state_bytes"].items()
     }
-    # The first points are far above all that differs later.
+    # The first points are far above the differences of interest.
     late = sorted(bits for line in millions.values() for _, bits in line[1:])
     panels = [
         Panel(
-            "learning", "million tokens", "validation, bits a byte", millions, markers=False,
+            "validation loss", "million tokens", "bits per byte", millions, markers=False,
             y_range=(late[0] - 0.05, late[-1] + 0.1),
         ),
         Panel(
-            "what a past is worth", "tokens before", "bits a byte", found["positions"], x_base=2,
-            y_range=(late[0] - 0.15, 2.3), limit=(found["length"], "trained to here"),
+            "loss by position", "context length, tokens", "bits per byte", found["positions"], x_base=2,
+            y_range=(late[0] - 0.15, 2.3), limit=(found["length"], "training length"),
         ),
-        Panel("what decoding carries", "tokens before", "state, KiB", state, x_base=2, y_base=2, markers=False),
+        Panel("state size", "context length, tokens", "KiB per sequence", state, x_base=2, y_base=2, markers=False),
     ]  # fmt: skip
     count = sum(found["parameters"].values()) / len(found["parameters"])
     draw(
         panels,
         path,
-        f"Mixers compared: {count / 1e6:.2f} million parameters, {found['tokens'] / 1e6:.0f} million bytes",
+        f"Mixers compared: {count / 1e6:.2f} million parameters, {found['tokens'] / 1e6:.0f} million training bytes",
     )
 
 
@@ -194,8 +195,8 @@ def main() -> None:
     parser.add_argument("setting", choices=[*SETTINGS, "plot"])
     parser.add_argument("--data", default="stdlib", help="as for `retnet train`")
     parser.add_argument("--out", type=Path, default=Path("out/mixers"))
-    parser.add_argument("--recall", type=Path, default=None, help="rows of mqar.py for the table")
-    parser.add_argument("--steps", type=int, default=None, help="instead of the setting's")
+    parser.add_argument("--recall", type=Path, default=None, help="mqar.csv of mqar.py, for the table")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (default: the setting's)")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     options = parser.parse_args()
     figures = options.out / "mixers.json"

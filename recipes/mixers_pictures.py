@@ -1,4 +1,4 @@
-"""One look for the pictures of the mixer recipes: a colour and a marker for each stack, panels side by side."""
+"""Plots of the mixer recipes: panels side by side, the same colour and marker for a stack in all of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mixers_stacks import PATTERNS
 
-# Colours that colour-blind readers tell apart (Okabe and Ito); hybrids are thick, pure stacks thinner; of two lines
-# that may lie on each other the later is dashed.
+# Colours that colour-blind readers can tell apart (Okabe and Ito). Lines of hybrids are thicker. Where two lines may
+# coincide, the later one is dashed.
 _COLOURS = ("#000000", "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#D55E00")
 _DASHES = ("-", "-", "--", "-", "-", "--")
 STYLE = {
@@ -18,8 +18,8 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Panel:
-    """lines: stack -> points (x, y), or (x, y, lowest, highest) to shade a range. x_base, y_base: of logarithmic axes;
-    None is linear. limit: an x where something ends, and its name."""
+    """lines: stack -> points (x, y), or (x, y, lowest, highest) to shade a range. x_base, y_base: base of a logarithmic
+    axis; None: linear. limit: an x value to mark, and its label."""
 
     title: str
     x_label: str
@@ -33,7 +33,7 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
-    """A PNG, one legend for all."""
+    """Write a PNG with one legend for all panels."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""Training many tiny models at once on the same batches.
+"""Training of many tiny models at once on the same batches.
 
-A tiny model on a GPU waits for launches, not for arithmetic: a step of a few hundred kernels of microseconds each. So a
-whole step (forward, backward, clipping, AdamW) is captured in a CUDA graph, one for each shape of batch, and every run
-replays its graphs on a stream of its own, so that the runs fill the device side by side. On a CPU the same step runs
-eagerly. Matrix products are bfloat16 on a GPU (weights and sums float32), float32 on a CPU.
+A step of a tiny model on a GPU is a few hundred kernels of microseconds each, so launches take the time, not
+arithmetic. Therefore a whole step (forward, backward, clipping, AdamW) is captured in a CUDA graph, one per batch
+shape. Every run replays its graphs on its own stream, so that the runs share the device. On a CPU the same step runs
+eagerly. Matrix products are bfloat16 on a GPU (weights and sums float32) and float32 on a CPU.
 """
 
 import math
@@ -19,13 +19,13 @@ from retnet import LanguageModel, ModelConfig
 Batch = tuple[Tensor, ...]
 Loss = Callable[..., Tensor]  # (model, *batch) -> mean nats
 
-EAGER_STEPS = 3  # before a capture: what first calls compile and allocate must not be in the graph
+EAGER_STEPS = 3  # before a capture: the first calls compile and allocate
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
 
 
 @contextmanager
 def precision(device: torch.device) -> Iterator[None]:
-    # Inside a graph a cached cast would be a copy of the weights of the day of the capture.
+    # A cached cast inside a graph would keep the weights as they were at capture.
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
         yield
 
@@ -47,7 +47,7 @@ class _Captured:
 
 @dataclass
 class Run:
-    """One model in training. `losses` are of the steps, on the device."""
+    """One model in training. `losses` has the loss of every step, on the device."""
 
     name: str
     config: ModelConfig
@@ -71,7 +71,7 @@ class Run:
         self._pool = torch.cuda.graph_pool_handle() if self.cuda else None
 
     def step(self, batch: Batch, rate: float) -> None:
-        """One optimizer step on the run's own stream; the batch was made on the current one."""
+        """One optimizer step on the run's own stream; the batch comes from the current stream."""
         if self.stream is None:
             self.rate.fill_(rate)
             self.losses.append(self._train(batch))
@@ -106,25 +106,25 @@ class Run:
         return captured.loss.clone()
 
     def _capture(self, batch: Batch) -> _Captured:
-        """Record the step; nothing is trained by it."""
+        """Capture the step; capturing does not run it."""
         own, graph = tuple(x.clone() for x in batch), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
             loss = self._train(own)
         return _Captured(own, loss, graph)
 
     def wait(self) -> None:
-        """Let the current stream see the weights after the last step."""
+        """Make the current stream wait for the last step."""
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def release(self) -> None:
-        """Let go of what only training needs."""
+        """Free what only training needs."""
         self._captured.clear()
         del self.optimizer
 
 
 def train(runs: list[Run], batches: Iterator[Batch], steps: int, report: Callable[[int], None] | None = None) -> None:
-    """Every run sees every batch, in one order."""
+    """Every run sees every batch, in the same order."""
     for step in range(steps):
         batch = next(batches)
         for run in runs:
@@ -137,7 +137,7 @@ def train(runs: list[Run], batches: Iterator[Batch], steps: int, report: Callabl
 
 
 def _groups(model: nn.Module) -> list[dict]:
-    """Matrices decay; norms, biases, rates do not."""
+    """Matrices get weight decay; norms, biases and rates do not."""
     matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and not name.endswith("log_rate")]
     chosen = set(matrices)
     others = [p for p in model.parameters() if p not in chosen]

@@ -1,13 +1,13 @@
-"""Recall measured: stacks of equal parameters on multi-query associative recall, accuracy against number of pairs.
+"""Multi-query associative recall of stacks with equal parameters: accuracy against number of pairs.
 
     python recipes/mqar.py tiny --out out/mqar            CPU, about ten minutes
     python recipes/mqar.py full --out out/mqar            one GPU, about 4 minutes
-    python recipes/mqar.py plot --out out/mqar            the picture and table again from the rows
+    python recipes/mqar.py plot --out out/mqar            plot and table from saved rows
 
-It stands among the recipes, not the benchmarks: it trains, and its figures are accuracies. Each stack (`mixers_stacks`)
-is trained from every seed at every learning rate on one stream of fresh sequences of all the numbers of pairs in turn
-(`mqar_task`), shortest first within a round. What is reported is the best learning rate of each stack at each width, as
-in the paper, and the range over seeds. The width sets the state: 2 width^2 / heads floats a recurrent layer.
+Each stack (`mixers_stacks`) is trained from every seed at every learning rate, on one stream of fresh sequences
+(`mqar_task`). The numbers of pairs take turns, shortest sequences first. Reported are the best learning rate of each
+stack at each width, as in the paper, and the range over seeds. The width sets the state size: 2 width^2 / heads floats
+per recurrent layer.
 """
 
 import argparse
@@ -28,13 +28,14 @@ from torch import Tensor
 from retnet import LanguageModel
 from retnet.models.cost import model_cost
 from retnet.models.loss import linear_cross_entropy
+from retnet.system.sizes import format_bytes
 
 TEST_SEED = 2**31
 
 
 @dataclass(frozen=True)
 class Setting:
-    """lengths and pairs of the tasks that are trained in turn and tested; batch: sequences a step."""
+    """tasks: (length, pairs), trained in turn and tested; batch: sequences per step; tests: sequences per test."""
 
     tasks: tuple[tuple[int, int], ...]
     widths: tuple[int, ...]
@@ -68,7 +69,7 @@ SETTINGS = {
 
 
 def recall_loss(model: LanguageModel, ids: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """Mean nats of the values asked for."""
+    """Mean loss, in nats, of the queried values."""
     return linear_cross_entropy(_asked(model, ids, places), model.head.weight, values)
 
 
@@ -80,7 +81,7 @@ def _asked(model: LanguageModel, ids: Tensor, places: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: LanguageModel, task: Recall, tests: int, device: torch.device) -> float:
-    """Share of queries, on sequences that nobody trained on, whose value is the likeliest of all tokens."""
+    """Share of queries whose value gets the highest logit, on test sequences."""
     generator = torch.Generator(device).manual_seed(TEST_SEED)
     right = asked = 0
     while asked < tests * task.pairs:
@@ -100,7 +101,7 @@ def batches(setting: Setting, seed: int, device: torch.device) -> Iterator[Batch
 
 
 def measure(setting: Setting, device: torch.device, graphs: bool) -> Iterator[list[dict]]:
-    """For each seed and width, whose runs train at once: a row a stack, learning rate and number of pairs."""
+    """Rows per seed and width, whose runs train at once: one row per stack, learning rate and number of pairs."""
     for seed in range(setting.seeds):
         for width in setting.widths:
             begin = time.perf_counter()
@@ -138,7 +139,7 @@ def tested(run: Run, setting: Setting, width: int, seed: int) -> list[dict]:
 
 
 def best(rows: list[dict]) -> dict[tuple[str, int], dict[int, list[float]]]:
-    """(stack, width) -> pairs -> accuracies of all seeds, at the learning rate best over all pairs and seeds."""
+    """(stack, width) -> pairs -> accuracies of all seeds, at the learning rate with the best mean accuracy."""
     groups: dict[tuple[str, int], dict[float, dict[int, list[float]]]] = {}
     for row in rows:
         by_rate = groups.setdefault((row["stack"], int(row["width"])), {})
@@ -150,22 +151,22 @@ def best(rows: list[dict]) -> dict[tuple[str, int], dict[int, list[float]]]:
 
 
 def table(rows: list[dict]) -> str:
-    """Mean accuracy over seeds in percent, as Markdown."""
+    """Markdown: mean accuracy over seeds in percent."""
     found, pairs = best(rows), sorted({int(row["pairs"]) for row in rows})
     facts = {(row["stack"], int(row["width"])): (int(row["parameters"]), int(row["state_bytes"])) for row in rows}
     lines = [
-        f"| stack | width | parameters | state, KiB | {' | '.join(f'{p} pairs' for p in pairs)} |",
+        f"| stack | width | parameters | state | {' | '.join(f'{p} pairs' for p in pairs)} |",
         "|---|---:|---:|---:|" + "---:|" * len(pairs),
     ]
     for (name, width), accuracies in found.items():
         parameters, state = facts[name, width]
         cells = " | ".join(f"{100 * statistics.mean(accuracies[p]):.1f}" for p in pairs)
-        lines.append(f"| {name} | {width} | {parameters} | {state / 1024:.0f} | {cells} |")
+        lines.append(f"| {name} | {width} | {parameters} | {format_bytes(state)} | {cells} |")
     return "\n".join(lines)
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """One panel a width; lines are means over seeds, bands their range."""
+    """One panel per width. Lines are means over seeds, bands their range."""
     found, panels = best(rows), []
     for width in sorted({int(row["width"]) for row in rows}):
         state = next(int(row["state_bytes"]) for row in rows if row["stack"] == "RetNet" and int(row["width"]) == width)
@@ -177,8 +178,8 @@ def picture(rows: list[dict], path: Path) -> None:
             for (name, of), accuracies in found.items()
             if of == width
         }
-        title = f"width {width}, RetNet's state {state / 1024:.0f} KiB"
-        panels.append(Panel(title, "pairs to remember", "queries answered, %", lines, x_base=2, y_range=(-3, 103)))
+        title = f"width {width} (RetNet's state: {format_bytes(state)})"
+        panels.append(Panel(title, "number of pairs", "accuracy, %", lines, x_base=2, y_range=(-3, 103)))
     draw(panels, path, "Multi-query associative recall, stacks of equal parameters")
 
 
@@ -186,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=[*SETTINGS, "plot"])
     parser.add_argument("--out", type=Path, default=Path("out/mqar"))
-    parser.add_argument("--steps", type=int, default=None, help="instead of the setting's")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (default: the setting's)")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     options = parser.parse_args()
     rows_path = options.out / "mqar.csv"
@@ -201,7 +202,7 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         for found in measure(setting, device, graphs=not options.eager):
             rows += found
-            with rows_path.open("w", newline="") as file:  # what is done survives what follows
+            with rows_path.open("w", newline="") as file:  # an interrupted run keeps its rows
                 writer = csv.DictWriter(file, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)

@@ -1,11 +1,12 @@
-"""Multi-query associative recall (MQAR), the task of Arora et al. 2024 (arXiv 2402.18668; arXiv 2312.04927, section 4).
+"""The task multi-query associative recall (MQAR) of Arora et al. 2024 (arXiv 2402.18668; arXiv 2312.04927, section 4).
 
-    k1 v1 k2 v2 ... kP vP | r r k2 r r r kP r k1 ...          at each repeated key the model is asked for its value
+    k1 v1 k2 v2 ... kP vP | r r k2 r r r kP r k1 ...          at each repeated key, the model must predict its value
 
-The first 2 P tokens are P pairs of distinct keys (tokens 1 .. vocab / 2 - 1) with distinct values (vocab / 2 .. vocab -
-1). Of the rest every second place may hold a query: each key is asked for once, at a place drawn without replacement
-with odds proportional to a power law a g^(a - 1) of its distance g from the pairs, a = 0.01, so that most queries come
-soon and some come late. All other places hold random tokens. Batches are drawn on the device, never stored.
+The first 2 P tokens are P pairs of distinct keys (tokens 1 .. vocab / 2 - 1) and distinct values (vocab / 2 .. vocab -
+1). In the rest, every second position may hold a query. Each key is queried once, at a position drawn without
+replacement. The probability follows a power law a g^(a - 1) of the distance g from the pairs, a = 0.01, so most
+queries come early and some come late. All other positions hold random tokens. Batches are drawn on the device and not
+stored.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ POWER = 0.01
 
 @dataclass(frozen=True)
 class Recall:
-    """Sequences of `length` tokens with `pairs` pairs; 4 pairs <= length, as in the paper."""
+    """Sequences of `length` tokens with `pairs` pairs. As in the paper, length is at least 4 times pairs."""
 
     length: int
     pairs: int
@@ -27,17 +28,17 @@ class Recall:
     def __post_init__(self) -> None:
         if self.length % 2 or self.length < 4 * self.pairs or self.pairs < 1:
             raise ValueError(
-                f"length is {self.length} with {self.pairs} pairs; accepted: an even number, at least 4 for each pair"
+                f"length is {self.length} with {self.pairs} pairs; accepted: an even number, at least 4 per pair"
             )
         if self.vocab_size <= self.length or self.vocab_size % 2:
             raise ValueError(f"vocab_size is {self.vocab_size}; accepted: an even number above length {self.length}")
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """ids [size, length], places [size, pairs] of the queries in them, and the value asked for at each."""
+        """ids [size, length], positions [size, pairs] of the queries, and the value [size, pairs] of each query."""
         device, half, P = generator.device, self.vocab_size // 2, self.pairs
 
         def distinct(low: int, high: int) -> Tensor:
-            """P different tokens of [low, high) a row."""
+            """P different tokens in [low, high) per row."""
             odds = torch.rand(size, high - low, generator=generator, device=device)
             return odds.topk(P).indices + low
 
@@ -48,7 +49,7 @@ class Recall:
         return ids.scatter_(1, places, keys), places, values
 
     def _gaps(self, size: int, generator: torch.Generator) -> Tensor:
-        """P different gaps a row, drawn one after another by the power law: the largest of log odds + Gumbel noise."""
+        """P different gaps per row, drawn by the power law without replacement: the largest log odds + Gumbel noise."""
         space = (self.length - 2 * self.pairs) // 2
         distance = torch.arange(1, space + 1, device=generator.device, dtype=torch.float32)
         noise = -torch.empty(size, space, device=generator.device).exponential_(generator=generator).log()

@@ -1,4 +1,4 @@
-"""Benchmarks still run: those of a CPU at small sizes, those of a GPU as far as saying that there is none."""
+"""Benchmarks run: on a CPU at small sizes; those that need a GPU say so."""
 
 import csv
 import subprocess
@@ -24,7 +24,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_generation_is_measured_and_drawn(tmp_path):
+def test_the_generation_benchmark_writes_rows_and_plots_them(tmp_path):
     file, picture = tmp_path / "points.csv", tmp_path / "picture.png"
     words = ["--sections", "position,batch,first,prefix,restore", "--positions", 8, "--batch", 1, "--prompts", 16]
     words += ["--context", 16, "--seconds", 0.01, "--device", "cpu", "--csv", file]
@@ -39,14 +39,14 @@ def test_generation_is_measured_and_drawn(tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_losses_are_measured(tmp_path):
+def test_the_loss_benchmark_writes_a_row_per_implementation(tmp_path):
     file = tmp_path / "points.csv"
     done = run("bench_loss", "--tokens", 64, "--width", 32, "--vocab", 300, "--dtype", "float32", "--csv", file)
     assert done.returncode == 0, done.stderr
     assert {"plain", "ours"} <= {row["implementation"] for row in rows(file)}
 
 
-def test_a_profile_names_operators():
+def test_a_profile_lists_operators():
     done = run("profile_step", "--model", "retnet-tiny", "--steps", 1, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "operators" in done.stdout
@@ -55,7 +55,7 @@ def test_a_profile_names_operators():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", GPU_ONLY)
-def test_what_measures_a_gpu_says_so_without_one(script):
+def test_a_gpu_benchmark_without_a_gpu_ends_with_a_message(script):
     done = run(script)
     assert done.returncode == 1
     assert done.stderr.strip().endswith(
@@ -64,7 +64,7 @@ def test_what_measures_a_gpu_says_so_without_one(script):
 
 
 @pytest.mark.parametrize("script", sorted(file.stem for file in BENCHMARKS.glob("bench_*.py")))
-def test_every_benchmark_explains_itself(script):
+def test_every_benchmark_has_help(script):
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr
     assert "python benchmarks/" in done.stdout or "--csv" in done.stdout

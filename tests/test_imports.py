@@ -33,12 +33,12 @@ def test_the_import_contracts_hold():
     ],
     ids=["package", "command line", "help"],
 )
-def test_nothing_heavy_is_loaded_before_it_is_needed(code):
+def test_importing_and_help_load_no_heavy_package(code):
     loaded = run_python(f"{code}\nimport sys\nprint(*[m for m in {HEAVY!r} if m in sys.modules], sep=',')")
     assert loaded.splitlines()[-1] == ""
 
 
-def test_importing_leaves_the_environment_as_it_was():
+def test_importing_changes_neither_the_environment_nor_logging():
     output = run_python(
         "import os, logging\n"
         "before = dict(os.environ), logging.root.level, list(logging.root.handlers)\n"
@@ -56,7 +56,7 @@ def test_every_public_name_can_be_imported():
         assert getattr(retnet, name) is not None
 
 
-def test_an_unknown_name_is_an_attribute_error_that_lists_what_there_is():
+def test_an_unknown_name_is_an_attribute_error_that_lists_the_exports():
     import retnet
 
     with pytest.raises(AttributeError, match=r"no attribute 'retenion'; it exports .*retention"):

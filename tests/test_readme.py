@@ -1,4 +1,4 @@
-"""What the README shows is true: its Python runs, its tree and its commands exist."""
+"""The README is true: its Python examples run; its tree, links and commands exist; it is short."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+def test_the_readme_has_at_most_120_lines():
+    assert len(README.splitlines()) <= 120
+
+
 def blocks(language: str) -> list[str]:
     fenced = README.split("```")[1::2]
     return [block.partition("\n")[2] for block in fenced if block.partition("\n")[0] == language]
@@ -21,11 +25,11 @@ def test_the_python_examples_run(code):
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_the_tree_names_what_exists():
+def test_the_tree_lists_every_package_and_only_existing_folders():
     (tree,) = (block for block in blocks("") if block.startswith("retnet/\n"))
     folder = ROOT
     for line in tree.splitlines():
-        if line.startswith("     "):  # a description goes on
+        if line.startswith("     "):  # the description continues
             continue
         name = line.split()[0]
         folder = ROOT / "retnet" if line.startswith("  ") else ROOT
@@ -34,7 +38,7 @@ def test_the_tree_names_what_exists():
     assert packages <= {line.split()[0] for line in tree.splitlines()}
 
 
-def test_links_lead_to_files():
+def test_every_link_leads_to_a_file():
     headings = (line.lstrip("# ").lower() for line in README.splitlines() if line.startswith("## "))
     anchors = {re.sub(r"[^a-z ]", "", heading).replace(" ", "-") for heading in headings}
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
@@ -42,7 +46,7 @@ def test_links_lead_to_files():
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
-def test_verbs_and_targets_that_it_names_exist():
+def test_every_verb_and_make_target_exists():
     from retnet.cli import app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands}

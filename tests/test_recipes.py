@@ -1,4 +1,4 @@
-"""Every shipped recipe is one that `retnet train` takes, for a model that can be built."""
+"""Every shipped recipe is valid for `retnet train`, and its model can be built."""
 
 from pathlib import Path
 
@@ -10,37 +10,37 @@ from retnet.train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-SAVED = "out/"  # models that another recipe trains first
+SAVED = "out/"  # folder of models that other recipes train
 
 
 @pytest.fixture(autouse=True)
 def at_a_fresh_root(monkeypatch, tmp_path):
-    """Recipes name files from the root; what runs have left there does not count."""
+    """Paths in recipes are relative to the root. Use a root without the output of earlier runs."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_a_shipped_recipe_is_complete(file):
+def test_a_recipe_is_valid_and_its_model_resolves(file):
     recipe = load_recipe(file)
-    settings = recipe.training | {"bf16": False}  # which needs the hardware that the recipe is for
+    settings = recipe.training | {"bf16": False}  # bf16 may need other hardware than this
     assert recipe.model_copy(update={"training": settings}).training_arguments().max_steps != 0
     if not recipe.model.startswith(SAVED):
         assert resolve_config(recipe.model).layers
 
 
-def test_a_recipe_is_named_for_its_model_data_and_hardware():
+def test_a_recipe_name_has_model_data_and_hardware():
     for file in RECIPES:
         assert len(file.stem.split("_")) == 3, file
         assert load_recipe(file).training["output_dir"].startswith(SAVED)
 
 
-def test_the_models_that_are_compared_have_equal_parameters():
+def test_the_wikipedia_recipes_have_equal_parameters_and_settings():
     compared = [load_recipe(file) for file in RECIPES if "enwiki2015" in file.stem]
     counts = [parameter_counts(resolve_config(recipe.model))["total"] for recipe in compared]
     assert len(counts) == 3
     assert max(counts) / min(counts) < 1.001
-    own = {"output_dir": "", "learning_rate": 0}  # each at the best rate that was found for it
+    own = {"output_dir": "", "learning_rate": 0}  # each recipe has its own best learning rate
     settings = [{**recipe.training, **own} for recipe in compared]
     assert all(s == settings[0] for s in settings)
     assert len({(recipe.data, recipe.valid, recipe.length) for recipe in compared}) == 1

@@ -1,4 +1,4 @@
-"""Every code block of the workflow pages runs, in order, in one namespace a page."""
+"""Every code block of the workflow pages runs, in order, in one namespace per page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ doc_to_target: 0
 
 @pytest.fixture
 def names(byte_model, tmp_path) -> dict:
-    """What the pages say is given."""
+    """The names that the pages use without defining them."""
     from retnet.models.hf.tokenizer import byte_tokenizer
 
     directory = tmp_path / "given"
@@ -67,7 +67,7 @@ def names(byte_model, tmp_path) -> dict:
 
 
 def run_in_shell(command: str, names: dict, tmp_path: Path) -> None:
-    """A line of a console block: our command in this process, another program in its own."""
+    """Run a line of a console block: `retnet` in this process, `python` in a new one without torch."""
     given = {"MODEL": names["directory"], "TEXT": names["file"], "TASKS": str(tmp_path / "tasks")}
     program, *arguments = [given.get(word, word) for word in shlex.split(command)]
     if program == "retnet":
