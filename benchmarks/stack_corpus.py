@@ -90,7 +90,7 @@ def verdict(path: Path) -> str:
     try:
         load_stack(path)
     except StackError as error:
-        return "; ".join(f"{p.category.removesuffix('Error')} at `{p.dotted}`" for p in error.problems)
+        return "; ".join(f"{p.category.removesuffix('Error')} at `{p.dotted}`" for p in error.faults)
     return "accepted"
 
 

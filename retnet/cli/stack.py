@@ -159,7 +159,7 @@ def _open(name: str) -> Stack:
 
 
 def _print_problems(name: str, error: StackError) -> None:
-    count = len(error.problems)
+    count = len(error.faults)
     errors.print(Text.assemble((name, "bold"), f": {count} fault{'s' * (count > 1)}"), soft_wrap=True)
     errors.print(Text(str(error)), soft_wrap=True)
 

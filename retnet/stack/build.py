@@ -23,7 +23,7 @@ _DEFAULT_INIT_STD = 0.02
 
 
 def model_config(stack: Stack) -> ModelConfig:
-    """The configuration of a stack's model. Every valid stack has one."""
+    """The configuration of a stack's model. It exists for every valid stack."""
     spec = stack.spec
     hints = spec.training_hints or TrainingHints()
     std = init_std(hints.init)
@@ -48,7 +48,7 @@ def model_config(stack: Stack) -> ModelConfig:
 
 
 def tied(spec: Spec) -> bool:
-    """Whether the head is the embedding: what the file says in one place or (the same) in both."""
+    """Whether the head is the embedding, as the file says under `embedding` or under `head`."""
     if "tie_word_embeddings" in spec.embedding.model_fields_set:
         return spec.embedding.tie_word_embeddings
     return spec.head.tie_weights

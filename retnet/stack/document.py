@@ -1,9 +1,9 @@
-"""A YAML file as plain values, with the line and column of every key and value.
+"""YAML documents as plain values, with the line and column of every key and value.
 
-PyYAML's SafeLoader is composed to nodes (YAML 1.1) and the nodes are read here rather than by its constructor: it
-would keep the last of two equal keys and forget where anything stood. Only null, booleans, integers, floats, text,
-lists and mappings with text keys exist in a stack; merge keys (`<<`) and aliases work. Size, depth, node and alias
-counts are bounded before the values exist, so that no file can take long or much memory.
+PyYAML's SafeLoader composes the nodes (YAML 1.1). They are converted to values here, because PyYAML's constructor
+silently keeps the last of two equal keys and drops line and column. A stack consists of null, booleans, integers,
+floats, text, lists, and mappings with text keys; merge keys (`<<`) and aliases work. Size, depth, nodes and aliases are
+limited before values are built, so that no file can take much time or memory.
 """
 
 from dataclasses import dataclass, field
@@ -25,17 +25,17 @@ _TAG = "tag:yaml.org,2002:"
 
 @dataclass
 class Document:
-    """The root value, where its keys and values stand, and what was wrong while reading it."""
+    """The root value, the marks of its keys and values, and the faults found while reading it."""
 
     root: Any = None
     values: dict[Path, Mark] = field(default_factory=dict)
     keys: dict[Path, Mark] = field(default_factory=dict)
-    problems: list[Fault] = field(default_factory=list)
-    broken: set[Path] = field(default_factory=set)  # values already reported: whatever follows from them is not
-    incomplete: set[Path] = field(default_factory=set)  # mappings with a key that could not be read, and was reported
+    faults: list[Fault] = field(default_factory=list)
+    broken: set[Path] = field(default_factory=set)  # values with a reported fault: its consequences are not reported
+    incomplete: set[Path] = field(default_factory=set)  # mappings with a reported fault in a key
 
     def mark(self, path: Path, *, key: bool = False) -> Mark | None:
-        """Where the value (or the key) at `path` stands; for one that is missing, its mapping."""
+        """The place of the value (or the key) at `path`; if it is missing, that of its mapping."""
         here = self.keys if key else self.values
         while path and path not in here:
             path, here = path[:-1], self.keys
@@ -46,7 +46,7 @@ class Document:
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """SafeLoader that stops at the first node beyond the limits."""
+    """A SafeLoader that stops at the first node beyond the limits."""
 
     depth = nodes = aliases = 0
 
@@ -81,22 +81,22 @@ def read_text(data: bytes, origin: str = "") -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         column = error.start - data.rfind(b"\n", 0, error.start)
-        problem = Fault((), "the file is not UTF-8 text", "save it as UTF-8", mark=Mark(line, column))
-        raise StackError([problem], origin) from None
+        fault = Fault((), "the file is not UTF-8 text", "save it as UTF-8", mark=Mark(line, column))
+        raise StackError([fault], origin) from None
 
 
 def parse(text: str, origin: str = "") -> Document:
-    """The document of one YAML text.
+    """Parse YAML text.
 
-    Raises StackError if it is not YAML, or not one document with a mapping at its root. Lesser faults (repeated keys,
-    dates, numbers out of range) are collected in `problems`.
+    Raises StackError if it is not YAML, or not one document with a mapping at its root. Smaller faults (repeated keys,
+    dates, numbers out of range) are collected in `faults`.
     """
     loader: _BoundedLoader | None = None
     try:
         loader = _BoundedLoader(text)
         node = loader.get_single_node()
     except yaml.YAMLError as error:
-        raise StackError([_yaml_problem(error, text)], origin) from None
+        raise StackError([_yaml_fault(error, text)], origin) from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -111,7 +111,7 @@ def parse(text: str, origin: str = "") -> Document:
     return reader.document
 
 
-def _yaml_problem(error: yaml.YAMLError, text: str) -> Fault:
+def _yaml_fault(error: yaml.YAMLError, text: str) -> Fault:
     if isinstance(error, yaml.MarkedYAMLError):
         what = " ".join(part for part in (error.context, error.problem) if part)
         at = error.problem_mark or error.context_mark
@@ -121,26 +121,26 @@ def _yaml_problem(error: yaml.YAMLError, text: str) -> Fault:
         what = f"the character {text[position : position + 1]!a} is not allowed in YAML"
         mark = Mark(text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position))
     return Fault(
-        (), f"this is not a YAML file a stack can be read from: {plain(what, 200)}", "correct it here", mark=mark
+        (), f"this is not a YAML file that a stack can be read from: {plain(what, 200)}", "correct it here", mark=mark
     )
 
 
 class _NodeReader:
-    """Turns nodes into values, noting where each stands."""
+    """Converts nodes to values, and records the place of each."""
 
     def __init__(self) -> None:
         self.document = Document()
         self._scalars = SafeConstructor()
-        self._open: set[int] = set()  # the nodes being read, to find an alias inside its own anchor
+        self._open: set[int] = set()  # the nodes being read, to detect an alias inside its own anchor
         self._count = 0
 
     def read(self, node: yaml.Node, path: Path) -> Any:
         self.document.values[path] = _mark(node.start_mark)
         self._count += 1
         if id(node) in self._open:
-            return self._refuse(path, "an alias stands inside the value it repeats", "write the value out")
+            return self._refuse(path, "an alias is inside the value that it repeats", "write the value out")
         if self._count > MAX_NODES:
-            # Aliases of aliases: few nodes in the file, any number of values.
+            # Aliases of aliases can make any number of values from few nodes.
             what = f"more than {MAX_NODES} values once aliases are written out"
             raise StackError([Fault(path, what, "use fewer aliases", mark=_mark(node.start_mark))])
         if isinstance(node, yaml.ScalarNode):
@@ -153,7 +153,7 @@ class _NodeReader:
                 return [self.read(item, (*path, i)) for i, item in enumerate(node.value)]
         finally:
             self._open.discard(id(node))
-        return self._refuse(path, f"the tag {plain(node.tag)} means nothing in a stack", "remove the tag")
+        return self._refuse(path, f"the tag {plain(node.tag)} has no meaning in a stack", "remove the tag")
 
     def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
         kind = node.tag.removeprefix(_TAG)
@@ -165,7 +165,7 @@ class _NodeReader:
         try:
             value = getattr(self._scalars, f"construct_yaml_{kind}")(node)
         except (ValueError, KeyError, IndexError, OverflowError):
-            # A tag that the text does not fit (`!!int x`), or more digits than Python converts.
+            # Text that does not fit its tag (`!!int x`), or has more digits than Python converts.
             return self._refuse(path, f"{show(node.value)} is not a usable {kind}", "write a plain number or text")
         if kind == "int" and abs(value) > LARGEST_INTEGER:
             return self._refuse(path, "the integer is too large", f"write at most {LARGEST_INTEGER}")
@@ -184,14 +184,14 @@ class _NodeReader:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
                 shown = show(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
                 fix = "put it in quotes (YAML reads numbers, dates, yes, no, on, off and null unquoted)"
-                self.document.problems.append(Fault(path, f"the key {shown} is not text", fix, mark=mark))
+                self.document.faults.append(Fault(path, f"the key {shown} is not text", fix, mark=mark))
                 self.document.incomplete.add(path)
             elif key_node.value in mapping:
-                what = f"the key '{plain(key_node.value)}' stands here twice"
-                self.document.problems.append(Fault(path, what, "keep one of the two", mark=mark))
+                what = f"the key '{plain(key_node.value)}' is given twice"
+                self.document.faults.append(Fault(path, what, "keep one of the two", mark=mark))
             elif "${" in key_node.value:
-                what = f"the key {show(key_node.value)} holds an expression; only values may"
-                self.document.problems.append(Fault(path, what, "write the key out", mark=mark))
+                what = f"the key {show(key_node.value)} contains an expression; only values may"
+                self.document.faults.append(Fault(path, what, "write the key out", mark=mark))
                 self.document.incomplete.add(path)
             else:
                 self.document.keys[*path, key_node.value] = mark
@@ -201,10 +201,10 @@ class _NodeReader:
         return mapping
 
     def _merge(self, base: yaml.Node, mapping: dict[str, Any], path: Path) -> None:
-        """`<<: *base`: the keys of `base` that the mapping itself does not have."""
+        """`<<: *base`: add the keys of `base` that the mapping does not have."""
         if not isinstance(base, yaml.MappingNode):
-            problem = Fault(path, "`<<` can merge mappings only", "merge a mapping", mark=_mark(base.start_mark))
-            self.document.problems.append(problem)
+            fault = Fault(path, "`<<` can merge mappings only", "merge a mapping", mark=_mark(base.start_mark))
+            self.document.faults.append(fault)
             return
         before = {key: self.document.keys[*path, key] for key in mapping}
         marks = {p: m for p, m in self.document.values.items() if p[: len(path)] == path}
@@ -216,5 +216,5 @@ class _NodeReader:
         self.document.keys.update({(*path, key): mark for key, mark in before.items()})
 
     def _refuse(self, path: Path, what: str, fix: str) -> None:
-        self.document.problems.append(Fault(path, what, fix, mark=self.document.values[path]))
+        self.document.faults.append(Fault(path, what, fix, mark=self.document.values[path]))
         self.document.broken.add(path)

@@ -1,12 +1,12 @@
-"""What is wrong with a stack file, told in three lines a fault, every fault of the file at once.
+"""Faults of a stack file: three lines each, all faults of the file at once.
 
     Category: path: what is wrong (line L, column C)
     Fix: what to write instead
-    See: where it is explained
+    See: the section of the guide
 
 A path is dotted, with [i] for list items: `layer_schedule[1].override.ffn.activation`; the whole file is `root`. A
-fault of a key (unknown, missing, repeated) is reported at the mapping that holds it, a fault of a value at the value.
-Text taken from a file is escaped and shortened, so that no name or value can break the three lines.
+fault of a key (unknown, missing, repeated) is reported at its mapping, a fault of a value at the value. Text from the
+file is escaped and shortened, so that no name or value can break the three lines.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from enum import StrEnum
 Path = tuple[str | int, ...]
 
 GUIDE = "docs/stack.md"
-# The guide's sections, by the keys on a path; the last key of a path that is listed decides.
+# The guide's sections by key. The last key of a path that is listed here, or is a mixer, selects the section.
 _SECTIONS = {
     "let": "let",
     "model": "model",
@@ -39,7 +39,7 @@ _SECTIONS = {
 
 
 class Category(StrEnum):
-    """The first word of a fault."""
+    """The kind of a fault, the first word of its text."""
 
     VALIDATION = "ValidationError"
     COMPATIBILITY = "CompatibilityError"
@@ -48,7 +48,7 @@ class Category(StrEnum):
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a file, both counted from 1."""
+    """A place in a file. Lines and columns are counted from 1."""
 
     line: int
     column: int
@@ -63,7 +63,7 @@ class Fault:
     fix: str
     category: Category = Category.VALIDATION
     mark: Mark | None = None
-    topic: str = ""  # the guide's section, where the path does not tell it
+    topic: str = ""  # the guide's section, if the path does not determine it
 
     @property
     def dotted(self) -> str:
@@ -79,16 +79,16 @@ class Fault:
 
 
 class StackError(ValueError):
-    """A stack that cannot be used. `problems` holds every fault found, in the order of the file."""
+    """A stack with faults. `faults` lists all of them, in the order of the file."""
 
-    def __init__(self, problems: Iterable[Fault], origin: str = "") -> None:
-        self.problems: tuple[Fault, ...] = tuple(problems)
+    def __init__(self, faults: Iterable[Fault], origin: str = "") -> None:
+        self.faults: tuple[Fault, ...] = tuple(faults)
         self.origin = origin
-        super().__init__("\n\n".join(str(problem) for problem in self.problems))
+        super().__init__("\n\n".join(str(fault) for fault in self.faults))
 
 
 def guide_section(path: Path, category: Category) -> str:
-    """The section of the guide that explains this part of a file."""
+    """The section of the guide that explains a path."""
     if category is Category.UNSUPPORTED:
         return "not-supported"
     from .mixers import MIXERS  # not at the top: the mixers import this module
@@ -109,13 +109,13 @@ def format_path(path: Path) -> str:
 
 
 def plain(text: str, limit: int = 80) -> str:
-    """The text on one line, unprintable characters escaped, shortened to about `limit` characters."""
+    """Text on one line, shortened to about `limit` characters, with unprintable characters escaped."""
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def show(value: object) -> str:
-    """A value of a file as an error shows it: text in quotes, YAML's spelling for the rest."""
+    """A value as errors show it: text in quotes, other values as YAML spells them."""
     match value:
         case None:
             return "null"
@@ -132,12 +132,12 @@ def show(value: object) -> str:
 
 
 def listing(names: Iterable[str]) -> str:
-    """'a, b, c' from names of a file or of the schema."""
+    """Names as 'a, b, c'."""
     return ", ".join(plain(name) for name in names)
 
 
 def nearest(name: object, candidates: Sequence[str]) -> str | None:
-    """The candidate most like `name`, None if nothing is near."""
+    """The candidate most similar to `name`, None if none is similar."""
     if not isinstance(name, str):
         return None
     return next(iter(difflib.get_close_matches(name[:100], candidates, n=1, cutoff=0.6)), None)

@@ -1,7 +1,7 @@
-"""EulerStack's own estimate of a stack's parameters, reproduced for comparison.
+"""EulerStack's estimate of a stack's parameters, reproduced for comparison with the count of the built model.
 
-It counts no biases, knows nothing of a gate or of wider values in retention, and takes a model for tied unless
-`head.tie_weights` is false. The true number is counted from the built model; this one only stands beside it.
+It ignores biases, the gate and the wider values of retention, and assumes a tied head unless `head.tie_weights` is
+false.
 """
 
 from .layers import Layer

@@ -1,8 +1,8 @@
-"""`let` and `${...}`: arithmetic on a file's own constants, evaluated by walking Python's syntax tree.
+"""`let` and `${...}`: arithmetic on constants that a file defines, evaluated on Python's syntax tree.
 
-The grammar is numbers, `let.NAME`, + - * / //, signs and parentheses. There is no power, call, comparison, name or
-text, and every intermediate result must stay finite and within 64 bits, so an expression can neither run code nor run
-long. A result that is a whole number is an integer (64 / 2 is 32), since most values of a stack are.
+The grammar is numbers, `let.NAME`, + - * / //, signs and parentheses. There are no powers, calls, comparisons, other
+names or text, and intermediate results must be finite and fit in 64 bits, so an expression can neither run code nor
+run long. A result that is a whole number becomes an integer (64 / 2 is 32), as most values of a stack are integers.
 """
 
 import ast
@@ -31,7 +31,7 @@ _GRAMMAR = "use numbers, let.NAME, + - * / //, and parentheses"
 
 
 class ExpressionError(ValueError):
-    """An expression that has no value. `fix` says what to write instead."""
+    """An expression that cannot be evaluated. `fix` says what to write instead."""
 
     def __init__(self, what: str, fix: str = _GRAMMAR) -> None:
         self.fix = fix
@@ -39,14 +39,14 @@ class ExpressionError(ValueError):
 
 
 class FaultyConstantError(ExpressionError):
-    """An expression of a constant whose own fault is reported where it is defined."""
+    """An expression with a faulty constant. The fault is reported where the constant is defined."""
 
 
-_FAULTY = math.nan  # the value of such a constant: no file can write it
+_FAULTY = math.nan  # the value of a faulty constant; a file cannot contain NaN
 
 
 class _AnyName(dict[str, Number]):
-    """The constants of a `let` that is at fault as a whole: each has been defined, for all that is known."""
+    """The constants of a `let` that could not be read: any name may have been defined in it."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -56,12 +56,12 @@ class _AnyName(dict[str, Number]):
 
 
 def is_expression(value: object) -> bool:
-    """Whether a value of a file is `${...}` from end to end; anything else is plain text."""
+    """Whether a value is `${...}` from start to end; other text is not an expression."""
     return isinstance(value, str) and value.strip().startswith("${") and value.strip().endswith("}")
 
 
 def evaluate(expression: str, names: Mapping[str, Number]) -> Number:
-    """The value of `${...}` or of what stands inside it. Raises ExpressionError."""
+    """The value of `${...}`, or of its content. Raises ExpressionError."""
     body = expression.strip().removeprefix("${").removesuffix("}").strip()
     if len(body) > MAX_LENGTH:
         raise ExpressionError(f"the expression has {len(body)} characters", f"write at most {MAX_LENGTH} of them")
@@ -69,7 +69,7 @@ def evaluate(expression: str, names: Mapping[str, Number]) -> Number:
         raise ExpressionError("the expression is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's remarks on odd literals; such text is refused below
+            warnings.simplefilter("ignore")  # Python warns about odd literals, which are refused below
             tree = ast.parse(body, mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ExpressionError(f"{show(body)} is not an arithmetic expression") from None
@@ -119,9 +119,9 @@ def _bounded(value: Number) -> Number:
 
 
 def resolve(document: Document) -> dict[str, Any]:
-    """The document's root without `let`, every expression replaced by its value.
+    """The document's root without `let`, and with every expression replaced by its value.
 
-    Faults go to `document.problems`; the value of a faulty expression is None, and its path is marked broken.
+    Faults are added to `document.faults`. A faulty expression becomes None, and its path is marked as broken.
     """
     root = dict(document.root)
     names = _constants(root.pop("let"), document) if "let" in root else {}
@@ -170,4 +170,4 @@ def _resolve(value: Any, path: Path, names: Mapping[str, Number], document: Docu
 
 
 def _report(document: Document, path: Path, what: str, fix: str, mark: Mark | None = None) -> None:
-    document.problems.append(Fault(path, what, fix, mark=mark or document.mark(path), topic="let"))
+    document.faults.append(Fault(path, what, fix, mark=mark or document.mark(path), topic="let"))

@@ -1,4 +1,4 @@
-"""The schedule written out: one `Layer` for every layer of the model, overrides applied, defaults filled in."""
+"""The expanded schedule: one `Layer` per layer of the model, with overrides applied and defaults filled in."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,7 +14,7 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class Layer:
-    """Layer `index` of the model. `keeps_state`: whether the file lets it decode with a carried state."""
+    """Layer `index` of the model. entry: its place in layer_schedule. keeps_state: decoding carries its state."""
 
     index: int
     template: str
@@ -67,5 +67,5 @@ def _layer(index: int, number: int, entry: Entry, template: Template) -> Layer:
 
 
 def _overridden(section: S, changes: Section | None) -> S:
-    """The section with every value that `changes` gives."""
+    """The section, updated with the values that `changes` gives."""
     return section.model_copy(update=changes.model_dump(exclude_none=True)) if changes else section

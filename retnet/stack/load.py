@@ -1,4 +1,4 @@
-"""From a file to a checked stack: read, parse, replace expressions, check, write the schedule out."""
+"""Loading of stacks: read a file, parse it, evaluate expressions, validate, expand the schedule."""
 
 import os
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Stack:
 
 
 def load_stack(path: str | os.PathLike[str]) -> Stack:
-    """The stack of a file. Raises StackError with every fault found, that it cannot be read included."""
+    """The stack in a file. Raises StackError with every fault, or if the file cannot be read."""
     origin = os.fspath(path)
     try:
         data = FilePath(path).read_bytes()
@@ -40,14 +40,14 @@ def load_stack(path: str | os.PathLike[str]) -> Stack:
 
 
 def parse_stack(text: str, origin: str = "") -> Stack:
-    """The stack written in `text`; `origin` names it in errors. Raises StackError with every fault found."""
+    """The stack in a text; `origin` is where it came from. Raises StackError with every fault."""
     document = parse(text, origin)
     checked = check_sections(document, resolve(document))
-    problems = [*document.problems, *checked.problems, *check_rules(checked.parts, document)]
-    if problems or checked.spec is None:
-        raise StackError(sorted(problems, key=_place), origin)
+    faults = [*document.faults, *checked.faults, *check_rules(checked.sections, document)]
+    if faults or checked.spec is None:
+        raise StackError(sorted(faults, key=_place), origin)
     return Stack(checked.spec, expand(checked.spec), text, origin, tuple(checked.reserved))
 
 
-def _place(problem: Fault) -> tuple[int, int]:
-    return (problem.mark.line, problem.mark.column) if problem.mark else (0, 0)
+def _place(fault: Fault) -> tuple[int, int]:
+    return (fault.mark.line, fault.mark.column) if fault.mark else (0, 0)

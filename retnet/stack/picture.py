@@ -1,7 +1,7 @@
-"""A stack as a picture: one row a layer, first layer at the bottom, as activations flow.
+"""Pictures of stacks: one row per layer, with the first layer at the bottom.
 
-Three panels share the rows: the layer's parameters (mixer in its colour, feed-forward beside it), how far back each
-head can use the context, and the bytes the layer carries per sequence as the context grows.
+Three panels share the rows: the parameters of the layer (the mixer in its colour, then the feed-forward), the reach of
+each head in tokens, and the size of the layer's state per sequence as the context grows.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ KIB = 1024
 
 
 def draw_stack(stack: Stack, config: ModelConfig) -> "Figure":
-    """The picture of a stack built as `config`, for `save_picture`."""
+    """Draw a stack whose model is `config`; `save_picture` writes the figure."""
     from matplotlib.figure import Figure
 
     rows = summarize(stack, config)
@@ -49,9 +49,9 @@ def draw_stack(stack: Stack, config: ModelConfig) -> "Figure":
 
 
 def save_picture(figure: "Figure", path: Path) -> None:
-    """Write the picture in the format that the path's ending names; the same bytes every time.
+    """Write the picture in the format of the path's suffix. Equal pictures give equal bytes.
 
-    Raises ValueError for a format that matplotlib does not write.
+    Raises ValueError for a format that matplotlib cannot write.
     """
     from matplotlib import rc_context
 
@@ -71,7 +71,7 @@ def _style(axes: "Axes", count: int) -> None:
 
 
 def _labels(axes: "Axes", rows: list[LayerSummary]) -> None:
-    """The name of each run of equal layers, left of its rows."""
+    """Write the name of each run of equal layers to the left of its rows."""
     start, groups = 0, runs(rows)
     for count, row in groups:
         colour, middle = row.layer.mixer.COLOUR, start + (count - 1) / 2
@@ -99,7 +99,7 @@ def _parameters(axes: "Axes", rows: list[LayerSummary]) -> None:
 
 
 def _reach(axes: "Axes", rows: list[LayerSummary], context: int) -> None:
-    """Bars from one token to the reach, on a logarithmic axis; a head of retention is a stripe of its own."""
+    """Draw bars from one token to the reach, on a logarithmic axis, with one stripe per head."""
     axes.set_xscale("log", base=2)
     axes.set_xlim(1, context)
     for y, row in enumerate(rows):
@@ -109,11 +109,11 @@ def _reach(axes: "Axes", rows: list[LayerSummary], context: int) -> None:
             bottom = y - BAND / 2 + i * stripe
             axes.barh(bottom, reach - 1, left=1, height=stripe, align="edge", color=row.layer.mixer.COLOUR, linewidth=0)
     axes.set_xticks(*_ticks(context))
-    axes.set_xlabel(f"tokens within reach, of {short_tokens(context)}")
+    axes.set_xlabel(f"reach of each head (tokens, of {short_tokens(context)})")
 
 
 def _states(axes: "Axes", rows: list[LayerSummary], config: ModelConfig, context: int) -> None:
-    """Bytes after the whole context, in shades where they grow: darker after a 64th and an 8th of it."""
+    """Draw the state sizes after the whole context, and in darker shades after 1/8 and 1/64 of it."""
     contexts = [max(1, context // part) for part in (1, 8, 64)]
     costs = [mixer_costs(config, tokens) for tokens in contexts]
     sizes = [[cost.state_bytes for cost in layer] for layer in zip(*costs)]
@@ -121,7 +121,7 @@ def _states(axes: "Axes", rows: list[LayerSummary], config: ModelConfig, context
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
     for y, (row, row_sizes) in enumerate(zip(rows, sizes)):
-        shades = dict(zip(row_sizes, (0.35, 0.6, 1.0)))  # where sizes are equal, the darkest
+        shades = dict(zip(row_sizes, (0.35, 0.6, 1.0)))  # of equal sizes, the darkest shade is kept
         for size, alpha in shades.items():
             colour = to_rgb_over_white(row.layer.mixer.COLOUR, alpha)
             axes.barh(y, size - low, left=low, height=BAND, color=colour, linewidth=0)
@@ -131,13 +131,13 @@ def _states(axes: "Axes", rows: list[LayerSummary], config: ModelConfig, context
     axes.minorticks_off()
     grows = any(len(set(row_sizes)) > 1 for row_sizes in sizes)
     shades = (
-        f"after {', '.join(short_tokens(tokens) for tokens in reversed(contexts))} tokens" if grows else "at any length"
+        f"after {', '.join(short_tokens(tokens) for tokens in reversed(contexts))} tokens" if grows else "of any length"
     )
-    axes.set_xlabel(f"state of a sequence {shades}")
+    axes.set_xlabel(f"state per sequence {shades}")
 
 
 def to_rgb_over_white(colour: str, alpha: float) -> tuple[float, ...]:
-    """'#rrggbb' blended with white: what a transparent bar would look like, without the grid behind it."""
+    """'#rrggbb' blended with white: like a transparent bar, but hiding the grid."""
     return tuple(1 - alpha * (1 - int(colour[i : i + 2], 16) / 255) for i in (1, 3, 5))
 
 

@@ -1,4 +1,4 @@
-"""MODEL, wherever a user names one: a preset, a stack's file, or a saved directory."""
+"""Model names as users write them: a preset, a stack file, or a saved directory."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ STACK_SUFFIXES = (".yml", ".yaml")
 
 
 def written_stack(name: str) -> Stack | None:
-    """The stack that a name stands for: one in the package, or a file. Raises StackError for a file with faults."""
+    """The stack preset or stack file of a name, None for other names. Raises StackError for a file with faults."""
     if name in preset_names():
         return load_preset(name)
     return load_stack(name) if name.endswith(STACK_SUFFIXES) else None
 
 
 def resolve_stack(name: str) -> Stack | None:
-    """The stack of a model: written down, or what a saved model was compiled from; None if there is none.
+    """The stack of a preset, a file, or a saved model that was compiled from a stack; None if there is none.
 
-    Raises StackError for a file with faults, ValueError or FileNotFoundError for a directory without a model of ours.
+    Raises StackError for a file with faults, ValueError or FileNotFoundError for a directory without a retnet model.
     """
     stack = written_stack(name)
     if stack is not None or name in PRESETS or not Path(name).is_dir():
@@ -42,9 +42,9 @@ def resolve_stack(name: str) -> Stack | None:
 
 
 def resolve_config(name: str) -> ModelConfig:
-    """The configuration that a name stands for; a preset goes before a file or directory of the same name.
+    """The configuration of a named model. A preset takes precedence over a file or directory of the same name.
 
-    Raises ValueError (StackError among them) or FileNotFoundError if it stands for no model of ours.
+    Raises ValueError (StackError among them) or FileNotFoundError if the name is not that of a retnet model.
     """
     if name in PRESETS:
         return preset(name)
@@ -58,13 +58,13 @@ def resolve_config(name: str) -> ModelConfig:
 def resolve_model(
     name: str, *, seed: int | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """The model that a name stands for, in evaluation mode: fresh weights for a preset or a stack, else the saved ones.
+    """The named model in evaluation mode: with new weights for a preset or a stack, otherwise with the saved ones.
 
-    seed: of a preset's weights, in place of its own; a stack has its seed in its file.
-    device: "auto" is the GPU where there is one.
+    seed: replaces the seed of a preset's weights. The seed of a stack is in its file.
+    device: "auto" is the GPU, if there is one.
 
-    Raises as `resolve_config`, and ValueError for weights that are not those of the configuration and for a device that
-    is not there.
+    Raises the errors of `resolve_config`, and ValueError for weights that do not fit the configuration or a device that
+    does not exist.
     """
     device = resolve_device(device)
     if saved_directory(name) is None:
@@ -109,6 +109,6 @@ def saved_directory(name: str) -> Path | None:
 def _check_exists(name: str) -> None:
     if not Path(name).exists():
         raise FileNotFoundError(
-            f"no model {name!r}: it is neither a saved directory, a stack's file ({', '.join(STACK_SUFFIXES)}), "
-            f"nor a preset ({', '.join((*PRESETS, *preset_names()))})"
+            f"no model {name!r}: it is not a saved directory, a stack file ({', '.join(STACK_SUFFIXES)}), "
+            f"or a preset ({', '.join((*PRESETS, *preset_names()))})"
         )

@@ -1,7 +1,7 @@
-"""What keys of different sections demand of each other.
+"""Rules between sections of a stack file.
 
-Each rule runs on the sections that are valid by themselves. A clash is reported where the wrong value stands: of widths
-at `model`, of top_k and experts at the template, of an override at the override's key.
+Rules run on the sections that are valid by themselves. A fault is reported at the value to change: for widths at
+`model`, for top_k and experts at the template, for an override at its key. Rules of one mixer are in `mixers`.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from .schema import BYTE_TOKENS, BYTES, DEFAULT_ROPE_THETA, Entry, Ffn, Template
 from .validate import ParsedSections
 
 
-def check_rules(parts: ParsedSections, document: Document) -> list[Fault]:
-    """Every clash between valid sections, in no particular order."""
-    return list(_Rules(parts, document).all())
+def check_rules(sections: ParsedSections, document: Document) -> list[Fault]:
+    """Every fault between valid sections, in no particular order."""
+    return list(_Rules(sections, document).all())
 
 
 class _Rules:
-    def __init__(self, parts: ParsedSections, document: Document) -> None:
-        self.parts = parts
+    def __init__(self, sections: ParsedSections, document: Document) -> None:
+        self.sections = sections
         self.document = document
 
     def all(self) -> Iterator[Fault]:
@@ -29,77 +29,77 @@ class _Rules:
         yield from self.vocabulary()
         yield from self.rotary()
         yield from self.tying()
-        for name, template in self.parts.templates.items():
+        for name, template in self.sections.templates.items():
             path: Path = ("layer_templates", name)
             yield from self.mixer(path, template)
             yield from self.ffn(path, template.ffn)
             yield from self.residual((*path, "norm", "position"), template, template.norm and template.norm.position)
-        for number, entry in self.parts.entries.items():
+        for number, entry in self.sections.entries.items():
             yield from self.entry(("layer_schedule", number), entry)
         yield from self.length()
 
-    def problem(
+    def fault(
         self, path: Path, what: str, fix: str, category: Category = Category.VALIDATION, at: Path | None = None
     ) -> Fault:
-        """A fault reported at `path`; `at` is the value to point to if it stands deeper."""
+        """A fault reported at `path`, with the mark of `at` if that is given."""
         return Fault(path, what, fix, category, self.document.mark(at or path))
 
     # Across the file
 
     def widths(self) -> Iterator[Fault]:
-        model = self.parts.model
+        model = self.sections.model
         if model is None:
             return
         if model.d_model % model.n_heads:
             close = max(1, round(model.d_model / model.n_heads)) * model.n_heads
             what = f"d_model {model.d_model} cannot be split into n_heads {model.n_heads}"
-            yield self.problem(("model", "d_model"), what, f"write a multiple of {model.n_heads}, such as {close}")
+            yield self.fault(("model", "d_model"), what, f"write a multiple of {model.n_heads}, such as {close}")
         if model.n_heads % model.kv_heads:
             what = f"n_heads {model.n_heads} cannot share n_kv_heads {model.kv_heads} evenly"
             divisors = [n for n in range(1, min(model.n_heads, 4096) + 1) if model.n_heads % n == 0]
-            yield self.problem(("model", "n_heads"), what, f"write n_kv_heads as one of: {listing(map(str, divisors))}")
+            yield self.fault(("model", "n_heads"), what, f"write n_kv_heads as one of: {listing(map(str, divisors))}")
 
     def vocabulary(self) -> Iterator[Fault]:
-        model, tokenizer = self.parts.model, self.parts.tokenizer
+        model, tokenizer = self.sections.model, self.sections.tokenizer
         if model and tokenizer and tokenizer.pretrained == BYTES and model.vocab_size < BYTE_TOKENS:
             what = f"the byte tokenizer has {BYTE_TOKENS} tokens, more than {model.vocab_size}"
-            yield self.problem(("model", "vocab_size"), what, f"write {BYTE_TOKENS} or more")
+            yield self.fault(("model", "vocab_size"), what, f"write {BYTE_TOKENS} or more")
 
     def rotary(self) -> Iterator[Fault]:
-        embedding, model = self.parts.embedding, self.parts.model
+        embedding, model = self.sections.embedding, self.sections.model
         if embedding is None:
             return
-        rotated = any(template.mixer.settings.rotates_heads for template in self.parts.templates.values())
+        rotated = any(template.mixer.settings.rotates_heads for template in self.sections.templates.values())
         if embedding.positional != "rope":
             for key in ("rope_theta", "rope_scaling"):
                 if getattr(embedding, key) is not None:
                     what = f"{key} has no meaning with positional: {embedding.positional}"
-                    yield self.problem(("embedding", key), what, "remove it, or write positional: rope")
+                    yield self.fault(("embedding", key), what, "remove it, or write positional: rope")
             return
         scaling = embedding.rope_scaling
         if scaling and scaling.type == "yarn" and (embedding.rope_theta or DEFAULT_ROPE_THETA) <= 1:
-            yield self.problem(("embedding", "rope_theta"), "yarn needs a base above 1", "write 10000.0")
+            yield self.fault(("embedding", "rope_theta"), "yarn needs a base above 1", "write 10000.0")
         if rotated and model is not None and model.d_model % model.n_heads == 0 and model.head_dim % 2:
-            what = f"rotary positions rotate pairs, but a head is {model.head_dim} wide (d_model / n_heads)"
-            fix = "choose d_model and n_heads so that a head is even, or write retnet.rope: false"
-            yield self.problem(("model", "d_model"), what, fix)
+            what = f"rotary positions rotate pairs, but the head width (d_model / n_heads) is {model.head_dim}"
+            fix = "choose d_model and n_heads so that the head width is even, or write retnet.rope: false"
+            yield self.fault(("model", "d_model"), what, fix)
 
     def tying(self) -> Iterator[Fault]:
-        embedding, head = self.parts.embedding, self.parts.head
+        embedding, head = self.sections.embedding, self.sections.head
         if embedding is None or head is None:
             return
         both = "tie_word_embeddings" in embedding.model_fields_set and "tie_weights" in head.model_fields_set
         if both and embedding.tie_word_embeddings != head.tie_weights:
             what = f"tie_weights {show(head.tie_weights)} contradicts embedding.tie_word_embeddings"
-            yield self.problem(("head", "tie_weights"), what, "give one of the two, or the same value in both")
+            yield self.fault(("head", "tie_weights"), what, "give one of the two, or the same value in both")
 
     def length(self) -> Iterator[Fault]:
         total = 0
-        for number, entry in self.parts.entries.items():
+        for number, entry in self.sections.entries.items():
             total += entry.repeat
             if total > MAX_LAYERS:
                 path = ("layer_schedule", number, "repeat")
-                yield self.problem(path, f"the schedule has more than {MAX_LAYERS} layers", "repeat less often")
+                yield self.fault(path, f"the schedule has more than {MAX_LAYERS} layers", "repeat less often")
                 return
 
     # One template
@@ -108,45 +108,45 @@ class _Rules:
         mixer, here = template.mixer, (*path, "mixer")
         for other in MIXERS:
             if other != mixer.type and other in mixer.model_fields_set:
-                what = f"`{other}` cannot stand beside type: {mixer.type}"
-                yield self.problem(here, what, f"remove it, or write type: {other}", at=(*here, other))
-        for clash in mixer.settings.clashes(self.parts.model, self.parts.embedding):
-            yield self.problem((*here, mixer.type, clash.key), clash.what, clash.fix, clash.category)
+                what = f"`{other}` cannot be given with type: {mixer.type}"
+                yield self.fault(here, what, f"remove it, or write type: {other}", at=(*here, other))
+        for clash in mixer.settings.clashes(self.sections.model, self.sections.embedding):
+            yield self.fault((*here, mixer.type, clash.key), clash.what, clash.fix, clash.category)
 
     def ffn(self, path: Path, ffn: Ffn) -> Iterator[Fault]:
         here = (*path, "ffn")
         if ffn.type == "moe" and ffn.moe is None and not self.document.is_broken((*here, "moe")):
-            yield self.problem(here, "type: moe needs the key 'moe'", "add moe: {experts: 8, top_k: 2}")
+            yield self.fault(here, "type: moe needs the key 'moe'", "add moe: {experts: 8, top_k: 2}")
         if ffn.type != "moe" and ffn.moe is not None:
-            yield self.problem(
-                here, f"`moe` cannot stand beside type: {ffn.type}", "remove it, or write type: moe", at=(*here, "moe")
+            yield self.fault(
+                here, f"`moe` cannot be given with type: {ffn.type}", "remove it, or write type: moe", at=(*here, "moe")
             )
         if ffn.moe is not None and ffn.moe.top_k > ffn.moe.experts:
             what = f"ffn.moe.top_k {ffn.moe.top_k} is more than ffn.moe.experts {ffn.moe.experts}"
-            yield self.problem(path, what, f"write top_k: {ffn.moe.experts} or less", at=(*here, "moe", "top_k"))
+            yield self.fault(path, what, f"write top_k: {ffn.moe.experts} or less", at=(*here, "moe", "top_k"))
         yield from self.activation((*here, "activation"), ffn.type, ffn.activation)
 
     def activation(self, path: Path, ffn_type: str, activation: str | None) -> Iterator[Fault]:
         if ffn_type == "mlp" and activation == "swiglu":
-            yield self.problem(
-                path, "swiglu needs a gate, which type: mlp has not", "write type: gated_mlp, or gelu or relu"
+            yield self.fault(
+                path, "swiglu needs a gate, and type: mlp has none", "write type: gated_mlp, or gelu or relu"
             )
 
     def residual(self, path: Path, template: Template, position: str | None) -> Iterator[Fault]:
         if position == "post" and template.residual is not None and template.residual.type == "parallel":
             what = "position: post is not defined with residual.type: parallel"
-            yield self.problem(path, what, "write position: pre, or type: sequential")
+            yield self.fault(path, what, "write position: pre, or type: sequential")
 
     # One schedule entry
 
     def entry(self, path: Path, entry: Entry) -> Iterator[Fault]:
-        names = self.parts.names
+        names = self.sections.names
         if names and entry.template not in names:
             close = nearest(entry.template, tuple(names))
             fix = f"did you mean {plain(close)}?" if close else f"defined are: {listing(sorted(names)[:20])}"
             what = f"there is no template {show(entry.template)}"
-            yield self.problem(path, what, fix, at=(*path, "template"))
-        template = self.parts.templates.get(entry.template)
+            yield self.fault(path, what, fix, at=(*path, "template"))
+        template = self.sections.templates.get(entry.template)
         if template is None or entry.override is None:
             return
         here, changed = (*path, "override"), entry.override
@@ -154,12 +154,12 @@ class _Rules:
             settings = template.mixer.settings
             if not isinstance(settings, Attention):
                 what = f"the template's mixer is {template.mixer.type}, not attention"
-                yield self.problem((*here, "attention"), what, "remove it, or schedule a template with attention")
+                yield self.fault((*here, "attention"), what, "remove it, or schedule a template with attention")
             elif "window" in changed.attention.model_fields_set and changed.attention.window is None:
                 window = (*here, "attention", "window")
                 if settings.window and not self.document.is_broken(window):
-                    what = f"null leaves the template's window of {settings.window} as it is"
-                    yield self.problem(window, what, "remove it; for global attention, add a template")
+                    what = f"null does not remove the template's window of {settings.window}"
+                    yield self.fault(window, what, "remove it; for global attention, add a template")
         if changed.norm is not None:
             yield from self.residual((*here, "norm", "position"), template, changed.norm.position)
         if changed.ffn is not None:

@@ -1,8 +1,8 @@
-"""The kinds of value a stack's keys take, each with its own words for what it accepts.
+"""The types of the values in a stack file, with their error messages.
 
-A kind is a type with a check in front, so that a key's declaration says all about it and pydantic only collects. Kinds
-never convert: text is not a number, 1 is not true, 64.0 is not an integer. What cannot be accepted is answered with the
-nearest value that can.
+Each type is a Python type with a validator in front of it, so that the declaration of a key is complete and pydantic
+only collects the faults. Values are never converted: text is not a number, 1 is not true, 64.0 is not an integer. The
+fix in an error message is the nearest accepted value.
 """
 
 import math
@@ -17,16 +17,16 @@ from .document import LARGEST_INTEGER
 from .errors import listing, nearest, show
 
 LARGEST = 2**31 - 1
-FAULT = "stack_fault"  # pydantic's name for a fault raised here; its context holds `what` and `fix`
+FAULT = "stack_fault"  # pydantic's error type for faults raised here; the context holds `what` and `fix`
 
 
-def fault(what: str, fix: str) -> PydanticCustomError:
-    # Braces belong to the user's text, not to pydantic's template.
+def refusal(what: str, fix: str) -> PydanticCustomError:
+    # As a parameter, so that braces in the user's text are not read as pydantic's template.
     return PydanticCustomError(FAULT, "{what}", {"what": what, "fix": fix})
 
 
 def _numeric_text(value: object) -> float | None:
-    """The number that text such as '64', '3e-4' or '1_000' was meant to be."""
+    """The number that text such as '64', '3e-4' or '1_000' means; None for other text."""
     if not isinstance(value, str):
         return None
     try:
@@ -40,7 +40,7 @@ _EXPONENT_FORM = re.compile(r"([-+]?\d+)(\.\d+)?[eE]([-+]?)(\d+)")
 
 
 def _yaml_float(text: str) -> str:
-    """Text that was meant as a float, as YAML 1.1 reads one: with a point, and with a sign in the exponent."""
+    """A float in the form that YAML 1.1 reads: with a point, and with a sign in the exponent."""
     match = _EXPONENT_FORM.fullmatch(text.strip())
     if match:
         whole, part, sign, exponent = match.groups()
@@ -50,7 +50,7 @@ def _yaml_float(text: str) -> str:
 
 def _text_hint(value: object) -> str:
     if isinstance(value, str) and "${" in value:
-        return "; an expression is `${...}` from end to end, nothing around it"
+        return "; an expression is `${...}` from start to end, with no text around it"
     return ""
 
 
@@ -66,13 +66,13 @@ def _integer(low: int, high: int = LARGEST, *, nullable: bool = False) -> Callab
         if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
             return value
         if number is None:
-            raise fault(f"expected {wanted}{other}, got {show(value)}", f"write {wanted}{other}{_text_hint(value)}")
+            raise refusal(f"expected {wanted}{other}, got {show(value)}", f"write {wanted}{other}{_text_hint(value)}")
         close = int(min(max(math.floor(number + 0.5), low), high))
         if number > high:
-            raise fault(f"expected an integer of at most {high}, got {show(value)}", f"write {close} or less")
+            raise refusal(f"expected an integer of at most {high}, got {show(value)}", f"write {close} or less")
         hint = ", without quotes" if isinstance(value, str) else ""
         kind = " (text)" if isinstance(value, str) else ""
-        raise fault(f"expected {wanted}{other}, got {show(value)}{kind}", f"write {close}{hint}")
+        raise refusal(f"expected {wanted}{other}, got {show(value)}{kind}", f"write {close}{hint}")
 
     return check
 
@@ -101,11 +101,11 @@ def _number(
                 return float(value)
         meant = _numeric_text(value)
         if isinstance(value, str) and meant is not None:
-            raise fault(
+            raise refusal(
                 f"expected {wanted}, got the text {show(value)}",
                 f"write {_yaml_float(value)} (a point, a signed exponent, no quotes)",
             )
-        raise fault(f"expected {wanted}, got {show(value)}", f"write {wanted}{_text_hint(value)}")
+        raise refusal(f"expected {wanted}, got {show(value)}", f"write {wanted}{_text_hint(value)}")
 
     return check
 
@@ -115,7 +115,7 @@ def _flag(value: Any) -> bool:
         return value
     meant = {"true": "true", "yes": "true", "on": "true", "1": "true", "false": "false", "no": "false", "off": "false"}
     close = meant.get(str(value).strip().lower()) if isinstance(value, str | int) else None
-    raise fault(f"expected true or false, got {show(value)}", f"write {close or 'true or false'}, without quotes")
+    raise refusal(f"expected true or false, got {show(value)}", f"write {close or 'true or false'}, without quotes")
 
 
 def _text(*, nullable: bool = False) -> Callable[[Any], Any]:
@@ -125,14 +125,14 @@ def _text(*, nullable: bool = False) -> Callable[[Any], Any]:
         if (isinstance(value, str) and value.strip()) or (nullable and value is None):
             return value
         if value is None or isinstance(value, dict | list | str):
-            raise fault(f"expected {wanted}, got {show(value) if value != '' else 'empty text'}", f"write {wanted}")
-        raise fault(f"expected {wanted}, got {show(value)}", f"put it in quotes: '{show(value)}'")
+            raise refusal(f"expected {wanted}, got {show(value) if value != '' else 'empty text'}", f"write {wanted}")
+        raise refusal(f"expected {wanted}, got {show(value)}", f"put it in quotes: '{show(value)}'")
 
     return check
 
 
 class OneOf:
-    """Marks a Literal: its refusal lists the accepted values and names the nearest."""
+    """Annotates a Literal: the error lists the accepted values and names the nearest."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         accepted = tuple(value for value in get_args(source) if value is not None)  # None: the key is absent
@@ -143,7 +143,7 @@ class OneOf:
             close = nearest(value, accepted)
             options = f"one of: {listing(accepted)}" if len(accepted) > 1 else listing(accepted)
             guess = f"did you mean {close}? " if close else ""
-            raise fault(f"unknown value {show(value)}", f"{guess}write {options}")
+            raise refusal(f"unknown value {show(value)}", f"{guess}write {options}")
 
         return core_schema.no_info_before_validator_function(check, handler(source))
 
@@ -164,7 +164,7 @@ def _initialisation(value: Any) -> str:
         return value
     std = init_std(value) if isinstance(value, str) else None
     if std is None or not 0 < std < math.inf:
-        raise fault(f"unknown initialisation {show(value)}", "write normal_<std> (normal_0.02), paper, or torchscale")
+        raise refusal(f"unknown initialisation {show(value)}", "write normal_<std> (normal_0.02), paper, or torchscale")
     return value
 
 
@@ -172,7 +172,7 @@ DECAYS = ("paper", "experiment", "none", "gated")
 
 
 def _decay(value: Any) -> str | float | tuple[float, ...]:
-    """A schedule's name, one gamma for every head, or a list of one gamma a head."""
+    """The name of a schedule, one gamma for all heads, or a list of one gamma per head."""
     gammas = value if isinstance(value, list) else [value]
     if gammas and all(isinstance(g, int | float) and not isinstance(g, bool) and 0 <= g <= 1 for g in gammas):
         return tuple(float(g) for g in gammas) if isinstance(value, list) else float(value)
@@ -180,20 +180,20 @@ def _decay(value: Any) -> str | float | tuple[float, ...]:
         return value
     close = nearest(value, DECAYS)
     guess = f"did you mean {close}? " if close else ""
-    raise fault(
+    raise refusal(
         f"expected a decay schedule or gammas in [0, 1], got {show(value)}",
-        f"{guess}write one of: {listing(DECAYS)}; or a number; or a list of one number a head",
+        f"{guess}write one of: {listing(DECAYS)}; or a number; or a list of one number per head",
     )
 
 
 def _schema_version(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value == 1:
         return value
-    raise fault(f"schema_version {show(value)} is not known", "write schema_version: 1 (the integer)")
+    raise refusal(f"schema_version {show(value)} is not supported", "write schema_version: 1 (the integer)")
 
 
 PositiveInt = Annotated[int, BeforeValidator(_integer(1))]
-# A key that may be absent (None), but not null in the file.
+# `Maybe...`: the key may be absent (None), but not null. `...OrNull`: null is accepted.
 MaybePositiveInt = Annotated[int | None, BeforeValidator(_integer(1))]
 MaybeProbability = Annotated[float | None, BeforeValidator(_number(0, 1, high_open=True))]
 MaybePositive = Annotated[float | None, BeforeValidator(_number(0, low_open=True))]

@@ -35,10 +35,9 @@ from .scalars import (
 )
 from .section import Section
 
-# None: the key is absent.
 MaybeActivation = Annotated[Literal["swiglu", "gelu", "relu", None], ONE_OF]
 Dtype = Annotated[Literal["float32", "float16", "bfloat16"], ONE_OF]
-# tokenizer_contract.pretrained of the byte tokenizer (`retnet.data.tokenizer`), and its tokens.
+# The byte tokenizer: its name in tokenizer_contract.pretrained, its vocabulary, its document start.
 BYTES, BYTE_TOKENS, DOCUMENT_START = "bytes", 257, 256
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_ACTIVATION = {"mlp": "gelu", "gated_mlp": "swiglu", "moe": "gelu"}
@@ -88,7 +87,7 @@ class Embedding(Section):
 
 
 class Mixer(Section):
-    """`type`, and under the key of that name the settings; the names are those in `MIXERS` when a file is read."""
+    """The type of a mixer, with its settings under the key of the same name. Types are the names in `MIXERS`."""
 
     UNSUPPORTED_VALUES = unsupported.MIXER_VALUES
 
@@ -100,12 +99,12 @@ class Mixer(Section):
 
     @classmethod
     def with_known_mixers(cls) -> "type[Mixer]":
-        """This mapping with one key per mixer that is known at the moment."""
+        """This section with one key per mixer that is registered now."""
         return _with_mixers(tuple(MIXERS.items()))
 
     @property
     def settings(self) -> MixerSettings:
-        """The settings of `type`; the defaults if the file gives none."""
+        """The settings of the mixer, or their defaults."""
         return getattr(self, self.type) or MIXERS[self.type]()
 
 
@@ -159,7 +158,7 @@ class State(Section):
 class Template(Section):
     UNSUPPORTED = unsupported.TEMPLATE
 
-    # Validated by the class of the moment, so that a mixer may be registered after this module is imported.
+    # The class is made when a file is read, so that a mixer may be registered after this module is imported.
     mixer: Annotated[Mixer, PlainValidator(lambda value: Mixer.with_known_mixers().model_validate(value))]
     ffn: Ffn
     norm: Norm | None = None
@@ -186,7 +185,7 @@ class FfnOverride(Section):
 
 
 class Override(Section):
-    """What one schedule entry changes of its template; None leaves the template's value."""
+    """Changes to the template of one schedule entry. None keeps the template's value."""
 
     residual: ResidualOverride | None = None
     attention: AttentionOverride | None = None
@@ -237,7 +236,7 @@ class Compatibility(Section):
 
 
 class Spec(Section):
-    """A whole stack file, `let` and its expressions already replaced by their values."""
+    """A whole stack file, with expressions replaced by their values."""
 
     UNSUPPORTED = unsupported.TOP
 

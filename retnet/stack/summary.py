@@ -1,7 +1,7 @@
-"""What a stack's layers are, in the words and numbers that tables and pictures show.
+"""Summaries of a stack's layers, for tables and pictures: parameters, reach, and a description in words.
 
-A layer's reach is how many tokens back it can use: a window, all of them, or, for retention, where a head's decay has
-left 1%. Its state is what it carries to the next token, at some context.
+The reach of a head is how many tokens back it can use: its window, all tokens, or, for retention, the distance at which
+its decay falls below 1%.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .load import Stack
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer: parameters of its two halves, reach of its heads in tokens (None: everything), what it is in words."""
+    """One layer. reach: of each head, in tokens; None without a limit. mixer, feed_forward: descriptions in words."""
 
     layer: Layer
     config: BlockConfig
@@ -42,7 +42,7 @@ def summarize(stack: Stack, config: ModelConfig) -> list[LayerSummary]:
 
 
 def runs(rows: list[LayerSummary]) -> list[tuple[int, LayerSummary]]:
-    """Equal layers in a row, once each, with how many there are."""
+    """Each run of equal layers, as its length and its first layer."""
     found: list[tuple[int, LayerSummary]] = []
     for row in rows:
         if found and found[-1][1].config == row.config and found[-1][1].layer.template == row.layer.template:

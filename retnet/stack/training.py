@@ -1,7 +1,7 @@
-"""What a stack's `training_hints` ask of training, as fields of transformers' TrainingArguments.
+"""A stack's `training_hints` as fields of transformers' TrainingArguments.
 
-Only hints that the file gives count, so that a stack without them trains by the recipe's own defaults. `init`,
-`dropout`, `checkpointing` and `seed` are not here: they are the model's.
+Only hints that the file gives are used, so that other stacks train with the recipe's defaults. `init`, `dropout`,
+`checkpointing` and `seed` belong to the model and are not used here.
 """
 
 import math
@@ -15,13 +15,13 @@ _FIELDS = {
     "weight_decay": "weight_decay",
     "grad_clip": "max_grad_norm",
 }
-_WHOLE_RUN = math.nextafter(1.0, 0.0)  # TrainingArguments' warmup_steps: below 1 a share of the run, 1.0 a step
+_WHOLE_RUN = math.nextafter(1.0, 0.0)  # warmup_steps of TrainingArguments: a share of the run below 1, steps from 1 on
 
 
 def training_defaults(spec: Spec, given: Collection[str] = ()) -> dict[str, Any]:
-    """Fields and values for TrainingArguments; those that the user has `given` are left out.
+    """Values for TrainingArguments, without the fields that the user has `given`.
 
-    Raises ValueError for an optimizer that they do not have, unless the user chose another.
+    Raises ValueError for an optimizer that `retnet train` does not have, unless the user chose another.
     """
     hints = spec.training_hints or TrainingHints()
     known = hints.model_fields_set
@@ -41,5 +41,5 @@ def training_defaults(spec: Spec, given: Collection[str] = ()) -> dict[str, Any]
 
 
 def router_lr_multiplier(spec: Spec) -> float:
-    """The learning rate of routers over that of everything else."""
+    """The learning rate of routers, divided by that of all other parameters."""
     return (spec.training_hints or TrainingHints()).router_lr_multiplier

@@ -1,7 +1,6 @@
-"""What schema_version 1 knows and this library does not run: refused by name, never ignored.
+"""Keys and values of schema_version 1 that this library does not support: refused by name, never ignored.
 
-Each section of the schema lists its keys of this kind, and its values. A key that is null asks for nothing and passes
-where the schema takes null (`takes_null`).
+They are listed per section. A null key has no effect and is accepted where the schema allows null (`takes_null`).
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A key or value that is refused: what it asks for, and what to write instead."""
+    """A refused key or value: what it means, and what to write instead."""
 
     what: str
     instead: str = "remove it"
@@ -19,7 +18,7 @@ class Unsupported:
 
 @dataclass(frozen=True)
 class UnsupportedValue(Unsupported):
-    """A refused value; the keys that only it has go with it."""
+    """A refused value. companions: keys that only it has, and that are not reported separately."""
 
     companions: tuple[str, ...] = ()
 
@@ -29,7 +28,7 @@ Values = dict[str, dict[str, UnsupportedValue]]
 
 TOP: Keys = {
     "execution_modes": Unsupported(
-        "reasoning phases", "remove it and limit the tokens when generating", takes_null=True
+        "reasoning phases", "remove it, and limit the number of generated tokens", takes_null=True
     ),
     "transition": Unsupported("transitions between reasoning phases", "remove it", takes_null=True),
 }
@@ -45,7 +44,7 @@ MIXER_VALUES: Values = {
     "type": {
         "branched": UnsupportedValue(
             "several mixers in one layer",
-            "write one template for each mixer and alternate them",
+            "write one template per mixer and alternate them",
             companions=("branched",),
         ),
         "ttt_layer": UnsupportedValue(
@@ -74,9 +73,9 @@ ATTENTION_VALUES: Values = {
     }
 }
 MOE: Keys = {
-    "bias_correction": Unsupported("routing biases in place of a loss", "remove it and balance with load_balance_coef"),
+    "bias_correction": Unsupported("routing biases instead of a loss", "remove it and balance with load_balance_coef"),
     "affinity": Unsupported("a second routing function", "remove it and choose router: softmax or sigmoid"),
-    "shared_experts": Unsupported("experts that every token passes"),
+    "shared_experts": Unsupported("experts that process every token"),
     "routing": Unsupported("a choice between learned and hashed routing", "remove it; routing is learned"),
     "balance": Unsupported("balancing by sequence or group", "remove it and balance with load_balance_coef"),
 }
@@ -89,10 +88,10 @@ RESIDUAL_VALUES: Values = {
     }
 }
 ENTRY: Keys = {
-    "depth_gating": Unsupported("mixture of depths", "remove it; every token passes every layer", takes_null=True),
+    "depth_gating": Unsupported("mixture of depths", "remove it; every layer processes every token", takes_null=True),
     "merge": Unsupported("merging parallel streams", takes_null=True),
 }
-# Kinds of schedule entry other than a template; a fault of the whole entry.
+# Schedule entries that are not a template; the whole entry is refused.
 ENTRY_KINDS: Keys = {
     "parallel": Unsupported("parallel streams of layers", "write the layers one after another, each as `template`"),
     "integrator": Unsupported("layers as steps of an integrator", "write `template` with `repeat`"),

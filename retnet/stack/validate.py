@@ -1,8 +1,8 @@
-"""A document to a `Spec`: which keys may stand where, what each may hold, every fault collected.
+"""Validation of a document against the schema, with all faults collected.
 
-Two passes. The first compares keys with the schema: unknown keys, keys that are known but not supported, reserved
-prefixes. What remains goes to pydantic, which collects what is missing and what has a wrong value. Rules across
-sections then run on every section that is valid by itself, so that a fault in one does not hide another's.
+The first pass compares keys with the schema, and removes unknown keys, unsupported keys and reserved prefixes. The rest
+is validated by pydantic, which finds missing keys and wrong values. The rules between sections (`rules`) then run on
+the sections that are valid by themselves, so that a fault in one section does not hide those of others.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class ReservedKey:
-    """A key under a reserved prefix: it does nothing, and the report says so."""
+    """A key with a reserved prefix. It has no effect, which the report says."""
 
     path: Path
     mark: Mark | None
@@ -33,7 +33,7 @@ class ReservedKey:
 
 @dataclass(frozen=True)
 class ParsedSections:
-    """The sections that are valid by themselves; None, or absent, where one is not."""
+    """The sections that are valid by themselves; the others are None or absent."""
 
     model: Model | None
     tokenizer: TokenizerContract | None
@@ -42,42 +42,42 @@ class ParsedSections:
     hints: TrainingHints | None
     templates: dict[str, Template]
     entries: dict[int, Entry]
-    names: frozenset[str]  # of all templates the file defines, valid or not
+    names: frozenset[str]  # of all templates in the file, valid or not
 
 
 @dataclass
 class Checked:
-    """What checking a document found. There is no spec if there is a fault."""
+    """The result of validating a document. spec: None if there is a fault."""
 
     spec: Spec | None
-    parts: ParsedSections
-    problems: list[Fault]
+    sections: ParsedSections
+    faults: list[Fault]
     reserved: list[ReservedKey]
 
 
 def check_sections(document: Document, root: dict[str, Any]) -> Checked:
-    """Check every section of a document by itself. `root` is its value with all expressions replaced."""
+    """Validate every section of a document by itself. root: its value, with expressions evaluated."""
     pruner = _Pruner(document)
     pruned = pruner.prune(Spec, root, ())
     spec = None
     try:
         spec = Spec.model_validate(pruned)
     except ValidationError as error:
-        found = (_problem(details, document) for details in error.errors(include_url=False))
-        pruner.problems += [problem for problem in found if problem]
-    return Checked(spec, _parts(pruned), pruner.problems, pruner.reserved)
+        found = (_fault(details, document) for details in error.errors(include_url=False))
+        pruner.faults += [fault for fault in found if fault]
+    return Checked(spec, _valid_sections(pruned), pruner.faults, pruner.reserved)
 
 
 class _Pruner:
-    """Strips what pydantic should not see, and reports it."""
+    """Removes and reports the keys that are not in the schema or not supported."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.problems: list[Fault] = []
+        self.faults: list[Fault] = []
         self.reserved: list[ReservedKey] = []
 
     def prune(self, section: type[Section], raw: Any, path: Path) -> Any:
-        """`raw` with the section's own keys alone."""
+        """`raw` with only the keys of the section."""
         if not isinstance(raw, dict):
             return raw
         if section is Entry:
@@ -137,12 +137,12 @@ class _Pruner:
         for key in foreign:
             fix = f"write state: {{{own}: true}}" if own else "remove `state`"
             mark = self.document.mark((*path, "state", key))
-            self.problems.append(Fault(path, f"a {kind} mixer has no {key}", fix, Category.COMPATIBILITY, mark))
+            self.faults.append(Fault(path, f"a {kind} mixer has no {key}", fix, Category.COMPATIBILITY, mark))
         return {**template, "state": {key: value for key, value in state.items() if key not in foreign}}
 
     def _refuse(self, path: Path, key: str, refused: Unsupported, mark: Mark | None) -> None:
         what = f"`{key}` ({refused.what}) is not supported here"
-        self.problems.append(Fault(path, what, refused.instead, Category.UNSUPPORTED, mark))
+        self.faults.append(Fault(path, what, refused.instead, Category.UNSUPPORTED, mark))
 
     def _unknown(self, key: str, known: dict[str, Any], path: Path) -> None:
         ours = key.startswith(OURS)
@@ -151,25 +151,25 @@ class _Pruner:
         guess = f"did you mean {close}? " if close else "remove it; "
         fix = f"{guess}keys known here: {listing(names) or f'none under {OURS}*'}"
         mark = self.document.mark((*path, key), key=True)
-        self.problems.append(Fault(path, f"unknown key '{plain(key)}'", fix, mark=mark))
+        self.faults.append(Fault(path, f"unknown key '{plain(key)}'", fix, mark=mark))
 
 
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    """The section inside an annotation such as `Norm | None` or `dict[str, Template]`, if there is one."""
+    """The sections in an annotation such as `Norm | None` or `dict[str, Template]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in get_args(annotation):
         yield from _sections_in(argument)
 
 
-def _problem(details: ErrorDetails, document: Document) -> Fault | None:
-    """Our words for what pydantic found; None for the consequence of a fault already reported."""
+def _fault(details: ErrorDetails, document: Document) -> Fault | None:
+    """The fault for an error of pydantic; None for a consequence of a fault that is already reported."""
     path: Path = tuple(details["loc"])
     if document.is_broken(path):
         return None
     mark, given = document.mark(path), details.get("input")
     if path[2:] == ("template",) and path[0] == "layer_schedule" and details["type"] == FAULT:
-        path = path[:2]  # as for a name that there is not
+        path = path[:2]  # like an unknown name
     elif path[:2] == ("training_hints", "betas") and (isinstance(given, bool) or not isinstance(given, int | float)):
         path = path[:2]
     match details["type"]:
@@ -183,7 +183,7 @@ def _problem(details: ErrorDetails, document: Document) -> Fault | None:
         case "too_short" if path in document.incomplete:
             return None
         case "too_short" if path in (("layer_templates",), ("layer_schedule",)):
-            return Fault(path, "at least one is needed, got none", "add a layer", mark=mark)
+            return Fault(path, "expected at least one layer, got none", "add a layer", mark=mark)
         case "too_short" | "too_long":
             wanted = details.get("ctx", {}).get("min_length") or details.get("ctx", {}).get("max_length")
             count = len(given) if isinstance(given, list) else 0
@@ -194,11 +194,11 @@ def _problem(details: ErrorDetails, document: Document) -> Fault | None:
             return Fault(
                 path, f"expected a mapping, got {show(given)}", "write a mapping: {key: value, ...}", mark=mark
             )
-    raise AssertionError(f"pydantic reports {details['type']} at {path}, which has no words here")
+    raise AssertionError(f"pydantic reports {details['type']} at {path}, which has no message here")
 
 
 def _missing(path: Path, key: str) -> str:
-    """How to add a missing key: with the values it takes, if they are few."""
+    """The fix for a missing key, with its values if the schema lists them."""
     annotation: Any = Spec
     for step in (*path, key):
         section = next(_sections_in(annotation), None)
@@ -211,10 +211,10 @@ def _valid(section: type[S], raw: Any) -> S | None:
     try:
         return section.model_validate(raw)
     except ValidationError:
-        return None  # reported already, with the whole file
+        return None  # reported already, by the validation of the whole file
 
 
-def _parts(raw: dict[str, Any]) -> ParsedSections:
+def _valid_sections(raw: dict[str, Any]) -> ParsedSections:
     templates = raw.get("layer_templates")
     schedule = raw.get("layer_schedule")
     templates = templates if isinstance(templates, dict) else {}

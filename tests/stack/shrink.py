@@ -1,4 +1,4 @@
-"""A stack at a size that a test runs: the same kinds of layers, heads and keys, everything narrower and shorter."""
+"""Small versions of stacks for tests: the same templates and overrides, with smaller widths and fewer layers."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ WIDTH, MAX_LAYERS, WINDOW = 64, 4, 6
 
 
 def shrunk(stack: Stack) -> Stack:
-    """At most a few layers of width 64, with every template and override of the schedule, in float32."""
+    """A few layers of width 64 in float32, with every template and override of the schedule."""
     spec, model = stack.spec, stack.spec.model
     group = model.n_heads // model.kv_heads
     heads = {1: 4, model.n_heads: 4}.get(group, 2 * min(group, 2))
@@ -29,7 +29,7 @@ def shrunk(stack: Stack) -> Stack:
 
 
 def _narrow(template):
-    """Windows and chunks shorter than the test's sequences, so that both are crossed."""
+    """Windows and chunks shorter than the test sequences, so that sequences cross both."""
     mixer = template.mixer
     changes = {}
     if mixer.attention and mixer.attention.window:

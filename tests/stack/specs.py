@@ -1,4 +1,4 @@
-"""A small valid stack as text, and how tests change it."""
+"""A small valid stack as text, and functions to change it."""
 
 from retnet.stack import Fault, Stack, StackError, parse_stack
 
@@ -36,27 +36,27 @@ head:
 
 
 def changed(*pairs: tuple[str, str], more: str = "") -> str:
-    """BASE with each `old` replaced by `new` (every old must stand there once), `more` appended."""
+    """BASE with each `old` replaced by `new` (each occurs exactly once), and `more` appended."""
     text = BASE
     for old, new in pairs:
-        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in the base"
+        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in the base"
         text = text.replace(old, new)
     return text + more
 
 
-def problems(text: str) -> list[Fault]:
-    """The faults of a text; none if it is valid."""
+def faults(text: str) -> list[Fault]:
+    """The faults of a text; [] if it is valid."""
     try:
         parse_stack(text)
     except StackError as error:
-        return list(error.problems)
+        return list(error.faults)
     return []
 
 
 def only(text: str) -> Fault:
-    """The one fault of a text."""
-    [problem] = problems(text)
-    return problem
+    """The only fault of a text."""
+    [fault] = faults(text)
+    return fault
 
 
 def stack(*pairs: tuple[str, str], more: str = "") -> Stack:

@@ -1,4 +1,4 @@
-"""From keys to the model: every key that describes the model reaches the field it is about."""
+"""The model configuration of a stack: every key reaches its field."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.stack.build import model_config
+from retnet.stack.report import realism_report
 
 from .specs import stack
 from .test_guide import sections
@@ -26,7 +27,7 @@ def built(*pairs: tuple[str, str], more: str = "") -> ModelConfig:
     return model_config(stack(*pairs, more=more))
 
 
-def test_base_is_the_papers_retention_and_grouped_attention():
+def test_the_base_stack_has_retention_and_grouped_query_attention():
     config = built(("n_heads: 4", "n_heads: 4\n  n_kv_heads: 2"))
     retention, _, attention = config.layers
     assert retention.mixer == RetentionConfig(4, key_dim=64, value_dim=128, mode="chunkwise", chunk_size=32)
@@ -66,7 +67,7 @@ def moe(option: str, experts: int = 4, top_k: int = 2) -> tuple[str, str]:
 
 
 YARN = positional("rope_scaling: {type: yarn, factor: 4.0}")
-# One change for every key that describes the model: (section, key) -> what is written, the field it reaches, its value.
+# For every key that describes the model: (section, key) -> (changes to the base stack, the field, its value).
 CHANGES = {
     ("Model", "name"): ([("name: base", "name: other")], "name", "other"),
     ("Model", "d_model"): ([("d_model: 64", "d_model: 32")], "d_model", 32),
@@ -143,7 +144,7 @@ OPTIONS = {
 
 
 def field(config: ModelConfig, path: str) -> Any:
-    """The value at a path such as 'layers.2.mixer.window'; None where a layer of another kind has no such field."""
+    """The value at a path such as 'layers.2.mixer.window'; None where a layer has no such field."""
     value: Any = config
     for step in path.split("."):
         value = value[int(step)] if step.isdigit() else getattr(value, step, None)
@@ -151,36 +152,50 @@ def field(config: ModelConfig, path: str) -> Any:
 
 
 @pytest.mark.parametrize("key", CHANGES, ids=".".join)
-def test_a_key_reaches_the_field_that_it_describes(key):
+def test_a_key_reaches_its_field(key):
     pairs, path, value = CHANGES[key]
     assert field(built(), path) != value
     assert field(built(*pairs), path) == value
 
 
-def test_the_final_norm_is_the_last_layers_and_absent_after_a_post_norm():
+def test_the_final_norm_has_the_type_of_the_last_layer_and_is_absent_after_a_post_norm():
     assert built(template_a("norm: {type: layernorm}")).final_norm == "layer"
     assert built(template_a("norm: {position: post}")).final_norm == "none"
 
 
 @pytest.mark.parametrize("hint", HINTS)
-def test_a_training_hint_acts_on_the_model(hint):
+def test_a_training_hint_reaches_the_model(hint):
     path, value = HINTS[hint]
     assert field(built(), path) != value
     assert field(built(more=f"training_hints: {{{hint}}}\n"), path) == value
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_our_option_reaches_the_retention_of_the_same_name(option):
+def test_a_vendor_option_reaches_the_retention_field_of_the_same_name(option):
     mixer = built((RETNET, f"retnet: {{vendor.retnet.{option}: {OPTIONS[option]}}}")).layers[0].mixer
     assert getattr(mixer, option) != getattr(built().layers[0].mixer, option)
 
 
-def test_decays_of_ones_own_reach_the_layer():
+def test_a_list_of_decays_reaches_the_layer():
     config = built((RETNET, "retnet: {vendor.retnet.decay: [0.5, 0.6, 0.7, 1]}"))
     assert config.layers[0].mixer.decay == (0.5, 0.6, 0.7, 1.0)
 
 
-# Keys without effect on the configuration, and where they act instead.
+@pytest.mark.parametrize("written", ["retnet: {rope: true}", "retnet: {chunk_size: null}"])
+def test_without_a_chunk_size_the_operator_chooses(written):
+    assert built((RETNET, written)).layers[0].mixer.chunk_size is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_chunk_size_from_another_program_gives_no_error_and_no_warning():
+    found = stack((RETNET, "retnet: {chunk_size: 128}"), ("d_model: 64", "d_model: 256"), heads("dtype: float32"))
+    assert [finding.rule for finding in realism_report(found)] == ["param_count_info", "layer_count_info"]
+    config = model_config(found)
+    assert config.layers[0].mixer.chunk_size == 128
+    LanguageModel(config)(torch.arange(200)[None]).logits.sum().backward()
+
+
+# Keys that do not reach the configuration, and where they are used.
 ELSEWHERE = {
     ("Model", "family_hint"): "report", ("Model", "target_params"): "report",
     ("TokenizerContract", "type"): "one value", ("TokenizerContract", "add_bos"): "tokenizer",
@@ -189,10 +204,10 @@ ELSEWHERE = {
     ("Attention", "window_dilation"): "one value", ("Head", "type"): "one value",
     ("Compatibility", "compile_target"): "one value", ("Compatibility", "dtype_policy"): "tested below",
 }  # fmt: skip
-CONTAINERS = {"Mixer", "Template", "Spec"}  # of sections; training hints have a table of their own
+CONTAINERS = {"Mixer", "Template", "Spec"}  # sections that hold sections
 
 
-def test_no_key_is_forgotten():
+def test_every_key_has_a_test():
     keys = set()
     for section in sections():
         if section.__name__ not in CONTAINERS | {"TrainingHints"} and not section.__name__.endswith("Override"):
@@ -201,25 +216,25 @@ def test_no_key_is_forgotten():
     assert keys - set(CHANGES) - set(ELSEWHERE) - ours == set()
 
 
-def test_a_training_hint_is_the_default_of_a_layers_balance_and_its_own_wins():
+def test_a_layers_balance_coefficient_defaults_to_the_training_hint():
     hint = "training_hints: {router_aux_loss_coef: 0.3}\n"
     for option, value in (("router: softmax", 0.3), ("load_balance_coef: 0.2", 0.2)):
         assert built(moe(option), more=hint).layers[2].feed_forward.load_balance_coef == value
 
 
 @pytest.mark.parametrize(("activation", "gated"), [("swiglu", True), ("gelu", False), ("relu", False)])
-def test_experts_are_gated_with_swiglu_alone(activation, gated):
+def test_only_swiglu_experts_are_gated(activation, gated):
     pair = FFN, f"ffn: {{type: moe, activation: {activation}, moe: {{experts: 4, top_k: 2}}}}"
     assert built(pair).layers[2].feed_forward.gated is gated
 
 
 @pytest.mark.parametrize(("d_model", "expand", "width"), [(64, 2, 64), (48, 2, 32), (40, 1, 8), (36, 1, 4)])
-def test_a_mamba2_head_is_the_widest_power_of_two_that_divides(d_model, expand, width):
+def test_the_default_mamba2_head_is_the_largest_power_of_two_that_divides(d_model, expand, width):
     pairs = [("d_model: 64", f"d_model: {d_model}"), ("n_heads: 4", "n_heads: 2"), mamba(f"expand: {expand}")]
     assert built(*pairs).layers[2].mixer.head_dim == width
 
 
-def test_layered_safe_keeps_norms_and_routers_in_float32_and_runs():
+def test_layered_safe_keeps_norms_and_routers_in_float32():
     pairs = [positional("tie_word_embeddings: false"), moe("router: softmax")]
     model = LanguageModel(built(*pairs, more="compatibility: {dtype_policy: layered_safe}\n"))
     wide = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
@@ -238,7 +253,7 @@ def test_layered_safe_keeps_norms_inside_mixers_in_float32():
     assert model(torch.arange(20)[None]).logits.dtype == torch.bfloat16
 
 
-def test_a_layer_that_may_not_keep_its_state_is_named():
+def test_a_layer_that_may_not_keep_its_state_is_named_in_the_error():
     model = LanguageModel(built(template_a("state: {kv_cache: false}"), heads("dtype: float32")))
     ids = torch.arange(20)[None]
     assert model(ids).logits.shape == (1, 20, 257)
@@ -248,17 +263,17 @@ def test_a_layer_that_may_not_keep_its_state_is_named():
         model(ids, state=ModelState(()))
 
 
-def test_a_minute_yarn_factor_has_a_finite_length():
+def test_a_tiny_yarn_factor_has_a_finite_length():
     config = built(positional("rope_scaling: {type: yarn, factor: 1.0e-300}"))
     assert config.layers[0].mixer.rotary_yarn_length == 2**31 - 1
 
 
 @pytest.mark.parametrize("scaling", ["{type: linear, factor: 2.0}", "{type: yarn, factor: 2.0}"])
-def test_rope_scaling_changes_logits_alike_with_and_without_cache(scaling):
+def test_rope_scaling_changes_logits_equally_with_and_without_cache(scaling):
     change, pairs = positional(f"rope_scaling: {scaling}"), [heads("dtype: float32")]
     ids = torch.randint(257, (1, 40), generator=torch.Generator().manual_seed(0))
     plain, scaled = (LanguageModel(built(*pairs, *more)).double().eval() for more in ([], [change]))
-    for model in (plain, scaled):  # unit gain: at the usual initialisation positions hardly matter
+    for model in (plain, scaled):  # unit gain: at the usual initialisation positions have little effect
         for parameter in model.parameters():
             parameter.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(parameter.shape[-1] ** -0.5)
     full = scaled(ids).logits

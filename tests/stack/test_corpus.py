@@ -1,4 +1,4 @@
-"""Every specification of the shared corpus: valid ones load, faulty ones are refused where their fault is."""
+"""The shared corpus of specifications: valid ones load, and faulty ones are refused at the place of the fault."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def catalogue(kind: str, scope: str | None = None) -> dict[str, dict]:
 
 
 def cases(kind: str, scope: str | None = None) -> list:
-    """One test a file; one that says why it is skipped where the corpus is not beside the repository."""
+    """One test per file, or one skipped test if the corpus is not beside the repository."""
     found = catalogue(kind, scope)
     absent = pytest.param("", {}, marks=pytest.mark.skip(reason=f"no corpus at {CORPUS.name}/{kind}"))
     return [pytest.param(name, entry, id=name.removesuffix(".yml")) for name, entry in found.items()] or [absent]
@@ -32,14 +32,14 @@ def refused(kind: str, name: str) -> StackError:
 
 
 @pytest.mark.parametrize(("name", "entry"), cases("valid", "CORE"))
-def test_core_file_loads_with_its_layers_and_estimate(name, entry):
+def test_a_core_file_has_its_layers_and_estimate(name, entry):
     stack = load_stack(CORPUS / "valid" / name)
     assert len(stack.layers) == entry["layers"]
     assert estimate_parameters(stack.spec, stack.layers) == entry["est_params"]
 
 
 @pytest.mark.parametrize(("name", "entry"), cases("valid", "CORE"))
-def test_report_of_core_file_agrees_with_eulerstack_on_shared_rules(name, entry):
+def test_the_report_on_a_core_file_agrees_with_eulerstack_on_shared_rules(name, entry):
     ours = [
         finding.rule
         for finding in realism_report(load_stack(CORPUS / "valid" / name))
@@ -48,7 +48,7 @@ def test_report_of_core_file_agrees_with_eulerstack_on_shared_rules(name, entry)
     assert ours == [finding["rule"] for finding in entry["report_findings"]]
 
 
-# What each EXOTIC file uses: (path, what the error must name).
+# The unsupported features of each EXOTIC file: (path, name in the error).
 EXOTIC_FEATURES = {
     "arch_advanced_mod_mini.yml": [("layer_schedule[1].depth_gating", "depth_gating")],
     "arch_expert_deepseek_moe_mini.yml": [
@@ -97,35 +97,35 @@ EXOTIC_FEATURES = {
 
 
 @pytest.mark.parametrize(("name", "entry"), cases("valid", "EXOTIC"))
-def test_exotic_file_is_refused_naming_every_feature_it_uses_and_nothing_else(name, entry):
+def test_an_exotic_file_is_refused_with_exactly_its_unsupported_features(name, entry):
     error = refused("valid", name)
-    assert {problem.category for problem in error.problems} == {Category.UNSUPPORTED}
+    assert {fault.category for fault in error.faults} == {Category.UNSUPPORTED}
     expected = EXOTIC_FEATURES[name]
-    assert sorted(problem.dotted for problem in error.problems) == sorted(path for path, _ in expected)
+    assert sorted(fault.dotted for fault in error.faults) == sorted(path for path, _ in expected)
     for path, key in expected:
-        assert any(problem.dotted == path and f"`{key}`" in problem.what for problem in error.problems)
+        assert any(fault.dotted == path and f"`{key}`" in fault.what for fault in error.faults)
 
 
 @pytest.mark.parametrize(("name", "entry"), cases("invalid", "CORE"))
-def test_core_fault_is_the_only_one_found_and_at_its_path(name, entry):
-    [problem] = refused("invalid", name).problems
-    assert problem.dotted in entry["path"].split("|")
-    assert problem.category == entry["category"]
+def test_a_core_fault_is_the_only_one_and_at_its_path(name, entry):
+    [fault] = refused("invalid", name).faults
+    assert fault.dotted in entry["path"].split("|")
+    assert fault.category == entry["category"]
 
 
 @pytest.mark.parametrize(("name", "entry"), cases("invalid", "EXOTIC"))
-def test_exotic_fault_is_refused_at_a_prefix_of_its_path(name, entry):
-    problems = refused("invalid", name).problems
-    unsupported = [problem.dotted for problem in problems if problem.category is Category.UNSUPPORTED]
+def test_an_exotic_fault_is_refused_at_a_prefix_of_its_path(name, entry):
+    faults = refused("invalid", name).faults
+    unsupported = [fault.dotted for fault in faults if fault.category is Category.UNSUPPORTED]
     assert any(
         f"{path}.".startswith((f"{prefix}.", f"{prefix}["))
         for prefix in unsupported
         for path in entry["path"].split("|")
     )
-    assert len(unsupported) == len(problems)
+    assert len(unsupported) == len(faults)
 
 
-# What EulerStack accepts or crashes on: where we refuse it, and the start of the fix; or why it is right as it stands.
+# Files that EulerStack accepts or crashes on: the path and the start of the fix, or the reason why they are valid.
 REFUSED_QUIRKS = {
     "cross_attn_merge_without_from_to.yml": ("layer_schedule[1]", "write the layers one after another"),
     "d_model_64_text.yml": ("model.d_model", "write 64, without quotes"),
@@ -163,7 +163,7 @@ ACCEPTED_QUIRKS = {
 
 
 @pytest.mark.parametrize(("name", "entry"), cases("quirks"))
-def test_quirk_is_refused_with_a_fix_or_accepted_for_a_reason(name, entry):
+def test_a_quirk_is_refused_with_a_fix_or_accepted_for_a_reason(name, entry):
     assert (name in REFUSED_QUIRKS) != (name in ACCEPTED_QUIRKS)
     if name in ACCEPTED_QUIRKS:
         stack = load_stack(CORPUS / "quirks" / name)
@@ -172,13 +172,13 @@ def test_quirk_is_refused_with_a_fix_or_accepted_for_a_reason(name, entry):
         if name == "tok_vocab_mismatch.yml":
             assert "vocab_tokenizer_consistency" in [finding.rule for finding in realism_report(stack)]
         return
-    [problem] = refused("quirks", name).problems
+    [fault] = refused("quirks", name).faults
     path, fix = REFUSED_QUIRKS[name]
-    assert problem.dotted == path
-    assert problem.fix.startswith(fix)
+    assert fault.dotted == path
+    assert fault.fix.startswith(fix)
 
 
 @pytest.mark.skipif(not CORPUS.exists(), reason=f"no corpus at {CORPUS.name}")
-def test_tables_above_name_only_files_of_the_corpus():
+def test_the_tables_name_only_files_of_the_corpus():
     assert {*REFUSED_QUIRKS, *ACCEPTED_QUIRKS} == set(catalogue("quirks"))
     assert set(EXOTIC_FEATURES) == set(catalogue("valid", "EXOTIC"))

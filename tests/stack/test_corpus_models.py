@@ -1,4 +1,4 @@
-"""Every CORE specification of the corpus as a model: built, counted, trained a step, decoded with a cache."""
+"""The model of every CORE specification: built, counted, trained for a step, decoded with a cache."""
 
 import pytest
 import torch
@@ -22,10 +22,10 @@ def ids() -> torch.Tensor:
 
 
 def estimate_correction(stack) -> int | None:
-    """What EulerStack's estimate gets wrong, where the layers let one say exactly: None elsewhere.
+    """The error of EulerStack's estimate, where it can be calculated; None elsewhere.
 
-    It gives retention a decay of d weights and no gate, and values of width d; it counts no biases, a gate for every
-    expert, and the model's tying by the head's key alone.
+    The estimate counts d weights for the decay of retention, no gate, and values of width d. It counts no biases, a
+    gate for every expert, and takes tying from the head's key only.
     """
     spec, d, correction = stack.spec, stack.spec.model.d_model, 0
     hidden = d * spec.model.mlp_ratio
@@ -47,7 +47,7 @@ def estimate_correction(stack) -> int | None:
 
 
 @pytest.mark.parametrize(("name", "entry"), CORE)
-def test_full_size_is_built_on_the_meta_device_and_counted(name, entry):
+def test_the_parameters_of_the_full_model_are_counted(name, entry):
     stack = load_stack(CORPUS / "valid" / name)
     count = parameter_counts(model_config(stack))["total"]
     correction = estimate_correction(stack)
@@ -65,7 +65,7 @@ def test_every_parameter_learns(name, entry, ids):
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert torch.isfinite(parameter.grad).all(), parameter_name
-        if not (parameter_name.endswith("router.weight") and len(parameter) == 1):  # nothing to choose from one expert
+        if not (parameter_name.endswith("router.weight") and len(parameter) == 1):  # one expert: no gradient
             assert parameter.grad.abs().sum() > 0, parameter_name
 
 

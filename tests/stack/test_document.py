@@ -1,4 +1,4 @@
-"""Reading YAML: values with their places, YAML 1.1's traps, limits."""
+"""Reading YAML: places of values, pitfalls of YAML 1.1, limits."""
 
 import pytest
 
@@ -6,14 +6,14 @@ from retnet.stack import StackError, load_stack, parse_stack
 from retnet.stack.document import MAX_BYTES, MAX_DEPTH, parse
 from retnet.stack.errors import Mark
 
-from .specs import BASE, changed, only, problems, stack
+from .specs import BASE, changed, faults, only, stack
 
 
 def fatal(text: str):
     with pytest.raises(StackError) as caught:
         parse(text)
-    [problem] = caught.value.problems
-    return problem
+    [fault] = caught.value.faults
+    return fault
 
 
 def test_every_key_and_value_has_its_line_and_column():
@@ -39,10 +39,10 @@ def test_every_key_and_value_has_its_line_and_column():
         ("", "model", (2, 1)),
     ],
 )
-def test_faults_of_values_point_to_the_value_and_faults_of_keys_to_the_key(line, path, place):
-    problem = only(changed(("  d_model: 64", line)))
-    assert problem.dotted == path
-    assert (problem.mark.line, problem.mark.column) == place
+def test_a_fault_points_to_its_value_or_its_key(line, path, place):
+    fault = only(changed(("  d_model: 64", line)))
+    assert fault.dotted == path
+    assert (fault.mark.line, fault.mark.column) == place
 
 
 @pytest.mark.parametrize(
@@ -54,10 +54,10 @@ def test_faults_of_values_point_to_the_value_and_faults_of_keys_to_the_key(line,
         ("1.5E6", "1.5e+6"),
     ],
 )
-def test_a_float_that_yaml_reads_as_text_is_answered_with_its_spelling(written, fix):
-    problem = only(changed(more=f"training_hints: {{lr_peak: {written}}}\n"))
-    assert problem.dotted == "training_hints.lr_peak"
-    assert problem.fix.startswith(f"write {fix} ")
+def test_a_float_that_yaml_reads_as_text_is_refused_with_its_correct_spelling(written, fix):
+    fault = only(changed(more=f"training_hints: {{lr_peak: {written}}}\n"))
+    assert fault.dotted == "training_hints.lr_peak"
+    assert fault.fix.startswith(f"write {fix} ")
     assert isinstance(stack(more=f"training_hints: {{lr_peak: {fix}}}\n").spec.training_hints.lr_peak, float)
 
 
@@ -72,8 +72,8 @@ def test_a_number_that_is_not_finite_is_refused(written):
      "!!bool x", "!!int ''", "!mine 3", "!!python/name:os.system x", "!!set {a}", "!!omap [a: 1]"],
 )  # fmt: skip
 def test_other_scalars_and_tags_are_refused_at_their_place(written):
-    problem = only(changed(("d_model: 64", f"d_model: {written}")))
-    assert (problem.dotted, problem.mark.line) == ("model.d_model", 4)
+    fault = only(changed(("d_model: 64", f"d_model: {written}")))
+    assert (fault.dotted, fault.mark.line) == ("model.d_model", 4)
 
 
 def test_yaml_1_1_reads_words_as_booleans():
@@ -81,7 +81,7 @@ def test_yaml_1_1_reads_words_as_booleans():
     assert "without quotes" in only(changed(more="training_hints: {checkpointing: 'yes'}\n")).fix
 
 
-def test_anchors_and_merge_keys_work_and_own_keys_win():
+def test_merge_keys_add_keys_and_do_not_override():
     text = changed(
         ("layer_templates:\n", "layer_templates:\n  base: &base\n    mixer: {type: hyena}\n    ffn: &ffn {type: mlp}\n"
          "  more:\n    <<: *base\n    mixer: {type: mamba}\n  again: {ffn: *ffn, <<: [*base]}\n"),
@@ -92,7 +92,7 @@ def test_anchors_and_merge_keys_work_and_own_keys_win():
     assert templates["again"].mixer.type == "hyena"
 
 
-def test_merging_something_else_is_refused():
+def test_merging_anything_but_a_mapping_is_refused():
     assert only(changed(("  name: base", "  name: base\n  <<: 3"))).dotted == "model"
 
 
@@ -119,12 +119,12 @@ def test_an_alias_inside_its_anchor_is_refused():
         ("%YAML 2.0\n---\na: 1\n", (1, 1), "version"),
     ],
 )
-def test_a_file_that_is_no_single_mapping_is_one_fault_of_the_root(text, where, word):
-    problem = fatal(text)
-    assert problem.dotted == "root"
-    assert (problem.mark.line, problem.mark.column) == where
-    assert word in problem.what
-    assert len(str(problem).splitlines()) == 3
+def test_a_file_that_is_not_one_mapping_has_one_fault_at_its_root(text, where, word):
+    fault = fatal(text)
+    assert fault.dotted == "root"
+    assert (fault.mark.line, fault.mark.column) == where
+    assert word in fault.what
+    assert len(str(fault).splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -140,11 +140,11 @@ def test_a_file_that_is_no_single_mapping_is_one_fault_of_the_root(text, where, 
         ), "aliases are written out"),
     ],
 )  # fmt: skip
-def test_deep_long_and_multiplying_files_are_stopped(text, word):
+def test_files_beyond_the_limits_are_refused(text, word):
     assert word in fatal(text).what
 
 
-def test_files_that_cannot_be_read_are_faults_too(tmp_path):
+def test_a_file_that_cannot_be_read_is_a_fault(tmp_path):
     large, latin = tmp_path / "large.yml", tmp_path / "latin.yml"
     large.write_bytes(b"#" * (MAX_BYTES + 1))
     latin.write_bytes(b"a: 1\nb: \xe4\n")
@@ -158,11 +158,11 @@ def test_files_that_cannot_be_read_are_faults_too(tmp_path):
             load_stack(path)
     with pytest.raises(StackError) as caught:
         load_stack(latin)
-    assert caught.value.problems[0].mark == Mark(2, 4)
+    assert caught.value.faults[0].mark == Mark(2, 4)
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path):
     path = tmp_path / "bom.yml"
     path.write_text(BASE, encoding="utf-8-sig")
     assert load_stack(path).spec == parse_stack(BASE).spec
-    assert problems(BASE) == []
+    assert faults(BASE) == []

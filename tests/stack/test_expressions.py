@@ -1,4 +1,4 @@
-"""`let` and `${...}`: what they compute, and everything they refuse."""
+"""`let` and `${...}`: their values, and what they refuse."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from retnet.stack.expressions import ExpressionError, evaluate, is_expression
 
-from .specs import changed, only, problems, stack
+from .specs import changed, faults, only, stack
 
 NAMES = {"d": 64, "h": 4, "x": 0.5}
 
@@ -31,7 +31,7 @@ NAMES = {"d": 64, "h": 4, "x": 0.5}
         ("${1_000}", 1000),
     ],
 )
-def test_arithmetic(expression, value):
+def test_arithmetic_follows_python(expression, value):
     result = evaluate(expression, NAMES)
     assert result == value
     assert type(result) is type(value)
@@ -48,7 +48,7 @@ def test_arithmetic(expression, value):
         "${9223372036854775808}", "${4611686018427387904 * 2 * 2}", "${" + "9" * 150 + "}", "${1" + " + 1" * 100 + "}",
     ],
 )  # fmt: skip
-def test_anything_else_is_refused_with_a_fix(expression):
+def test_other_syntax_is_refused_with_a_fix(expression):
     with pytest.raises(ExpressionError) as caught:
         evaluate(expression, NAMES)
     assert caught.value.fix
@@ -64,12 +64,12 @@ def test_any_text_gives_a_finite_number_or_an_expression_error(body):
     assert math.isfinite(value)
 
 
-def test_only_text_that_is_an_expression_from_end_to_end_is_one():
+def test_an_expression_spans_the_whole_text():
     assert is_expression(" ${1} ")
     assert not any(is_expression(value) for value in ("x${1}", "${1}x", "$ {1}", "{1}", 1, None, ["${1}"]))
 
 
-def test_whole_results_fit_integer_keys_and_floats_fit_number_keys():
+def test_whole_results_are_integers_and_others_floats():
     spec = stack(
         ("d_model: 64", "d_model: ${let.w * 128}"), more='let: {w: 0.5}\ntraining_hints: {betas: ["${9/10}", 0.95]}\n'
     ).spec
@@ -77,18 +77,18 @@ def test_whole_results_fit_integer_keys_and_floats_fit_number_keys():
     assert spec.training_hints.betas == [0.9, 0.95]
 
 
-def test_unknown_name_is_reported_at_its_value_with_the_nearest_name():
-    problem = only(changed(("d_model: 64", "d_model: ${let.widht}"), more="let: {width: 64}\n"))
-    assert (problem.dotted, problem.mark.line, problem.mark.column) == ("model.d_model", 4, 12)
-    assert "let.width?" in problem.fix
-    assert problem.see == "docs/stack.md#let"
+def test_an_unknown_name_is_reported_with_the_nearest_one():
+    fault = only(changed(("d_model: 64", "d_model: ${let.widht}"), more="let: {width: 64}\n"))
+    assert (fault.dotted, fault.mark.line, fault.mark.column) == ("model.d_model", 4, 12)
+    assert "let.width?" in fault.fix
+    assert fault.see == "docs/stack.md#let"
 
 
-def test_a_faulty_expression_hides_nothing_else_and_reports_nothing_twice():
+def test_a_faulty_expression_hides_no_other_fault_and_is_reported_once():
     text = changed(
         ("d_model: 64", "d_model: ${1/0}"), ("vocab_size: 257", "vocab_size: no"), ("n_heads: 4", "n_heads: 0")
     )
-    assert [problem.dotted for problem in problems(text)] == ["model.d_model", "model.vocab_size", "model.n_heads"]
+    assert [fault.dotted for fault in faults(text)] == ["model.d_model", "model.vocab_size", "model.n_heads"]
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,14 @@ def test_a_faulty_expression_hides_nothing_else_and_reports_nothing_twice():
         ("let: {a: '${1}'}", "let.a"), ("let: {a: .nan}", "let.a"),
     ],
 )  # fmt: skip
-def test_let_is_a_mapping_of_names_to_numbers(block, path):
+def test_let_must_be_a_mapping_of_names_to_numbers(block, path):
     assert only(changed(more=block + "\n")).dotted == path
 
 
-def test_text_around_an_expression_is_refused_where_a_number_is_wanted_and_kept_where_text_is():
-    assert "from end to end" in only(changed(("d_model: 64", "d_model: x${let.d}"))).fix
+def test_text_around_an_expression_is_refused_for_numbers_and_kept_as_text():
+    assert "from start to end" in only(changed(("d_model: 64", "d_model: x${let.d}"))).fix
     assert stack(("name: base", "name: x${let.d}")).spec.model.name == "x${let.d}"
 
 
-def test_an_expression_in_a_text_key_is_a_number_and_refused():
+def test_an_expression_is_refused_where_text_is_required():
     assert only(changed(("name: base", "name: ${1 + 1}"))).dotted == "model.name"

@@ -1,4 +1,4 @@
-"""Whatever text a file holds, the answer is a stack that can be built, or faults in three lines each; nothing else."""
+"""Random files: each gives a stack that can be built, or faults of three lines each, and never another exception."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ from .test_corpus import CORPUS, catalogue
 
 SOURCES = [BASE] + [(CORPUS / "valid" / name).read_text() for name in catalogue("valid")]
 
-# Tokens that make trouble somewhere in YAML, in Python, or in the schema.
+# Tokens that are special in YAML, in Python, or in the schema.
 NASTY = [
     "null", "~", "true", "no", "0", "-1", "1.5", ".nan", ".inf", "1e9", "3e-4", "9" * 30, "0x7f", "1:30", "2001-01-01",
     "''", "' '", "[]", "{}", "[[]]", "{a: {}}", "- x", "? x", "*a", "&a x", "<<: *a", "!!int x", "!t", "%", "@", "`",
@@ -40,13 +40,13 @@ def check(text: str) -> None:
     try:
         stack = parse_stack(text)
     except StackError as error:
-        faults = error.problems
+        faults = error.faults
     assert stack or faults
-    for problem in faults:
-        assert len(str(problem).splitlines()) == 3
-        assert problem.mark is not None
-        assert problem.what
-        assert problem.fix
+    for fault in faults:
+        assert len(str(fault).splitlines()) == 3
+        assert fault.mark is not None
+        assert fault.what
+        assert fault.fix
     if stack:
         assert stack.layers
         assert realism_report(stack)
@@ -59,7 +59,7 @@ def value_of(text: str) -> Any:
 
 
 def places(node: Any, path: tuple = ()) -> list[tuple]:
-    """The path of every node below the root of a plain value."""
+    """The path of every node below the root."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     found = []
     for key, value in items:
@@ -118,32 +118,32 @@ def mutated_text(draw: st.DrawFn) -> str:
 
 @settings(max_examples=200)
 @given(mutated_values())
-def test_stacks_with_changed_values(text):
+def test_stacks_with_random_changes_to_values(text):
     check(text)
 
 
 @settings(max_examples=300)
 @given(mutated_text())
-def test_stacks_with_changed_text(text):
+def test_stacks_with_random_changes_to_text(text):
     check(text)
 
 
 @given(st.text(max_size=200) | st.lists(st.sampled_from([*NASTY, " ", "\n", ":", ","]), max_size=30).map("".join))
-def test_any_text(text):
+def test_random_text(text):
     check(text)
 
 
 @given(st.binary(max_size=100))
-def test_any_bytes_are_text_or_one_fault(data):
+def test_random_bytes_are_text_or_one_fault(data):
     try:
         text = read_text(data)
     except StackError as error:
-        [problem] = error.problems
-        text = str(problem)
+        [fault] = error.faults
+        text = str(fault)
     check(text)
 
 
-def test_sources_are_there_to_mutate():
+def test_there_are_stacks_to_change():
     if not CORPUS.exists():
         pytest.skip(f"no corpus at {CORPUS.name}; the base alone is mutated")
     assert len(SOURCES) > 50

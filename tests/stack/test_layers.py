@@ -1,4 +1,4 @@
-"""The schedule written out: defaults, overrides, states."""
+"""The expanded schedule: defaults, overrides, states."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from retnet.stack.schema import Template
 from .specs import stack
 
 
-def test_schedule_is_repeated_in_order_with_defaults_filled_in():
+def test_the_schedule_is_expanded_in_order_with_defaults():
     layers = stack().layers
     assert [(layer.index, layer.template, layer.entry) for layer in layers] == [(0, "r", 0), (1, "r", 0), (2, "a", 1)]
     assert layers[0].mixer == Retnet(chunk_size=32)
@@ -18,7 +18,7 @@ def test_schedule_is_repeated_in_order_with_defaults_filled_in():
     assert all(layer.norm.type == "rmsnorm" and layer.residual.scaling == 1.0 and layer.keeps_state for layer in layers)
 
 
-def test_override_changes_what_it_names_on_its_own_entry_alone():
+def test_an_override_changes_only_its_values_and_only_its_entry():
     override = (
         "{residual: {scaling: 0.5}, attention: {attn_drop: 0.1}, norm: {position: post}, ffn: {activation: relu}}"
     )
@@ -30,7 +30,7 @@ def test_override_changes_what_it_names_on_its_own_entry_alone():
     assert (plain.norm.position, plain.residual.scaling) == ("pre", 1.0)
 
 
-def test_override_widens_a_window_and_null_changes_nothing():
+def test_an_override_replaces_a_window_and_null_changes_nothing():
     pairs = ("- template: a", "- {template: a, override: {attention: {window: 64}}}\n- {template: a, override: null}")
     assert [layer.mixer.window for layer in stack(pairs).layers[2:]] == [64, 16]
 
@@ -44,6 +44,6 @@ def test_override_widens_a_window_and_null_changes_nothing():
         ("hyena", {"kv_cache": False, "ssm_state": False}, True),
     ],
 )  # fmt: skip
-def test_state_decides_whether_a_layer_decodes_with_a_carried_state(mixer, state, kept):
+def test_state_determines_whether_decoding_carries_the_layers_state(mixer, state, kept):
     template = Template.model_validate({"mixer": {"type": mixer}, "ffn": {"type": "mlp"}, "state": state})
     assert keeps_state(template) is kept

@@ -1,4 +1,4 @@
-"""A mixer from outside the package: one entry in `MIXERS`, and every part of `retnet.stack` works with it."""
+"""A mixer from outside the package: with one entry in `MIXERS`, all of `retnet.stack` works with it."""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ from retnet.stack.scalars import PositiveInt
 from retnet.stack.schema import Spec
 from retnet.stack.summary import summarize
 
-from .specs import changed, only, problems, stack
+from .specs import changed, faults, only, stack
 
 MIXER_A = "type: attention\n      attention: {window: 16}"
 
 
 class Toy(MixerSettings):
-    """Attention in a span."""
+    """Attention in a window, `span`."""
 
     STATE_KEY = "kv_cache"
 
@@ -51,33 +51,33 @@ def test_a_registered_mixer_is_built_and_runs():
     assert LanguageModel(config)(torch.arange(9)[None]).logits.shape == (1, 9, 257)
 
 
-def test_a_registered_mixer_has_its_defaults_when_its_settings_are_absent():
+def test_absent_settings_of_a_registered_mixer_are_its_defaults():
     assert model_config(stack((MIXER_A, "type: toy"))).layers[2].mixer.window == 4
 
 
 def test_an_unknown_key_of_a_registered_mixer_is_refused_with_its_place_and_the_nearest_key():
-    problem = only_with_toy("spam: 3")
-    assert (problem.dotted, problem.mark.line, problem.mark.column) == ("layer_templates.a.mixer.toy", 23, 13)
-    assert problem.what == "unknown key 'spam'"
-    assert problem.fix == "did you mean span? keys known here: span"
-    assert problem.see == "docs/stack.md#mixer"
+    fault = only_with_toy("spam: 3")
+    assert (fault.dotted, fault.mark.line, fault.mark.column) == ("layer_templates.a.mixer.toy", 23, 13)
+    assert fault.what == "unknown key 'spam'"
+    assert fault.fix == "did you mean span? keys known here: span"
+    assert fault.see == "docs/stack.md#mixer"
 
 
 @pytest.mark.parametrize("span", ["0", "'8'", "1.5", "1000"])
 def test_a_value_or_clash_of_a_registered_mixer_is_reported_at_its_key(span):
-    problem = only_with_toy(f"span: {span}")
-    assert (problem.dotted, problem.mark.line, problem.mark.column) == ("layer_templates.a.mixer.toy.span", 23, 19)
+    fault = only_with_toy(f"span: {span}")
+    assert (fault.dotted, fault.mark.line, fault.mark.column) == ("layer_templates.a.mixer.toy.span", 23, 19)
 
 
 def test_a_registered_mixer_may_not_set_the_state_key_of_another():
     ffn = "ffn: {type: mlp}"
-    [problem] = problems_with_toy("span: 8", (ffn, f"{ffn}\n    state: {{ssm_state: true}}"))
-    assert (problem.category, problem.what) == (Category.COMPATIBILITY, "a toy mixer has no ssm_state")
+    [fault] = problems_with_toy("span: 8", (ffn, f"{ffn}\n    state: {{ssm_state: true}}"))
+    assert (fault.category, fault.what) == (Category.COMPATIBILITY, "a toy mixer has no ssm_state")
 
 
-def test_a_registered_mixer_is_offered_for_a_misspelt_type():
-    problem = only(changed((MIXER_A, "type: toi")))
-    assert problem.fix == "did you mean toy? write one of: attention, mamba, retnet, hyena, toy"
+def test_a_misspelt_type_is_answered_with_the_registered_mixer():
+    fault = only(changed((MIXER_A, "type: toi")))
+    assert fault.fix == "did you mean toy? write one of: attention, mamba, retnet, hyena, toy"
 
 
 def test_a_registered_mixer_is_in_the_report_the_table_and_the_picture(tmp_path):
@@ -91,16 +91,16 @@ def test_a_registered_mixer_is_in_the_report_the_table_and_the_picture(tmp_path)
     assert Toy.COLOUR in (tmp_path / "toy.svg").read_text()
 
 
-def test_without_its_entry_the_type_is_unknown(monkeypatch):
+def test_without_an_entry_the_type_is_unknown(monkeypatch):
     monkeypatch.delitem(MIXERS, "toy")
-    [problem, *_] = problems_with_toy("span: 8")
-    assert "toy" in problem.what
+    [fault, *_] = problems_with_toy("span: 8")
+    assert "toy" in fault.what
 
 
 def only_with_toy(settings: str):
-    [problem] = problems_with_toy(settings)
-    return problem
+    [fault] = problems_with_toy(settings)
+    return fault
 
 
 def problems_with_toy(settings: str, *others: tuple[str, str]):
-    return problems(changed(toy(settings), *others))
+    return faults(changed(toy(settings), *others))

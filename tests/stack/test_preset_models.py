@@ -1,4 +1,4 @@
-"""Every preset as a model: built and counted at full size, and its mini trained ten steps and decoded."""
+"""The model of every preset: parameters at full size, and training and decoding of the small version."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ TEXT = b"a model reads what was written before and guesses what comes next, one 
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_full_preset_is_built_and_counted_on_the_meta_device(name):
+def test_the_parameters_of_a_full_preset_are_counted(name):
     stack = load_preset(name)
     config = model_config(stack)
     count = parameter_counts(config)["total"]
@@ -32,12 +32,12 @@ def test_full_preset_is_built_and_counted_on_the_meta_device(name):
     assert in_layers + final_norm == parameter_counts(config)["layers"]
 
 
-def test_llama_preset_has_the_parameters_of_the_model_it_is_the_shape_of():
+def test_the_llama_preset_has_the_parameters_of_llama():
     assert parameter_counts(model_config(load_preset("arch_beginner_llama")))["total"] == 1_235_814_400
 
 
 @pytest.mark.parametrize("name", MINIS)
-def test_mini_learns_in_ten_steps_and_decodes_what_it_would_predict(name):
+def test_a_mini_preset_learns_in_ten_steps_and_decodes_with_a_cache(name):
     config = model_config(load_preset(name))
     assert 2e5 < parameter_counts(config)["total"] < 3e6
     model = LanguageModel(config)
@@ -62,8 +62,8 @@ def test_mini_learns_in_ten_steps_and_decodes_what_it_would_predict(name):
 
 
 @pytest.mark.parametrize("name", MINIS)
-def test_counted_matrix_products_are_what_the_cost_model_says_of_weights(name):
-    """What mixers do beside their projections is in no product that the counter sees; biases and norms hardly count."""
+def test_the_cost_of_weights_equals_the_matrix_products_counted_by_torch(name):
+    """The counter does not see the mixing itself, and biases and norms are negligible."""
     config, tokens = model_config(load_preset(name)), 128
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         LanguageModel(config).eval()(torch.zeros(1, tokens, dtype=torch.long))

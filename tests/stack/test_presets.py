@@ -1,4 +1,4 @@
-"""The stacks in the package: complete in pairs, valid, free of warnings, of the size they claim."""
+"""The stack presets: in pairs, valid, without warnings, of their stated size."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_every_architecture_has_a_mini_with_the_same_mixers():
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_preset_is_valid_without_warnings_and_says_what_it_is(name):
+def test_a_preset_is_valid_without_warnings_and_has_a_summary(name):
     stack = load_preset(name)
     assert stack.spec.model.name == name.replace("_", "-")
     assert [finding for finding in realism_report(stack) if finding.severity is Severity.WARNING] == []
@@ -34,19 +34,19 @@ def test_preset_is_valid_without_warnings_and_says_what_it_is(name):
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_preset_has_the_size_of_its_kind(name):
+def test_a_preset_has_its_stated_size(name):
     stack = load_preset(name)
     count = estimate_parameters(stack.spec, stack.layers)
     assert 2e5 < count < 3e6 if name.endswith("_mini") else 1e9 < count < 3e9
 
 
-def test_the_tri_mixer_rotates_strictly():
+def test_the_tri_mixer_rotates_its_three_mixers():
     for name, turns in (("arch_expert_research", 8), ("arch_expert_research_mini", 2)):
         layers = load_preset(name).layers
         assert [layer.mixer_type for layer in layers] == ["mamba", "retnet", "attention"] * turns
         assert all(layer.mixer.variant == "mamba2" for layer in layers if layer.mixer_type == "mamba")
 
 
-def test_an_unknown_preset_is_answered_with_the_nearest():
+def test_an_unknown_preset_is_refused_with_the_nearest_names():
     with pytest.raises(ValueError, match="arch_beginner_llama"):
         preset_text("arch_beginer_lama")

@@ -1,4 +1,4 @@
-"""The realism report: each rule speaks where it should and nowhere else."""
+"""The realism report: each rule warns when it should, and only then."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def warnings(*pairs, more: str = "") -> list[str]:
 WIDE = ("d_model: 64", "d_model: 256")  # heads of 64
 
 
-def test_a_usual_stack_gives_information_alone():
+def test_a_usual_stack_has_no_warnings():
     report = realism_report(stack(WIDE))
     assert [finding.rule for finding in report] == ["param_count_info", "layer_count_info"]
     assert report[1].message == "3 layers: 2 retnet, 1 attention"
@@ -43,15 +43,15 @@ def test_a_usual_stack_gives_information_alone():
         ("reserved_namespace", [WIDE], "vendor.acme.x: 1\n"),
     ],
 )  # fmt: skip
-def test_each_warning_has_a_cause(rule, pairs, more):
+def test_a_rule_warns_about_its_cause_and_no_other_does(rule, pairs, more):
     assert warnings(*pairs, more=more) == [rule]
 
 
-def test_reserved_keys_are_named_with_their_place():
+def test_reserved_keys_are_reported_with_their_place():
     [message] = [
         finding.message for finding in realism_report(stack(WIDE, more="future.x: 1\n")) if "reserved" in finding.rule
     ]
-    assert message == "future.x is under a reserved prefix and does nothing (line 30, column 1)"
+    assert message == "future.x has a reserved prefix and no effect (line 30, column 1)"
 
 
 @pytest.mark.parametrize(

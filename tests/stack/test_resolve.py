@@ -1,4 +1,4 @@
-"""MODEL by name: presets of both kinds, stack files, saved directories; one model behind them all."""
+"""Models by name: presets of both kinds, stack files, saved directories."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from retnet.stack.resolve import resolve_config, resolve_model, resolve_stack
 from .specs import changed
 
 MINI = "arch_advanced_retnet_mini"
-# The paper's architecture at a small size, written as a stack.
+# A small model of the paper's architecture, as a stack.
 PAPER = """\
 schema_version: 1
 model: {name: paper, d_model: 64, vocab_size: 257, max_seq_len: 128, n_heads: 2, mlp_ratio: 2, dtype: float32}
@@ -30,7 +30,7 @@ training_hints: {init: paper, seed: 0}
 """
 
 
-def test_a_stack_of_retention_is_the_model_of_the_foundation(tmp_path):
+def test_a_stack_of_retention_is_the_paper_model(tmp_path):
     path = tmp_path / "paper.yml"
     path.write_text(PAPER)
     foundation = LanguageModel(retnet_config("paper", 3, 64, 2, vocab_size=257, bos_token_id=256)).eval()
@@ -40,7 +40,7 @@ def test_a_stack_of_retention_is_the_model_of_the_foundation(tmp_path):
     torch.testing.assert_close(model(ids).logits, foundation(ids).logits)
 
 
-def test_names_files_and_directories_stand_for_the_same_model(tmp_path):
+def test_a_preset_its_file_and_its_directory_are_the_same_model(tmp_path):
     path = tmp_path / "mine.yml"
     path.write_text(preset_text(MINI))
     model = resolve_model(MINI)
@@ -52,19 +52,19 @@ def test_names_files_and_directories_stand_for_the_same_model(tmp_path):
         assert resolve_stack(name).text == preset_text(MINI)
 
 
-def test_presets_of_the_foundation_are_no_stacks():
+def test_retnet_presets_are_not_stacks():
     assert resolve_stack("retnet-tiny") is None
     assert resolve_config("retnet-tiny") == preset("retnet-tiny")
 
 
-def test_a_name_that_stands_for_nothing_is_answered_with_all_that_do(tmp_path):
+def test_an_unknown_name_is_refused_with_the_accepted_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"retnet-tiny.*arch_advanced_jamba"):
         resolve_model(str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError):
         resolve_config(str(tmp_path))
 
 
-def test_a_faulty_file_is_told_with_its_faults(tmp_path):
+def test_a_faulty_file_raises_its_faults(tmp_path):
     path = tmp_path / "faulty.yml"
     path.write_text(changed(("d_model: 64", "d_model: 65")))
     with pytest.raises(StackError, match=r"model.d_model"):

@@ -1,4 +1,4 @@
-"""What each key accepts, what keys demand of each other, and how faults are told."""
+"""The schema: accepted values, rules between keys, and error messages."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from retnet.stack import Category, StackError, parse_stack
 from retnet.stack.errors import nearest, plain, show
 from retnet.stack.section import RESERVED_PREFIXES
 
-from .specs import BASE, changed, only, problems, stack
+from .specs import BASE, changed, faults, only, stack
 
 
 def in_retnet(options: str) -> tuple[str, str]:
@@ -14,7 +14,7 @@ def in_retnet(options: str) -> tuple[str, str]:
 
 
 def in_mixer(mixer: str) -> tuple[str, str]:
-    """Replaces the attention mixer of the base."""
+    """Replace the attention mixer of the base."""
     return "      type: attention\n      attention: {window: 16}", f"      {mixer}"
 
 
@@ -22,7 +22,7 @@ def in_ffn(ffn: str) -> tuple[str, str]:
     return "ffn: {type: mlp}", f"ffn: {{{ffn}}}"
 
 
-def test_error_text_is_three_lines_a_fault_all_faults_in_the_order_of_the_file():
+def test_an_error_has_three_lines_per_fault_in_the_order_of_the_file():
     text = changed(("d_model: 64", "d_model: '64'"), ("type: mlp", "typ: mlp"), ("- template: a", "- template: b"))
     with pytest.raises(StackError) as caught:
         parse_stack(text, "my.yml")
@@ -46,13 +46,13 @@ def test_error_text_is_three_lines_a_fault_all_faults_in_the_order_of_the_file()
     ]
 
 
-def test_names_from_the_file_cannot_break_the_three_lines():
+def test_names_in_the_file_cannot_break_the_three_lines():
     text = changed(("  a:\n", '  "\\n\\e[2J\\ud800' + "x" * 500 + '":\n'), ("template: a", 'template: "\\0\\n"'))
     text = text.replace("ffn: {type: mlp}", 'ffn: {"\\r\\nFix: none": 1}')
-    for problem in problems(text):
-        assert len(str(problem).splitlines()) == 3
-        assert str(problem).replace("\n", "").isprintable()
-        assert all(len(line) < 400 for line in str(problem).splitlines())
+    for fault in faults(text):
+        assert len(str(fault).splitlines()) == 3
+        assert str(fault).replace("\n", "").isprintable()
+        assert all(len(line) < 400 for line in str(fault).splitlines())
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_values_are_shown_as_yaml_spells_them(value, shown):
     assert show(value) == shown
 
 
-def test_nearest_answers_text_only_and_nothing_far():
+def test_the_nearest_name_is_similar_or_none():
     assert nearest("chunksize", ("chunk_size", "rope")) == "chunk_size"
     assert nearest("zzz", ("chunk_size", "rope")) is None
     assert nearest(["rope"], ("rope",)) is None
@@ -78,7 +78,7 @@ def test_nearest_answers_text_only_and_nothing_far():
     ]
     + [("vocab_size", "2147483648", "model.vocab_size"), ("max_seq_len", "''", "model.max_seq_len")],
 )  # fmt: skip
-def test_integers_are_integers(key, bad, path):
+def test_only_integers_are_integers(key, bad, path):
     number = {"d_model": 64, "vocab_size": 257, "max_seq_len": 256}[key]
     assert only(changed((f"{key}: {number}\n", f"{key}: {bad}\n"))).dotted == path
 
@@ -89,7 +89,7 @@ def test_integers_are_integers(key, bad, path):
      ("'8'", "write 8, without quotes"), ("1e3", "write 1000, without quotes"),
      ("${let.d}x", "write a positive integer; an expression")],
 )  # fmt: skip
-def test_the_fix_of_an_integer_is_the_nearest_right_value(written, fix):
+def test_the_fix_for_an_integer_is_the_nearest_accepted_value(written, fix):
     assert only(changed(("  n_heads: 4", f"  n_heads: 4\n  mlp_ratio: {written}"))).fix.startswith(fix)
 
 
@@ -112,35 +112,35 @@ HINTS = {
 
 
 @pytest.mark.parametrize("key", HINTS)
-def test_training_hints_accept_their_range_and_nothing_else(key):
+def test_training_hints_accept_only_their_range(key):
     accepted, refused = HINTS[key]
     for value in accepted:
-        assert problems(changed(more=f"training_hints: {{{key}: {value}}}\n")) == []
+        assert faults(changed(more=f"training_hints: {{{key}: {value}}}\n")) == []
     for value in refused:
         assert only(changed(more=f"training_hints: {{{key}: {value}}}\n")).dotted.startswith(f"training_hints.{key}")
 
 
-def test_wrong_items_of_betas_are_named_one_by_one_and_what_is_no_number_at_the_list():
-    found = problems(changed(more="training_hints: {betas: [1.5, x]}\n"))
-    assert [problem.dotted for problem in found] == ["training_hints.betas[0]", "training_hints.betas"]
+def test_a_wrong_number_in_betas_is_reported_at_its_index_and_other_values_at_the_list():
+    found = faults(changed(more="training_hints: {betas: [1.5, x]}\n"))
+    assert [fault.dotted for fault in found] == ["training_hints.betas[0]", "training_hints.betas"]
 
 
-def test_a_number_too_large_is_told_the_largest():
+def test_a_too_large_number_is_refused_with_the_largest():
     assert stack(more="training_hints: {seed: 20240101123}\n").spec.training_hints.seed == 20240101123
-    problem = only(changed(("d_model: 64", "d_model: 4294967296")))
-    assert "an integer of at most 2147483647" in problem.what
+    fault = only(changed(("d_model: 64", "d_model: 4294967296")))
+    assert "an integer of at most 2147483647" in fault.what
 
 
 @pytest.mark.parametrize("section", ["norm", "residual", "state"])
-def test_layer_sections_take_null_as_absent_and_nothing_but_mappings(section):
+def test_optional_sections_of_a_template_are_mappings_or_null(section):
     ffn = "    ffn: {type: mlp}"
-    assert problems(changed((ffn, f"{ffn}\n    {section}: null"))) == []
+    assert faults(changed((ffn, f"{ffn}\n    {section}: null"))) == []
     assert only(changed((ffn, f"{ffn}\n    {section}: text"))).dotted == f"layer_templates.a.{section}"
 
 
-def test_optional_sections_may_be_null_and_required_ones_not():
+def test_optional_sections_may_be_null_and_required_ones_may_not():
     assert (
-        problems(changed(more="training_hints: null\ncompatibility: null\nexecution_modes: null\ntransition: null\n"))
+        faults(changed(more="training_hints: null\ncompatibility: null\nexecution_modes: null\ntransition: null\n"))
         == []
     )
     assert only(changed(("head:\n  type: causal_lm\n", "head: null\n"))).dotted == "head"
@@ -149,7 +149,7 @@ def test_optional_sections_may_be_null_and_required_ones_not():
 
 
 @pytest.mark.parametrize("prefix", RESERVED_PREFIXES)
-def test_reserved_keys_are_kept_for_the_report_anywhere_but_in_let(prefix):
+def test_reserved_keys_are_reported_and_refused_only_in_let(prefix):
     text = changed(("  type: hf", f"  type: hf\n  {prefix}x: {{any: [thing]}}"), more=f"{prefix}y: 1\n")
     assert [key.path[-1] for key in parse_stack(text).reserved] == [f"{prefix}x", f"{prefix}y"]
     assert only(changed(more=f"{prefix[:-1]}: 1\n")).dotted == "root"
@@ -157,7 +157,7 @@ def test_reserved_keys_are_kept_for_the_report_anywhere_but_in_let(prefix):
     assert only(changed(("type: hf", f"type: {prefix}hf"))).dotted == "tokenizer_contract.type"
 
 
-def test_a_template_may_carry_any_name():
+def test_a_template_may_have_any_name():
     text = changed(("  a:\n", "  vendor.x:\n"), ("template: a", "template: vendor.x"))
     assert parse_stack(text).layers[-1].template == "vendor.x"
 
@@ -180,15 +180,15 @@ OURS = [
 
 
 @pytest.mark.parametrize(("option", "fault"), OURS)
-def test_our_retention_options_are_typed(option, fault):
-    found = problems(changed(in_retnet(f"vendor.retnet.{option}")))
-    assert [problem.path[-1] for problem in found] == ([] if fault is None else [f"vendor.retnet.{fault}"])
+def test_vendor_options_of_retention_are_validated(option, fault):
+    found = faults(changed(in_retnet(f"vendor.retnet.{option}")))
+    assert [fault.path[-1] for fault in found] == ([] if fault is None else [f"vendor.retnet.{fault}"])
 
 
-def test_our_prefix_is_closed():
-    problem = only(changed(in_retnet("vendor.retnet.value_dims: 128")))
-    assert problem.dotted == "layer_templates.r.mixer.retnet"
-    assert "did you mean vendor.retnet.value_dim?" in problem.fix
+def test_unknown_keys_with_our_vendor_prefix_are_refused():
+    fault = only(changed(in_retnet("vendor.retnet.value_dims: 128")))
+    assert fault.dotted == "layer_templates.r.mixer.retnet"
+    assert "did you mean vendor.retnet.value_dim?" in fault.fix
     assert only(changed(("  type: hf", "  type: hf\n  vendor.retnet.gate: none"))).dotted == "tokenizer_contract"
 
 
@@ -236,15 +236,15 @@ def test_our_prefix_is_closed():
         ([("repeat: 2", "repeat: 2000000000")], "layer_schedule[0].repeat"),
     ],
 )  # fmt: skip
-def test_clashes_are_reported_where_they_can_be_mended(pairs, path):
-    problem = only(changed(*pairs))
-    assert problem.dotted == path
-    assert problem.category is Category.VALIDATION
+def test_a_clash_is_reported_at_the_value_to_change(pairs, path):
+    fault = only(changed(*pairs))
+    assert fault.dotted == path
+    assert fault.category is Category.VALIDATION
 
 
 def test_a_fault_in_one_template_does_not_hide_another():
     text = changed(in_retnet("gamma: 0.9"), in_ffn("type: mlp, activation: swiglu"), ("n_heads: 4", "n_heads: 5"))
-    assert {problem.dotted for problem in problems(text)} == {
+    assert {fault.dotted for fault in faults(text)} == {
         "layer_templates.r.mixer.retnet", "layer_templates.a.ffn.activation", "model.d_model",
     }  # fmt: skip
 
@@ -255,10 +255,10 @@ def test_a_fault_in_one_template_does_not_hide_another():
     [("attention", "kv_cache", False), ("attention", "ssm_state", True), ("mamba", "ssm_state", False),
      ("mamba", "kv_cache", True), ("hyena", "kv_cache", True), ("hyena", "ssm_state", True)],
 )  # fmt: skip
-def test_a_mixer_takes_its_own_state_key_alone(mixer, state, fault, value):
-    """Whatever a key that it cannot hold asks for: text is something as well."""
+def test_a_mixer_accepts_only_its_own_state_key(mixer, state, fault, value):
+    """Another key is refused whatever its value."""
     text = changed(in_mixer(f"type: {mixer}"), in_ffn(f"type: mlp}}\n    state: {{{state}: {value}"))
-    found = [(problem.category, problem.dotted) for problem in problems(text)]
+    found = [(fault.category, fault.dotted) for fault in faults(text)]
     if fault:
         assert found == [(Category.COMPATIBILITY, "layer_templates.a")]
     else:
@@ -271,9 +271,9 @@ def test_a_mixer_takes_its_own_state_key_alone(mixer, state, fault, value):
     [("branched\n      branched: {branches: {x: {type: attention}, y: {type: mamba}}}", "kv_cache", True),
      ("ttt_layer", "kv_cache", True), ("ttt_layer", "ssm_state", False)],
 )  # fmt: skip
-def test_a_mixer_that_is_not_run_is_checked_against_its_state_too(mixer, state, fault):
+def test_the_state_key_of_an_unsupported_mixer_is_checked_too(mixer, state, fault):
     text = changed(in_mixer(f"type: {mixer}"), in_ffn(f"type: mlp}}\n    state: {{{state}: true"))
-    found = [(problem.category, problem.dotted) for problem in problems(text)]
+    found = [(fault.category, fault.dotted) for fault in faults(text)]
     assert (Category.UNSUPPORTED, "layer_templates.a.mixer") in found
     assert ((Category.COMPATIBILITY, "layer_templates.a") in found) is fault
 
@@ -290,7 +290,7 @@ def test_a_mixer_that_is_not_run_is_checked_against_its_state_too(mixer, state, 
         ([], "compatibility: {quant_aware_training: null}\n", "compatibility.quant_aware_training"),
     ],
 )  # fmt: skip
-def test_null_is_refused_where_the_schema_does_not_take_it(pairs, more, path):
+def test_null_is_refused_where_the_schema_does_not_allow_it(pairs, more, path):
     assert only(changed(*pairs, more=more)).dotted == path
 
 
@@ -305,30 +305,30 @@ def test_null_is_refused_where_the_schema_does_not_take_it(pairs, more, path):
         ([("d_model: 64", 'd_model: "${let.d}"')], "let: {d: null}\n", "let.d"),
     ],
 )  # fmt: skip
-def test_what_follows_from_a_fault_is_not_another(pairs, more, path):
+def test_the_consequences_of_a_fault_are_not_reported(pairs, more, path):
     assert only(changed(*pairs, more=more)).dotted == path
 
 
-def test_a_template_whose_name_is_a_number_is_one_fault_of_the_templates():
+def test_a_template_named_by_a_number_is_one_fault():
     text = (
         BASE[: BASE.index("  r:\n")]
         + "  7:\n"
         + BASE[BASE.index("  a:\n") + len("  a:\n") : BASE.index("- {template: r")]
     )
-    found = problems(text + "- template: '7'\nhead:\n  type: causal_lm\n")
-    assert [problem.dotted for problem in found] == ["layer_templates"]
+    found = faults(text + "- template: '7'\nhead:\n  type: causal_lm\n")
+    assert [fault.dotted for fault in found] == ["layer_templates"]
     assert "the key '7' is not text" in found[0].what
 
 
-def test_an_unknown_section_may_have_been_meant_as_let():
+def test_let_is_suggested_for_a_similar_section():
     assert only(changed(more="lets: {d: 1}\n")).fix.startswith("did you mean let?")
 
 
-def test_missing_keys_are_reported_at_their_mapping_with_the_values_they_take():
-    problem = only(BASE.replace("  positional: rope\n", ""))
-    assert (problem.dotted, problem.mark.line) == ("embedding", 11)
-    assert problem.fix == "add `positional`: rope, none, alibi"
-    assert [problem.dotted for problem in problems("{}")] == ["root"] * 7
+def test_missing_keys_are_reported_at_their_mapping_with_accepted_values():
+    fault = only(BASE.replace("  positional: rope\n", ""))
+    assert (fault.dotted, fault.mark.line) == ("embedding", 11)
+    assert fault.fix == "add `positional`: rope, none, alibi"
+    assert [fault.dotted for fault in faults("{}")] == ["root"] * 7
 
 
 @pytest.mark.parametrize(
@@ -348,13 +348,13 @@ def test_missing_keys_are_reported_at_their_mapping_with_the_values_they_take():
         ([("type: causal_lm", "type: causal_lm\n  mtp: null")], "head.mtp"),
     ],
 )  # fmt: skip
-def test_what_is_not_supported_is_refused_once_where_it_is_asked_for(pairs, path):
-    problem = only(changed(*pairs))
-    assert (problem.category, problem.dotted) == (Category.UNSUPPORTED, path)
-    assert "is not supported here" in problem.what
-    assert problem.see == "docs/stack.md#not-supported"
+def test_an_unsupported_feature_is_refused_once_at_its_place(pairs, path):
+    fault = only(changed(*pairs))
+    assert (fault.category, fault.dotted) == (Category.UNSUPPORTED, path)
+    assert "is not supported here" in fault.what
+    assert fault.see == "docs/stack.md#not-supported"
 
 
-def test_null_asks_for_nothing_where_the_schema_lets_it():
+def test_null_is_accepted_for_unsupported_keys_where_the_schema_allows_it():
     pairs = [("{window: 16}", "{window: 16, latent_dim: null}"), ("template: a", "template: a\n  depth_gating: null")]
-    assert problems(changed(*pairs, in_ffn("type: mlp}\n    memory: null\n    norm: {"))) == []
+    assert faults(changed(*pairs, in_ffn("type: mlp}\n    memory: null\n    norm: {"))) == []

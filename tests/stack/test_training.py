@@ -26,14 +26,14 @@ training_hints:
 """
 
 
-def test_a_file_without_hints_asks_for_nothing():
+def test_a_file_without_hints_sets_nothing():
     assert training_defaults(stack().spec) == {}
     assert training_defaults(stack(more="training_hints: {seed: 3, dropout: 0.1}\n").spec) == {}
     assert router_lr_multiplier(stack().spec) == 1.0
 
 
 @pytest.mark.parametrize(("ratio", "steps"), [(0, 0), (0.5, 50), (1.0, 100)])
-def test_a_share_of_the_run_warms_up(ratio, steps, tmp_path):
+def test_the_warmup_ratio_is_a_share_of_the_run(ratio, steps, tmp_path):
     spec = stack(more=f"training_hints: {{warmup_steps_ratio: {ratio}}}\n").spec
     arguments = TrainingArguments(output_dir=str(tmp_path), **training_defaults(spec))
     assert arguments.get_warmup_steps(100) == steps
@@ -50,12 +50,12 @@ def test_hints_become_fields_of_training_arguments(tmp_path):
     assert router_lr_multiplier(spec) == 0.5
 
 
-def test_an_optimizer_that_training_lacks_is_refused():
+def test_an_unsupported_optimizer_is_refused():
     with pytest.raises(ValueError, match="optimizer is muon"):
         training_defaults(stack(more="training_hints: {optimizer: muon}\n").spec)
 
 
-def test_what_the_user_gives_goes_before_hints():
+def test_values_from_the_user_override_hints():
     spec = stack(more=ALL).spec
     assert "learning_rate" not in training_defaults(spec, {"learning_rate"})
     assert "lr_scheduler_kwargs" not in training_defaults(spec, {"lr_scheduler_type"})
@@ -63,7 +63,7 @@ def test_what_the_user_gives_goes_before_hints():
     assert training_defaults(muon, {"optim"}) == {}
 
 
-def test_a_recipe_takes_its_defaults_from_the_stack_it_trains(tmp_path):
+def test_the_hints_of_a_stack_are_defaults_of_a_recipe(tmp_path):
     path = tmp_path / "mine.yml"
     path.write_text(changed(more=ALL))
     recipe = load_recipe(None, [f"model={path}", "data=stdlib", "weight_decay=0.3"])
@@ -74,7 +74,7 @@ def test_a_recipe_takes_its_defaults_from_the_stack_it_trains(tmp_path):
     assert load_recipe(None, ["model=retnet-tiny", "data=x"]).training["learning_rate"] == DEFAULTS["learning_rate"]
 
 
-def test_routers_learn_at_their_own_rate_and_experts_decay(text_folder, tmp_path):
+def test_routers_have_their_own_learning_rate_and_experts_weight_decay(text_folder, tmp_path):
     model = PackedForCausalLM.wrap(LanguageModel(model_config(load_preset("arch_expert_retnet_moe_mini"))))
     words = ["learning_rate=0.1", "weight_decay=0.5", f"output_dir={tmp_path}", f"data={text_folder}"]
     recipe = load_recipe(None, ["model=arch_expert_retnet_moe_mini", *words])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ..errors import show
-from ..scalars import ONE_OF, Decay, Flag, MaybePositiveInt, Positive
+from ..scalars import ONE_OF, Decay, Flag, MaybePositiveInt, Positive, PositiveIntOrNull
 from ..section import OURS
 from .settings import Clash, MixerSettings
 
@@ -27,8 +27,8 @@ class Retnet(MixerSettings):
     COLOUR: ClassVar[str] = "#1f6fb2"
 
     chunkwise: Flag = True
-    # EulerStack's files often give one (its default is 64). Devices other than the CPU take it as a hint.
-    chunk_size: MaybePositiveInt = None
+    # A hint on a GPU, where the kernels have chunk sizes of their own. EulerStack's files often give 64 or 128.
+    chunk_size: PositiveIntOrNull = None
     rope: Flag = True
     key_dim: MaybePositiveInt = Field(default=None, alias=OURS + "key_dim")  # over all heads; default d_model
     value_dim: MaybePositiveInt = Field(default=None, alias=OURS + "value_dim")  # over all heads; default 2 d_model
