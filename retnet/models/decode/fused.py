@@ -56,7 +56,7 @@ class RotaryKey:
 class FusedBlock:
     """One block of a decode step: x [S, D] -> x, overwritten. For blocks that `supports` accepts."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, by_columns: bool = False):
         assert isinstance(block, Block)
         mixer, config = block.mixer, block.config
         assert isinstance(mixer, MultiScaleRetention)
@@ -68,8 +68,8 @@ class FusedBlock:
         if mixer.gate_proj is not None:
             inputs.append(mixer.gate_proj)
             self.widths.append(mixer.gate_proj.out_features)
-        self.inputs, self.output = pack(inputs), pack([mixer.out_proj])
-        self.decay_input = None if mixer.decay_proj is None else pack([mixer.decay_proj])
+        self.inputs, self.output = pack(inputs, by_columns), pack([mixer.out_proj], by_columns)
+        self.decay_input = None if mixer.decay_proj is None else pack([mixer.decay_proj], by_columns)
         head = self.config
         self.head_norm = InputNorm(head.head_norm, head.num_heads, head.head_norm_eps, _data(mixer.head_norm_weight))
         self.decay = None
@@ -78,17 +78,17 @@ class FusedBlock:
                 self.decay = StepDecay.fixed(mixer.log_decay(torch.empty(0, device=self.inputs.values.device)))
         self.up = self.down = None
         if block.feed_forward is not None:
-            self._add_feed_forward(block)
+            self._add_feed_forward(block, by_columns)
 
-    def _add_feed_forward(self, block: Block) -> None:
+    def _add_feed_forward(self, block: Block, by_columns: bool) -> None:
         feed_forward = block.feed_forward
         assert isinstance(feed_forward, FeedForward)
         self.feed_forward_norm = input_norm(block.feed_forward_norm)
         self.activation = block.config.feed_forward.activation  # type: ignore[union-attr] (FeedForward's config)
         gate = feed_forward.gate_proj
         self.gated = gate is not None
-        self.up = pack([feed_forward.up_proj] if gate is None else [gate, feed_forward.up_proj])
-        self.down = pack([feed_forward.down_proj])
+        self.up = pack([feed_forward.up_proj] if gate is None else [gate, feed_forward.up_proj], by_columns)
+        self.down = pack([feed_forward.down_proj], by_columns)
 
     @property
     def rotary_key(self) -> RotaryKey | None:
@@ -183,14 +183,15 @@ class FusedModel:
     """A language model as a decode step: tokens [S] -> (logits [S, vocab], the states after them).
 
     Retention states, and all caches with room left, are overwritten in place. Inactive sequences change nothing.
+    by_columns: let weights lie as a CPU reads them fastest, for models that are only served (`packing.pack`).
     """
 
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: LanguageModel, by_columns: bool = False):
         self.model = model
-        self.blocks = [FusedBlock(block) if FusedBlock.supports(block) else None for block in model.layers]
+        self.blocks = [FusedBlock(block, by_columns) if FusedBlock.supports(block) else None for block in model.layers]
         head, final_norm = model.head, model.final_norm
         fuses_head = is_packable(head) and _is_plain_norm(final_norm) and is_unhooked(head) and is_unhooked(final_norm)
-        self.head = pack([head]) if fuses_head else None
+        self.head = pack([head], by_columns) if fuses_head else None
         self.final_norm = input_norm(final_norm) if fuses_head else None
         device = model.embedding.weight.device
         keys = {block.rotary_key for block in self.blocks if block is not None} - {None}
@@ -204,7 +205,7 @@ class FusedModel:
 
     @property
     def is_current(self) -> bool:
-        """Whether the model still has the modules and weights that were packed, and no hook has been added since.
+        """Whether the model still has the modules, hooks and weights that it was packed with.
 
         In-place changes of weights (optimizers, `load_state_dict`) reach the packed ones by themselves.
         """
@@ -219,6 +220,12 @@ class FusedModel:
         deferred: Sequence[Ring | None] | None = None,
     ) -> tuple[Tensor, ModelState]:
         """active [S] bool: sequences that take part; all if None. deferred: deferred writes for each layer, or None."""
+        with device.current_device_of(tokens):
+            return self._decode(tokens, state, active, deferred)
+
+    def _decode(
+        self, tokens: Tensor, state: ModelState, active: Tensor | None, deferred: Sequence[Ring | None] | None
+    ) -> tuple[Tensor, ModelState]:
         x, rotations = self._embed(tokens), self._rotations(state.position[:, None])
         layout = None
         if any(block is None for block in self.blocks):
@@ -297,9 +304,11 @@ class FusedModel:
 
 
 def can_fuse(model: LanguageModel) -> bool:
-    """Whether the model may decode fused in this context: evaluation mode, no compilation, export or autocast."""
+    """Whether the model may decode fused in this context: evaluation mode, real weights, no compilation or autocast."""
+    if torch.compiler.is_compiling() or model.training:
+        return False
     device_type = model.embedding.weight.device.type
-    return not (model.training or torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type))
+    return device_type != "meta" and not torch.is_autocast_enabled(device_type)
 
 
 class _Origin:
@@ -310,7 +319,8 @@ class _Origin:
         for module in model.modules():
             self._links += [(module._modules, name, child) for name, child in module._modules.items()]
             self._links += [(module._parameters, name, weight) for name, weight in module._parameters.items()]
-        self._modules = [vars(module) for root in fused for module in root.modules()]
+        self._modules = [vars(module) for module in model.modules()]
+        self._hooked = [_is_hooked(own) for own in self._modules]
         weights = [weight for root in fused for weight in root.parameters()]
         self._places = [(weight, _place(weight)) for weight in weights]
         # Small tensors that were copied: fixed decays come from log_rate, and packed int8 has its scales beside it.
@@ -322,7 +332,7 @@ class _Origin:
     def is_unchanged(self) -> bool:
         return (
             all(names.get(name) is value for names, name, value in self._links)
-            and not any(_is_hooked(own) for own in self._modules)
+            and self._hooked == [_is_hooked(own) for own in self._modules]
             and all(_place(weight) == place for weight, place in self._places)
             and all(x._version == version for x, version in self._versions)
         )

@@ -1,7 +1,7 @@
 """Packed weights: linear layers that read the same input become one matrix for the decode step.
 
 Packing moves weights and does not copy them: the modules' parameters become views of the packed matrix, so that an
-optimizer, `load_state_dict` or an in-place edit changes both. `unpack_` gives every parameter storage of its own again.
+optimizer, `load_state_dict` or any in-place change reaches both. The views are contiguous unless packed by columns.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ def is_packable(module: nn.Module) -> bool:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def pack(linears: list[nn.Linear]) -> DecodeWeight:
+def pack(linears: list[nn.Linear], by_columns: bool = False) -> DecodeWeight:
     """Linear layers of one input as one; their weights and biases become views of it. Packed ones are left as they are.
 
-    On a CPU, matrices with more rows than columns are stored by columns.
+    by_columns: where it is faster (on a CPU, for more rows than columns), store the matrix by columns. The parameters
+    are then not contiguous, which some code that trains or saves them does not expect.
     """
     width = sum(linear.out_features for linear in linears)
-    by_columns = not device.uses_kernels(linears[0].weight) and width > linears[0].in_features
+    by_columns = by_columns and not device.uses_kernels(linears[0].weight) and width > linears[0].in_features
     bias = _pack_biases(linears)
     quantized = [parts for linear in linears if (parts := int8_parts(linear.weight)) is not None]
     if len(quantized) == len(linears):
@@ -44,17 +45,6 @@ def pack(linears: list[nn.Linear]) -> DecodeWeight:
     for linear, values in zip(linears, whole.split([linear.out_features for linear in linears]), strict=True):
         linear.weight.data = values
     return DecodeWeight(whole, None, bias)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def unpack_(model: nn.Module) -> None:
-    """Give every parameter that is a part of packed storage contiguous storage of its own."""
-    for weight in model.parameters():
-        if type(weight.data) is Tensor and weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
-            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
-        elif type(weight.data) is Tensor and not weight.is_contiguous():
-            weight.data = weight.data.contiguous()
 
 
 def _pack_biases(linears: list[nn.Linear]) -> Tensor | None:

@@ -37,7 +37,7 @@ class DecodeStep:
         deferred: Sequence[Ring | None] | None = None,
     ):
         self.model, self.state, self.table, self.graphs, self.deferred = model, state, table, graphs, deferred
-        self._fused = FusedModel(model)  # packed here: prompts are read with the same weights
+        self._fused = FusedModel(model, by_columns=True)  # packed here: prompts are read with the same weights
         device = state.position.device
         self.tokens = torch.zeros(len(state.position), dtype=torch.long, device=device)
         self.active = torch.zeros_like(self.tokens, dtype=torch.bool)

@@ -17,6 +17,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from retnet.layers.float32_parameters import FLOAT32_PARAMETERS
+from retnet.models.decode.fused import FusedModel, can_fuse
+from retnet.models.decode.int8 import int8_parts
 from retnet.models.hf.cache import StateCache
 from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.inputs import IGNORED, Tokens, repeat_last_real, without_first_labels
@@ -167,7 +169,9 @@ class RetNetModel(PreTrainedModel):
 
 
 class RetNetForCausalLM(RetNetModel, GenerationMixin):
-    """A language model with a loss, a cache and `generate`."""
+    """A language model with a loss, a cache and `generate`, whose one-token steps run fused where they can."""
+
+    _fused: FusedModel | None = None
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -206,28 +210,67 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         shape, tokens = self._tokens(input_ids, inputs_embeds, past_key_values, *marks)
         if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
-        losses: list[Tensor] | None = None if labels is None else []
-        hidden, cache = self._hidden(shape, tokens, input_ids, inputs_embeds, past_key_values, use_cache, losses)
-        loss, logits = None, None
-        if labels is not None:
-            if logits_to_keep is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-                raise ValueError(f"logits_to_keep is {logits_to_keep} with labels; accepted with labels: None or 0")
-            if tokens.bounds is not None:
-                labels = without_first_labels(labels, tokens.bounds)
-            if logits_to_keep is None and self.training and self._head_is_plain:
-                loss = self._loss_without_logits(hidden, labels, **kwargs)
+        loss, logits, cache = None, None, past_key_values
+        if (
+            input_ids is not None
+            and labels is None
+            and use_cache is not False
+            and not isinstance(logits_to_keep, Tensor)
+        ):
+            logits = self._decode_fused(input_ids, tokens, cache)
+        if logits is None:
+            losses: list[Tensor] | None = None if labels is None else []
+            hidden, cache = self._hidden(shape, tokens, input_ids, inputs_embeds, cache, use_cache, losses)
+            if labels is not None:
+                loss, logits = self._loss_and_logits(hidden, labels, tokens, logits_to_keep, **kwargs)
+                loss = sum(losses or (), loss)
             else:
-                logits = self.model.logits(hidden)
-                vocab_size = self.model.config.vocab_size
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-            loss = sum(losses or (), loss)
-        else:
-            if tokens.mask is not None:
-                hidden = repeat_last_real(hidden, tokens.mask)
-            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
-            logits = self.model.logits(hidden[:, kept])
+                if tokens.mask is not None:
+                    hidden = repeat_last_real(hidden, tokens.mask)
+                kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
+                logits = self.model.logits(hidden[:, kept])
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
+
+    def _decode_fused(self, input_ids: Tensor, tokens: Tokens, cache: StateCache | None) -> Tensor | None:
+        """Logits [B, 1, vocab] of one token per sequence by the fused decode step, or None where the modules must run.
+
+        The modules run for longer inputs, without earlier tokens, with pads, with gradients, while compiling, under
+        autocast, and for models of which the fused step has no block (adapters, offloading, int8 weights).
+        """
+        state = None if cache is None else cache.state
+        if cache is None or state is None or input_ids.shape[1] != 1 or tokens.mask is not None:
+            return None
+        if torch.is_grad_enabled() or not can_fuse(self.model):
+            return None
+        if self._fused is None or not self._fused.is_current:
+            if any(int8_parts(weight) is not None for weight in self.model.parameters()):
+                return None  # their product rounds inputs to bfloat16 on a CPU, which the modules do not
+            self._fused = FusedModel(self.model)
+        if not any(self._fused.blocks):
+            return None
+        logits, state = self._fused(input_ids[:, 0], state)
+        cache.update_state(state, 1)
+        return logits[:, None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles pack their own weights."""
+        return {**self.__dict__, "_fused": None}
+
+    def _loss_and_logits(
+        self, hidden: Tensor, labels: Tensor, tokens: Tokens, logits_to_keep: int | Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss, and the logits unless it is computed without them."""
+        if logits_to_keep is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError(f"logits_to_keep is {logits_to_keep} with labels; accepted with labels: None or 0")
+        if tokens.bounds is not None:
+            labels = without_first_labels(labels, tokens.bounds)
+        if logits_to_keep is None and self.training and self._head_is_plain:
+            return self._loss_without_logits(hidden, labels, **kwargs), None
+        logits = self.model.logits(hidden)
+        return self.loss_function(
+            logits=logits, labels=labels, vocab_size=self.model.config.vocab_size, **kwargs
+        ), logits
 
     @property
     def _head_is_plain(self) -> bool:

@@ -58,7 +58,7 @@ def test_fused_blocks_compute_what_their_modules_do(shape):
     model = shaped_model(shape)
     assert all(FusedBlock.supports(block) for block in model.layers)
     state = SlotPool(model, num_slots=4).state
-    expected, fused = state.clone(), FusedModel(model)
+    expected, fused = state.clone(), FusedModel(model, by_columns=True)
     for step in range(5):
         tokens = torch.tensor([step, 7, 3 * step, 11])
         active = torch.tensor([True, step % 2 == 0, step != 3, True])
