@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
+from retnet.layers.retention import MultiScaleRetention
 from retnet.models.hf import RetNetForCausalLM, StateCache
+from tests.small_models import hf_model
 
-from .conftest import make_model, random_ids
+from .conftest import random_ids
 
 
 def generate(model, ids, **options):
@@ -28,7 +30,7 @@ def step(model, ids, **options):
 
 
 def packed_places(model) -> set[int]:
-    mixer = model.model.layers[-2].mixer if len(model.model.layers) == 2 else model.model.layers[1].mixer
+    mixer = next(layer.mixer for layer in model.model.layers if isinstance(layer.mixer, MultiScaleRetention))
     return {p.weight.untyped_storage().data_ptr() for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)}
 
 
@@ -90,7 +92,7 @@ def test_a_hook_that_is_added_later_is_called(retnet_model):
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_that_change_after_generate_are_the_ones_that_decode(tied):
     """After load_state_dict, in place or assigned, a new dtype and back, a resized vocabulary, a weight set by hand."""
-    model, other = make_model(tie_embeddings=tied), make_model(tie_embeddings=tied, seed=7)
+    model, other = hf_model(tie_embeddings=tied), hf_model(tie_embeddings=tied, seed=7)
     ids = random_ids(2, 6)
 
     def check():
@@ -101,7 +103,7 @@ def test_weights_that_change_after_generate_are_the_ones_that_decode(tied):
     generate(model, ids)
     model.load_state_dict(other.state_dict())
     check()
-    model.load_state_dict(make_model(tie_embeddings=tied, seed=8).state_dict(), assign=True)
+    model.load_state_dict(hf_model(tie_embeddings=tied, seed=8).state_dict(), assign=True)
     if tied:
         model.tie_weights()
     check()
@@ -116,7 +118,7 @@ def test_weights_that_change_after_generate_are_the_ones_that_decode(tied):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_is_saved_and_copied_after_generate(tmp_path, tied):
-    model, ids = make_model(tie_embeddings=tied), random_ids(2, 6)
+    model, ids = hf_model(tie_embeddings=tied), random_ids(2, 6)
     expected = generate(model, ids)
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -137,7 +139,7 @@ def test_a_model_is_saved_and_copied_after_generate(tmp_path, tied):
 
 
 def test_training_after_generate_is_training_without_it():
-    model, untouched = make_model(), make_model()
+    model, untouched = hf_model(), hf_model()
     ids = random_ids(2, 6)
     generate(model, ids)
     assert all(weight.is_contiguous() for weight in model.parameters())
@@ -150,7 +152,7 @@ def test_training_after_generate_is_training_without_it():
 def test_a_distributed_model_trains_after_generate(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        model, untouched = make_model(), make_model()
+        model, untouched = hf_model(), hf_model()
         generate(model, random_ids(2, 6))
         losses = train(model.train(), DistributedDataParallel(model))
         assert losses == train(untouched.train(), DistributedDataParallel(untouched))
@@ -169,8 +171,8 @@ def test_generate_in_inference_mode_leaves_weights_that_train(retnet_model):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_steps_are_near_the_modules(dtype):
     ids = random_ids(2, 9)
-    exact = step(make_model(), ids)
-    model = make_model().to(dtype)
+    exact = step(hf_model(), ids)
+    model = hf_model().to(dtype)
     with torch.no_grad():
         modules = model(ids, use_cache=False).logits[:, -1:].float()
     fused = step(model, ids).float()

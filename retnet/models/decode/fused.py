@@ -193,11 +193,11 @@ class FusedModel:
         fuses_head = is_packable(head) and _is_plain_norm(final_norm) and is_unhooked(head) and is_unhooked(final_norm)
         self.head = pack([head], by_columns) if fuses_head else None
         self.final_norm = input_norm(final_norm) if fuses_head else None
-        device = model.embedding.weight.device
         keys = {block.rotary_key for block in self.blocks if block is not None} - {None}
+        place = model.embedding.weight.device
         with torch.inference_mode(False):
             self._frequencies = {
-                key: frequencies(key.rotary, key.key_dim, key.base, dtype=torch.float32, device=device)
+                key: frequencies(key.rotary, key.key_dim, key.base, dtype=torch.float32, device=place)
                 for key in keys
                 if key is not None
             }
