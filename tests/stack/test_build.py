@@ -15,7 +15,7 @@ from retnet.stack.build import model_config
 from retnet.stack.report import realism_report
 
 from .specs import stack
-from .test_guide import sections
+from .test_stack_guide import sections
 
 FFN = "ffn: {type: mlp}"
 RETNET = "retnet: {chunk_size: 32}"

@@ -15,7 +15,7 @@ from retnet.stack.document import read_text
 from retnet.stack.report import realism_report
 
 from .specs import BASE
-from .test_corpus import CORPUS, catalogue
+from .test_stack_corpus import CORPUS, catalogue
 
 SOURCES = [BASE] + [(CORPUS / "valid" / name).read_text() for name in catalogue("valid")]
 

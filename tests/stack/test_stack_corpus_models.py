@@ -10,7 +10,7 @@ from retnet.stack import load_stack
 from retnet.stack.build import model_config
 
 from .shrink import shrunk, shrunk_model
-from .test_corpus import CORPUS, cases
+from .test_stack_corpus import CORPUS, cases
 
 CORE = cases("valid", "CORE")
 VOCAB, T = 97, 29
