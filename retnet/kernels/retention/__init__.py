@@ -1,1 +1,1 @@
-"""Retention on a GPU: `dispatch` chooses between the portable kernels and those for Hopper."""
+"""Retention on a GPU: `dispatch` chooses between the portable kernels and those for Hopper GPUs."""

@@ -1,11 +1,11 @@
 """Block shapes of every kernel, by device family, dtype and head size.
 
-No sequence length is a key. How many states can walk at once, of sequences and of the parts that long ones are walked
-in, picks one of at most five tiles of the walk, so that few sequences fill the chip too.
+Sequence length is no key. The number of states that can be carried at once, over sequences and the parts of long ones,
+picks one of at most five tiles of the border-state pass, so that a few sequences fill the chip too.
 
-A segment is what shares one stored state: longer segments move fewer state bytes and do more work on pairs of tokens.
-The numbers were chosen by measurement (benchmarks/bench_retention.py, an H200) and are otherwise free: every shape is
-correct on every device whose shared memory holds it, so "small" suits devices with about 100 KiB a block.
+The tokens of a segment share one stored state: longer segments move fewer bytes of state and do more work on pairs of
+tokens. The numbers were measured (benchmarks/bench_retention.py, on an H200). Every shape is correct on every device
+whose shared memory holds it; "small" suits devices with about 100 KiB per block.
 """
 
 import json
@@ -18,12 +18,12 @@ import torch
 
 from retnet.kernels.device import device_family, multiprocessors, power_of_two
 
-SEGMENTS = (64, 128, 256)
+SEGMENT_LENGTHS = (64, 128, 256)
 
 
 @dataclass(frozen=True)
 class StateTile:
-    """The state-only walk: a [BK, BV] tile of the state, BT tokens a step."""
+    """The border-state pass: a [BK, BV] tile of the state, BT tokens per step."""
 
     BT: int
     BK: int
@@ -34,7 +34,7 @@ class StateTile:
 
 @dataclass(frozen=True)
 class SegmentTile:
-    """The segment kernel: BM rows x BO columns, BN tokens a step, contraction in steps of BR (BS for the state)."""
+    """The segment kernel: BM rows x BO columns, BN tokens per step, contraction in steps of BR (BS for the state)."""
 
     BM: int
     BN: int
@@ -47,7 +47,7 @@ class SegmentTile:
 
 @dataclass(frozen=True)
 class SharedTile:
-    """The segment kernels of heads that share: `heads` a program (at most), unless it sums all of a group."""
+    """The kernels of heads that share x and y: at most `heads` per program, or all of a group where they are summed."""
 
     heads: int
     warps: int
@@ -67,14 +67,14 @@ class Tiles:
 
 @dataclass(frozen=True)
 class StepTile:
-    """A decode step: BV values of a head a program; one token passes them in slabs of `slab` rows."""
+    """A decode step: BV values of one head per program; a single token takes their keys `slab` at a time."""
 
     BV: int
     slab: int
     warps: int
 
 
-# Walks from large tiles (fewer bytes) to small ones (more programs): the first that fills the chip is taken.
+# From large tiles (fewer bytes) to small ones (more programs): the first that fills the chip is taken.
 LARGE = (
     StateTile(64, 128, 256, 8, 3),
     StateTile(32, 128, 128, 4, 4),
@@ -82,14 +82,14 @@ LARGE = (
     StateTile(64, 64, 64, 4, 4),
     StateTile(64, 32, 64, 4, 4),
 )
-LARGE_FLOAT16 = LARGE[1:]  # its states pass shared memory in float32, where the largest tile has no room
+LARGE_FLOAT16 = LARGE[1:]  # float32 states pass through shared memory, which the largest tile would exceed
 MEDIUM = (StateTile(128, 64, 64, 4, 3), StateTile(64, 32, 64, 4, 4), StateTile(64, 32, 32, 4, 4))
 SMALL = (StateTile(64, 64, 64, 4, 2), StateTile(64, 32, 64, 4, 2), StateTile(64, 32, 32, 4, 2))
 FLOAT32 = (StateTile(32, 64, 64, 4, 2), StateTile(32, 32, 64, 4, 2), StateTile(32, 32, 32, 4, 2))
 
 
 def state_tiles(family: str, dtype: torch.dtype, K: int, V: int) -> tuple[StateTile, ...]:
-    """The walk's tiles that a head size may take, before its own size limits them."""
+    """The candidate tiles of the border-state pass, before the head size limits them."""
     if dtype == torch.float32:
         return FLOAT32
     if family != "hopper":
@@ -104,7 +104,7 @@ def _is_large(K: int, V: int) -> bool:
 
 
 def cache_file() -> Path:
-    """Where `tune` keeps what it measured: $RETNET_CACHE, else the user's cache folder."""
+    """The file of measured tiles, in $RETNET_CACHE or else in the user's cache folder."""
     home = os.environ.get("RETNET_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "retnet"
     return Path(home) / "tiles.json"
 
@@ -114,14 +114,14 @@ def device_key(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str:
 
 
 def forget_stored_tiles() -> None:
-    """Let the next call read `cache_file` again."""
+    """Make the next call read `cache_file` again."""
     stored_tiles.cache_clear()
     tiles_on.cache_clear()
 
 
 @cache
 def stored_tiles() -> dict[str, Tiles]:
-    """What `tune` stored on this machine, read once a process. Raises ValueError for a file that it did not write."""
+    """The tiles that `tune` stored on this machine, read once per process. ValueError for a file of another form."""
     path = cache_file()
     if not path.exists():
         return {}
@@ -140,16 +140,15 @@ def stored_tiles() -> dict[str, Tiles]:
 
 
 def nearest_segment(chunk_size: int) -> int:
-    """The supported segment length nearest to a requested chunk size, the shorter one of two as near."""
-    return min(SEGMENTS, key=lambda length: (abs(length - chunk_size), length))
+    """The supported segment length nearest to a requested chunk size; the shorter one on a tie."""
+    return min(SEGMENT_LENGTHS, key=lambda length: (abs(length - chunk_size), length))
 
 
 @lru_cache(maxsize=4096)
 def tiles_on(
-    device: torch.device, dtype: torch.dtype, K: int, V: int, walks: int, per_token: bool, chunk_size: int | None
+    device: torch.device, dtype: torch.dtype, K: int, V: int, num_states: int, per_token: bool, chunk_size: int | None
 ) -> Tiles:
-    """`tiles_for` this device, with what was tuned on it, which is for fixed decays; looked up once a set of arguments,
-    since it is asked on every call."""
+    """`tiles_for` this device, or those tuned on it (for fixed decays). Cached, because every call asks."""
     tuned = None
     if device.type == "cuda" and not per_token:
         tuned = stored_tiles().get(device_key(device, dtype, K, V))
@@ -158,7 +157,7 @@ def tiles_on(
         dtype,
         K,
         V,
-        walks=walks,
+        num_states=num_states,
         processors=multiprocessors(device),
         per_token=per_token,
         chunk_size=chunk_size,
@@ -172,41 +171,41 @@ def tiles_for(
     K: int,
     V: int,
     *,
-    walks: int,
+    num_states: int,
     processors: int,
     per_token: bool = False,
     chunk_size: int | None = None,
     tuned: Tiles | None = None,
 ) -> Tiles:
-    """Block shapes for a device family, a dtype, a head size, and as many states (`walks`) as may walk at once.
+    """Block shapes for a device family, a dtype, a head size, and the number of states carried at once.
 
-    `per_token` decay makes pairs of tokens dearer. `tuned` replaces the table's shapes; a `chunk_size` that the caller
-    asks for replaces the segment's length.
+    With `per_token` decay, pairs of tokens cost more. `tuned` replaces the table's shapes; a given `chunk_size`
+    replaces the length of a segment by the nearest supported one.
     """
     short = dtype == torch.float32 or (per_token and not _is_large(K, V))
     tile = _float32_tile if dtype == torch.float32 else _hopper_tile if family == "hopper" else _small_tile
     candidates = state_tiles(family, dtype, K, V)
-    tiles = Tiles(64 if short else 128, _state_tile(candidates, K, V, walks, processors), tile(K, V), tile(V, K))
+    tiles = Tiles(64 if short else 128, _state_tile(candidates, K, V, num_states, processors), tile(K, V), tile(V, K))
     if V <= 64:
         tiles = replace(tiles, value_contraction=replace(tiles.value_contraction, stages=2))
     if tuned is not None:
-        # A tuned walk was measured with many walks: with few, a smaller tile of the table may fill the chip better.
-        tiles = replace(tuned, state=_state_tile((tuned.state, *candidates), K, V, walks, processors))
+        # The tuned tile was measured with many states; with few, a smaller one of the table may fill the chip better.
+        tiles = replace(tuned, state=_state_tile((tuned.state, *candidates), K, V, num_states, processors))
     return replace(tiles, segment=nearest_segment(chunk_size)) if chunk_size else tiles
 
 
-def _state_tile(candidates: tuple[StateTile, ...], K: int, V: int, walks: int, processors: int) -> StateTile:
+def _state_tile(candidates: tuple[StateTile, ...], K: int, V: int, num_states: int, processors: int) -> StateTile:
     tile = candidates[0]
     for tile in candidates:
         tile = StateTile(tile.BT, min(tile.BK, power_of_two(K)), min(tile.BV, power_of_two(V)), tile.warps, tile.stages)
-        if walks * -(-K // tile.BK) * -(-V // tile.BV) >= processors:
+        if num_states * -(-K // tile.BK) * -(-V // tile.BV) >= processors:
             break
     return tile
 
 
 def shared_tile(family: str, states: torch.dtype, K: int, V: int, segment: int) -> SharedTile | None:
-    """The tile of heads that share queries and keys, `states` being the stored states' dtype; None where a program
-    cannot hold a segment's rows and a state whole."""
+    """The tile of heads that share queries and keys, for stored states of dtype `states`. None if a program cannot hold
+    the rows of a segment and a state whole."""
     hopper = family == "hopper"
     if max(power_of_two(K), power_of_two(V)) * states.itemsize > (256 if hopper else 128) or segment > 64:
         return None
@@ -229,10 +228,10 @@ def _hopper_tile(R: int, O: int) -> SegmentTile:
 
 
 def step_tile(K: int, V: int, heads: int, state_dtype: torch.dtype, tokens: int = 1) -> StepTile:
-    """The tile of a decode step over `heads` states: a slab, or for several tokens all of the [K, BV] slice, fills a
-    program's registers, and slices narrow until enough programs are in flight to hide the memory's latency.
+    """The tile of a decode step over `heads` states. A slab (for several tokens, all of the [K, BV] slice) fills the
+    registers of a program, and slices get narrower until enough programs run to hide the latency of memory.
 
-    Measured on an H200. Rounding a narrow state takes registers too, so that it comes in two slabs."""
+    Measured on an H200. Rounding a state narrower than float32 takes registers too, so it comes in two slabs."""
     BK, narrow = power_of_two(K), state_dtype != torch.float32
     slabs = narrow and tokens == 1
     slab, least, programs = (min(BK, 128), 32, 1024) if slabs else (BK, 16, 4096)

@@ -1,8 +1,8 @@
-"""Measures block shapes on the device at hand and stores the best ones, by device, dtype and head size.
+"""Tuning: measures block shapes on this device and stores the best ones, by device, dtype and head size.
 
-Every stage is timed by itself on random data that fills the chip: the state walk, and the segment kernel in its four
-roles. A shape that the compiler or the device refuses is left out. The choice is kept in `tiles.cache_file()`, which
-later calls read in place of the shipped table; deleting the file restores the table.
+Every stage is timed alone on random data that fills the chip: the border-state pass, and the segment kernel in its four
+roles. Shapes that the compiler or the device refuses are skipped. The result is kept in `tiles.cache_file()`, which
+later calls read instead of the shipped table; deleting the file restores the table.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from retnet.kernels.retention.portable.segment_decay import SegmentDecay
 from retnet.kernels.retention.portable.segment_kernel import read_segments
 from retnet.kernels.retention.portable.segment_read import SegmentRead
 from retnet.kernels.retention.tiles import (
-    SEGMENTS,
+    SEGMENT_LENGTHS,
     SegmentTile,
     StateTile,
     Tiles,
@@ -50,25 +50,25 @@ def tune(
 ) -> Tiles:
     """Measure, store and return the best block shapes for heads of K x V on the current device.
 
-    Raises RuntimeError where there is no GPU. `report` is given a line for each shape measured.
+    RuntimeError without a GPU. `report` receives one line per measured shape.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("no CUDA device: block shapes are tuned on the device that will run them")
     best: tuple[float, Tiles] | None = None
-    for segment in SEGMENTS:
+    for segment in SEGMENT_LENGTHS:
         segments = Segments.of(8, 4096, segment, None)
         problem = _problem(segments, K, V, dtype)
-        walk, walk_ms = _fastest(_state_tiles(K, V), partial(_walk, problem, segments), report)
+        state, state_ms = _fastest(_state_tiles(K, V), partial(_border_states, problem, segments), report)
         key, key_ms = _fastest(_segment_tiles(K, V), partial(_roles, problem, segments, ("out", "dv")), report)
         value, value_ms = _fastest(_segment_tiles(V, K), partial(_roles, problem, segments, ("dq", "dk")), report)
-        total = 3 * walk_ms + key_ms + value_ms  # one walk forward, two backward
+        total = 3 * state_ms + key_ms + value_ms  # one border-state pass forward, two backward
         report(f"segment {segment}: {total:.3f} ms forward and backward")
         if best is None or total < best[0]:
-            best = total, Tiles(segment, walk, key, value)
+            best = total, Tiles(segment, state, key, value)
     assert best is not None
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    forget_stored_tiles()  # others may have stored theirs since
+    forget_stored_tiles()  # another process may have stored some since
     table = {key: asdict(tiles) for key, tiles in stored_tiles().items()}
     table[device_key(torch.device("cuda"), dtype, K, V)] = asdict(best[1])
     write_json(path, dict(sorted(table.items())))
@@ -103,7 +103,7 @@ def _problem(segments: Segments, K: int, V: int, dtype: torch.dtype) -> dict[str
     return {"q": q, "k": k, "v": v, "states": states, "decay": decay}
 
 
-def _walk(problem: dict, segments: Segments, tile: StateTile) -> None:
+def _border_states(problem: dict, segments: Segments, tile: StateTile) -> None:
     border_states(
         problem["k"],
         problem["v"],

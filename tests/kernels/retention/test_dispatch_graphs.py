@@ -124,7 +124,7 @@ def test_tuned_shapes_are_stored_and_used(tmp_path, monkeypatch):
     from retnet.kernels.retention.tune import tune
 
     monkeypatch.setenv("RETNET_CACHE", str(tmp_path))
-    monkeypatch.setattr("retnet.kernels.retention.tune.SEGMENTS", (64,))
+    monkeypatch.setattr("retnet.kernels.retention.tune.SEGMENT_LENGTHS", (64,))
     monkeypatch.setattr(
         "retnet.kernels.retention.tune._state_tiles", lambda K, V: iter([tiles.StateTile(32, 32, 32, 4, 3)])
     )

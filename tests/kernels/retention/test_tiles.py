@@ -39,7 +39,7 @@ def test_a_file_that_tune_did_not_write_is_refused_by_name(stored, text):
 
 
 def test_what_was_stored_is_read(stored):
-    kept = tiles.tiles_for("hopper", torch.bfloat16, 64, 64, walks=1000, processors=132)
+    kept = tiles.tiles_for("hopper", torch.bfloat16, 64, 64, num_states=1000, processors=132)
     stored.write_text(json.dumps({"a gpu": asdict(kept)}))
     assert tiles.stored_tiles() == {"a gpu": kept}
 

@@ -1,9 +1,9 @@
-"""The power of two by which a float16 state is carried, so that its products stay within float16's range.
+"""Powers of two that keep a float16 state within float16's range.
 
-On chip the state that a chunk reads is rounded to the inputs' dtype, and so is what it writes, already multiplied.
-Float16 ends at 65504, which a long memory may pass, and is coarse below 6e-5, where the gradient of a state may lie
-altogether. Retention is linear in what is written, so the walk carries `factor` times the state: writers are multiplied
-by the factor and readers divided by it, in float32 and without rounding, since it is a power of two.
+On chip, the state that a chunk reads is rounded to the inputs' dtype, and so is what a chunk writes. Float16 ends at
+65504, which a long memory can exceed, and is coarse below 6e-5, where the whole gradient of a state can lie. Retention
+is linear in what is written, so a walk carries `factor` times the state: writers are multiplied by the factor and
+readers are divided by it. This is exact, in float32 and by a power of two.
 """
 
 import torch
@@ -15,9 +15,9 @@ LARGEST = 14  # log2 of the largest magnitude; float16 ends just below 2^16
 def state_factors(y: Tensor, z: Tensor, scale: float, initial: Tensor | None) -> Tensor:
     """The factors [H] of states that scale y^T z is added to: y [B, T, H, .], z [B, T, H, .], initial [B, H, ., .].
 
-    With decays of at most one no entry can exceed the norm of its column of y, over the tokens, times that of its
-    column of z (Cauchy and Schwarz). Writers alone have to fit too, whichever of y and z is multiplied. A row with NaN
-    or infinity has no bound; its head goes by the other rows, and by a factor of 1.
+    Decays are at most one, so no entry can exceed the norm over the tokens of its column of y times that of its column
+    of z (Cauchy-Schwarz). The writers have to fit as well, whichever of y and z is multiplied. A sequence with NaN or
+    infinity has no bound; the factor of its head then comes from the other sequences, and is at most 1.
     """
     y_norm, z_norm = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax(-1) for x in (y, z))
     bound = abs(scale) * torch.stack([y_norm * z_norm, y_norm, z_norm]).amax(0)

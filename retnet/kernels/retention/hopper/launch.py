@@ -1,4 +1,4 @@
-"""How a walk is launched: its tile, its compiled variants, and the descriptors of what it reads and writes."""
+"""Launching a walk: its tile, its compiled variants, and the TMA descriptors of its tensors."""
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -19,7 +19,7 @@ _BLOCK_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)  # of a descriptor's tile
 
 @dataclass(frozen=True)
 class WalkTile:
-    """How one walk is cut: keys and warpgroups (64 values each) a program, ring slots, registers of the roles."""
+    """The tile of a walk: keys and warpgroups (64 values each) per program, slots per ring, registers per role."""
 
     keys: int
     splits: int
@@ -35,8 +35,8 @@ class WalkTile:
 def tile_of(keys: int, values: int, narrow: bool) -> WalkTile:
     """The tile of a walk that contracts over `keys` and makes `values`.
 
-    Two warpgroups share x and y tiles, one has them by itself if `narrow`. The registers of four roles at 256 keys are
-    what compiles without spills and without serialized products; there is no slack.
+    Two warpgroups share the tiles of x and y; if `narrow`, a program has only one. The register counts of four roles at
+    256 keys are the ones that compile without spills and without serialized products. There is no slack.
     """
     splits = max(1, keys // MOST_KEYS)
     keys //= splits
@@ -50,7 +50,7 @@ def tile_of(keys: int, values: int, narrow: bool) -> WalkTile:
 
 @dataclass(frozen=True)
 class Variant:
-    """The constants of a compiled walk, in the kernel's order; `programs` that a head and part take."""
+    """The constants of a compiled walk, in the kernel's order, and its programs per head and part."""
 
     programs: int
     constants: tuple[int | bool, ...]
@@ -76,7 +76,7 @@ def variant_of(
         "HAS_INITIAL": has_initial,
         "STORE_FINAL": store_final,
         "X_STAGES": tile.x_stages,
-        "Y_STAGES": tile.y_stages if read else 3,  # without readers there is room
+        "Y_STAGES": tile.y_stages if read else 3,  # without readers there is room for a third
         "Z_STAGES": tile.z_stages if read else 3,
         "MIX_REGISTERS": tile.mix_registers,
         "SCORE_REGISTERS": tile.score_registers,
@@ -86,12 +86,12 @@ def variant_of(
     return Variant(tile.splits * values // (GROUP_VALUES * tile.groups), tuple(constants[name] for name in names))
 
 
-# Triton's own look-up of a compiled kernel inspects every argument again: most of the host's time of a launch here.
+# Triton's own lookup of a compiled kernel inspects every argument again, which takes most of the host time of a launch.
 _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
 
 def launch(variant: Variant, programs: int, arguments: tuple) -> None:
-    """Launch the walk; the key holds all that its code depends on, with aligned pointers (others take Triton's way)."""
+    """Launch the walk. Compiled code is kept by everything it depends on; unaligned pointers go through Triton."""
     log_decay, states_in, states_out, codes, documents, factors = arguments[4], *arguments[6:11]
     key = (
         variant.constants,
@@ -111,8 +111,8 @@ def launch(variant: Variant, programs: int, arguments: tuple) -> None:
         _compiled[key] = compiled
 
 
-def tma_rows(x: Tensor) -> Tensor:
-    """x itself if TMA can address it (contiguous last axis, base and other strides of 16 bytes each), else a copy."""
+def tma_readable(x: Tensor) -> Tensor:
+    """x if TMA can address it, else a copy. TMA needs a contiguous last axis, and a base and strides of 16 bytes."""
     if x.data_ptr() % 16 == 0:
         if x.is_contiguous():
             return x
@@ -125,15 +125,15 @@ def tma_rows(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _geometry(shape: torch.Size, strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """Sizes and strides for TMA, which reads the strides of axes of size 1 as well: there any aligned one will do."""
+    """Sizes and strides for TMA. It also checks the stride of an axis of size 1, where any aligned one will do."""
     outer = [stride if size > 1 else shape[-1] for size, stride in zip(shape[:-1], strides)]
     return list(shape), [*outer, strides[-1]]
 
 
 def descriptor(x: Tensor, width: int) -> TensorDescriptor:
-    """Tiles [CHUNK tokens, width features] of one head of x [B, T, H, features].
+    """A descriptor of x [B, T, H, features] in tiles of [CHUNK tokens, width features] of one head.
 
-    Made without the constructor, whose checks `tma_rows` has made, and which would take as long as the launch."""
+    Made without the constructor: it would take as long as the launch, and `tma_readable` has checked the same."""
     described = object.__new__(TensorDescriptor)
     described.base = x
     described.shape, described.strides = _geometry(x.shape, x.stride())

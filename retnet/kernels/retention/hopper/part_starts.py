@@ -1,9 +1,9 @@
-"""The states from which the parts of a sequence start, given what each part adds by itself.
+"""The states that the parts of a sequence start from, given what each part adds by itself.
 
     start_0 = initial,   start_{n+1} = kept_n start_n + own_n       (in reverse, from the last part down)
 
-kept_n is gamma to the number of tokens of part n, or 0 where a packed document ends in it. In place over
-[B, H, parts, K, V] in float32. A program chains one piece of a head's state through the few parts of its sequence.
+kept_n is gamma to the number of tokens of part n, or 0 where a packed document ends in the part. The states, float32
+[B, H, parts, K, V], are replaced in place. A program chains one block of one head's state.
 """
 
 import triton

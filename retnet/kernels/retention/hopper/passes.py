@@ -1,23 +1,26 @@
-"""Retention on Hopper with the state on chip: what runs, in which order, and with which tiles.
+"""Forward and backward pass on Hopper GPUs, made of walks.
 
-The adjoint of retention is retention, so one kernel (`walk_kernel`) makes everything: the output, and dV, dQ and dK as
-walks with the tensors in other roles; where heads are small, dK and dV share one (`walk_dk_dv`). No state is
-written to memory. Where B * H * (slices of V) programs would leave most of the chip idle, the sequence is split into
-parts: a pass over all parts at once, without readers, finds what each adds to the state, `part_starts_kernel` chains
-these, and the walks start every part from its true state.
+A walk keeps the state on chip and writes none to memory (`walk_kernel`). The adjoint of retention is retention, so the
+same kernel makes the output, dV, dQ and dK, with the tensors in other roles. For small heads one walk makes both dK and
+dV (`walk_dk_dv`).
 
-Masked tokens, read from a copy that has zeros there, and packed documents change a few chunks' decays (`token_codes`).
-The last states of packed documents, which may end within a chunk, come from a walk of each document by itself.
+Where B * H * (slices of V) programs would leave most of the chip idle, every sequence is split into parts. A walk over
+all parts at once, without readers, finds what each part adds to the state. `part_starts_kernel` chains these, and then
+every part is walked from its true state.
 
-No host synchronization, and no sum whose order could change its bits: two runs give the same. Memory beyond outputs and
-gradients: the parts' states, and copies of masked tensors and of rows that TMA cannot address.
+Masked tokens and packed documents change the decays of a few chunks (`token_codes`). Tensors under a mask are read from
+copies that have zeros at masked tokens. The last states of packed documents may lie inside a chunk, so a further walk
+of each document by itself finds them.
 
-Left out, and left to the portable kernels: per-token decay, the gradient of log_decay, initial states of packed
-documents and gradients of their last ones, packing and a mask together, groups of heads, float32, and float16 with a
-mask or packing (a special chunk's decays know no `state_range`).
+Two runs give the same bits: no sum depends on the order in which programs run. Nothing waits for the device. Memory
+beyond outputs and gradients: the states of the parts, and copies of tensors that are masked or that TMA cannot address.
 
-A chunk that holds a document's border multiplies what lies across it by zero, so NaN or infinity does not stay within
-its document there: it reaches the neighbours' tokens of that chunk, and what follows.
+Not supported here and left to the portable kernels: decay per token, the gradient of log_decay, initial states of
+packed documents and gradients of their last ones, packing and a mask together, groups of heads, float32, and float16
+with a mask or packing (the decays of special chunks leave out `state_factors`).
+
+A chunk that holds a document boundary multiplies what lies across it by zero. NaN or infinity there reaches the
+neighbouring document's tokens of that chunk, and what follows them.
 """
 
 from dataclasses import asdict, dataclass
@@ -31,7 +34,7 @@ from torch import Tensor
 from retnet.kernels.device import is_hopper, multiprocessors
 from retnet.kernels.retention.hopper.dk_dv import dk_dv_supported, fits_dk_dv, walk_dk_dv
 from retnet.kernels.retention.hopper.float16_range import state_factors
-from retnet.kernels.retention.hopper.launch import descriptor, launch, tile_of, tma_rows, variant_of
+from retnet.kernels.retention.hopper.launch import descriptor, launch, tile_of, tma_readable, variant_of
 from retnet.kernels.retention.hopper.part_starts import part_starts_kernel
 from retnet.kernels.retention.hopper.token_codes import token_codes
 from retnet.kernels.retention.hopper.warp_roles import CHUNK, GROUP_VALUES
@@ -39,13 +42,13 @@ from retnet.kernels.retention.problem import RetentionGradients, RetentionProble
 
 KEYS = (64, 128, 256)
 VALUES = (64, 128, 256, 512)
-LEAST_CHUNKS = 16  # chunks a part of a split sequence has at least: below, its start costs more than it saves
+LEAST_CHUNKS = 16  # per part of a split sequence: in a shorter part, finding its first state costs more than it saves
 
 
 def walk_supported(problem: RetentionProblem, dfinal: Tensor | None = None) -> bool:
-    """Whether the walk takes these arguments: a Hopper GPU, 16 bits, fixed decay, one query head per value head.
+    """Whether a walk can compute this: a Hopper GPU, 16 bits, fixed decay, one query head per value head.
 
-    The caller asks apart whether the gradient of log_decay is wanted: the walk does not make it.
+    The caller also checks that the gradient of log_decay is not wanted: a walk does not make it.
     """
     q, v, state = problem.q, problem.v, problem.state
     q_shape, v_shape = q.shape, v.shape
@@ -64,7 +67,7 @@ def walk_supported(problem: RetentionProblem, dfinal: Tensor | None = None) -> b
 
 def walk_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """out [B, T, H, V], and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
-    q, k, v = (_rows(problem, x) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (_readable(problem, x) for x in (problem.q, problem.k, problem.v))
     call = _Call.of(problem)
     starts = call.part_starts(k, v, problem.state, reverse=False)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -81,13 +84,13 @@ def walk_backward(
 ) -> RetentionGradients:
     """Gradients from those of the output and of the final state, if any; packed documents have no initial state here.
 
-    Walks take turns in direction, so that each begins with what the one before has left in the cache.
+    Walks alternate in direction, so that each starts on what the one before has left in the cache.
     """
-    q, k, v, dout = (_rows(problem, x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
+    q, k, v, dout = (_readable(problem, x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
     call = _Call.of(problem)
     dstarts = call.part_starts(q, dout, None if dfinal is None else dfinal.float(), reverse=True)
-    if problem.plain and not call.cut.narrow and dk_dv_supported(q, k, v, dout):
-        parts, part_chunks = call.cut.parts, call.cut.part_chunks
+    if problem.plain and not call.partition.narrow and dk_dv_supported(q, k, v, dout):
+        parts, part_chunks = call.partition.parts, call.partition.part_chunks
         dk, dv, dstate = walk_dk_dv(
             q, k, v, dout, call.log_decay, problem.scale, *dstarts,
             parts=parts, part_chunks=part_chunks, need_dstate=need_dstate,
@@ -102,43 +105,43 @@ def walk_backward(
     return RetentionGradients(dq, dk, dv, None, dstate)
 
 
-def _rows(problem: RetentionProblem, x: Tensor) -> Tensor:
-    """x as TMA can address it, zeros at masked tokens: their factor is 0, but what lies there may be NaN."""
-    return tma_rows(x if problem.mask is None else x.masked_fill(~problem.mask[..., None, None], 0))
+def _readable(problem: RetentionProblem, x: Tensor) -> Tensor:
+    """x as TMA can address it, with zeros at masked tokens: their factor is 0, but x may be NaN there."""
+    return tma_readable(x if problem.mask is None else x.masked_fill(~problem.mask[..., None, None], 0))
 
 
 def walk_plan(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> dict[str, object]:
-    """What a call of this size will run."""
-    cut = _cut(B, T, H, K, V, device)
-    tiles = {"over_keys": tile_of(K, V, cut.narrow), "over_values": tile_of(V, K, cut.narrow)}
-    together = not cut.narrow and fits_dk_dv(T, K, V)
-    dk_and_dv = "one walk, of rows without mask or documents" if together else "two walks"
-    return {"kernels": "walk_kernel", "chunk": CHUNK, **asdict(cut), **tiles, "dk_and_dv": dk_and_dv}
+    """The kernels, tiles and parts that a call of this size runs with."""
+    partition = _partition(B, T, H, K, V, device)
+    tiles = {"over_keys": tile_of(K, V, partition.narrow), "over_values": tile_of(V, K, partition.narrow)}
+    together = not partition.narrow and fits_dk_dv(T, K, V)
+    dk_and_dv = "one walk, without mask and documents" if together else "two walks"
+    return {"kernels": "walk_kernel", "chunk": CHUNK, **asdict(partition), **tiles, "dk_and_dv": dk_and_dv}
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """The walks of one forward or backward pass."""
+    """One forward or backward pass: its problem, its token codes, and its partition."""
 
     problem: RetentionProblem
     log_decay: Tensor
     codes: Tensor | None
-    cut: "_Cut"
+    partition: "_Partition"
 
     @classmethod
     def of(cls, problem: RetentionProblem) -> "_Call":
         q, device = problem.q, problem.q.device
         B, T, H, K = q.shape
         codes = None if problem.plain else token_codes(B, T, problem.mask, problem.cu_seqlens, device)
-        return cls(problem, problem.log_decay.contiguous(), codes, _cut(B, T, H, K, problem.v.shape[3], device))
+        return cls(problem, problem.log_decay.contiguous(), codes, _partition(B, T, H, K, problem.v.shape[3], device))
 
     def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> "_Starts":
-        """Where the parts of the sequence start, given that it starts from `state` (None: zeros)."""
+        """The states that the parts start from, where the whole sequence starts from `state` (None: zeros)."""
         factors = None
         if z.dtype == torch.float16:
             factors = state_factors(y, z, self.problem.scale if reverse else 1.0, state)
             state = None if state is None else state * factors[:, None, None]
-        if self.cut.parts == 1:
+        if self.partition.parts == 1:
             return _Starts(None if state is None else state.contiguous().unsqueeze(2), factors)
         states = self.walk(None, y, z, _Starts(None, factors), reverse=reverse, out=None, store_final=True)
         (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
@@ -148,8 +151,8 @@ class _Call:
             self.log_decay,
             self.log_decay if self.codes is None else self.codes,
             T,
-            self.cut.part_chunks,
-            self.cut.parts,
+            self.partition.part_chunks,
+            self.partition.parts,
             H,
             K * V,
             HAS_INITIAL=state is not None,
@@ -166,8 +169,8 @@ class _Call:
         return self.walk_over_values(dout, v, k, starts, reverse=False)
 
     def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: "_Starts", reverse: bool) -> Tensor:
-        """dQ = walk(dO, V, K), dK = reverse walk(V, dO, Q): the contraction runs over V, in ranges where V is wide."""
-        whole = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1], self.cut.narrow).splits == 1
+        """dQ = walk(dO, V, K) or dK = reverse walk(V, dO, Q), which contract over V: in two ranges where V is wide."""
+        whole = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1], self.partition.narrow).splits == 1
         make = torch.empty if whole else torch.zeros  # two ranges add to what is there
         out = make(z.shape, dtype=z.dtype, device=z.device)
         self.walk(x, y, z, starts, reverse=reverse, out=out, store_final=False, over_values=True)
@@ -185,14 +188,14 @@ class _Call:
         over_values: bool = False,
         documents: Tensor | None = None,
     ) -> Tensor | None:
-        """Launch one walk over readers x, writers y, values z; returns every part's last state if `store_final`.
+        """Launch one walk over readers x, writers y and values z; return every part's last state if `store_final`.
 
-        Without readers, the part that the walk ends with is left out: no other starts from its last state.
-        With `documents` (cu_seqlens) every document is walked by itself, from its first token on.
+        Without readers the last part is skipped, because no other part starts from what it leaves.
+        With `documents` (cu_seqlens) every document is walked by itself, from its first token.
         """
         (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
-        cut, codes = self.cut, self.codes
-        narrow, parts, part_chunks = cut.narrow, cut.parts, cut.part_chunks
+        partition, codes = self.partition, self.codes
+        narrow, parts, part_chunks = partition.narrow, partition.parts, partition.part_chunks
         if documents is not None:
             B, parts, part_chunks, codes = documents.shape[0] - 1, 1, triton.cdiv(T, CHUNK), None
         ends = torch.empty(B, H, parts, K, V, dtype=torch.float32, device=y.device) if store_final else None
@@ -234,21 +237,21 @@ class _Call:
 
 
 class _Starts(NamedTuple):
-    """States [B, H, parts, K, V] from which the parts of a sequence start (None: zeros), carried in `factors` [H] times
-    their size (None: as they are)."""
+    """The states [B, H, parts, K, V] that the parts of a sequence start from (None: zeros), multiplied by `factors` [H]
+    (None: by 1)."""
 
     states: Tensor | None
     factors: Tensor | None
 
     def unscaled(self, states: Tensor) -> Tensor:
-        """Last states [B, H, K, V] of walks that started here."""
+        """The last states [B, H, K, V] of walks that started here, divided by the factors."""
         return states if self.factors is None else states / self.factors[:, None, None]
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """How the walks of a problem are spread: `narrow` tiles, the parts of a sequence, and the chunks of each part but
-    the last, which may have fewer."""
+class _Partition:
+    """How a walk is spread over the chip: whether its tiles are `narrow`, the parts of a sequence, and the chunks of a
+    part (the last part may have fewer)."""
 
     narrow: bool
     parts: int
@@ -256,13 +259,13 @@ class _Cut:
 
 
 @lru_cache(maxsize=4096)
-def _cut(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> _Cut:
-    """Enough programs for the chip. Where twice as many would do, narrow tiles, which score each pair twice as often,
-    cost less than finding the states between two parts."""
+def _partition(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> _Partition:
+    """Enough programs to fill the chip. If twice as many are enough, narrow tiles are taken: they score every pair of
+    tokens twice, which costs less than finding the state between two parts."""
     chunks, processors = triton.cdiv(T, CHUNK), multiprocessors(device)
     programs = B * H * V // (GROUP_VALUES * tile_of(K, V, False).groups)
     wanted = max(1, processors // programs)
     if wanted == 2 and tile_of(K, V, False).groups == 2:
-        return _Cut(True, 1, chunks)
+        return _Partition(True, 1, chunks)
     part_chunks = max(triton.cdiv(chunks, wanted), min(chunks, LEAST_CHUNKS))
-    return _Cut(False, triton.cdiv(chunks, part_chunks), part_chunks)
+    return _Partition(False, triton.cdiv(chunks, part_chunks), part_chunks)

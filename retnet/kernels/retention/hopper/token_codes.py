@@ -1,13 +1,14 @@
-"""Where masked tokens and packed documents' borders lie, in the form that the walk reads.
+"""Per-token codes for masks and document boundaries.
 
-One int32 a token, chunks padded to whole ones: [B, chunks * CHUNK] of
+One int32 per token, [B, chunks * CHUNK] with the last chunk padded:
 
     document << 8 | special << 7 | count
 
-`document` is complemented for a masked token; `count` is the number of unmasked tokens of the chunk through this one,
-so a decay between two tokens is gamma to the difference; `special` repeats in every token of a chunk that has a masked
-token or holds or follows a document's border. Every other chunk is walked as if there were neither. Nothing is built
-per head, and no length is read on the host.
+`document` is the number of the token's document, complemented for a masked token. `count` is the number of unmasked
+tokens of the chunk through this one: the decay between two tokens is gamma to the difference of their counts. `special`
+is the same in all tokens of a chunk: whether the chunk has a masked token, contains a document boundary or starts at
+one. A walk treats every other chunk as if there were neither mask nor packing. The codes are shared by all heads, and
+no length is read on the host.
 """
 
 import torch
@@ -19,7 +20,7 @@ from retnet.kernels.retention.hopper.warp_roles import CHUNK
 
 
 def token_codes(B: int, T: int, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """mask [B, T] bool or cu_seqlens [N + 1] (with B = 1) -> codes [B, ceil(T / CHUNK) * CHUNK] int32."""
+    """The codes [B, ceil(T / CHUNK) * CHUNK] of mask [B, T] bool, or of cu_seqlens [N + 1] with B = 1."""
     chunks = triton.cdiv(T, CHUNK)
     codes = torch.empty(B, chunks * CHUNK, dtype=torch.int32, device=device)
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -39,7 +40,7 @@ def token_codes(B: int, T: int, mask: Tensor | None, cu_seqlens: Tensor | None, 
 
 @triton.jit
 def _document_of(token, cu_seqlens, documents, steps):
-    """The number of documents that end at or before each token, by bisection."""
+    """The document of each token: the number of documents that end at or before it, by bisection."""
     low = token * 0
     high = low + documents
     for _ in range(steps):
@@ -54,15 +55,15 @@ def _document_of(token, cu_seqlens, documents, steps):
 @triton.jit(do_not_specialize=["tokens", "documents", "steps"])
 def _token_codes_kernel(codes, mask, cu_seqlens, tokens, documents, steps, MASKED: tl.constexpr, C: tl.constexpr):
     chunks = tl.cdiv(tokens, C)
-    row = tl.program_id(0) // chunks
+    sequence = tl.program_id(0) // chunks
     first = tl.program_id(0) % chunks * C
     token = first + tl.arange(0, C)
     real = token < tokens
     if MASKED:
-        real = real & (tl.load(mask + row.to(tl.int64) * tokens + token, mask=real, other=0) != 0)
+        real = real & (tl.load(mask + sequence.to(tl.int64) * tokens + token, mask=real, other=0) != 0)
     document = _document_of(tl.minimum(token, tokens - 1), cu_seqlens, documents, steps)
     before = _document_of(tl.maximum(first - 1 + tl.arange(0, C) * 0, 0), cu_seqlens, documents, steps)
     special = (tl.min(real.to(tl.int32), 0) == 0) | (tl.max(document, 0) != tl.max(before, 0))
     code = tl.where(real, document, ~document)
     code = (code << 8) | (special.to(tl.int32) << 7) | tl.cumsum(real.to(tl.int32), 0)
-    tl.store(codes + row.to(tl.int64) * chunks * C + token, code)
+    tl.store(codes + sequence.to(tl.int64) * chunks * C + token, code)

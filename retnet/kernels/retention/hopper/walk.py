@@ -1,31 +1,31 @@
 """The walk: chunkwise retention with the state in registers, for Hopper (wgmma, TMA, warp specialization).
 
-One program owns a part of a sequence, a head and a slice of the values, and walks it in chunks of 64 tokens. With
-readers x, writers y (both [tokens, keys]) and values z it computes, per chunk of L tokens entered with the state S
-(paper, Eq. 7, plus the in-chunk decay of the writers that the printed equation leaves out):
+One program owns a part of a sequence, a head and a slice of the values, and walks the part in chunks of 64 tokens. It
+has readers x and writers y (both [tokens, keys]) and values z. Per chunk of L tokens, entered with the state S, it
+computes (paper, Eq. 7, plus the decay of the writers inside the chunk that the printed equation leaves out):
 
     out_r = read_r * x_r S + sum_w pair_rw (x_r . y_w) z_w          S' = gamma^L S + sum_w write_w y_w^T z_w
 
-Forward retention is walk(q, k, v), and the adjoint of retention is retention: `REVERSE` starts at the end of the
-sequence, sums over the other side of the diagonal, and the state it carries is then the gradient of the state.
+Forward retention is walk(q, k, v). The adjoint of retention is retention: with `REVERSE` a walk starts at the end of
+the sequence and sums over the other side of the diagonal, and its state is the gradient of the state.
 
     dV = reverse walk(k, q, dO)        dQ = walk(dO, V, K)        dK = reverse walk(V, dO, Q)
 
-dQ and dK contract over V. Where that is wider than a program holds, two programs (`SPLITS`) take a range of the keys
-each and add their parts to an output of zeros: everything above is linear in the products over keys, and a sum of two
-has the same bits in either order.
+dQ and dK contract over V. If V is wider than one program can hold, two programs (`SPLITS`) take half of the keys each
+and add to an output of zeros. All of the above is linear in the products over keys, and a sum of two terms has the same
+bits in either order.
 
-Why it looks so: a state written to memory per chunk moves more bytes than q, k, v and the output together, so it stays
-on chip, transposed ([64 values, keys] a warpgroup), which makes it the register operand of the read and the accumulator
-of the update: it never passes through shared memory. The warps have roles: one issues the TMA loads, one warpgroup
-computes the decayed scores that all values share, one or two warpgroups of 64 values each read, mix and update. Every
-decay is the exp of a non-positive difference.
+The state stays on chip because a state written to memory per chunk would move more bytes than q, k, v and the output
+together. It is kept transposed, [64 values, keys] per warpgroup. In this form it is the register operand of the read
+and the accumulator of the update, and never passes through shared memory. The warps have roles: one warp issues the TMA
+loads, one warpgroup computes the decayed scores that all values share, and one or two warpgroups of 64 values each
+read, mix and update. Every decay is the exp of a difference that is not positive.
 
-Masked tokens and packed documents (`HAS_CODES`) change the decays of the chunks that hold one and of no other: those
-chunks get their factors from `codes` (`token_codes`), the others the same ones as without.
+Masked tokens and packed documents (`HAS_CODES`) change the decays of special chunks: those that have a masked token or
+a document boundary. These chunks take their factors from `codes` (`token_codes`), all others use the usual ones.
 
-Left out: per-token decay, groups of heads, initial states of packed documents, float16 with masked tokens or packed
-documents (the portable kernels take those).
+Not supported, and left to the portable kernels: decay per token, groups of heads, initial states of packed documents,
+and float16 with masked tokens or packed documents.
 """
 
 from triton.experimental import gluon
@@ -33,11 +33,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from retnet.kernels.retention.hopper.warp_roles import (
-    AHEAD,
     CHUNK,
     GROUP_VALUES,
     RATE_ROW,
     SCALE_ROW,
+    SCORE_SLOTS,
     first_barrier,
     load_role,
     mix_role,
@@ -46,7 +46,7 @@ from retnet.kernels.retention.hopper.warp_roles import (
 
 _CHUNK = gl.constexpr(CHUNK)
 _GROUP_VALUES = gl.constexpr(GROUP_VALUES)
-_AHEAD = gl.constexpr(AHEAD)
+_SCORE_SLOTS = gl.constexpr(SCORE_SLOTS)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 
 
@@ -59,10 +59,11 @@ def _init_ring(barriers, FULL: gl.constexpr, STAGES: gl.constexpr, READERS: gl.c
 
 @gluon.jit
 def _make_decays(log2_gamma, scale, factor, tail, REVERSE: gl.constexpr):
-    """Rows: read, write and keep of a full chunk, of the last one, room for each warpgroup's special ones; rate, scale.
+    """A table [14, 64]. Rows 0-2: read, write and keep of a full chunk; 3-5: of the last chunk; 6-11: room for those of
+    a special chunk, three per warpgroup; 12: log2(gamma); 13: scale.
 
-    Writers are multiplied by the state's `factor`, readers divided by it. The last chunk may be shorter: what TMA
-    brings for its missing rows, zeros or other tokens, is not written.
+    Writers are multiplied by the state's `factor`, readers are divided by it. The last chunk may be shorter: whatever
+    TMA loads past its end, zeros or other tokens, is not written.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     decays = gl.allocate_shared_memory(gl.float32, [14, _CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -83,9 +84,8 @@ def _make_decays(log2_gamma, scale, factor, tail, REVERSE: gl.constexpr):
 
 @gluon.jit
 def _make_pairs(log2_gamma, scale, TABLES: gl.constexpr, REVERSE: gl.constexpr):
-    """The factor of every score of a chunk, readers by writers: causal mask, decay of the distance, scale.
-
-    [TABLES, 64, 64], the first filled; a second one has room for a special chunk."""
+    """Tables [TABLES, 64, 64] of the factor of every score of a chunk, readers by writers: causal mask, decay of the
+    distance, scale. The first one is filled; the second one is room for a special chunk."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
     smem: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])  # free of bank conflicts in the layout of a product
     reader = gl.arange(0, _CHUNK, gl.SliceLayout(1, layout))[:, None]
@@ -102,7 +102,7 @@ def walk_kernel(
     x_desc, y_desc, z_desc, out_desc,  # [B, T, H, SPLITS * KEYS] twice, [B, T, H, VALUES] twice
     log_decay, scale, state_in, state_out,  # [H], (), states [B, H, parts, ...] twice (float32)
     codes, cu_seqlens,  # [B, chunks * 64] if HAS_CODES, [N + 1] if PER_DOCUMENT (then B = 1)
-    factors,  # [H] of float16 states (`state_range`)
+    factors,  # [H] of float16 states (`state_factors`)
     tokens, heads, parts, part_chunks,
     KEYS: gl.constexpr, VALUES: gl.constexpr, SPLITS: gl.constexpr, GROUPS: gl.constexpr,
     KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
@@ -111,24 +111,24 @@ def walk_kernel(
     X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, Z_STAGES: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: B * H * parts * SPLITS * VALUES / (64 GROUPS) programs; those that share x and y tiles are neighbours.
+    """Grid: B * H * parts * SPLITS * VALUES / (64 GROUPS) programs; those that share tiles of x and y are neighbours.
 
-    Without readers, for the states that parts start from, one part fewer: the last of the walk."""
+    Without readers the grid has one part fewer: no part starts from what the last one leaves."""
     SLICE: gl.constexpr = _GROUP_VALUES * GROUPS
     SLICES: gl.constexpr = VALUES // SLICE
     dtype: gl.constexpr = z_desc.dtype
     program = gl.program_id(0)
     value = program % SLICES * SLICE
     split = program // SLICES % SPLITS
-    walker = program // (SLICES * SPLITS)
-    part = walker % parts
-    row = walker // parts
-    if not READ and not PER_DOCUMENT:  # no part starts from what the last one leaves
-        part = walker % (parts - 1) + (1 if REVERSE else 0)
-        row = walker // (parts - 1)
-        walker = row * parts + part
-    batch = row // heads
-    head = row % heads
+    state_index = program // (SLICES * SPLITS)
+    part = state_index % parts
+    sequence_head = state_index // parts
+    if not READ and not PER_DOCUMENT:  # the last part is skipped
+        part = state_index % (parts - 1) + (1 if REVERSE else 0)
+        sequence_head = state_index // (parts - 1)
+        state_index = sequence_head * parts + part
+    batch = sequence_head // heads
+    head = sequence_head % heads
     key = split * KEYS
     origin = 0
     if PER_DOCUMENT:
@@ -141,19 +141,19 @@ def walk_kernel(
     count = gl.minimum(chunks - first, part_chunks)
     start = origin + (first + count - 1 if REVERSE else first) * _CHUNK
     last_step = first + count - chunks if REVERSE else chunks - 1 - first  # the step of the last chunk, if it is here
-    log2_gamma = gl.maximum(gl.load(log_decay + head) * _LOG2_E, -1e30)  # finite, so that gamma = 0 gives 0^0 = 1
-    state_at = walker.to(gl.int64) * (SPLITS * KEYS * VALUES) + key * KEY_STRIDE + value * VALUE_STRIDE
+    log2_gamma = gl.maximum(gl.load(log_decay + head) * _LOG2_E, -1e30)  # finite: gamma = 0 gives 0^0 = 1
+    state_at = state_index.to(gl.int64) * (SPLITS * KEYS * VALUES) + key * KEY_STRIDE + value * VALUE_STRIDE
 
     wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     x_smem = gl.allocate_shared_memory(dtype, [X_STAGES if READ else 1, _CHUNK, KEYS if READ else 64], wide)
     y_smem = gl.allocate_shared_memory(dtype, [Y_STAGES, _CHUNK, KEYS], wide)
     z_smem = gl.allocate_shared_memory(dtype, [Z_STAGES, _CHUNK, SLICE], wide)
-    p_smem = gl.allocate_shared_memory(dtype, [_AHEAD, _CHUNK, _CHUNK], wide)
+    p_smem = gl.allocate_shared_memory(dtype, [_SCORE_SLOTS, _CHUNK, _CHUNK], wide)
     X: gl.constexpr = first_barrier(0, x_smem, y_smem)
     Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
     Z: gl.constexpr = first_barrier(2, x_smem, y_smem)
     barriers = gl.allocate_shared_memory(gl.int64, [Z + 2 * Z_STAGES, 1], mbarrier.MBarrierLayout())
-    _init_ring(barriers, 0, _AHEAD, GROUPS)
+    _init_ring(barriers, 0, _SCORE_SLOTS, GROUPS)
     _init_ring(barriers, X, x_smem.shape[0], GROUPS + 1)
     _init_ring(barriers, Y, Y_STAGES, GROUPS + 1 if READ else GROUPS)
     _init_ring(barriers, Z, Z_STAGES, GROUPS)
@@ -163,7 +163,7 @@ def walk_kernel(
     pairs = _make_pairs(log2_gamma, scale, 2 if HAS_CODES else 1, REVERSE) if READ else decays
     fence_async_shared()
 
-    # Constexprs stay inside the calls: assigned to a name they would become run-time scalars.
+    # Constexprs are passed in the call itself: assigned to a name they would become run-time scalars.
     loading = (x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, head, key, value, start, count)
     sequence_codes = codes + batch * chunks * _CHUNK
     scoring = (x_smem, y_smem, p_smem, pairs, decays, barriers, sequence_codes, start, count)
@@ -188,7 +188,7 @@ def _start_roles(
 ):  # fmt: skip
     """One or two warpgroups mix, one scores if there are readers, and one warp loads.
 
-    Each of the four cases is written out: added lists or a named one would turn their constexprs into run-time values.
+    The four cases are written out, because a list that is built or named loses the constexprs in it.
     """
     LOWER: gl.constexpr = 0
     UPPER: gl.constexpr = 1

@@ -1,7 +1,7 @@
-"""The roles of the walk's warps (`walk_kernel`): loading tiles, scoring pairs of tokens, mixing values.
+"""The roles of a walk's warps (`walk_kernel`): loading tiles, scoring pairs of tokens, mixing values.
 
-Roles meet at rings of tiles in shared memory. A ring of n slots has 2 n of the `barriers`: `full`, which the
-producer of a slot opens, and `empty`, which all its readers open together.
+Roles hand tiles over in rings in shared memory. A ring of n slots has 2 n of the `barriers`: for each slot a
+`full` one, which its producer opens, and an `empty` one, which all its readers open together.
 """
 
 from triton._C.libtriton import ir
@@ -16,20 +16,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-CHUNK = 64  # tokens a step: the rows of one warpgroup instruction, so that scores tile without waste
-GROUP_VALUES = 64  # values a warpgroup holds, likewise
-PIECE = 64  # keys of a state piece: only one piece's 16-bit copy is in registers at a time
-AHEAD = 1  # chunks whose scores may wait to be read
+CHUNK = 64  # tokens: the rows of one warpgroup instruction, so that scores fill it
+GROUP_VALUES = 64  # values per warpgroup, for the same reason
+PIECE = 64  # keys per piece of a state: only one piece has its 16-bit copy in registers at a time
+SCORE_SLOTS = 1  # slots of the ring of scores
 
 
 @builtin
 def _own_tma_add(tensor_desc, coord, src, _semantic=None):
-    """What later versions of Triton call `async_atomic_add`: 3.6 compiles it, but has no name for it."""
+    """`async_atomic_add` of later versions of Triton, which 3.6 can compile but does not name."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
-# Names of Triton 3.6 after those of later versions.
+# Later versions of Triton renamed these; the second name is that of 3.6.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -38,28 +38,32 @@ _tma_add = getattr(tma, "async_atomic_add", None) or _own_tma_add
 _CHUNK = gl.constexpr(CHUNK)
 _GROUP_VALUES = gl.constexpr(GROUP_VALUES)
 _PIECE = gl.constexpr(PIECE)
-_AHEAD = gl.constexpr(AHEAD)
+_SCORE_SLOTS = gl.constexpr(SCORE_SLOTS)
 RATE_ROW = gl.constexpr(12)  # row of `decays` that repeats log2(gamma)
 SCALE_ROW = gl.constexpr(13)
 
 
 @gluon.jit
 def _token_at(step, start, REVERSE: gl.constexpr):
-    """First token of a step's chunk, given that of the first step."""
+    """The first token of a step's chunk; `start` is that of the first step."""
     return start - step * _CHUNK if REVERSE else start + step * _CHUNK
 
 
 @gluon.constexpr_function
 def first_barrier(ring, x_smem, y_smem):
-    """First barrier of rings x, y, z in `barriers`: a `full` one for each slot, then an `empty` one for each.
+    """The first barrier of ring 0 (x), 1 (y) or 2 (z): the `full` ones of its slots, then the `empty` ones.
 
-    All barriers are one allocation (that of the scores comes first), so that a role holds one address of them."""
-    return [2 * AHEAD, 2 * AHEAD + 2 * x_smem.shape[0], 2 * AHEAD + 2 * x_smem.shape[0] + 2 * y_smem.shape[0]][ring]
+    All barriers are one allocation, those of the scores first, so that a role holds a single address."""
+    return [
+        2 * SCORE_SLOTS,
+        2 * SCORE_SLOTS + 2 * x_smem.shape[0],
+        2 * SCORE_SLOTS + 2 * x_smem.shape[0] + 2 * y_smem.shape[0],
+    ][ring]
 
 
 @gluon.jit
 def _fetch(desc, at, smem, barriers, FULL: gl.constexpr, step):
-    """Wait until the ring's slot of this step is free, then start its load."""
+    """Wait until this step's slot of the ring is empty, then start its load."""
     STAGES: gl.constexpr = smem.shape[0]
     slot = step % STAGES
     mbarrier.wait(barriers.index(FULL + STAGES + slot), ((step // STAGES) & 1) ^ 1)
@@ -70,7 +74,7 @@ def _fetch(desc, at, smem, barriers, FULL: gl.constexpr, step):
 
 @gluon.jit
 def _await(smem, barriers, FULL: gl.constexpr, step):
-    """The tile of this step, once it is there."""
+    """Wait for this step's tile and return it."""
     STAGES: gl.constexpr = smem.shape[0]
     mbarrier.wait(barriers.index(FULL + step % STAGES), (step // STAGES) & 1)
     return smem.index(step % STAGES)
@@ -84,7 +88,7 @@ def _release(smem, barriers, FULL: gl.constexpr, step):
 
 @gluon.jit
 def load_role(args, REVERSE: gl.constexpr, READ: gl.constexpr):
-    """One warp: bring the tiles of every chunk into their rings, in the order in which they are needed."""
+    """One warp: load the tiles of every chunk into their rings, in the order in which they are needed."""
     x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, head, key, value, start, count = args
     X: gl.constexpr = first_barrier(0, x_smem, y_smem)
     Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
@@ -99,9 +103,9 @@ def load_role(args, REVERSE: gl.constexpr, READ: gl.constexpr):
 
 @gluon.jit
 def score_role(args, REVERSE: gl.constexpr, HAS_CODES: gl.constexpr):
-    """One warpgroup: (x y^T) of every chunk, readers by writers, masked to the causal side, decayed and scaled.
+    """One warpgroup: x y^T of every chunk, readers by writers, on the causal side, decayed and scaled.
 
-    The factors come from shared memory each time: the registers of a table are what the mixing warpgroups lack."""
+    The factors are read from shared memory each time: the mixing warpgroups need the registers of a table."""
     x_smem, y_smem, p_smem, pairs, decays, barriers, codes, start, count = args
     X: gl.constexpr = first_barrier(0, x_smem, y_smem)
     Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
@@ -122,15 +126,15 @@ def score_role(args, REVERSE: gl.constexpr, HAS_CODES: gl.constexpr):
             if special != 0:
                 _make_special_pairs(pairs.index(1), decays, chunk_codes, REVERSE)
             table = pairs.index(special)
-        mbarrier.wait(barriers.index(_AHEAD + step % _AHEAD), ((step // _AHEAD) & 1) ^ 1)
-        p_smem.index(step % _AHEAD).store((scores * table.load(layout)).to(p_smem.dtype))
+        mbarrier.wait(barriers.index(_SCORE_SLOTS + step % _SCORE_SLOTS), ((step // _SCORE_SLOTS) & 1) ^ 1)
+        p_smem.index(step % _SCORE_SLOTS).store((scores * table.load(layout)).to(p_smem.dtype))
         fence_async_shared()
-        mbarrier.arrive(barriers.index(step % _AHEAD), count=1)
+        mbarrier.arrive(barriers.index(step % _SCORE_SLOTS), count=1)
 
 
 @gluon.jit
 def _make_special_pairs(table, decays, codes, REVERSE: gl.constexpr):
-    """`_make_pairs` for a chunk with masked tokens or a document's border."""
+    """`_make_pairs` of a special chunk."""
     ROWS: gl.constexpr = 16  # of the table at a time: registers are few
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
     writer = gl.arange(0, _CHUNK, gl.SliceLayout(0, layout))
@@ -142,26 +146,26 @@ def _make_special_pairs(table, decays, codes, REVERSE: gl.constexpr):
         reader = gl.load(codes + reader)[:, None]
         distance = _count(writer) - _count(reader) if REVERSE else _count(reader) - _count(writer)
         decay = gl.exp2(log2_gamma * gl.maximum(distance, 0.0)) * scale
-        # One document, neither masked. Counts rise with every such token, so they order them.
+        # In one document, neither one masked. Counts rise with every such token, so they give the order.
         related = (_signed_document(reader) == _signed_document(writer)) & (writer >= 0) & (distance >= 0)
         table.slice(i * ROWS, ROWS, dim=0).store(gl.where(related, decay, 0.0))
 
 
 @gluon.jit
 def _is_special(code):
-    """Whether a chunk has masked tokens or a document's border; told by any of its codes (`token_codes`)."""
+    """Whether the chunk is special, from the code of any of its tokens (`token_codes`)."""
     return (code >> 7) & 1
 
 
 @gluon.jit
 def _count(code):
-    """Tokens of the chunk through this one, masked ones apart."""
+    """The unmasked tokens of the chunk through this one."""
     return (code & 127).to(gl.float32)
 
 
 @gluon.jit
 def _signed_document(code):
-    """The document, or its complement for a masked token."""
+    """The document; its complement for a masked token."""
     return code >> 8
 
 
@@ -172,7 +176,7 @@ def _document(code):
 
 @gluon.jit
 def _make_special_decays(decays, ROW: gl.constexpr, codes, before, REVERSE: gl.constexpr):
-    """Read, write and keep of a special chunk; the state that enters is the one after the token at `before`."""
+    """Read, write and keep of a special chunk; it is entered with the state after the token whose code is `before`."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     log2_gamma = decays.index(RATE_ROW).load(layout)
     scale = decays.index(SCALE_ROW).load(layout)
@@ -194,7 +198,7 @@ def _state_pointers(
     base, PIECE_AT: gl.constexpr, GROUP: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
     layout: gl.constexpr,
 ):  # fmt: skip
-    """Pointers to one transposed piece [values, keys] of a warpgroup's state."""
+    """Pointers to a transposed piece [values, keys] of a warpgroup's state."""
     values = GROUP * _GROUP_VALUES + gl.arange(0, _GROUP_VALUES, gl.SliceLayout(1, layout))
     keys = PIECE_AT * _PIECE + gl.arange(0, _PIECE, gl.SliceLayout(0, layout))
     return base + keys[None, :] * KEY_STRIDE + values[:, None] * VALUE_STRIDE
@@ -206,7 +210,7 @@ def mix_role(
     HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
     ADD: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: outputs (added to what is there if ADD) and the state of its 64 values, chunk after chunk."""
+    """One warpgroup: the outputs and the state of its 64 values, chunk after chunk. ADD adds to the stored output."""
     (
         x_smem, y_smem, z_smem, p_smem, outs_smem, barriers, decays, out_desc, state_in, state_out,
         batch, head, value, start, count, last_step, codes,
@@ -240,7 +244,7 @@ def mix_role(
                 piece = gl.convert_layout(state[j].to(dtype), operand, assert_trivial=True)
                 readers = x.slice(j * _PIECE, _PIECE, dim=1).permute((1, 0))
                 out = warpgroup_mma(piece, readers, out, use_acc=j > 0, is_async=True)
-                if j >= IN_FLIGHT:  # bounds the 16-bit pieces alive, and so the registers
+                if j >= IN_FLIGHT:  # limits the 16-bit pieces in registers
                     out = warpgroup_mma_wait(IN_FLIGHT, deps=(out,))
 
         z = _await(z_smem, barriers, Z, step).slice(GROUP * _GROUP_VALUES, _GROUP_VALUES, dim=1).permute((1, 0))

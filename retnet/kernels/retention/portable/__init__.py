@@ -1,1 +1,1 @@
-"""Chunkwise retention in plain Triton: every argument, every GPU that Triton knows."""
+"""Chunkwise retention in plain Triton: every argument, on every GPU that Triton supports."""

@@ -1,17 +1,17 @@
-"""The state-only walk: the state at one border of every segment, and the state at the far end of a sequence.
+"""The border states: the state at one border of every segment, and the state at the far end of every sequence.
 
     forward:   S_end  = gamma(segment) S_start + sum_t leave_t  k_t^T v_t          stored: S_start of every segment
     reversed:  dS_start = gamma(segment) dS_end + scale sum_t enter_t q_t^T dout_t  stored: dS_end of every segment
 
-The adjoint of retention is retention read backwards, so one kernel makes both. A program keeps a [BK, BV] tile of one
-head's state in float32 registers and walks its sequence in chunks of BT tokens; the weight, <= 1, is put on x, the
-operand that the tensor cores take from registers. Where sequences are too few to fill the chip they are walked in
-parts, each from a state of zeros, and joined afterwards (`state_parts`).
+The adjoint of retention is retention in reverse, so one kernel makes both. A program keeps a [BK, BV] tile of one
+head's state in float32 registers and passes over its sequence BT tokens at a time. The weight, at most 1, multiplies x,
+the operand that the tensor cores take from registers. If there are too few sequences to fill the chip, each is split
+into parts that start from zeros and are joined afterwards (`sequence_parts`).
 
-States are stored once a segment (L tokens), not once a chunk: at K = 256, V = 512 a state per 64 tokens would move more
-bytes than q, k, v and out together. Stored states are bfloat16 for bfloat16 inputs (the next product would round them
-anyway) and float32 otherwise (float16 would overflow at 65504); beside float16 inputs they are rounded to tf32's 10
-bits here, since tensor cores would cut the rest off.
+A state is stored per segment (L tokens), not per BT tokens: at K = 256, V = 512 one state per 64 tokens would move more
+bytes than q, k, v and out together. Stored states are bfloat16 for bfloat16 inputs, since the next product would round
+them anyway, and float32 otherwise, since float16 would overflow at 65504. For float16 inputs they are rounded here to
+the 10 bits of tf32: tensor cores would cut off the other bits.
 """
 
 import torch
@@ -32,13 +32,13 @@ from retnet.kernels.retention.portable.sequence_parts import as_stored, join_par
 from retnet.kernels.retention.tiles import StateTile
 from retnet.kernels.segments import Segments, head_pointer, load_tile, sequence_bounds, state_of, tokens_ok
 
-PROGRAMS_PER_PROCESSOR = 4  # of split walks: one hides another's latency
-LEAST_SEGMENTS = 8  # segments a part has at least: below, joining costs more than it saves
+PROGRAMS_PER_PROCESSOR = 4  # for split sequences: programs hide each other's latency
+LEAST_SEGMENTS = 8  # per part: with fewer, joining costs more than it saves
 MOST_PARTS = 16
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the states between two kernels."""
+    """The dtype of stored states for inputs of this dtype."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
@@ -54,7 +54,7 @@ def border_states(
     final_dtype: torch.dtype | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """x [tokens, G, K], y [tokens, H, V] -> (states [slots, H, K, V], final [N, H, K, V]; no `final_dtype`: None)."""
+    """x [tokens, G, K], y [tokens, H, V] -> (states [slots, H, K, V], final [N, H, K, V], or None if not wanted)."""
     G, K = x.shape[1:]
     H, V = y.shape[1:]
     states = torch.empty(segments.num_slots, H, K, V, dtype=stored_dtype(x.dtype), device=x.device)
@@ -68,7 +68,7 @@ def border_states(
     if programs < processors:
         parts = most_parts(segments.num_tokens, segments.num_sequences, segments.length)
         parts = min(parts, PROGRAMS_PER_PROCESSOR * processors // programs)
-    ends = final  # of the walks
+    ends = final  # of the parts
     to_tf32 = x.dtype == torch.float16
     if parts > 1:
         ends = torch.empty(segments.num_sequences, parts, H, K, V, dtype=torch.float32, device=x.device)
@@ -115,7 +115,7 @@ def border_states(
 
 
 def most_parts(tokens: int, num_sequences: int, segment: int) -> int:
-    """The parts that a sequence of mean length may be walked in."""
+    """The largest number of parts that a sequence of mean length may have."""
     return max(1, min(MOST_PARTS, tokens // max(1, num_sequences) // (LEAST_SEGMENTS * segment)))
 
 
@@ -129,8 +129,8 @@ def _border_states_kernel(
     REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
     LAST_END: tl.constexpr, TO_TF32: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`ends` [N, parts, H, K, V]; without LAST_END nobody reads the last part's."""
-    CHUNKS: tl.constexpr = L // BT
+    """Grid: N parts H, tiles of a state. `ends` [N, parts, H, K, V]; without LAST_END the last part's are not read."""
+    STEPS: tl.constexpr = L // BT
     V_TILES: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = V_TILES * ((K + BK - 1) // BK)
     pid = tl.program_id(0)
@@ -153,29 +153,29 @@ def _border_states_kernel(
         state += tl.load(given, mask=in_state, other=0.0).to(tl.float32)
 
     first, last = part_bounds(part, parts, count)
-    end = last * CHUNKS
+    end = last * STEPS
     if not LAST_END and part == parts - 1:
-        end -= CHUNKS - 1  # nobody reads what the last segment adds
-    for chunk in range(first * CHUNKS, end):
-        s = chunk // CHUNKS
+        end -= STEPS - 1  # what the last segment adds is not read
+    for step in range(first * STEPS, end):
+        s = step // STEPS
         if REVERSE:
             s = count - 1 - s
         begin = s * L  # of the segment, in its sequence
         inside = tl.minimum(length - begin, L)
-        if chunk % CHUNKS == 0:
+        if step % STEPS == 0:
             border = state_of(states, slot0 + s, h, H, K * V) + cell
             tl.store(border, as_stored(state, states.dtype.element_ty, TO_TF32), mask=in_state)
             factor, rest = decay_parts(enter_exponent(log_decay, sums + begin, plane, inside - 1, PER_TOKEN, MASKED))
             state = state * factor + state * rest
-        position = (chunk % CHUNKS) * BT + tl.arange(0, BT)
+        position = (step % STEPS) * BT + tl.arange(0, BT)
         if REVERSE:
             weight = enter(log_decay, sums + begin, plane, position, inside, PER_TOKEN, MASKED)
         else:
             weight = leave(log_decay, sums + begin, plane, position, inside, PER_TOKEN, MASKED)
         ok = tokens_ok(mask, start + begin, position, inside, MASKED)
-        row = begin.to(tl.int64)
-        xs = tl.trans(load_tile(x + row * x_token, position, k, x_token, ok, K, BK))
-        ys = load_tile(y + row * y_token, position, v, y_token, ok, V, BV)
+        token = begin.to(tl.int64)
+        xs = tl.trans(load_tile(x + token * x_token, position, k, x_token, ok, K, BK))
+        ys = load_tile(y + token * y_token, position, v, y_token, ok, V, BV)
         xs = (xs * (weight * scale)[None, :]).to(x.dtype.element_ty)
         state = tl.dot(xs, ys, state, input_precision=PRECISION)
 

@@ -1,11 +1,12 @@
 """The gradient of log_decay.
 
-What crosses token t is scaled by exp(log_decay_t): its gradient is the inner product of what crosses with its adjoint,
+Whatever crosses token t is scaled by exp(log_decay_t). So its gradient is the inner product of what crosses with its
+adjoint,
 
     dlog_decay_t = <S_end, dS_end> + sum_{i >= t, same segment} (q_i . dq_i - k_i . dk_i)
 
-with the state and its adjoint at the end of t's segment. Summing q . dq - k . dk over the whole sequence instead would
-cancel its way to the answer. Nothing crosses a hard reset: sums stop there, and a reset's own gradient is 0.
+with the state and its adjoint at the end of t's segment. A sum of q . dq - k . dk over the whole sequence would lose
+its digits to cancellation. Nothing crosses a hard reset: sums stop there, and the gradient of a reset is 0.
 """
 
 import torch
@@ -27,9 +28,9 @@ def decay_gradient(
     decay: SegmentDecay,
     segments: Segments,
 ) -> Tensor:
-    """Row products [tiles, H, tokens] and border states [slots, H, K, V] -> dlog_decay [tokens, H] float32.
+    """Inner products [tiles, H, tokens] and border states [slots, H, K, V] -> dlog_decay [tokens, H] float32.
 
-    `final` and `dfinal` [N, H, K, V] are the last state and its adjoint; None where the loss does not read that state.
+    `final` and `dfinal` [N, H, K, V] are the final state and its adjoint; None if the loss does not read that state.
     """
     H = q_dot_dq.shape[1]
     grad = torch.zeros(segments.num_tokens, H, dtype=torch.float32, device=states.device)

@@ -1,9 +1,9 @@
-"""Chunkwise retention (paper Eq. 7) in plain Triton, for every argument and every GPU that Triton knows.
+"""Forward and backward pass in plain Triton (paper, Eq. 7), for every argument and every GPU that Triton supports.
 
-Two passes each way: a walk leaves the state at every segment's border, then all segments run at once. The backward pass
-recomputes the forward's states instead of saving them: memory beyond inputs, outputs and gradients is one state a
-segment (two where log_decay has a gradient), in bfloat16 for bfloat16 inputs. No host synchronisation, no atomics: two
-runs give the same bits.
+Each pass has two stages: the border states are made, then all segments are read at once. The backward pass recomputes
+the forward's border states instead of saving them. Memory beyond inputs, outputs and gradients is one state per segment
+(two where log_decay has a gradient), in bfloat16 for bfloat16 inputs. No host synchronisation and no atomics: two runs
+give the same bits.
 """
 
 import torch
@@ -15,7 +15,7 @@ from retnet.kernels.retention.portable.segment_decay import SegmentDecay
 from retnet.kernels.retention.portable.segment_kernel import read_segments
 from retnet.kernels.retention.portable.segment_read import SegmentRead
 from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
-from retnet.kernels.retention.tiles import SEGMENTS, Tiles, tiles_on
+from retnet.kernels.retention.tiles import SEGMENT_LENGTHS, Tiles, tiles_on
 from retnet.kernels.segments import Segments
 
 
@@ -35,7 +35,7 @@ def portable_forward(problem: RetentionProblem, state_dtype: torch.dtype | None)
 def portable_backward(
     problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, *, need_dlog_decay: bool, need_dstate: bool
 ) -> RetentionGradients:
-    """RetentionGradients from those of the output and of the final state, if any."""
+    """The gradients, given those of the output and of the final state, if any."""
     tiles, segments, decay = _prepare(problem)
     scale = problem.scale
     dout, q, k, v = (_flat_tokens(x) for x in (dout.to(problem.v.dtype), problem.q, problem.k, problem.v))
@@ -50,10 +50,8 @@ def portable_backward(
         final_dtype=torch.float32 if need_dlog_decay and dfinal is not None else None,
         reverse=False,
     )
-    dot_with = q if need_dlog_decay else None
-    read = SegmentRead(
-        dout, v, k, states, decay, segments, scale, scale, reverse=False, sum_heads=True, dot_with=dot_with
-    )
+    read = SegmentRead(dout, v, k, states, decay, segments, scale, scale, reverse=False, sum_heads=True)
+    read.dot_with = q if need_dlog_decay else None
     dq, q_dot_dq = read_segments(read, tiles.value_contraction)
     if not need_dlog_decay:
         del states, read  # before the adjoint states take as much memory
@@ -70,10 +68,8 @@ def portable_backward(
     )
     read = SegmentRead(k, q, dout, dstates, decay, segments, 1.0, scale, reverse=True, sum_heads=False)
     dv, _ = read_segments(read, tiles.key_contraction)
-    dot_with = k if need_dlog_decay else None
-    read = SegmentRead(
-        v, dout, q, dstates, decay, segments, 1.0, scale, reverse=True, sum_heads=True, dot_with=dot_with
-    )
+    read = SegmentRead(v, dout, q, dstates, decay, segments, 1.0, scale, reverse=True, sum_heads=True)
+    read.dot_with = k if need_dlog_decay else None
     dk, k_dot_dk = read_segments(read, tiles.value_contraction)
     dlog_decay = None
     if q_dot_dq is not None and k_dot_dk is not None:
@@ -88,8 +84,8 @@ def portable_tiles(problem: RetentionProblem) -> Tiles:
     """The block shapes of a problem."""
     q, v = problem.q, problem.v
     sequences, per_token = problem.num_sequences, problem.log_decay.dim() == 3
-    walks = sequences * v.shape[2] * most_parts(v.shape[0] * v.shape[1], sequences, max(SEGMENTS))
-    return tiles_on(q.device, v.dtype, q.shape[-1], v.shape[-1], walks, per_token, problem.chunk_size)
+    num_states = sequences * v.shape[2] * most_parts(v.shape[0] * v.shape[1], sequences, max(SEGMENT_LENGTHS))
+    return tiles_on(q.device, v.dtype, q.shape[-1], v.shape[-1], num_states, per_token, problem.chunk_size)
 
 
 def _prepare(problem: RetentionProblem) -> tuple[Tiles, Segments, SegmentDecay]:
@@ -100,7 +96,7 @@ def _prepare(problem: RetentionProblem) -> tuple[Tiles, Segments, SegmentDecay]:
 
 
 def _flat_tokens(x: Tensor) -> Tensor:
-    """[B, T, heads, width] -> [B T, heads, width] with contiguous rows, a view wherever the strides allow one."""
+    """[B, T, heads, width] -> [B T, heads, width] with a contiguous last axis; a view where the strides allow it."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     return x.flatten(0, 1)

@@ -1,17 +1,17 @@
-"""Products of decays inside a segment, for fixed decay, fixed decay under a mask, and decay per token.
+"""Products of decays inside a segment: fixed, fixed under a mask, or per token.
 
 With a fixed decay a product over tokens is a power: only the number of real tokens matters. Per token, running sums of
-log decays are kept relative to the segment's start in two floats, since one sum over a segment has no digits left for
-small decays beside large ones: `high` sums multiples of 2^-9, exactly, and `low` the rest. exp() of anything below -104
-is 0 in float32: such a token is a hard reset, counted instead of summed. Two tokens with a reset between them have the
+log decays start at the segment's first token and are kept in two floats, since a single sum would lose the digits of
+small decays beside large ones: `high` sums multiples of 2^-9, exactly, and `low` sums the rest. In float32, exp() below
+-104 is 0: such a token is a hard reset, which is counted and not summed. Two tokens with a reset between them have the
 product 0.
 
     enter_t = product of the decays from the segment's first token through t: what is left of the state before it
     leave_t = product of the decays after t through its last token: what a write at t becomes
     between(t, s) = product of the decays of the tokens s < i <= t
 
-Only differences <= 0 are exponentiated. What is stored is float32: [5, H, tokens] per token (high, low, resets, enter,
-leave), [2, tokens] for a masked fixed decay (real tokens through t, and after t), nothing for a fixed decay.
+Only differences <= 0 are exponentiated. Stored in float32: per token [5, H, tokens] (high, low, resets, enter, leave);
+for a fixed decay under a mask [2, tokens] (real tokens through t, and after t); for a fixed decay nothing.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ from retnet.kernels.segments import Segments, segment_bounds, tokens_ok
 
 @dataclass(frozen=True)
 class SegmentDecay:
-    """What a kernel needs to know of the decay: `rate` [H], the fixed log decay (per token: unread), and `sums` as the
-    module says (a fixed decay without a mask has none: unread)."""
+    """The decay as kernels take it: `rate` [H], the fixed log decay (unread for decay per token), and `sums` as described
+    above (unread for a fixed decay without a mask)."""
 
     rate: Tensor
     sums: Tensor
@@ -108,7 +108,7 @@ def _running_sums_kernel(
 def decay_of_head(rate, sums, num_tokens, h, start, H: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr):
     """(log decay, sums at the segment's first token, stride between the sums' planes) of one head.
 
-    A log decay of -inf would make 0 x -inf of an empty product; -1000 leaves as little.
+    A log decay of -inf would turn an empty product into 0 x -inf; -1000 gives a decay of 0 as well.
     """
     plane = num_tokens.to(tl.int64)
     log_decay = 0.0
@@ -124,7 +124,7 @@ def decay_of_head(rate, sums, num_tokens, h, start, H: tl.constexpr, PER_TOKEN: 
 
 @triton.jit
 def running(sums, plane, position, length, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr):
-    """The running sum through each position as (high, low, resets); a fixed decay has a number of tokens for `high`."""
+    """The running sum through each position: (high, low, resets). For a fixed decay, `high` is a number of tokens."""
     if PER_TOKEN:
         ok = position < length
         high = tl.load(sums + position, mask=ok, other=0.0)
@@ -141,7 +141,7 @@ def running(sums, plane, position, length, PER_TOKEN: tl.constexpr, MASKED: tl.c
 def between(log_decay, later, earlier, SWAP: tl.constexpr, PER_TOKEN: tl.constexpr):
     """Product of the decays from an earlier running sum to a later one; SWAP exchanges the two.
 
-    An exponent of two tokens in the wrong order is cut to 0: never more than 1, never infinite.
+    The exponent of two tokens in the wrong order is clipped to 0: the product is never more than 1.
     """
     if SWAP:
         later, earlier = earlier, later
@@ -169,7 +169,7 @@ def enter(log_decay, sums, plane, position, length, PER_TOKEN: tl.constexpr, MAS
 
 @triton.jit
 def enter_exponent(log_decay, sums, plane, last, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr):
-    """The log of the product of whole segments' decays, `last` their last tokens; far below 0 for a reset."""
+    """The log of the product of all decays of segments with these `last` tokens; far below 0 after a reset."""
     high, low, resets = running(sums, plane, last, last + 1, PER_TOKEN, MASKED)
     if PER_TOKEN:
         return tl.where(resets == 0.0, high + low, -1000.0)
@@ -191,10 +191,10 @@ def leave(log_decay, sums, plane, position, length, PER_TOKEN: tl.constexpr, MAS
 def decay_parts(exponent):
     """(factor, rest) whose sum is exp(exponent): (1, expm1) above -1/2, (exp, 0) below.
 
-    `S factor + S rest` multiplies a float32 state by a decay near 1 exactly, where rounding the decay itself would err
-    to the same side every time; below, what is left of a state is gone before that adds up.
+    `S factor + S rest` multiplies a float32 state by a decay near 1 without rounding the decay, whose error would have
+    the same sign every time and add up. Smaller decays forget the state before that matters.
     """
-    # expm1 by its series, whose tenth term is below 2^-32 of the first: CUDA's and AMD's libraries name it differently.
+    # expm1 by its series (CUDA's and AMD's libraries name it differently); the tenth term is < 2^-32 of the first.
     x = tl.maximum(exponent, -0.5)
     series = 1.0 + x * (1.0 / 9.0)
     series = 1.0 + x * series * (1.0 / 8.0)

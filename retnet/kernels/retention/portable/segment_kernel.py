@@ -1,17 +1,17 @@
-"""The segment kernel: what a segment's tokens read from the state at its border and from one another.
+"""The segment kernel: what a segment's tokens read from its border state and from one another.
 
     forward:   out_i = a enter_i x_i S + b sum_{j <= i} between(i, j) (x_i . y_j) z_j
     reversed:  out_j = a leave_j x_j S + b sum_{i >= j} between(i, j) (x_j . y_i) z_i
 
-The adjoint of retention is retention, so these two make the output and three gradients (S, dS: the stored states):
+The adjoint of retention is retention, so these two make the output and three gradients (S, dS: the border states):
 
     out = forward(q, k, v, S)          dv = reversed(k, q, dout, dS)
     dq  = forward(dout, v, k, S^T)     dk = reversed(v, dout, q, dS^T)
 
-A program makes BM rows x BO columns of one head, or of one group for dq and dk, summing its heads in order, and visits
-the segment's tokens in tiles of BN. The contraction over x's columns runs whole where a row of x fits (BR covers it),
-else in slices of BR, which the state and the first tile of tokens share. Everything accumulates in float32. Heads that
-share queries and keys have kernels of their own where rows are short enough (`segment_shared`).
+A program makes a tile of BM rows (tokens) x BO columns of one head; for dq and dk, of one group, whose heads it sums in
+order. It visits the segment's tokens BN at a time. The contraction over x's columns runs whole where a row of x fits
+(BR covers it), else in slices of BR, which the state and the first BN tokens share. All sums are float32. Heads that
+share queries and keys have kernels of their own where rows are short enough (`shared_heads_kernel`).
 """
 
 import triton
@@ -129,19 +129,19 @@ def _segment_kernel(
 
 @triton.jit
 def _one_head(
-    x, y, z, state, decay, tokens, place, strides, state_scale, pair_scale,
+    x, y, z, state, decay, tokens, tile, strides, state_scale, pair_scale,
     R: tl.constexpr, O: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BO: tl.constexpr,
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head's BM x BO tile in float32. The pointers are at the segment's first token and at the head.
+    """One head's BM x BO tile in float32. The pointers are those of the segment's first token and of the head.
 
-    decay: of `decay_of_head`; tokens: (mask, start, length); place: (row0, rows, rows ok, columns).
+    decay: from `decay_of_head`; tokens: (mask, start, length); tile: (row0, rows, rows ok, columns).
     """
     log_decay, sums, plane = decay
     mask, start, length = tokens
-    row0, rows, ok, columns = place
+    row0, rows, ok, columns = tile
     x_token, y_token, z_token = strides
     row_sums = running(sums, plane, rows, length, PER_TOKEN, MASKED)
     if REVERSE:
@@ -202,7 +202,7 @@ def _one_head(
 def _add_state(
     xs, state, r, columns, acc, R: tl.constexpr, O: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """acc + xs S[r, columns]. States wider than x (float16) go through tf32, whose 10 bits are float16's own."""
+    """acc + xs S[r, columns]. States wider than x (float16) go through tf32, which has the 10 bits of float16."""
     tile = load_state(state, r, columns, R, O, TRANSPOSED)
     return tl.dot(xs.to(tile.dtype), tile, acc, input_precision=PRECISION)
 
@@ -213,7 +213,7 @@ def _add_pairs(
     BM: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + (pairs * decay between row and column token, where causal) z[column tokens]."""
+    """acc + (pairs * decay between the tokens of row and column, where causal) z[column tokens]."""
     row0, rows, row_sums, pivot_sums = row
     c0, at, at_ok, length = column
     log_decay, sums, plane = decay
@@ -223,7 +223,7 @@ def _add_pairs(
     else:
         apart = c0 + BN <= row0
     if apart:
-        # All tokens of the tile lie on the far side of the pivot: an outer product of decays <= 1.
+        # All tokens of the tile are beyond the pivot: an outer product of decays <= 1.
         near = between(log_decay, row_sums, pivot_sums, REVERSE, PER_TOKEN)
         far = between(log_decay, pivot_sums, at_sums, REVERSE, PER_TOKEN)
         weighted = pairs * (near[:, None] * far[None, :])

@@ -1,4 +1,4 @@
-"""One read of every segment: the tensors, the states and the direction. Shared by the two segment kernels."""
+"""One read of all segments: its tensors, its states and its direction. Shared by the two segment kernels."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class SegmentRead:
     dot_with: Tensor | None = None
 
     def outputs(self, column_tiles: int) -> tuple[Tensor, Tensor | None]:
-        """Room for out [tokens, ., O] in z's dtype, and for the inner products [column tiles, H, tokens] if wanted."""
+        """Empty out [tokens, ., O] in z's dtype, and empty inner products [column tiles, H, tokens] if wanted."""
         tokens, z = self.segments.num_tokens, self.z
         out = torch.empty(tokens, z.shape[1], z.shape[2], dtype=z.dtype, device=z.device)
         if self.dot_with is None:

@@ -1,11 +1,11 @@
-"""Sequences walked in parts: from what every part leaves by itself to the states of the whole.
+"""The parts of a long sequence, joined: from the states of parts by themselves to the states of the whole.
 
-A walk is linear in the state that it starts from. So the parts of a sequence are walked at once, each from zeros (the
-first one from the initial state), and what the parts before leave is added afterwards:
+A state is linear in the state that its part starts from. So all parts run at once, each from zeros (the first one from
+the initial state), and what the earlier parts leave is added afterwards:
 
     start_0 = 0,   start_{p+1} = kept_p start_p + end_p         states[segment] += kept(part's start .. segment) start_p
 
-Here kept_p is the product of the decays of part p. Parts count in the direction of the walk, and are whole segments.
+kept_p is the product of the decays of part p. Parts are whole segments, counted in the direction of the pass.
 """
 
 import triton
@@ -27,8 +27,9 @@ def join_parts(
     reverse: bool,
     to_tf32: bool,
 ) -> None:
-    """states [slots, H, K, V] and ends [N, parts, H, K, V] of parts by themselves -> states and final [N, H, K, V] of
-    the whole, in place; ends become starts. `to_tf32` rounds the states as the walk does."""
+    """Replace states [slots, H, K, V] of parts by themselves by those of the whole, and fill final [N, H, K, V].
+
+    ends [N, parts, H, K, V], what each part leaves, become starts. `to_tf32` rounds as `border_states` does."""
     N, parts, H, K, V = ends.shape
     where = (
         decay.rate, decay.sums,
@@ -52,17 +53,17 @@ def join_parts(
 
 @triton.jit
 def part_bounds(part, parts, count):
-    """The segments [first, last) of a part, numbered in the direction of the walk, of `count` in the sequence."""
+    """The segments [first, last) of a part of a sequence with `count`, numbered in the direction of the pass."""
     length = tl.cdiv(count, parts)
     return tl.minimum(part * length, count), tl.minimum((part + 1) * length, count)
 
 
 @triton.jit
 def as_stored(state, DTYPE: tl.constexpr, TO_TF32: tl.constexpr):
-    """A float32 state as it is stored for the next product; rounded to tf32, whose further bits the product cuts."""
+    """A float32 state as it is stored: in DTYPE, or rounded to tf32, since the next product cuts the further bits."""
     if TO_TF32:
         rounded = ((state.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        return tl.where(state == state, rounded, state)  # the bits of a NaN would run over into those of a zero
+        return tl.where(state == state, rounded, state)  # rounding could turn the bits of NaN into those of zero
     return state.to(DTYPE)
 
 
@@ -71,9 +72,9 @@ def _kept_exponent(
     log_decay, sums, plane, first, last, count, length, L: tl.constexpr, REVERSE: tl.constexpr,
     PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr = 64,
 ):  # fmt: skip
-    """The log of the product of the decays of segments [first, last), numbered in the direction of the walk.
+    """The log of the product of the decays of segments [first, last), numbered in the direction of the pass.
 
-    `sums` point at the sequence's first token; it has `length` tokens in `count` segments."""
+    `sums` points at the first token of the sequence, which has `length` tokens in `count` segments."""
     total = 0.0
     for i in range(first, last, BLOCK):
         segment = i + tl.arange(0, BLOCK)
@@ -93,7 +94,7 @@ def _part_exponent(
     part, there, log_decay, sums, plane, parts, count, length, L: tl.constexpr, REVERSE: tl.constexpr,
     PER_TOKEN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """`_kept_exponent` of a whole part; 0 of one past the last, which has no segments."""
+    """`_kept_exponent` of a whole part; 0 for a part past the last, which has no segments."""
     first, last = part_bounds(part, parts, count)
     return _kept_exponent(log_decay, sums, plane, first, last, count, length, L, REVERSE, PER_TOKEN, MASKED)
 
@@ -117,7 +118,7 @@ def _chain_kernel(
     log_decay, sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
     added = parts
     if final is None:
-        added = parts - 1  # the last part's end was not stored
+        added = parts - 1  # what the last part leaves was not stored
     state = chain_states(
         tl.zeros([BLOCK], dtype=tl.float32), state_of(ends, n * parts, h, H, SIZE), cell, cell < SIZE, H * SIZE,
         parts, added,
@@ -134,7 +135,7 @@ def _add_starts_kernel(
     PER_TOKEN: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
     TO_TF32: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """states[slot] += what is left there of the start of its part. Grid: slots H, blocks of a state."""
+    """states[slot] += what is left there of its part's start. Grid: slots H, blocks of a state."""
     slot, h = tl.program_id(0) // H, tl.program_id(0) % H
     if PACKED:
         n = sequence_of(slot, first_slot, num_sequences)

@@ -1,8 +1,8 @@
-"""The segment kernel where several heads share x and y, or their gradients: Mamba-2, and RetNet with shared q and k.
+"""The segment kernels for heads that share x and y, or their gradients: Mamba-2, and RetNet with shared q and k.
 
-The formulas are those of `segment`. What its heads have in common is made once: out and dv score a segment's pairs of
-tokens before they loop over heads, dq and dk sum the decayed scores of all heads before they meet z. A segment is one
-tile of pairs, so a row of x, y and z has to fit a program whole (`shared_tile`).
+The formulas are those of `segment_kernel`. What the heads have in common is computed once: out and dv score the pairs
+of tokens before they loop over heads; dq and dk sum the decayed scores of all heads before they multiply z. A segment
+is one tile of pairs, so a program has to hold a row of x, y and z whole (`shared_tile`).
 """
 
 import triton
@@ -136,7 +136,7 @@ def _sum_kernel(
     columns, r = tl.arange(0, BO), tl.arange(0, BR)
     zs = load_tile(head_pointer(z, start, group, z_token, z_head), rows, columns, z_token, ok, O, BO)
     if dots is not None:
-        # The row product with a head's part of out, without that part: scores of pairs times those of partner and z.
+        # The inner product with a head's out, without making that out: scores times the products of partner and z.
         other = load_tile(
             head_pointer(partner, start, group, partner_token, partner_head), rows, columns, partner_token, ok, O, BO
         )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from retnet.kernels.retention.hopper import passes as walk
-from retnet.kernels.retention.hopper.launch import _geometry, tma_rows
+from retnet.kernels.retention.hopper.launch import _geometry, tma_readable
 from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops import reference
 
@@ -224,7 +224,7 @@ def test_what_the_walk_does_not_take_is_refused():
     ],
 )
 def test_tensors_that_tma_cannot_address_are_copied(x, copied):
-    rows = tma_rows(x)
+    rows = tma_readable(x)
     assert (rows.data_ptr() != x.data_ptr()) == copied
     assert rows.data_ptr() % 16 == 0
     assert all(
