@@ -26,8 +26,8 @@ from retnet.kernels.segments import Segments, segment_bounds, tokens_ok
 
 @dataclass(frozen=True)
 class SegmentDecay:
-    """The decay as kernels take it: `rate` [H], the fixed log decay (unread for decay per token), and `sums` as described
-    above (unread for a fixed decay without a mask)."""
+    """The decay as kernels take it: `rate` [H], the fixed log decay (unread if the decay is per token), and `sums`, the
+    stored numbers listed above (unread for a fixed decay without a mask)."""
 
     rate: Tensor
     sums: Tensor
