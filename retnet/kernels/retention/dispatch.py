@@ -16,7 +16,7 @@ from retnet.kernels.device import device_family, is_hopper
 from retnet.kernels.retention.portable.border_states import stored_dtype
 from retnet.kernels.retention.portable.passes import portable_backward, portable_forward, portable_tiles
 from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
-from retnet.kernels.retention.tiles import SEGMENTS, nearest_segment, shared_tile, step_tile
+from retnet.kernels.retention.tiles import SEGMENT_LENGTHS, nearest_segment, shared_tile, step_tile
 
 
 def retention_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
@@ -29,7 +29,7 @@ def retention_forward(problem: RetentionProblem, state_dtype: torch.dtype | None
                 _report_chunk_size(problem.chunk_size, hopper.CHUNK, "the kernels for Hopper GPUs have this one alone")
             return hopper.walk_forward(problem, state_dtype)
     if problem.chunk_size:
-        lengths = ", ".join(map(str, SEGMENTS))
+        lengths = ", ".join(map(str, SEGMENT_LENGTHS))
         _report_chunk_size(problem.chunk_size, nearest_segment(problem.chunk_size), f"the kernels have {lengths}")
     return portable_forward(problem, state_dtype)
 
