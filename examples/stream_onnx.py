@@ -1,7 +1,7 @@
 """Streaming text from an exported byte model with onnxruntime and numpy: no torch, no tokenizer library.
 
-    python -c "from retnet.models.directory import load_model; from retnet.models.export import export_onnx; \
-               export_onnx(load_model('out/demo'), 'out/onnx')"
+    python -c "import retnet; from retnet.models.export import export_onnx; \
+               export_onnx(retnet.load('out/demo', 'cpu'), 'out/onnx')"
     python examples/stream_onnx.py out/onnx "def " --tokens 200
 """
 

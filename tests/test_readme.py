@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
     return [block.partition("\n")[2] for block in fenced if block.partition("\n")[0] == language]
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["operator", "model"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["model", "operator"])
 def test_the_python_examples_run(code):
     exec(compile(code, "README.md", "exec"), {})
 
