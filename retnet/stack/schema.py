@@ -5,7 +5,7 @@ are in `mixers`, rules between sections in `rules`. Defaults are the schema's; w
 """
 
 from functools import cache
-from typing import Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from pydantic import Field, PlainValidator, create_model
 
@@ -35,6 +35,9 @@ from .scalars import (
 )
 from .section import Section
 
+if TYPE_CHECKING:
+    import torch
+
 MaybeActivation = Annotated[Literal["swiglu", "gelu", "relu", None], ONE_OF]
 Dtype = Annotated[Literal["float32", "float16", "bfloat16"], ONE_OF]
 # The byte tokenizer: its name in tokenizer_contract.pretrained, its vocabulary, its document start.
@@ -54,6 +57,12 @@ class Model(Section):
     mlp_ratio: PositiveInt = 4
     dtype: Dtype = "bfloat16"
     target_params: ParameterCount = None
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        import torch  # not at the top: checking a file does not need it
+
+        return getattr(torch, self.dtype)
 
     @property
     def head_dim(self) -> int:

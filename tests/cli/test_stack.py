@@ -63,7 +63,13 @@ def test_explain_shows_layers_and_draws_them(capsys, monkeypatch, tmp_path):
     text = capsys.readouterr().out
     assert [line[:15] for line in text.splitlines()[1:3]] == ["0, 2    local  ", "1, 3    global "]
     assert text.count("GeGLU 432") == 2
+    assert "tokens per chunk" not in text
     assert picture.read_text().startswith("<?xml")
+
+
+def test_explain_tells_the_chunk_size_of_retention_on_this_device(capsys):
+    assert run("explain", "arch_advanced_retnet_mini") == 0
+    assert "tokens per chunk" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_explain_of_a_faulty_file_is_wrong_input(capsys, faulty):

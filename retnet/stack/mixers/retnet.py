@@ -13,6 +13,8 @@ from ..section import OURS
 from .settings import Clash, MixerSettings
 
 if TYPE_CHECKING:
+    import torch
+
     from retnet.layers.retention import RetentionConfig
     from retnet.models.config import ModelConfig
 
@@ -64,7 +66,7 @@ class Retnet(MixerSettings):
         )
 
     def words(self, name: str) -> str:
-        decay = self.decay if isinstance(self.decay, str) else "own"
+        decay = self.decay if isinstance(self.decay, str) else "custom"
         return name if decay == "paper" else f"{name}, {decay} decay"
 
     def clashes(self, model: Model | None, embedding: Embedding | None) -> Iterator[Clash]:
@@ -103,6 +105,26 @@ class Retnet(MixerSettings):
         from retnet.models.cost import head_windows
 
         return tuple(head_windows(config)[0]) or None
+
+    def on_device(self, spec: Spec, device: torch.device) -> str | None:
+        """The tokens per chunk that really run: `chunk_size` is a hint on a GPU, and absent in many files."""
+        from retnet.ops.retention import chunk_tokens
+
+        layer = self.config(spec)
+        if layer.mode != "chunkwise":
+            return None
+        tokens = chunk_tokens(
+            spec.model.max_seq_len,
+            layer.head_key_dim,
+            layer.head_value_dim,
+            dtype=spec.model.torch_dtype,
+            device=device,
+            mode=layer.mode,
+            chunk_size=layer.chunk_size,
+            per_token=layer.decay == "gated",
+        )
+        asked = f", the nearest to chunk_size {self.chunk_size}" if self.chunk_size not in (None, tokens) else ""
+        return f"retention on {device.type}: {tokens} tokens per chunk{asked}"
 
     def estimate(self, model: Model) -> int:
         return 4 * model.d_model * model.d_model + model.d_model

@@ -10,6 +10,8 @@ from ..errors import Category
 from ..section import Section
 
 if TYPE_CHECKING:
+    import torch
+
     from retnet.layers.block import MixerConfig
     from retnet.models.config import ModelConfig
 
@@ -56,6 +58,10 @@ class MixerSettings(Section):
 
     def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
         """How many tokens back each head can use, in a model of this one layer; None: all of them."""
+        return None
+
+    def on_device(self, spec: Spec, device: torch.device) -> str | None:
+        """What the layer does on a device, in words, where the file alone does not determine it."""
         return None
 
     def estimate(self, model: Model) -> int:

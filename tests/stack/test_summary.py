@@ -1,0 +1,102 @@
+"""Summaries of layers: words, reach, parameters, and what runs on a device."""
+
+import pytest
+import torch
+
+from retnet.layers.block import Block
+from retnet.ops.plan import CPU_CHUNK_SIZE
+from retnet.ops.retention import chunk_tokens
+from retnet.stack.build import model_config
+from retnet.stack.summary import device_notes, runs, summarize
+
+from .specs import stack
+
+RETNET = "retnet: {chunk_size: 32}"
+MIXER_A = "type: attention\n      attention: {window: 16}"
+
+
+def summaries(*pairs):
+    found = stack(*pairs)
+    return summarize(found, model_config(found))
+
+
+def test_parameters_are_those_of_the_built_block():
+    found = stack()
+    config = model_config(found)
+    for row, block in zip(summarize(found, config), config.layers, strict=True):
+        module = Block(block, config.d_model)
+        mixer = sum(p.numel() for part in (module.mixer, module.mixer_norm) for p in part.parameters())
+        total = sum(p.numel() for p in module.parameters())
+        assert (row.mixer_parameters, row.feed_forward_parameters) == (mixer, total - mixer)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "words", "reach"),
+    [
+        ("type: attention", "attention", None),
+        ("type: attention\n      attention: {window: 16}", "attention, window 16", (16.0,)),
+        ("type: mamba", "mamba2, state 64", None),
+        ("type: mamba\n      mamba: {variant: mamba1, d_state: 16}", "mamba1, state 16", None),
+        ("type: hyena\n      hyena: {depth: 3}", "hyena, order 3", None),
+        ("type: retnet\n      retnet: {vendor.retnet.decay: gated}", "retnet, gated decay", None),
+        ("type: retnet\n      retnet: {vendor.retnet.decay: 0.5}", "retnet, custom decay", (7,) * 4),  # 0.5 ** 7 < 1%
+    ],
+)
+def test_a_mixer_in_words_and_its_reach(mixer, words, reach):
+    row = summaries((MIXER_A, mixer))[2]
+    assert (row.mixer, row.reach) == (words, reach)
+
+
+def test_the_reach_of_paper_retention_grows_from_head_to_head():
+    [first, *_] = summaries()
+    assert first.mixer == "retnet"
+    assert list(first.reach) == sorted(first.reach)
+    assert len(first.reach) == 4
+
+
+@pytest.mark.parametrize(
+    ("ffn", "words"),
+    [
+        ("{type: mlp}", "MLP (gelu) 256"), ("{type: mlp, activation: relu}", "MLP (relu) 256"),
+        ("{type: gated_mlp}", "SwiGLU 256"), ("{type: gated_mlp, activation: gelu}", "GeGLU 256"),
+        ("{type: moe, moe: {experts: 8, top_k: 2}}", "2 of 8 experts, MLP (gelu) 256"),
+        ("{type: moe, activation: swiglu, moe: {experts: 8, top_k: 1}}", "1 of 8 experts, SwiGLU 256"),
+    ],
+)  # fmt: skip
+def test_a_feed_forward_in_words(ffn, words):
+    assert summaries(("{type: mlp}", ffn))[2].feed_forward == words
+
+
+def test_equal_layers_in_a_row_are_one_run():
+    assert [(count, row.layer.index) for count, row in runs(summaries())] == [(2, 0), (1, 2)]
+    apart = ("- {template: r, repeat: 2}\n- template: a", "- template: r\n- template: a\n- template: r")
+    assert [count for count, _ in runs(summaries(apart))] == [1, 1, 1]
+    scaled = ("- template: a", "- template: a\n- {template: a, override: {residual: {scaling: 0.5}}}")
+    assert [count for count, _ in runs(summaries(scaled))] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("written", "tokens"),
+    [(RETNET, 32), ("retnet: {rope: true}", CPU_CHUNK_SIZE), ("retnet: {chunk_size: 128}", 128)],
+)
+def test_the_chunk_of_retention_on_a_cpu_is_the_given_one_or_the_operators(written, tokens):
+    assert device_notes(stack((RETNET, written)), torch.device("cpu")) == [
+        f"retention on cpu: {tokens} tokens per chunk"
+    ]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_chunk_of_retention_on_a_gpu_is_what_the_kernels_run(gated):
+    decay = ", vendor.retnet.decay: gated" if gated else ""
+    written = f"retnet: {{chunk_size: 1000{decay}}}"
+    used = chunk_tokens(256, 16, 32, dtype=torch.bfloat16, device="cuda", chunk_size=1000, per_token=gated)
+    assert used < 1000
+    assert device_notes(stack((RETNET, written)), torch.device("cuda")) == [
+        f"retention on cuda: {used} tokens per chunk, the nearest to chunk_size 1000"
+    ]
+
+
+def test_stacks_without_chunks_have_no_note():
+    parallel = stack((RETNET, "retnet: {chunkwise: false}"))
+    attention = stack(("- {template: r, repeat: 2}\n", ""))
+    assert device_notes(parallel, torch.device("cpu")) == device_notes(attention, torch.device("cpu")) == []
