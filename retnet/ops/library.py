@@ -104,14 +104,14 @@ def _retention_step(
 
 @torch.library.impl(_library, "retention", "CUDA")
 def _retention_cuda(*arguments):
-    from retnet.kernels.decode.recurrent import retention_recurrent
-    from retnet.kernels.retention.dispatch import retention_forward
-
     problem = RetentionProblem(*arguments[:_FIELDS])
     mode, state_dtype, return_state = arguments[_FIELDS:]
     packed, one_token = problem.cu_seqlens is not None, problem.q.shape[1] == 1  # of one token, all forms are one sum
     if mode == "recurrent" and packed and not one_token:  # no kernel: operator by operator, as on a CPU
         return _retention_cpu(*arguments)
+    from retnet.kernels.decode.recurrent import retention_recurrent
+    from retnet.kernels.retention.dispatch import retention_forward
+
     with current_device_of(problem.q):
         if mode == "recurrent" and not packed:
             out, final = retention_recurrent(problem, state_dtype)

@@ -95,8 +95,13 @@ def supported_chunk_size(q: Tensor, v: Tensor, per_token: bool, chunk_size: int 
 
 
 @torch.compiler.assume_constant_result
+def kernel_chunk_tokens(*arguments) -> int:
+    """`_kernel_chunk_tokens` once per set of arguments; torch.compile takes the answer and traces neither."""
+    return _kernel_chunk_tokens(*arguments)
+
+
 @lru_cache(maxsize=4096)
-def kernel_chunk_tokens(
+def _kernel_chunk_tokens(
     device: torch.device,
     dtype: torch.dtype,
     key_dim: int,

@@ -12,7 +12,13 @@ pytest.importorskip("triton")
 
 
 SLOW = ["retention/test_dispatch.py", "decode/test_recurrent.py", "decode/test_decode.py"]
-MODULES = [*SLOW, "convolution/test_short.py", "retention/hopper/test_token_codes.py", "retention/hopper/test_dk_dv.py"]
+MODULES = [
+    *SLOW,
+    "convolution/test_short.py",
+    "retention/test_chunk_size.py",
+    "retention/hopper/test_token_codes.py",
+    "retention/hopper/test_dk_dv.py",
+]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel tests run on it")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retnet import retention, retention_plan, retention_step_
+from retnet import retention, retention_step_
 from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops import cpu_chunkwise, reference
 
@@ -317,19 +317,6 @@ def test_bad_arguments_are_refused_with_what_was_given_and_what_is_accepted(chan
     } | changes
     with pytest.raises((ValueError, TypeError), match=message):
         retention(**arguments)
-
-
-def test_plan_never_replaces_a_forced_mode():
-    q, v = torch.zeros(1, 300, 2, 8), torch.zeros(1, 300, 2, 8)
-    assert [retention_plan(q, v, mode=mode).mode for mode in ("parallel", "recurrent", "chunkwise")] == [
-        "parallel",
-        "recurrent",
-        "chunkwise",
-    ]
-    assert retention_plan(q[:, :1], v[:, :1]).mode == "recurrent"
-    assert retention_plan(q[:, :20], v[:, :20]).mode == "parallel"
-    assert retention_plan(q, v).mode == "chunkwise"
-    assert retention_plan(q, v, chunk_size=50).chunk_size == 50
 
 
 def test_bounds_that_do_not_lie_side_by_side_reach_the_kernels_so():
