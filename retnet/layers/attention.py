@@ -6,15 +6,19 @@ Keys are cached rotated, by position, real tokens alone (`TokenCache`): a window
 than the window. Positions are the layout's, so pads, holes and packs change nothing.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from retnet.layers.rows import AttentionRows
-from retnet.layers.state import AttentionState, no_tokens
+from retnet.layers.draft import Draft, accepted
+from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.parts import Parts
+from retnet.layers.rotary import prepare_rotation, rotate_heads
+from retnet.layers.state import TokenCache, no_tokens
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.attention import (
     alibi_slopes,
@@ -23,13 +27,11 @@ from retnet.ops.attention import (
     causal_attention,
     flex_causal_attention,
 )
-from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import equal_blocks
-from retnet.ops.rotary import Rotary, rotate, scaling
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(MixerConfig):
     """num_kv_heads: heads of keys and values, each read by num_heads / num_kv_heads heads of queries (1: multi-query).
 
     head_dim: width of a head. rotary: convention of `retnet.ops.rotary`, its frequencies from rotary_base, positions
@@ -72,10 +74,42 @@ class AttentionConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; accepted: 0 <= dropout < 1")
 
+    @property
+    def kept_tokens(self) -> float:
+        return math.inf if self.window is None else self.window
 
-class Attention(nn.Module):
+
+@dataclass
+class AttentionState(TokenCache):
+    """keys, values [N, capacity, G, K]: of the real tokens seen (the last `window` of them), keys already rotated."""
+
+    PER_TOKEN = ("keys", "values")
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass
+class AttentionDraft(Draft):
+    """keys, values [B, T, G, K], rotated as in the cache, which has room for at least T tokens."""
+
+    keys: Tensor
+    values: Tensor
+
+    def _write_(self, state: AttentionState, counts: Tensor) -> None:
+        (B, T), capacity = self.keys.shape[:2], state.keys.shape[1]
+        mask = accepted(counts, T).flatten()[:, None, None]
+        device = counts.device
+        places = (state.position[:, None] + torch.arange(T, device=device)) % capacity
+        index = (torch.arange(B, device=device)[:, None] * capacity + places).flatten()
+        for slots, new in ((state.keys.flatten(0, 1), self.keys), (state.values.flatten(0, 1), self.values)):
+            slots.index_copy_(0, index, torch.where(mask, new.flatten(0, 1).to(slots.dtype), slots[index]))
+
+
+class Attention(MixerModule):
     """x [B, T, D] -> y [B, T, D], keys and values of the tokens seen."""
 
+    PARTS: ClassVar[Parts] = {"q_proj": "query_key", "k_proj": "query_key", "v_proj": "value", "out_proj": "output"}
     FLEX_DEVICES = ("cuda",)
     FLEX_TOKENS = 128  # below, compiling and masking blocks costs more than it skips
     FLEX_HEAD_DIM = 16  # narrower heads it does not take
@@ -92,8 +126,7 @@ class Attention(nn.Module):
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
         """Work out what stays the same from layer to layer (`Block.prepare`)."""
         if layout.mask is None:
-            if self.config.rotary != "none":
-                self._rotation(layout, self.config.rotary, dtype)
+            prepare_rotation(self.config, layout, self.config.head_dim, dtype)
             if not layout.carry:  # else there may be a cache to attend to, and no use for it
                 self._flex_mask(layout)
 
@@ -104,23 +137,15 @@ class Attention(nn.Module):
         keys = torch.zeros(batch, room, config.num_kv_heads, config.head_dim, device=device, dtype=dtype)
         return AttentionState(no_tokens(batch, device), keys, torch.zeros_like(keys), filled=0)
 
-    def _rotation(self, layout: TokenLayout, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        config = self.config
-        factor = scaling(config.rotary_factor, config.rotary_yarn_length)
-        return layout.rotation(rotary, config.head_dim, config.rotary_base, factor, wide_dtype(dtype))
-
     def forward(
         self, x: Tensor, state: AttentionState | None, layout: TokenLayout
-    ) -> tuple[Tensor, AttentionState | AttentionRows | None]:
-        one_token = x.shape[1] == 1 and layout.cu_seqlens is None
-        if layout.mask is not None and not (one_token and state is not None):
+    ) -> tuple[Tensor, AttentionState | AttentionDraft | None]:
+        if layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
         config = self.config
         q, k, v = (proj(x).unflatten(-1, (-1, config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if config.rotary != "none":
-            turn = self._rotation(layout, config.rotary, q.dtype)
-            q, k = (rotate(z, *turn, config.rotary) for z in (q, k))
-        if state is not None and one_token and not layout.deferred:
+        q, k = rotate_heads(config, layout, q, k)
+        if state is not None and layout.one_per_row and not layout.deferred:
             state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
             out = cached_attention(
                 q, state.keys, state.values, layout.positions, state.slot_positions(layout), **self._options(q)
@@ -133,7 +158,7 @@ class Attention(nn.Module):
                 state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
         out = self.out_proj(out.flatten(-2))
         if layout.deferred:
-            return out, AttentionRows(k, v)
+            return out, AttentionDraft(k, v)
         return out, state if layout.carry else None
 
     def _fresh(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
@@ -154,7 +179,7 @@ class Attention(nn.Module):
         fits = positions.device.type in self.FLEX_DEVICES and positions.shape[1] >= self.FLEX_TOKENS
         if not (skips and flexible and fits):
             return None
-        return layout.once(("block_mask", config.window), lambda: block_mask(layout.first_seen(config.window)))
+        return layout.shared(("block_mask", config.window), lambda: block_mask(layout.first_seen(config.window)))
 
     def _continued(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, layout: TokenLayout) -> Tensor:
         """Several tokens after cached ones: every sequence attends to its cache and to its new tokens."""
@@ -178,3 +203,12 @@ class Attention(nn.Module):
         config = self.config
         slopes = alibi_slopes(config.num_heads, q.device) if config.alibi else None
         return {"window": config.window, "slopes": slopes, "dropout": config.dropout if self.training else 0.0}
+
+
+def attention_flops(config: AttentionConfig, work: Workload) -> MixerFlops:
+    """q K^T and the weighted sum of values cost 4 K per pair and head. A query meets half the context on average; with
+    a window, at most the window."""
+    H, K, T = config.num_heads, config.head_dim, work.context
+    seen = min(T, config.window or T)
+    pairs = seen * (T - seen) + seen * (seen + 1) / 2  # of the whole sequence: full windows, and the ramp before them
+    return MixerFlops(4 * H * K * pairs / T, 4 * H * K * seen)

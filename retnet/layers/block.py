@@ -7,34 +7,22 @@ The paper's layer is pre-norm with s = a = 1; DeepNet's (deepnorm, arXiv 2203.00
 which torchscale's `deepnorm` option also combines with pre-norm.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.feed_forward import FeedForward, FeedForwardConfig
-from retnet.layers.hyena import Hyena, HyenaConfig
-from retnet.layers.mamba1 import Mamba1, Mamba1Config
-from retnet.layers.mamba2 import Mamba2, Mamba2Config
+from retnet.layers.mixer_base import MixerConfig
+from retnet.layers.mixers import mixer_configs, mixer_of
 from retnet.layers.moe import MoE, MoEConfig
 from retnet.layers.norm import make_norm
-from retnet.layers.retention import MultiScaleRetention, RetentionConfig
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.norms import Norm
 
-# Each mixer: its config class, its module `(x, state, layout) -> (y, state)`.
-MIXERS = {
-    RetentionConfig: MultiScaleRetention,
-    AttentionConfig: Attention,
-    Mamba1Config: Mamba1,
-    Mamba2Config: Mamba2,
-    HyenaConfig: Hyena,
-}
-MixerConfig = RetentionConfig | AttentionConfig | Mamba1Config | Mamba2Config | HyenaConfig
 # Each feed-forward: its config class, its module `(x, layout) -> y`.
 FEED_FORWARDS = {FeedForwardConfig: FeedForward, MoEConfig: MoE}
 
@@ -46,7 +34,7 @@ class BlockConfig:
     feed_forward None: the mixer alone, as in Mamba. keeps_state False: its state may not be carried from call to call.
     """
 
-    mixer: MixerConfig
+    mixer: MixerConfig = field(metadata={"kinds": mixer_configs})
     feed_forward: FeedForwardConfig | MoEConfig | None
     norm: Norm = "layer"
     norm_eps: float = 1e-6
@@ -73,19 +61,18 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.mixer_norm = make_norm(config.norm, d_model, config.norm_eps)
-        self.mixer = MIXERS[type(config.mixer)](config.mixer, d_model)
+        self.mixer = mixer_of(config.mixer).module(config.mixer, d_model)
         self.feed_forward = None
         if config.feed_forward is not None:
             self.feed_forward_norm = make_norm(config.norm, d_model, config.norm_eps)
             self.feed_forward = FEED_FORWARDS[type(config.feed_forward)](config.feed_forward, d_model)
 
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
-        """Work out what is kept for other layers and calls: a block compiled or recomputed alone only reads it."""
-        if hasattr(self.mixer, "prepare"):
-            self.mixer.prepare(layout, dtype)
+        """Compute what is shared with other layers and calls: a block compiled or recomputed alone only reads it."""
+        self.mixer.prepare(layout, dtype)
 
     def forward(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
-        """The state is what the mixer returns: with `layout.deferred`, the rows that it would write."""
+        """The state is what the mixer returns: with `layout.deferred`, a draft."""
         if self.config.norm_position == "post":
             y, state = self.mixer(x, state, layout)
             x = self.mixer_norm(self._residual(x, y))

@@ -6,12 +6,13 @@ Sub-LayerNorm (Foundation Transformers, arXiv 2210.06423) also normalises what W
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.norm import make_norm
+from retnet.layers.parts import Parts
 from retnet.layers.token_layout import TokenLayout
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
@@ -36,9 +37,15 @@ class FeedForwardConfig:
         if self.hidden_dim < 1:
             raise ValueError(f"hidden_dim is {self.hidden_dim}; accepted: a positive integer")
 
+    def idle_parameters(self, d_model: int) -> int:
+        """Weights that a token does not meet."""
+        return 0
+
 
 class FeedForward(nn.Module):
     """x [..., D] -> [..., D]."""
+
+    PARTS: ClassVar[Parts] = {"gate_proj": "feed_forward", "up_proj": "feed_forward", "down_proj": "down"}
 
     def __init__(self, config: FeedForwardConfig, d_model: int):
         super().__init__()

@@ -5,21 +5,23 @@ head remembers over its window; and an optimizer's small steps on it would round
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-FLOAT32_PARAMETERS = ("log_rate", "time_step_bias")
-
 
 class Float32Parameters(nn.Module):
-    """Base of mixers with learnable rates: casts leave FLOAT32_PARAMETERS as wide as they are."""
+    """Base of modules of which casts to half precision leave some parameters as wide as they are.
+
+    FLOAT32_PARAMETERS: their names.
+    """
+
+    FLOAT32_PARAMETERS: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {
-            name: getattr(self, name).detach() for name in FLOAT32_PARAMETERS if getattr(self, name, None) is not None
-        }
+        parameters = {name: getattr(self, name, None) for name in self.FLOAT32_PARAMETERS}
+        kept = {name: value.detach() for name, value in parameters.items() if value is not None}
         super()._apply(fn, recurse)
         for name, value in kept.items():
             parameter = getattr(self, name)

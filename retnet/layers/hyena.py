@@ -12,14 +12,16 @@ cost, and the state, grow with the length of the sequence. Packed documents are 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.parts import Parts
 from retnet.layers.short_convolution import ShortConvolution
-from retnet.layers.state import HyenaState, no_tokens
+from retnet.layers.state import TokenCache, no_tokens
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.long_convolution import long_convolution, past_convolution
@@ -27,10 +29,12 @@ from retnet.ops.ragged import equal_blocks
 
 
 @dataclass(frozen=True)
-class HyenaConfig:
+class HyenaConfig(MixerConfig):
     """order: number of gated long convolutions. filter_hidden: width of the filter network. filter_decay: rate of the
     exponential window on filters, a token (0: none). conv_width: tokens that the short convolution sees.
     """
+
+    refused_by_engine = "each token costs as much as all tokens before it"
 
     order: int = 2
     filter_hidden: int = 64
@@ -44,6 +48,10 @@ class HyenaConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")
         if not 0 <= self.filter_decay < math.inf:
             raise ValueError(f"filter_decay is {self.filter_decay}; accepted: 0 or more")
+
+    @property
+    def kept_tokens(self) -> float:
+        return math.inf
 
 
 class FilterNetwork(nn.Module):
@@ -94,8 +102,20 @@ class FilterNetwork(nn.Module):
         return F.linear(x, self.filter_out.weight.to(wide)) * (-self.decay * distance).exp().to(wide)
 
 
-class Hyena(nn.Module):
+@dataclass
+class HyenaState(TokenCache):
+    """inputs [N, capacity, order, D] of the long convolutions, all of them; recent [N, W - 1, C] of the short one."""
+
+    PER_TOKEN = ("inputs",)
+
+    inputs: Tensor
+    recent: Tensor
+
+
+class Hyena(MixerModule):
     """x [B, T, D] -> y [B, T, D], the inputs of all its convolutions."""
+
+    PARTS: ClassVar[Parts] = {"in_proj": "value", "out_proj": "output"}
 
     def __init__(self, config: HyenaConfig, d_model: int):
         super().__init__()
@@ -117,8 +137,7 @@ class Hyena(nn.Module):
         return HyenaState(no_tokens(batch, device), inputs, self.conv.init_state(batch, device, dtype), filled=0)
 
     def forward(self, x: Tensor, state: HyenaState | None, layout: TokenLayout) -> tuple[Tensor, HyenaState | None]:
-        one_token = x.shape[1] == 1 and layout.cu_seqlens is None
-        if layout.mask is not None and not (one_token and state is not None):
+        if layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
         u, recent = self.conv(self.in_proj(x), None if state is None else state.recent, layout)
         u = u.unflatten(-1, (-1, x.shape[2]))
@@ -150,3 +169,14 @@ class Hyena(nn.Module):
                 y = y + before.unflatten(-1, self.skip.shape)[:, :, i]
             z = gate * (y.to(z.dtype) + self.skip[i] * z)
         return z, torch.stack(inputs, 2)
+
+
+def hyena_flops(config: HyenaConfig, work: Workload) -> MixerFlops:
+    """`order` long convolutions of every channel, and a short one.
+
+    Over a sequence of T tokens, a long convolution is three Fourier transforms of 2 T points (2.5 n log2 n operations
+    each); for a new token, a dot product with the whole past. Filters are made once for all sequences and not counted.
+    """
+    long = config.order * work.d_model
+    taps = 2 * config.conv_width * (config.order + 1) * work.d_model
+    return MixerFlops(long * 15 * math.log2(2 * work.context) + taps, 2 * long * work.context + taps)

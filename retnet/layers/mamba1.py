@@ -7,16 +7,17 @@ Weights are those of the paper's code and of transformers' MambaForCausalLM. The
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.layers.float32_parameters import Float32Parameters
-from retnet.layers.rows import Mamba1Rows
-from retnet.layers.short_convolution import ShortConvolution
-from retnet.layers.state import Mamba1State, no_tokens
+from retnet.layers.draft import Draft, accepted
+from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.parts import Parts
+from retnet.layers.short_convolution import ShortConvolution, advance_recent_
+from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
@@ -24,7 +25,7 @@ from retnet.ops.selective_scan import selective_scan, selective_scan_step
 
 
 @dataclass(frozen=True)
-class Mamba1Config:
+class Mamba1Config(MixerConfig):
     """inner_dim: width of x (twice the model's, usually). state_dim: states a channel. time_step_rank: width between
     the projections that make dt (the model's width / 16, usually). conv_width: tokens that the short convolution sees.
 
@@ -53,8 +54,39 @@ class Mamba1Config:
             )
 
 
-class Mamba1(Float32Parameters):
+@dataclass
+class Mamba1State(LayerState):
+    """memory [N, D, K]: K states for each of D channels; recent [N, W - 1, D]: what the short convolution reads."""
+
+    memory: Tensor
+    recent: Tensor
+
+
+@dataclass
+class Mamba1Draft(Draft):
+    """x, step [B, T, D] and write [B, T, N] of the scan, its rate [D, N], and inputs [B, T, D] of the convolution."""
+
+    x: Tensor
+    step: Tensor
+    rate: Tensor
+    write: Tensor
+    inputs: Tensor
+
+    def _write_(self, state: Mamba1State, counts: Tensor) -> None:
+        mask = accepted(counts, self.x.shape[1])
+        for t in range(self.x.shape[1]):
+            token = slice(t, t + 1)
+            write = self.write[:, token]
+            _, new = selective_scan_step(self.x[:, token], self.step[:, token], self.rate, write, write, state.memory)
+            state.memory.copy_(torch.where(mask[:, t, None, None], new, state.memory))
+        advance_recent_(state.recent, self.inputs, counts)
+
+
+class Mamba1(MixerModule):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
+
+    PARTS: ClassVar[Parts] = {"in_proj": "value", "out_proj": "output"}
+    FLOAT32_PARAMETERS = ("log_rate",)
 
     def __init__(self, config: Mamba1Config, d_model: int):
         super().__init__()
@@ -88,9 +120,8 @@ class Mamba1(Float32Parameters):
 
     def forward(
         self, x: Tensor, state: Mamba1State | None, layout: TokenLayout
-    ) -> tuple[Tensor, Mamba1State | Mamba1Rows | None]:
-        one_token = x.shape[1] == 1 and layout.cu_seqlens is None
-        if layout.mask is not None and not (one_token and state is not None):
+    ) -> tuple[Tensor, Mamba1State | Mamba1Draft | None]:
+        if layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
         config = self.config
         inputs, z = self.in_proj(x).chunk(2, -1)
@@ -101,7 +132,7 @@ class Mamba1(Float32Parameters):
         # The bias is large and negative: added in half precision, it would round the step.
         step = F.softplus(F.linear(low, self.time_step_proj.weight).to(wide) + self.time_step_proj.bias.to(wide))
         rate = -self.log_rate.to(wide).exp()
-        if state is not None and one_token:
+        if state is not None and layout.one_per_row:
             out, memory = selective_scan_step(u, step, rate, write, read, state.memory)
             if layout.mask is not None:
                 memory = torch.where(layout.mask[..., None], memory, state.memory)
@@ -112,5 +143,11 @@ class Mamba1(Float32Parameters):
         out = (out + self.skip * u) * F.silu(z)
         out = self.out_proj(out)
         if layout.deferred:
-            return out, Mamba1Rows(u, step, rate, write, inputs)
+            return out, Mamba1Draft(u, step, rate, write, inputs)
         return out, Mamba1State.after(state, layout, memory=memory, recent=recent) if layout.carry else None
+
+
+def mamba1_flops(config: Mamba1Config, work: Workload) -> MixerFlops:
+    """N states for each of D channels, two multiply-adds and a product each, after a short convolution of W taps."""
+    flops = 6 * config.inner_dim * config.state_dim + 2 * config.conv_width * config.inner_dim
+    return MixerFlops(flops, flops)

@@ -10,17 +10,17 @@ transformers' Mamba2ForCausalLM.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.layers.float32_parameters import Float32Parameters
-from retnet.layers.retention import retain
-from retnet.layers.rows import Mamba2Rows
-from retnet.layers.short_convolution import ShortConvolution
-from retnet.layers.state import Mamba2State, no_tokens
+from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.parts import Parts
+from retnet.layers.retention import RetentionDraft, retain, retain_flops
+from retnet.layers.short_convolution import ShortConvolution, advance_recent_
+from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
@@ -29,7 +29,7 @@ from retnet.ops.retention import Mode
 
 
 @dataclass(frozen=True)
-class Mamba2Config:
+class Mamba2Config(MixerConfig):
     """inner_dim: width of x over all heads (twice the model's, usually). state_dim: of B and C. num_groups of heads
     share B and C. conv_width: tokens that the short convolution sees.
 
@@ -78,8 +78,30 @@ class Mamba2Config:
         return self.inner_dim + 2 * self.num_groups * self.state_dim
 
 
-class Mamba2(Float32Parameters):
+@dataclass
+class Mamba2State(LayerState):
+    """memory [N, H, K, V] of the state space; recent [N, W - 1, C]: what the short convolution still reads."""
+
+    memory: Tensor
+    recent: Tensor
+
+
+@dataclass
+class Mamba2Draft(RetentionDraft):
+    """The recurrence's updates, and inputs [B, T, C] of the short convolution."""
+
+    inputs: Tensor
+
+    def _write_(self, state: Mamba2State, counts: Tensor) -> None:
+        super()._write_(state, counts)
+        advance_recent_(state.recent, self.inputs, counts)
+
+
+class Mamba2(MixerModule):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
+
+    PARTS: ClassVar[Parts] = {"in_proj": "value", "out_proj": "output"}
+    FLOAT32_PARAMETERS = ("log_rate", "time_step_bias")
 
     def __init__(self, config: Mamba2Config, d_model: int):
         super().__init__()
@@ -112,9 +134,8 @@ class Mamba2(Float32Parameters):
 
     def forward(
         self, x: Tensor, state: Mamba2State | None, layout: TokenLayout
-    ) -> tuple[Tensor, Mamba2State | Mamba2Rows | None]:
-        one_token = x.shape[1] == 1 and layout.cu_seqlens is None
-        if layout.mask is not None and not (one_token and state is not None):
+    ) -> tuple[Tensor, Mamba2State | Mamba2Draft | None]:
+        if layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
         config, shared = self.config, self.config.num_groups * self.config.state_dim
         z, inputs, time_step = self.in_proj(x).split((config.inner_dim, config.conv_dim, config.num_heads), -1)
@@ -143,7 +164,7 @@ class Mamba2(Float32Parameters):
         out = self._gated_norm(out, z)
         out = self.out_proj(out)
         if layout.deferred:
-            return out, Mamba2Rows(B, v, log_decay, inputs)
+            return out, Mamba2Draft(B, v, log_decay, inputs)
         return out, Mamba2State.after(state, layout, memory=memory, recent=recent) if memory is not None else None
 
     def _gated_norm(self, out: Tensor, z: Tensor) -> Tensor:
@@ -151,3 +172,11 @@ class Mamba2(Float32Parameters):
         gated = out.to(wide) * F.silu(z.to(wide))
         groups = normalize(gated.unflatten(-1, (self.config.num_groups, -1)), "rms", self.config.norm_eps)
         return (self.norm_weight * groups.flatten(-2).to(out.dtype)).to(out.dtype)
+
+
+def mamba2_flops(config: Mamba2Config, work: Workload) -> MixerFlops:
+    """Retention of H heads, K = state_dim and V = head_dim, after a short convolution of W taps on every channel."""
+    sizes = config.num_heads, config.state_dim, config.head_dim
+    flops = retain_flops(*sizes, work, mode=config.mode, chunk_size=config.chunk_size)
+    taps = 2 * config.conv_width * config.conv_dim
+    return MixerFlops(flops.forward + taps, flops.decode + taps)

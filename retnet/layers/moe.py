@@ -13,13 +13,14 @@ limit: a token's result depends on nothing but the token (up to the rounding of 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.feed_forward import ACTIVATIONS
+from retnet.layers.parts import Parts
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.grouped_linear import grouped_linear
@@ -67,6 +68,14 @@ class MoEConfig:
         if not 0 <= self.router_jitter < 1:
             raise ValueError(f"router_jitter is {self.router_jitter}; accepted: 0 <= jitter < 1")
 
+    def idle_parameters(self, d_model: int) -> int:
+        """Weights that a token does not meet: those of the experts not chosen for it."""
+        ups = 2 if self.gated else 1
+        expert = (ups + 1) * d_model * self.hidden_dim
+        if self.bias:
+            expert += ups * self.hidden_dim + d_model
+        return (self.num_experts - self.top_k) * expert
+
 
 class ExpertLinear(nn.Module):
     """A linear map an expert: weight [E, out, in], bias [E, out]."""
@@ -87,6 +96,8 @@ class ExpertLinear(nn.Module):
 
 class MoE(nn.Module):
     """x [B, T, D] -> [B, T, D]; its losses go to layout.losses."""
+
+    PARTS: ClassVar[Parts] = {"gate_proj": "feed_forward", "up_proj": "feed_forward", "down_proj": "down"}
 
     def __init__(self, config: MoEConfig, d_model: int):
         super().__init__()

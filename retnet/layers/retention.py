@@ -6,27 +6,28 @@ The defaults are the paper's: value width 2 D, decays of Eq. 8, layer norm over 
 makes the decay a function of the token, `sigmoid(x W)^(1/16)` (YOCO, arXiv 2405.05254, Eq. 7).
 """
 
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.layers.float32_parameters import Float32Parameters
-from retnet.layers.rows import RetentionRows
-from retnet.layers.state import RetentionState, no_tokens
+from retnet.layers.draft import Draft, accepted
+from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.parts import Parts
+from retnet.layers.rotary import prepare_rotation, rotate_heads
+from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.plan import supported_chunk_size
 from retnet.ops.retention import Mode, retention, retention_step_
-from retnet.ops.rotary import Rotary, rotate, scaling
 
 
 @dataclass(frozen=True)
-class RetentionConfig:
+class RetentionConfig(MixerConfig):
     """One multi-scale retention layer; widths are totals over the heads.
 
     num_kv_heads: heads of k and v (num_heads if None), each shared by num_heads // num_kv_heads heads of q, whose
@@ -104,6 +105,10 @@ class RetentionConfig:
     def heads_per_kv_head(self) -> int:
         return self.num_heads // (self.num_kv_heads or self.num_heads)
 
+    def for_export(self, one_token: bool) -> Self:
+        # "auto" would choose the form by the number of tokens in the example.
+        return replace(self, mode="recurrent" if one_token else "parallel")
+
     @property
     def log_decay(self) -> Tensor | None:
         """log gamma [H] that the layer starts from, float64, on the CPU whatever the default device; None if gated."""
@@ -116,9 +121,37 @@ class RetentionConfig:
         return torch.tensor(self.decay, dtype=torch.float64, device="cpu").log().expand(self.num_heads).clone()
 
 
-class MultiScaleRetention(Float32Parameters):
+@dataclass
+class RetentionState(LayerState):
+    """memory [N, H, K, V]: the sum of decayed k^T v over all tokens seen; float32 unless another was asked for."""
+
+    memory: Tensor
+
+
+@dataclass
+class RetentionDraft(Draft):
+    """k [B, T, G, K], v [B, T, H, V], log_decay [H] or [B, T, H] of T tokens."""
+
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+
+    def _write_(self, state: Any, counts: Tensor) -> None:
+        mask = accepted(counts, self.k.shape[1])
+        retention_step_(self.k, self.k, self.v, self.log_decay, state.memory, mask=mask)
+
+
+class MultiScaleRetention(MixerModule):
     """x [B, T, D] -> y [B, T, D], state [N, H, K, V]."""
 
+    PARTS: ClassVar[Parts] = {
+        "q_proj": "query_key",
+        "k_proj": "query_key",
+        "v_proj": "value",
+        "gate_proj": "value",
+        "out_proj": "output",
+    }
+    FLOAT32_PARAMETERS = ("log_rate",)
     GATE_POWER = 1 / 16  # of the gated decay: keeps it near 1, where long context lives
 
     def __init__(self, config: RetentionConfig, d_model: int):
@@ -173,15 +206,9 @@ class MultiScaleRetention(Float32Parameters):
 
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
         """Work out what stays the same from layer to layer or from call to call (`Block.prepare`)."""
-        if self.config.rotary != "none":
-            self._rotation(layout, self.config.rotary, dtype)
+        prepare_rotation(self.config, layout, self.config.head_key_dim, dtype)
         if self.decay_proj is None and self.log_rate is None:
             self._fixed_log_decay_on(layout.positions.device, wide_dtype(dtype))
-
-    def _rotation(self, layout: TokenLayout, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        config = self.config
-        factor = scaling(config.rotary_factor, config.rotary_yarn_length)
-        return layout.rotation(rotary, config.head_key_dim, config.rotary_base, factor, wide_dtype(dtype))
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> RetentionState:
         """The state of `batch` sequences before their first token."""
@@ -191,7 +218,7 @@ class MultiScaleRetention(Float32Parameters):
 
     def forward(
         self, x: Tensor, state: RetentionState | None, layout: TokenLayout
-    ) -> tuple[Tensor, RetentionState | RetentionRows | None]:
+    ) -> tuple[Tensor, RetentionState | RetentionDraft | None]:
         config = self.config
         q, k, v = (
             proj(x).unflatten(-1, (-1, width))
@@ -201,9 +228,7 @@ class MultiScaleRetention(Float32Parameters):
                 (self.v_proj, config.head_value_dim),
             )
         )
-        if config.rotary != "none":
-            turn = self._rotation(layout, config.rotary, q.dtype)
-            q, k = (rotate(z, *turn, config.rotary) for z in (q, k))
+        q, k = rotate_heads(config, layout, q, k)
         if config.heads_per_kv_head > 1:
             k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))
         log_decay = self.log_decay(x)
@@ -216,7 +241,7 @@ class MultiScaleRetention(Float32Parameters):
             out = F.silu(self.gate_proj(x)) * out
         out = self.out_proj(out)
         if layout.deferred:
-            return out, RetentionRows(k, v, log_decay)
+            return out, RetentionDraft(k, v, log_decay)
         return out, None if memory is None else RetentionState.after(state, layout, memory=memory)
 
     def _head_norm(self, out: Tensor) -> Tensor:
@@ -241,7 +266,7 @@ def retain(
 
     The memory is overwritten if the layout allows it.
     """
-    if layout.in_place and memory is not None and q.shape[1] == 1 and layout.cu_seqlens is None:
+    if layout.in_place and memory is not None and layout.one_per_row:
         return retention_step_(q, k, v, log_decay, memory, scale=scale, mask=layout.mask), memory
     return retention(
         q,
@@ -257,3 +282,22 @@ def retain(
         state_dtype=None if memory is None else memory.dtype,
         return_state=layout.carry,
     )
+
+
+def retention_flops(config: RetentionConfig, work: Workload) -> MixerFlops:
+    """Retention of H heads; see `retain_flops`."""
+    sizes = config.num_heads, config.head_key_dim, config.head_value_dim
+    return retain_flops(*sizes, work, mode=config.mode, chunk_size=config.chunk_size)
+
+
+def retain_flops(
+    num_heads: int, key_dim: int, value_dim: int, work: Workload, *, mode: Mode = "auto", chunk_size: int | None = None
+) -> MixerFlops:
+    """S += k^T v and q S cost 4 K V per head; the causal half of a chunk of C tokens costs C (K + V).
+
+    The parallel form has one chunk, the whole sequence, and no S; the recurrent form has S alone.
+    """
+    across, inside = 4 * key_dim * value_dim, key_dim + value_dim
+    chunk = min(work.context, chunk_size or 128)
+    forward = {"parallel": work.context * inside, "recurrent": across}.get(mode, across + chunk * inside)
+    return MixerFlops(num_heads * forward, num_heads * across)

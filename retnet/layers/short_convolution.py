@@ -35,6 +35,13 @@ class ShortConvolution(nn.Module):
             return y, after
         if layout.mask is not None:
             after = torch.where(layout.mask[..., None], after, recent)
-        if layout.in_place and x.shape[1] == 1 and layout.cu_seqlens is None:
+        if layout.in_place and layout.one_per_row:
             return y, recent.copy_(after)
         return y, after
+
+
+def advance_recent_(recent: Tensor, inputs: Tensor, counts: Tensor) -> None:
+    """Move `recent` [B, W - 1, C] on by the first counts[b] of the inputs [B, T, C], in place."""
+    spread = torch.cat([recent, inputs.to(recent.dtype)], 1)
+    index = counts[:, None] + torch.arange(recent.shape[1], device=counts.device)
+    recent.copy_(spread.gather(1, index[..., None].expand(-1, -1, recent.shape[2])))

@@ -22,7 +22,12 @@ def no_tokens(batch: int, device: torch.device) -> Tensor:
 
 @dataclass
 class LayerState:
-    """Base of all layer states. position [N], int64: real tokens seen by each sequence."""
+    """Base of all layer states. position [N], int64: real tokens seen by each sequence.
+
+    PER_TOKEN: fields [N, capacity, ...] that keep something of every token; () for a state of constant size.
+    """
+
+    PER_TOKEN: ClassVar[tuple[str, ...]] = ()
 
     position: Tensor
 
@@ -78,13 +83,6 @@ class LayerState:
 
 
 @dataclass
-class RetentionState(LayerState):
-    """memory [N, H, K, V]: the sum of decayed k^T v over all tokens seen; float32 unless another was asked for."""
-
-    memory: Tensor
-
-
-@dataclass
 class TokenCache(LayerState):
     """Base of states that keep something of every token: tensors [N, capacity, ...], position p in slot p % capacity.
 
@@ -94,7 +92,6 @@ class TokenCache(LayerState):
     """
 
     GROWTH: ClassVar[float] = 1.5
-    SLOTTED: ClassVar[tuple[str, ...]]  # the fields kept by token
 
     filled: int | None = field(default=None, kw_only=True)
 
@@ -121,7 +118,7 @@ class TokenCache(LayerState):
         longest = max(lengths, default=0)
         roomy = state.reserve(longest, window)
         end, capacity = state.position + layout.lengths, roomy._capacity
-        index = layout.once(
+        index = layout.shared(
             ("slots", capacity),
             lambda: (layout.sequences * capacity + layout.positions % max(1, capacity)).flatten(),
         )
@@ -153,7 +150,7 @@ class TokenCache(LayerState):
         With a layout whose tokens this cache already holds, computed once for all layers of its capacity.
         """
         if layout is not None:
-            return layout.once(("slot_positions", self._capacity), self.slot_positions)
+            return layout.shared(("slot_positions", self._capacity), self.slot_positions)
         newest = self.position[:, None] - 1
         return newest - (newest - torch.arange(self._capacity, device=newest.device)) % max(1, self._capacity)
 
@@ -167,7 +164,7 @@ class TokenCache(LayerState):
         grown = max(self._filled() + num_tokens, int(capacity * self.GROWTH))
         grown = grown if window is None else min(grown, window)
         roomy = {}
-        for name in self.SLOTTED:
+        for name in self.PER_TOKEN:
             x: Tensor = getattr(self, name)
             roomy[name] = torch.cat([x, x.new_zeros(len(x), grown - capacity, *x.shape[2:])], 1)
         return replace(self, position=self.position.clone(), **roomy)
@@ -184,7 +181,7 @@ class TokenCache(LayerState):
             raise ValueError(f"the state keeps {len(kept)} tokens; accepted here: at most {capacity}")
         self.clear_(index)
         for name, x in state.tensors().items():
-            if name in self.SLOTTED:
+            if name in self.PER_TOKEN:
                 getattr(self, name)[index].index_copy_(
                     0, kept % max(1, capacity), x[0, source].to(getattr(self, name).dtype)
                 )
@@ -194,49 +191,13 @@ class TokenCache(LayerState):
 
     def trim(self) -> Self:
         used = min(self._capacity, int(self.position.max())) if len(self.position) else 0
-        return replace(self, **{name: getattr(self, name)[:, :used] for name in self.SLOTTED})
+        return replace(self, **{name: getattr(self, name)[:, :used] for name in self.PER_TOKEN})
 
     @property
     def _capacity(self) -> int:
-        return getattr(self, self.SLOTTED[0]).shape[1]
+        return getattr(self, self.PER_TOKEN[0]).shape[1]
 
     def _filled(self) -> int:
         if self.filled is None:
             self.filled = int(self.position.max()) if len(self.position) else 0
         return self.filled
-
-
-@dataclass
-class AttentionState(TokenCache):
-    """keys, values [N, capacity, G, K]: of the real tokens seen (the last `window` of them), keys already rotated."""
-
-    SLOTTED = ("keys", "values")
-
-    keys: Tensor
-    values: Tensor
-
-
-@dataclass
-class Mamba2State(LayerState):
-    """memory [N, H, K, V] of the state space; recent [N, W - 1, C]: what the short convolution still reads."""
-
-    memory: Tensor
-    recent: Tensor
-
-
-@dataclass
-class Mamba1State(LayerState):
-    """memory [N, D, K]: K states for each of D channels; recent [N, W - 1, D]: what the short convolution reads."""
-
-    memory: Tensor
-    recent: Tensor
-
-
-@dataclass
-class HyenaState(TokenCache):
-    """inputs [N, capacity, order, D] of the long convolutions, all of them; recent [N, W - 1, C] of the short one."""
-
-    SLOTTED = ("inputs",)
-
-    inputs: Tensor
-    recent: Tensor

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from retnet.ops.ragged import Compaction
-from retnet.ops.rotary import Rotary, Yarn, rotation
 
 Value = TypeVar("Value")
 State = TypeVar("State")
@@ -37,7 +36,7 @@ class TokenLayout:
     in_place: bool = False
     losses: list[Tensor] | None = None
     deferred: bool = False
-    _known: dict = field(default_factory=dict, repr=False)
+    _shared: dict = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -79,14 +78,14 @@ class TokenLayout:
         """Real tokens of each sequence [N] once this call's are counted too: a new tensor, owned by the caller."""
         return self.lengths.clone() if position is None else position + self.lengths
 
-    def rotation(
-        self, rotary: Rotary, key_dim: int, base: float, factor: float | Yarn = 1.0, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
-        """(cos, sin) [B, T, K / 2] at these positions, computed once a call for all layers."""
-        return self.once(
-            (rotary, key_dim, base, factor, dtype),
-            lambda: rotation(self.positions, rotary, key_dim, base, factor=factor, dtype=dtype),
-        )
+    @property
+    def one_per_row(self) -> bool:
+        """Whether each row holds one token and is one sequence, as in a decode step."""
+        return self.positions.shape[1] == 1 and self.cu_seqlens is None
+
+    def must_pack(self, state: object | None) -> bool:
+        """Whether a layer that reads the mask in decode steps alone has to run `on_real_tokens` here."""
+        return self.mask is not None and not (self.one_per_row and state is not None)
 
     @property
     def sequences(self) -> Tensor:
@@ -94,7 +93,7 @@ class TokenLayout:
         B, T = self.positions.shape
         cu_seqlens = self.cu_seqlens
         if cu_seqlens is not None:
-            return self.once("sequences", lambda: _documents(cu_seqlens, T)[None])
+            return self.shared("sequences", lambda: _documents(cu_seqlens, T)[None])
         return torch.arange(B, device=self.positions.device)[:, None].expand(B, T)
 
     def first_seen(self, window: int | None) -> Tensor:
@@ -107,7 +106,7 @@ class TokenLayout:
     @property
     def bounds(self) -> list[int] | None:
         """cu_seqlens as numbers, None if there are none. Waits for a GPU, once a call."""
-        return None if self.cu_seqlens is None else self.once("bounds", self.cu_seqlens.tolist)
+        return None if self.cu_seqlens is None else self.shared("bounds", self.cu_seqlens.tolist)
 
     def on_real_tokens(
         self, layer: Callable[[Tensor, State, "TokenLayout"], tuple[Tensor, State]], x: Tensor, state: State
@@ -116,7 +115,7 @@ class TokenLayout:
         mask = self.mask
         if mask is None:
             return layer(x, state, self)
-        compaction, dense = self.once("real_tokens", lambda: self._real_tokens(mask))
+        compaction, dense = self.shared("real_tokens", lambda: self._real_tokens(mask))
         y, state = layer(compaction.gather(x), state, dense)
         return compaction.scatter(y), state
 
@@ -127,11 +126,11 @@ class TokenLayout:
         dense = TokenLayout(positions, self.lengths, None, bounds, self.carry, self.in_place, self.losses)
         return compaction, dense
 
-    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """make(), computed once a call for all layers."""
-        if key not in self._known:
-            self._known[key] = make()
-        return self._known[key]
+    def shared(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """make(), computed once per call for all layers."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
 
 def _documents(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from retnet.layers.retention import RetentionConfig
-from retnet.layers.state import RetentionState
+from retnet.layers.mixers import mixer_of
+from retnet.models.config import ModelConfig
 from retnet.models.directory import build_empty
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
-from retnet.ops.dtypes import wide_dtype
 
 BLOCK_TOKENS = 512
 MANIFEST_FILE = "export.json"
@@ -37,27 +36,54 @@ class StatefulModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, position: Tensor, *memories: Tensor) -> tuple[Tensor, ...]:
-        """(logits [B, vocab], position [B], memories [B, H, K, V] of every layer) after ids [B, T]."""
-        state = ModelState(tuple(RetentionState(position, memory=memory) for memory in memories))
-        hidden, after = self.model.hidden(ids, state, carry=True)
+    def forward(self, ids: Tensor, position: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """(logits [B, vocab], position [B], the other tensors of every layer's state) after ids [B, T]."""
+        layers, given = [], iter(tensors)
+        for layer, names in zip(self.model.config.layers, _state_fields(self.model), strict=True):
+            fields = {name: next(given) for name in names}
+            layers.append(mixer_of(layer.mixer).state(position, **fields))
+        hidden, after = self.model.hidden(ids, ModelState(tuple(layers)), carry=True)
         assert after is not None
-        return self.model.logits(hidden[:, -1]), after.position, *(layer.memory for layer in _retention_states(after))
+        return self.model.logits(hidden[:, -1]), *_flat(after)
 
 
 def initial_state(model: LanguageModel, batch_size: int = 1) -> tuple[Tensor, ...]:
-    """(position, memories): what a graph takes before the first token. Raises ValueError for other mixers."""
-    mixers = [layer.mixer for layer in model.config.layers]
-    for i, mixer in enumerate(mixers):
-        if not isinstance(mixer, RetentionConfig):
+    """The state that a graph takes before the first token: (position, the other tensors of every layer).
+
+    Raises ValueError for models with mixers that cannot be exported.
+    """
+    exportable_config(model.config, one_token=True)
+    return tuple(_flat(model.init_state(batch_size)))
+
+
+def exportable_config(config: ModelConfig, one_token: bool) -> ModelConfig:
+    """The model in plain operators, for graphs of one token or of several.
+
+    Raises ValueError naming a layer whose mixer cannot be exported.
+    """
+    layers = []
+    for i, layer in enumerate(config.layers):
+        mixer = layer.mixer.for_export(one_token)
+        if mixer is None:
             raise ValueError(
-                f"layer {i} is {type(mixer).__name__}; accepted for export: RetentionConfig in every layer"
+                f"layer {i} is {type(layer.mixer).__name__}, which cannot be exported; accepted for export: mixers "
+                "whose state has a constant size and whose operators are plain, as RetentionConfig"
             )
-    wide = wide_dtype(model.config.torch_dtype)
-    shapes = [
-        (batch_size, m.num_heads, m.head_key_dim, m.head_value_dim) for m in mixers if isinstance(m, RetentionConfig)
-    ]
-    return torch.zeros(batch_size, dtype=torch.int64), *(torch.zeros(shape, dtype=wide) for shape in shapes)
+        layers.append(replace(layer, mixer=mixer))
+    return replace(config, layers=tuple(layers))
+
+
+def _flat(state: ModelState) -> Iterator[Tensor]:
+    """The position, which is the same in all layers, and the other tensors of every layer's state."""
+    yield state.position
+    for layer in state:
+        yield from (x for name, x in layer.tensors().items() if name != "position")
+
+
+def _state_fields(model: LanguageModel) -> list[list[str]]:
+    """The names of each layer's state tensors, without the position."""
+    empty = model.init_state(0, device=torch.device("meta"))
+    return [[name for name in layer.tensors() if name != "position"] for layer in empty]
 
 
 def export_step(model: LanguageModel, batch_size: int = 1) -> ExportedProgram:
@@ -72,14 +98,8 @@ def export_block(model: LanguageModel, batch_size: int = 1) -> ExportedProgram:
 
 def _export(model: LanguageModel, batch_size: int, num_tokens: int) -> ExportedProgram:
     state = initial_state(model, batch_size)
-    # The form is fixed: "auto" would make a graph for as many tokens as the example has.
-    mode = "recurrent" if num_tokens == 1 else "parallel"
-    layers = tuple(
-        replace(layer, mixer=replace(layer.mixer, mode=mode))
-        for layer in model.config.layers
-        if isinstance(layer.mixer, RetentionConfig)
-    )
-    function = StatefulModel(build_empty(replace(model.config, layers=layers)))
+    config = exportable_config(model.config, one_token=num_tokens == 1)
+    function = StatefulModel(build_empty(config))
     function.model.load_state_dict(model.state_dict(), assign=True)
     function.eval()
     ids = torch.zeros(batch_size, num_tokens, dtype=torch.int64)
@@ -98,7 +118,7 @@ def export_onnx(model: LanguageModel, directory: str | os.PathLike[str], batch_s
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = initial_state(model, batch_size)
-    names = ["position", *(f"memory_{i}" for i in range(len(state) - 1))]
+    names = ["position", *(f"{name}_{i}" for i, layer in enumerate(_state_fields(model)) for name in layer)]
     for name, program in (("step", export_step(model, batch_size)), ("block", export_block(model, batch_size))):
         torch.onnx.export(
             program,
@@ -121,8 +141,3 @@ def export_onnx(model: LanguageModel, directory: str | os.PathLike[str], batch_s
         ],
     }
     (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _retention_states(state: ModelState) -> Iterator[RetentionState]:
-    """The layers' states, which `initial_state` has seen to be of retention."""
-    return (layer for layer in state if isinstance(layer, RetentionState))

@@ -1,4 +1,4 @@
-"""Initial weights, one table: the part a weight plays decides its distribution.
+"""Initial weights: the part that a weight plays (`retnet.layers.parts`) decides its distribution.
 
 "paper": the paper initialises like DeepNet (arXiv 2203.00555): Xavier, with values, gates, outputs and feed-forward
 scaled by (8 L)^(-1/4). "torchscale": the gains of the official code, 2^-2.5 for q, k, v and gate and 2^-1 for the
@@ -17,30 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from retnet.layers.moe import ExpertLinear
+from retnet.layers.parts import Part
 from retnet.models.config import ModelConfig
-
-# last part of the parameter's module name -> part it plays; the feed-forward's gate is told from the mixer's by path
-_PARTS = {
-    "q_proj": "query_key",
-    "k_proj": "query_key",
-    "v_proj": "value",
-    "gate_proj": "value",
-    "out_proj": "output",
-    "up_proj": "feed_forward",
-    "down_proj": "down",
-    "decay_proj": "other",
-    "in_proj": "value",
-    "router": "other",
-    "x_proj": "other",
-    "time_step_proj": "other",
-    "embedding": "embedding",
-    "head": "embedding",
-}
 
 # part -> gain of a Xavier-uniform weight, as a function of the number of layers L
 Gain = Callable[[int], float]
 _DEEPNET: Gain = lambda L: (8 * L) ** -0.25  # noqa: E731
-INIT: dict[str, dict[str, Gain]] = {
+INIT: dict[str, dict[Part, Gain]] = {
     "paper": {
         "query_key": lambda L: 1.0,
         "value": _DEEPNET,
@@ -64,27 +47,31 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
     """Draw every weight of `model` anew from config.seed, whatever torch's global generator holds."""
     device = next(model.parameters()).device
     generator = torch.Generator(device if device.type != "meta" else "cpu").manual_seed(config.seed)
-    for name, module in model.named_modules():
+    parts = _parts(model)
+    for module in model.modules():
+        part = parts.get(module, "other")
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            _initialize_weight(module.weight, _part(name), config, generator)
+            _initialize_weight(module.weight, part, config, generator)
         elif isinstance(module, ExpertLinear):
             for weight in module.get_parameter("weight").unbind(0):
-                _initialize_weight(weight, _part(name), config, generator)
+                _initialize_weight(weight, part, config, generator)
         if isinstance(module, (nn.Linear, ExpertLinear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
     if device.type != "meta":
         for module in model.modules():
-            reset = getattr(module, "reset_own", None)  # what no row of the table fits: decays, convolutions
+            reset = getattr(module, "reset_own", None)  # what has a rule of its own: decays, convolutions
             if reset is not None:
                 reset(generator)
 
 
-def _part(name: str) -> str:
-    part = _PARTS.get(name.rsplit(".", 1)[-1], "other")
-    return "feed_forward" if part == "value" and ".feed_forward." in name else part
+def _parts(model: nn.Module) -> dict[nn.Module, Part]:
+    """The part of each submodule that its owner's PARTS names."""
+    owned = [(module, getattr(module, "PARTS", {})) for module in model.modules()]
+    children = [(getattr(module, name), part) for module, parts in owned for name, part in parts.items()]
+    return {child: part for child, part in children if child is not None}
 
 
-def _initialize_weight(weight: Tensor, part: str, config: ModelConfig, generator: torch.Generator) -> None:
+def _initialize_weight(weight: Tensor, part: Part, config: ModelConfig, generator: torch.Generator) -> None:
     if weight.is_meta:
         return
     L = len(config.layers)

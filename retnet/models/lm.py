@@ -1,23 +1,25 @@
-"""The language model: embedding, blocks, final norm, head. Plain torch; the Hugging Face face is `models/hf.py`."""
+"""The language model: embedding, blocks, final norm, head. Plain torch; the Hugging Face classes are in `models/hf`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retnet.layers.block import Block
+from retnet.layers.mixers import mixer_of
 from retnet.layers.moe import MoE
 from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
+from retnet.layers.parts import Parts
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.config import ModelConfig
 from retnet.models.init import initialize
 from retnet.models.loss import linear_cross_entropy
-from retnet.models.states import ModelRows, ModelState
+from retnet.models.states import ModelDraft, ModelState
 
 
 @dataclass
@@ -37,6 +39,7 @@ class LanguageModel(nn.Module):
     directory: where the weights were loaded from, if they were; a tokenizer may lie beside them.
     """
 
+    PARTS: ClassVar[Parts] = {"embedding": "embedding", "head": "embedding"}
     directory: Path | None = None
 
     def __init__(self, config: ModelConfig):
@@ -153,18 +156,22 @@ class LanguageModel(nn.Module):
         return ModelState(tuple(block.mixer.init_state(batch, device, dtype, num_tokens) for block in blocks))
 
     @torch.no_grad()
-    def draft(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelRows]:
-        """Final hidden states of tokens [B, T] that may yet be rejected, and the rows that they would write.
+    def draft(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelDraft]:
+        """Final hidden states of tokens [B, T] that may yet be rejected, and their updates of the state.
 
-        The state is left alone; `rows.accept_(state, counts)` writes those accepted. Hyena layers have none.
+        The state is left as it is; `draft.accept_(state, counts)` writes the updates of accepted tokens. Raises
+        ValueError if a layer's mixer has no drafts.
         """
+        for i, layer in enumerate(self.config.layers):
+            if mixer_of(layer.mixer).draft is None:
+                raise ValueError(f"layer {i} is {layer.mixer.kind}, which has no drafts; accepted: mixers that have")
         x = self.embedding_norm(self.embedding(ids) * self.config.embedding_scale)
         layout = TokenLayout.of((x.shape[0], x.shape[1]), x.device, start=state.position, deferred=True)
-        rows = []
+        drafts = []
         for layer, before in zip(self.layers, state, strict=True):
-            x, after = layer(x, before, layout)
-            rows.append(after)
-        return self.final_norm(x), ModelRows(tuple(rows))
+            x, draft = layer(x, before, layout)
+            drafts.append(draft)
+        return self.final_norm(x), ModelDraft(tuple(drafts))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., vocab], soft-capped if the configuration says so."""

@@ -1,4 +1,4 @@
-"""The state of a whole model: one typed state a layer, saved and loaded as safetensors."""
+"""The state of a whole model: one typed state per layer, saved and loaded as safetensors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,33 +9,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retnet.layers.rows import AttentionRows, Mamba1Rows, Mamba2Rows, RetentionRows
-from retnet.layers.state import AttentionState, HyenaState, LayerState, Mamba1State, Mamba2State, RetentionState
-
-STATES: dict[str, type[LayerState]] = {
-    "retention": RetentionState,
-    "attention": AttentionState,
-    "mamba1": Mamba1State,
-    "mamba2": Mamba2State,
-    "hyena": HyenaState,
-}
-_NAMES = {cls: name for name, cls in STATES.items()}
+from retnet.layers.draft import Draft
+from retnet.layers.mixers import MIXERS
+from retnet.layers.state import LayerState
 
 
 @dataclass
-class ModelRows:
-    """What T tokens would write into a model's state: a draft, of which `accept_` keeps a beginning."""
+class ModelDraft:
+    """The draft updates of all layers for T tokens of each sequence."""
 
-    layers: tuple[RetentionRows | AttentionRows | Mamba1Rows | Mamba2Rows, ...]
+    layers: tuple[Draft, ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for rows in self.layers for x in vars(rows).values())
+        return sum(draft.nbytes for draft in self.layers)
 
     def accept_(self, state: "ModelState", counts: Tensor) -> None:
         """Write the first counts[b] tokens of each sequence b into the state before them, in place."""
-        for rows, layer in zip(self.layers, state.layers, strict=True):
-            rows.accept_(layer, counts)  # type: ignore[arg-type] (rows and states of one kind)
+        for draft, layer in zip(self.layers, state.layers, strict=True):
+            draft.accept_(layer, counts)
 
 
 @dataclass
@@ -96,8 +88,9 @@ class ModelState:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All tensors as "<layer>.<kind>.<field>"; enough for `from_named` to build the state again."""
+        kinds = {mixer.state: mixer.name for mixer in MIXERS.values()}
         return {
-            f"{i}.{_NAMES[type(layer)]}.{name}": x
+            f"{i}.{kinds[type(layer)]}.{name}": x
             for i, layer in enumerate(self.layers)
             for name, x in layer.tensors().items()
         }
@@ -109,13 +102,13 @@ class ModelState:
         kinds: dict[int, str] = {}
         for key, x in tensors.items():
             index, kind, name = key.split(".") if key.count(".") == 2 else ("", "", "")
-            if not index.isdecimal() or kind not in STATES:
+            if not index.isdecimal() or kind not in MIXERS:
                 raise ValueError(f"{key!r} names no tensor of a state; accepted: <layer>.<kind>.<field>")
             kinds[int(index)] = kind
             parts.setdefault(int(index), {})[name] = x
         if sorted(parts) != list(range(len(parts))):
             raise ValueError(f"the state has layers {sorted(parts)}; accepted: 0 to their number, none missing")
-        return cls(tuple(STATES[kinds[i]](**parts[i]) for i in range(len(parts))))
+        return cls(tuple(MIXERS[kinds[i]].state(**parts[i]) for i in range(len(parts))))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file that `load` reads."""

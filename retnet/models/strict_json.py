@@ -1,6 +1,8 @@
 """Plain data <-> nested frozen dataclasses, closed: an unknown key or a wrong type is refused with its path.
 
-Used for model configurations, whose JSON must survive years. A union of dataclasses is told apart by its `kind` field.
+Used for model configurations, whose JSON must survive years. Dataclasses that may stand in one place are told apart by
+their `kind`: those of a union, or those that the field's metadata gives (`kinds`, a function that returns kind ->
+class), for kinds that are registered elsewhere.
 """
 
 import dataclasses
@@ -31,8 +33,8 @@ def from_dict(cls: type[T], data: Any, path: str = "config") -> T:
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{path}.{key}: unknown key{hint} Accepted: {', '.join(known)}")
-    types_ = get_type_hints(cls)
-    values = {key: _convert(types_[key], item, f"{path}.{key}") for key, item in data.items()}
+    annotations = get_type_hints(cls)
+    values = {key: _convert_field(known[key], annotations[key], item, f"{path}.{key}") for key, item in data.items()}
     missing = [n for n, f in known.items() if n not in values and _required(f)]
     if missing:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
@@ -44,6 +46,23 @@ def from_dict(cls: type[T], data: Any, path: str = "config") -> T:
 
 def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _convert_field(field: dataclasses.Field, annotation: Any, value: Any, path: str) -> Any:
+    kinds = field.metadata.get("kinds")
+    return _convert(annotation, value, path) if kinds is None else _convert_kind(kinds(), value, path)
+
+
+def _convert_kind(classes: Mapping[str, type], value: Any, path: str) -> Any:
+    """A dataclass of one of several kinds."""
+    if isinstance(value, tuple(classes.values())):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path}: expected a mapping with a kind, got {_name(value)}")
+    kind = str(value.get("kind"))
+    if kind not in classes:
+        raise ValueError(f"{path}.kind: {kind!r} given; accepted: {', '.join(classes)}")
+    return from_dict(classes[kind], value, path)
 
 
 def _convert(annotation: Any, value: Any, path: str) -> Any:
@@ -73,10 +92,7 @@ def _convert_union(args: tuple, value: Any, path: str) -> Any:
         return None
     classes = {cast(Any, a).kind: cast(type, a) for a in args if dataclasses.is_dataclass(a)}
     if classes and isinstance(value, Mapping):
-        kind = value.get("kind")
-        if kind not in classes:
-            raise ValueError(f"{path}.kind: {kind!r} given; accepted: {', '.join(classes)}")
-        return from_dict(classes[kind], value, path)
+        return _convert_kind(classes, value, path)
     errors = []
     for annotation in args:
         if annotation is type(None):

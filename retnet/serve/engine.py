@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 
 from retnet.layers.moe import MoE
-from retnet.layers.state import TokenCache
 from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
 from retnet.models.decode.step import FAILED, DecodeStep
 from retnet.models.fingerprint import fingerprint
@@ -489,10 +488,9 @@ def _fits(state: ModelState, slots: ModelState) -> bool:
     if [type(layer) for layer in state] != [type(layer) for layer in slots]:
         return False
     for mine, theirs in zip(state, slots, strict=True):
-        free = theirs.SLOTTED if isinstance(theirs, TokenCache) else ()
         for name, x in theirs.tensors().items():
             shape, found = list(x.shape), list(mine.tensors()[name].shape)
-            if name in free:
+            if name in theirs.PER_TOKEN:
                 shape[1:2], found[1:2] = [], []
             if found != [1, *shape[1:]]:
                 return False

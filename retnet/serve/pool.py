@@ -4,13 +4,13 @@ A slot is a row. It is overwritten whole when a request enters it, and cleared w
 it must not see by zero, and zero times a leftover NaN is NaN.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from retnet.layers.attention import AttentionConfig
-from retnet.layers.hyena import HyenaConfig
-from retnet.layers.state import RetentionState
+from retnet.layers.mixers import MIXERS
+from retnet.layers.retention import RetentionState
 from retnet.models.config import ModelConfig
 from retnet.models.decode.fused import empty_deferred_writes
 from retnet.models.decode.sampling import SamplingTable, is_integer
@@ -114,28 +114,26 @@ class SlotPool:
 def check_servable(config: ModelConfig, max_tokens: int | None) -> None:
     """Raise ValueError for a model whose states do not fit slots of fixed size."""
     for i, layer in enumerate(config.layers):
-        mixer = layer.mixer
-        if isinstance(mixer, HyenaConfig):
+        if layer.mixer.refused_by_engine:
+            accepted = ", ".join(name for name, mixer in MIXERS.items() if not mixer.config.refused_by_engine)
             raise ValueError(
-                f"layer {i} is a Hyena: each token costs as much as all tokens before it; accepted by the engine: "
-                "retention, attention, Mamba and Mamba-2 layers"
+                f"layer {i} is {layer.mixer.kind}: {layer.mixer.refused_by_engine}; accepted by the engine: {accepted}"
             )
         if not layer.keeps_state:
             raise ValueError(f"layer {i} has keeps_state False; accepted by the engine: layers that keep their state")
     growing = growing_layer(config)
     if growing is not None and max_tokens is None:
         raise ValueError(
-            f"layer {growing} is attention without a window, whose cache grows; accepted: max_tokens, the tokens that "
-            "a slot has room for"
+            f"layer {growing} is {config.layers[growing].mixer.kind} without a window, whose state grows; accepted: "
+            "max_tokens, the tokens that a slot has room for"
         )
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; accepted: a positive integer or None")
 
 
 def growing_layer(config: ModelConfig) -> int | None:
-    """The first layer whose state has no end: attention without a window."""
-    mixers = enumerate(layer.mixer for layer in config.layers)
-    return next((i for i, mixer in mixers if isinstance(mixer, AttentionConfig) and mixer.window is None), None)
+    """The first layer whose state grows with every token: attention without a window."""
+    return next((i for i, layer in enumerate(config.layers) if layer.mixer.kept_tokens == math.inf), None)
 
 
 @torch.no_grad()
@@ -147,5 +145,5 @@ def _draft_bytes(model: LanguageModel, state: ModelState, width: int) -> int:
 
 def _blank(model: LanguageModel, num_sequences: int, max_tokens: int | None) -> ModelState:
     """States of sequences that have seen nothing, with room for max_tokens, or for every window if None."""
-    windows = [getattr(layer.mixer, "window", None) or 0 for layer in model.config.layers]
-    return model.init_state(num_sequences, num_tokens=max(windows) if max_tokens is None else max_tokens)
+    room = max(layer.mixer.kept_tokens for layer in model.config.layers) if max_tokens is None else max_tokens
+    return model.init_state(num_sequences, num_tokens=int(room))

@@ -9,17 +9,17 @@ right, stop strings included: rows of the draft that was wrong never touch them.
 The shapes do not depend on whether there was anything to guess: a request's bits stay its own.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from retnet.layers.attention import AttentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
 from retnet.models.decode.step import DecodeStep
 from retnet.models.lm import LanguageModel
-from retnet.models.states import ModelRows, ModelState
+from retnet.models.states import ModelDraft, ModelState
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,12 @@ class Speculation:
         """Raise ValueError for a model whose caches cannot take a draft."""
         width = self.draft_tokens + 1
         for i, layer in enumerate(config.layers):
-            if isinstance(layer.mixer, AttentionConfig):
-                room = min((n for n in (layer.mixer.window, max_tokens) if n is not None), default=width)
-                if room < width:
-                    raise ValueError(
-                        f"layer {i} is attention that keeps {room} tokens; accepted with draft_tokens "
-                        f"{self.draft_tokens}: at least {width}"
-                    )
+            room = min(layer.mixer.kept_tokens, math.inf if max_tokens is None else max_tokens)
+            if layer.mixer.kept_tokens and room < width:
+                raise ValueError(
+                    f"layer {i} is {layer.mixer.kind} that keeps {room} tokens; accepted with draft_tokens "
+                    f"{self.draft_tokens}: at least {width}"
+                )
 
 
 @dataclass
@@ -85,7 +84,7 @@ class VerifyStep(DecodeStep):
         super().__init__(model, state, table, graphs)
         self.drafts = self.tokens.new_zeros(len(self.tokens), width - 1)
         self.lengths = torch.zeros_like(self.tokens)
-        self._rows: dict[SamplingParts, ModelRows] = {}
+        self._rows: dict[SamplingParts, ModelDraft] = {}
         self._last = SamplingParts()
 
     def set_drafts(self, drafts: dict[int, list[int]]) -> None:

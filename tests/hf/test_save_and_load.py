@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import retnet.hf
 from retnet.data.tokenizer import ByteTokenizer
-from retnet.layers.float32_parameters import FLOAT32_PARAMETERS
+from retnet.layers.mixers import float32_parameters
 from retnet.layers.retention import MultiScaleRetention
 from retnet.models.directory import load_model, save_model
 from retnet.models.hf import RetNetForCausalLM, RetNetModel
@@ -48,7 +48,7 @@ def test_shards_are_written_and_read_by_both_faces(tmp_path, stack, tied):
 def test_a_dtype_that_is_asked_for_is_what_the_weights_have(saved, dtype):
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=dtype)
     for name, parameter in model.named_parameters():
-        is_rate = name.rpartition(".")[2] in FLOAT32_PARAMETERS
+        is_rate = name.rpartition(".")[2] in float32_parameters()
         assert parameter.dtype == (torch.promote_types(dtype, torch.float32) if is_rate else dtype), name
     assert model.model.config.torch_dtype == dtype
     assert model(random_ids(1, 5)).logits.dtype == dtype

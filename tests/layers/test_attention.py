@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from retnet.layers.attention import Attention, AttentionConfig
-from retnet.layers.state import AttentionState
+from retnet.layers.attention import Attention, AttentionConfig, AttentionState
 from retnet.layers.token_layout import TokenLayout
 
 

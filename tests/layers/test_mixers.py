@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from retnet.layers.attention import AttentionConfig
-from retnet.layers.block import MIXERS, MixerConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
+from retnet.layers.mixer_base import MixerConfig
+from retnet.layers.mixers import mixer_of
 from retnet.layers.retention import RetentionConfig
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
@@ -54,9 +55,8 @@ def mixer(request) -> nn.Module:
 
 def unit_gain(config: MixerConfig) -> nn.Module:
     generator = torch.Generator().manual_seed(7)
-    layer = MIXERS[type(config)](config, D).double()
-    if hasattr(layer, "reset_own"):
-        layer.reset_own(generator)
+    layer = mixer_of(config).module(config, D).double()
+    layer.reset_own(generator)
     with torch.no_grad():
         for module in layer.modules():
             if isinstance(module, nn.Linear):

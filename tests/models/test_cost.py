@@ -4,25 +4,26 @@ import pytest
 import torch
 from torch import nn
 
-from retnet.layers.attention import AttentionConfig
+from retnet.layers.attention import AttentionConfig, attention_flops
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
+from retnet.layers.mixer_base import Workload
 from retnet.layers.moe import MoEConfig
 from retnet.layers.retention import RetentionConfig
-from retnet.models.cost import attention_cost, idle_parameters, model_cost
+from retnet.models.cost import idle_parameters, model_cost
 from tests.small_models import small_model
 
 
 @pytest.mark.parametrize(("window", "context"), [(None, 7), (3, 7), (7, 7), (9, 7), (1, 5)])
 def test_attention_does_four_operations_a_pair_and_element(window, context):
     config = AttentionConfig(4, 2, 8, window=window)
-    cost = attention_cost(config, 32, context, 4)
+    flops = attention_flops(config, Workload(32, context))
     seen = [min(t + 1, window or context) for t in range(context)]
-    assert cost.forward_flops == pytest.approx(4 * 4 * 8 * sum(seen) / context)
-    assert cost.decode_flops == 4 * 4 * 8 * seen[-1]
+    assert flops.forward == pytest.approx(4 * 4 * 8 * sum(seen) / context)
+    assert flops.decode == 4 * 4 * 8 * seen[-1]
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from retnet.layers.attention import Attention, AttentionConfig
-from retnet.layers.block import MIXERS, BlockConfig
+from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.mixers import MIXERS
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
-from retnet.models.states import STATES, ModelState
+from retnet.models.states import ModelState
 from retnet.ops import attention
 from tests.small_models import MAMBA2, STACKS, WIDTH, random_ids, small_model
 
@@ -30,9 +31,9 @@ def test_the_configuration_survives_json():
 
 
 def test_every_mixer_is_in_the_hybrid_and_has_a_state_to_save():
-    assert {type(layer.mixer) for layer in LAYERS} == set(MIXERS)
+    assert {layer.mixer.kind for layer in LAYERS} == set(MIXERS)
     _, state = hybrid().hidden(ids(), carry=True)
-    assert {type(layer) for layer in state.layers} == set(STATES.values())
+    assert {type(layer) for layer in state.layers} == {mixer.state for mixer in MIXERS.values()}
 
 
 def test_a_saved_state_goes_on_where_it_stopped(tmp_path):

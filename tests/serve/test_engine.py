@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 
-from retnet.layers.state import AttentionState, RetentionState
+from retnet.layers.attention import AttentionState
+from retnet.layers.retention import RetentionState
 from retnet.models.decode.sampling import Sampling
 from retnet.serve.engine import Engine
 from retnet.serve.request import Failed, Refused, Request
@@ -275,7 +276,7 @@ def test_engines_that_cannot_be_are_refused(hybrid, options, message):
 
 
 def test_hyena_is_refused_by_name():
-    with pytest.raises(ValueError, match="layer 0 is a Hyena"):
+    with pytest.raises(ValueError, match="layer 0 is hyena: each token costs as much"):
         Engine(small_model([HYENA]), num_slots=1)
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from retnet.layers.block import Block
 from retnet.layers.feed_forward import FeedForward
 from retnet.layers.norm import LayerNorm, RMSNorm
-from retnet.layers.retention import MultiScaleRetention
-from retnet.layers.state import LayerState, RetentionState
+from retnet.layers.retention import MultiScaleRetention, RetentionState
+from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.decode.int8 import int8_parts
 from retnet.models.decode.packing import is_packable, pack

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from retnet.layers.state import TokenCache
 from retnet.models.states import ModelState
 
 
@@ -44,7 +43,7 @@ class StateCache(Cache):
     def _fix_addresses(self) -> None:
         """Tell torch.compile that these tensors are updated in place, and are not inputs to copy."""
         for layer in self.state or ():
-            if isinstance(layer, TokenCache):
+            if layer.PER_TOKEN:
                 raise ValueError(
                     f"cache_implementation 'static' needs states of constant size; {type(layer).__name__} grows with "
                     "the tokens. Accepted for this model: cache_implementation None"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from retnet.layers.float32_parameters import FLOAT32_PARAMETERS
+from retnet.layers.mixers import float32_parameters
 from retnet.models.decode.fused import FusedModel, can_fuse
 from retnet.models.decode.int8 import int8_parts
 from retnet.models.hf.cache import StateCache
@@ -34,7 +34,7 @@ class RetNetModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True  # no token can be taken back, as assisted generation would
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers types it so)
-    _keep_in_fp32_modules_strict = set(FLOAT32_PARAMETERS)  # noqa: RUF012
+    _keep_in_fp32_modules_strict = float32_parameters()
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: RetNetConfig):

@@ -1,4 +1,4 @@
-"""Drafts: accepting some rows leaves the state that decoding these tokens one by one does."""
+"""Draft updates: accepting some tokens leaves the state of decoding them one by one."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ MIXERS = {
 
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize("counts", [[0, 1, 4], [3, 4, 2]])
-def test_accepted_rows_leave_the_state_of_decoding_them_one_by_one(name, counts):
+def test_accepted_tokens_leave_the_state_of_decoding_them_one_by_one(name, counts):
     layer = BlockConfig(MIXERS[name], FeedForwardConfig(16))
     model, ids = small_model([layer] * 2, dtype="float64"), random_ids(3, 15)
     lengths, tokens = torch.tensor([9, 3, 5]), torch.arange(9)
@@ -36,11 +36,11 @@ def test_accepted_rows_leave_the_state_of_decoding_them_one_by_one(name, counts)
             )
         )
         kept, draft = state.clone(), ids[:, 9:13]
-        hidden, rows = model.draft(draft, state)
+        hidden, updates = model.draft(draft, state)
         for a, b in zip(state, kept, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values()))
         torch.testing.assert_close(hidden, model.hidden(draft, kept.clone())[0], rtol=1e-10, atol=1e-10)
-        rows.accept_(state, torch.tensor(counts))
+        updates.accept_(state, torch.tensor(counts))
         expected = kept
         for t in range(4):
             mask = torch.tensor(counts)[:, None] > t

@@ -1,0 +1,74 @@
+"""Bases of mixers: what a mixer's configuration and module tell the rest of the package.
+
+One file per mixer holds its configuration, state, draft, module and cost; a line of `retnet.layers.mixers` registers
+it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+
+from retnet.layers.float32_parameters import Float32Parameters
+from retnet.layers.parts import Parts
+from retnet.layers.state import LayerState
+from retnet.layers.token_layout import TokenLayout
+
+
+class MixerConfig:
+    """Base of mixers' configurations: frozen dataclasses of plain values, told apart in JSON by `kind`.
+
+    refused_by_engine: why the engine does not take layers of this mixer; empty if it does.
+    """
+
+    kind: Any  # the last field of every subclass, a Literal
+    refused_by_engine: ClassVar[str] = ""
+
+    @property
+    def kept_tokens(self) -> float:
+        """Tokens of which the state keeps something each: 0 (a state of constant size), a window, or math.inf."""
+        return 0
+
+    def for_export(self, one_token: bool) -> Self | None:
+        """This mixer in plain operators, for graphs of one token or of several; None if it cannot be exported."""
+        return None
+
+
+class MixerModule(Float32Parameters):
+    """Base of mixers: `forward(x [B, T, D], state, layout) -> (y [B, T, D], state)`.
+
+    The returned state is None unless `layout.carry`; with `layout.deferred` it is the draft of these tokens.
+    PARTS: as in `retnet.layers.parts`.
+    """
+
+    PARTS: ClassVar[Parts] = {}
+
+    def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
+        """Compute what is shared with other layers and calls: a block compiled or recomputed alone only reads it."""
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> LayerState:
+        """The state of `batch` sequences before their first token, with room for `num_tokens` each if it grows.
+
+        dtype: of the activations.
+        """
+        raise NotImplementedError
+
+    def reset_own(self, generator: torch.Generator | None = None) -> None:
+        """Draw the parameters that are not linear maps."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sequences that a cost is counted for: `context` tokens each, in a model of width d_model."""
+
+    d_model: int
+    context: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+
+class MixerFlops(NamedTuple):
+    """Floating-point operations per token beside the projections: in a whole sequence, and for the token after it."""
+
+    forward: float
+    decode: float
