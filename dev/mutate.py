@@ -5,8 +5,9 @@
     python dev/mutate.py --at retnet/eval/meter.py:40         every mutation of one line
 
 A mutation changes one operator, constant, condition, call, keyword or returned value. Each runs in a scratch copy of
-the tree against the tests of its module: the file that mirrors it and the files that import it, then, if these pass,
-all tests of its folder. A failure counts when the failing test passes without the mutation.
+the tree against the tests of its module: the file that mirrors it and the files that import it; if these pass, all
+tests of its folder; if these pass, too, the tests of the modules that import it. A failure counts when the failing test
+passes without the mutation.
 
 Left out: kernels (their tests run in a process of their own), drawings, and what tests should not pin down: type hints,
 error and log texts, `__repr__`. A survivor is a missing test, or a place where the change means nothing.
@@ -232,20 +233,34 @@ def drawn(count: int, seed: int) -> list[Mutation]:
 
 
 def stages(path: str) -> Iterator[list[str]]:
-    """Test files of a module: its mirror and those that import it; then the rest of its folder."""
+    """Test files of a module: its mirror and those that import it; its folder; those that import what imports it."""
+    done: set[Path] = set()
+    importers = [file for file in sorted((ROOT / "retnet").rglob("*.py")) if _imports(file, path)]
+    beyond = [file for other in importers for file in _near(other.relative_to(ROOT).as_posix())]
+    for stage in (_near(path), sorted(_folder(path).glob("test_*.py")), beyond):
+        new = [file for file in dict.fromkeys(stage) if file not in done]
+        done.update(new)
+        if new:
+            yield [file.relative_to(ROOT).as_posix() for file in new]
+
+
+def _near(path: str) -> list[Path]:
+    name = Path(path).stem
+    mirror = [*_folder(path).glob(f"test_{name}.py"), *_folder(path).glob(f"test_{name}_*.py")]
+    return mirror + [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if _imports(file, path)]
+
+
+def _folder(path: str) -> Path:
+    """The folder of tests that mirrors a module's, or the nearest above that there is."""
+    folder = ROOT / Path(path.replace("retnet", "tests", 1)).parent
+    return folder if folder.is_dir() else folder.parent
+
+
+def _imports(file: Path, path: str) -> bool:
     module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     parent, _, name = module.rpartition(".")
-    imported = re.compile(rf"\b{re.escape(module)}\b|from {re.escape(parent)} import .*\b{name}\b")
-    folder = Path(path.replace("retnet", "tests", 1)).parent
-    while not (ROOT / folder).is_dir():
-        folder = folder.parent
-    files = sorted(ROOT.glob("tests/**/test_*.py"))
-    mirror = [file for file in files if file == ROOT / folder / f"test_{name}.py"]
-    near = mirror + [file for file in files if file not in mirror and imported.search(file.read_text())]
-    rest = [file for file in sorted((ROOT / folder).glob("test_*.py")) if file not in near]
-    for stage in (near, rest):
-        if stage:
-            yield [file.relative_to(ROOT).as_posix() for file in stage]
+    pattern = rf"\b{re.escape(module)}\b|from {re.escape(parent)} import [^\n]*\b{name}\b"
+    return file != ROOT / path and re.search(pattern, file.read_text()) is not None
 
 
 class Scratch:
