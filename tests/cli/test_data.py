@@ -92,6 +92,7 @@ def test_what_is_left_out_of_a_folder_is_said_in_a_line(capsys, tmp_path, text_f
 
 def test_show_reads_plain_text_too_and_draws_where_told(capsys, text_folder, tmp_path):
     assert run("show", text_folder, "--plot", tmp_path / "a.png", "--samples", "0") == 0
+    assert f"document lengths in {tmp_path / 'a.png'}" in capsys.readouterr().out
     assert (tmp_path / "a.png").is_file()
     assert not (text_folder / "lengths.png").exists()
 

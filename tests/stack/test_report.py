@@ -47,6 +47,11 @@ def test_a_rule_warns_about_its_cause_and_no_other_does(rule, pairs, more):
     assert warnings(*pairs, more=more) == [rule]
 
 
+def test_a_long_context_is_unusual_only_with_attention():
+    long = ("max_seq_len: 256", "max_seq_len: 16385")
+    assert warnings(WIDE, long, ("- template: a", "- template: r")) == ["unused_template"]
+
+
 def test_reserved_keys_are_reported_with_their_place():
     [message] = [
         finding.message for finding in realism_report(stack(WIDE, more="future.x: 1\n")) if "reserved" in finding.rule
