@@ -81,3 +81,29 @@ def test_bytes_that_never_become_a_character_are_not_held_for_ever():
         stops.push(0x80)
     assert max(decoded) < 100
     assert push_all(stops, b"so never") == "never"
+
+
+def test_text_is_taken_as_soon_as_no_stop_string_can_reach_into_it():
+    stops = StopStrings(["abc", "bd"], utf8)
+    taken = []
+    for byte in b"xababd":
+        stops.push(byte)
+        taken.append(stops.take())
+    assert taken == ["x", "", "", "ab", "", "a"]
+    assert stops.matched == "bd"
+    assert stops.text == "xaba"
+    assert stops.push(120) == "bd"  # the output has ended
+    assert stops.take(all=True) == ""
+
+
+def test_an_unfinished_character_joins_the_text_at_the_end():
+    stops = StopStrings(["abc"], utf8)
+    push_all(stops, "xab€".encode()[:-1])
+    assert stops.text == "xab"
+    assert stops.flush() is None
+    assert stops.take(all=True) == stops.text == "xab\ufffd"
+
+
+def test_without_stop_strings_the_text_is_only_decoded():
+    stops = StopStrings([], utf8)
+    assert [stops.push(byte) or stops.take() for byte in "aé".encode()] == ["a", "", "é"]

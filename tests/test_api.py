@@ -1,0 +1,171 @@
+"""`retnet.load`, `retnet.load_tokenizer` and `retnet.generate`: every model in three lines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import retnet
+from retnet import api
+from retnet.data.tokenizer import ByteTokenizer
+from retnet.data.tokenizer_json import JsonTokenizer
+from retnet.models.convert import convert
+from retnet.models.directory import save_model
+from retnet.serve.engine import Engine
+from tests.small_models import ALIBI, BYTES, small_model
+from tests.stack.specs import changed
+
+
+def save_words(directory, **options):
+    """A saved model of three words, with its tokenizer."""
+    save_model(small_model(vocab_size=6, **options), directory)
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "\ufffd": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "[UNK]"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    return directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_words(tmp_path_factory.mktemp("models") / "words")
+
+
+@pytest.fixture
+def named(request, byte_model, directory, tmp_path):
+    """What a user writes for each kind of model."""
+    if request.param == "converted":
+        convert(directory, tmp_path / "converted")
+        return tmp_path / "converted"
+    if request.param == "stack file":
+        (tmp_path / "stack.yml").write_text(changed(("vocab_size: 257", "vocab_size: 260")))
+        return str(tmp_path / "stack.yml")
+    return {"saved bytes": byte_model, "saved words": directory}.get(request.param, request.param)
+
+
+@pytest.mark.parametrize(
+    "named",
+    ["retnet-tiny", "arch_advanced_retnet_mini", "stack file", "saved bytes", "saved words", "converted"],
+    indirect=True,
+)
+def test_three_lines_are_enough_for_any_model(named):
+    model = retnet.load(named, device="cpu")
+    text = retnet.generate(model, "a b", max_tokens=5, temperature=0)
+    assert text == retnet.generate(named, "a b", max_tokens=5, temperature=0)
+    assert retnet.load_tokenizer(model).identity == retnet.load_tokenizer(named).identity
+    assert text == "".join(retnet.generate(model, b"a b", max_tokens=5, temperature=0, stream=True))
+    ids = retnet.load_tokenizer(model).encode("a b", start=True)
+    for tokens in (ids, torch.tensor(ids)):
+        assert retnet.generate(model, tokens, max_tokens=5, temperature=0) == text
+
+
+def test_a_loaded_model_remembers_where_its_tokenizer_is(directory, monkeypatch):
+    monkeypatch.chdir(directory.parent)
+    model = retnet.load("words", device="cpu")
+    assert model.directory is not None
+    assert isinstance(retnet.load_tokenizer(model), JsonTokenizer)
+    assert small_model(**BYTES).directory is None
+    assert isinstance(retnet.load_tokenizer(small_model(**BYTES)), ByteTokenizer)
+
+
+def test_a_directory_named_like_a_preset_does_not_lend_it_its_tokenizer(directory, monkeypatch, tmp_path):
+    save_words(tmp_path / "retnet-tiny")
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(retnet.load_tokenizer("retnet-tiny"), ByteTokenizer)
+
+
+def test_a_model_without_a_tokenizer_needs_one_by_name(directory):
+    model = small_model(vocab_size=6)
+    with pytest.raises(ValueError, match=r"vocabulary of 6; accepted without a tokenizer: bytes, 257 tokens \(or name"):
+        retnet.generate(model, "a b")
+    by_name = retnet.generate(model, "a b", tokenizer=str(directory), max_tokens=8, temperature=0)
+    given = retnet.generate(model, "a b", tokenizer=retnet.load_tokenizer(directory), max_tokens=8, temperature=0)
+    assert by_name == given == retnet.generate(directory, "a b", max_tokens=8, temperature=0)
+
+
+def test_weights_are_loaded_in_the_dtype_asked_for(byte_model):
+    for dtype in ("bfloat16", "torch.bfloat16", torch.bfloat16):
+        assert retnet.load(byte_model, "cpu", dtype).embedding.weight.dtype == torch.bfloat16
+    assert retnet.load(byte_model, "cpu").embedding.weight.dtype == torch.float32
+    for wrong in ("int8", torch.int8, "half"):
+        with pytest.raises(ValueError, match=r"dtype is .*; accepted: float64, float32, float16, bfloat16"):
+            retnet.load(byte_model, "cpu", wrong)
+
+
+def test_automatic_is_the_gpu_where_there_is_one(monkeypatch):
+    from retnet.ops.device import resolve_device
+
+    for there, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: 2 * there)
+        assert resolve_device("auto").type == expected
+    with pytest.raises(ValueError, match="device is 'cuda' and there is no CUDA device here; accepted: cpu, auto"):
+        resolve_device("cuda")
+    with pytest.raises(ValueError, match="device is 'gpu'; accepted: auto, cpu, cuda"):
+        resolve_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="device is 'cuda:2'; accepted: auto, cpu, cuda:0 to cuda:1"):
+        resolve_device("cuda:2")
+
+
+def test_the_whole_text_ends_before_a_stop_string_and_so_do_its_pieces(byte_model):
+    model = retnet.load(byte_model, "cpu")
+    text = retnet.generate(model, "x", max_tokens=60, seed=4)
+    stop = text[20:23]
+    expected = text[: text.index(stop)]
+    assert retnet.generate(model, "x", max_tokens=60, seed=4, stop=stop) == expected
+    pieces = list(retnet.generate(model, "x", max_tokens=60, seed=4, stop=[stop, "never"], stream=True))
+    assert "".join(pieces) == expected
+    assert all(pieces)
+
+
+def test_options_reach_the_engine(byte_model, monkeypatch):
+    seen = []
+
+    class Spy(Engine):
+        def __init__(self, *args, **kwargs):
+            self.options = kwargs
+            super().__init__(*args, **kwargs)
+
+        def stream(self, request, after=None):
+            seen.append((request, self.options))
+            return super().stream(request, after)
+
+    monkeypatch.setattr(api, "Engine", Spy)
+    sampling = {
+        "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": 0.3,
+        "frequency_penalty": 0.4, "seed": 11,
+    }  # fmt: skip
+    retnet.generate(byte_model, "x", max_tokens=6, stop="zzz", speculate=3, **sampling)
+    ((request, options),) = seen
+    assert request.sampling == retnet.Sampling(**sampling)
+    assert (request.max_new_tokens, list(request.stop_strings), list(request.prompt)) == (6, ["zzz"], [256, 120])
+    assert options["speculation"].draft_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": None}, "max_tokens is None without stream"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"speculate": 2}, "draft_tokens is 2"),
+        ({"stop": [""]}, "a stop string is empty"),
+        ({"prompt": torch.zeros(2)}, r"prompt is torch.float32 \[2\]; accepted: text, or token ids"),
+        ({"prompt": [400]}, "token 400 is not in the vocabulary"),
+        ({"tokenizer": "gone.json"}, "no such tokenizer"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_at_once(byte_model, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        retnet.generate(byte_model, **({"prompt": "x", "max_tokens": 3} | options))
+
+
+def test_an_endless_text_needs_a_state_that_does_not_grow(byte_model):
+    with pytest.raises(ValueError, match=r"the text has no limit and layer 0 is attention without a window"):
+        retnet.generate(small_model([ALIBI], **BYTES), "x", max_tokens=None, stream=True)
+    pieces = retnet.generate(byte_model, "x", max_tokens=None, stream=True)
+    assert [next(pieces) for _ in range(50)]
