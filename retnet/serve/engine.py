@@ -465,6 +465,8 @@ class Engine:
         self._finish(generation, "failed")
 
     def _finish(self, generation: Generation, reason: str) -> None:
+        if generation.stops is not None and reason != "failed":
+            generation.stops.flush()
         if generation.status is Status.WAITING:
             self._waiting.remove(generation)
         elif generation.status is Status.READING:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import retnet
+import retnet.api
 from retnet.cli import main
 from retnet.models.directory import load_model, save_model
+from retnet.serve.engine import Engine
 from tests.small_models import ALIBI, BYTES, small_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,11 +159,88 @@ def test_a_device_that_is_not_there_is_refused(capsys, byte_model):
     assert "no CUDA device here; accepted: cpu" in wrong_input(capsys, "generate", byte_model, "x", "--device", "cuda")
 
 
-def test_generate_refuses_a_model_that_does_not_read_bytes(capsys, tmp_path):
-    from retnet.models.directory import save_model
-
+@pytest.mark.parametrize("words", [["generate", "text"], ["check", "--text", __file__], ["eval", "--file", __file__]])
+def test_a_model_without_its_tokenizer_says_what_was_given_and_what_is_accepted(capsys, tmp_path, words):
     save_model(small_model(vocab_size=100), tmp_path)
-    assert "vocabulary of 100" in wrong_input(capsys, "generate", tmp_path, "text")
+    verb, *rest = words
+    message = wrong_input(capsys, verb, tmp_path, *rest)
+    assert "has a vocabulary of 100 and no tokenizer.json beside its weights; accepted" in message
+
+
+def test_generate_without_a_prompt_on_a_terminal_says_what_to_do(capsys, byte_model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    message = wrong_input(capsys, "generate", byte_model)
+    assert 'no prompt; accepted: text after the model (or "" for none), --file FILE, or text piped in' in message
+    assert run("generate", byte_model, "", "--max-tokens", 2) == 0
+
+
+def test_the_options_of_generate_reach_the_engine(capsys, byte_model, monkeypatch):
+    seen = {}
+
+    class Spy(Engine):
+        def __init__(self, model, **options):
+            seen.update(options, model=model)
+            super().__init__(model, **options)
+
+        def stream(self, request, after=None):
+            seen["request"] = request
+            return super().stream(request, after)
+
+    monkeypatch.setattr(retnet.api, "Engine", Spy)
+    words = [
+        "--stop", r"\n\n", "--stop", "END", "--temperature", "0.5", "--top-k", "9", "--top-p", "0.9", "--min-p", "0.1",
+        "--repetition-penalty", "1.2", "--presence-penalty", "0.3", "--frequency-penalty", "0.4", "--seed", "5",
+        "--dtype", "bfloat16", "--device", "cpu", "--speculate", "3", "--max-tokens", "4",
+    ]  # fmt: skip
+    assert run("generate", byte_model, "x", *words) == 0
+    request = seen["request"]
+    assert request.sampling == retnet.Sampling(
+        temperature=0.5, top_k=9, top_p=0.9, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.3,
+        frequency_penalty=0.4, seed=5,
+    )  # fmt: skip
+    assert (list(request.stop_strings), request.max_new_tokens) == (["\n\n", "END"], 4)
+    assert seen["speculation"].draft_tokens == 3
+    assert seen["model"].embedding.weight.dtype == torch.bfloat16
+
+
+def test_int8_quantises_the_model_that_generates(capsys, byte_model, monkeypatch):
+    from retnet.models.decode import int8
+
+    quantised = []
+    monkeypatch.setattr(int8, "quantize_int8_", quantised.append)
+    assert run("generate", byte_model, "x", "--int8", "--max-tokens", 2) == 0
+    assert [model.directory for model in quantised] == [byte_model]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="has torchao")
+def test_int8_without_torchao_says_what_to_install(capsys, byte_model):
+    message = wrong_input(capsys, "generate", byte_model, "x", "--int8")
+    assert "--int8: int8 weights need torchao: pip install retnet[quantize]" in message
+
+
+def test_generate_leaves_out_the_stop_string_and_what_follows(capsys, byte_model):
+    words = ("generate", byte_model, "x", "--max-tokens", 60, "--seed", 4, "--no-stats")
+    assert run(*words) == 0
+    text = capsys.readouterr().out.removesuffix("\n")
+    assert run(*words, "--stop", text[20:23]) == 0
+    assert capsys.readouterr().out == text[: text.index(text[20:23])] + "\n"
+
+
+@pytest.mark.parametrize("verb", ["generate", "check", "eval"])
+def test_the_device_is_the_gpu_where_there_is_one(capsys, verb):
+    assert run(verb, "--help") == 0
+    assert "auto (the GPU where there is one)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "x"], ["check"], ["eval", "--data", "stdlib"], ["eval", "--file", __file__]]
+)
+def test_a_device_that_torch_does_not_know_is_refused(capsys, byte_model, words):
+    verb, *rest = words
+    assert "device is 'gpu'; accepted: auto, cpu, cuda" in wrong_input(
+        capsys, verb, byte_model, *rest, "--device", "gpu"
+    )
+    assert "device is 'gpu'" in wrong_input(capsys, "check", "operator", "--device", "gpu")
 
 
 def test_check_passes_on_a_model_over_random_and_real_input(capsys, byte_model, tmp_path):

@@ -31,6 +31,16 @@ def test_times_are_means_over_the_bin(monkeypatch):
     assert total < 10_000
 
 
+def test_two_bins_that_merge_keep_the_memory_of_the_later_one(monkeypatch):
+    readings = iter(range(10_000))
+    monkeypatch.setattr(meter, "resident_bytes", lambda: next(readings))
+    stream = StreamMeter()
+    for _ in range(1 + BINS):
+        stream.tick()
+    assert [(b.first, b.count, b.memory_bytes) for b in stream.bins[:3]] == [(1, 2, 1), (3, 2, 3), (5, 2, 5)]
+    assert len(stream.bins) == BINS // 2
+
+
 def test_memory_of_this_process_is_plausible():
     assert 1 << 20 < meter.resident_bytes() < 1 << 40
 
