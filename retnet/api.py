@@ -94,13 +94,13 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
     speculate: int = 0,
     tokenizer: Tokenizer | str | None = None,
 ) -> str | Iterator[str]:
-    """The text that goes on from a prompt.
+    """The continuation of a prompt.
 
     Args:
         model: as for `load`, or a loaded model, which saves loading it for every call.
         prompt: text, which is read after the document start; or token ids, which are read as they are.
-        stream: return an iterator over pieces of the text, each as soon as it is certain, in place of the whole.
-        max_tokens: new tokens at most; None goes on for ever (with `stream`).
+        stream: return an iterator over pieces of the text, each as soon as it is certain, instead of the whole text.
+        max_tokens: new tokens at most; None for no limit (with `stream`).
         temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed: see `Sampling`;
             temperature 0 takes the likeliest token, and the same seed gives the same text.
         stop: strings that end the text; they are left out of it.
@@ -108,7 +108,7 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
         tokenizer: in place of the model's own; or what names one, as in `retnet data --tokenizer`.
 
     Raises ValueError for a model without a tokenizer, for options out of range, and for an endless text of a model
-    whose cache grows; retnet.serve.request.Failed if the model computes what is not finite.
+    whose cache grows; retnet.serve.request.Failed if the model's logits are not finite.
 
     Example:
         >>> model = retnet.load("retnet-tiny")

@@ -1,7 +1,7 @@
-"""The `retnet` command: one file a verb.
+"""The `retnet` command: one file per verb.
 
-`retnet --help` must answer at once, so a verb's file imports torch and everything heavy inside its function.
-What a user got wrong ends in one message and exit code 2; anything else is a bug and shows its traceback.
+`retnet --help` must answer at once, so a verb's file imports torch and everything heavy inside its function. A user's
+error ends in one message and exit code 2; any other exception is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command line and exit: 0 done, 1 a check failed or a bug, 2 the input is wrong, 130 interrupted."""
+    """Run a command line and exit: 0 success, 1 a failed check or a bug, 2 wrong input, 130 interrupted."""
     session = Session()
     try:
         app(args=arguments, prog_name="retnet", obj=session)

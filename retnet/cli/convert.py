@@ -1,4 +1,4 @@
-"""`retnet convert`: weights from elsewhere into ours, and ours into flash-linear-attention's format."""
+"""`retnet convert`: models from other libraries to ours, and ours to flash-linear-attention's format."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A model directory, or a file of weights.")],
     out: Annotated[Path, typer.Argument(help="Directory to write, new or empty.")],
     to: Annotated[str, typer.Option(help="Format to write: retnet or fla.")] = "retnet",
-    format: Annotated[str | None, typer.Option(help="Format of SOURCE; recognised if not given.")] = None,
+    format: Annotated[str | None, typer.Option(help="Format of SOURCE; recognised by default.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="JSON of the source's own configuration, where SOURCE does not hold it.")
+        Path | None, typer.Option(help="JSON file with the source's own configuration, if SOURCE has none.")
     ] = None,
 ) -> None:
     """Convert a model from torchscale, flash-linear-attention (fla), syncdoth and others, or ours to fla.
 
-    Weights stream through memory one shard at a time, and logits stay the same up to rounding.
+    Weights stream through memory one shard at a time, logits stay the same up to rounding, and tokenizer files are
+    copied.
 
     Example: retnet convert downloads/retnet-1.3B-100B my-model
     """

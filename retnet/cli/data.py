@@ -1,4 +1,4 @@
-"""`retnet data`: text to token shards, and what is in them."""
+"""`retnet data`: write text as token shards, show their contents, check them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _WriteByDefault(TyperGroup):
 
 data_app = typer.Typer(
     cls=_WriteByDefault,
-    help="Text to token shards: retnet data SOURCE... OUT. Then: show, check.",
+    help="Write text as token shards: retnet data SOURCE... OUT. Then: show, check.",
     no_args_is_help=True,
 )
 
@@ -47,39 +47,40 @@ def write(
         typer.Argument(
             metavar="SOURCE... OUT",
             help="Files (text, jsonl, parquet; .gz and .xz too), folders, 'stdlib', folders of save_to_disk, hf:NAME "
-            "for a dataset of the Hugging Face hub; then the folder to write.",
+            "for a dataset of the Hugging Face hub; last, the folder to write.",
         ),
     ],
     tokenizer: Annotated[
         str, typer.Option(help="bytes, a tokenizer.json, a folder with one, or a model of the hub.")
     ] = "bytes",
     document_start: Annotated[
-        str | None, typer.Option(help="Special token before documents; by default bos, or else eos.")
+        str | None, typer.Option(help="Special token before documents; by default bos, otherwise eos.")
     ] = None,
     with_end: Annotated[bool, typer.Option("--with-end", help="Also put the eos token after documents.")] = False,
-    field: Annotated[str, typer.Option(help="The text in jsonl, parquet and datasets.")] = "text",
+    field: Annotated[str, typer.Option(help="Field with the text in jsonl, parquet and datasets.")] = "text",
     separator: Annotated[
-        str | None, typer.Option(help=r"What stands between documents of a text file, such as '\n\n\n' or '<|end|>'.")
+        str | None, typer.Option(help=r"Text between documents of a text file, such as '\n\n\n' or '<|end|>'.")
     ] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
     shard_size: Annotated[
-        float | None, typer.Option(min=0.001, help="MiB of input in a shard; by default a 256th of all, 16 to 512.")
+        float | None,
+        typer.Option(min=0.001, help="MiB of input per shard; by default a 256th of the total, 16 to 512."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core by default.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
 ) -> None:
-    r"""Write text as token shards that keep documents apart: what `retnet train data=OUT` reads.
+    r"""Write text as token shards that keep documents apart, for `retnet train data=OUT`.
 
-    A text file is a document unless --separator cuts it. OUT appears when all of it is on disk; until then the work is
-    in OUT.partial, and an interrupted command goes on from there when it is given again. Data that cannot be read is
-    named by file and line, and nothing is left behind.
+    A text file is one document unless --separator cuts it. OUT appears when all of it is on disk; until then the work
+    is in OUT.partial, and the same command resumes an interrupted one there. Data that cannot be read is named by file
+    and line, and nothing is left behind.
 
     Example: retnet data wiki.txt tokens/wiki --separator '\n\n\n' --tokenizer gpt2/tokenizer.json
     """
     if len(paths) < 2:
         raise ValueError("accepted: retnet data SOURCE... OUT, one source at least and the folder to write")
     if separator == "":
-        raise ValueError("--separator is empty; accepted: one character at least")
+        raise ValueError("--separator is empty; accepted: at least one character")
 
     from retnet.data.build import build_shards
     from retnet.data.plan import Settings
@@ -101,7 +102,7 @@ def write(
                 on_progress=show_progress,
             )
     except KeyboardInterrupt:
-        errors.print("[dim]interrupted; the same command goes on from here[/]")
+        errors.print("[dim]interrupted; the same command resumes from here[/]")
         raise
     seconds = time.perf_counter() - began
     shards, documents, tokens = len(manifest["shards"]), manifest["documents"], manifest["tokens"]
@@ -119,14 +120,15 @@ def write(
 def show(
     source: Annotated[str, typer.Argument(help="A folder that `retnet data` wrote; or text, read as bytes.")],
     samples: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 3,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 120,
-    seed: Annotated[int, typer.Option(help="Which documents.")] = 0,
+    length: Annotated[int, typer.Option(min=1, help="Tokens to show of each.")] = 120,
+    seed: Annotated[int, typer.Option(help="Seed that chooses the documents.")] = 0,
     plot: Annotated[
-        Path | None, typer.Option(help=f"Picture of the document lengths; {PLOT} in the folder by default.")
+        Path | None,
+        typer.Option(help=f"File for a plot of the document lengths; {PLOT} in a folder of shards by default."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show what a corpus holds: counts, document lengths as numbers and as a picture, and documents decoded."""
+    """Show a corpus: counts, document lengths as numbers and as a plot, and some decoded documents."""
     import numpy as np
 
     from retnet.data import open_corpus
@@ -155,12 +157,12 @@ def show(
         console.print(f"\n[bold]document {document:,}[/] [dim]{escape(place)}[/]", soft_wrap=True, highlight=False)
         console.print(escape(texts[document]), soft_wrap=True, highlight=False)
     if picture := _draw(corpus, source, plot):
-        console.print(f"\n[dim]document lengths in {escape(str(picture))}[/]", soft_wrap=True)
+        console.print(f"\n[dim]document lengths plotted in {escape(str(picture))}[/]", soft_wrap=True)
 
 
 @data_app.command()
 def check(directory: Annotated[Path, typer.Argument(help="A folder that `retnet data` wrote.")]) -> None:
-    """Read every byte and compare it with the manifest's SHA-256; exit code 1 if anything is damaged."""
+    """Read every file and compare it with the manifest's SHA-256; exit code 1 if anything is damaged."""
     from retnet.data.shards import check_shards
 
     problems = []
@@ -176,7 +178,7 @@ def check(directory: Annotated[Path, typer.Argument(help="A folder that `retnet 
 
 
 def _draw(corpus: Corpus, source: str, plot: Path | None) -> Path | None:
-    """Draw the lengths where asked to, or in a folder of shards. A folder that cannot be written gets a note."""
+    """Plot the lengths into `plot`, or into a folder of shards. A folder that cannot be written gets a note."""
     from retnet.data.lengths_plot import save_lengths_plot
     from retnet.data.shards import is_shard_folder
 
@@ -189,7 +191,7 @@ def _draw(corpus: Corpus, source: str, plot: Path | None) -> Path | None:
         if plot is not None:
             raise
         reason = escape(f"{path}: {error.strerror or error}")
-        errors.print(f"[dim]no picture of the lengths in {reason} (--plot puts it elsewhere)[/]", soft_wrap=True)
+        errors.print(f"[dim]no plot of the lengths in {reason} (--plot names another file)[/]", soft_wrap=True)
         return None
     return path
 
@@ -213,7 +215,7 @@ def _facts(corpus: Corpus) -> dict[str, int | float | str]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Progress], None]]:
-    """A bar on a terminal, nothing elsewhere."""
+    """A progress bar on a terminal, nothing elsewhere."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 

@@ -14,7 +14,7 @@ from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, write_json
 
 
 class Part(StrEnum):
-    """Which side of the split is scored."""
+    """The side of the split to score."""
 
     valid = "valid"
     all = "all"
@@ -25,15 +25,17 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Shards, file or folder of text, or 'stdlib': bits per byte.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="One text: perplexity, the whole of it in one state.")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="With --file: also in windows of so many tokens.")] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens scored in each window; all if not given.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, by commas.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each context of a task.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File of text: perplexity, read as one context.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="With --file: also in windows of this many tokens.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens scored per window; all by default.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Few-shot examples per context.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own tasks.")] = None,
     part: Annotated[Part, typer.Option(help="The held-out documents, or all of them.")] = Part.valid,
-    valid_fraction: Annotated[float, typer.Option(help="Share held out, as in training.")] = 0.05,
+    valid_fraction: Annotated[float, typer.Option(help="Share that is held out, as in training.")] = 0.05,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`retnet generate`: text streamed in recurrent form, and what it cost."""
+"""`retnet generate`: text streamed in recurrent form, with its time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`retnet info`: what a model is and costs, beside a Transformer of its width and depth."""
+"""`retnet info`: parameters, operations and state of a model, compared with a Transformer of its width and depth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from retnet.cli._common import console, write_json
+from retnet.cli._common import MODEL_HELP, console, write_json
 from retnet.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ _CONTEXTS = (512, 2048, 8192, 32768, 131072, 1048576)
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="Preset, stack file or saved directory.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     context: Annotated[list[int] | None, typer.Option(min=1, help="Context lengths; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    png: Annotated[Path | None, typer.Option(help="Draw state size, windows and decay masks here.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Plot state size, windows and decay masks into this file.")] = None,
 ) -> None:
-    """Parameters, operations a token, state against a Transformer's cache by context, and each head's window."""
+    """Show parameters, operations per token, state and KV cache by context length, and each head's window."""
     from retnet.stack.resolve import resolve_config
 
     config = resolve_config(model)
@@ -74,7 +74,7 @@ def _print(model: str, facts: dict) -> None:
         soft_wrap=True,
     )
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("context", "training GFLOP/token", "decode GFLOP/token", "state", "Transformer's cache", "ratio"):
+    for name in ("context", "training GFLOP/token", "decode GFLOP/token", "state", "KV cache", "ratio"):
         table.add_column(name, justify="right")
     for row in facts["contexts"]:
         table.add_row(
@@ -86,12 +86,15 @@ def _print(model: str, facts: dict) -> None:
             f"{row['transformer_cache_bytes'] / row['state_bytes']:.2f}",
         )
     console.print(table)
-    console.print("[dim]state in float32, cache in 16 bit, for one sequence[/]", highlight=False)
+    console.print(
+        "[dim]per sequence: state in float32; KV cache of a Transformer of this width and depth in 16 bit[/]",
+        highlight=False,
+    )
     _print_windows(facts["windows"])
 
 
 def _print_windows(windows: list[list[float | None]]) -> None:
-    """Windows by layer; equal layers in a row are one line."""
+    """Print windows by layer; consecutive equal layers share a line."""
     first = 0
     for index, layer in enumerate(windows):
         if index + 1 < len(windows) and windows[index + 1] == layer:

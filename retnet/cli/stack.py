@@ -117,7 +117,7 @@ def source(name: StackName) -> None:
 
 @presets_app.command("list")
 def list_presets() -> None:
-    """Name every stack preset and say what it is."""
+    """List the stack presets with their descriptions."""
     from retnet.stack.presets import preset_names, preset_summary
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

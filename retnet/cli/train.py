@@ -1,4 +1,4 @@
-"""`retnet train`: a recipe, `key=value` words, or both."""
+"""`retnet train`: training from a recipe, `key=value` arguments, or both."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from retnet.cli._common import console
 def train(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A YAML file of settings, then settings one by one."),
+        typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A YAML file of settings, then single settings."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Shards, file or folder of text, or 'stdlib': data=...")] = None,
     model: Annotated[str | None, typer.Option(help="Preset, stack file or saved directory; same as model=...")] = None,
 ) -> None:
     """Train a model on text.
 
-    Settings are model, data (a source, or several with their weights), valid, length (tokens in a row), carry_state,
+    Settings are model, data (a source, or several with weights), valid, length (tokens per row), carry_state,
     max_minutes, and every field of transformers' TrainingArguments: learning_rate, max_steps, bf16, torch_compile,
-    resume_from_checkpoint (auto takes the newest complete checkpoint), ...
+    resume_from_checkpoint (auto takes the newest complete checkpoint), ... It trains on the GPU where there is one
+    (use_cpu=true: on the CPU).
 
     After a SIGTERM a checkpoint is saved and the exit code is 143.
 
@@ -41,8 +42,8 @@ def train(
     from retnet.train.stopping import SIGTERM_EXIT_CODE, Terminated
 
     recipe = load_recipe(files[0] if files else None, [w for w in words if "=" in w], data=data, model=model)
-    disable_progress_bar()  # transformers' own bars for every file it writes
-    if int(os.environ.get("RANK", "0")) > 0:  # of several processes, as torchrun numbers them, the first one speaks
+    disable_progress_bar()  # of transformers, one for every file that it writes
+    if int(os.environ.get("RANK", "0")) > 0:  # only the first process of torchrun prints
         console.quiet = True
     try:
         summary = run(recipe, console)

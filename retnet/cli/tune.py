@@ -1,4 +1,4 @@
-"""`retnet tune`: the best block shapes of the GPU kernels on the device at hand, measured and stored."""
+"""`retnet tune`: measure and store the best block shapes of the GPU kernels on this device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def tune(
-    model: Annotated[str | None, typer.Argument(help="Tune for this model's heads; or give --heads.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Model whose head sizes are tuned; or give --heads.")] = None,
     heads: Annotated[
-        list[str] | None, typer.Option(help="Key and value width as KxV, 256x512; may be repeated.")
+        list[str] | None, typer.Option(help="Key and value dim per head as KxV, such as 256x512; may be repeated.")
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
 ) -> None:
@@ -27,7 +27,7 @@ def tune(
     import torch
 
     if not torch.cuda.is_available():
-        raise ValueError("no CUDA device: block shapes are tuned on the device that will run them")
+        raise ValueError("no CUDA device here; block shapes are tuned on the device that will run them")
     from retnet.kernels.retention.tiles import cache_file
     from retnet.kernels.retention.tune import tune as measure
 

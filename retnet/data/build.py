@@ -1,9 +1,8 @@
-"""Sources to a folder of token shards: the whole run, which can be interrupted anywhere and goes on where it was.
+"""Building token shards: a resumable run from sources to a directory of shards.
 
-Everything is written into `OUT.partial`, and OUT appears, by one rename, when all of it is on disk. What has been
-interrupted (killed, out of disk) leaves `OUT.partial` with the shards that are done; the same command goes on from
-there and ends with the same bytes as a run that was never interrupted. Data that cannot be read ends the run, and
-nothing remains.
+Everything is written into `OUT.partial`, and one rename makes it OUT when all of it is on disk. An interrupted run
+(killed, out of disk) leaves `OUT.partial` with the finished shards; the same command resumes there and writes the same
+bytes as an uninterrupted run. Data that cannot be read ends the run, and nothing remains.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _DATA, _RUN, _LOCK = "data", "run.json", "lock"
 
 @dataclass(frozen=True)
 class Progress:
-    """counts: so far, with the shards that an earlier run had done; size: of everything, in the unit of counts.size."""
+    """counts: so far, including the shards of an interrupted run. size: the total, in the unit of counts.size."""
 
     counts: Counts
     size: int
@@ -54,7 +53,7 @@ def build_shards(
     """Write the folder `out` and return its manifest.
 
     sources, settings, shard_size: see `make_plan`. tokenizer, document_start, with_end: see `find_tokenizer`.
-    workers: processes; None: one a core. A script that asks for more than one needs the usual
+    workers: processes; one per core if None. A script that asks for more than one needs the usual
         `if __name__ == "__main__"`.
 
     Raises DataError (a ValueError) for data that cannot be read, named by file and line; ValueError or
@@ -62,13 +61,11 @@ def build_shards(
     interrupted run; OSError for what cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; accepted: a folder that does not, or is empty")
+        raise ValueError(f"{out} exists; accepted: a new or empty folder")
     for source in sources:
         if out.resolve().is_relative_to(Path(source).resolve()):
-            raise ValueError(
-                f"{out} lies inside {source}, and would be read as text there; accepted: a folder elsewhere"
-            )
-    out = out.resolve()  # what a link leads to is what is written, and the folder beside it is on the same disk
+            raise ValueError(f"{out} lies inside {source} and would be read as text; accepted: a folder outside it")
+    out = out.resolve()  # through links, so that OUT.partial is on the same disk
     found = find_tokenizer(tokenizer, document_start, with_end=with_end)
     left_out: Counter[str] = Counter()
     plan = make_plan(sources, settings, shard_size, left_out)
@@ -97,20 +94,20 @@ def build_shards(
 
 
 def _check_replaceable(out: Path) -> None:
-    """The empty folder `out` gives way to a rename in the end; a mount point cannot, which is better known before."""
+    """Raise ValueError now if the empty folder `out` cannot be replaced by a rename later, as a mount point cannot."""
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         out.rename(aside)
         aside.rename(out)
     except OSError as error:
         raise ValueError(
-            f"{out} is there and cannot be replaced ({error.strerror}); accepted: a folder that does not exist, "
+            f"{out} exists and cannot be replaced ({error.strerror}); accepted: a folder that does not exist, "
             f"such as {out / _DATA}"
         ) from error
 
 
 def _remove(partial: Path) -> None:
-    """Remove the folder of a run; first the file that says what there is to go on with."""
+    """Remove the folder of a run, first the file that a resumed run would read."""
     (partial / _RUN).unlink(missing_ok=True)
     shutil.rmtree(partial)
 
@@ -122,7 +119,7 @@ def _cores() -> int:
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """Hold the folder of an unfinished run, made if it is not there; the lock goes with the process."""
+    """Lock the folder of an unfinished run, made if missing; the lock ends with the process."""
     import fcntl
 
     partial.mkdir(parents=True, exist_ok=True)
@@ -139,14 +136,14 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 def _begin(partial: Path, run: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Start a run, or check that what is there is the same run and clear what it left half-written."""
+    """Start a run; or check that the unfinished one is the same, and remove its half-written files."""
     data = partial / _DATA
     before = _unfinished(partial)
     if before is not None:
         if changed := list(_differences(before, json.loads(json.dumps(run)))):
             raise ValueError(
-                f"{partial} holds an interrupted run with other {', '.join(changed)}; remove it to begin anew, or give "
-                "what it was given"
+                f"{partial} holds an interrupted run with other {', '.join(changed)}; accepted: the arguments of that "
+                "run to resume it, or remove the folder to start again"
             )
     else:
         if data.exists():
@@ -160,7 +157,7 @@ def _begin(partial: Path, run: dict[str, Any], tokenizer: Tokenizer) -> None:
 
 
 def _unfinished(partial: Path) -> dict[str, Any] | None:
-    """What the run to go on with got; None without one, or where a clean-up that was cut short left half of it."""
+    """The arguments of the run to resume; None without one, or if it was being removed."""
     if not (partial / _RUN).is_file():
         return None
     run = json.loads((partial / _RUN).read_bytes())
@@ -180,7 +177,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 
 def _changed_files(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The files whose description changed, in words; "" for none."""
+    """The files whose description changed, as text; "" if none did."""
     changed = [path for path in before.keys() | now.keys() if before.get(path) != now.get(path)]
     return f"{min(changed)}{f' and {len(changed) - 1} more' if changed[1:] else ''}" if changed else ""
 
@@ -193,7 +190,7 @@ def _write_missing(
     workers: int,
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
-    """Write the shards that are not there yet."""
+    """Write the shards that are missing."""
     counts: dict[int, Counts] = {}
     missing: dict[int, list[Piece]] = {}
     for number, pieces in enumerate(plan):
@@ -222,7 +219,7 @@ def _write_missing(
 def _finish(
     data: Path, plan: list[list[Piece]], run: dict[str, Any], tokenizer: Tokenizer, left_out: Counter[str]
 ) -> dict[str, Any]:
-    """Write the manifest, which makes the folder whole."""
+    """Write the manifest, which completes the folder."""
     _check_unchanged(plan, run["files"])
     shards = []
     lines = 0
@@ -259,10 +256,10 @@ def _finish(
 
 
 def _check_unchanged(plan: list[list[Piece]], files: dict[str, list[int]]) -> None:
-    """Raise DataError for a source that was written to while it was read: part of it may be missing."""
+    """Raise DataError for a source that changed while it was read: part of it may be missing."""
     try:
         changed = _changed_files(files, describe_files(plan))
     except OSError as error:
-        raise DataError(f"{error.filename} went away while it was read: {error.strerror}") from error
+        raise DataError(f"{error.filename} disappeared while it was read: {error.strerror}") from error
     if changed:
         raise DataError(f"{changed} changed since the run began; accepted: files that nothing writes to")

@@ -1,7 +1,7 @@
-"""Documents as sequences of tokens, whatever they come from: files read as bytes, or shards that `retnet data` wrote.
+"""Corpora: documents as sequences of tokens, from files read as bytes or from shards that `retnet data` wrote.
 
-This is what packing, training and evaluation read. A document begins with its document start and is never joined to
-another here. Lengths are in memory (8 bytes a document), tokens are read when asked for.
+Packing, training and evaluation read corpora. A document begins with its document start; documents are not joined here.
+Lengths are in memory (8 bytes per document), tokens are read on demand.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _HASH_BLOCK = 1 << 20
 class Corpus(ABC):
     """N documents.
 
-    name: what it was opened as, for messages.
+    name: the source it was opened from, for messages.
     vocab_size: tokens are below it.
-    document_start: the token that stands before every document, and is its token 0.
-    lengths: int64 [N], tokens of each document, its start included; at least 1.
-    num_bytes: bytes of text in all documents together (UTF-8, or as they lie in the files): what bits per byte are per.
-    tokenizer_id: equal for corpora whose tokens mean the same: `bytes`, or the SHA-256 of a `tokenizer.json`.
-    tokenizer_directory: folder with that `tokenizer.json` and its `tokenizer_config.json`, which transformers'
+    document_start: token 0 of every document.
+    lengths: int64 [N], tokens per document, the start included; at least 1.
+    num_bytes: bytes of text in all documents (UTF-8, or as in the files), for bits per byte.
+    tokenizer_id: equal for corpora with the same tokenizer: `bytes`, or the SHA-256 of a `tokenizer.json`.
+    tokenizer_directory: directory with that `tokenizer.json` and its `tokenizer_config.json`, which transformers'
         AutoTokenizer loads; None for bytes.
     """
 
@@ -50,24 +50,24 @@ class Corpus(ABC):
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens of all documents, their starts included."""
+        """Tokens of all documents, document starts included."""
         return int(self.lengths.sum())
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are predicted: all but the starts."""
+        """Tokens that are predicted: all but the document starts."""
         return self.num_tokens - len(self)
 
     @abstractmethod
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]:
         """Tokens [start, stop) of a document, stop at most its length; any integer type.
 
-        Raises ValueError if what they are read from has changed since it was opened.
+        Raises ValueError if the files have changed since they were opened.
         """
 
     @abstractmethod
     def describe(self, document: int) -> str:
-        """Where a document comes from: a path, or a path and a line or row."""
+        """The origin of a document: a path, or a path with a line or row."""
 
     @property
     @abstractmethod
@@ -80,7 +80,7 @@ class Corpus(ABC):
 
     @abstractmethod
     def split(self, valid_fraction: float) -> tuple[Self, Self]:
-        """Training and validation: the same documents land on the same side whatever else there is.
+        """Training and validation side; a document's side does not depend on the other documents.
 
         Raises ValueError if the fraction is not between 0 and 1, or if there is too little text for both sides.
         """
@@ -88,7 +88,7 @@ class Corpus(ABC):
     @cached_property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash (hexadecimal) of all that the tokens depend on: equal ones give equal training rows."""
+        """A hexadecimal hash of everything that the tokens depend on: equal fingerprints give equal training rows."""
 
 
 class ByteCorpus(Corpus):
@@ -125,7 +125,7 @@ class ByteCorpus(Corpus):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names, sizes and contents; every file is read once."""
+        """The hash of names, sizes and contents; reads every file once."""
         digest = hashlib.sha256(b"bytes")
         for document in self.documents:
             digest.update(f"\n{document.name!r} {document.size}\n".encode("utf-8", "backslashreplace"))
@@ -135,10 +135,10 @@ class ByteCorpus(Corpus):
 
 
 class ShardCorpus(Corpus):
-    """Documents of token shards, all of them or the part that a split has chosen.
+    """Documents of token shards: all of them, or one side of a split.
 
-    A part is a choice of the folder's documents, some tokens of text left out at the beginning of each, and its own
-    lengths; a document start stands before what is left.
+    One side is a selection of the folder's documents, or the head or tail of every document. A tail begins with its own
+    document start.
     """
 
     def __init__(self, folder: ShardFolder, name: str):
@@ -172,14 +172,14 @@ class ShardCorpus(Corpus):
         return self.folder.tokenizer
 
     def split(self, valid_fraction: float) -> tuple[Self, Self]:
-        """By the hash of each document's text, so that copies of a text land on the same side.
+        """Split by the hash of each document's text, so that copies of a text are on the same side.
 
-        Where that leaves one side empty (few documents), the last `valid_fraction` of every document's tokens is
-        validation, cut between characters. Its bytes are those of its text decoded, which is exact for tokenizers whose
-        decoding gives back the text.
+        Where one side would be empty (few documents), the last `valid_fraction` of every document's tokens is for
+        validation, cut between characters. Its bytes are those of its decoded text, which is exact for tokenizers whose
+        decoding restores the text.
         """
         if not 0 < valid_fraction < 1:
-            raise ValueError(f"valid_fraction lies between 0 and 1, got {valid_fraction}")
+            raise ValueError(f"valid_fraction is {valid_fraction}; accepted: between 0 and 1")
         hashes = self.folder.column(Column.HASH).view(np.uint64)
         valid = hashes < np.uint64(valid_fraction * 2**64)
         if 0 < valid.sum() < len(valid):
@@ -189,7 +189,7 @@ class ShardCorpus(Corpus):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The manifest's hashes and the documents chosen; no token is read."""
+        """The hash of the manifest's hashes and the selected documents; reads no token."""
         manifest = self.folder.manifest
         digest = hashlib.sha256(repr((manifest["dtype"], sorted(manifest["tokenizer"].items()))).encode())
         for shard in manifest["shards"]:
@@ -206,7 +206,7 @@ class ShardCorpus(Corpus):
         return part
 
     def _cut(self, valid_fraction: float) -> tuple[Self, Self]:
-        """The heads and the tails of all documents that have two tokens of text."""
+        """The heads and the tails of all documents with at least two tokens of text."""
         documents = np.flatnonzero(self.lengths > 2)
         if not len(documents):
             raise ValueError(
@@ -226,7 +226,7 @@ class ShardCorpus(Corpus):
         return train, valid
 
     def _cut_at_character(self, document: int, head: int) -> tuple[int, int]:
-        """Tokens of text before the first cut from `head` on that is not inside a character, and bytes after it."""
+        """The first place to cut, from `head` tokens on, that is between characters; and the bytes after it."""
         last = int(self.lengths[document]) - 1
         if self.tokenizer_id == BYTES:
             return head, last - head
@@ -234,21 +234,21 @@ class ShardCorpus(Corpus):
         return cut, len(self.decode(self.tokens(document, cut + 1).tolist()).encode())
 
     def _begins_character(self, document: int, cut: int) -> bool:
-        """Whether the tokens of text from `cut` on begin with a character: one has 4 bytes at most, so 4 tokens."""
+        """Whether the tokens of text from `cut` on begin with a whole character, which takes at most 4 tokens."""
         tokens = self.tokens(document, cut + 1, min(cut + 5, int(self.lengths[document]))).tolist()
         starts = (self.decode(tokens[:count]) for count in range(1, len(tokens) + 1))
         return any(not start.startswith("\N{REPLACEMENT CHARACTER}") for start in starts)
 
 
 def token_kind(corpus: Corpus) -> tuple[str, int, int]:
-    """What must be equal for the tokens of two corpora to mean the same: tokenizer, vocabulary, document start."""
+    """Tokenizer, vocabulary and document start: equal for two corpora whose tokens mean the same."""
     return corpus.tokenizer_id, corpus.vocab_size, corpus.document_start
 
 
 def open_corpus(source: str | os.PathLike[str]) -> Corpus:
     """The documents of a source: a folder that `retnet data` wrote, or text read as bytes (see `find_documents`).
 
-    Raises FileNotFoundError if there is no such path, ValueError if it holds no text or its shards are not whole.
+    Raises FileNotFoundError if there is no such path, ValueError if it holds no text or its shards are incomplete.
     """
     if os.fspath(source) != STDLIB and is_shard_folder(Path(source)):
         return ShardCorpus(ShardFolder(Path(source)), os.fspath(source))

@@ -1,4 +1,4 @@
-"""How long a corpus' documents are, as a picture: by count, and by the tokens in them."""
+"""Plot of document lengths: by number of documents, and by their share of the tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _BINS_PER_DOUBLING = 4
 
 
 def save_lengths_plot(lengths: NDArray[np.int64], title: str, path: Path) -> None:
-    """Two histograms over the length in tokens, on a logarithmic axis, as PNG or SVG by the name.
+    """Save two histograms over the document length, on a logarithmic axis, as PNG or SVG by the file name.
 
-    The upper one counts documents; the lower one shows the share of all tokens that lie in documents of that length,
-    which is what a training run sees.
+    The upper one counts documents. The lower one shows the share of all tokens in documents of that length, which is
+    what a training run sees.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
@@ -26,7 +26,7 @@ def save_lengths_plot(lengths: NDArray[np.int64], title: str, path: Path) -> Non
     documents.hist(lengths, bins=bins)
     tokens.hist(lengths, bins=bins, weights=lengths / lengths.sum(), color="tab:orange")
     documents.set(title=title, ylabel="documents", xscale="log")
-    tokens.set(ylabel="share of tokens", xlabel="tokens in a document")
+    tokens.set(ylabel="share of tokens", xlabel="tokens per document")
     tokens.xaxis.set_major_locator(LogLocator(base=2 if high - low <= 12 else 4))
     tokens.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     tokens.xaxis.set_minor_locator(LogLocator(base=2, subs=(1.0,)))

@@ -1,8 +1,8 @@
-"""Several corpora in one stream, by their shares of the tokens.
+"""Mixtures: rows of several corpora in one stream, by their shares of the tokens.
 
-Which corpus row t comes from is fixed by the weights alone: a table that spreads each corpus evenly, so that at every
-point of a run the tokens so far have the shares asked for, to about a row for each corpus. So row t is known without
-the rows before it, as in `packing`. A corpus that has been read through begins again, in another order.
+The weights alone decide which corpus row t comes from. A table spreads each corpus evenly, so that at every point of a
+run the tokens so far have the given shares, to about one row per corpus. Row t is known without the rows before it, as
+in `packing`. A corpus that has been read to its end begins again, in another order.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _RESOLUTION = 10_000
 class Mixture(Rows):
     """Rows of several corpora.
 
-    corpora: what to mix; one vocabulary.
-    weights: shares of the tokens that come from each; they need not sum to 1. Shares are kept to 1 / 10000.
-    length, seed, carry_state, lanes: as for `PackedDataset`. With carry_state a lane stays with its corpus, so the
-        weights have to come out as whole lanes.
+    corpora: of one tokenizer.
+    weights: each corpus's share of the tokens, up to a common factor, rounded to 1 / 10000.
+    length, seed, carry_state, lanes: as for `PackedDataset`. With carry_state a lane stays with its corpus, so
+        lanes x share must be an integer for each.
 
-    An epoch is as many rows as the corpora have together.
+    An epoch has as many rows as the corpora together.
 
     shares: the share of each corpus.
 
-    Raises ValueError for a weight that is not positive or is too small to keep, corpora of different vocabularies, or
-    weights that no whole number of lanes gives.
+    Raises ValueError for a weight that is not positive or rounds to nothing, corpora of different tokenizers, or
+    weights that do not give whole lanes.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Mixture(Rows):
         return part.describe(index, epoch)
 
     def _place(self, index: int, epoch: int) -> tuple[PackedDataset, int, int]:
-        """The part that a row comes from, and its index and epoch there.
+        """The corpus of a row, and the row's index and epoch there.
 
-        The table is one period of the stream: with lanes, one batch. A part's rows are numbered as they come.
+        The table is one period of the stream: with lanes, one batch. Rows of a corpus are numbered in stream order.
         """
         self._check(index)
         period, slot = divmod(epoch * len(self) + index, self._period)

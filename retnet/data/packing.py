@@ -1,15 +1,14 @@
-"""Documents laid end to end and cut into rows of T tokens, with the boundaries kept.
+"""Packing: documents end to end, cut into rows of T tokens that keep the document boundaries.
 
-An epoch is a stream: every document once, in an order drawn from (seed, epoch). Row r is the stream's tokens
-[r T, (r + 1) T) together with the token that follows each inside its document, so every token is processed exactly once
-and every token but the document starts is predicted exactly once: a sum of losses over `num_bytes` is bits per byte
-with nothing left out. Rows are full (only the last of an epoch is filled up), so every batch has one shape and no
-compute goes to padding. A row is computed from its number alone: a run resumes anywhere without reading what came
-before.
+An epoch is a stream: every document once, in an order drawn from (seed, epoch). Row r holds the stream's tokens
+[r T, (r + 1) T) and, for each, the token that follows it in its document. So every token is read once, and every token
+but the document starts is predicted once: the sum of losses over `num_bytes` gives exact bits per byte. Rows are full
+(only the last of an epoch is filled up), so every batch has one shape and none of it is padding. A row is computed from
+its number alone, so a run resumes anywhere without reading earlier rows.
 
-By default a document that crosses into another row starts there with a fresh state, and rows come in an order of their
-own. With `carry_state` they come in lanes for truncated backpropagation: batch after batch, row b of a batch goes on
-where row b of the batch before ended, and the trainer carries the state over unless `position_ids` begins with 0.
+By default the part of a document in the next row starts there with a fresh state, and rows are shuffled. With
+`carry_state` rows come in lanes for truncated backpropagation: row b of a batch continues row b of the batch before,
+and the trainer carries the state over unless `position_ids` begins with 0.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ IGNORED = -100
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Rows of `length` tokens: what `PackedDataset` and `Mixture` are to a trainer.
+    """Rows of `length` tokens: the interface of `PackedDataset` and `Mixture` for a trainer.
 
-    `len` is the rows of an epoch. Item i of an epoch is `row(i, epoch)`; indexing takes the epoch that `set_epoch` has
-    set, which is what accelerate's loaders call, and which reaches workers that are already running.
+    `len` is the number of rows per epoch. Item i of an epoch is `row(i, epoch)`. Indexing reads the epoch set by
+    `set_epoch`, which accelerate's loaders call; it reaches workers that are already running.
 
     num_bytes: bytes of text in all documents.
-    bytes_per_target: bytes of text for each token that is predicted; nats per token / ln 2 / this are bits per byte.
+    bytes_per_target: bytes of text per predicted token; bits per byte are nats per token / ln 2 / bytes_per_target.
 
     A row is a dict of int64 tensors [T]:
         input_ids: the tokens.
-        shift_labels: the token that follows each in its document; -100 at a document's last token and in what fills up
-            the epoch. Transformers' loss and ours take them as they are, across the ends of rows.
-        labels: the same, not shifted, as Hugging Face's models expect; -100 at the first token of each piece. With
-            these alone the last token of a row predicts nothing.
-        position_ids: tokens since the state was fresh; 0 is a boundary.
+        shift_labels: the next token in the same document, also across the end of a row; -100 at a document's last token
+            and where the epoch is filled up. Transformers' loss and ours take them without shifting.
+        labels: the same unshifted, as Hugging Face models expect; -100 at the first token of each piece. With these
+            alone the last token of a row predicts nothing.
+        position_ids: tokens since the last fresh state; 0 is a boundary.
     """
 
     length: int
@@ -62,7 +61,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     @abstractmethod
     def describe(self, index: int, epoch: int = 0) -> list[str]:
-        """The documents of a row: where each comes from, and which of its tokens."""
+        """The documents of a row: the origin of each, and its tokens in the row."""
 
     @property
     def epoch(self) -> int:
@@ -84,12 +83,12 @@ class Rows(Dataset[dict[str, Tensor]]):
 class PackedDataset(Rows):
     """Rows of one corpus; the same corpus, length, seed and epoch give the same rows everywhere.
 
-    corpus: what to pack.
-    length: T, the tokens in a row, at least 2.
-    seed: order of documents and rows, another one each epoch; None keeps the given order.
-    carry_state: documents go on from row to row of a lane.
-    lanes: with carry_state, rows in a batch over all processes: item i is step i // lanes of lane i % lanes. Read in
-        order, batches of B on each of P processes (lanes = B P) give process p the lanes [p B, (p + 1) B), always.
+    corpus: the documents to pack.
+    length: T, tokens per row, at least 2.
+    seed: of the order of documents and rows, which differs by epoch; None keeps the given order.
+    carry_state: documents continue from row to row of a lane.
+    lanes: with carry_state, rows per batch over all processes: item i is step i // lanes of lane i % lanes. Read in
+        order, batches of B on each of P processes (lanes = B P) give process p the lanes [p B, (p + 1) B) every time.
 
     Raises ValueError if there are no documents, the length is below 2, or there are fewer rows than lanes.
     """
@@ -105,7 +104,7 @@ class PackedDataset(Rows):
     ):
         super().__init__()
         if length < 2:
-            raise ValueError(f"a row needs at least 2 tokens to predict one, got length {length}")
+            raise ValueError(f"length is {length}; accepted: at least 2 tokens per row, to predict one")
         if not corpus.num_targets:
             raise ValueError("no documents to pack")
         self.corpus, self.length, self.seed = corpus, length, seed
@@ -153,7 +152,7 @@ class PackedDataset(Rows):
         ]
 
     def _pieces(self, index: int, epoch: int) -> list[tuple[int, int, int, int]]:
-        """The pieces of a row: document, its first token here, number of tokens, position of the first."""
+        """The pieces of a row: document, its first token in the row, number of tokens, position of the first."""
         self._check(index)
         row, first_of_lane = self._place(index, epoch)
         if row is None:
@@ -173,9 +172,9 @@ class PackedDataset(Rows):
         return pieces
 
     def _place(self, index: int, epoch: int) -> tuple[int | None, int | None]:
-        """The row of the stream that an index stands for, and the first row of its lane.
+        """The row of the stream for an index, and the first row of its lane.
 
-        Lanes differ by at most a row; a lane that has ended before the others has none.
+        Lane lengths differ by at most one row; there is no row (None) for a lane that ended before the others.
         """
         if not self.carry_state:
             if self.seed is None:
@@ -186,7 +185,7 @@ class PackedDataset(Rows):
         return (first + step if first + step < last else None), first
 
     def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The documents of an epoch's stream, and where each ends in it."""
+        """The documents of an epoch's stream, and the end of each in it."""
         if self._ordered is None or (self.seed is not None and self._ordered[0] != epoch):
             documents = np.arange(len(self.corpus))
             if self.seed is not None:

@@ -1,8 +1,8 @@
-"""What is to be read, before anything is: sources to files, files to pieces, pieces to shards.
+"""The plan of a `retnet data` run: sources to files, files to pieces, pieces to shards, before any text is read.
 
-A shard is a task: a run of pieces of about the same size, read and written by one process. The plan depends on the
-sources and settings alone, so any number of processes writes the same bytes, and an interrupted run knows what is left.
-Big files are cut between documents, here, by looking at the few bytes around each cut; compressed ones are not cut.
+A shard is a task for one process: consecutive pieces of about the same total size. The plan depends on the sources and
+settings alone, so any number of processes writes the same bytes, and an interrupted run knows what is missing. Big
+files are cut between documents by reading a few bytes around each cut; compressed files are not cut.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _LOOK = 1 << 16
 
 @dataclass(frozen=True)
 class Settings:
-    """How text is found in files.
+    """How documents are found in files.
 
-    field: the text in a record of jsonl, parquet or a dataset.
-    separator: what stands between documents of a text file; None: a file is a document.
+    field: the field with the text in jsonl, parquet and datasets.
+    separator: the text between documents of a text file; if None, a file is one document.
     config, split: of a dataset.
     """
 
@@ -37,12 +37,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a file, between documents: bytes [begin, end) of text or jsonl, row groups of parquet, rows of arrow.
+    """A part of a file that begins and ends between documents: bytes [begin, end) of text or jsonl, row groups of
+    parquet, or rows of arrow.
 
-    name: the file's path from the folder that holds its source: the same on every machine.
+    name: the file's path relative to the source's parent folder, the same on every machine.
     kind: text, jsonl, parquet or arrow.
-    size: bytes on disk, or of the rows: what progress counts.
-    first_row: number of the first row in parquet and arrow.
+    size: bytes on disk or of the rows; the unit of progress.
+    first_row: number of the first row, for parquet and arrow.
     """
 
     path: str
@@ -63,8 +64,8 @@ def make_plan(
     """The pieces of each shard.
 
     sources: files, folders, `stdlib`, folders of `Dataset.save_to_disk`, or `hf:NAME` for a dataset of the hub.
-    shard_size: bytes of input in a shard, about; None: a 256th of everything, between 16 MiB and 512 MiB.
-    left_out: counts what folders hold besides text (see `find_documents`).
+    shard_size: approximate bytes of input per shard; if None, a 256th of the total, between 16 MiB and 512 MiB.
+    left_out: a counter to which files left out are added (see `find_documents`).
 
     Raises FileNotFoundError if there is no such source, ValueError if there is no text in one.
     """
@@ -84,7 +85,7 @@ def make_plan(
 
 
 def describe_files(plan: Iterable[Iterable[Piece]]) -> dict[str, list[int]]:
-    """Size and time of change of every file: what must not change while a run is interrupted."""
+    """Size and modification time of every file, which must not change between the parts of a resumed run."""
     paths = sorted({piece.path for pieces in plan for piece in pieces})
     return {path: [(stat := Path(path).stat()).st_size, stat.st_mtime_ns] for path in paths}
 
@@ -110,7 +111,7 @@ def _find_files(source: str, settings: Settings, left_out: Counter[str] | None) 
 
 
 def _whole_file(path: Path, name: str, size: int) -> Iterator[Piece]:
-    """A file as one piece, or parquet as a piece for each row group."""
+    """A file as one piece; parquet as one piece per row group."""
     kind = file_kind(path)
     if kind == "parquet":
         from pyarrow import ArrowInvalid
@@ -130,13 +131,13 @@ def _whole_file(path: Path, name: str, size: int) -> Iterator[Piece]:
 
 
 def file_kind(path: Path) -> str:
-    """How a file is read, by its name."""
+    """The kind of a file, by its name."""
     plain = path.with_suffix("") if is_compressed(path) else path
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix_of(plain), "text")
 
 
 def _hub_files(name: str, settings: Settings) -> Iterator[Piece]:
-    """A dataset of the hub, downloaded, as the arrow files of its cache."""
+    """The cached arrow files of a dataset of the hub, which is downloaded."""
     from datasets import load_dataset
 
     try:
@@ -163,7 +164,7 @@ def _saved_dataset(path: Path, split: str) -> Iterator[Piece]:
             raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(splits)} (choose one with --split)")
         path = path / split
         if not _is_saved_dataset(path):
-            raise ValueError(f"{path} is not whole; accepted: a split that `save_to_disk` wrote")
+            raise ValueError(f"{path} is incomplete; accepted: a split that `save_to_disk` wrote")
     for file in json_object(path / "state.json")["_data_files"]:
         yield from _arrow_file(path / file["filename"], f"{path.name}/{file['filename']}")
 
@@ -173,7 +174,7 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _splits(path: Path) -> list[str]:
-    """The splits of a folder that `DatasetDict.save_to_disk` wrote; none for another folder."""
+    """The splits of a folder that `DatasetDict.save_to_disk` wrote; empty for any other folder."""
     splits = json_object(path / "dataset_dict.json").get("splits")
     return splits if isinstance(splits, list) and all(isinstance(split, str) for split in splits) else []
 
@@ -190,7 +191,7 @@ def _arrow_file(path: Path, name: str) -> Iterator[Piece]:
 
 
 def _cut(file: Piece, room: int, shard_size: int, separator: str | None) -> Iterator[Piece]:
-    """A file in pieces that fill the shard that is being filled, then whole shards."""
+    """A file in pieces: the first fills up the current shard, the others are whole shards."""
     if (
         file.size <= room
         or is_compressed(Path(file.path))
@@ -214,14 +215,14 @@ def _cut(file: Piece, room: int, shard_size: int, separator: str | None) -> Iter
 
 
 def _after(path: Path, mark: bytes, begin: int, at: int, end: int) -> int:
-    """Where the first mark inside [begin, end) that ends at `at` or later ends; `end` if there is none.
+    """The end of the first mark inside [begin, end) that ends at `at` or later; `end` if there is none.
 
-    A mark that overlaps the one before it (in a run of line breaks) is passed over: whether it separates documents
-    depends on where the run begins, and cuts must not change documents.
+    A mark that overlaps the one before it (in a run of line breaks) is skipped: whether it separates documents depends
+    on the start of the run, and cuts must not change documents.
     """
     first = max(at - len(mark), begin)
     position = max(first - len(mark) + 1, begin)
-    before = position - len(mark)  # where the last mark begins
+    before = position - len(mark)  # start of the last mark
     window = b""
     with open(path, "rb") as file:
         file.seek(position)

@@ -1,8 +1,8 @@
-"""Shards over worker processes: each writes whole shards by itself and sends back counts alone.
+"""Worker processes for shards: each writes whole shards and sends back only counts.
 
-The pool of the standard library waits for ever for a worker that was killed, and its executor cannot be stopped in the
-middle of a task. Here a worker that dies is noticed at once, and workers end by themselves when the parent has gone.
-Workers are spawned, not forked: the parent may have threads.
+The standard library's pool waits forever for a worker that was killed, and its executor cannot be stopped during a
+task. This one notices a dead worker at once, and its workers end when the parent is gone. Workers are spawned, not
+forked, as the parent may have threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Report = Callable[[int, Counts], None]
 
 
 def write_here(shards: Shards, settings: Settings, tokenizer: Tokenizer, directory: Path, report: Report) -> None:
-    """Write shards one after the other in this process; `report` gets a shard's number and counts after every batch."""
+    """Write shards in this process; `report` gets a shard's number and counts after every batch."""
     for number, pieces in shards.items():
         write_shard(number, pieces, settings, tokenizer, directory, partial(report, number))
 
@@ -43,9 +43,9 @@ def write_in_parallel(
     count: int,
     report: Report,
 ) -> None:
-    """The same in `count` processes, shards in no fixed order.
+    """Write shards in `count` processes, in no fixed order.
 
-    Raises what a worker raised, and ChildProcessError for a worker that died.
+    Raises a worker's exception, and ChildProcessError for a worker that died.
     """
     context = multiprocessing.get_context("spawn")
     workers: dict[Any, Any] = {}  # connection -> process
@@ -87,8 +87,8 @@ def _receive(connection: Any, process: Any) -> tuple[int, Counts] | BaseExceptio
     except (EOFError, ConnectionResetError):
         process.join()
         return ChildProcessError(
-            f"a worker process died (exit code {process.exitcode}; killed for its memory, perhaps: fewer --workers "
-            "need less); the same command goes on where it stopped"
+            f"a worker process died (exit code {process.exitcode}; perhaps out of memory: fewer --workers need less); "
+            "the same command resumes where it stopped"
         )
 
 
@@ -99,8 +99,8 @@ def _send(connection: Connection, number: int, counts: Counts) -> None:
 def _work(
     connection: Connection, settings: Settings, description: dict[str, Any], tokenizer_directory: Path, directory: Path
 ) -> None:
-    """A worker: tasks come and counts go through the connection; None says idle, or from the parent, the end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
+    """Worker loop: receives tasks and sends counts. None from the worker means idle, None from the parent the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too and decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         tokenizer = saved_tokenizer(tokenizer_directory, description)

@@ -1,11 +1,10 @@
-"""Pieces of files as documents, in bounded memory.
+"""Readers: documents from pieces of files, in bounded memory.
 
-A document comes as one or more blocks of bytes, the last one marked. Blocks are at most `BLOCK_BYTES` and end between
-characters; where they can, after a line or before a space, which is where the usual tokenizers cut anyway. So a
-document of any size is read, one up to a block is tokenised as if at once, and where the blocks end depends on the
-document alone.
+A document is read as one or more blocks of bytes, the last of them marked. Blocks have at most `BLOCK_BYTES` and end
+between characters; if possible after a line or before a space, where the usual tokenizers cut anyway. So documents may
+have any size, those of one block are tokenised whole, and block boundaries depend on the document alone.
 
-Every mistake in the data is a `DataError` that begins with the file and the line or row.
+Every error in the data is a `DataError` whose message begins with the file and the line or row.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _BEFORE_SPACE = re.compile(rb"\S(?= \S)")
 
 
 class DataError(ValueError):
-    """Something in the data that cannot be read; the message begins with the place."""
+    """Data that cannot be read; the message begins with the place."""
 
 
 class Block(NamedTuple):
@@ -45,9 +44,9 @@ class Block(NamedTuple):
 
 
 class Reading:
-    """A piece being read.
+    """Reads one piece.
 
-    utf8: whether text has to be UTF-8.
+    utf8: whether text must be UTF-8.
     lines: newlines read so far; 0 for parquet and arrow.
     progress: share of the piece that has been read, from 0 to 1.
     """
@@ -59,7 +58,7 @@ class Reading:
         self._path = Path(piece.path)
 
     def blocks(self) -> Iterator[Block]:
-        """The documents, block by block; those without text are left out. Raises DataError, OSError."""
+        """The documents, block by block, without empty ones. Raises DataError, OSError."""
         if self.piece.kind in ROW_KINDS:
             yield from self._from_rows()
         else:
@@ -97,7 +96,7 @@ class Reading:
             raise self._cut_short(self.piece.end - left)
 
     def _from_lines(self, raw: BinaryIO, file: BinaryIO) -> Iterator[Block]:
-        """jsonl: an object a line, the text in one field. Blank lines are left out."""
+        """jsonl: one object per line, the text in one field. Blank lines are skipped."""
         at, packed = self.piece.begin, is_compressed(self._path)
         while packed or at < self.piece.end:
             line = file.readline(LINE_BYTES + 1)
@@ -179,13 +178,13 @@ class Reading:
             raise DataError(f"{place}: not UTF-8: {error.reason} 0x{data[error.start]:02x}") from error
 
     def _place(self, line: int) -> str:
-        """How messages name the line-th line after those read so far."""
+        """The name in messages of the line-th line after those read so far."""
         return place_of(self.piece, self.lines + line)
 
     def _cut_short(self, at: int) -> DataError:
         return DataError(
-            f"{self._path} became shorter while it was read: it ends at byte {at}, and had {self.piece.end} or more "
-            "before; accepted: files that nothing writes to"
+            f"{self._path} became shorter while it was read: it ends at byte {at} and had {self.piece.end} or more; "
+            "accepted: files that nothing writes to"
         )
 
     def _advance(self, raw: BinaryIO) -> None:
@@ -193,7 +192,7 @@ class Reading:
 
 
 def place_of(piece: Piece, number: int) -> str:
-    """How messages name where a document begins: `number` as in `Block`."""
+    """The name in messages of a document's first line or row: `number` as in `Block`."""
     if number < 0:
         return piece.path
     if piece.kind in ROW_KINDS:
@@ -233,7 +232,7 @@ def _cut(document: bytes) -> Iterator[tuple[bytes, bool]]:
 
 
 def _between_tokens(data: bytes) -> int:
-    """Where a block of data longer than `BLOCK_BYTES` ends."""
+    """The end of the first block of data longer than `BLOCK_BYTES`."""
     begin = BLOCK_BYTES - _TAIL
     window = data[begin : BLOCK_BYTES + 1]
     for pattern in (_AFTER_LINE, _BEFORE_SPACE):

@@ -1,7 +1,7 @@
-"""One shard: its pieces read, tokenised and written, in memory bounded by a batch of text.
+"""Shard writer: the pieces of one shard read, tokenised and written, in memory bounded by one batch of text.
 
-What the bytes of the files are depends on the pieces and the tokenizer alone. The shard's JSON is written last: where
-it is, the shard is done.
+The bytes written depend on the pieces and the tokenizer alone. The shard's JSON is written last and marks the shard as
+finished.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH_BYTES = 1 << 19
 
 
 class Counts(NamedTuple):
-    """What has been read and written so far. size: in the unit of the pieces' sizes."""
+    """Input read and output written so far. size: in the unit of the pieces' sizes."""
 
     size: int = 0
     documents: int = 0
@@ -43,7 +43,7 @@ def write_shard(
 ) -> None:
     """Write the files of shard `number` (see `shards`), calling `report` after every batch.
 
-    Raises DataError for what cannot be read, OSError for what cannot be written; the shard's JSON is not there then.
+    Raises DataError for data that cannot be read, OSError for files that cannot be written; then there is no JSON.
     """
     name = f"{number:05}"
     sources: list[dict[str, Any]] = []
@@ -77,7 +77,7 @@ def write_shard(
 
 
 class _Index:
-    """The index, as far as documents have ended: a temporary file a column, so that memory does not grow with them."""
+    """The index of the finished documents: one temporary file per column, so that memory does not grow."""
 
     def __init__(self, columns: Sequence[BinaryIO]):
         self.documents = self.bytes = 0
@@ -90,7 +90,7 @@ class _Index:
         self.bytes += sum(entry[Column.BYTES] for entry in entries)
 
     def write(self, file: BinaryIO) -> str:
-        """Write the columns one after the other; their SHA-256."""
+        """Write the columns one after the other; returns their SHA-256."""
         digest = hashlib.sha256()
         for column in self._columns:
             column.seek(0)
@@ -101,7 +101,7 @@ class _Index:
 
 
 class _TokenWriter:
-    """Blocks gathered to batches, tokenised, and written with the tokens around documents."""
+    """Collects blocks into batches, tokenises them, and writes them with the tokens around documents."""
 
     def __init__(self, file: BinaryIO, index: _Index, tokenizer: Tokenizer, pieces: Sequence[Piece]):
         self.tokens = 0
@@ -110,11 +110,11 @@ class _TokenWriter:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._batch: list[tuple[int, Block]] = []
         self._batch_bytes = 0
-        self._text: Any = None  # hash of the document that is open
+        self._text: Any = None  # hash of the open document
         self._text_bytes = 0
 
     def add(self, piece: int, block: Block) -> bool:
-        """Take a block; true if a batch has been written."""
+        """Add a block; returns whether a batch was written."""
         self._batch.append((piece, block))
         self._batch_bytes += len(block.data)
         if self._batch_bytes < BATCH_BYTES:
@@ -123,7 +123,7 @@ class _TokenWriter:
         return True
 
     def flush(self) -> None:
-        """Write what has been gathered."""
+        """Write the collected blocks."""
         texts = self._encode()
         runs: list[NDArray[np.integer]] = []
         ended: list[dict[Column, int]] = []
@@ -161,7 +161,7 @@ class _TokenWriter:
         ]
 
     def _end_document(self, piece: int, number: int, runs: list[NDArray[np.integer]]) -> dict[Column, int]:
-        """Close the document that is open; its entry in the index."""
+        """Close the open document; returns its entry in the index."""
         if self._tokenizer.document_end is not None:
             runs.append(self._one(self._tokenizer.document_end))
         size, digest = self._text_bytes, self._text.digest()

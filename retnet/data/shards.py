@@ -1,14 +1,14 @@
-"""Token shards: the folder that `retnet data` writes, and how it is read.
+"""Token shards: the folder that `retnet data` writes, opened for reading.
 
-    manifest.json        totals, the tokenizer, the shards with their counts and SHA-256, what folders held besides text
+    manifest.json        totals, the tokenizer, the shards with counts and SHA-256, files left out
     tokenizer/           tokenizer.json and tokenizer_config.json (none for bytes)
-    00000.tokens         the tokens of its documents end to end, raw little-endian uint16 or uint32
-    00000.index          int64 [5, documents], a column a row: see `Column`
-    00000.json           the files that the documents came from, and the shard's own counts
+    00000.tokens         the tokens of the shard's documents end to end, raw little-endian uint16 or uint32
+    00000.index          int64 [5, documents], one row per `Column`
+    00000.json           the files that the documents came from, and the shard's counts
 
-Plain formats: raw numbers and JSON, nothing that runs when it is read. A document lies in one shard, whole, and begins
-with the document start. Shards are memory-mapped, so a corpus costs 8 bytes of memory a document. Opening compares the
-sizes of all files with the manifest; `check_shards` reads everything.
+The formats are plain: raw numbers and JSON, nothing executable. Every document is in one shard and begins with the
+document start. Shards are memory-mapped, so a corpus takes 8 bytes of memory per document. Opening compares the sizes
+of all files with the manifest; `check_shards` reads everything.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _BLOCK = 1 << 22
 
 
 class Column(IntEnum):
-    """The rows of an index."""
+    """Rows of an index."""
 
-    END = 0  # where the document ends, in tokens from the start of the shard
+    END = 0  # end of the document, in tokens from the start of the shard
     BYTES = 1  # bytes of its text
-    HASH = 2  # first 8 bytes of the SHA-256 of its text, as a signed number: what splits go by
-    PIECE = 3  # which of the shard's pieces it came from
-    NUMBER = 4  # line (from 1, inside the piece) or row (from 0, of the file) that it begins at; -1 for a whole file
+    HASH = 2  # first 8 bytes of the SHA-256 of its text, as a signed number; decides its side of a split
+    PIECE = 3  # the shard's piece that it came from
+    NUMBER = 4  # line (from 1, in the piece) or row (from 0, in the file) where it begins; -1 for a whole file
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -51,9 +51,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardFolder:
-    """The folder, opened: documents by number, over all shards.
+    """An open folder of shards: documents by number, over all shards.
 
-    Raises FileNotFoundError if there is no manifest, ValueError if it is not ours or a file has not the size it names.
+    Raises FileNotFoundError if there is no manifest, ValueError if it is not ours or a file has another size than the
+    manifest says.
     """
 
     def __init__(self, directory: Path):
@@ -69,7 +70,7 @@ class ShardFolder:
         self._index: dict[int, NDArray[np.int64]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the maps, which pickle would copy: each process makes its own."""
+        """The state without the memory maps, which pickle would copy: each process opens its own."""
         return self.__dict__ | {"_tokens": {}, "_index": {}}
 
     @property
@@ -138,16 +139,16 @@ class ShardFolder:
 
 
 def is_shard_folder(source: Path) -> bool:
-    """Whether `retnet data` wrote this folder: any folder may have a manifest.json, ours says so or lies beside shards.
+    """Whether `retnet data` wrote this folder: its manifest.json names our format or lies beside shards.
 
-    So shards with a damaged manifest, which open with an error, are not taken for a folder of text.
+    Shards with a damaged manifest count too: opening them raises an error, and they are not read as text.
     """
     path = source / MANIFEST
     return json_object(path).get("format") == FORMAT or (path.is_file() and (source / "00000.tokens").is_file())
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} if there is no such file or it holds something else."""
+    """The JSON object in a file; {} for no such file or other content."""
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -171,10 +172,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def check_shards(directory: Path) -> Iterator[tuple[str, str | None]]:
-    """Read every file: for each shard its name, and what is wrong with it or None.
+    """Read every file: for each shard its name, and the damage found or None.
 
-    Compares the SHA-256 of every file, and that indices and tokens are in range. Raises as `ShardFolder` does, and
-    ValueError for a tokenizer that is not the one of these tokens.
+    Compares the SHA-256 of every file, and checks that indices and tokens are in range. Raises as `ShardFolder` does,
+    and ValueError for a tokenizer that is not the one of these tokens.
     """
     folder = ShardFolder(directory)
     if token_dtype(folder.tokenizer.vocab_size) != folder.dtype:
@@ -211,6 +212,6 @@ def _check_shard(folder: ShardFolder, number: int) -> str | None:
 
 def _check_size(path: Path, size: int) -> None:
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the folder is not whole, write it again with `retnet data`")
+        raise ValueError(f"{path} is missing: the folder is incomplete, write it again with `retnet data`")
     if (found := path.stat().st_size) != size:
         raise ValueError(f"{path} has {found} bytes, the manifest says {size}: write it again with `retnet data`")

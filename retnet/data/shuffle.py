@@ -1,9 +1,9 @@
-"""Orders that are functions: where index i lands in a shuffle of n things, computed from a key and nothing else.
+"""Stateless shuffling: the place of index i in a permutation of n items, computed from a key alone.
 
-A training run that can be resumed anywhere must know its k-th row without drawing the k - 1 before it, on every
-machine and with every version of numpy, whose own generators promise neither. A Feistel network over the next power
-of four, walked until it lands below n, is a permutation of n things for every key, one index at a time or a whole
-array at once, with no table in memory.
+A training run that resumes anywhere must know its k-th row without drawing the k - 1 before it, on every machine and
+with every version of numpy, whose generators promise neither. A Feistel network over the next power of four, applied
+again until the result is below n, is a permutation of n items for every key. It needs no table, and works on one index
+or on a whole array.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _MASK64 = (1 << 64) - 1
 
 
 def make_key(*parts: int | str) -> int:
-    """A key of 64 bits from numbers and words, such as a seed, an epoch and what the order is for."""
+    """A 64-bit key from numbers and words, such as a seed, an epoch and the order's purpose."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
 def permute(indices: NDArray[np.integer] | int, size: int, key: int) -> NDArray[np.int64]:
-    """Where each index in [0, size) lands, int64 of the same shape; the same key gives the same permutation.
+    """The place of each index of [0, size), int64 of the same shape; the same key gives the same permutation.
 
     Raises IndexError for an index outside [0, size).
     """

@@ -1,8 +1,8 @@
-"""Where documents come from: files of text, found in a fixed order, and their split into training and validation.
+"""Text files as documents: found in a fixed order, and split into training and validation.
 
-A document is a file. Only its path and size are kept here; its bytes are read when a batch needs them, so a folder
-larger than memory is fine. Nothing is decoded: any encoding is bytes. Formats that hold many documents in a file
-(jsonl, parquet) are for `retnet data`, which writes them as shards.
+A document is a file. Only its path and size are kept; its bytes are read when a batch needs them, so a folder may be
+larger than memory. Nothing is decoded: any encoding is bytes. Formats with many documents per file (jsonl, parquet) are
+for `retnet data`, which writes them as shards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test
 
 @dataclass(frozen=True)
 class Document:
-    """A run of bytes in a file: the whole file, or the part of it that a split gives to one side.
+    """A range of bytes in a file: the whole file, or the part that a split gives to one side.
 
     name: path relative to the source, with forward slashes: the same on every machine.
     """
@@ -43,7 +43,7 @@ class Document:
     def read(self, start: int = 0, length: int | None = None) -> bytes:
         """Bytes [start, start + length) of the document.
 
-        Raises ValueError if the file has become shorter since it was found.
+        Raises ValueError if the file is now shorter than when it was found.
         """
         length = self.size - start if length is None else length
         with open(self.path, "rb") as file:
@@ -51,7 +51,7 @@ class Document:
             data = file.read(length)
         if len(data) != length:
             raise ValueError(
-                f"{self.path} changed while in use: wanted {length} bytes at {self.offset + start}, got {len(data)}"
+                f"{self.path} changed while in use: {length} bytes expected at {self.offset + start}, got {len(data)}"
             )
         return data
 
@@ -69,14 +69,14 @@ def find_documents(
 ) -> tuple[Document, ...]:
     """The documents of a source, sorted by name.
 
-    source: `stdlib` (the Python standard library's own source, found through sysconfig, without its tests,
-        generated documentation and installed packages), a file, or a folder, searched to any depth.
-    unpack: take compressed text and parquet too, for readers that can open them; sizes are those on disk.
-    left_out: counts what is left out, by kind (see `describe_left_out`), on top of what it holds.
+    source: `stdlib` (the source of Python's standard library, found through sysconfig, without its tests, generated
+        documentation and installed packages), a file, or a folder, searched to any depth.
+    unpack: include compressed text and parquet, for readers that can open them; sizes are those on disk.
+    left_out: a counter to which files left out are added, by kind (see `describe_left_out`).
 
-    In a folder, names that start with a dot and `__pycache__` are not looked at, and links to folders are not
-    followed. Empty files are skipped, and so are binary ones: those with a zero byte in their first 8 KiB (the rule
-    that git uses; text in UTF-16 counts as binary).
+    In a folder, names that start with a dot and `__pycache__` are skipped, and links to folders are not followed. Empty
+    files are skipped, and so are binary ones: those with a zero byte in their first 8 KiB (git's rule; text in UTF-16
+    counts as binary).
 
     Raises FileNotFoundError if there is no such path, ValueError if it holds no text.
     """
@@ -92,15 +92,15 @@ def find_documents(
 
 
 def split_documents(documents: Sequence[Document], valid_fraction: float = 0.05) -> Split:
-    """A fixed split: a document is validation if the hash of its name falls into the first `valid_fraction`.
+    """A fixed split: a document is for validation if the hash of its name is below `valid_fraction`.
 
-    Adding or removing files moves no other file across. Where that leaves one side empty (few files), the last
-    `valid_fraction` of every document's bytes is validation instead.
+    Adding or removing files moves no other file to the other side. Where one side would be empty (few files), the last
+    `valid_fraction` of every document's bytes is for validation instead.
 
     Raises ValueError if the fraction is not between 0 and 1, or if there is too little text for both sides.
     """
     if not 0 < valid_fraction < 1:
-        raise ValueError(f"valid_fraction lies between 0 and 1, got {valid_fraction}")
+        raise ValueError(f"valid_fraction is {valid_fraction}; accepted: between 0 and 1")
     valid = [document for document in documents if _hash_fraction(document.name) < valid_fraction]
     if 0 < len(valid) < len(documents):
         chosen = set(valid)
@@ -113,7 +113,7 @@ def split_documents(documents: Sequence[Document], valid_fraction: float = 0.05)
 
 
 def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
-    """Files, and links to folders, which are not followed."""
+    """Files, and links to folders without following them."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in skipped and f != "__pycache__" and not f.startswith("."))
         yield from (path for path in (Path(folder, name) for name in folders) if path.is_symlink())
@@ -138,12 +138,12 @@ def _keep_text(root: Path, candidates: Iterable[Path], unpack: bool, left_out: C
 
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:
-    """What a search has left out, in words: `2 binary files, 1 linked folder`."""
+    """The files that a search left out, as text: `2 binary files, 1 linked folder`."""
     return ", ".join(f"{number:,} {kind}{'' if number == 1 else 's'}" for kind, number in sorted(left_out.items()))
 
 
 def suffix_of(path: Path) -> str:
-    """What tells the format of a file: its suffix in lower case."""
+    """The suffix of a file in lower case, which tells its format."""
     return path.suffix.lower()
 
 
@@ -153,12 +153,12 @@ def is_compressed(path: Path) -> bool:
 
 
 def unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
-    """The open file `path` as it would read decompressed, if it is compressed; damage raises a `DAMAGED`."""
+    """The open file `path`, decompressed if it is compressed; reading damaged data raises one of `DAMAGED`."""
     return cast(BinaryIO, _OPENERS[suffix_of(path)](raw)) if is_compressed(path) else raw
 
 
 def _why_left_out(path: Path, unpack: bool) -> str | None:
-    """What a path is instead of text; None if it is text."""
+    """The kind of a path that is not text; None for text."""
     if path.is_dir():
         return LINKED
     if not path.is_file():
@@ -183,7 +183,7 @@ def _hash_fraction(name: str) -> float:
 
 
 def _cut(document: Document, valid_fraction: float) -> tuple[Document, Document]:
-    """The head and the tail of a document; both have at least a byte."""
+    """The head and the tail of a document, each at least one byte."""
     head = min(document.size - 1, max(1, round(document.size * (1 - valid_fraction))))
     return (
         Document(document.name, document.path, head, document.offset),

@@ -4,7 +4,7 @@ Text is not additive over tokens: a character may take several of them, and a to
 of a text (a leading space is stripped) than inside one. So the new text is what decoding a short window of the latest
 tokens gives beyond the text of that window already returned. The cost per token is bounded: the window is short, and
 tokens that never decode to anything (special tokens) are left out of it. `tokenizers.decoders.DecodeStream` has no such
-bound, and nothing that returns the last, unfinished character.
+bound, and no way to get the last, unfinished character.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class StreamDecoder:
     Args:
         decode: token ids to text.
         unsettled: for a list of tokens and its text, the number of characters at the end that the next token may still
-            change. By default the U+FFFD at the end, at most three: what the bytes of an unfinished character decode
-            to. A U+FFFD of the text itself is then returned with the character after it; a tokenizer that knows the
-            bytes of its tokens returns it at once (`Tokenizer.stream_decoder`).
+            change. By default the U+FFFD at the end, at most three: an unfinished character decodes to them. A U+FFFD
+            that is in the text is then returned with the character after it; a tokenizer that knows the bytes of its
+            tokens returns it at once (`Tokenizer.stream_decoder`).
 
-    A decoder that rewrites earlier text without limit cannot be followed exactly (Llama's original decoder turns all
-    bytes of a run to U+FFFD when a later one is wrong): text already returned then stands.
+    A decode function that rewrites earlier text cannot be followed exactly: Llama's turns a whole run of bytes to
+    U+FFFD when a later one is wrong. Text that has been returned then stands.
     """
 
     def __init__(self, decode: Decode, unsettled: Unsettled | None = None):
@@ -85,7 +85,7 @@ class StreamDecoder:
         self._text = self._shown = text
 
     def _shorten_window(self) -> None:
-        """Drop the oldest tokens; what has not been returned lies in the last ones."""
+        """Drop the oldest tokens; the text that has not been returned comes from the last ones."""
         unseen = len(self._text) - len(self._shown)
         self._num_context = max(0, self._num_context - (len(self._window) - KEPT))
         self._window = self._window[-KEPT:]

@@ -1,8 +1,8 @@
 """Trained tokenizers: a `tokenizer.json` of Hugging Face tokenizers, a directory that holds one, and finding them.
 
-What a saved tokenizer does besides tokenising is switched off: truncation and padding (many a `tokenizer.json` cuts at
-512), special tokens around a text, and special tokens spelled inside a text, which would pass for document boundaries.
-Tokenizers that exist only as Python code, or as a sentencepiece model, are not read.
+Everything but tokenising is switched off: truncation and padding (many a `tokenizer.json` cuts at 512 tokens), special
+tokens around a text, and special tokens spelled inside a text, which would pass for document boundaries. Tokenizers
+that exist only as Python code or as a sentencepiece model are not read.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a model is worth: bits per byte on held-out text, beside compressors of the same text."""
+"""Evaluation: bits per byte beside compressors, perplexity, tasks, and agreement of the forms of retention."""

@@ -1,11 +1,11 @@
-"""Do the forms of retention agree? Whole models and the bare operator, beside their parallel form in float64.
+"""Agreement of the forms of retention: whole models and the operator, compared with their parallel form in float64.
 
-Every row is one way to compute the same numbers: a form, a chunk size, or a prompt read at once and then decoded from
-its state. A model is compared by its logits, the operator by its outputs and final state.
+Every row is one way to compute the same numbers: a form, a chunk size, or prefill followed by decode. Models are
+compared by their logits, the operator by its outputs and final state.
 
-The limit follows from the dtype. The operator may be off by `FLOOR`, what another order of summation costs. A model's
-parallel form may be off by sqrt(eps), as its layers amplify rounding errors; every other way of running that model by
-twice what its parallel form is off, or by `FLOOR` if that is more.
+The limit follows from the dtype. The operator's error may reach `FLOOR`, the effect of another order of summation. A
+model's parallel form may reach sqrt(eps), as its layers amplify rounding errors; every other way of running that model
+may reach twice the error of its parallel form, or `FLOOR` if that is more.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from retnet.ops.retention import Mode, retention
 
 FLOOR = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 CHUNK_SIZES = (1, 16, 64, 100)
-DECODE_BLOCK = 7  # tokens a call where several are decoded at a time; a divisor of nothing in sight
+DECODE_BLOCK = 7  # tokens per call where several are decoded at a time; divides no other size here
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """One way of computing, beside float64.
+    """One way to compute, compared with float64.
 
-    max_difference: absolute. relative: norm(x - ref) / norm(ref). limit: what `relative` may be.
-    changed: positions, of `tokens`, whose likeliest token is another; None for the operator, which predicts none.
+    max_difference: absolute. relative: norm(x - ref) / norm(ref). limit: the largest accepted `relative`.
+    changed: positions, out of `tokens`, whose likeliest token differs; None for the operator, which predicts none.
     """
 
     way: str
@@ -51,16 +51,16 @@ class Agreement:
         return self.relative <= self.limit  # False for nan
 
 
-# A way of computing: its name, and what gives its results: logits, or outputs and final state.
+# A way to compute: its name, and a function that returns its results: logits, or outputs and final state.
 Way = tuple[str, Callable[[], tuple[Tensor, ...]]]
 
 
 def check_model(
     model: LanguageModel, ids: Tensor, dtypes: Sequence[str], chunk_sizes: Sequence[int] = CHUNK_SIZES
 ) -> Iterator[Agreement]:
-    """Rows for a model on ids [B, T], T >= 2: the parallel form of each dtype first, then every other way.
+    """Rows for a model on ids [B, T], T >= 2: per dtype the parallel form first, then every other way.
 
-    The reference is the parallel form of the same weights, rounded to the dtype, in float64.
+    The reference is the parallel form in float64 with the same weights rounded to the dtype.
 
     Raises ValueError for an unknown dtype or fewer than two tokens.
     """
@@ -84,7 +84,7 @@ def check_operator(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Iterator[Agreement]:
-    """Rows for the operator on random q, k, v of shape (B, T, H, K, V), with the paper's decay, then one per token.
+    """Rows for the operator on random q, k, v of shape (B, T, H, K, V): with the paper's decay, then per-token decay.
 
     The reference is `retnet.ops.reference.parallel` in float64 on the same rounded inputs.
 
@@ -107,7 +107,7 @@ def check_operator(
 
 
 def _compare(dtype: str, expected: tuple[Tensor, ...], ways: Iterator[Way]) -> Iterator[Agreement]:
-    """A row for each way, whose worst result counts. Results with a vocabulary (models' logits) predict tokens."""
+    """One row per way, of its worst result. A single result is a model's logits, which predict tokens."""
     predicts = len(expected) == 1
     for way, run in ways:
         results = run()
@@ -159,7 +159,7 @@ def _logits(model: LanguageModel, ids: Tensor) -> tuple[Tensor]:
 
 @torch.inference_mode()
 def _decode(model: LanguageModel, ids: Tensor, split: int, block: int) -> tuple[Tensor]:
-    """Logits [B, T, vocab] of a prompt and then of the other tokens, `block` at a time, from the state."""
+    """Logits [B, T, vocab]: prefill of `split` tokens, then decode of the others, `block` tokens per call."""
     output = model(ids[:, :split], carry=True)
     logits, state = [output.logits], output.state
     for piece in ids[:, split:].split(block, 1):
@@ -170,7 +170,7 @@ def _decode(model: LanguageModel, ids: Tensor, split: int, block: int) -> tuple[
 
 
 def _in_two(inputs: list[Tensor], split: int) -> tuple[Tensor, Tensor]:
-    """The first `split` tokens, then the others from their state."""
+    """Outputs and final state of two calls: the first `split` tokens, then the others from their state."""
     q, k, v, log_decay = inputs
 
     def part(tokens: slice, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -184,12 +184,12 @@ def _in_two(inputs: list[Tensor], split: int) -> tuple[Tensor, Tensor]:
 
 def _retain(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     out, state = retention(*inputs, **options)
-    assert state is not None  # it was not asked to leave it out
+    assert state is not None  # return_state is True by default
     return out, state
 
 
 def _in_form(model: LanguageModel, dtype: torch.dtype, mode: Mode, chunk_size: int | None) -> LanguageModel:
-    """The same model with its weights in a dtype and every retention layer in a form. Shares weights if it can."""
+    """The same model in a dtype, with every retention layer in one form; weights of that dtype are shared."""
     layers = tuple(
         replace(layer, mixer=replace(layer.mixer, mode=mode, chunk_size=chunk_size))
         if isinstance(layer.mixer, RetentionConfig)

@@ -1,4 +1,4 @@
-"""Pictures: what a stream cost, and what a model's heads see and carry."""
+"""Figures: time and memory of a stream; state size, windows and decay masks of a model."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.cost import head_windows, model_cost, transformer_cache_bytes
 from retnet.ops.decay import pairwise_decay, running_log_decay
+from retnet.system.sizes import format_bytes
 
 MASK_TOKENS = 256
 _BLUE, _ORANGE = "#0b4f8a", "#c2571a"
 
 
 def save_stream_figure(bins: Sequence[Bin], state_bytes: int, path: Path) -> None:
-    """Milliseconds a token and memory against position."""
+    """Plot ms per token and memory against position."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
     middle = [bin.first + bin.count / 2 for bin in bins]
     time_axes.plot(middle, [1e3 * bin.seconds_per_token for bin in bins], color=_BLUE, linewidth=1.2)
-    time_axes.set(xlabel="tokens generated", ylabel="milliseconds a token", ylim=(0, None), title="Time per token")
+    time_axes.set(xlabel="tokens generated", ylabel="ms per token", ylim=(0, None), title="Time per token")
     last = [bin.first + bin.count for bin in bins]
     memory_axes.plot(last, [bin.memory_bytes / 2**20 for bin in bins], color=_BLUE, label="process")
-    memory_axes.axhline(state_bytes / 2**20, color=_ORANGE, label=f"state, {state_bytes / 2**20:.2f} MiB")
+    memory_axes.axhline(state_bytes / 2**20, color=_ORANGE, label=f"state, {format_bytes(state_bytes)}")
     memory_axes.set(xlabel="tokens generated", ylabel="MiB", yscale="log", title="Memory")
     memory_axes.legend()
     _finish(figure, path)
 
 
 def save_model_figure(config: ModelConfig, contexts: Sequence[int], path: Path) -> None:
-    """State against a Transformer's cache, how far each head sees, and the decay masks of the first retention layer."""
+    """Plot state against KV cache, the window of each head, and the decay masks of the first retention layer."""
     mixer = next((layer.mixer for layer in config.layers if isinstance(layer.mixer, RetentionConfig)), None)
     log_decay = mixer.log_decay if mixer is not None else None
     heads = 0 if log_decay is None else len(log_decay)
@@ -63,14 +64,14 @@ def _draw_memory(axes: Axes, config: ModelConfig, contexts: Sequence[int]) -> No
         contexts, [model_cost(config, T).state_bytes / 2**20 for T in contexts], color=_BLUE, label="state, float32"
     )
     cache = [transformer_cache_bytes(config, T) / 2**20 for T in contexts]
-    axes.loglog(contexts, cache, color=_ORANGE, label="Transformer's keys and values, 16 bit")
-    axes.set(xlabel="context, tokens", ylabel="MiB a sequence", title="What a sequence carries")
+    axes.loglog(contexts, cache, color=_ORANGE, label="Transformer's KV cache, 16 bit")
+    axes.set(xlabel="context, tokens", ylabel="MiB per sequence", title="Memory per sequence")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
 
 def _draw_windows(axes: Axes, config: ModelConfig) -> None:
-    axes.set(xlabel="head", ylabel="tokens", title="Window: tokens until the decay passes 1%")
+    axes.set(xlabel="head", ylabel="tokens", title="Window: tokens until the decay falls below 1%")
     finite = [[w for w in layer if w != float("inf")] for layer in head_windows(config)]
     if not any(finite):
         axes.text(0.5, 0.5, "no fixed decay", ha="center", va="center", transform=axes.transAxes)

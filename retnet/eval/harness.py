@@ -1,6 +1,6 @@
-"""Our model in lm-evaluation-harness, under the name "retnet": requests that share a context share its state.
+"""Adapter for lm-evaluation-harness, registered as "retnet": requests that share a context share its state.
 
-A multiple-choice question reads its context once for all its answers, few-shot examples are read once for all
+The context of a multiple-choice question is read once for all its answers, few-shot examples are read once for all
 questions that begin with them, and a document of any length is one context. Needs the extra `eval`.
 """
 
@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise, takewhile
 from typing import Any, cast
 
 import lm_eval
-import lm_eval.models  # before ours is registered: the harness's own register themselves once
+import lm_eval.models  # before ours is registered: the harness registers its own on import
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -27,13 +27,13 @@ from retnet.models.states import ModelState
 from retnet.ops.dtypes import resolve_dtype
 from retnet.stack.resolve import resolve_model, tokenizer_of
 
-MAX_GENERATED = 256  # tokens, where a task does not say
+MAX_GENERATED = 256  # tokens, if a task gives no limit
 ROWS = 64  # answers scored at a time
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A context that has been read: how long it was, logits [1, vocab] after it, and the state."""
+    """A context after prefill: its length in tokens, the logits [1, vocab] after it, and the state."""
 
     length: int
     logits: Tensor | None
@@ -43,7 +43,7 @@ class _Read:
 class RetNetLM(TemplateLM):
     """pretrained: a saved directory, preset or stack; or a model with its tokenizer.
 
-    tokens_read counts what went through the model as context: with shared prefixes less than the requests hold.
+    tokens_read: tokens that went through the model as context; fewer than in the requests where prefixes are shared.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class RetNetLM(TemplateLM):
         return results
 
     def _read_all(self, contexts: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], _Read]]:
-        """Read sorted contexts; what one shares with the one before is read once."""
+        """Prefill sorted contexts; a prefix shared with the previous one is read once."""
         shared = [_common_prefix(a, b) for a, b in pairwise(contexts)]
-        kept = [_Read(0, None, None)]  # of the latest context, the prefixes that later ones share
+        kept = [_Read(0, None, None)]  # prefixes of the latest context that later ones share
         for i, context in enumerate(contexts):
             while i and kept[-1].length > shared[i - 1]:
                 kept.pop()
@@ -113,7 +113,7 @@ class RetNetLM(TemplateLM):
 
     @torch.no_grad()
     def _score_answers(self, read: _Read, answers: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether it is the greedy one) of every answer after one context."""
+        """(log-likelihood, whether it is the greedy answer) of every answer after one context."""
         assert read.logits is not None
         assert read.state is not None
         longest = max(map(len, answers))
@@ -132,7 +132,7 @@ class RetNetLM(TemplateLM):
         return list(zip(nats.masked_fill(~real, 0).double().sum(1).tolist(), greedy.tolist()))
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole documents, each one context however long."""
+        """Log-likelihoods of whole documents, each one context of any length."""
         totals = []
         for request in requests:
             text: str = request.args[0]
@@ -141,7 +141,7 @@ class RetNetLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations; all but the last token of a context is shared, which `generate` reads."""
+        """Continuations. A context is shared but for its last token, which `generate` reads."""
         results = [""] * len(requests)
         by_context: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for i, request in enumerate(requests):

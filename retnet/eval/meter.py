@@ -1,6 +1,6 @@
-"""Time and memory of a stream, token by token, in memory that does not grow with it.
+"""Time and memory per token of a stream of any length, in fixed memory.
 
-Tokens are counted in bins whose width doubles when they run out, so any stream keeps at most `BINS` of them.
+Tokens are counted in bins. When there are `BINS` of them, neighbours merge and the width doubles.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BINS = 256
 
 @dataclass(frozen=True)
 class Bin:
-    """Tokens [first, first + count): their mean seconds each, and the process's memory when the last one came."""
+    """Tokens [first, first + count): mean seconds per token, and the process's memory at the last one."""
 
     first: int
     count: int
@@ -24,7 +24,7 @@ class Bin:
 
 
 class StreamMeter:
-    """Call `tick` after each token. The first token, which has the prompt to wait for, is in no bin."""
+    """Call `tick` after each token. The first token, which waits for the prefill, is in no bin."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -41,11 +41,11 @@ class StreamMeter:
 
     @property
     def bins(self) -> list[Bin]:
-        """What is full so far, oldest first."""
+        """The full bins, oldest first."""
         return list(self._bins)
 
     def tick(self) -> None:
-        """A token has come."""
+        """Count one token."""
         self.tokens += 1
         self._last = now = time.perf_counter()
         if self.tokens == 1:

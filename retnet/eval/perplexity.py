@@ -1,7 +1,7 @@
-"""Perplexity of a text: the whole of it in one state, or in the windows that models without a state need.
+"""Perplexity of a text: read as one context, or in the windows that models without a state need.
 
-Per word it is comparable between tokenizers: all nats over the words of the text, each line ending in one `<eos>`, as
-is customary for WikiText.
+Perplexity per word is comparable between tokenizers: all nats over the words of the text, with one `<eos>` per line, as
+is usual for WikiText.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from retnet.models.log_likelihood import score
 
 @dataclass(frozen=True)
 class Perplexity:
-    """nats summed over num_tokens tokens, which are num_words words (with one `<eos>` per line) and num_bytes bytes."""
+    """Nats summed over num_tokens tokens, which are num_words words (with one `<eos>` per line) and num_bytes bytes."""
 
     nats: float
     num_tokens: int
@@ -42,11 +42,11 @@ class Perplexity:
 def perplexity(
     model: LanguageModel, tokenizer: Tokenizer, text: str, *, context: int | None = None, stride: int | None = None
 ) -> Perplexity:
-    """How well a model predicts a text.
+    """The perplexity of a text under a model.
 
     Args:
         context: tokens per window, each read from a fresh state; None: one state for the whole text.
-        stride: tokens scored in each window, those at its end; `context` (windows side by side) if None.
+        stride: tokens scored per window, those at its end; `context` (windows side by side) if None.
 
     Raises ValueError for an empty text, and for windows that leave tokens out.
     """
@@ -79,5 +79,5 @@ def _strided_nats(model: LanguageModel, ids: torch.Tensor, context: int, stride:
 
 
 def count_words(text: str) -> int:
-    """Words between blanks, and one `<eos>` for every line."""
+    """Words between blanks, and one `<eos>` per line."""
     return sum(len(line.split()) + 1 for line in text.splitlines())

@@ -75,7 +75,7 @@ def test_show_does_without_a_picture_that_cannot_be_written(capsys, tokens, tmp_
     printed = capsys.readouterr()
     assert "documents" in printed.out
     assert "texts/" in printed.out
-    assert "no picture of the lengths in" in printed.err
+    assert "no plot of the lengths in" in printed.err
     assert run("show", tokens, "--json") == 0
     assert json.loads(capsys.readouterr().out)["plot"] is None
     assert "Is a directory" in wrong_input(capsys, "show", tokens, "--plot", tokens / "lengths.png")

@@ -130,7 +130,7 @@ def test_too_little_text_to_split_is_an_error(tmp_path):
     build_shards([str(tmp_path / "a.txt")], tmp_path / "out")
     with pytest.raises(ValueError, match=r"too little text in .*out .*: 1 bytes in all"):
         open_corpus(tmp_path / "out").split(0.1)
-    with pytest.raises(ValueError, match="between 0 and 1, got 1"):
+    with pytest.raises(ValueError, match="valid_fraction is 1; accepted: between 0 and 1"):
         open_corpus(tmp_path / "out").split(1)
 
 

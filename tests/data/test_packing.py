@@ -175,7 +175,7 @@ def test_bytes_are_tokens_with_a_start_before_each_file(tmp_path):
 
 
 def test_bad_arguments_say_what_was_given(numbered):
-    with pytest.raises(ValueError, match="at least 2 tokens to predict one, got length 1"):
+    with pytest.raises(ValueError, match="length is 1; accepted: at least 2 tokens per row"):
         PackedDataset(numbered([3]), 1)
     with pytest.raises(ValueError, match="no documents"):
         PackedDataset(numbered([]), 8)

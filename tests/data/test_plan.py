@@ -117,7 +117,7 @@ def test_a_folder_of_text_may_hold_files_named_as_those_of_a_dataset(tmp_path, n
 def test_a_saved_split_that_is_not_whole_is_named(tmp_path):
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match=r"train is not whole; accepted: a split that `save_to_disk` wrote"):
+    with pytest.raises(ValueError, match=r"train is incomplete; accepted: a split that `save_to_disk` wrote"):
         make_plan([str(tmp_path)], Settings())
 
 

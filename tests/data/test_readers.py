@@ -115,7 +115,7 @@ def test_a_file_that_becomes_shorter_is_named(tmp_path, name, left, begin):
     path.write_bytes(b'{"text": "one line"}\r\n' * 3)
     reading = Reading(piece_of(path, begin), Settings(separator="\n"), utf8=True)
     os.truncate(path, left)
-    with pytest.raises(DataError, match=rf"{name} became shorter while it was read: it ends at byte \d+, and had 66"):
+    with pytest.raises(DataError, match=rf"{name} became shorter while it was read: it ends at byte \d+ and had 66"):
         list(reading.blocks())
 
 

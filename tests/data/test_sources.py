@@ -86,7 +86,7 @@ def test_a_file_that_shrank_is_named_when_it_is_read(tmp_path):
     write(tmp_path, {"log.txt": b"0123456789"})
     (document,) = find_documents(tmp_path)
     (tmp_path / "log.txt").write_bytes(b"012")
-    with pytest.raises(ValueError, match=r"log\.txt changed while in use: wanted 10 bytes"):
+    with pytest.raises(ValueError, match=r"log\.txt changed while in use: 10 bytes expected"):
         document.read()
 
 
