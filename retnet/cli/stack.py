@@ -21,22 +21,25 @@ CONTEXTS = (1024, 8192, 32768, 131072)
 stack_app = typer.Typer(
     help="Architectures in YAML: attention, Mamba, RetNet and Hyena in one model.", no_args_is_help=True
 )
-presets_app = typer.Typer(help="The stacks that come with the package.", no_args_is_help=True)
+presets_app = typer.Typer(help="The stacks included in the package.", no_args_is_help=True)
 stack_app.add_typer(presets_app, name="presets")
 
 StackName = Annotated[
-    str, typer.Argument(metavar="STACK", help="A stack's file, a stack preset's name, or a model compiled from one.")
+    str,
+    typer.Argument(
+        metavar="STACK", help="Stack file, stack preset, or the directory of a model compiled from a stack."
+    ),
 ]
 
 
 @stack_app.command()
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="STACK...", help="Stack files, or stack presets' names.")],
+    files: Annotated[list[str], typer.Argument(metavar="STACK...", help="Stack files or stack presets.")],
     report: Annotated[
-        bool, typer.Option("--report", help="Also unusual choices, parameters, costs by context.")
+        bool, typer.Option("--report", help="Also show unusual choices, parameters, and costs by context length.")
     ] = False,
 ) -> None:
-    """Check stacks: every fault of each, with line and column; exit code 1 if there is any.
+    """Check stacks and list every fault with line and column; exit code 1 if there is any.
 
     Example: retnet stack validate my-stack.yml --report
     """
@@ -108,7 +111,7 @@ def compile_stack(
 
 @stack_app.command()
 def source(name: StackName) -> None:
-    """Print the text of a stack: of a model, what it was compiled from.
+    """Print the text of a stack, or of the stack that a model was compiled from.
 
     Example: retnet stack source my-model > my-stack.yml
     """
@@ -137,9 +140,9 @@ def show_preset(name: Annotated[str, typer.Argument(help="A stack preset's name.
 @presets_app.command("copy")
 def copy_preset(
     name: Annotated[str, typer.Argument(help="A stack preset's name.")],
-    target: Annotated[Path | None, typer.Argument(help="File to write, new; NAME.yml here if not given.")] = None,
+    target: Annotated[Path | None, typer.Argument(help="New file to write; NAME.yml by default.")] = None,
 ) -> None:
-    """Copy a stack preset's file, to change it."""
+    """Copy a stack preset's file for editing."""
     from retnet.stack.presets import preset_text
 
     target = target or Path(f"{name}.yml")
@@ -187,8 +190,8 @@ def _print_parameters(config: ModelConfig) -> None:
     counts = parameter_counts(config)
     parts = ", ".join(f"{part} {count}" for part, count in counts.items() if part != "total")
     idle = idle_parameters(config)
-    met = f"; a token meets {counts['total'] - idle}" if idle else ""
-    console.print(f"parameters of the built model: {counts['total']} ({parts}){met}", soft_wrap=True, highlight=False)
+    active = f"; {counts['total'] - idle} active per token" if idle else ""
+    console.print(f"parameters of the built model: {counts['total']} ({parts}){active}", soft_wrap=True, highlight=False)
 
 
 def _print_layers(stack: Stack, config: ModelConfig) -> None:
@@ -216,7 +219,7 @@ def _print_layers(stack: Stack, config: ModelConfig) -> None:
 
 
 def _period(rows: list[tuple[int, LayerSummary]]) -> int:
-    """How many runs of layers repeat to the end: the length of a rotation."""
+    """The number of runs of equal layers after which the pattern repeats to the end."""
     kinds = [(count, row.layer.template, row.config) for count, row in rows]
     return next(p for p in range(1, len(kinds) + 1) if len(kinds) % p == 0 and kinds == kinds[:p] * (len(kinds) // p))
 

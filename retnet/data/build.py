@@ -24,7 +24,7 @@ from retnet.data.shard_writer import Counts
 from retnet.data.shards import FORMAT, MANIFEST, SUFFIXES, TOKENIZER, VERSION, hash_file, token_dtype
 from retnet.data.tokenizer import BYTES, Tokenizer
 from retnet.data.tokenizer_json import TOKENIZER_FILE, find_tokenizer
-from retnet.system.files import flush, write_json
+from retnet.system.files import flush, read_json, write_json
 
 PARTIAL = ".partial"
 _DATA, _RUN, _LOCK = "data", "run.json", "lock"
@@ -160,7 +160,7 @@ def _unfinished(partial: Path) -> dict[str, Any] | None:
     """The arguments of the run to resume; None without one, or if it was being removed."""
     if not (partial / _RUN).is_file():
         return None
-    run = json.loads((partial / _RUN).read_bytes())
+    run = read_json(partial / _RUN)
     data = partial / _DATA
     needed = data if run["tokenizer"]["identity"] == BYTES else data / TOKENIZER / TOKENIZER_FILE
     return run if needed.exists() else None
@@ -195,7 +195,7 @@ def _write_missing(
     missing: dict[int, list[Piece]] = {}
     for number, pieces in enumerate(plan):
         if (data / f"{number:05}.json").is_file():
-            record = json.loads((data / f"{number:05}.json").read_bytes())
+            record = read_json(data / f"{number:05}.json")
             counts[number] = Counts(sum(p.size for p in pieces), record["documents"], record["tokens"])
         else:
             missing[number] = pieces
@@ -225,7 +225,7 @@ def _finish(
     lines = 0
     for number in range(len(plan)):
         name = f"{number:05}"
-        record = json.loads((data / f"{name}.json").read_bytes())
+        record = read_json(data / f"{name}.json")
         before = lines if record["continues"] else 0
         lines = record["pieces"][-1]["lines"] + (before if len(record["pieces"]) == 1 else 0)
         shards.append(

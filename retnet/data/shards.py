@@ -14,7 +14,6 @@ of all files with the manifest; `check_shards` reads everything.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from enum import IntEnum
 from functools import cached_property
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.tokenizer_json import saved_tokenizer
+from retnet.system.files import read_json
 
 FORMAT = "retnet-tokens"
 VERSION = 1
@@ -115,7 +115,7 @@ class ShardFolder:
         """The file of a document, and its line or row."""
         shard, local = self.place(document)
         entry = self.shards[shard]
-        pieces = json.loads((self.directory / f"{entry['name']}.json").read_bytes())["pieces"]
+        pieces = read_json(self.directory / f"{entry['name']}.json")["pieces"]
         piece, number = (int(self.index(shard)[column, local]) for column in (Column.PIECE, Column.NUMBER))
         name, unit = pieces[piece]["name"], pieces[piece]["unit"]
         if number < 0:
@@ -150,10 +150,9 @@ def is_shard_folder(source: Path) -> bool:
 def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} for no such file or other content."""
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except (OSError, ValueError):
         return {}
-    return data if isinstance(data, dict) else {}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -162,7 +161,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {MANIFEST} in {directory}: accepted is a folder that `retnet data` wrote")
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(path)
         kind = manifest["format"], manifest["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a manifest of token shards: {error!r}") from error

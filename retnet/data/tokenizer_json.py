@@ -25,7 +25,7 @@ from retnet.data.tokenizer import (
     byte_characters,
     check_token,
 )
-from retnet.system.files import flush
+from retnet.system.files import flush, read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -327,12 +327,7 @@ def _read_config(file: Path) -> dict[str, str]:
     beside = file.with_name(CONFIG_FILE)
     if not beside.is_file():
         return {}
-    try:
-        config = json.loads(beside.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{beside} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{beside} is a JSON {type(config).__name__}; accepted: an object")
+    config = read_json(beside)
     tokens: dict[str, str] = {}
     for key in ("bos_token", "eos_token"):
         given = config.get(key)

@@ -21,6 +21,7 @@ from torch import Tensor
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.tensor_files import Tensors, open_tensors, read_all, write_tensors
+from retnet.system.files import read_json
 
 MODEL_TYPE = "retnet"
 CONFIG_FILE = "config.json"
@@ -136,13 +137,7 @@ def _config_json(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no saved model at {directory}: no such directory")
     if not file.is_file():
         raise FileNotFoundError(f"no saved model at {directory}: it has no {CONFIG_FILE}")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON and Unicode errors are both ValueErrors
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} holds a {type(data).__name__}, a model's configuration is a mapping")
-    return data
+    return read_json(file)
 
 
 def _model_config(directory: Path, data: dict[str, Any]) -> ModelConfig:

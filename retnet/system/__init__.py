@@ -1,1 +1,1 @@
-"""The machine: atomic files, memory readings, and byte counts in words. Standard library only."""
+"""The machine: atomic files, JSON, memory readings, and byte counts in words. Standard library only."""

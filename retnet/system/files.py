@@ -1,4 +1,4 @@
-"""Atomic files: at every moment, also after a power failure, a path holds its old content or its new one, whole.
+"""Atomic files and JSON: at every moment, also after a power failure, a path holds its old content or its new one.
 
 A file is written under a temporary name beside its target, flushed to the disk, and renamed.
 """
@@ -35,6 +35,17 @@ def write_json(path: Path, data: Any) -> None:
     """Write JSON atomically. Equal data gives equal bytes."""
     with written_whole(path) as file:
         file.write(json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises OSError if it cannot be read, ValueError if it holds anything else."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # JSON and Unicode errors are both ValueErrors
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is a JSON {type(data).__name__}; accepted: an object")
+    return data
 
 
 def move_into_place(written: Path, target: Path) -> None:

@@ -66,7 +66,7 @@ def test_what_is_no_model_of_ours_is_said_to_be(tmp_path):
         load_model(tmp_path)
     for text, message in (
         ("{", "config.json is not JSON"),
-        ("[]", "config.json holds a list"),
+        ("[]", "config.json is a JSON list; accepted: an object"),
         ('{"model_type": "llama"}', "is of model_type 'llama'; this reads models that retnet saved"),
         ('{"model_type": "retnet", "hidden_size": 8}', "this reads models that retnet saved"),
         ('{"model_type": "retnet", "model_config": {"layer": []}}', r"config.json: .*layers"),

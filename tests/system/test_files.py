@@ -67,3 +67,23 @@ def test_windows_flushes_files_and_skips_folders(tmp_path, monkeypatch):
 def test_json_keeps_names_that_are_not_unicode(tmp_path):
     write_json(tmp_path / "a.json", {"name": "é" + b"\xff".decode("utf-8", "surrogateescape")})
     assert b"\xc3\xa9\xff" in (tmp_path / "a.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is a JSON list; accepted: an object"),
+        ("{cut", "is not JSON"),
+        ("\xff", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_json_that_is_no_object_is_named(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"a\.json {message}"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_json_is_read_as_it_was_written(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [1, "\u00e9"]})
+    assert files.read_json(tmp_path / "a.json") == {"a": [1, "\u00e9"]}

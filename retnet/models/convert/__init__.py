@@ -22,6 +22,7 @@ from retnet.models.convert.table import Format, in_our_names, in_their_names
 from retnet.models.directory import CONFIG_FILE, build_empty, fill, open_model, stored_tensors, write_model
 from retnet.models.lm import LanguageModel
 from retnet.models.tensor_files import Tensors, open_tensors, write_tensors
+from retnet.system.files import read_json
 
 OURS = "retnet"
 _ALL = (torchscale.FORMAT, fla.FORMAT, syncdoth.FORMAT, llama.FORMAT, mamba.MAMBA1, mamba.MAMBA2)
@@ -113,7 +114,7 @@ def _open(source: Source | LanguageModel, format: str | None, config: object) ->
 
 def _is_ours(path: Path) -> bool:
     file = path / CONFIG_FILE
-    return file.is_file() and "model_config" in _json(file)
+    return file.is_file() and "model_config" in read_json(file)
 
 
 def _recognise(theirs: Tensors, where: str) -> Format:
@@ -136,7 +137,7 @@ def _source_config(path: Path | None, theirs: Tensors, config: Any, known: Forma
         nested = config.get("model") if isinstance(config, Mapping) else None
         config = nested if isinstance(nested, (Mapping, argparse.Namespace)) else config
     if isinstance(config, (str, os.PathLike)):
-        config = _json(Path(config))
+        config = read_json(Path(config))
     if not isinstance(config, Mapping) and hasattr(config, "__dict__"):  # a namespace, torchscale's RetNetConfig, ...
         config = vars(config)
     if not isinstance(config, Mapping):
@@ -155,13 +156,3 @@ def _with_vocab_size(values: Mapping[str, Any], known: Format, theirs: Tensors) 
     if embedding is None:
         raise ValueError(f"these are not weights in the format {known.name}: {known.embedding} is missing")
     return {**values, "vocab_size": embedding.shape[0]}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} holds a {type(data).__name__}, a configuration is a mapping")
-    return data
