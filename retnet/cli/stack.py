@@ -191,7 +191,9 @@ def _print_parameters(config: ModelConfig) -> None:
     parts = ", ".join(f"{part} {count}" for part, count in counts.items() if part != "total")
     idle = idle_parameters(config)
     active = f"; {counts['total'] - idle} active per token" if idle else ""
-    console.print(f"parameters of the built model: {counts['total']} ({parts}){active}", soft_wrap=True, highlight=False)
+    console.print(
+        f"parameters of the built model: {counts['total']} ({parts}){active}", soft_wrap=True, highlight=False
+    )
 
 
 def _print_layers(stack: Stack, config: ModelConfig) -> None:

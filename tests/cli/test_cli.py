@@ -43,7 +43,7 @@ def test_help_names_every_verb(capsys):
     assert all(verb in text for verb in ("train", "generate", "check", "info", "eval"))
 
 
-def test_the_module_runs_as_the_command_does():
+def test_the_module_runs_like_the_command():
     words = [sys.executable, "-m", "retnet.cli", "--version"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0
@@ -62,7 +62,7 @@ def test_a_directory_without_a_model_is_refused(capsys, tmp_path, words):
     assert "it has no config.json" in wrong_input(capsys, *words, tmp_path)
 
 
-def test_a_model_of_something_else_is_refused(capsys, tmp_path):
+def test_a_model_of_another_type_is_refused(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "is of model_type 'llama'" in wrong_input(capsys, "info", tmp_path)
 
@@ -101,7 +101,7 @@ def test_info_prints_and_draws_presets_of_any_size(capsys, tmp_path, model):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_generate_streams_text_and_says_what_it_cost(capsys, byte_model, tmp_path):
+def test_generate_streams_text_and_reports_time_and_memory(capsys, byte_model, tmp_path):
     picture = tmp_path / "stream.png"
     words = ("generate", byte_model, "def f(", "--max-tokens", 40, "--seed", 3)
     assert run(*words, "--png", picture) == 0
@@ -146,7 +146,7 @@ def test_generate_refuses_options_out_of_range(capsys, byte_model, words, messag
     assert message in wrong_input(capsys, "generate", byte_model, *words)
 
 
-def test_generate_says_that_a_model_is_broken(capsys, byte_model, tmp_path):
+def test_generate_reports_weights_that_are_not_finite(capsys, byte_model, tmp_path):
     model = load_model(byte_model)
     with torch.no_grad():
         model.layers[0].mixer.q_proj.weight[0, 0] = float("nan")
@@ -285,11 +285,11 @@ def test_check_fails_when_a_form_is_wrong(capsys, byte_model, monkeypatch):
         (["--text", "missing.txt"], "missing.txt"),
     ],
 )
-def test_check_refuses_what_it_cannot_run(capsys, byte_model, words, message):
+def test_check_refuses_wrong_arguments(capsys, byte_model, words, message):
     assert message in wrong_input(capsys, "check", byte_model, *words)
 
 
-def test_generate_refuses_an_endless_text_of_a_cache_that_grows(capsys, tmp_path):
+def test_generate_refuses_text_without_limit_where_a_cache_grows(capsys, tmp_path):
     save_model(small_model([ALIBI], **BYTES), tmp_path / "model")
     message = wrong_input(capsys, "generate", tmp_path / "model", "hello", "--max-tokens", 0)
     assert "the text has no limit and layer 0 is attention without a window" in message
@@ -333,7 +333,7 @@ def test_train_goes_from_text_to_a_model_that_every_verb_takes(capsys, byte_mode
         (["model=retnet-tiny", "data=stdlib", "learning_rte=1"], "did you mean 'learning_rate'?"),
     ],
 )
-def test_train_refuses_what_it_cannot_start_with(capsys, words, message):
+def test_train_refuses_wrong_arguments(capsys, words, message):
     assert message in wrong_input(capsys, "train", *words)
 
 

@@ -30,7 +30,7 @@ def tokens(tmp_path, text_folder, capsys):
     return tmp_path / "tokens"
 
 
-def test_text_becomes_shards_and_the_last_line_says_how_much(capsys, tmp_path, text_folder):
+def test_text_becomes_shards_and_the_last_line_counts_them(capsys, tmp_path, text_folder):
     assert run(text_folder, tmp_path / "out") == 0
     line = " ".join(capsys.readouterr().out.split())
     size = sum(path.stat().st_size for path in text_folder.iterdir())
@@ -69,7 +69,7 @@ def test_show_prints_all_of_the_fingerprint_in_a_narrow_terminal(capsys, tokens,
     assert any(open_corpus(tokens).fingerprint in line for line in capsys.readouterr().out.splitlines())
 
 
-def test_show_does_without_a_picture_that_cannot_be_written(capsys, tokens, tmp_path):
+def test_show_works_where_no_plot_can_be_written(capsys, tokens, tmp_path):
     (tokens / "lengths.png").mkdir()
     assert run("show", tokens) == 0
     printed = capsys.readouterr()
@@ -81,7 +81,7 @@ def test_show_does_without_a_picture_that_cannot_be_written(capsys, tokens, tmp_
     assert "Is a directory" in wrong_input(capsys, "show", tokens, "--plot", tokens / "lengths.png")
 
 
-def test_what_is_left_out_of_a_folder_is_said_in_a_line(capsys, tmp_path, text_folder):
+def test_files_left_out_are_reported_in_one_line(capsys, tmp_path, text_folder):
     assert run(text_folder, tmp_path / "whole") == 0
     assert "left out" not in capsys.readouterr().out
     (text_folder / "image.png").write_bytes(b"\x89PNG\0\0")
@@ -90,7 +90,7 @@ def test_what_is_left_out_of_a_folder_is_said_in_a_line(capsys, tmp_path, text_f
     assert capsys.readouterr().out.splitlines()[-1] == "left out: 1 binary file, 1 linked folder"
 
 
-def test_show_reads_plain_text_too_and_draws_where_told(capsys, text_folder, tmp_path):
+def test_show_reads_plain_text_and_plots_into_the_given_file(capsys, text_folder, tmp_path):
     assert run("show", text_folder, "--plot", tmp_path / "a.png", "--samples", "0") == 0
     assert f"document lengths in {tmp_path / 'a.png'}" in capsys.readouterr().out
     assert (tmp_path / "a.png").is_file()
@@ -107,7 +107,7 @@ def test_check_finds_damage_with_exit_code_1(capsys, tokens):
     assert "00000.tokens is damaged" in " ".join(capsys.readouterr().err.split())
 
 
-def test_what_was_wrong_is_one_message(capsys, tmp_path, text_folder):
+def test_wrong_input_ends_in_one_message(capsys, tmp_path, text_folder):
     assert "one source at least and the folder to write" in wrong_input(capsys, text_folder)
     assert "no such file or folder" in wrong_input(capsys, tmp_path / "gone", tmp_path / "out")
     assert "--separator is empty" in wrong_input(capsys, text_folder, tmp_path / "out", "--separator", "")

@@ -181,6 +181,16 @@ def test_eval_data_gives_bits_per_byte_beside_compressors(capsys, model, texts, 
     assert "order-2 bytes" in capsys.readouterr().out
 
 
+def test_eval_refuses_tokens_of_another_tokenizer(capsys, model, kind, texts, tmp_path):
+    train_tokenizer(texts, "BPE of a recipe" if kind != "BPE of a recipe" else "converted Llama", tmp_path / "t.json")
+    words = ["--tokenizer", tmp_path / "t.json", "--document-start", "<s>" if kind == "BPE of a recipe" else SPECIAL]
+    run("data", texts, tmp_path / "tokens", *words, "--workers", 1)
+    with pytest.raises(SystemExit) as done:
+        main(["eval", str(model), "--data", str(tmp_path / "tokens")])
+    assert done.value.code == 2
+    assert "holds tokens of another tokenizer than that of" in " ".join(capsys.readouterr().err.split())
+
+
 def test_eval_file_gives_perplexity(capsys, model, texts, cell):
     capsys.readouterr()
     run("eval", model, "--file", texts / "00.txt", "--json")

@@ -25,7 +25,7 @@ def faulty(tmp_path):
     return path
 
 
-def test_validate_tells_all_faults_of_all_files_in_three_lines_each(capsys, faulty):
+def test_validate_lists_all_faults_of_all_files_in_three_lines_each(capsys, faulty):
     assert run("validate", MINI, faulty) == 1
     captured = capsys.readouterr()
     assert captured.out == f"{MINI}: valid, 4 layers\n"
@@ -43,12 +43,12 @@ def test_validate_tells_all_faults_of_all_files_in_three_lines_each(capsys, faul
     assert lines[1].endswith("(line 6, column 12)")
 
 
-def test_validate_refuses_a_file_that_is_not_there(capsys, tmp_path):
+def test_validate_refuses_a_missing_file(capsys, tmp_path):
     assert run("validate", tmp_path / "absent.yml") == 1
     assert "cannot be read: No such file or directory" in capsys.readouterr().err
 
 
-def test_report_counts_the_built_model_beside_the_estimate(capsys):
+def test_report_shows_the_parameters_of_the_built_model_and_the_estimate(capsys):
     assert run("validate", MINI, "--report") == 0
     text = capsys.readouterr().out
     assert "EulerStack's estimate: 1.0M parameters (1033632)" in text
@@ -56,7 +56,7 @@ def test_report_counts_the_built_model_beside_the_estimate(capsys):
     assert [line.split()[0] for line in text.splitlines()[-4:]] == ["1K", "8K", "32K", "128K"]
 
 
-def test_explain_shows_layers_and_draws_them(capsys, monkeypatch, tmp_path):
+def test_explain_prints_layers_and_draws_them(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "120")
     picture = tmp_path / "stack.svg"
     assert run("explain", MINI, "--picture", picture) == 0

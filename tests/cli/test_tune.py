@@ -24,7 +24,7 @@ def test_wrong_arguments_end_in_one_message(arguments, message, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
-def test_without_a_gpu_it_says_so(capsys):
+def test_tune_without_a_gpu_says_so(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["tune", "retnet-1.3b"])
     assert stop.value.code == 2
@@ -32,7 +32,7 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 @pytest.mark.gpu
-def test_what_was_measured_is_stored(capsys, tmp_path, monkeypatch):
+def test_measured_block_shapes_are_stored(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(SystemExit) as stop:
         main(["tune", "--heads", "64x64"])

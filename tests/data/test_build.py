@@ -109,7 +109,7 @@ def test_a_document_longer_than_a_shard_and_a_block_stays_whole(build, tmp_path,
     assert texts_of(corpus) == [text]
 
 
-def test_ends_are_written_where_asked_for(build, tmp_path):
+def test_document_ends_are_written_with_with_end(build, tmp_path):
     build(tmp_path / "out", with_end=True)
     corpus = open_corpus(tmp_path / "out")
     assert all(corpus.tokens(d)[-1] == corpus.tokens(d)[0] == corpus.document_start for d in range(len(corpus)))
@@ -117,7 +117,7 @@ def test_ends_are_written_where_asked_for(build, tmp_path):
     assert corpus.num_tokens == without_ends["tokens"] + 120
 
 
-def test_a_bad_line_is_named_and_nothing_remains(build, tmp_path, source):
+def test_a_bad_line_is_named_and_no_file_remains(build, tmp_path, source):
     with open(source / "b.jsonl", "a") as file:
         file.write("{broken\n")
     before = sorted(tmp_path.rglob("*"))
@@ -129,7 +129,7 @@ def test_a_bad_line_is_named_and_nothing_remains(build, tmp_path, source):
 
 @pytest.mark.parametrize("name", ["a.txt", "b.jsonl"])
 @pytest.mark.parametrize("change", ["shorter", "longer", "gone"])
-def test_a_source_that_changes_during_the_run_is_named_and_nothing_remains(build, tmp_path, source, name, change):
+def test_a_source_that_changes_during_the_run_is_named_and_no_file_remains(build, tmp_path, source, name, change):
     path = source / name
     size = path.stat().st_size
 
@@ -147,7 +147,7 @@ def test_a_source_that_changes_during_the_run_is_named_and_nothing_remains(build
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
-def test_a_text_without_tokens_is_named_and_nothing_remains(build, tmp_path):
+def test_a_text_without_tokens_is_named_and_no_file_remains(build, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({"known": 0, "<s>": 1}))
@@ -190,13 +190,13 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path, monkeypatch
     assert peak(20_000) < peak(5_000) + 100_000
 
 
-def test_what_folders_hold_besides_text_is_in_the_manifest(build, tmp_path, source):
+def test_the_manifest_counts_the_files_that_were_left_out(build, tmp_path, source):
     (source / "empty").touch()
     (source / "linked").symlink_to(tmp_path)
     assert build(tmp_path / "out")["left_out"] == {"empty file": 1, "linked folder": 1}
 
 
-def test_sources_without_text_leave_nothing(build, tmp_path):
+def test_sources_without_text_leave_no_file(build, tmp_path):
     (tmp_path / "blank.jsonl").write_text('\n{"text": ""}\n')
     with pytest.raises(DataError, match=r"no text in .*blank\.jsonl"):
         build(tmp_path / "out", sources=[str(tmp_path / "blank.jsonl")])
@@ -233,7 +233,7 @@ def stop_in_the_middle(process, data, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_stopped_in_the_middle_goes_on_and_ends_with_the_same_bytes(start, build, tmp_path, number):
+def test_a_killed_run_resumes_and_writes_the_same_bytes(start, build, tmp_path, number):
     process = start()
     done = stop_in_the_middle(process, tmp_path / "out.partial/data", number)
     assert process.returncode == (130 if number == signal.SIGINT else -number)
@@ -246,7 +246,7 @@ def test_a_run_stopped_in_the_middle_goes_on_and_ends_with_the_same_bytes(start,
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_full_disk_leaves_only_whole_shards_and_the_run_goes_on_later(start, build, tmp_path):
+def test_after_a_full_disk_only_whole_shards_remain_and_the_run_resumes(start, build, tmp_path):
     process = start("ulimit -f 5")
     _, message = process.communicate()
     assert process.returncode == 2
@@ -258,7 +258,7 @@ def test_a_full_disk_leaves_only_whole_shards_and_the_run_goes_on_later(start, b
     assert len(texts_of(open_corpus(tmp_path / "out"))) == 120 + 19 * 60
 
 
-def test_a_worker_that_is_killed_is_noticed_and_the_run_goes_on_later(build, tmp_path):
+def test_a_killed_worker_is_noticed_and_the_run_resumes(build, tmp_path):
     def kill_one(progress):
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
@@ -274,7 +274,7 @@ def interrupt(progress):
     raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_goes_on_only_as_what_it_was(build, tmp_path, source):
+def test_an_interrupted_run_resumes_only_with_the_same_arguments(build, tmp_path, source):
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "out", on_progress=interrupt)
     with pytest.raises(
@@ -293,7 +293,7 @@ def test_an_interrupted_run_goes_on_only_as_what_it_was(build, tmp_path, source)
         build(tmp_path / "out")
 
 
-def test_leftovers_of_a_shard_are_cleared(build, tmp_path):
+def test_half_written_shards_are_removed(build, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "out", on_progress=interrupt)
     data = tmp_path / "out.partial/data"
@@ -314,7 +314,7 @@ def stop_at(monkeypatch, target, name):
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_a_run_stopped_while_it_cleans_up_can_be_given_again(build, tmp_path, source, monkeypatch, bad):
+def test_a_run_killed_while_it_cleans_up_can_be_repeated(build, tmp_path, source, monkeypatch, bad):
     if bad:
         whole = (source / "b.jsonl").read_bytes()
         (source / "b.jsonl").write_bytes(whole + b"{broken\n")
@@ -334,7 +334,7 @@ def test_a_run_stopped_while_it_cleans_up_can_be_given_again(build, tmp_path, so
 
 
 @pytest.mark.parametrize("lost", ["data", "data/tokenizer"])
-def test_an_unfinished_run_without_its_data_begins_anew(build, tmp_path, lost):
+def test_an_unfinished_run_without_its_data_starts_again(build, tmp_path, lost):
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "out", on_progress=interrupt)
     shutil.rmtree(tmp_path / "out.partial" / lost)
@@ -343,7 +343,7 @@ def test_an_unfinished_run_without_its_data_begins_anew(build, tmp_path, lost):
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_a_link_to_an_empty_folder_is_written_where_it_leads(build, tmp_path):
+def test_shards_are_written_through_a_link_to_an_empty_folder(build, tmp_path):
     (tmp_path / "disk/real").mkdir(parents=True)
     (tmp_path / "out").symlink_to("disk/real")
     assert build(tmp_path / "out")["documents"] == 120
@@ -354,7 +354,7 @@ def test_a_link_to_an_empty_folder_is_written_where_it_leads(build, tmp_path):
         build(tmp_path / "out")
 
 
-def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(build, tmp_path, monkeypatch):
+def test_an_output_folder_that_cannot_be_replaced_is_refused_at_the_start(build, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
 
     def refuse(self, target):
@@ -366,14 +366,14 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(build, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_progress_reaches_the_size_of_everything(build, tmp_path):
+def test_progress_reaches_the_total_size(build, tmp_path):
     seen = []
     manifest = build(tmp_path / "out", on_progress=seen.append)
     assert seen[-1].counts == (seen[-1].size, manifest["documents"], manifest["tokens"])
     assert [progress.counts.size for progress in seen] == sorted(progress.counts.size for progress in seen)
 
 
-def test_what_is_there_is_never_written_over(build, tmp_path):
+def test_existing_files_are_never_overwritten(build, tmp_path):
     for name in ("out", "other.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.txt").write_text("mine")
@@ -386,7 +386,7 @@ def test_what_is_there_is_never_written_over(build, tmp_path):
     assert build(tmp_path / "empty")["documents"] == 120
 
 
-def test_what_is_written_is_never_read_as_text(build, tmp_path, source):
+def test_the_output_is_never_read_as_a_source(build, tmp_path, source):
     with pytest.raises(ValueError, match=r"out lies inside .*source and would be read as text"):
         build(source / "sub/out")
     build(tmp_path / "out")

@@ -62,7 +62,7 @@ def test_parts_of_a_document_are_slices_of_it(shards, texts):
             assert corpus.tokens(2, start, stop).tolist() == whole[start:stop]
 
 
-def test_a_split_of_shards_is_whole_and_goes_by_the_text_alone(shards, tmp_path, tokenizer_file, articles):
+def test_a_split_of_shards_depends_on_the_text_alone_and_loses_nothing(shards, tmp_path, tokenizer_file, articles):
     corpus = open_corpus(shards)
     train, valid = corpus.split(0.3)
     sides = [{text_of(side, d) for d in range(len(side))} for side in (train, valid)]
@@ -93,7 +93,7 @@ def test_one_document_is_split_at_its_end_between_characters(book, articles):
     assert valid.describe(0).startswith("book.txt from token ")
 
 
-def test_a_long_end_is_decoded_once(book, monkeypatch):
+def test_the_cut_off_end_of_a_document_is_decoded_once(book, monkeypatch):
     whole = open_corpus(book)
     decoded = []
     decode = whole.decode
@@ -134,7 +134,7 @@ def test_too_little_text_to_split_is_an_error(tmp_path):
         open_corpus(tmp_path / "out").split(1)
 
 
-def test_a_corpus_of_shards_travels_to_workers_without_its_tokens(shards):
+def test_a_corpus_of_shards_is_pickled_without_its_tokens(shards):
     corpus = open_corpus(shards)
     expected = corpus.tokens(3).tolist()
     data = pickle.dumps(corpus)
@@ -142,7 +142,7 @@ def test_a_corpus_of_shards_travels_to_workers_without_its_tokens(shards):
     assert pickle.loads(data).tokens(3).tolist() == expected
 
 
-def test_fingerprints_tell_contents_splits_and_tokenizers_apart(texts, shards, tmp_path, tokenizer_file):
+def test_fingerprints_differ_by_contents_split_and_tokenizer(texts, shards, tmp_path, tokenizer_file):
     prints = {open_corpus(path).fingerprint for path in (texts, shards)}
     assert open_corpus(shards).fingerprint in prints
     prints |= {side.fingerprint for side in open_corpus(shards).split(0.3)}
@@ -166,7 +166,7 @@ def test_transformers_loads_the_tokenizer_of_a_corpus(shards, texts):
     assert (open_corpus(shards).tokenizer_directory / "tokenizer_config.json").is_file()
 
 
-def test_files_know_where_they_come_from(texts):
+def test_documents_of_files_name_their_path(texts):
     corpus = open_corpus(texts)
     assert corpus.describe(1) == str(texts / "01.txt")
     (single,) = find_documents(texts / "01.txt")

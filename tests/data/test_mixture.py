@@ -20,7 +20,7 @@ def three(numbered):
     return [Shifted([30, 50, 70], "0"), Shifted([90] * 20, "1"), Shifted([20] * 60, "2")]
 
 
-def test_tokens_have_the_shares_asked_for_at_every_point_of_a_run(three):
+def test_tokens_have_the_given_shares_at_every_point_of_a_run(three):
     mixture = Mixture(three, [0.5, 0.3, 0.2], 16)
     total = 4 * len(mixture)
     origins = [origin(mixture.row(t % len(mixture), t // len(mixture))) for t in range(total)]
@@ -39,7 +39,7 @@ def test_each_part_is_read_in_its_own_order_without_a_gap(three):
         assert len(mine) > len(part)  # it has begun again
 
 
-def test_the_same_arguments_give_the_same_rows_and_another_seed_others(three):
+def test_rows_depend_on_the_arguments_and_the_seed_alone(three):
     same = [Mixture(three, [1, 2, 3], 16, seed=5) for _ in range(2)]
     other = Mixture(three, [1, 2, 3], 16, seed=6)
     rows = [[m[i]["input_ids"].tolist() for i in range(len(m))] for m in (*same, other)]
@@ -47,7 +47,7 @@ def test_the_same_arguments_give_the_same_rows_and_another_seed_others(three):
     assert rows[0] != rows[2]
 
 
-def test_parts_of_one_corpus_do_not_come_in_the_same_order(numbered):
+def test_a_corpus_given_twice_is_read_in_two_orders(numbered):
     corpus = numbered([9] * 50)
     mixture = Mixture([corpus, corpus], [1, 1], 10)
     first, second = ([part[i]["input_ids"].tolist() for i in range(len(part))] for part in mixture.parts)
@@ -55,7 +55,7 @@ def test_parts_of_one_corpus_do_not_come_in_the_same_order(numbered):
     assert first != second
 
 
-def test_bytes_per_target_is_that_of_the_mixed_stream(numbered):
+def test_bytes_per_target_is_the_mean_over_the_mixed_stream(numbered):
     dense, sparse = numbered([10] * 10), numbered([10] * 10)
     sparse.num_bytes *= 3
     mixture = Mixture([dense, sparse], [0.75, 0.25], 11)
@@ -63,7 +63,7 @@ def test_bytes_per_target_is_that_of_the_mixed_stream(numbered):
     assert mixture.bytes_per_target == 0.75 * parts[0].bytes_per_target + 0.25 * parts[1].bytes_per_target
 
 
-def test_with_carried_state_each_lane_stays_with_its_corpus_and_goes_on(three):
+def test_with_carried_state_each_lane_continues_its_own_corpus(three):
     mixture = Mixture(three[1:], [0.75, 0.25], 16, carry_state=True, lanes=4)
     before = {}
     for t in range(2 * len(mixture)):
@@ -76,7 +76,7 @@ def test_with_carried_state_each_lane_stays_with_its_corpus_and_goes_on(three):
         before[lane] = int(row["shift_labels"][-1])
 
 
-def test_a_mixture_of_one_is_the_corpus(three):
+def test_a_mixture_of_one_corpus_gives_that_corpus(three):
     mixture = Mixture(three[:1], [3.0], 16)
     assert len(mixture) == len(PackedDataset(three[0], 16))
     assert mixture.shares == [1.0]
@@ -86,7 +86,7 @@ def test_rows_name_their_documents(three):
     assert "tokens" in Mixture(three, [1, 1, 1], 16).describe(4)[0]
 
 
-def test_bad_arguments_say_what_was_given(three, numbered):
+def test_wrong_arguments_are_refused_with_what_was_given(three, numbered):
     with pytest.raises(ValueError, match="3 corpora with 2 weights"):
         Mixture(three, [1, 1], 16)
     with pytest.raises(ValueError, match=r"weight of 1 is -1; accepted: numbers above 0"):

@@ -25,7 +25,7 @@ def read(rows, epoch=0):
 
 @few
 @given(sizes, lengths, seeds, st.integers(0, 2), st.sampled_from([0, 1, 2, 3]))
-def test_every_token_is_read_and_every_one_but_starts_predicted_exactly_once_an_epoch(
+def test_every_token_is_read_once_per_epoch_and_predicted_once_but_for_starts(
     numbered, sizes, length, seed, epoch, lanes
 ):
     corpus = numbered(sizes)
@@ -59,7 +59,7 @@ def test_a_token_predicts_the_next_one_of_its_own_document(numbered, sizes, leng
 
 @few
 @given(sizes, lengths, seeds)
-def test_pieces_start_fresh_where_rows_and_documents_start(numbered, sizes, length, seed):
+def test_states_are_fresh_where_rows_and_documents_start(numbered, sizes, length, seed):
     rows = PackedDataset(numbered(sizes), length, seed)
     for i in range(len(rows)):
         row = rows[i]
@@ -106,7 +106,7 @@ def test_seeds_and_epochs_order_documents_and_rows_differently(numbered):
 
 @few
 @given(st.lists(st.integers(1, 60), min_size=4, max_size=12), st.integers(2, 12), seeds, st.integers(1, 4))
-def test_a_lane_goes_on_where_its_last_row_ended(numbered, sizes, length, seed, lanes):
+def test_a_row_of_a_lane_continues_the_row_before(numbered, sizes, length, seed, lanes):
     rows = PackedDataset(numbered(sizes), length, seed, carry_state=True, lanes=min(lanes, sum(sizes) // length or 1))
     assert len(rows) % rows.lanes == 0
     for lane in range(rows.lanes):
@@ -123,7 +123,7 @@ def test_a_lane_goes_on_where_its_last_row_ended(numbered, sizes, length, seed, 
             expected = int(row["shift_labels"][-1]), int(row["position_ids"][-1]) + 1
 
 
-def test_lanes_keep_long_documents_together_and_differ_by_at_most_a_row(numbered):
+def test_lanes_keep_long_documents_together_and_differ_by_at_most_one_row(numbered):
     rows = PackedDataset(numbered([700]), 10, carry_state=True, lanes=4)
     assert len(rows) == 4 * 18
     positions = [[int(rows[i]["position_ids"][0]) for i in range(lane, len(rows), 4)] for lane in range(4)]
@@ -156,7 +156,7 @@ def test_a_row_names_its_documents(numbered):
     assert rows.describe(1) == ["document 1, tokens 6 to 16 of 31"]
 
 
-def test_workers_that_keep_running_follow_the_epoch(numbered):
+def test_persistent_workers_follow_the_epoch(numbered):
     rows = PackedDataset(numbered([50, 7, 90, 20, 44]), 16)
     loader = torch.utils.data.DataLoader(rows, batch_size=2, num_workers=1, persistent_workers=True)
     for epoch in range(2):
@@ -165,7 +165,7 @@ def test_workers_that_keep_running_follow_the_epoch(numbered):
         assert torch.equal(batches, torch.stack([rows.row(i, epoch)["input_ids"] for i in range(len(rows))]))
 
 
-def test_bytes_are_tokens_with_a_start_before_each_file(tmp_path):
+def test_files_are_their_bytes_after_a_document_start(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"ab\xff")
     (tmp_path / "b.txt").write_bytes(b"c")
     rows = PackedDataset(ByteCorpus(find_documents(tmp_path)), 6, seed=None)
@@ -174,7 +174,7 @@ def test_bytes_are_tokens_with_a_start_before_each_file(tmp_path):
     assert (rows.num_bytes, rows.bytes_per_target) == (4, 1.0)
 
 
-def test_bad_arguments_say_what_was_given(numbered):
+def test_wrong_arguments_are_refused_with_what_was_given(numbered):
     with pytest.raises(ValueError, match="length is 1; accepted: at least 2 tokens per row"):
         PackedDataset(numbered([3]), 1)
     with pytest.raises(ValueError, match="no documents"):

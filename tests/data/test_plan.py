@@ -114,7 +114,7 @@ def test_a_folder_of_text_may_hold_files_named_as_those_of_a_dataset(tmp_path, n
     assert read_plan(make_plan([str(tmp_path)], Settings())) == [[text]]
 
 
-def test_a_saved_split_that_is_not_whole_is_named(tmp_path):
+def test_an_incomplete_saved_split_is_named(tmp_path):
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=r"train is incomplete; accepted: a split that `save_to_disk` wrote"):
@@ -166,7 +166,7 @@ def test_shards_of_little_text_are_few(tmp_path):
     ]
 
 
-def test_the_record_of_files_tells_a_changed_one(tmp_path):
+def test_a_changed_file_changes_the_description_of_files(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     plan = make_plan([str(tmp_path)], Settings())
     before = describe_files(plan)

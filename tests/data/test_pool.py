@@ -6,7 +6,7 @@ from retnet.data.readers import DataError
 from retnet.data.tokenizer import ByteTokenizer
 
 
-def test_what_a_worker_raises_reaches_the_parent(tmp_path):
+def test_exceptions_of_a_worker_reach_the_parent(tmp_path):
     (tmp_path / "good.txt").write_text("text " * 1000)
     (tmp_path / "bad.jsonl").write_text("[]")
     (tmp_path / "out").mkdir()

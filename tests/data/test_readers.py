@@ -46,7 +46,7 @@ text_of_few_letters = st.text("ab é状 \n;", max_size=200)
 
 
 @given(text_of_few_letters, st.sampled_from(["", ";", ";\n", "ab"]), st.lists(st.integers(1, 40), min_size=1))
-def test_documents_are_what_lies_between_separators_however_the_text_arrives(small_blocks, text, separator, sizes):
+def test_documents_end_at_separators_whatever_the_chunks(small_blocks, text, separator, sizes):
     data = text.encode()
     chunks, at = [], 0
     while at < len(data):
@@ -70,7 +70,7 @@ def test_a_long_document_in_blocks_has_the_tokens_it_has_at_once(small_blocks, t
     assert len(blocks) > 1
 
 
-def test_a_text_file_is_a_document_and_an_empty_one_is_none(tmp_path):
+def test_a_text_file_is_one_document_and_an_empty_file_is_none(tmp_path):
     (tmp_path / "a.txt").write_bytes("naïve\n\n\nend".encode())
     (tmp_path / "empty.txt").write_bytes(b"")
     assert read(tmp_path / "a.txt") == [(-1, "naïve\n\n\nend".encode())]
@@ -85,7 +85,7 @@ def test_a_separator_cuts_a_text_file_and_documents_know_their_lines(tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
-def test_compressed_files_read_as_what_they_hold_and_damage_is_named(tmp_path, suffix, compress):
+def test_compressed_files_are_read_decompressed_and_damage_is_named(tmp_path, suffix, compress):
     path = tmp_path / f"a.txt{suffix}"
     whole = compress("naïve text ".encode() * 5000)
     path.write_bytes(whole)
@@ -95,7 +95,7 @@ def test_compressed_files_read_as_what_they_hold_and_damage_is_named(tmp_path, s
         read(path)
 
 
-def test_bad_utf8_is_named_by_line_and_bytes_take_it_as_it_is(tmp_path):
+def test_invalid_utf8_is_named_by_line_and_accepted_as_bytes(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo\nth\xffree")
     with pytest.raises(DataError, match=r"a\.txt:3: not UTF-8: invalid start byte 0xff"):
@@ -119,7 +119,7 @@ def test_a_file_that_becomes_shorter_is_named(tmp_path, name, left, begin):
         list(reading.blocks())
 
 
-def test_jsonl_gives_the_field_of_each_line_with_its_number(tmp_path):
+def test_jsonl_gives_the_text_field_and_number_of_each_line(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": text, "id": 1}) for text in ("first", "", "línea\ntwo", "x" * 100)]
     path.write_text("\n".join([lines[0], "", *lines[1:]]), encoding="utf-8")

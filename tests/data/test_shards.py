@@ -24,7 +24,7 @@ def problems(directory):
     return [problem for _, problem in check_shards(directory) if problem]
 
 
-def test_shards_as_written_pass_the_check(shards):
+def test_undamaged_shards_pass_the_check(shards):
     assert [name for name, _ in check_shards(shards)] == [f"{number:05}" for number in range(5)]
     assert problems(shards) == []
 
@@ -41,7 +41,7 @@ def test_one_changed_bit_is_found_by_the_check(shards, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["tokens", "index", "json"])
-def test_a_cut_or_missing_file_is_found_when_opening(shards, suffix):
+def test_a_truncated_or_missing_file_is_found_when_opening(shards, suffix):
     path = shards / f"00002.{suffix}"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
@@ -63,7 +63,7 @@ def rewrite(shards, change):
     (shards / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_the_check_finds_documents_that_are_not_where_the_index_says(shards):
+def test_the_check_finds_documents_that_do_not_match_the_index(shards):
     tokens = bytearray((shards / "00001.tokens").read_bytes())
     tokens[0] ^= 1
     (shards / "00001.tokens").write_bytes(tokens)

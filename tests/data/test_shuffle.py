@@ -7,12 +7,12 @@ from retnet.data.shuffle import make_key, permute
 
 
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
-def test_every_index_lands_somewhere_of_its_own(size, key):
+def test_the_permutation_is_one_to_one(size, key):
     assert sorted(permute(np.arange(size), size, key)) == list(range(size))
 
 
 @given(st.integers(1, 10**12), st.integers(0, 2**64 - 1), st.data())
-def test_one_index_lands_where_it_does_among_others(size, key, data):
+def test_one_index_alone_gives_the_same_place_as_in_an_array(size, key, data):
     indices = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))
     landed = permute(np.array(indices), size, key)
     assert [int(permute(index, size, key)) for index in indices] == landed.tolist()
@@ -20,7 +20,7 @@ def test_one_index_lands_where_it_does_among_others(size, key, data):
     assert landed.max() < size
 
 
-def test_the_order_is_fixed_for_all_time():
+def test_the_order_never_changes_between_versions():
     assert permute(np.arange(10), 10, make_key("rows", 0, 0)).tolist() == [8, 6, 3, 2, 1, 9, 7, 0, 5, 4]
 
 
@@ -31,6 +31,6 @@ def test_neighbours_are_scattered():
     assert 3000 < steps.mean() < 3700  # 10000 / 3 for an order drawn at random
 
 
-def test_an_index_outside_is_refused():
+def test_an_index_out_of_range_is_refused():
     with pytest.raises(IndexError, match="from 3 to 3, of 3"):
         permute(3, 3, 0)

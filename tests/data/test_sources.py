@@ -47,19 +47,19 @@ def test_a_missing_path_is_named_with_what_is_accepted(tmp_path):
         find_documents(tmp_path / "nowhere")
 
 
-def test_a_source_without_text_says_what_was_seen(tmp_path):
+def test_a_source_without_text_says_which_files_were_seen(tmp_path):
     write(tmp_path, {"image": b"\0\1", "empty": b""})
     with pytest.raises(ValueError, match="2 files seen, 1 empty, 1 binary"):
         find_documents(tmp_path)
 
 
-def test_links_that_lead_nowhere_are_not_documents(tmp_path):
+def test_dangling_links_are_not_documents(tmp_path):
     write(tmp_path, {"keep": b"text"})
     os.symlink(tmp_path / "gone", tmp_path / "dangling")
     assert [d.name for d in find_documents(tmp_path)] == ["keep"]
 
 
-def test_what_is_left_out_is_counted(tmp_path):
+def test_files_left_out_are_counted(tmp_path):
     write(tmp_path, {"in/a": b"text", "in/b": b"\0", "in/c": "text".encode("utf-16"), "in/d": b"", "other/e": b"text"})
     os.symlink(tmp_path / "gone", tmp_path / "in/dangling")
     os.symlink(tmp_path / "other", tmp_path / "in/linked")
@@ -82,7 +82,7 @@ def test_the_standard_library_is_a_source_without_tests_and_packages():
     assert sum(d.size for d in documents) > 3_000_000
 
 
-def test_a_file_that_shrank_is_named_when_it_is_read(tmp_path):
+def test_a_file_that_became_shorter_is_named_when_it_is_read(tmp_path):
     write(tmp_path, {"log.txt": b"0123456789"})
     (document,) = find_documents(tmp_path)
     (tmp_path / "log.txt").write_bytes(b"012")
@@ -90,7 +90,7 @@ def test_a_file_that_shrank_is_named_when_it_is_read(tmp_path):
         document.read()
 
 
-def test_every_document_lands_on_exactly_one_side_and_stays_there(tmp_path):
+def test_every_document_is_on_one_side_whatever_other_documents_there_are(tmp_path):
     write(tmp_path, {f"{i}.txt": b"x" * 10 for i in range(200)})
     documents = find_documents(tmp_path)
     split = split_documents(documents, 0.1)

@@ -105,14 +105,14 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path, tokenizer_file):
         ("[" * 100_000, "is not JSON"),
     ],
 )
-def test_a_config_that_cannot_be_used_is_named(tmp_path, tokenizer_file, config, message):
+def test_a_tokenizer_config_that_cannot_be_used_is_named(tmp_path, tokenizer_file, config, message):
     shutil.copyfile(tokenizer_file, tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text(config, encoding="latin-1")
     with pytest.raises(ValueError, match=rf"tokenizer_config\.json.*{message}"):
         find_tokenizer(str(tmp_path))
 
 
-def test_a_saved_tokenizer_is_on_the_disk(trained, tmp_path, monkeypatch):
+def test_a_saved_tokenizer_is_flushed_to_the_disk(trained, tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(tokenizer_json, "flush", flushed.append)
     trained.save(tmp_path / "saved")

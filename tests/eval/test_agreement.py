@@ -13,7 +13,7 @@ def test_a_model_agrees_with_itself_in_float64_to_rounding(byte_model):
     assert {row.tokens for row in rows} == {74}
 
 
-def test_the_model_that_is_checked_is_left_as_it_was(byte_model):
+def test_checking_a_model_does_not_change_it(byte_model):
     model = load_model(byte_model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     list(check_model(model, torch.arange(9)[None], ["bfloat16"], chunk_sizes=[4]))
@@ -21,7 +21,7 @@ def test_the_model_that_is_checked_is_left_as_it_was(byte_model):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_nan_never_passes(monkeypatch):
+def test_nan_fails_the_check(monkeypatch):
     def lost(*arguments):
         out, *rest = forward(*arguments)
         return torch.full_like(out, torch.nan), *rest

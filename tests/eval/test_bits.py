@@ -24,7 +24,7 @@ def test_every_byte_counts_once_and_documents_do_not_share_context(byte_model, t
 
 
 @pytest.mark.parametrize("piece", [1, 7, 100])
-def test_how_a_document_is_cut_for_reading_changes_nothing(byte_model, text_folder, monkeypatch, piece):
+def test_the_size_of_the_pieces_read_changes_no_figure(byte_model, text_folder, monkeypatch, piece):
     model = load_model(byte_model)
     documents = find_documents(text_folder)[:1]
     whole = bits_per_byte(model, ByteTokenizer(), documents).bits

@@ -62,7 +62,7 @@ def test_the_order_2_model_gives_unseen_bytes_a_probability(texts, tmp_path):
     assert 8 < bits < 64
 
 
-def test_the_table_names_every_method_and_leaves_out_what_nothing_trained(texts):
+def test_the_table_names_every_method_and_the_order_2_model_only_if_trained(texts):
     table = compressor_table(texts[:3], texts[3:])
     assert set(table) == {"gzip -9", "xz -9", "order-2 bytes"}
     assert all(0 < bits < 8 for bits in table.values())

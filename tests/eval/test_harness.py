@@ -86,7 +86,7 @@ def log_likelihood(model, context: str, answer: str) -> float:
     return sum(logs[t - 1, ids[0, t]].item() for t in range(first, ids.shape[1]))
 
 
-def test_answers_are_scored_as_by_one_forward_whatever_contexts_share(harness, model_directory):
+def test_answers_have_the_scores_of_one_forward_pass_whatever_contexts_share(harness, model_directory):
     model = load_model(model_directory)
     shots = "Question: what?\nAnswer: that\n\n"
     pairs = [
@@ -109,7 +109,7 @@ def test_answers_are_scored_as_by_one_forward_whatever_contexts_share(harness, m
     assert harness.tokens_read < held / 2
 
 
-def test_the_greedy_answer_is_known_as_such(harness):
+def test_the_greedy_answer_is_marked(harness):
     text = harness.generate_until([request("generate_until", "abc", {"max_gen_toks": 6, "until": []})])[0]
     assert len(text) > 0
     results = harness.loglikelihood([request("loglikelihood", "abc", answer) for answer in (text, "zq9")])

@@ -45,7 +45,7 @@ def test_memory_of_this_process_is_plausible():
     assert 1 << 20 < meter.resident_bytes() < 1 << 40
 
 
-def test_time_ends_with_the_last_token():
+def test_the_time_of_a_stream_ends_with_its_last_token():
     stream = StreamMeter()
     for _ in range(3):
         stream.tick()

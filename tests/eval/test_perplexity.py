@@ -68,7 +68,7 @@ def test_windows_score_every_token_once_with_enough_before_it(model, tokenizer, 
         assert result.nats == pytest.approx(perplexity(model, tokenizer, TEXT).nats, rel=1e-5)
 
 
-def test_words_are_counted_with_an_end_of_every_line():
+def test_words_are_counted_with_one_end_per_line():
     assert count_words(" a b \n\n = c = \n") == 2 + 1 + 0 + 1 + 3 + 1
 
 
@@ -96,7 +96,7 @@ def test_wikitext_is_counted_by_its_own_words_whatever_the_tokenizer(model, toke
     assert math.log(result.per_word) == pytest.approx(math.log(50257) * result.num_tokens / result.num_words)
 
 
-def test_the_command_gives_both_ways(byte_model, tmp_path, capsys):
+def test_the_command_reports_both_ways_to_read(byte_model, tmp_path, capsys):
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
     with pytest.raises(SystemExit):
@@ -107,7 +107,7 @@ def test_the_command_gives_both_ways(byte_model, tmp_path, capsys):
     assert report["strided"]["nats"] != report["stateful"]["nats"]
 
 
-def test_a_directory_with_a_shim_is_read_without_running_it(byte_model, tmp_path):
+def test_a_directory_with_a_shim_is_read_without_executing_it(byte_model, tmp_path):
     """In a fresh process, where transformers does not know the model and would ask whether to run the shim."""
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
