@@ -110,8 +110,8 @@ class _Rules:
             if other != mixer.type and other in mixer.model_fields_set:
                 what = f"`{other}` cannot be given with type: {mixer.type}"
                 yield self.fault(here, what, f"remove it, or write type: {other}", at=(*here, other))
-        for clash in mixer.settings.clashes(self.sections.model, self.sections.embedding):
-            yield self.fault((*here, mixer.type, clash.key), clash.what, clash.fix, clash.category)
+        for fault in mixer.settings.faults(self.sections.model, self.sections.embedding):
+            yield self.fault((*here, mixer.type, *fault.path), fault.what, fault.fix, fault.category)
 
     def ffn(self, path: Path, ffn: Ffn) -> Iterator[Fault]:
         here = (*path, "ffn")

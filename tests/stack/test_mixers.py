@@ -5,10 +5,10 @@ import torch
 
 from retnet.layers.attention import AttentionConfig
 from retnet.models.lm import LanguageModel
-from retnet.stack import Category
+from retnet.stack import Category, Fault
 from retnet.stack.build import model_config
 from retnet.stack.estimate import estimate_parameters
-from retnet.stack.mixers import MIXERS, Clash, MixerSettings
+from retnet.stack.mixers import MIXERS, MixerSettings
 from retnet.stack.picture import draw_stack, save_picture
 from retnet.stack.report import realism_report
 from retnet.stack.scalars import PositiveInt
@@ -31,9 +31,9 @@ class Toy(MixerSettings):
         heads = spec.model.n_heads
         return AttentionConfig(heads, num_kv_heads=heads, head_dim=spec.model.head_dim, window=self.span)
 
-    def clashes(self, model, embedding):
+    def faults(self, model, embedding):
         if model is not None and self.span > model.max_seq_len:
-            yield Clash("span", f"span {self.span} is longer than max_seq_len", f"write at most {model.max_seq_len}")
+            yield Fault(("span",), f"span {self.span} is longer than max_seq_len", f"write at most {model.max_seq_len}")
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from .attention import Attention
 from .hyena import Hyena
 from .mamba import Mamba
 from .retnet import Retnet
-from .settings import Clash, MixerSettings
+from .settings import MixerSettings
 
-__all__ = ["MIXERS", "Attention", "Clash", "Hyena", "Mamba", "MixerSettings", "Retnet"]
+__all__ = ["MIXERS", "Attention", "Hyena", "Mamba", "MixerSettings", "Retnet"]
 
 MIXERS: dict[str, type[MixerSettings]] = {"attention": Attention, "mamba": Mamba, "retnet": Retnet, "hyena": Hyena}

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from .. import unsupported
-from ..errors import Category
+from ..errors import Category, Fault
 from ..scalars import ONE_OF, Flag, PositiveInt, PositiveIntOrNull, Probability
-from .settings import Clash, MixerSettings
+from .settings import MixerSettings
 
 if TYPE_CHECKING:
     from retnet.layers.attention import AttentionConfig
@@ -49,10 +49,10 @@ class Attention(MixerSettings):
     def words(self, name: str) -> str:
         return name if self.window is None else f"{name}, window {self.window}"
 
-    def clashes(self, model: Model | None, embedding: Embedding | None) -> Iterator[Clash]:
+    def faults(self, model: Model | None, embedding: Embedding | None) -> Iterator[Fault]:
         if self.window_dilation > 1:
             what = f"`window_dilation: {self.window_dilation}` (dilated windows) is not supported here"
-            yield Clash("window_dilation", what, "remove it", Category.UNSUPPORTED)
+            yield Fault(("window_dilation",), what, "remove it", Category.UNSUPPORTED)
 
     @property
     def rotates_heads(self) -> bool:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ..errors import Fault
 from ..scalars import ONE_OF, MaybePositiveInt, PositiveInt
 from ..section import OURS
-from .settings import Clash, MixerSettings
+from .settings import MixerSettings
 
 if TYPE_CHECKING:
     from retnet.layers.mamba1 import Mamba1Config
@@ -46,15 +47,15 @@ class Mamba(MixerSettings):
     def words(self, name: str) -> str:
         return f"{self.variant}, state {self.d_state}"
 
-    def clashes(self, model: Model | None, embedding: Embedding | None) -> Iterator[Clash]:
+    def faults(self, model: Model | None, embedding: Embedding | None) -> Iterator[Fault]:
         if self.head_dim is None:
             return
         if self.variant == "mamba1":
-            yield Clash(OURS + "head_dim", "mamba1 has no heads", "remove it, or write variant: mamba2")
+            yield Fault((OURS + "head_dim",), "mamba1 has no heads", "remove it, or write variant: mamba2")
         elif model is not None and model.d_model * self.expand % self.head_dim:
             inner = model.d_model * self.expand
             what = f"{self.head_dim} does not divide d_model * expand = {inner}"
-            yield Clash(OURS + "head_dim", what, f"write a divisor of {inner}")
+            yield Fault((OURS + "head_dim",), what, f"write a divisor of {inner}")
 
     def estimate(self, model: Model) -> int:
         inner = model.d_model * self.expand

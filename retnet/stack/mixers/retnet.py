@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ..errors import show
+from ..errors import Fault, show
 from ..scalars import ONE_OF, Decay, Flag, MaybePositiveInt, Positive, PositiveIntOrNull
 from ..section import OURS
-from .settings import Clash, MixerSettings
+from .settings import MixerSettings
 
 if TYPE_CHECKING:
     import torch
@@ -69,32 +69,32 @@ class Retnet(MixerSettings):
         decay = self.decay if isinstance(self.decay, str) else "custom"
         return name if decay == "paper" else f"{name}, {decay} decay"
 
-    def clashes(self, model: Model | None, embedding: Embedding | None) -> Iterator[Clash]:
+    def faults(self, model: Model | None, embedding: Embedding | None) -> Iterator[Fault]:
         if self.rope and embedding is not None and embedding.positional != "rope":
             what = f"rope needs embedding.positional rope, not {embedding.positional}"
-            yield Clash("rope", what, "write rope: false here, or embedding.positional: rope")
+            yield Fault(("rope",), what, "write rope: false here, or embedding.positional: rope")
         if model is not None:
             yield from self._widths(model.n_heads)
             if isinstance(self.decay, tuple) and len(self.decay) != model.n_heads:
                 what = f"{len(self.decay)} gammas for {model.n_heads} heads"
-                yield Clash(OURS + "decay", what, f"write {model.n_heads} numbers, or one without brackets")
+                yield Fault((OURS + "decay",), what, f"write {model.n_heads} numbers, or one without brackets")
         gammas = self.decay if isinstance(self.decay, tuple) else (self.decay,)
         if self.learnable_decay and any(gamma in ("none", "gated", 0.0, 1.0) for gamma in gammas):
             what = f"a learnable decay cannot start from decay {show(self.decay)}"
             fix = "write learnable_decay: false, or start from paper, experiment, or gammas between 0 and 1"
-            yield Clash(OURS + "learnable_decay", what, fix)
+            yield Fault((OURS + "learnable_decay",), what, fix)
         if self.decay_norm and self.decay == "gated":
             what = "decay_norm is defined for a decay that is fixed per head, not for decay: gated"
-            yield Clash(OURS + "decay_norm", what, "write false, or another decay")
+            yield Fault((OURS + "decay_norm",), what, "write false, or another decay")
 
-    def _widths(self, heads: int) -> Iterator[Clash]:
+    def _widths(self, heads: int) -> Iterator[Fault]:
         for key, width in (("key_dim", self.key_dim), ("value_dim", self.value_dim)):
             if width is not None and width % heads:
                 fix = f"write a multiple of {heads}, such as {max(1, round(width / heads)) * heads}"
-                yield Clash(OURS + key, f"{width} cannot be split into {heads} heads (n_heads)", fix)
+                yield Fault((OURS + key,), f"{width} cannot be split into {heads} heads (n_heads)", fix)
         if self.rope and self.key_dim is not None and self.key_dim % (2 * heads) == heads:
             what = f"rotary positions rotate pairs, but the keys of a head are {self.key_dim // heads} wide"
-            yield Clash(OURS + "key_dim", what, f"write a multiple of {2 * heads}, or rope: false")
+            yield Fault((OURS + "key_dim",), what, f"write a multiple of {2 * heads}, or rope: false")
 
     @property
     def rotates_heads(self) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ..errors import Category
+from ..errors import Fault
 from ..section import Section
 
 if TYPE_CHECKING:
@@ -16,16 +15,6 @@ if TYPE_CHECKING:
     from retnet.models.config import ModelConfig
 
     from ..schema import Embedding, Model, Spec
-
-
-@dataclass(frozen=True)
-class Clash:
-    """A value of a mixer that does not go with another value of the file. `key` is as the file spells it."""
-
-    key: str
-    what: str
-    fix: str
-    category: Category = Category.VALIDATION
 
 
 class MixerSettings(Section):
@@ -47,8 +36,11 @@ class MixerSettings(Section):
         """The mixer in a table of layers; `name` is its name in YAML."""
         return name
 
-    def clashes(self, model: Model | None, embedding: Embedding | None) -> Iterator[Clash]:
-        """What does not go with other sections; a section that is invalid by itself is None."""
+    def faults(self, model: Model | None, embedding: Embedding | None) -> Iterator[Fault]:
+        """Values that contradict each other or other sections, with paths that start at this one.
+
+        A section that is invalid by itself is None.
+        """
         yield from ()
 
     @property
