@@ -78,15 +78,12 @@ def resolve_model(
 
 
 def resolve_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of the model that a name stands for.
-
-    Raises as `resolve_config` and `tokenizer_of`.
-    """
+    """The tokenizer of a named model. Raises the errors of `resolve_config` and `tokenizer_of`."""
     return tokenizer_of(resolve_config(name), saved_directory(name))
 
 
 def tokenizer_of(config: ModelConfig, directory: Path | None) -> Tokenizer:
-    """The tokenizer of a model: the one beside its saved weights (in `directory`, if it is saved), otherwise bytes.
+    """The tokenizer of a model: the one saved in its `directory`, otherwise bytes.
 
     Raises ValueError for a model that has no tokenizer and whose vocabulary is not bytes.
     """
@@ -101,9 +98,9 @@ def tokenizer_of(config: ModelConfig, directory: Path | None) -> Tokenizer:
 
 
 def saved_directory(name: str) -> Path | None:
-    """The directory that a name stands for; None for a preset or a stack, which go before a directory of the name."""
-    made = name in PRESETS or name in preset_names() or name.endswith(STACK_SUFFIXES)
-    return None if made else Path(name)
+    """The directory of a name; None for presets and stacks, which take precedence over a directory of the same name."""
+    is_new = name in PRESETS or name in preset_names() or name.endswith(STACK_SUFFIXES)
+    return None if is_new else Path(name)
 
 
 def _check_exists(name: str) -> None:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from . import unsupported
 
-# Keys under the prefix `vendor.` belong to whoever reads the file; these are the ones that this library reads.
+# EulerStack leaves keys with the prefix `vendor.` to the program that reads the file. This prefix is ours.
 OURS = "vendor.retnet."
 RESERVED_PREFIXES = ("experimental.", "future.", "vendor.")
 

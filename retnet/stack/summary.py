@@ -53,7 +53,7 @@ def runs(rows: list[LayerSummary]) -> list[tuple[int, LayerSummary]]:
 
 
 def device_notes(stack: Stack, device: torch.device) -> list[str]:
-    """What the layers do on a device, where the file alone does not determine it; each sentence once."""
+    """Sentences about how the layers run on a device, each once, if the file alone does not determine that."""
     notes = (layer.mixer.on_device(stack.spec, device) for layer in stack.layers)
     return list(dict.fromkeys(note for note in notes if note))
 

@@ -34,7 +34,9 @@ TOP: Keys = {
 }
 TEMPLATE: Keys = {
     "memory": Unsupported(
-        "a memory module beside the mixer", "remove it; a retnet or mamba mixer carries a state", takes_null=True
+        "a memory module in addition to the mixer",
+        "remove it; a retnet or mamba mixer carries a state",
+        takes_null=True,
     ),
     "shape_change": Unsupported(
         "a width that changes between layers", "remove it; all layers have width model.d_model", takes_null=True

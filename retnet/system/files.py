@@ -1,6 +1,6 @@
 """Atomic files and JSON: at every moment, also after a power failure, a path holds its old content or its new one.
 
-A file is written under a temporary name beside its target, flushed to the disk, and renamed.
+A file is written under a temporary name in the same folder, flushed to the disk, and renamed.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class LossWatch:
         self._unchecked.append(_MicroBatch(step, rows, loss))
 
     def check(self) -> str | None:
-        """What is wrong with the first loss that is not finite, None if all are; they are then forgotten."""
+        """A description of the first loss that is not finite, or None. The checked losses are forgotten."""
         batches, self._unchecked = self._unchecked, []
         if not batches:
             return None

@@ -15,7 +15,7 @@ RUN_FILE = "run.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """What one process holds between two steps, beside what the Trainer saves.
+    """The state of one process between two steps that the Trainer does not save.
 
     loss: the sum since step `last_logged`. lanes: the carried states, if states are carried.
     """

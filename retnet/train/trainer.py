@@ -39,7 +39,7 @@ STATE_FILE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The settings of a run beside TrainingArguments.
+    """The settings of a run that are not in TrainingArguments.
 
     identity: what a checkpoint must have in common with the run to be resumed.
     """
@@ -317,7 +317,7 @@ class PackedTrainer(Trainer):
         self.meter.pause(time.perf_counter() - begin)
 
     def _save_progress(self, folder: Path, output: Path) -> None:
-        """What the Trainer does not save."""
+        """Save the files of `resume.py`."""
         progress = Progress(float(self._tr_loss), self._globalstep_last_logged, self.lanes)
         progress.save(folder, self.args.process_index)
         if self.args.should_save:

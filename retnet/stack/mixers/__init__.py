@@ -12,9 +12,9 @@ To add a mixer, write its entry, a subclass of `MixerSettings`, and list it in `
     MIXERS["toy"] = Toy
 
 A file may then say `mixer: {type: toy, toy: {width: 32}}`. Keys that the schema does not have are declared with the
-prefix `vendor.retnet.` (see `retnet.py`). What an entry may say beside its keys (rules, words, colour, reach) is in
-`settings.py`. The layer itself is registered in `retnet.layers.mixers`. A mixer outside the package is added the same
-way, before a file is read. Mixers of the package also have a section in docs/stack.md, which a test demands.
+prefix `vendor.retnet.` (see `retnet.py`). `settings.py` lists what else an entry may define: rules, a description, a
+colour, a reach. The layer itself is registered in `retnet.layers.mixers`. A mixer outside the package is added the same
+way, before a file is read. A mixer of the package also has a section in docs/stack.md; a test checks that.
 """
 
 from .attention import Attention

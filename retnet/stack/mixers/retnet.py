@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Retnet(MixerSettings):
-    """Where the schema is silent (`vendor.retnet.*`), the defaults are the paper's; `RetentionConfig` explains each."""
+    """Keys with the prefix `vendor.retnet.` are ours, with the paper's defaults; `RetentionConfig` explains them."""
 
     STATE_KEY = "kv_cache"
     GUIDE = "retnet"
@@ -101,13 +101,13 @@ class Retnet(MixerSettings):
         return self.rope and self.key_dim is None
 
     def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
-        """Until a head's decay has left 1%."""
+        """The distance at which the decay of each head falls below 1%."""
         from retnet.models.cost import head_windows
 
         return tuple(head_windows(config)[0]) or None
 
     def on_device(self, spec: Spec, device: torch.device) -> str | None:
-        """The tokens per chunk that really run: `chunk_size` is a hint on a GPU, and absent in many files."""
+        """The tokens per chunk that run there: `chunk_size` is a hint on a GPU, and may be absent."""
         from retnet.ops.retention import chunk_tokens
 
         layer = self.config(spec)

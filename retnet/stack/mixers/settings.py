@@ -49,11 +49,11 @@ class MixerSettings(Section):
         return False
 
     def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
-        """How many tokens back each head can use, in a model of this one layer; None: all of them."""
+        """How many tokens back each head can use, None without a limit. config: a model of this layer only."""
         return None
 
     def on_device(self, spec: Spec, device: torch.device) -> str | None:
-        """What the layer does on a device, in words, where the file alone does not determine it."""
+        """A sentence about how the layer runs on a device, if the file alone does not determine that."""
         return None
 
     def estimate(self, model: Model) -> int:
