@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retnet.kernels.scan.forward import Scan, join_segments, load_row, tile
+from retnet.kernels.scan.forward import Scan, chain_segments, load_row, tile
 from retnet.kernels.segments import segment_bounds
 
 RUN = 8  # tokens whose states are in registers at a time
@@ -43,7 +43,7 @@ def scan_backward(
             scan.step.stride(1), scan.read.stride(1), **scan.shapes, num_warps=1,
         )  # fmt: skip
     dfinal = None if dfinal is None else dfinal.float().contiguous()
-    join_segments(scan, after, sums, dfinal, dstate, reverse=True)
+    chain_segments(scan, after, sums, dfinal, dstate, reverse=True)
     if segments.num_slots:
         _gradients[(segments.num_slots * narrow.blocks,)](
             scan.x, scan.step, scan.rate, scan.write, scan.read, dy, starts, after, dx, dstep, by_block[0],

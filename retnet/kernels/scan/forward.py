@@ -107,7 +107,7 @@ def scan_forward(scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
             scan.x, scan.step, scan.rate, scan.write, starts, sums, segments.table, segments.tokens_per_sequence,
             scan.x.stride(1), scan.step.stride(1), scan.write.stride(1), **scan.shapes, num_warps=1,
         )  # fmt: skip
-    join_segments(scan, starts, sums, scan.state, final, reverse=False)
+    chain_segments(scan, starts, sums, scan.state, final, reverse=False)
     if segments.num_slots:
         _outputs[(segments.num_slots * scan.blocks,)](
             scan.x, scan.step, scan.rate, scan.write, scan.read, starts, y,
@@ -118,7 +118,7 @@ def scan_forward(scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
     return y, final, starts
 
 
-def join_segments(
+def chain_segments(
     scan: Scan, local: Tensor, sums: Tensor, first: Tensor | None, last: Tensor, *, reverse: bool
 ) -> None:
     """Turn what each segment adds, `local` [slots, N, D], into what stands before it (after it, if reversed), in place.
@@ -128,7 +128,7 @@ def join_segments(
     segments = scan.segments
     if segments.num_sequences == 0:
         return
-    _join[(segments.num_sequences * scan.blocks,)](
+    _chain_kernel[(segments.num_sequences * scan.blocks,)](
         local, sums, scan.rate, first, last, segments.cu_seqlens, segments.first_slot, segments.tokens_per_sequence,
         **scan.shapes, REVERSE=reverse, num_warps=1,
     )  # fmt: skip
@@ -172,7 +172,7 @@ def _segment_states(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _join(
+def _chain_kernel(
     local, sums, rate, first, last, cu_seqlens, first_slot, T,
     D: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, PACKED: tl.constexpr,
     REVERSE: tl.constexpr,

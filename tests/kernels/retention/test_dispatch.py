@@ -1,4 +1,4 @@
-"""The chunkwise kernels against the float64 oracle: outputs, final states and every gradient, for every argument."""
+"""Chunkwise kernels against the float64 oracle: outputs, final states and every gradient, for every argument."""
 
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ from retnet.kernels.retention.problem import RetentionProblem
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. `cu` are the bounds of packed sequences, `decay` the kind of log_decay."""
+    """One problem. `cu`: boundaries of packed sequences; `decay`: the kind of log_decay."""
 
     name: str
     B: int = 1
@@ -88,9 +88,9 @@ def make_inputs(case: Case, device: str) -> dict[str, Tensor | None]:
 
 
 def by_reference(form, inputs: dict[str, Tensor | None], dtype: torch.dtype, **options) -> dict[str, Tensor]:
-    """Outputs and gradients of a form of the oracle computed in `dtype`, by autograd.
+    """Outputs and gradients of a form of the oracle, computed in `dtype` by autograd.
 
-    log_decay is expanded per token, so that its gradient's summands are seen."""
+    log_decay is expanded per token, to get the terms that its gradient sums."""
     B, T, H = inputs["v"].shape[:3]
     leaves = {
         name: x.to(dtype if name in ("q", "k", "v") else x.dtype).detach().requires_grad_()
@@ -121,7 +121,7 @@ def make_problem(case: Case, inputs: dict[str, Tensor | None]) -> tuple[Retentio
 def run(
     problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, *, need_dlog_decay: bool = True
 ) -> dict[str, Tensor]:
-    """The output, the final state and every gradient there is, by name."""
+    """The output, the final state and all gradients that are not None, by name."""
     out, final = retention_forward(problem, torch.float32)
     need_dstate = problem.state is not None
     grads = retention_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
@@ -135,7 +135,7 @@ def by_kernels(case: Case, inputs: dict[str, Tensor | None]) -> dict[str, Tensor
 
 
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """norm(x - ref) / norm(ref); a fixed decay's gradient is held against the sizes of its summands, one per token."""
+    """norm(x - ref) / norm(ref); for the gradient of a fixed decay, relative to the terms per token that it sums."""
     result = {}
     for name, x in got.items():
         ref = expected[name].double()
@@ -168,8 +168,8 @@ PARTED = [
 
 
 @pytest.mark.parametrize("case", PARTED, ids=lambda case: case.name)
-def test_sequences_walked_in_parts_are_joined(case, device, monkeypatch):
-    """As on a chip that few sequences would leave idle."""
+def test_parts_of_a_sequence_are_joined(case, device, monkeypatch):
+    """As on a GPU that has more processors than there are programs."""
     monkeypatch.setattr(states, "LEAST_SEGMENTS", 1)
     monkeypatch.setattr(states, "MOST_PARTS", 3 if case.cu is None else 2)
     monkeypatch.setattr(states, "multiprocessors", lambda device: 1000)
@@ -181,7 +181,7 @@ def test_sequences_walked_in_parts_are_joined(case, device, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", ["fixed", "token"])
-def test_slow_decays_keep_float32_digits_over_many_segments(decay, device):
+def test_slow_decays_keep_float32_accuracy_over_many_segments(decay, device):
     case = Case("", T=4096, G=1, H=1, state=True)
     inputs = make_inputs(case, device)
     slow = torch.log1p(-torch.exp2(torch.tensor([-12.3], dtype=torch.float64, device=device))).float().double()
@@ -192,7 +192,7 @@ def test_slow_decays_keep_float32_digits_over_many_segments(decay, device):
 
 
 @pytest.mark.parametrize("cu", [None, (0, 65, 65, 133)], ids=["rows", "packed"])
-def test_states_that_nobody_wants_are_not_made_and_change_nothing_else(cu, device):
+def test_unwanted_states_are_not_computed_and_change_no_other_result(cu, device):
     inputs = make_inputs(Case("", T=133, state=False, dfinal=False, cu=cu), device)
     problem, dout, _ = make_problem(Case(""), inputs)
     out, final = retention_forward(problem, None)
@@ -205,13 +205,13 @@ def test_states_that_nobody_wants_are_not_made_and_change_nothing_else(cu, devic
     assert all(torch.equal(getattr(lean, name), getattr(full, name)) for name in ("dq", "dk", "dv"))
 
 
-def test_the_last_segment_length_of_a_chunk_size_is_the_nearest_supported():
+def test_a_chunk_size_is_rounded_to_the_nearest_segment_length():
     from retnet.kernels.retention.tiles import nearest_segment
 
     assert [nearest_segment(n) for n in (1, 64, 96, 97, 128, 200, 10**6)] == [64, 64, 64, 128, 128, 256, 256]
 
 
-# (K, V, H): two heads, and as many as fill a chip with the largest tiles
+# (K, V, H): two heads, and enough heads to fill a GPU with the largest tiles
 HEAD_SIZES = [(32, 32, 2), (64, 128, 2), (128, 128, 2), (256, 512, 2), (512, 512, 2), (144, 80, 2), (512, 64, 2)]
 HEAD_SIZES += [(64, 64, 80), (128, 128, 40), (256, 512, 20)]
 
@@ -220,7 +220,7 @@ HEAD_SIZES += [(64, 64, 80), (128, 128, 40), (256, 512, 20)]
 @pytest.mark.parametrize("sizes", HEAD_SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("decay", ["fixed", "token"])
-def test_every_dtype_and_head_size_is_as_exact_as_the_parallel_form(sizes, dtype, decay, device):
+def test_every_dtype_and_head_size_is_as_accurate_as_the_parallel_form(sizes, dtype, decay, device):
     K, V, H = sizes
     case = Case("", B=2, T=389, G=1 if H == 2 else H, H=H, K=K, V=V, decay=decay, dtype=dtype, chunk=0)
     inputs = make_inputs(case, device)
@@ -242,7 +242,7 @@ def test_every_dtype_and_head_size_is_as_exact_as_the_parallel_form(sizes, dtype
 @pytest.mark.parametrize("sizes", [(64, 128), (128, 128), (256, 512)], ids=str)
 @pytest.mark.parametrize("T", [1, 63, 389])
 def test_the_choice_of_kernels_does_not_change_the_result(sizes, T, device):
-    """With a fixed decay whose gradient nobody asks for, a Hopper GPU takes the walk."""
+    """With a fixed decay and no gradient of it, a Hopper GPU uses walks."""
     case = Case("", B=2, T=T, K=sizes[0], V=sizes[1], dtype=torch.bfloat16, chunk=0)
     inputs = make_inputs(case, device)
     expected = by_reference(reference.parallel, inputs, torch.float64)
@@ -255,7 +255,7 @@ def test_the_choice_of_kernels_does_not_change_the_result(sizes, T, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("decay", ["fixed", "token", "resets"])
 @pytest.mark.parametrize("T", [8191, 131072])
-def test_long_sequences_keep_their_digits(decay, T, device):
+def test_long_sequences_keep_float32_accuracy(decay, T, device):
     case = Case("", T=T, G=1, H=2, K=64, V=64, decay=decay, chunk=0)
     inputs = make_inputs(case, device)
     found = errors(by_kernels(case, inputs), by_reference(reference.chunkwise, inputs, torch.float64, chunk_size=256))
@@ -289,7 +289,7 @@ def test_packed_documents_do_not_leak(device):
 
 
 @pytest.mark.gpu
-def test_what_lies_under_the_mask_is_never_read(device):
+def test_masked_tokens_are_never_read(device):
     case = Case("", B=2, T=300, K=64, V=64, masked=True, dtype=torch.bfloat16, chunk=0)
     inputs = make_inputs(case, device)
     clean = by_kernels(case, inputs)
@@ -303,7 +303,7 @@ def test_what_lies_under_the_mask_is_never_read(device):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_offsets_past_two_to_the_31_elements(device):
-    """v has more than 2^31 elements; the tail is held against the oracle, started from the kernels' own state."""
+    """v has more than 2^31 elements; its tail is compared with the oracle, started from the kernels' own state."""
     T, H, K, V, tail = (1 << 19) + 77, 32, 32, 128, 1000
     generator = torch.Generator(device=device).manual_seed(0)
     q, k, v = (
@@ -340,7 +340,7 @@ def test_views_of_a_fused_projection_give_the_same_bits(device):
 
 
 def test_nan_in_a_float16_state_stays_nan(device):
-    """The bits of a device's own NaN are all ones: rounded as a number they would become those of a zero."""
+    """A GPU's NaN has all bits set: rounded like a number, it would become zero."""
     q = torch.randn(1, 200, 1, 16, device=device).half()
     nan = torch.full((1, 1, 16, 16), 0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32)
     out, final = retention_forward(

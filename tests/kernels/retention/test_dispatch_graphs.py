@@ -34,7 +34,7 @@ def test_compiled_retention_has_no_graph_break_and_the_same_gradients(per_token)
         assert (a.float() - b.float()).norm() <= 1e-2 * a.float().norm()
 
 
-@pytest.mark.parametrize("T", [130, 128])  # of whole chunks dK and dV share a walk
+@pytest.mark.parametrize("T", [130, 128])  # 128 is whole chunks: dK and dV share a walk
 def test_a_captured_forward_and_backward_replays_on_new_inputs(T):
     q, k, v, log_decay = make(T=T)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -105,7 +105,7 @@ def test_one_token_through_retention_is_the_step():
     assert torch.equal(final, kept)
 
 
-def test_a_plan_names_what_will_run():
+def test_a_plan_reports_the_kernels_that_run():
     q, _, v, _ = make()
     plan = retention_plan(q, v)
     assert (plan.mode, plan.backend) == ("chunkwise", "triton")

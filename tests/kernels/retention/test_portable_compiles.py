@@ -1,7 +1,7 @@
-"""The portable kernels fit the GPUs that their block shapes are for, on any machine.
+"""The portable kernels compile for the GPUs that their block shapes are for, on any machine.
 
-A tile whose buffers exceed what a block may have is found when it is first launched, and small problems take small
-tiles: so every walk's tile of every family and dtype is compiled here, through the calls that launch it.
+A tile that exceeds a GPU's shared memory fails when it is first launched, and small problems take small tiles. So every
+border-state tile of every family and dtype is compiled here, through the calls that launch it.
 """
 
 import sys
@@ -20,12 +20,12 @@ from retnet.kernels.retention.portable import passes as portable
 from retnet.kernels.retention.portable.border_states import stored_dtype
 from retnet.kernels.retention.problem import RetentionProblem
 
-# (compute capability, its family, bytes of shared memory that a block may have)
+# (compute capability, device family, bytes of shared memory per block)
 HOPPER, ADA = (90, "hopper", 232448), (89, "small", 101376)
 
 
-class Elsewhere:
-    """The driver of a GPU that is not here: enough to compile for it."""
+class AbsentGPU:
+    """The driver of a GPU that this machine lacks: enough to compile for it."""
 
     def __init__(self, capability: int):
         self.capability = capability
@@ -34,7 +34,7 @@ class Elsewhere:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 1000 + self.capability  # compiled kernels are kept by it: never with a real device's
+        return 1000 + self.capability  # Triton keeps compiled kernels by device: never among a real device's
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -42,7 +42,7 @@ class Elsewhere:
 
 @pytest.fixture
 def compile_for(monkeypatch):
-    """compile_for(capability, family): what is launched from then on is compiled and kept, here as (name, kernel)."""
+    """compile_for(capability, family): from then on launches only compile; returns the list of (name, kernel)."""
     launched = []
 
     def use(capability: int, family: str) -> list:
@@ -51,7 +51,7 @@ def compile_for(monkeypatch):
         def compile_only(self, *args, grid, warmup, **options):
             launched.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options)))
 
-        monkeypatch.setattr(driver, "_active", Elsewhere(capability))
+        monkeypatch.setattr(driver, "_active", AbsentGPU(capability))
         monkeypatch.setattr(JITFunction, "run", compile_only)
         for module in [m for name, m in sys.modules.items() if name.startswith("retnet.kernels.")]:
             if hasattr(module, "device_family"):
@@ -64,7 +64,7 @@ def compile_for(monkeypatch):
 
 
 def run_both_ways(dtype: torch.dtype, G: int, K: int, V: int) -> None:
-    """Forward and backward with all that takes memory: a decay per token, its gradient, first and last states."""
+    """Forward and backward with everything that takes memory: decay per token and its gradient, both states."""
     T, H = 512, 2
     q, k, v = (torch.empty(1, T, heads, width, dtype=dtype) for heads, width in ((G, K), (G, K), (H, V)))
     state = torch.empty(1, H, K, V)
@@ -74,7 +74,7 @@ def run_both_ways(dtype: torch.dtype, G: int, K: int, V: int) -> None:
 
 
 def widest_that_shares(family: str, dtype: torch.dtype) -> int:
-    """The head size up to which heads that share queries and keys have kernels of their own."""
+    """The largest head size for which heads that share queries and keys have kernels of their own."""
     stored = stored_dtype(dtype)
     return max(width for width in (16, 32, 64, 128) if tiles.shared_tile(family, stored, width, width, 64))
 

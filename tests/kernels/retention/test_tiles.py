@@ -1,4 +1,4 @@
-"""Block shapes: what is stored on a machine, and what a plan says of them."""
+"""Block shapes: the file of tuned ones, and what a plan reports."""
 
 import json
 from dataclasses import asdict
@@ -16,7 +16,7 @@ from retnet.kernels.retention.tune import _segment_tiles, _state_tiles
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
-    """The file of stored shapes, of this test alone."""
+    """This test's own file of tuned shapes."""
     monkeypatch.setenv("RETNET_CACHE", str(tmp_path))
     tiles.forget_stored_tiles()
     yield tiles.cache_file()
@@ -24,7 +24,7 @@ def stored(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [8, 16, 24, 64, 512])
-def test_every_head_size_has_shapes_to_try(size):
+def test_tuning_has_candidates_for_every_head_size(size):
     candidates = list(_state_tiles(size, 16))
     assert candidates
     assert all(power_of_two(size) >= t.BK and t.BV == 16 for t in candidates)
@@ -32,19 +32,19 @@ def test_every_head_size_has_shapes_to_try(size):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"gpu": {"segment": 64}}', '{"gpu": 3}'])
-def test_a_file_that_tune_did_not_write_is_refused_by_name(stored, text):
+def test_a_file_of_another_form_is_refused_with_its_path(stored, text):
     stored.write_text(text)
     with pytest.raises(ValueError, match=r"tiles.json is not what `retnet tune` writes .*accepted: its file, or none"):
         tiles.stored_tiles()
 
 
-def test_what_was_stored_is_read(stored):
+def test_stored_tiles_are_read_back(stored):
     kept = tiles.tiles_for("hopper", torch.bfloat16, 64, 64, num_states=1000, processors=132)
     stored.write_text(json.dumps({"a gpu": asdict(kept)}))
     assert tiles.stored_tiles() == {"a gpu": kept}
 
 
-def test_a_plan_tells_decays_a_token_and_heads_that_share_apart():
+def test_a_plan_distinguishes_decay_per_token_and_shared_heads():
     q, v = torch.zeros(2, 300, 1, 64, dtype=torch.bfloat16), torch.zeros(2, 300, 4, 64, dtype=torch.bfloat16)
     fixed, per_token = (plan(q, v, "chunkwise", None, per_token=p) for p in (False, True))
     assert (fixed["chunk"], per_token["chunk"]) == (128, 64)

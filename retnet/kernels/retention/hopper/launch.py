@@ -19,7 +19,7 @@ _BLOCK_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)  # of a descriptor's tile
 
 @dataclass(frozen=True)
 class WalkTile:
-    """The tile of a walk: keys and warpgroups (64 values each) per program, slots per ring, registers per role."""
+    """The tile of a walk: keys and warpgroups (64 values each) per program, stages per pipeline, registers per role."""
 
     keys: int
     splits: int

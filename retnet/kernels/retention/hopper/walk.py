@@ -37,7 +37,7 @@ from retnet.kernels.retention.hopper.warp_roles import (
     GROUP_VALUES,
     RATE_ROW,
     SCALE_ROW,
-    SCORE_SLOTS,
+    SCORE_STAGES,
     first_barrier,
     load_role,
     mix_role,
@@ -46,12 +46,12 @@ from retnet.kernels.retention.hopper.warp_roles import (
 
 _CHUNK = gl.constexpr(CHUNK)
 _GROUP_VALUES = gl.constexpr(GROUP_VALUES)
-_SCORE_SLOTS = gl.constexpr(SCORE_SLOTS)
+_SCORE_STAGES = gl.constexpr(SCORE_STAGES)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _init_ring(barriers, FULL: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr):
+def _init_pipeline(barriers, FULL: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr):
     for stage in gl.static_range(STAGES):
         mbarrier.init(barriers.index(FULL + stage), count=1)
         mbarrier.init(barriers.index(FULL + STAGES + stage), count=READERS)
@@ -148,15 +148,15 @@ def walk_kernel(
     x_smem = gl.allocate_shared_memory(dtype, [X_STAGES if READ else 1, _CHUNK, KEYS if READ else 64], wide)
     y_smem = gl.allocate_shared_memory(dtype, [Y_STAGES, _CHUNK, KEYS], wide)
     z_smem = gl.allocate_shared_memory(dtype, [Z_STAGES, _CHUNK, SLICE], wide)
-    p_smem = gl.allocate_shared_memory(dtype, [_SCORE_SLOTS, _CHUNK, _CHUNK], wide)
+    p_smem = gl.allocate_shared_memory(dtype, [_SCORE_STAGES, _CHUNK, _CHUNK], wide)
     X: gl.constexpr = first_barrier(0, x_smem, y_smem)
     Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
     Z: gl.constexpr = first_barrier(2, x_smem, y_smem)
     barriers = gl.allocate_shared_memory(gl.int64, [Z + 2 * Z_STAGES, 1], mbarrier.MBarrierLayout())
-    _init_ring(barriers, 0, _SCORE_SLOTS, GROUPS)
-    _init_ring(barriers, X, x_smem.shape[0], GROUPS + 1)
-    _init_ring(barriers, Y, Y_STAGES, GROUPS + 1 if READ else GROUPS)
-    _init_ring(barriers, Z, Z_STAGES, GROUPS)
+    _init_pipeline(barriers, 0, _SCORE_STAGES, GROUPS)
+    _init_pipeline(barriers, X, x_smem.shape[0], GROUPS + 1)
+    _init_pipeline(barriers, Y, Y_STAGES, GROUPS + 1 if READ else GROUPS)
+    _init_pipeline(barriers, Z, Z_STAGES, GROUPS)
     outs_smem = gl.allocate_shared_memory(dtype, [GROUPS, _CHUNK, _GROUP_VALUES], wide)
     factor = gl.load(factors + head) if dtype == gl.float16 else 1.0
     decays = _make_decays(log2_gamma, scale, factor, tail, REVERSE)

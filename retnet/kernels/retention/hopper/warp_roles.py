@@ -1,6 +1,6 @@
 """The roles of a walk's warps (`walk_kernel`): loading tiles, scoring pairs of tokens, mixing values.
 
-Roles hand tiles over in rings in shared memory. A ring of n slots has 2 n of the `barriers`: for each slot a
+Roles hand tiles over in pipelines in shared memory. A pipeline of n stages has 2 n of the `barriers`: for each stage a
 `full` one, which its producer opens, and an `empty` one, which all its readers open together.
 """
 
@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 CHUNK = 64  # tokens: the rows of one warpgroup instruction, so that scores fill it
 GROUP_VALUES = 64  # values per warpgroup, for the same reason
 PIECE = 64  # keys per piece of a state: only one piece has its 16-bit copy in registers at a time
-SCORE_SLOTS = 1  # slots of the ring of scores
+SCORE_STAGES = 1  # stages of the pipeline of scores
 
 
 @builtin
@@ -38,7 +38,7 @@ _tma_add = getattr(tma, "async_atomic_add", None) or _own_tma_add
 _CHUNK = gl.constexpr(CHUNK)
 _GROUP_VALUES = gl.constexpr(GROUP_VALUES)
 _PIECE = gl.constexpr(PIECE)
-_SCORE_SLOTS = gl.constexpr(SCORE_SLOTS)
+_SCORE_STAGES = gl.constexpr(SCORE_STAGES)
 RATE_ROW = gl.constexpr(12)  # row of `decays` that repeats log2(gamma)
 SCALE_ROW = gl.constexpr(13)
 
@@ -50,26 +50,26 @@ def _token_at(step, start, REVERSE: gl.constexpr):
 
 
 @gluon.constexpr_function
-def first_barrier(ring, x_smem, y_smem):
-    """The first barrier of ring 0 (x), 1 (y) or 2 (z): the `full` ones of its slots, then the `empty` ones.
+def first_barrier(pipeline, x_smem, y_smem):
+    """The first barrier of pipeline 0 (x), 1 (y) or 2 (z): the `full` ones of its stages, then the `empty` ones.
 
     All barriers are one allocation, those of the scores first, so that a role holds a single address."""
     return [
-        2 * SCORE_SLOTS,
-        2 * SCORE_SLOTS + 2 * x_smem.shape[0],
-        2 * SCORE_SLOTS + 2 * x_smem.shape[0] + 2 * y_smem.shape[0],
-    ][ring]
+        2 * SCORE_STAGES,
+        2 * SCORE_STAGES + 2 * x_smem.shape[0],
+        2 * SCORE_STAGES + 2 * x_smem.shape[0] + 2 * y_smem.shape[0],
+    ][pipeline]
 
 
 @gluon.jit
 def _fetch(desc, at, smem, barriers, FULL: gl.constexpr, step):
-    """Wait until this step's slot of the ring is empty, then start its load."""
+    """Wait until this step's stage of the pipeline is empty, then start its load."""
     STAGES: gl.constexpr = smem.shape[0]
-    slot = step % STAGES
-    mbarrier.wait(barriers.index(FULL + STAGES + slot), ((step // STAGES) & 1) ^ 1)
-    mbarrier.expect(barriers.index(FULL + slot), desc.block_type.nbytes)
-    tile = smem.index(slot).reshape(desc.block_type.shape)
-    _tma_load(desc, at, barriers.index(FULL + slot), tile)
+    stage = step % STAGES
+    mbarrier.wait(barriers.index(FULL + STAGES + stage), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(barriers.index(FULL + stage), desc.block_type.nbytes)
+    tile = smem.index(stage).reshape(desc.block_type.shape)
+    _tma_load(desc, at, barriers.index(FULL + stage), tile)
 
 
 @gluon.jit
@@ -88,7 +88,7 @@ def _release(smem, barriers, FULL: gl.constexpr, step):
 
 @gluon.jit
 def load_role(args, REVERSE: gl.constexpr, READ: gl.constexpr):
-    """One warp: load the tiles of every chunk into their rings, in the order in which they are needed."""
+    """One warp: load the tiles of every chunk into their pipelines, in the order in which they are needed."""
     x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, head, key, value, start, count = args
     X: gl.constexpr = first_barrier(0, x_smem, y_smem)
     Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
@@ -126,10 +126,10 @@ def score_role(args, REVERSE: gl.constexpr, HAS_CODES: gl.constexpr):
             if special != 0:
                 _make_special_pairs(pairs.index(1), decays, chunk_codes, REVERSE)
             table = pairs.index(special)
-        mbarrier.wait(barriers.index(_SCORE_SLOTS + step % _SCORE_SLOTS), ((step // _SCORE_SLOTS) & 1) ^ 1)
-        p_smem.index(step % _SCORE_SLOTS).store((scores * table.load(layout)).to(p_smem.dtype))
+        mbarrier.wait(barriers.index(_SCORE_STAGES + step % _SCORE_STAGES), ((step // _SCORE_STAGES) & 1) ^ 1)
+        p_smem.index(step % _SCORE_STAGES).store((scores * table.load(layout)).to(p_smem.dtype))
         fence_async_shared()
-        mbarrier.arrive(barriers.index(step % _SCORE_SLOTS), count=1)
+        mbarrier.arrive(barriers.index(step % _SCORE_STAGES), count=1)
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""dK and dV of one walk against float64, held to twice the error of plain retention in the same dtype."""
+"""dK and dV of one walk against float64: at most twice the error of plain retention in the same dtype."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from .test_walk import error, make, plain
 
 
 def starts_of(q, dout, log_decay, dfinal, part_chunks, parts):
-    """dS [B, H, parts, K, V] after each part, by the definition: the gradient of what follows with respect to it."""
+    """dS [B, H, parts, K, V] after each part, by definition: the gradient of everything later with respect to it."""
     B, _, H, K = q.shape
     V, starts = dout.shape[-1], []
     for part in range(parts):
@@ -29,7 +29,7 @@ def starts_of(q, dout, log_decay, dfinal, part_chunks, parts):
     return torch.stack(starts, 2).float().to(q.device)
 
 
-# Triton's interpreter has no products of bfloat16; the kernel itself takes either.
+# Triton's interpreter cannot multiply bfloat16; the kernel takes both 16-bit dtypes.
 CASES = [  # B, T, H, K, V, extras, parts
     (2, 192, 3, 64, 128, "state float16", 1),
     (1, 320, 2, 64, 128, "state float16", 2),
@@ -72,7 +72,7 @@ def test_slices_of_a_wider_row_are_read_in_place(device):
     assert all(torch.equal(a, b) for a, b in zip(one[:2], two[:2]))
 
 
-def test_what_is_no_matrix_of_whole_chunks_is_not_taken():
+def test_tensors_that_are_no_matrix_of_whole_chunks_are_refused():
     x = torch.zeros(2, 128, 2, 64)
     assert dk_dv_supported(x, x, x, x)
     for y in (

@@ -1,4 +1,4 @@
-"""What the Hopper walk is told of masks and packed documents, and how it chains the parts of a sequence."""
+"""Token codes of masks and packed documents, and the states that parts start from."""
 
 import pytest
 import torch
@@ -11,22 +11,22 @@ from retnet.kernels.retention.hopper.warp_roles import CHUNK
 
 
 def unpack(codes):
-    """(document, special, count) of packed codes; the document is complemented for masked tokens."""
+    """(document, special, count) of codes; the document is complemented for masked tokens."""
     return codes >> 8, (codes >> 7) & 1, codes & 127
 
 
-def test_places_tell_the_document_of_every_token(device):
+def test_codes_give_the_document_of_every_token(device):
     cu = torch.tensor([0, 5, 5, 64, 192, 300, 301, 400, 401], device=device)
     document, special, count = unpack(token_codes(1, 401, None, cu, torch.device(device)).cpu())
     expected = torch.searchsorted(cu.cpu()[1:], torch.arange(401), right=True)
     assert torch.equal(document[0, :401].long(), expected)
-    assert (document[0, 401:] == ~expected[-1]).all(), "padding is masked, and belongs to the last document"
-    # Chunks 2 and 5 hold one document each and follow it; 3 follows the border at 192, the others hold one.
+    assert (document[0, 401:] == ~expected[-1]).all(), "padding is masked and belongs to the last document"
+    # Chunks 2 and 5 lie inside one document; chunk 3 starts at the boundary at 192, the others contain one.
     assert special.view(-1, CHUNK).T.unique(dim=0).tolist() == [[1, 1, 0, 1, 1, 0, 1]]
     assert count.view(-1, CHUNK)[:, -1].tolist() == [64] * 6 + [17]
 
 
-def test_places_count_the_tokens_that_are_not_masked(device):
+def test_codes_count_the_unmasked_tokens(device):
     mask = torch.ones(2, 130, dtype=torch.bool)
     mask[0, 3:7] = mask[1, -1] = False
     codes = token_codes(2, 130, mask.to(device), None, torch.device(device)).cpu()
@@ -40,7 +40,7 @@ def test_places_count_the_tokens_that_are_not_masked(device):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_parts_start_from_what_the_parts_before_them_leave(device, reverse, packed):
+def test_parts_start_from_the_state_that_earlier_parts_leave(device, reverse, packed):
     B, H, size, part_chunks, T = 1 if packed else 2, 2, 70, 2, 5 * CHUNK + 9
     parts = 3
     own = torch.randn(B, H, parts, size)
@@ -49,7 +49,7 @@ def test_parts_start_from_what_the_parts_before_them_leave(device, reverse, pack
     lengths = torch.tensor([128, 128, T - 256])
     kept = torch.exp(log_decay[:, None] * lengths)[..., None]
     codes = None
-    if packed:  # a border within the second part
+    if packed:  # a boundary within the second part
         cu = torch.tensor([0, 150, T], device=device)
         codes = token_codes(1, T, None, cu, torch.device(device))
         kept[:, 1] = 0

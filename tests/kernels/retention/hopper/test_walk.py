@@ -1,4 +1,4 @@
-"""The Hopper walk against the float64 oracle, held to twice the error of plain retention in the same dtype."""
+"""Walks against the float64 oracle: at most twice the error of plain retention in the same dtype."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ CASES = [  # B, T, H, K, V, extras
     (1, 2573, 2, 256, 512, "state float16"),
     (2, 2560, 2, 64, 128, "state float16"),
     (3, 457, 5, 128, 128, "float16"),
-    (4, 300, 4, 256, 512, "state mask"),  # narrow tiles on a chip of 132 processors, from here on
+    (4, 300, 4, 256, 512, "state mask"),  # from here on: narrow tiles on a GPU with 132 multiprocessors
     (1, 700, 16, 256, 512, "packed"),
     (2, 200, 16, 128, 256, "state"),
     (4, 300, 4, 256, 512, "state float16"),
@@ -49,7 +49,7 @@ needs_hopper = pytest.mark.skipif(not hopper(), reason="needs a Hopper GPU")
 
 
 def make(B, T, H, K, V, extras, device="cuda"):
-    """Inputs of one call in 16 bits, decays with one that forgets at once, and what `extras` names."""
+    """The 16-bit inputs of one call, with one decay of 0 (-inf) among three or more heads, and what `extras` names."""
     dtype = torch.float16 if "float16" in extras else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
 
@@ -111,7 +111,7 @@ def test_errors_are_at_most_twice_those_of_plain_retention_and_bits_repeat(case)
     assert all(torch.equal(x, again[name]) for name, x in results.items())
 
 
-# Sizes (q, k, v, dout, states) at which a state as it is, or its gradient, would leave float16's range.
+# Sizes (q, k, v, dout, states) at which an unscaled state or its gradient would leave float16's range.
 RANGES = {
     "large states": (1e-3, 1, 1, 1e-3, 2e5),
     "large writers": (1e-4, 300, 300, 1e-3, 0),
@@ -125,7 +125,7 @@ RANGES = {
 @needs_hopper
 @pytest.mark.parametrize("sizes", RANGES.values(), ids=RANGES)
 @pytest.mark.parametrize("case", [(1, 2573, 2, 256, 512), (1, 1024, 2, 64, 128)], ids=str)
-def test_float16_is_exact_where_its_range_would_not_hold_the_state(case, sizes):
+def test_float16_is_accurate_where_the_state_exceeds_its_range(case, sizes):
     inputs = list(make(*case, "state float16"))
     for i, size in zip((0, 1, 2, 3, 5, 6), (*sizes[:4], sizes[4], min(sizes[4], 1))):
         inputs[i] = inputs[i] * size
@@ -182,7 +182,7 @@ def test_tensors_that_are_slices_of_a_wider_one_are_read_in_place():
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("extras", ["", "packed"])
-def test_states_that_nobody_wants_are_not_made_and_change_nothing_else(extras):
+def test_unwanted_states_are_not_computed_and_change_no_other_result(extras):
     q, k, v, dout, log_decay, _, _, mask, cu = make(1, 2573, 2, 256, 512, extras)
     problem = RetentionProblem(q, k, v, log_decay, 1.0, None, mask, cu)
     out, final = walk.walk_forward(problem, None)
@@ -196,7 +196,7 @@ def test_states_that_nobody_wants_are_not_made_and_change_nothing_else(extras):
 @pytest.mark.gpu
 @needs_hopper
 def test_a_state_at_an_odd_address_gives_the_same_bits():
-    """Compiled walks are kept by what their code depends on: an aligned state's code must not read this one."""
+    """Code compiled for an aligned state must not be used for an unaligned one."""
     q, k, v, _, log_decay, state, _, _, _ = make(2, 200, 2, 64, 128, "state")
     odd = torch.empty(state.numel() + 1, device="cuda")[1:].view(state.shape).copy_(state)
     for _ in range(2):
@@ -206,7 +206,7 @@ def test_a_state_at_an_odd_address_gives_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(aligned, shifted))
 
 
-def test_what_the_walk_does_not_take_is_refused():
+def test_a_walk_needs_a_hopper_gpu():
     q, k, v, _, log_decay, _, _, _, _ = make(1, 70, 2, 64, 128, "", device="cpu")
     assert not walk.walk_supported(RetentionProblem(q, k, v, log_decay, 1.0))
 

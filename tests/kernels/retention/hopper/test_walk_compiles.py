@@ -1,7 +1,7 @@
-"""The Hopper walk compiles for sm_90a on any machine: what a program needs must fit a multiprocessor, with no slack.
+"""Walks compile for sm_90a on any machine, and fit a multiprocessor.
 
-At 256 keys the registers of four roles are exactly what the chip has. A change that spills, or that makes the compiler
-serialize the matrix products, keeps the results and loses a factor in speed, so it is caught here.
+At 256 keys the registers of four roles are exactly what the GPU has. A change that spills registers, or that makes the
+compiler serialize the matrix products, keeps the results but costs a factor in speed, so it is caught here.
 """
 
 import itertools
@@ -17,7 +17,7 @@ walk_launch = pytest.importorskip("retnet.kernels.retention.hopper.launch")
 roles = pytest.importorskip("retnet.kernels.retention.hopper.warp_roles")
 CHUNK, GROUP_VALUES = roles.CHUNK, roles.GROUP_VALUES
 
-SHARED_MEMORY = 232448  # bytes that one program may have on sm_90
+SHARED_MEMORY = 232448  # bytes per program on sm_90
 SERIALIZED = pytest.mark.xfail(reason="ptxas serializes reversed walks of 256 keys in float16 alone", strict=True)
 CASES = [
     pytest.param(256, 512, False, False, True, False, "bf16", id="forward"),
@@ -36,7 +36,7 @@ CASES = [
 
 
 def compile_walk(keys: int, values: int, narrow: bool, reverse: bool, read: bool, has_codes: bool, dtype: str):
-    """The compiled kernel of a walk over `keys` that makes `values`, from pointers and shapes alone."""
+    """The compiled kernel of a walk that contracts over `keys` and makes `values`, from types and shapes alone."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -93,7 +93,7 @@ def disassemble(cubin: bytes, path: Path) -> str:
 
 
 def copies_register_operands() -> bool:
-    """Seen in Triton 3.9 and not in 3.6; the versions between were not looked at."""
+    """True for Triton 3.9 and false for 3.6; the versions between are untested."""
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
 
 
@@ -117,8 +117,8 @@ def test_a_program_fits_a_multiprocessor_and_keeps_its_products_asynchronous(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("values", "most"), [(128, 160), (64, 0)])
-def test_the_walk_of_keys_and_values_nearly_fits_its_registers(values, most, tmp_path):
-    """At 64 x 128 about thirty of them spill, and it is faster than two walks all the same."""
+def test_the_walk_for_dk_and_dv_spills_few_registers(values, most, tmp_path):
+    """At 64 x 128 about thirty registers spill, and it is still faster than two walks."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
