@@ -1,4 +1,4 @@
-"""What serving and training need of the operators on a GPU: torch.compile, CUDA graphs, no waiting for the device."""
+"""Operators on a GPU under torch.compile and in CUDA graphs, and without waiting for the device."""
 
 import pytest
 import torch
