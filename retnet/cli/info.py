@@ -41,8 +41,10 @@ def info(
 
 def _facts(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object]:
     from retnet.models.cost import head_windows, model_cost, parameter_counts, transformer_cache_bytes
+    from retnet.ops.device import resolve_device
 
-    costs = [(context, model_cost(config, context)) for context in contexts]
+    device = resolve_device("auto").type
+    costs = [(context, model_cost(config, context, device)) for context in contexts]
     return {
         "name": config.name,
         "layers": len(config.layers),

@@ -228,15 +228,17 @@ def _period(rows: list[tuple[int, LayerSummary]]) -> int:
 
 def _print_costs(config: ModelConfig) -> None:
     from retnet.models.cost import model_cost
+    from retnet.ops.device import resolve_device
     from retnet.stack.picture import short_tokens
     from retnet.stack.report import short_count
     from retnet.system.sizes import format_bytes
 
+    device = resolve_device("auto").type
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for column in ("context", "FLOPs/token: training", "decoding", "state/sequence"):
         table.add_column(column, justify="right")
     for context in CONTEXTS:
-        cost = model_cost(config, context)
+        cost = model_cost(config, context, device)
         flops = (short_count(round(cost.training_flops)), short_count(round(cost.decode_flops)))
         table.add_row(short_tokens(context), *flops, format_bytes(cost.state_bytes, digits=3))
     console.print(table)

@@ -177,6 +177,7 @@ class Mamba2(MixerModule):
 def mamba2_flops(config: Mamba2Config, work: Workload) -> MixerFlops:
     """Retention of H heads, K = state_dim and V = head_dim, after a short convolution of W taps on every channel."""
     sizes = config.num_heads, config.state_dim, config.head_dim
-    flops = retain_flops(*sizes, work, mode=config.mode, chunk_size=config.chunk_size)
+    grouped = config.num_groups < config.num_heads
+    flops = retain_flops(*sizes, work, mode=config.mode, chunk_size=config.chunk_size, per_token=True, grouped=grouped)
     taps = 2 * config.conv_width * config.conv_dim
     return MixerFlops(flops.forward + taps, flops.decode + taps)

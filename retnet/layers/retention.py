@@ -23,7 +23,7 @@ from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.plan import supported_chunk_size
-from retnet.ops.retention import Mode, retention, retention_step_
+from retnet.ops.retention import Mode, chunk_tokens, retention, retention_step_
 
 
 @dataclass(frozen=True)
@@ -287,17 +287,41 @@ def retain(
 def retention_flops(config: RetentionConfig, work: Workload) -> MixerFlops:
     """Retention of H heads; see `retain_flops`."""
     sizes = config.num_heads, config.head_key_dim, config.head_value_dim
-    return retain_flops(*sizes, work, mode=config.mode, chunk_size=config.chunk_size)
+    gated = config.decay == "gated"
+    return retain_flops(*sizes, work, mode=config.mode, chunk_size=config.chunk_size, per_token=gated)
 
 
 def retain_flops(
-    num_heads: int, key_dim: int, value_dim: int, work: Workload, *, mode: Mode = "auto", chunk_size: int | None = None
+    num_heads: int,
+    key_dim: int,
+    value_dim: int,
+    work: Workload,
+    *,
+    mode: Mode = "auto",
+    chunk_size: int | None = None,
+    per_token: bool = False,
+    grouped: bool = False,
 ) -> MixerFlops:
     """S += k^T v and q S cost 4 K V per head; the causal half of a chunk of C tokens costs C (K + V).
 
-    The parallel form has one chunk, the whole sequence, and no S; the recurrent form has S alone.
+    C is what runs on the device. The parallel form has one chunk, the whole sequence, and no S; the recurrent form has
+    S alone.
     """
-    across, inside = 4 * key_dim * value_dim, key_dim + value_dim
-    chunk = min(work.context, chunk_size or 128)
-    forward = {"parallel": work.context * inside, "recurrent": across}.get(mode, across + chunk * inside)
-    return MixerFlops(num_heads * forward, num_heads * across)
+    through_state, in_chunk = 4 * key_dim * value_dim, key_dim + value_dim
+    chunk = chunk_tokens(
+        work.context,
+        key_dim,
+        value_dim,
+        dtype=work.dtype,
+        device=work.device,
+        mode=mode,
+        chunk_size=chunk_size,
+        per_token=per_token,
+        grouped=grouped,
+    )
+    forward = through_state + min(chunk, work.context) * in_chunk
+    if mode == "parallel":
+        forward = work.context * in_chunk
+    elif mode == "recurrent":
+        forward = through_state
+    return MixerFlops(num_heads * forward, num_heads * through_state)

@@ -9,11 +9,12 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.mamba1 import Mamba1Config
-from retnet.layers.mamba2 import Mamba2Config
+from retnet.layers.mamba2 import Mamba2Config, mamba2_flops
 from retnet.layers.mixer_base import Workload
 from retnet.layers.moe import MoEConfig
-from retnet.layers.retention import RetentionConfig
+from retnet.layers.retention import RetentionConfig, retention_flops
 from retnet.models.cost import idle_parameters, model_cost
+from retnet.ops.plan import CPU_CHUNK_SIZE, chunk_tokens
 from tests.small_models import small_model
 
 
@@ -61,3 +62,38 @@ def test_idle_parameters_are_those_of_the_experts_not_chosen(gated, bias):
     experts = [p for block in model.layers for name, p in block.feed_forward.named_parameters() if "router" not in name]
     assert idle_parameters(model.config) == sum(p.numel() for p in experts) * 3 // 5
     assert isinstance(model.layers[0].feed_forward.router, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("mode", "chunk_size", "expected"),
+    [
+        ("parallel", None, 300 * (8 + 16)),  # the causal half of one chunk of the whole sequence, and no state
+        ("recurrent", None, 4 * 8 * 16),  # the state alone
+        ("chunkwise", 32, 4 * 8 * 16 + 32 * (8 + 16)),
+        ("chunkwise", 1000, 4 * 8 * 16 + 300 * (8 + 16)),
+        ("auto", None, 4 * 8 * 16 + CPU_CHUNK_SIZE * (8 + 16)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["retention", "mamba2"])
+def test_retention_counts_the_form_and_the_chunk_that_run(kind, mode, chunk_size, expected):
+    """4 heads of key dim 8 and value dim 16, 300 tokens, on a CPU."""
+    work = Workload(64, 300)
+    if kind == "retention":
+        flops = retention_flops(RetentionConfig(4, 32, 64, mode=mode, chunk_size=chunk_size), work)
+        convolution = 0
+    else:
+        config = Mamba2Config(64, head_dim=16, state_dim=8, mode=mode, chunk_size=chunk_size)
+        flops, convolution = mamba2_flops(config, work), 2 * 4 * (64 + 2 * 8)
+    assert flops.forward == 4 * expected + convolution
+    assert flops.decode == 4 * 4 * 8 * 16 + convolution
+
+
+def test_the_device_of_a_cost_decides_its_chunk():
+    model = small_model()
+    gpu, cpu = model_cost(model.config, 4096, "cuda"), model_cost(model.config, 4096)
+    config = model.config.layers[0].mixer
+    K, V = config.head_key_dim, config.head_value_dim
+    chunk = chunk_tokens(4096, K, V, dtype=torch.float32, device="cuda")
+    heads = config.num_heads * len(model.config.layers)
+    assert gpu.forward_flops - cpu.forward_flops == heads * (chunk - CPU_CHUNK_SIZE) * (K + V)
+    assert gpu.decode_flops == cpu.decode_flops
