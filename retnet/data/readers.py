@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from retnet.data.plan import Piece, Settings
 from retnet.data.sources import DAMAGED, is_compressed, unpacked
+from retnet.system.sizes import format_bytes
 
 BLOCK_BYTES = 1 << 20
 LINE_BYTES = 1 << 26
@@ -102,7 +103,7 @@ class Reading:
             line = file.readline(LINE_BYTES + 1)
             at += len(line)
             if len(line) > LINE_BYTES:
-                raise DataError(f"{self._place(1)}: a line of more than {LINE_BYTES >> 20} MiB")
+                raise DataError(f"{self._place(1)}: a line of more than {format_bytes(LINE_BYTES)}")
             if packed and not line:
                 return
             if not packed and at < self.piece.end and not line.endswith(b"\n"):
