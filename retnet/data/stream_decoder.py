@@ -16,7 +16,6 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CHARACTER_BYTES = 4  # the longest character in UTF-8, and so the most tokens that it can take
 MAX_WINDOW = 32  # tokens; reached only while bytes that are no characters arrive
 KEPT = 16  # tokens of a window that has become too long; the last three unfinished characters take at most 9
-CONTEXT = 8  # tokens before the new ones, where those before are blank
 REPEATS = 8  # of a token that is probed for never having text
 
 Decode = Callable[[Sequence[int]], str]
@@ -75,14 +74,10 @@ class StreamDecoder:
         return piece
 
     def _begin_window(self) -> None:
-        """Keep the tokens of the latest piece as context for the next; more than those if they are blank."""
-        latest = self._window[self._num_context :]
-        text = self._decode(latest)
-        if not text.strip():  # a leading space may be missing from it
-            latest = self._window[-CONTEXT:]
-            text = self._decode(latest)
-        self._window, self._num_context = latest, len(latest)
-        self._text = self._shown = text
+        """Keep the tokens of the latest piece as context: after them, the next are not at the start of a text."""
+        self._window = self._window[self._num_context :]
+        self._num_context = len(self._window)
+        self._text = self._shown = self._decode(self._window)
 
     def _shorten_window(self) -> None:
         """Drop the oldest tokens; the text that has not been returned comes from the last ones."""
