@@ -1,13 +1,12 @@
-"""Speed of two checkouts, measured by turns: every case runs in both, alternating, and each ratio is of two neighbours.
+"""Speed of two checkouts, measured in turns: every case alternates between them, and a ratio is of two neighbours.
 
     git worktree add ../before COMMIT
     python benchmarks/compare_trees.py ../before . --rounds 7
     python benchmarks/compare_trees.py ../before . --device cuda --cases operator,engine
 
-Each checkout is a process of its own that imports its package and waits for orders, so one is idle while the other
-runs. Cases use public names alone, which both checkouts have. Times are milliseconds: `device` is a captured graph on
-a GPU, `host` the time to launch an eager call without waiting for it, `wall` a call on a CPU, `token` an engine's
-step.
+Each checkout has its own process, which imports its package and is idle while the other one measures. Cases use only
+public names that both checkouts have. Times are milliseconds: `device` is a captured graph on a GPU, `host` the launch
+of an eager call without waiting for it, `wall` a call on a CPU, `token` one step of the engine.
 """
 
 import argparse
@@ -126,7 +125,7 @@ def engine_cases(device: str) -> Iterator[tuple[str, Measure]]:
 
 
 def generate_cases(device: str) -> Iterator[tuple[str, Measure]]:
-    """`generate` of the Hugging Face face, per token."""
+    """`generate` of the Hugging Face model, per token."""
     import torch
 
     from retnet.hf import RetNetConfig, RetNetForCausalLM
@@ -187,7 +186,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def wall_milliseconds(run: Callable[[], object], budget: float = 0.5) -> float:
-    """The median of calls that take about `budget` seconds together."""
+    """The median over calls that take about `budget` seconds in total."""
     first = timed(run)
     return statistics.median(timed(run) for _ in range(max(3, min(400, int(budget * 1e3 / first)))))
 
@@ -237,7 +236,7 @@ def device_milliseconds(run: Callable[[], object], repeats: int = 15) -> float:
 
 
 def serve(device: str, groups: list[str]) -> None:
-    """A checkout's process: answers each line of input with one measurement of the current case, `next` moves on."""
+    """The process of a checkout. It answers each line of input with a measurement; `next` goes to the next case."""
     import torch
 
     torch.manual_seed(0)
@@ -253,7 +252,7 @@ def serve(device: str, groups: list[str]) -> None:
 
 
 class Tree:
-    """One checkout's process."""
+    """The process of one checkout, seen from the parent."""
 
     def __init__(self, path: Path, device: str, groups: str):
         command = [sys.executable, __file__, "--serve", "--device", device, "--cases", groups]
@@ -281,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trees", nargs="*", type=Path, help="the old checkout and the new one")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)}, by commas")
+    parser.add_argument("--cases", default=",".join(CASES), help=f"comma-separated, from: {', '.join(CASES)}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
