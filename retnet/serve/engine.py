@@ -1,17 +1,15 @@
-"""The engine: requests join, run and leave at any step; ids in, ids out.
+"""The engine: requests join, run and leave at any step; token ids in, token ids out.
 
-Each step reads blocks of waiting prompts within a budget of tokens, then decodes one token for every running request.
-Decoding always runs all slots, and prompts are cut at fixed places and read one at a time, so that a request's logits
-are the same bits whatever else is in the batch. The last token of a context is always read by a decode step: that is
-what makes a snapshot, a cached prefix and a fork go on with the very tokens of the request that they were taken from.
+Each step admits waiting requests to free slots, reads chunks of prompts within a budget of tokens, and decodes one
+token for every running request. Decoding always runs all slots, and prompts are read one at a time in chunks that end
+at fixed places. A request's logits therefore have the same bits whatever else is in the batch. The last token of a
+context is always read by a decode step, so that a snapshot, a cached prefix and a fork continue with the very tokens of
+the request that they were taken from.
 
-Left out: a server, and batching across devices. Experts of a mixture see as many rows as chose them, so there a
+Left out: a server, and batching across devices. Experts of a mixture see as many tokens as chose them, so there a
 request's logits are equal up to rounding only.
 """
 
-import math
-import secrets
-from array import array
 from collections import deque
 from collections.abc import Iterator
 from copy import deepcopy
@@ -20,28 +18,28 @@ from dataclasses import dataclass
 import torch
 
 from retnet.layers.moe import MoE
-from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
-from retnet.models.decode.step import FAILED, DecodeStep
-from retnet.models.fingerprint import fingerprint
+from retnet.models.decode.sampling import SamplingParts, SamplingTable
+from retnet.models.decode.step import DecodeStep
 from retnet.models.lm import LanguageModel
-from retnet.models.states import ModelState
 from retnet.ops.device import current_device_of
+from retnet.serve.admission import Admission
+from retnet.serve.decoding import Decoding
 from retnet.serve.pool import SlotCost, SlotPool
+from retnet.serve.prefill import Prefill
 from retnet.serve.prefix import PrefixCache, PrefixCounts
-from retnet.serve.request import Failed, Generation, Refused, Request, Status, TokenLogprobs
+from retnet.serve.request import Failed, Generation, Request, Status
 from retnet.serve.snapshot import Snapshot
-from retnet.serve.speculation import PromptLookup, Speculation, VerifyStep
-from retnet.serve.stopping import Decode, StopStrings
+from retnet.serve.speculation import Drafter, Speculation, VerifyStep
+from retnet.serve.stopping import Decode
 
-# Tokens of a prompt a call. A GPU is busy only with many; a CPU computes fewer while running requests wait.
+# Prompt tokens per call. A GPU needs many to be busy; on a CPU running requests wait for them.
 PROMPT_BLOCK = {"cpu": 256, "cuda": 2048}
-NOT_FINITE = "the logits of token {} are not finite: its state or the weights are not"
-RINGS = (16, 32, 64)  # rows of deferred writes: blocks that tensor cores sum over
+DEFERRED_WRITES = (16, 32, 64)  # lengths that tensor cores can sum over
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Where the engine stands. drafted, accepted: tokens guessed, and guessed right. prefix: None without a cache."""
+    """Counts of an engine. drafted, accepted: draft tokens, and those that were right. prefix: None without a cache."""
 
     num_slots: int
     bytes_per_slot: SlotCost
@@ -56,24 +54,26 @@ class EngineStats:
 
 
 class Engine:
-    """Many generations over one model, in memory fixed at the start.
+    """Many generations over one model, in memory that is fixed at the start.
 
     Args:
         model: in evaluation mode, on its device; stacks with Hyena layers are refused.
-        num_slots, memory_bytes: requests that run at a time, or the bytes that they may take; one of the two.
-        max_tokens: context that a slot has room for; needed by attention without a window, a limit for all requests.
-        prompt_block: tokens of a prompt a call, 256 on a CPU and 2048 on a GPU if None; part of what the engine
-            computes, as rounding depends on it.
-        prompt_budget: prompt tokens a step (at least one block is read), so that running requests keep their pace; one
-            block if None.
-        prefix_cache_bytes: keep states of prompts' beginnings; prefix_interval: also every so many tokens inside them.
+        num_slots, memory_bytes: how many requests run at a time, or the memory that they may take; one of the two.
+        max_tokens: context that a slot has room for: needed by attention without a window, and a limit for all
+            requests.
+        prompt_block: tokens of a prompt chunk, 256 on a CPU and 2048 on a GPU if None. Rounding depends on it, so
+            engines that are to agree bit for bit need the same.
+        prompt_budget: prompt tokens per step (at least one chunk is read), so that running requests keep their pace;
+            one chunk if None.
+        prefix_cache_bytes: memory for the states of prompts' prefixes; prefix_interval: also keep a state every so many
+            tokens inside them.
         max_waiting: requests that may wait for a slot (any number if None).
         decode: token ids to text; needed for stop strings.
-        speculation: guess several tokens a step from the context (`serve/speculation.py`).
-        deferred_writes: let retention states lie up to so many tokens behind and read the last ones beside them: near
-            half the state's traffic, for rows of k and v. 16, 32 or 64; 0 writes every token.
-        graphs: capture decode steps as CUDA graphs; on a GPU if None, but for mixtures of experts, whose shapes depend
-            on what they route.
+        speculation: draft tokens from the context and check several per step (`serve/speculation.py`).
+        deferred_writes: how many tokens retention states may lag behind; the last keys and values are read beside
+            them. That nearly halves the memory traffic of states. 16, 32 or 64; 0 writes every token.
+        graphs: capture decode steps as CUDA graphs. None: on a GPU, except for mixtures of experts, whose shapes depend
+            on their routing.
     """
 
     def __init__(
@@ -97,21 +97,13 @@ class Engine:
         if prompt_block is None:
             prompt_block = PROMPT_BLOCK.get(device.type, PROMPT_BLOCK["cpu"])
         prompt_budget = prompt_block if prompt_budget is None else prompt_budget
-        for name, value in (("prompt_block", prompt_block), ("prompt_budget", prompt_budget)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; accepted: a positive integer")
-        if prefix_interval is not None and (prefix_interval < 1 or prefix_interval % prompt_block):
-            raise ValueError(
-                f"prefix_interval is {prefix_interval}; accepted: a multiple of prompt_block ({prompt_block})"
-            )
+        _check_prompt_options(prompt_block, prompt_budget, prefix_interval)
         if model.training:
             raise ValueError("the model is in training mode; accepted: evaluation mode (model.eval())")
-        self.model, self.decode = model, decode
-        self.prompt_block, self.prompt_budget = prompt_block, prompt_budget
-        self.max_waiting, self.prefix_interval = max_waiting, prefix_interval
         _check_deferred_writes(deferred_writes, speculation)
         if speculation is not None:
             speculation.check(model.config, max_tokens)
+        self.model = model
         self.pool = SlotPool(
             model,
             num_slots=num_slots,
@@ -120,139 +112,89 @@ class Engine:
             deferred_writes=deferred_writes,
             draft_tokens=0 if speculation is None else speculation.draft_tokens,
         )
-        self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes)
         self.table = SamplingTable(self.pool.num_slots, model.config.vocab_size, device)
         graphs = _use_graphs(graphs, model, device)
-        self.speculation = speculation
         if speculation is None:
             self._step = DecodeStep(model, self.pool.state, self.table, graphs, self.pool.deferred)
         else:
             width = speculation.draft_tokens + 1
             self._step = VerifyStep(model, self.pool.state, self.table, graphs, width)
-        self._identity = object()
-        self._lookups: dict[int, PromptLookup] = {}
-        self._drafted = self._accepted = 0
+        self.drafter = None if speculation is None else Drafter(speculation)
+        self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes)
+        self._admission = Admission(model, self.pool, decode, max_waiting)
         self._waiting: deque[Generation] = deque()
-        self._reading: deque[Generation] = deque()
-        self._decoding: dict[int, Generation] = {}
-        self._parts: SamplingParts | None = None  # that the decoding requests need; None: to be found
-        self._fingerprint: str | None = None
-        self._steps = self._prompt_tokens = self._new_tokens = 0
+        self._prefill = Prefill(
+            self._step,
+            self.pool,
+            self.drafter,
+            self.prefixes,
+            chunk=prompt_block,
+            budget=prompt_budget,
+            prefix_interval=prefix_interval,
+        )
+        self._decoding = Decoding(self._step, self.pool, self.drafter, model.config.eos_token_id)
+        self._num_steps = 0
 
     @property
     def fingerprint(self) -> str:
-        """What the model is, in snapshots."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.model)
-        return self._fingerprint
+        """The model's fingerprint in snapshots."""
+        return self._admission.fingerprint
 
     @property
     def idle(self) -> bool:
-        return not (self._waiting or self._reading or self._decoding)
+        return not (self._waiting or self._prefill.queue or self._decoding.running)
 
     def stats(self) -> EngineStats:
         return EngineStats(
             self.pool.num_slots,
             self.pool.cost,
-            len(self._reading) + len(self._decoding),
+            len(self._prefill.queue) + len(self._decoding.running),
             len(self._waiting),
-            self._steps,
-            self._prompt_tokens,
-            self._new_tokens,
-            self._drafted,
-            self._accepted,
+            self._num_steps,
+            self._prefill.num_tokens,
+            self._decoding.num_new,
+            0 if self.drafter is None else self.drafter.num_drafted,
+            self._decoding.num_accepted,
             None if self.prefixes is None else deepcopy(self.prefixes.counts),
         )
 
     def warmup(self, *samplings: SamplingParts) -> None:
-        """Compile kernels and capture the steps for these sampling parts ahead (plain ones if none are given)."""
+        """Compile kernels and capture the steps for these sampling parts ahead (greedy ones if none are given)."""
         with current_device_of(self._step.tokens):
             for parts in samplings or (SamplingParts(),):
                 if self._step.graphs:
                     self._step.capture(parts)
-                elif not self._decoding:
+                elif not self._decoding.running:
                     self._step(parts)
 
     def submit(self, request: Request, after: Snapshot | None = None) -> Generation:
-        """Queue a request; it goes on from the snapshot `after`, if given, and its prompt may then be empty.
+        """Queue a request. It continues the snapshot `after`, if given, and its prompt may then be empty.
 
-        Raises Refused for what this engine can never serve, and if too many requests wait.
+        Raises Refused for a request that this engine can never serve, and if too many requests wait.
         """
-        seen = array("i", after.tokens if after is not None else ())
-        vocab_size, bias, start = self.model.config.vocab_size, request.sampling.logit_bias, len(seen)
-        try:
-            seen.extend(array("i", list(request.prompt)))
-        except (TypeError, OverflowError) as error:
-            raise Refused(f"the prompt holds what is no token id ({error}); accepted: integers") from error
-        for tokens in (seen, bias):
-            if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-                wrong = next(t for t in tokens if not 0 <= t < vocab_size)
-                raise Refused(f"token {wrong} is not in the vocabulary; accepted: 0 to {vocab_size - 1}")
-        if sum(value == -math.inf for value in bias.values()) == vocab_size:
-            raise Refused("logit_bias bans every token; accepted: one at least that may come")
-        self._check(request, after, len(seen))
-        stops = None
-        if request.stop_strings:
-            if self.decode is None:
-                raise Refused("stop_strings need text; accepted: an engine made with `decode`")
-            stops = StopStrings(request.stop_strings, self.decode)
-        seed = request.sampling.seed
-        read = 0 if after is None else len(after.tokens) - 1
-        earlier = after.output_start if after is not None and not len(request.prompt) else None
-        generation = Generation(
-            owner=self._identity,
-            request=request,
-            seed=secrets.randbits(63) if seed is None else seed,
-            seen=seen,
-            read=read,
-            output_start=len(seen),
-            counted_from=len(seen) if earlier is None else earlier,
-            shared_end=start + request.shared if request.shared else 0,
-            start=after,
-            stops=stops,
-        )
+        generation = self._admission.admit(request, after, len(self._waiting))
         self._waiting.append(generation)
         return generation
 
-    def _check(self, request: Request, after: Snapshot | None, num_tokens: int) -> None:
-        limit, new = self.pool.max_tokens, request.max_new_tokens
-        if num_tokens == 0:
-            raise Refused("the prompt is empty; accepted: at least one token, or a snapshot to go on from")
-        if new is not None and new < 1:
-            raise Refused(f"max_new_tokens is {new}; accepted: 1 or more, or None for no end")
-        if limit is not None and (new is None or num_tokens + new > limit):
-            more = "an endless output" if new is None else f"max_new_tokens {new}"
-            raise Refused(f"{num_tokens} tokens and {more} need more room than a slot has; accepted: {limit} together")
-        if self.max_waiting is not None and len(self._waiting) >= self.max_waiting + self.pool.num_free:
-            raise Refused(
-                f"all {self.pool.num_slots} slots are taken and {len(self._waiting)} requests wait; accepted: "
-                f"{self.max_waiting} waiting (a slot more costs {self.pool.cost.total:,} bytes)"
-            )
-        if after is not None and after.model != self.fingerprint:
-            raise Refused(
-                f"the snapshot is of another model ({after.model[:12]}) than this engine's ({self.fingerprint[:12]}); "
-                "accepted: the same weights, dtype and configuration"
-            )
-        if after is not None and not _fits(after.state, self.pool.state):
-            raise Refused("the snapshot's tensors have not the shapes of this model's states")
-
-    def _check_own(self, generation: Generation) -> None:
-        if generation.owner is not self._identity:
-            raise ValueError("the request was submitted to another engine; accepted: one of this engine's")
-
     def cancel(self, generation: Generation) -> None:
-        """End a request at once, wherever it is; nothing happens to one that has finished."""
-        self._check_own(generation)
+        """End a request at once, wherever it is; a finished one does not change."""
+        self._admission.check_owner(generation)
         if not generation.finished:
             self._finish(generation, "cancelled")
 
     def step(self) -> list[tuple[Generation, list[int]]]:
-        """Let requests in, read prompts, decode once. Returns the new tokens of each request that got some."""
-        self._steps += 1
+        """Admit requests, read prompts, decode once. Returns the new tokens of each request that got some."""
+        self._num_steps += 1
         with current_device_of(self._step.tokens):
-            self._admit()
-            self._read_prompts()
-            return self._decode()
+            while self._waiting and self.pool.num_free:
+                generation = self._waiting.popleft()
+                self._prefill.enter(generation)
+                generation.status = Status.READING
+            self._prefill.run(self._start_decoding, self._fail)
+            progress = self._decoding.run(self._fail)
+            for generation, reason in progress.ended:
+                self._finish(generation, reason)
+            return progress.new
 
     def run(self) -> None:
         """Step until every request has finished."""
@@ -260,9 +202,9 @@ class Engine:
             self.step()
 
     def stream(self, request: Request, after: Snapshot | None = None) -> Iterator[int]:
-        """The tokens of one request as they come; others run along. Leaving the loop cancels it.
+        """The tokens of one request as they come, while other requests run beside it. Leaving the loop cancels it.
 
-        Raises Refused at once as `submit` does, and Failed in the loop if the request fails.
+        Raises Refused at once, as `submit` does, and Failed in the loop if the request fails.
         """
         return self._stream(self.submit(request, after))
 
@@ -272,7 +214,7 @@ class Engine:
             while not generation.finished or sent < generation.num_new:
                 if sent == generation.num_new:
                     self.step()
-                new = generation.seen[generation.output_start + sent :]  # of steps that others have taken, too
+                new = generation.seen[generation.output_start + sent :]  # also from steps that other callers took
                 sent += len(new)
                 yield from new
         finally:
@@ -281,184 +223,28 @@ class Engine:
             raise Failed(f"the request failed: {generation.error}")
 
     def snapshot(self, generation: Generation) -> Snapshot:
-        """The state of a running request as a value: a copy that later steps leave alone.
+        """The state of a running request as a value: a copy that later steps do not change.
 
-        Raises ValueError for one without a slot; one that ended has a snapshot if it asked for it (`keep_state`).
+        Raises ValueError for a request without a slot. A request that ended has a snapshot if it was asked for
+        (`keep_state`).
         """
-        self._check_own(generation)
+        self._admission.check_owner(generation)
         if generation.snapshot is not None:
             return generation.snapshot
         if generation.status is not Status.DECODING or generation.slot is None:
             raise ValueError(
                 f"the request is {generation.status.value}; accepted: one that is decoding, or ended with keep_state"
             )
-        state = self.pool.kept(generation.slot)
+        state = self.pool.copy(generation.slot)
         return Snapshot(state, generation.seen[:], self.fingerprint, output_start=generation.counted_from)
 
     def fork(self, generation: Generation, request: Request) -> Generation:
-        """Go on from where a request is, beside it: `request` has its own sampling and more prompt, or none."""
+        """Continue from where a request is, beside it; `request` has its own sampling and more prompt, or none."""
         return self.submit(request, self.snapshot(generation))
 
-    def _admit(self) -> None:
-        while self._waiting and self.pool.num_free:
-            generation = self._waiting.popleft()
-            state = None if generation.start is None else generation.start.state
-            if self.prefixes is not None:
-                found = self.prefixes.find(generation.seen[:-1], generation.read)
-                if found is not None:
-                    generation.cached = found[0] - generation.read
-                    generation.read, state = found
-            generation.slot = self.pool.take(state)
-            generation.start = None
-            generation.status = Status.READING
-            if self.speculation is not None and generation.slot is not None:
-                self._lookups[generation.slot] = PromptLookup(self.speculation.longest)
-            self._reading.append(generation)
-
-    def _read_prompts(self) -> None:
-        """Blocks of prompts, one request after another in turn, while the budget lasts."""
-        left = self.prompt_budget
-        while self._reading:
-            generation = self._reading[0]
-            if generation.unread:
-                end = self._block_end(generation)
-                if end - generation.read > left < self.prompt_budget:
-                    return
-                left -= end - generation.read
-                try:
-                    self._read_block(generation, end)
-                except ValueError as error:  # of this request alone: others are not in the call
-                    self._fail(generation, f"its prompt cannot be read: {error}")
-                    continue
-            self._reading.popleft()
-            if generation.unread:
-                self._reading.append(generation)
-            else:
-                self._start_decoding(generation)
-
-    def _block_end(self, generation: Generation) -> int:
-        """Where the next block ends: a multiple of prompt_block, the end of what is shared, before the last token."""
-        border = (generation.read // self.prompt_block + 1) * self.prompt_block
-        if generation.read < generation.shared_end < border:
-            border = generation.shared_end
-        return min(border, len(generation.seen) - 1)
-
-    def _read_block(self, generation: Generation, end: int) -> None:
-        assert generation.slot is not None
-        block = torch.tensor([generation.seen[generation.read : end].tolist()], device=self._step.tokens.device)
-        self._step.read(generation.slot, block)  # raises ValueError where it computes what no decay can be
-        self._prompt_tokens += end - generation.read
-        generation.read = end
-        if generation.slot in self._lookups:
-            self._lookups[generation.slot].index(generation.seen, end)
-        inside = self.prefix_interval is not None and end % self.prefix_interval == 0
-        if inside or end in (generation.shared_end, len(generation.seen) - 1):
-            self._keep_prefix(generation)
-
-    def _keep_prefix(self, generation: Generation) -> None:
-        if self.prefixes is not None and generation.slot is not None and generation.read:
-            tokens = generation.seen[: generation.read]
-            if not self.prefixes.has(tokens):
-                state = self.pool.kept(generation.slot)
-                if state.is_finite:  # a failed request's would fail all that begin alike
-                    self.prefixes.store(tokens, state)
-
     def _start_decoding(self, generation: Generation) -> None:
-        slot = generation.slot
-        assert slot is not None
-        seen = torch.frombuffer(generation.seen, dtype=torch.int32).long()
-        self.table.fill(slot, generation.request.sampling, generation.seed, seen, seen[generation.counted_from :])
-        self._step.tokens[slot] = generation.seen[-1]
-        self._step.active[slot] = True
+        self._decoding.start(generation)
         generation.status = Status.DECODING
-        self._decoding[slot] = generation
-        self._parts = None
-
-    def _decode(self) -> list[tuple[Generation, list[int]]]:
-        if not self._decoding:
-            return []
-        drafts = self._draft()
-        if self._parts is None:
-            self._parts = SamplingParts.union(g.request.sampling.parts for g in self._decoding.values())
-        sampled = self._sample(self._parts)
-        tokens = sampled.tokens.tolist()
-        counts = [0] * self.pool.num_slots
-        progress, ended = [], []
-        for slot, generation in list(self._decoding.items()):
-            if generation.finished:  # cancelled by what decodes another's text
-                continue
-            first, reason = len(generation.seen), None
-            draft = [*drafts.get(slot, []), None]
-            for t, token in enumerate(tokens[slot]):
-                reason = self._accept(generation, token, sampled, (slot, t))
-                if reason is not None or token != draft[t]:
-                    break
-            new = generation.seen[first:].tolist()
-            generation.read = len(generation.seen) - 1
-            counts[slot] = len(new)
-            self._accepted += max(0, len(new) - 1)
-            if new:
-                progress.append((generation, new))
-            if reason is not None and not generation.finished:
-                ended.append((generation, reason))
-        self._step.settle(counts)
-        for generation, reason in ended:
-            self._finish(generation, reason)
-        return progress
-
-    def _sample(self, parts: SamplingParts) -> Sampled:
-        try:
-            return self._step(parts)
-        except ValueError:
-            # A CPU refuses decays that are NaN. A draft leaves states alone: without the broken ones it runs again.
-            broken = [g for slot, g in self._decoding.items() if not self.pool.state.slot(slot).is_finite]
-            if self.speculation is None or not broken:
-                raise
-            for generation in broken:
-                self._fail(generation, NOT_FINITE.format(len(generation.seen)))
-            return self._step(parts)
-
-    def _draft(self) -> dict[int, list[int]]:
-        """Guesses by slot, no longer than what is still asked for."""
-        if not isinstance(self._step, VerifyStep):
-            return {}
-        drafts = {}
-        for slot, generation in self._decoding.items():
-            limit, most = generation.request.max_new_tokens, self._step.drafts.shape[1]
-            count = most if limit is None else min(most, limit - generation.num_new - 1)
-            drafts[slot] = self._lookups[slot].draft(generation.seen, count) if count > 0 else []
-            self._drafted += len(drafts[slot])
-        self._step.set_drafts(drafts)
-        return drafts
-
-    def _accept(self, generation: Generation, token: int, sampled: Sampled, place: tuple[int, int]) -> str | None:
-        """Add a new token, that of `place` [slot, t], to a request; returns why it ends the output, if it does."""
-        if token == FAILED:
-            generation.error = NOT_FINITE.format(len(generation.seen))
-            return "failed"
-        request = generation.request
-        generation.seen.append(token)
-        self._new_tokens += 1
-        wanted = request.sampling.logprobs
-        if wanted is not None and sampled.logprobs is not None:
-            assert sampled.top_tokens is not None
-            assert sampled.top_logprobs is not None
-            top = zip(sampled.top_tokens[place][:wanted].tolist(), sampled.top_logprobs[place][:wanted].tolist())
-            generation.logprobs.append(TokenLogprobs(float(sampled.logprobs[place]), dict(top)))
-        ended = not request.ignore_eos and token == self.model.config.eos_token_id
-        if ended or token in request.stop_tokens:
-            return "stop_token"
-        if generation.stops is not None:
-            try:
-                matched = generation.stops.push(token)
-            except Exception as error:  # of the caller's `decode`: the others' tokens must not be lost with it
-                generation.error = f"its text cannot be decoded: {error!r}"
-                return "failed"
-            if matched is not None:
-                return "stop_string"
-        if request.max_new_tokens is not None and generation.num_new >= request.max_new_tokens:
-            return "length"
-        return None
 
     def _fail(self, generation: Generation, error: str) -> None:
         generation.error = error
@@ -466,45 +252,42 @@ class Engine:
 
     def _finish(self, generation: Generation, reason: str) -> None:
         if generation.stops is not None and reason != "failed":
-            generation.stops.flush()
+            try:
+                generation.stops.flush()
+            except Exception as error:  # from the caller's `decode`
+                generation.error, reason = f"its text cannot be decoded: {error!r}", "failed"
         if generation.status is Status.WAITING:
             self._waiting.remove(generation)
         elif generation.status is Status.READING:
-            self._reading.remove(generation)
-        elif generation.slot is not None:
+            self._prefill.queue.remove(generation)
+        else:
             if reason != "failed":
                 if generation.request.keep_state:
                     generation.snapshot = self.snapshot(generation)
-                self._keep_prefix(generation)
-            del self._decoding[generation.slot]
-            self._parts = None
-            self._step.active[generation.slot] = False
+                self._prefill.keep_prefix(generation)
+            self._decoding.remove(generation)
         if generation.slot is not None:
-            self._lookups.pop(generation.slot, None)
+            if self.drafter is not None:
+                self.drafter.leave(generation.slot)
             self.pool.release(generation.slot)
         generation.slot, generation.status, generation.finish_reason = None, Status.FINISHED, reason
 
 
-def _fits(state: ModelState, slots: ModelState) -> bool:
-    """Whether a sequence's state is one of the model that `slots` are of; caches may hold any number of tokens."""
-    if [type(layer) for layer in state] != [type(layer) for layer in slots]:
-        return False
-    for mine, theirs in zip(state, slots, strict=True):
-        for name, x in theirs.tensors().items():
-            shape, found = list(x.shape), list(mine.tensors()[name].shape)
-            if name in theirs.PER_TOKEN:
-                shape[1:2], found[1:2] = [], []
-            if found != [1, *shape[1:]]:
-                return False
-    return True
+def _check_prompt_options(prompt_block: int, prompt_budget: int, prefix_interval: int | None) -> None:
+    for name, value in (("prompt_block", prompt_block), ("prompt_budget", prompt_budget)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; accepted: a positive integer")
+    if prefix_interval is not None and (prefix_interval < 1 or prefix_interval % prompt_block):
+        raise ValueError(f"prefix_interval is {prefix_interval}; accepted: a multiple of prompt_block ({prompt_block})")
 
 
 def _check_deferred_writes(length: int, speculation: Speculation | None) -> None:
-    if length not in (0, *RINGS):
-        raise ValueError(f"deferred_writes is {length}; accepted: 0, {', '.join(map(str, RINGS))}")
+    if length not in (0, *DEFERRED_WRITES):
+        raise ValueError(f"deferred_writes is {length}; accepted: 0, {', '.join(map(str, DEFERRED_WRITES))}")
     if length and speculation is not None:
         raise ValueError(
-            f"deferred_writes is {length} with speculation, which keeps its drafts' rows itself; accepted: either one"
+            f"deferred_writes is {length} with speculation, which defers its drafts' writes itself; accepted: one of the "
+            "two"
         )
 
 
@@ -515,7 +298,7 @@ def _use_graphs(asked: bool | None, model: LanguageModel, device: torch.device) 
         raise ValueError(f"graphs is True for a model on {device}; accepted there: False or None")
     if asked and routed is not None:
         raise ValueError(
-            f"graphs is True and layer {routed} is a mixture of experts, whose shapes depend on what it routes; "
-            "accepted: False or None"
+            f"graphs is True and layer {routed} is a mixture of experts, whose shapes depend on its routing; accepted: "
+            "False or None"
         )
     return on_gpu and routed is None if asked is None else asked

@@ -96,8 +96,8 @@ class SlotPool:
         self._forget(slot)
         self._free.append(slot)
 
-    def kept(self, slot: int) -> ModelState:
-        """A copy of a slot's state, without unused room; rows not written yet are written there."""
+    def copy(self, slot: int) -> ModelState:
+        """A copy of a slot's state without unused room; it includes the deferred writes."""
         state = self.state.slot(slot).trim().clone()
         for layer, ring in zip(state, self.deferred, strict=True):
             if ring is not None and isinstance(layer, RetentionState):

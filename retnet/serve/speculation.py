@@ -77,6 +77,31 @@ class PromptLookup:
         return []
 
 
+class Drafter:
+    """Draft tokens for the requests in their slots; num_drafted counts them."""
+
+    def __init__(self, speculation: Speculation):
+        self.speculation = speculation
+        self.lookups: dict[int, PromptLookup] = {}
+        self.num_drafted = 0
+
+    def enter(self, slot: int) -> None:
+        self.lookups[slot] = PromptLookup(self.speculation.longest)
+
+    def leave(self, slot: int) -> None:
+        self.lookups.pop(slot, None)
+
+    def index(self, slot: int, seen: Sequence[int], length: int) -> None:
+        """Take in the first `length` tokens of a prompt."""
+        self.lookups[slot].index(seen, length)
+
+    def draft(self, slot: int, seen: Sequence[int], count: int) -> list[int]:
+        """At most `count` draft tokens after those seen."""
+        draft = self.lookups[slot].draft(seen, count) if count > 0 else []
+        self.num_drafted += len(draft)
+        return draft
+
+
 class VerifyStep(DecodeStep):
     """drafts [S, W - 1] after each slot's last token, the first `lengths` [S] of them guessed."""
 

@@ -254,7 +254,7 @@ def test_a_full_queue_refuses_and_says_what_a_slot_costs(small):
     engine.submit(Request([1], 5))
     engine.step()
     engine.submit(Request([1], 5))
-    with pytest.raises(Refused, match=r"all 1 slots are taken and 1 requests wait.*a slot more costs [\d,]+ bytes"):
+    with pytest.raises(Refused, match=r"all 1 slots are taken and 1 requests wait.*another slot costs [\d,]+ bytes"):
         engine.submit(Request([1], 5))
 
 

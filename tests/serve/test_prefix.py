@@ -62,7 +62,7 @@ def test_a_conversation_is_found_by_its_next_turn(small):
 
 
 def test_the_least_recently_used_leaves_first_and_misses_say_why(small):
-    state = engine_of(small).pool.kept(0)
+    state = engine_of(small).pool.copy(0)
     cache = PrefixCache(2 * state.nbytes)
     a, b, c = (array("i", [n, n, n]) for n in range(3))
     assert cache.find(a) is None
@@ -82,7 +82,7 @@ def test_the_least_recently_used_leaves_first_and_misses_say_why(small):
 
 
 def test_the_longest_beginning_is_taken(small):
-    state = engine_of(small).pool.kept(0)
+    state = engine_of(small).pool.copy(0)
     cache = PrefixCache(10**6)
     for length in (2, 5, 3):
         cache.store(array("i", range(length)), state)
@@ -92,7 +92,7 @@ def test_the_longest_beginning_is_taken(small):
 
 
 def test_a_state_larger_than_the_budget_is_not_kept(small):
-    state = engine_of(small).pool.kept(0)
+    state = engine_of(small).pool.copy(0)
     cache = PrefixCache(state.nbytes - 1)
     cache.store(array("i", [1]), state)
     assert (len(cache), cache.counts.too_large) == (0, 1)

@@ -116,8 +116,8 @@ def test_a_long_prompt_is_indexed_as_it_is_read_and_forgotten_with_its_request(s
     indexed = []
     while not generation.tokens:
         engine.step()
-        indexed.append(engine._lookups[generation.slot]._indexed)
+        indexed.append(engine.drafter.lookups[generation.slot]._indexed)
     assert indexed == sorted(indexed)
     assert max(after - before for before, after in zip([0, *indexed], indexed)) <= 9
     engine.run()
-    assert engine._lookups == {}
+    assert engine.drafter.lookups == {}

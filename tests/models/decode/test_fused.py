@@ -167,7 +167,7 @@ def test_rings_of_other_lengths_are_refused(small, length):
 
 
 def test_late_writes_with_speculation_are_refused(small):
-    with pytest.raises(ValueError, match="accepted: either one"):
+    with pytest.raises(ValueError, match="accepted: one of the two"):
         engine_of(small, deferred_writes=16, speculation=Speculation(3))
 
 

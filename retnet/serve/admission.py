@@ -1,0 +1,112 @@
+"""Admission: checks a request against an engine's limits and turns it into a generation that waits for a slot."""
+
+import math
+import secrets
+from array import array
+from collections.abc import Mapping
+from functools import cached_property
+
+from retnet.models.fingerprint import fingerprint
+from retnet.models.lm import LanguageModel
+from retnet.models.states import ModelState
+from retnet.serve.pool import SlotPool
+from retnet.serve.request import Generation, Refused, Request
+from retnet.serve.snapshot import Snapshot
+from retnet.serve.stopping import Decode, StopStrings
+
+
+class Admission:
+    """The limits of one engine. decode: token ids to text, for stop strings; max_waiting: None for any number."""
+
+    def __init__(self, model: LanguageModel, pool: SlotPool, decode: Decode | None, max_waiting: int | None):
+        self.model, self.pool, self.decode, self.max_waiting = model, pool, decode, max_waiting
+        self._identity = object()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The model's fingerprint in snapshots."""
+        return fingerprint(self.model)
+
+    def admit(self, request: Request, after: Snapshot | None, num_waiting: int) -> Generation:
+        """The generation of a request, copied. Raises Refused for what this engine cannot serve."""
+        seen = array("i", after.tokens if after is not None else ())
+        num_earlier = len(seen)
+        try:
+            seen.extend(array("i", list(request.prompt)))
+        except (TypeError, OverflowError) as error:
+            raise Refused(f"the prompt holds something that is no token id ({error}); accepted: integers") from error
+        self._check_tokens(seen, request.sampling.logit_bias)
+        self._check_length(request, len(seen))
+        if self.max_waiting is not None and num_waiting >= self.max_waiting + self.pool.num_free:
+            raise Refused(
+                f"all {self.pool.num_slots} slots are taken and {num_waiting} requests wait; accepted: "
+                f"{self.max_waiting} waiting (another slot costs {self.pool.cost.total:,} bytes)"
+            )
+        if after is not None:
+            self._check_snapshot(after)
+        stops = None
+        if request.stop_strings:
+            if self.decode is None:
+                raise Refused("stop_strings need text; accepted: an engine made with `decode`")
+            stops = StopStrings(request.stop_strings, self.decode)
+        seed = request.sampling.seed
+        earlier_output = after.output_start if after is not None and not len(request.prompt) else None
+        return Generation(
+            owner=self._identity,
+            request=request,
+            seed=secrets.randbits(63) if seed is None else seed,
+            seen=seen,
+            read=0 if after is None else num_earlier - 1,
+            output_start=len(seen),
+            counted_from=len(seen) if earlier_output is None else earlier_output,
+            shared_end=num_earlier + request.shared if request.shared else 0,
+            start=after,
+            stops=stops,
+        )
+
+    def check_owner(self, generation: Generation) -> None:
+        """Raise ValueError for a generation of another engine."""
+        if generation.owner is not self._identity:
+            raise ValueError("the request was submitted to another engine; accepted: one of this engine's")
+
+    def _check_tokens(self, seen: array, logit_bias: Mapping[int, float]) -> None:
+        vocab_size = self.model.config.vocab_size
+        for tokens in (seen, logit_bias):
+            if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+                raise Refused(f"token {wrong} is not in the vocabulary; accepted: 0 to {vocab_size - 1}")
+        if sum(value == -math.inf for value in logit_bias.values()) == vocab_size:
+            raise Refused("logit_bias bans every token; accepted: at least one token that may come")
+
+    def _check_length(self, request: Request, num_tokens: int) -> None:
+        limit, new = self.pool.max_tokens, request.max_new_tokens
+        if num_tokens == 0:
+            raise Refused("the prompt is empty; accepted: at least one token, or a snapshot to continue")
+        if new is not None and new < 1:
+            raise Refused(f"max_new_tokens is {new}; accepted: 1 or more, or None for no end")
+        if limit is not None and (new is None or num_tokens + new > limit):
+            more = "an endless output" if new is None else f"max_new_tokens {new}"
+            raise Refused(f"{num_tokens} tokens and {more} need more room than a slot has; accepted: {limit} together")
+
+    def _check_snapshot(self, snapshot: Snapshot) -> None:
+        if snapshot.model != self.fingerprint:
+            raise Refused(
+                f"the snapshot is of another model ({snapshot.model[:12]}) than this engine's "
+                f"({self.fingerprint[:12]}); accepted: the same weights, dtype and configuration"
+            )
+        if not _same_shapes(snapshot.state, self.pool.state):
+            raise Refused("the snapshot's tensors do not have the shapes of this model's states")
+
+
+def _same_shapes(state: ModelState, slots: ModelState) -> bool:
+    """Whether the state of one sequence fits into the slots; caches may hold any number of tokens."""
+    if [type(layer) for layer in state] != [type(layer) for layer in slots]:
+        return False
+    for mine, theirs in zip(state, slots, strict=True):
+        for name, x in theirs.tensors().items():
+            shape, found = list(x.shape), list(mine.tensors()[name].shape)
+            if name in theirs.PER_TOKEN:
+                shape[1:2], found[1:2] = [], []
+            if found != [1, *shape[1:]]:
+                return False
+    return True
