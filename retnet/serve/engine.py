@@ -286,8 +286,7 @@ def _check_deferred_writes(length: int, speculation: Speculation | None) -> None
         raise ValueError(f"deferred_writes is {length}; accepted: 0, {', '.join(map(str, DEFERRED_WRITES))}")
     if length and speculation is not None:
         raise ValueError(
-            f"deferred_writes is {length} with speculation, which defers its drafts' writes itself; accepted: one of the "
-            "two"
+            f"deferred_writes is {length} with speculation, which defers its own writes; accepted: one of the two"
         )
 
 
