@@ -1,9 +1,9 @@
-"""The door to Hugging Face: importing this registers RetNet with transformers' Auto classes.
+"""Registers RetNet with transformers' Auto classes when imported.
 
     import retnet.hf
     model = AutoModelForCausalLM.from_pretrained("a/directory/that/retnet/wrote")
 
-Without the import the same directories load with `trust_remote_code=True`, through the shim that lies in them.
+Without the import, the same directories load with `trust_remote_code=True` through the shim that they contain.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -1,1 +1,1 @@
-"""Generation as a service would run it: many requests over one model, states that users own. No web framework."""
+"""Serving: many requests over one model, with states that users can save, move and continue."""

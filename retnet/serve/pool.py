@@ -1,7 +1,7 @@
-"""The pool: the states of all slots in one set of tensors that never move or grow, and what a slot costs.
+"""The pool: the states of all slots in one set of tensors that never move or grow, and the memory of a slot.
 
-A slot is a row. It is overwritten whole when a request enters it, and cleared when it leaves: attention multiplies what
-it must not see by zero, and zero times a leftover NaN is NaN.
+A slot is overwritten completely when a request enters it and cleared when the request leaves. Clearing matters, because
+attention multiplies masked values by zero, and zero times a leftover NaN is NaN.
 """
 
 import math
@@ -20,8 +20,8 @@ from retnet.models.states import ModelState
 
 @dataclass(frozen=True)
 class SlotCost:
-    """Bytes that one slot keeps: the state (its attention layers sized for max_tokens) with the rows beside it, of
-    deferred writes or of a draft, and the sampling tables."""
+    """Bytes per slot. state: with caches sized for max_tokens, and room for deferred writes or a draft. sampling: the
+    tables of sampling options."""
 
     state: int
     sampling: int
@@ -31,14 +31,14 @@ class SlotCost:
         return self.state + self.sampling
 
     def __str__(self) -> str:
-        return f"{self.total:,} bytes a slot ({self.state:,} of state, {self.sampling:,} of sampling tables)"
+        return f"{self.total:,} bytes per slot ({self.state:,} of state, {self.sampling:,} of sampling tables)"
 
 
 class SlotPool:
-    """`num_slots` slots of a model, by number or by a budget in bytes; states of requests of up to max_tokens.
+    """The slots of one engine, given by number or by a memory budget, for requests of up to max_tokens.
 
-    deferred_writes: rows that a retention state may lie behind, kept in `rings` beside it (0: none).
-    draft_tokens: that a step may guess; their rows are kept by the step, and counted here.
+    deferred_writes: tokens that a retention state may lag behind; they are kept in `deferred` (0: none).
+    draft_tokens: how many a step drafts. The step keeps their updates, whose memory is counted here.
     """
 
     def __init__(
@@ -54,23 +54,23 @@ class SlotPool:
         check_servable(model.config, max_tokens)
         if (num_slots is None) == (memory_bytes is None):
             raise ValueError(f"num_slots is {num_slots}, memory_bytes {memory_bytes}; accepted: one of the two")
-        one = _blank(model, 1, max_tokens)
-        rows = sum(ring.nbytes for ring in empty_deferred_writes(model, one, deferred_writes) if ring is not None)
+        one = _empty_state(model, 1, max_tokens)
+        beside = sum(ring.nbytes for ring in empty_deferred_writes(model, one, deferred_writes) if ring is not None)
         if draft_tokens:
-            rows += _draft_bytes(model, one, draft_tokens + 1)
-        self.cost = SlotCost(one.nbytes + rows, SamplingTable.bytes_per_slot(model.config.vocab_size))
+            beside += _draft_bytes(model, one, draft_tokens + 1)
+        self.cost = SlotCost(one.nbytes + beside, SamplingTable.bytes_per_slot(model.config.vocab_size))
         if memory_bytes is not None:
             affordable = memory_bytes // self.cost.total
             num_slots = min(1, affordable) if affordable < 4 else affordable // 4 * 4
             if num_slots < 1:
                 raise ValueError(f"memory_bytes is {memory_bytes:,}; accepted: at least {self.cost}")
         assert num_slots is not None
-        # Products round a row alike wherever it lies only if their rows fill the blocks of the CPU's kernels.
+        # On a CPU, a product rounds all slots alike only if their number fills the blocks of its kernels.
         if not is_integer(num_slots, 1) or (num_slots > 1 and num_slots % 4):
             raise ValueError(f"num_slots is {num_slots}; accepted: 1 or a multiple of 4, where all slots round alike")
         self.max_tokens = max_tokens
         self.num_slots = num_slots
-        self.state = _blank(model, num_slots, max_tokens)
+        self.state = _empty_state(model, num_slots, max_tokens)
         self.deferred = empty_deferred_writes(model, self.state, deferred_writes)
         self._free = list(range(num_slots))[::-1]
 
@@ -79,7 +79,7 @@ class SlotPool:
         return len(self._free)
 
     def take(self, state: ModelState | None) -> int | None:
-        """A free slot that holds `state` (nothing if None); None if all are taken."""
+        """Take a free slot and write `state` into it (an empty state if None); returns None if all are taken."""
         if not self._free:
             return None
         slot = self._free.pop()
@@ -91,7 +91,7 @@ class SlotPool:
         return slot
 
     def release(self, slot: int) -> None:
-        """Give a slot back, with nothing left in it."""
+        """Clear a slot and give it back."""
         self.state.clear_(slot)
         self._forget(slot)
         self._free.append(slot)
@@ -105,9 +105,9 @@ class SlotPool:
         return state
 
     def _forget(self, slot: int) -> None:
-        """Drop a slot's rows; what lies there is not read again."""
+        """Drop a slot's deferred writes; their memory is not read again."""
         ring = next((ring for ring in self.deferred if ring is not None), None)
-        if ring is not None:  # the count is one for all layers
+        if ring is not None:  # all layers share the count
             ring.pending[slot] = 0
 
 
@@ -138,12 +138,12 @@ def growing_layer(config: ModelConfig) -> int | None:
 
 @torch.no_grad()
 def _draft_bytes(model: LanguageModel, state: ModelState, width: int) -> int:
-    """Of the rows that `width` tokens of one sequence would write."""
-    _, rows = model.draft(torch.zeros(1, width, dtype=torch.long, device=state.position.device), state)
-    return rows.nbytes
+    """Memory of the draft updates of `width` tokens of one sequence."""
+    _, draft = model.draft(torch.zeros(1, width, dtype=torch.long, device=state.position.device), state)
+    return draft.nbytes
 
 
-def _blank(model: LanguageModel, num_sequences: int, max_tokens: int | None) -> ModelState:
-    """States of sequences that have seen nothing, with room for max_tokens, or for every window if None."""
+def _empty_state(model: LanguageModel, num_sequences: int, max_tokens: int | None) -> ModelState:
+    """States of sequences before their first token, with room for max_tokens, or for every window if None."""
     room = max(layer.mixer.kept_tokens for layer in model.config.layers) if max_tokens is None else max_tokens
     return model.init_state(num_sequences, num_tokens=int(room))

@@ -1,8 +1,8 @@
-"""The prefix cache: states after the beginnings of prompts, so that a prompt reads only what no earlier one began with.
+"""The prefix cache: states after prefixes of prompts, so that a prompt with a cached prefix reads only its own part.
 
-A state is exact for one prefix and useless for any other, so entries are found by the hash of all tokens up to their
-end, at whatever ends there are: block borders, ends of prompts and of shared parts, ends of conversations. The longest
-is taken. The least recently used leave first, under a budget of bytes.
+A state is exact for one prefix and useless for any other, so an entry is found by the hash of all its tokens. Prefixes
+end at chunk boundaries, at the ends of prompts and of their shared parts, and at the ends of conversations. The longest
+match is used. When the memory budget is full, the least recently used entries are dropped first.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 from retnet.models.states import ModelState
 
-REMEMBERED = 4096  # keys of states that were dropped, to tell why a prompt missed
+REMEMBERED = 4096  # keys of dropped states, to report why a prompt missed
 
 
 @dataclass
 class PrefixCounts:
-    """What the cache did. misses: by reason; tokens_saved: prompt tokens that were not read again."""
+    """Counts of the cache. misses: by reason; tokens_saved: prompt tokens that were not read again."""
 
     hits: int = 0
     misses: Counter[str] = field(default_factory=Counter)
@@ -28,7 +28,7 @@ class PrefixCounts:
 
 
 class PrefixCache:
-    """States of single sequences by the tokens that they have read, at most `budget_bytes` of them."""
+    """States of single sequences by the tokens that they have read, in at most `budget_bytes` of memory."""
 
     def __init__(self, budget_bytes: int):
         if budget_bytes < 1:
@@ -43,9 +43,10 @@ class PrefixCache:
         return len(self._states)
 
     def find(self, tokens: array, read: int = 0) -> tuple[int, ModelState] | None:
-        """The longest kept state that has read a beginning of `tokens` longer than `read`, and its length.
+        """The longest cached prefix of `tokens` that is longer than `read`: its length and state, or None.
 
-        Counted as a hit or a miss, unless there is nothing to find."""
+        Counts a hit or a miss, unless no prefix can be longer.
+        """
         if len(tokens) <= read:
             return None
         lengths = {*self._lengths, *(length for length, _ in self._dropped)}
@@ -66,14 +67,14 @@ class PrefixCache:
         return None
 
     def has(self, tokens: array) -> bool:
-        """Whether the state after exactly these tokens is kept; it counts as used."""
+        """Whether the state after exactly these tokens is cached; if so, it counts as used."""
         key = _keys(tokens, [len(tokens)])[0]
         if key in self._states:
             self._states.move_to_end(key)
         return key in self._states
 
     def store(self, tokens: array, state: ModelState) -> None:
-        """Keep the state after `tokens`; the caller leaves it alone from here on."""
+        """Cache the state after `tokens`; the caller must not change it afterwards."""
         key, size = _keys(tokens, [len(tokens)])[0], state.nbytes
         if size > self.budget_bytes:
             self.counts.too_large += 1
@@ -101,7 +102,7 @@ class PrefixCache:
 
 
 def _keys(tokens: array, lengths: list[int]) -> list[tuple[int, bytes]]:
-    """(length, SHA-256 of so many first tokens) in rising order, in one pass over the tokens."""
+    """(length, SHA-256 of the first `length` tokens) in rising order, in one pass over the tokens."""
     digest, done, keys = hashlib.sha256(), 0, []
     data = memoryview(tokens)
     for length in sorted(lengths):

@@ -1,4 +1,4 @@
-"""What a caller asks for, and what becomes of it."""
+"""Requests and their generations."""
 
 import math
 from array import array
@@ -12,11 +12,11 @@ from retnet.serve.stopping import StopStrings
 
 
 class Refused(ValueError):
-    """A request that this engine cannot serve, now or ever; the message says why."""
+    """The engine cannot serve this request, now or ever; the message says why."""
 
 
 class Failed(RuntimeError):
-    """A request that could not be served to its end; the message says why."""
+    """The request could not be served to its end; the message says why."""
 
 
 class Status(Enum):
@@ -28,12 +28,13 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how to go on from it.
+    """One prompt and the options of its output.
 
-    max_new_tokens: None goes on until stopped or cancelled. stop_tokens end the output and are its last token, as does
-    the model's end-of-text token unless ignore_eos. stop_strings end it where they are complete, across token borders.
-    shared: so many first tokens of the prompt will begin other prompts too; the prefix cache keeps the state there.
-    keep_state: leave a snapshot when it ends.
+    max_new_tokens: None continues until stopped or cancelled.
+    stop_tokens: each ends the output and is its last token. So does the model's end-of-text token, unless ignore_eos.
+    stop_strings: each ends the output as soon as it is complete, also across token boundaries.
+    shared: how many first tokens the prompt shares with other prompts; the prefix cache keeps the state after them.
+    keep_state: take a snapshot when the request ends.
     """
 
     prompt: Sequence[int]
@@ -58,7 +59,7 @@ class Request:
 
 @dataclass
 class TokenLogprobs:
-    """Natural log of the model's probability of a token, and of the likeliest ones, likeliest first."""
+    """Natural log of the model's probability of a token, and of the likeliest tokens in falling order."""
 
     logprob: float
     top: dict[int, float]
@@ -66,13 +67,15 @@ class TokenLogprobs:
 
 @dataclass(eq=False)
 class Generation:
-    """A request on its way. `finish_reason`: length, stop_token, stop_string, cancelled, or failed (`error` says why).
+    """A submitted request and its output so far.
 
-    tokens: those of the output so far. seen: all tokens of its context, earlier ones of a snapshot included (4 bytes
-    each); the state has read the first `read` of them. cached: how many of those were not read but found.
-    counted_from: where the output begins for penalties: earlier, if it only goes on. shared_end: of what the prompt
-    shares with others. owner: what its engine knows it by; not the engine itself, whose memory would then wait for the
-    garbage collector.
+    finish_reason: length, stop_token, stop_string, cancelled, or failed (`error` says why).
+    tokens: the output so far.
+    seen: all tokens of the context, with those of a snapshot (4 bytes each); the state has read the first `read`.
+    cached: how many of them came from the prefix cache instead of being read.
+    counted_from: where the output begins for penalties; a continued output began earlier.
+    shared_end: where the part of the prompt ends that other prompts share.
+    owner: identifies the engine. It is not the engine itself, whose memory would then wait for the garbage collector.
     """
 
     owner: object = field(repr=False)
@@ -103,7 +106,7 @@ class Generation:
 
     @property
     def text(self) -> str | None:
-        """The output up to a stop string, if stop strings were asked for."""
+        """The output up to a stop string, if the request has stop strings."""
         return None if self.stops is None else self.stops.text
 
     @property
@@ -112,5 +115,5 @@ class Generation:
 
     @property
     def unread(self) -> int:
-        """Tokens before the last one that the state has not read: the last is read by the step that follows it."""
+        """How many tokens prefill still has to read; the last one is left to the first decode step."""
         return len(self.seen) - 1 - self.read

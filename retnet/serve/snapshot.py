@@ -1,11 +1,11 @@
-"""Snapshots: a sequence's state as a value that users own, and a file that another process goes on from.
+"""Snapshots: the state of a sequence as a value that users own, and as a file that another process can continue.
 
-    <i>.<kind>.<tensor>   the state of layer i, float32 or bfloat16 where it was wider
-    tokens                int32 [n]: all tokens seen; the state has read the first n - 1, the last is still to be read
+    <i>.<kind>.<tensor>   the state of layer i; wider floating point is stored as float32 or bfloat16
+    tokens                int32 [n]: all tokens seen; the state has read the first n - 1
     metadata              format, model (fingerprint), position, tokens (SHA-256), content (SHA-256 of all tensors), ...
 
-A file is staged beside its place, flushed to the disk and renamed, so that a crash leaves the old one whole. A file
-that is truncated, changed, or of another model is refused: going on from a wrong state gives fluent nonsense.
+A file is written beside its target, flushed to the disk and renamed, so that a crash leaves the old file intact. A file
+that is truncated, changed, or of another model is refused: continuing a wrong state gives fluent nonsense.
 """
 
 import hashlib
@@ -29,10 +29,11 @@ FORMAT = "retnet-snapshot"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """state of one sequence that has read all `tokens` but the last; model: fingerprint of what it is a state of.
+    """The state of one sequence that has read all `tokens` but the last.
 
-    rounding_error: norm(state - stored) / norm(state), the largest of all tensors: 0 unless it was stored narrower.
-    output_start: where the output begins that penalties count, if it is to go on.
+    model: the fingerprint of the model.
+    rounding_error: norm(state - stored) / norm(state), the largest over all tensors; 0 unless stored in fewer bits.
+    output_start: where the output begins that penalties count, if the output is continued.
     """
 
     state: ModelState
@@ -46,7 +47,7 @@ class Snapshot:
         return self.state.nbytes + self.tokens.itemsize * len(self.tokens)
 
     def save(self, path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> float:
-        """Write a file that `load` reads; returns the rounding error. An old file stays until this one is whole."""
+        """Write a file that `load` reads; return the rounding error. An old file stays until the new one is whole."""
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {dtype!r}; accepted: float32, bfloat16")
         target = getattr(torch, dtype)
@@ -75,17 +76,17 @@ class Snapshot:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Snapshot":
-        """Read what `save` wrote, in the dtypes that the state had.
+        """Read a file that `save` wrote, in the dtypes that the state had.
 
         Raises ValueError for a file that is something else, truncated, or changed since it was written, and
-        FileNotFoundError where there is none.
+        FileNotFoundError if there is no file.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no snapshot at {path}: {'not a file' if Path(path).exists() else 'no such file'}")
         try:
             with safe_open(path, "pt") as file:
                 metadata = dict(file.metadata() or {})
-                # Copies: the file is mapped, and may change once it has been checked.
+                # Copies, because the file is mapped and could change after the check.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error

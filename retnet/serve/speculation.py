@@ -1,12 +1,12 @@
-"""Speculative decoding by prompt lookup: the text that followed the last few tokens before is guessed to follow again.
+"""Speculative decoding by prompt lookup: the draft is the text that followed the last few tokens at an earlier place.
 
-Every step reads W tokens a slot, the last one and a draft, in one pass over the weights, and samples after each as
-decoding one by one would, with the same random numbers. The draft is right as far as it equals what was sampled. So
-greedy output is that of plain decoding, and sampled output has its distribution (with the same seed it is the same
-text), up to the rounding of products with W rows instead of one. States are written once it is known how much was
-right, stop strings included: rows of the draft that was wrong never touch them.
+Every step reads W tokens per slot, the last token and a draft, in one pass over the weights. It samples after each of
+them as plain decoding would, with the same random numbers, and the draft is accepted as far as it equals the samples.
+So greedy output is that of plain decoding, and sampled output has its distribution (with the same seed, the same text),
+up to the rounding of products with W rows instead of one. States are updated only after acceptance, stop strings
+included, so rejected tokens never touch them.
 
-The shapes do not depend on whether there was anything to guess: a request's bits stay its own.
+The shapes do not depend on whether there is a draft, so a request keeps its bits whatever else is in the batch.
 """
 
 import math
@@ -24,7 +24,7 @@ from retnet.models.states import ModelDraft, ModelState
 
 @dataclass(frozen=True)
 class Speculation:
-    """draft_tokens guessed a step, after n-grams of `longest` tokens or, failing that, fewer."""
+    """draft_tokens: drafted per step. longest: tokens of the n-gram that is looked up; shorter ones are tried next."""
 
     draft_tokens: int = 7
     longest: int = 3
@@ -38,7 +38,7 @@ class Speculation:
             raise ValueError(f"longest is {self.longest}; accepted: a positive integer")
 
     def check(self, config: ModelConfig, max_tokens: int | None) -> None:
-        """Raise ValueError for a model whose caches cannot take a draft."""
+        """Raise ValueError for a model whose caches have no room for a draft."""
         width = self.draft_tokens + 1
         for i, layer in enumerate(config.layers):
             room = min(layer.mixer.kept_tokens, math.inf if max_tokens is None else max_tokens)
@@ -51,23 +51,23 @@ class Speculation:
 
 @dataclass
 class PromptLookup:
-    """Where each n-gram of one context was seen last; a step costs its new tokens alone."""
+    """The last place of each n-gram in one context; the cost per step depends on its new tokens alone."""
 
     longest: int
     _ends: dict[tuple[int, ...], int] = field(default_factory=dict)
     _indexed: int = 0
 
     def index(self, seen: Sequence[int], length: int) -> None:
-        """Take in the first `length` tokens: as a prompt's blocks are read, so that no step waits for all of it."""
+        """Index the first `length` tokens; done chunk by chunk, so that no step waits for a whole prompt."""
         for end in range(self._indexed + 1, length):
             for n in range(1, min(self.longest, end) + 1):
                 self._ends[tuple(seen[end - n : end])] = end
         self._indexed = max(self._indexed, length - 1)
 
     def draft(self, seen: Sequence[int], count: int) -> list[int]:
-        """`count` tokens that followed the longest ending of `seen` that occurred before, none if there is none.
+        """The `count` tokens after the longest n-gram at the end of `seen` that occurred before; empty if none did.
 
-        Where they reach the end of `seen`, it goes on in a circle.
+        Where they reach the end of `seen`, the draft repeats from their start.
         """
         self.index(seen, len(seen))
         for n in range(min(self.longest, len(seen)), 0, -1):
@@ -92,7 +92,7 @@ class Drafter:
         self.lookups.pop(slot, None)
 
     def index(self, slot: int, seen: Sequence[int], length: int) -> None:
-        """Take in the first `length` tokens of a prompt."""
+        """Index the first `length` tokens of a prompt."""
         self.lookups[slot].index(seen, length)
 
     def draft(self, slot: int, seen: Sequence[int], count: int) -> list[int]:
@@ -103,39 +103,39 @@ class Drafter:
 
 
 class VerifyStep(DecodeStep):
-    """drafts [S, W - 1] after each slot's last token, the first `lengths` [S] of them guessed."""
+    """A decode step that checks drafts [S, W - 1] after each slot's last token; the first lengths [S] are drafted."""
 
     def __init__(self, model: LanguageModel, state: ModelState, table: SamplingTable, graphs: bool, width: int):
         super().__init__(model, state, table, graphs)
         self.drafts = self.tokens.new_zeros(len(self.tokens), width - 1)
         self.lengths = torch.zeros_like(self.tokens)
-        self._rows: dict[SamplingParts, ModelDraft] = {}
+        self._updates: dict[SamplingParts, ModelDraft] = {}
         self._last = SamplingParts()
 
     def set_drafts(self, drafts: dict[int, list[int]]) -> None:
-        """The guesses of this step, by slot."""
+        """Set the draft tokens of the next step, by slot."""
         num_slots, longest = self.drafts.shape
         padded = [(drafts.get(slot, []) + [0] * longest)[:longest] for slot in range(num_slots)]
         self.drafts.copy_(torch.tensor(padded))
         self.lengths.copy_(torch.tensor([len(drafts.get(slot, [])) for slot in range(num_slots)]))
 
     def __call__(self, parts: SamplingParts) -> Sampled:
-        """Tokens [S, W] on the host; in each row they are right up to the first that differs from the draft."""
+        """Tokens [S, W] on the host; each slot's are valid up to the first that differs from its draft."""
         self._last = parts
         return super().__call__(parts)
 
     @torch.no_grad()
     def settle(self, counts: list[int]) -> None:
-        """Let each slot's state read the first counts [S] of the tokens that the last call saw."""
-        self._rows[self._last].accept_(self.state, torch.tensor(counts, device=self.tokens.device))
+        """Update each slot's state with the first counts [S] tokens of the last call."""
+        self._updates[self._last].accept_(self.state, torch.tensor(counts, device=self.tokens.device))
 
     def _run(self, parts: SamplingParts) -> Sampled:
-        hidden, self._rows[parts] = self.model.draft(torch.cat([self.tokens[:, None], self.drafts], 1), self.state)
-        position, right = self.state.position + 1, self.active
+        hidden, self._updates[parts] = self.model.draft(torch.cat([self.tokens[:, None], self.drafts], 1), self.state)
+        position, accepted = self.state.position + 1, self.active
         columns = []
         for t, logits in enumerate(self.model.logits(hidden).unbind(1)):
-            columns.append(self._pick(logits, position + t, right, parts))
+            columns.append(self._pick(logits, position + t, accepted, parts))
             if t < self.drafts.shape[1]:
-                right = right & (columns[t].tokens == self.drafts[:, t]) & (t < self.lengths)
+                accepted = accepted & (columns[t].tokens == self.drafts[:, t]) & (t < self.lengths)
         tokens, *others = zip(*columns, strict=True)
         return Sampled(torch.stack(tokens, 1), *(None if x[0] is None else torch.stack(x, 1) for x in others))

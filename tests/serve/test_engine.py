@@ -193,7 +193,7 @@ def test_a_budget_in_bytes_buys_as_many_slots_as_fit(hybrid):
     assert cost.state == sum(layer.slot(0).nbytes for layer in engine_of(hybrid).pool.state)
     assert engine_of(hybrid, num_slots=None, memory_bytes=11 * cost.total).pool.num_slots == 8
     assert engine_of(hybrid, num_slots=None, memory_bytes=3 * cost.total + 1).pool.num_slots == 1
-    with pytest.raises(ValueError, match=rf"accepted: at least {cost.total:,} bytes a slot"):
+    with pytest.raises(ValueError, match=rf"accepted: at least {cost.total:,} bytes per slot"):
         engine_of(hybrid, num_slots=None, memory_bytes=cost.total - 1)
 
 

@@ -1,9 +1,9 @@
-"""Weight-only int8 through torchao: half the bytes of bfloat16 to keep and to read, a quarter of float32.
+"""Weight-only int8 through torchao: half the memory and traffic of bfloat16 weights, a quarter of float32.
 
-Weights are rounded to 127 steps a row (torchao's Int8WeightOnlyConfig); the stream and the states keep their precision.
-torchao defines and stores the weights and multiplies them wherever a module runs on its own, as in prompts; the fused
-decode step reads the same tensors in its own product, on a CPU with inputs rounded to bfloat16. Embeddings, norms,
-routers and the projection that makes gated decays stay as they are: they are small, and a decay's error grows with the
+Each row of a weight is rounded to 127 steps (torchao's Int8WeightOnlyConfig); activations and states keep their
+precision. torchao defines and stores the weights, and multiplies them wherever a module runs, as in prefill. The fused
+decode step reads the same tensors in its own product; on a CPU that rounds inputs to bfloat16. Embeddings, norms,
+routers and the projection of gated decays are not quantised: they are small, and the error of a decay grows with the
 context.
 """
 
@@ -18,7 +18,7 @@ KEPT = ("decay_proj", "router")  # names of modules that are not quantised
 
 
 def quantize_int8_(model: LanguageModel) -> LanguageModel:
-    """Quantise the model's linear layers in place, the head's included (an embedding tied to it stays as it is).
+    """Quantise the model's linear layers in place, the head included (an embedding tied to it keeps its dtype).
 
     Raises ImportError without torchao (`pip install retnet[quantize]`).
     """
@@ -43,5 +43,5 @@ def int8_parts(weight: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def move_int8_(weight: Tensor, values: Tensor) -> None:
-    """Let a quantised weight read its values [N, K] from another place that holds the same."""
+    """Let a quantised weight read its values [N, K] from other memory that holds the same numbers."""
     weight.qdata = values  # type: ignore[attr-defined] (torchao's tensor)

@@ -1,7 +1,7 @@
-"""The Hugging Face face of the language model: configuration, model classes, cache, tokenizer of bytes, model card.
+"""transformers' interface to the language model: configuration, model classes, cache, byte tokenizer, model card.
 
-Thin on purpose: everything that computes is `LanguageModel`; here are names and conventions. Importing it registers
-nothing; `import retnet.hf` does.
+Thin on purpose: `LanguageModel` computes everything, and this package maps names and conventions. Importing it does not
+register anything; `import retnet.hf` does.
 """
 
 from retnet.models.hf.cache import StateCache

@@ -1,8 +1,8 @@
 """`StateCache`: the states of a model as a transformers cache, for `generate` and for continued conversations.
 
-transformers' own linear-attention layers hold a recurrent and a convolution state but no position, cannot be repeated
-or selected by batch, and refuse to say how many tokens they have seen when no attention layer stands beside them. Our
-states know all that for every mixer, so the cache holds them whole. Left out: taking tokens back, which is refused.
+transformers' own linear-attention cache layers hold no position, cannot be repeated or selected along the batch, and
+count tokens only beside an attention layer. Our states can do all that for every mixer, so the cache holds a whole
+`ModelState`. Left out: removing tokens, which is refused.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from retnet.models.states import ModelState
 class StateCache(Cache):
     """The state after the tokens seen so far; None before the first.
 
-    columns: tokens seen, pads included, the same for every sequence: transformers slices its ids and masks by it.
-    compiled: states stay where they are in memory, so that a compiled step can be replayed as a CUDA graph.
+    columns: tokens seen, with padding, equal for all sequences; transformers slices its ids and masks by it.
+    compiled: states keep their memory addresses, so that a compiled step can be replayed as a CUDA graph.
     """
 
     def __init__(self, state: ModelState | None = None, *, compiled: bool = False):
@@ -30,10 +30,10 @@ class StateCache(Cache):
             self.update_state(state, int(state.position.max()))
 
     def update_state(self, state: ModelState, num_columns: int) -> None:
-        """Take the state after `num_columns` more tokens of every sequence."""
+        """Set the state after `num_columns` more tokens of every sequence."""
         self.state = state
         if self.columns is None:
-            # A tensor: a number that changes with every token would have a compiled step compiled again.
+            # A tensor, because a number that changes with every token would make a compiled step compile again.
             self.columns = torch.full((), num_columns, device=state.position.device)
             if self.compiled and not torch.compiler.is_compiling():
                 self._fix_addresses()
@@ -41,7 +41,7 @@ class StateCache(Cache):
             self.columns += num_columns
 
     def _fix_addresses(self) -> None:
-        """Tell torch.compile that these tensors are updated in place, and are not inputs to copy."""
+        """Tell torch.compile that these tensors are updated in place and need not be copied as inputs."""
         for layer in self.state or ():
             if layer.PER_TOKEN:
                 raise ValueError(
@@ -53,7 +53,7 @@ class StateCache(Cache):
         torch._dynamo.mark_static_address(self.columns)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, pads included."""
+        """Tokens seen, with padding."""
         return 0 if self.columns is None else int(self.columns)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -65,7 +65,7 @@ class StateCache(Cache):
         return self.get_seq_length() + query_length, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam i goes on from what was beam beam_idx[i]."""
+        """Let beam i continue from beam beam_idx[i]."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -83,11 +83,11 @@ class StateCache(Cache):
         self.state = self.columns = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raise ValueError unless nothing is to be removed: a state is a sum, from which no token can be taken back."""
+        """Raise ValueError unless nothing is to be removed: a state is a sum from which no token can be removed."""
         if tokens_to_remove:
             raise ValueError(
-                f"tokens_to_remove is {tokens_to_remove}; accepted: 0. Copy the cache (copy.deepcopy) before tokens "
-                "that may have to go"
+                f"tokens_to_remove is {tokens_to_remove}; accepted: 0. Copy the cache (copy.deepcopy) before "
+                "tokens that may have to be removed"
             )
 
     @property

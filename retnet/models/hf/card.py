@@ -1,4 +1,4 @@
-"""The model card: the README.md of a directory on the Hugging Face hub."""
+"""The model card: the README.md of a model on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-Without `import retnet.hf` the same lines work with `trust_remote_code=True`, which runs the shim that lies beside the
-weights and nothing else.
+Without `import retnet.hf` the same lines work with `trust_remote_code=True`, which runs only the shim beside the
+weights.
 
 ## Architecture
 
-Retentive networks (Sun et al. 2023, arXiv 2307.08621): trained in parallel, run in constant memory and time a token.
+Retentive networks (Sun et al. 2023, arXiv 2307.08621): trained in parallel, run in constant memory and constant time
+per token.
 `config.json` holds the whole configuration under `model_config`.
 """
 
@@ -46,9 +47,9 @@ def model_card(
     datasets: Sequence[str] = (),
     language: Sequence[str] = (),
 ) -> str:
-    """The text of a README.md: metadata that the hub reads, what the model is, how to load it.
+    """The text of a README.md: metadata for the hub, a description of the model, and how to load it.
 
-    repository: its name on the hub, or a directory; the configuration's name if None.
+    repository: the name on the hub, or a directory; the configuration's name if None.
     """
     tags = ["retnet", "linear-attention"]
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags)]

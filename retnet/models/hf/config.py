@@ -1,4 +1,4 @@
-"""`RetNetConfig`: a `ModelConfig` in the clothes of a transformers configuration."""
+"""`RetNetConfig`: a transformers config that wraps `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 class RetNetConfig(PreTrainedConfig):
     """Carries a `ModelConfig` as plain data; Hugging Face's usual names are read from it.
 
-    model_config: `ModelConfig.to_dict()`; that of the preset retnet-125m if None. Token ids given beside it go before
-    its own.
+    model_config: `ModelConfig.to_dict()`; the preset retnet-125m if None. Token ids given beside it override its own.
     """
 
     model_type = MODEL_TYPE
@@ -28,7 +27,7 @@ class RetNetConfig(PreTrainedConfig):
     model_config: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.model_config is None:  # transformers makes one of every configuration class without arguments
+        if self.model_config is None:  # transformers instantiates configuration classes without arguments
             self.model_config = preset(DEFAULT_PRESET).to_dict()
         core = self.core
         for name in _TOKEN_IDS:
@@ -40,14 +39,14 @@ class RetNetConfig(PreTrainedConfig):
 
     @classmethod
     def of(cls, config: ModelConfig) -> RetNetConfig:
-        """The face of a core configuration."""
+        """The transformers config of a core configuration."""
         return cls(model_config=config.to_dict())
 
     @property
     def core(self) -> ModelConfig:
-        """The configuration that it carries, in the dtype that was asked for.
+        """The wrapped configuration, in the dtype that was asked for.
 
-        Raises ValueError naming what is wrong in it.
+        Raises ValueError that names a wrong key or value.
         """
         data = self.model_config or {}
         dtype = {} if self.dtype is None else {"dtype": str(self.dtype).removeprefix("torch.")}
@@ -79,10 +78,10 @@ class RetNetConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: `auto_map` is always there, and names a shim instead of a copy of this file."""
+        """Does nothing: `auto_map` is always set, and names a shim instead of a copy of this file."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write config.json, and the shim by which other processes load the directory."""
+        """Write config.json, and the shim that other processes load the directory with."""
         os.makedirs(save_directory, exist_ok=True)
         write_shim(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

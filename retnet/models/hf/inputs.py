@@ -1,8 +1,8 @@
-"""From transformers' conventions for masks, positions and packs to those of the core model.
+"""Masks, positions and packed documents: from transformers' conventions to those of the core model.
 
-transformers hands the mask of all tokens since the start, tells packed documents by positions that restart at 0 or by
-`cu_seq_lens_q`, and gives pads positions of their own. The core takes the mask of these T tokens and bounds of
-documents laid end to end, and counts real tokens itself.
+transformers passes the mask of all tokens since the start, marks packed documents by positions that restart at 0 or by
+`cu_seq_lens_q`, and gives padding positions too. The core model takes the mask of the current T tokens and the
+boundaries of documents laid end to end, and counts real tokens itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Tokens:
-    """What of a call's tokens [B, T] the core needs to know: mask [B, T], or bounds [N + 1] of the rows end to end."""
+    """The tokens [B, T] of a call: their mask [B, T], or the boundaries [N + 1] of documents laid end to end."""
 
     mask: Tensor | None = None
     bounds: Tensor | None = None
@@ -31,16 +31,16 @@ class Tokens:
         cu_seq_lens: Tensor | None,
         continued: bool,
     ) -> Tokens:
-        """Read transformers' inputs for tokens [B, T]; `continued`: they follow others, whose state is known.
+        """From transformers' inputs for tokens [B, T]; `continued`: they follow tokens whose state is known.
 
-        Raises ValueError for pads together with packs, packs that continue, and a mask of the wrong shape.
+        Raises ValueError for padding together with packing, packing after a cache, and a mask of the wrong shape.
         """
         mask = last_columns(attention_mask, shape)
         bounds = cu_seq_lens
         if bounds is None and position_ids is not None and not continued:
             positions = position_ids.expand(shape)
             inside = positions[:, 1:] == 0
-            if mask is not None:  # pads have positions too, which say nothing
+            if mask is not None:  # the positions of padding say nothing
                 inside &= mask[:, 1:] & (mask.cumsum(1)[:, 1:] > 1)
             if bool(inside.any()):
                 bounds = document_bounds(positions)
@@ -69,7 +69,7 @@ def last_columns(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tenso
 
 
 def document_bounds(position_ids: Tensor) -> Tensor:
-    """cu_seqlens [N + 1] of rows [B, T] laid end to end, from positions that restart at 0; a row is always a bound.
+    """cu_seqlens [N + 1] of rows [B, T] laid end to end, from positions that restart at 0. Every row starts a document.
 
     Raises ValueError if a row does not begin at 0.
     """
@@ -83,14 +83,14 @@ def document_bounds(position_ids: Tensor) -> Tensor:
 def without_first_labels(labels: Tensor, bounds: Tensor) -> Tensor:
     """Labels [B, T] with those of each document's first token ignored: the token before belongs to another document."""
     first = torch.zeros(labels.numel() + 1, dtype=torch.bool, device=labels.device)
-    first[bounds.long()] = True  # the last bound, and those of empty documents at the end, fall behind the tokens
+    first[bounds.long()] = True  # the last boundary, and those of empty documents at the end, lie behind the tokens
     return labels.masked_fill(first[:-1].view_as(labels), IGNORED)
 
 
 def repeat_last_real(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states [B, T, D] with that of the last real token in the place of each pad after it.
+    """Hidden states [B, T, D] in which padding repeats the last real token before it.
 
-    A pad tells nothing, so what follows it is predicted as before it: `generate` reads the last column, pad or not.
+    `generate` reads the last column, which may be padding, and so predicts the token after the last real one.
     """
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, columns, 0).cummax(1).values

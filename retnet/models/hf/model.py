@@ -1,6 +1,6 @@
-"""`RetNetForCausalLM` and `RetNetModel`: the language model where transformers, PEFT, TRL and their like expect one.
+"""`RetNetForCausalLM` and `RetNetModel`: the language model as transformers, PEFT and TRL expect one.
 
-Left out: attention weights and the hidden states of every layer, which are refused where asked for, and tensor
+Left out: attention weights and the hidden states of every layer, which are refused if asked for, and tensor
 parallelism.
 """
 
@@ -27,12 +27,12 @@ from retnet.models.loss import linear_cross_entropy
 
 
 class RetNetModel(PreTrainedModel):
-    """The model as far as its final hidden states."""
+    """The model without its head: final hidden states."""
 
     config_class = RetNetConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _is_stateful = True  # no token can be taken back, as assisted generation would
+    _is_stateful = True  # no token can be removed, as assisted generation would need
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers types it so)
     _keep_in_fp32_modules_strict = float32_parameters()
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
@@ -44,7 +44,7 @@ class RetNetModel(PreTrainedModel):
 
     @classmethod
     def wrap(cls, model: LanguageModel) -> Self:
-        """The face of a model that exists; they share their weights."""
+        """A wrapper of an existing model; both share the weights."""
         with torch.device("meta"):
             face = cls(RetNetConfig.of(model.config))
         face.model = model
@@ -79,7 +79,7 @@ class RetNetModel(PreTrainedModel):
         position_ids: Tensor | None,
         cu_seq_lens: Tensor | None,
     ) -> tuple[tuple[int, int], Tokens]:
-        """(B, T), and what masks and positions say about these tokens."""
+        """(B, T), and the mask or document boundaries of these tokens."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("accepted: one of input_ids and inputs_embeds")
@@ -99,7 +99,7 @@ class RetNetModel(PreTrainedModel):
         use_cache: bool | None,
         losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, StateCache | None]:
-        """Final hidden states [B, T, D] and the cache after them, which is the given one if there was one."""
+        """Final hidden states [B, T, D] and the cache after them: the given one, or a new one."""
         packed = tokens.bounds is not None
         if use_cache is None:
             use_cache = cache is not None or not (self.training or packed or not self._keeps_state)
@@ -133,7 +133,7 @@ class RetNetModel(PreTrainedModel):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Set by transformers, which has put the function to use into `_gradient_checkpointing_func` before."""
+        """Set by transformers, after it has stored the function to use in `_gradient_checkpointing_func`."""
         return self.model.config.gradient_checkpointing
 
     @gradient_checkpointing.setter
@@ -143,11 +143,11 @@ class RetNetModel(PreTrainedModel):
             self.model.checkpoint = self._gradient_checkpointing_func
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: `LanguageModel` has drawn its weights from its own table and seed."""
+        """Does nothing: `LanguageModel` initialises its own weights, from its seed."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing: the configuration's `auto_map` names a shim instead of a copy of this file."""
+        """Does nothing: the configuration's `auto_map` names a shim instead of a copy of this file."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
@@ -162,7 +162,7 @@ class RetNetModel(PreTrainedModel):
         self.model.set_submodule("head", new_embeddings)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As transformers' own; the core configuration follows."""
+        """Resize as transformers does, and update the core configuration."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.model.config = replace(self.model.config, vocab_size=embeddings.num_embeddings)
         return embeddings
@@ -191,19 +191,19 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
 
         Args:
             input_ids: [B, T]; or inputs_embeds [B, T, D] instead.
-            attention_mask: [B, T], or [B, all tokens so far], 0 at pads. At a pad the logits are those of the last real
-                token before it, so that `generate` reads padded rows from either side.
+            attention_mask: [B, T], or [B, all tokens so far], 0 at padding. Padding gets the logits of the last real
+                token before it, so that `generate` works with rows padded on either side.
             position_ids: [B, T]; where they restart at 0, a new document begins with a fresh state. Without restarts
                 inside a row they change nothing, as positions count real tokens.
-            past_key_values: the cache of the tokens before; it is updated.
+            past_key_values: the cache of the earlier tokens; it is updated.
             labels: [B, T], as input_ids, not shifted; -100 is ignored, and so is the first token of a document.
-            use_cache: return a cache. None: if one was given, and else in evaluation without labels or packs.
-            logits_to_keep: of how many last tokens, or of which, to return logits; 0: of all. None: of all, but of none
-                in training with labels, whose loss does not need them in memory.
+            use_cache: return a cache. None: if one was given, or in evaluation without labels or packed documents.
+            logits_to_keep: how many last tokens, or which tokens, to return logits for; 0: all. None: all, except in
+                training with labels, where the loss is computed without holding them in memory.
             cu_seq_lens_q: [N + 1] bounds of documents laid end to end, instead of position_ids.
             kwargs: for transformers' loss (num_items_in_batch).
 
-        Raises ValueError for pads together with packed documents, and for outputs that there are not.
+        Raises ValueError for padding together with packed documents, and for unsupported outputs.
         """
         _refuse_unknown_outputs(kwargs)
         marks = (attention_mask, position_ids, cu_seq_lens_q)
@@ -274,7 +274,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
 
     @property
     def _head_is_plain(self) -> bool:
-        """Whether the head is its weight and no more: no adapter, quantized weight, or hook that brings it."""
+        """Whether the head is an ordinary linear layer: no adapter, quantised weight, or offloading hook."""
         head = self.model.head
         return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
 
@@ -286,7 +286,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """transformers' ForCausalLMLoss: the mean over labels, or the sum over what gradient accumulation counts."""
+        """transformers' ForCausalLMLoss: the mean over labels, or their sum divided by num_items_in_batch."""
         if shift_labels is None:
             hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
         loss = linear_cross_entropy(hidden, self.model.head.weight, shift_labels, self.model.config.logit_soft_cap)
@@ -296,13 +296,13 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
 
     @property
     def base_model(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The model without its head, as losses call it that bring their own (TRL)."""
+        """The model without its head, for losses that apply the head themselves (TRL)."""
         return partial(RetNetModel.forward, self)
 
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
-        """The hook by which `generate` makes its cache: ours."""
+        """The hook where `generate` makes its cache: a `StateCache`."""
         if not self._keeps_state:
             generation_config.use_cache = False
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
@@ -321,7 +321,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> Tensor | None:
-        """The mask of a compiled step, of constant shape: none, as `generate` appends real tokens alone."""
+        """The mask of a compiled step, in a constant shape: none, because `generate` appends real tokens only."""
         if attention_mask is None or (inputs_embeds.shape[1] == 1 and not is_first_iteration):
             return None
         return attention_mask[:, -inputs_embeds.shape[1] :]

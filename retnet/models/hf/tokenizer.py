@@ -1,4 +1,4 @@
-"""The byte tokenizer as transformers knows tokenizers: what pipelines, trainers and the evaluation harness ask for."""
+"""The byte tokenizer as a transformers tokenizer, for pipelines, trainers and the evaluation harness."""
 
 from __future__ import annotations
 
