@@ -3,12 +3,12 @@
     h_t = exp(step_t rate) h_{t-1} + (step_t x_t) write_t^T        y_t = h_t read_t
 
 A channel d has N states, each with a decay of its own: step [D] times rate [D, N] (the paper's Delta and A; write and
-read are its B and C). Matrix products cannot do that chunk by chunk, as they can with retention's one decay a head, so
-tokens are read one after another. On a GPU `retnet/kernels/scan/forward.py` does so in segments side by side. Here
-all but time is vectorised: [B, C, D, N] tensors exist for one chunk of C tokens at a time, in the backward too, which
-keeps the state at the start of each chunk and computes the rest again. float64 on a GPU runs here as well: there, where
-launching a kernel a token takes longer than its work, a chunk is cut into blocks that are scanned side by side and then
-joined, 3 sqrt(C) launches instead of C.
+read are its B and C). Matrix products cannot do that chunk by chunk, as they can with retention's one decay per head,
+so tokens are read one after another. On a GPU, `retnet/kernels/scan` does so for all segments at once. Here everything
+but time is vectorised: [B, C, D, N] tensors exist for one chunk of C tokens at a time, in the backward too, which keeps
+the state at the start of each chunk and recomputes the rest. float64 on a GPU runs here as well. There, launching a
+kernel per token takes longer than its work, so a chunk is cut into blocks that are scanned at once and then joined:
+3 sqrt(C) launches instead of C.
 """
 
 from itertools import pairwise
@@ -21,9 +21,9 @@ from retnet.ops.device import current_device_of
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import equal_blocks
 
-# (tokens a chunk, blocks side by side); larger chunks leave a CPU's cache
+# (tokens per chunk, blocks scanned at once); larger chunks do not fit into a CPU's cache
 _CPU, _CUDA = (32, 1), (256, 16)
-_SEGMENT = 32  # tokens; the kernels keep the state before each for the backward
+_SEGMENT = 32  # tokens per segment of the kernels, which keep the state before each for the backward
 
 
 def selective_scan(
@@ -46,8 +46,8 @@ def selective_scan(
         write, read: [B, T, N].
         state: [S, D, N] before the first token (zeros if None); S = B, or the number of packed sequences.
         cu_seqlens: [S + 1] bounds of the sequences packed into one row (B = 1): 0, ..., T.
-        chunk_size: tokens whose states are held at a time. blocks: parts of a chunk scanned side by side, where
-            they divide it. Neither changes the result beyond rounding; given either, a GPU does without its kernels.
+        chunk_size: tokens whose states are held at a time. blocks: parts of a chunk that are scanned at once, where
+            they divide it. Neither changes the result beyond rounding; given either, a GPU does not use its kernels.
 
     Returns y [B, T, D] in x's dtype, and the state [S, D, N] after the last token in float32 (float64 for float64).
     """
@@ -81,19 +81,19 @@ def selective_scan_step(
 
 
 def _scan_(decay: Tensor, states: Tensor, blocks: int, reverse: bool = False) -> None:
-    """states[t] += decay[t] states[t - 1] (t + 1 if reverse) along dimension 1, in place; decay is used up."""
+    """states[t] += decay[t] states[t - 1] (t + 1 if reverse) along dimension 1, in place; decay is overwritten."""
     R = blocks if states.shape[1] % blocks == 0 else 1
     h, a = (z.unflatten(1, (R, -1)) for z in (states, decay))
-    places, rows = list(range(h.shape[2])), list(range(R))
+    places, parts = list(range(h.shape[2])), list(range(R))
     if reverse:
-        places, rows = places[::-1], rows[::-1]
+        places, parts = places[::-1], parts[::-1]
     for before, t in pairwise(places):
         h[:, :, t].addcmul_(a[:, :, t], h[:, :, before])
         if R > 1:
             a[:, :, t].mul_(a[:, :, before])
-    # Now every block is right but for what came before it, whose last state decays by a, all of the block at once.
-    for before, row in pairwise(rows):
-        h[:, row].addcmul_(a[:, row], h[:, before, places[-1], None])
+    # Each block lacks what came before it: the last state of the previous block, decayed by a.
+    for before, part in pairwise(parts):
+        h[:, part].addcmul_(a[:, part], h[:, before, places[-1], None])
 
 
 def _states(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, start: Tensor, blocks: int) -> Tensor:
@@ -124,7 +124,7 @@ class _SelectiveScan(torch.autograd.Function):
         x, step, rate, write, read, *starts = ctx.saved_tensors
         dx, dstep, dwrite, dread = (torch.empty_like(z) for z in (x, step, write, read))
         drate = torch.zeros_like(rate)
-        carried = dfinal  # what the last state of a chunk receives from the tokens after it
+        carried = dfinal  # the gradient of a chunk's last state from the tokens after it
         for n in reversed(range(len(starts))):
             c = slice(n * ctx.chunk_size, (n + 1) * ctx.chunk_size)
             states = _states(x[:, c], step[:, c], rate, write[:, c], starts[n], ctx.blocks)
@@ -156,7 +156,8 @@ def _scan_cuda(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, the last state, the state [segments, N, D] before each segment)."""
-    from retnet.kernels.scan.forward import Scan, scan_forward
+    from retnet.kernels.scan.forward import scan_forward
+    from retnet.kernels.scan.inputs import Scan
 
     with current_device_of(x):
         return scan_forward(Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT))
@@ -176,7 +177,7 @@ def _scan_backward_cuda(
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from retnet.kernels.scan.backward import scan_backward
-    from retnet.kernels.scan.forward import Scan
+    from retnet.kernels.scan.inputs import Scan
 
     with current_device_of(x):
         scan = Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT)
@@ -209,11 +210,9 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dy, dfinal, _):
-    x, step, rate, write, read, state, cu_seqlens, starts = ctx.saved_tensors
+    x, state = ctx.saved_tensors[0], ctx.saved_tensors[5]
     dy = torch.zeros_like(x) if dy is None else dy
-    *grads, dstate = torch.ops.retnet.selective_scan_backward(
-        dy, dfinal, x, step, rate, write, read, state, cu_seqlens, starts
-    )
+    *grads, dstate = torch.ops.retnet.selective_scan_backward(dy, dfinal, *ctx.saved_tensors)
     return *grads, None if state is None else dstate.to(state.dtype), None
 
 

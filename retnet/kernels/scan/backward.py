@@ -1,14 +1,14 @@
-"""Mamba's selective scan on a GPU, backward: one walk in reverse over segments, states computed again.
+"""Mamba's selective scan on a GPU, backward: in reverse over segments, with the states recomputed.
 
     dh_t = dy_t read_t + exp(step_{t+1} rate) dh_{t+1}
     dread_t = sum_d dy_t h_t        dwrite_t = sum_d step_t x_t dh_t        du_t = sum_n write_t dh_t,  u = step x
     dlog_t = dh_t exp(step_t rate) h_{t-1}
     dx_t = du_t step_t        dstep_t = du_t x_t + sum_n rate dlog_t        drate = sum_t step_t dlog_t
 
-As in the forward, segments run side by side once dh is known behind each of them: it is joined like the states, in
-reverse. States of the past cannot be walked back (a decay may be 0), so each run of RUN tokens is computed again from
-its segment's start into registers. Sums over channels, and over tokens for the rates, are written a block of channels
-(a segment) each and added up by torch in a fixed order: no atomics.
+As in the forward, all segments run at once when the dh after each of them is known: dh is joined like the states, in
+reverse. A state cannot be recovered from a later one (a decay may be 0), so the states of RUN tokens at a time are
+recomputed from their segment's start into registers. Sums over channels are written per block of channels, sums of the
+rates over tokens per segment, and torch adds them up in a fixed order: no atomics.
 """
 
 from dataclasses import replace
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retnet.kernels.scan.forward import Scan, chain_segments, load_row, tile
+from retnet.kernels.scan.chain import chain_segments
+from retnet.kernels.scan.inputs import Scan, load_rates, load_row, next_state, tile
 from retnet.kernels.segments import segment_bounds
 
 RUN = 8  # tokens whose states are in registers at a time
@@ -63,7 +64,7 @@ def _segment_adjoints(
     """What the tokens of a segment give to the state before it, and the sum of their steps."""
     slot, n, d, ok, cell = tile(D, N, BN, BD)
     start, length, _ = segment_bounds(slot, table, T, L, PACKED)
-    rates = tl.load(rate + d[None, :] * N + n[:, None], mask=ok, other=0.0)
+    rates = load_rates(rate, n, d, ok, N)
     carried = tl.zeros([BN, BD], tl.float32)
     total = tl.zeros([BD], tl.float32)
     for i in tl.range(0, length, loop_unroll_factor=4):
@@ -89,7 +90,7 @@ def _gradients(
     start, length, _ = segment_bounds(slot, table, T, L, PACKED)
     place = slot.to(tl.int64) * N * D + cell
     partial = (tl.program_id(0) % BLOCKS).to(tl.int64) * tokens * N
-    rates = tl.load(rate + d[None, :] * N + n[:, None], mask=ok, other=0.0)
+    rates = load_rates(rate, n, d, ok, N)
     carried = tl.load(after + place, mask=ok, other=0.0)
     total = tl.zeros([BN, BD], tl.float32)
     runs = (length + R - 1) // R
@@ -138,4 +139,4 @@ def _next(h, x, step, write, rates, t, x_stride, step_stride, write_stride, n, d
     dt = load_row(step, t, step_stride, d, d_ok)
     u = dt * load_row(x, t, x_stride, d, d_ok)
     w = load_row(write, t, write_stride, n, n_ok)
-    return tl.exp(dt[None, :] * rates) * h + u[None, :] * w[:, None]
+    return next_state(h, dt, u, w, rates)

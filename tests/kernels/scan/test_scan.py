@@ -36,7 +36,8 @@ def inputs(B: int, T: int, D: int, N: int, sequences: int, device: str) -> list[
 def both(tensors, cu_seqlens, dy, dfinal):
     """Results and gradients of the kernels."""
     from retnet.kernels.scan.backward import scan_backward
-    from retnet.kernels.scan.forward import Scan, scan_forward
+    from retnet.kernels.scan.forward import scan_forward
+    from retnet.kernels.scan.inputs import Scan
 
     scan = Scan.of(*tensors, cu_seqlens, segment=16)
     y, final, starts = scan_forward(scan)
@@ -85,7 +86,8 @@ def test_a_packed_sequence_has_the_bits_of_the_same_sequence_alone(device):
 def test_the_operator_has_the_shapes_and_gradients_of_its_kernels(device):
     """`torch.ops.retnet.selective_scan` and its autograd, fed by the kernels wherever they run."""
     from retnet.kernels.scan.backward import scan_backward
-    from retnet.kernels.scan.forward import Scan, scan_forward
+    from retnet.kernels.scan.forward import scan_forward
+    from retnet.kernels.scan.inputs import Scan
     from retnet.ops import selective_scan as ops
 
     if device == "cpu":

@@ -8,12 +8,14 @@ import pytest
 
 triton = pytest.importorskip("triton")
 forward = pytest.importorskip("retnet.kernels.scan.forward")
+inputs = pytest.importorskip("retnet.kernels.scan.inputs")
+chain = pytest.importorskip("retnet.kernels.scan.chain")
 backward = pytest.importorskip("retnet.kernels.scan.backward")
 
 HALF = ("x", "write", "read", "y", "dy", "dx")
 KERNELS = [
     pytest.param(forward._segment_states, {}, id="states of segments"),
-    pytest.param(forward._chain_kernel, {"REVERSE": True}, id="joined"),
+    pytest.param(chain._chain_kernel, {"REVERSE": True}, id="joined"),
     pytest.param(forward._outputs, {}, id="outputs"),
     pytest.param(backward._segment_adjoints, {}, id="adjoints of segments"),
     pytest.param(backward._gradients, {"R": backward.RUN}, id="gradients"),
@@ -48,7 +50,7 @@ def compiled(kernel, constants: dict, capability: int):
 def test_a_kernel_compiles_and_hardly_spills(kernel, extra, capability, tmp_path):
     import triton.backends.nvidia as nvidia
 
-    N, tile = 16, forward.TILE // (2 if kernel is backward._gradients else 1)
+    N, tile = 16, inputs.TILE // (2 if kernel is backward._gradients else 1)
     shapes = {"D": 1536, "N": N, "BN": N, "BD": tile // N, "L": 32, "PACKED": False}
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled(kernel, shapes | extra, capability).asm["cubin"])
