@@ -1,11 +1,11 @@
-"""Causal softmax attention on tensors: PyTorch's kernels, told which keys each query may see.
+"""Causal softmax attention on tensors: PyTorch's kernels with windows, ALiBi and packed documents.
 
     out_i = sum_j softmax_j(q_i k_j / sqrt(K) - slope_h (i - j)) v_j        over 0 <= i - j < window
 
-Three ways to the same numbers. Plain causal attention is one call of `scaled_dot_product_attention`. Windows and ALiBi
-go through it in blocks of queries, each against the keys that it can reach, so that memory and work are linear in T for
-a window. On CUDA, windows, ALiBi and packed documents go through `flex_attention`, which skips what is masked. Packed
-documents elsewhere are attended to one by one: no key of one is ever multiplied with a query of another.
+Plain causal attention is one call of `scaled_dot_product_attention`. Windows and ALiBi call it per block of queries,
+each with the keys that it can see, so that memory and work are linear in T for a window. On CUDA, windows, ALiBi and
+packed documents use `flex_attention`, which skips masked blocks. Elsewhere, packed documents are computed one by one:
+no key of one is multiplied with a query of another. All give the same numbers.
 """
 
 import functools
@@ -16,16 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERY_BLOCK = 512  # queries whose mask is built at a time
-FLEX_BLOCK = 128  # queries, and keys, that flex attention takes or skips at a time
+QUERY_BLOCK = 512  # queries per mask
+FLEX_BLOCK = 128  # queries and keys per block that flex attention computes or skips
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
-    """Slope of each head [H], float32 (Press et al. 2022, arXiv 2108.12409), computed where it is used: a captured step
-    may not copy from the host.
+    """Slope of each head [H], float32 (Press et al. 2022, arXiv 2108.12409).
 
     2^(-8/H), 2^(-16/H), ... for H a power of 2; for other H, those of the power of 2 below and then every other one of
-    the power above, as its authors do.
+    the power above, as by the authors. Computed on the device: a captured step may not copy from the host.
     """
     below = 2 ** math.floor(math.log2(num_heads))
     heads = torch.arange(num_heads, dtype=torch.float64, device=device)
@@ -41,7 +40,7 @@ def causal_attention(
     slopes: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """T tokens attend to themselves and to the `window` - 1 before them (all of them if None).
+    """T tokens attend to themselves and to the `window` - 1 tokens before them (all of them if None).
 
     q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] with G dividing H (head h reads group h // (H // G)); slopes [H] of
     ALiBi. Returns [B, T, H, V].
@@ -91,7 +90,7 @@ def cached_attention(
     slopes: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention among tokens in any order, told apart by their positions [B, T] and [B, S]; a negative one is no token.
+    """Causal attention by positions [B, T] and [B, S], for tokens in any order; a negative position is no token.
 
     q [B, T, H, K], k [B, S, G, K], v [B, S, G, V]. Returns [B, T, H, V].
     """
@@ -112,7 +111,7 @@ def _attend(
     slopes: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """One block of queries. The heads that share a key are stacked along the queries, so that no key is copied."""
+    """One block of queries. Heads that share keys are stacked along the queries, so that no key is copied."""
     T, H, G = q.shape[1], q.shape[2], k.shape[2]
     distance = query_positions[:, :, None] - key_positions[:, None, :]
     seen = (key_positions[:, None, :] >= 0) & (distance >= 0)
@@ -129,12 +128,11 @@ def _attend(
 
 
 def block_mask(first_seen: Tensor):
-    """What `flex_causal_attention` may skip: token i of row b sees the tokens from first_seen [B, T] to itself.
+    """The mask of `flex_causal_attention`: token i of row b sees the tokens from first_seen [B, T] to itself.
 
-    first_seen rises along a row, so which blocks of keys a block of queries sees, or sees whole, follows from the ends
-    of both: nothing of size T x T is looked at. Windows and documents differ in the values of one tensor alone, so that
-    one compiled kernel serves them all: torch.compile gives up on a function, for good and for a slow one, after its
-    eighth variant.
+    first_seen rises along a row, so the blocks of keys that a block of queries sees, wholly or in part, follow from the
+    ends of both blocks: nothing of size T x T is computed. Windows and documents differ only in the values of one
+    tensor, so one compiled kernel serves all: after eight variants, torch.compile falls back to slow code for good.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -155,7 +153,7 @@ def block_mask(first_seen: Tensor):
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, n, m] bool -> how many are set in a row [B, 1, n], and their places [B, 1, n, m] before the others: int32."""
+    """[B, n, m] bool -> the number of set ones [B, 1, n] and indices [B, 1, n, m], set ones first; both int32."""
     count = blocks.sum(-1, dtype=torch.int32)
     return count[:, None], blocks.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]
 

@@ -31,7 +31,7 @@ SCHEDULES = {"paper": paper_log_decay, "experiment": experiment_log_decay}
 
 
 def window(log_decay: float, floor: float = 0.01) -> float:
-    """Tokens until a decay of `log_decay` a token has shrunk a contribution below `floor`; inf for no decay."""
+    """Tokens until a contribution, decayed by `log_decay` per token, is below `floor` of itself; inf for no decay."""
     if log_decay == 0:
         return math.inf
     return max(1.0, math.ceil(math.log(floor) / log_decay))
@@ -83,10 +83,10 @@ def pairwise_decay(total: Tensor, resets: Tensor | None, dtype: torch.dtype = to
 
 
 def decay_from_start(total: Tensor, resets: Tensor) -> Tensor:
-    """Product of the decays from the first token through each one, [B or 1, T, H]: what is left of an earlier state."""
+    """Product of the decays from the first token through each one, [B or 1, T, H]: the factor of an earlier state."""
     return torch.exp(total.masked_fill(resets > 0, -math.inf))
 
 
 def decay_to_end(total: Tensor, resets: Tensor) -> Tensor:
-    """Product of the decays after each token through the last one, [B or 1, T, H]: what a token's write ends up as."""
+    """Product of the decays after each token through the last one, [B or 1, T, H]: the factor of a write at the end."""
     return torch.exp((total[:, -1:] - total).masked_fill(resets != resets[:, -1:], -math.inf))

@@ -1,4 +1,4 @@
-"""Linear maps of groups of rows, each group by its own matrix: what a mixture of experts spends its time in."""
+"""Grouped linear layers for a mixture of experts: each group of tokens is multiplied by the matrix of its expert."""
 
 import torch
 import torch.nn.functional as F
@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-    """Rows x [R, I], the first counts[0] of them for expert 0 and so on, times weight [E, O, I], plus bias [E, O].
+    """x [R, I] W_e^T + bias_e [R, O], with weight [E, O, I] and bias [E, O].
 
-    One grouped matrix product in bfloat16 on CUDA, which does not wait for the counts [E]; elsewhere one product an
-    expert on its contiguous rows.
+    The tokens of x are sorted by expert: the first counts[0] are of expert 0, and so on. In bfloat16 on CUDA this is
+    one grouped matrix product, which does not wait for the counts [E]; elsewhere one product per expert.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if _one_kernel(x, weight):
+    if _has_grouped_product(x, weight):
         ends = counts.cumsum(0).to(torch.int32)
         out = torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)
         if bias is None:
@@ -26,6 +26,6 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tenso
     return torch.cat([F.linear(rows, matrix, b) for rows, matrix, b in groups])
 
 
-def _one_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Its operands are bfloat16 with rows that are multiples of 16 bytes."""
+def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:
+    """The grouped product takes bfloat16 operands on a GPU, with rows that are multiples of 16 bytes."""
     return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and weight.shape[1] % 8 == weight.shape[2] % 8 == 0

@@ -1,7 +1,7 @@
-"""Large results in huge pages, touched before use: page faults cost a CPU more than writing values does.
+"""Large CPU tensors in huge pages, faulted in before use: page faults cost a CPU more than writing the values.
 
-A fresh result of 128 MiB took 60 ms to fill with small pages, each faulted in by the copy that first wrote it, and
-27 ms with both kinds of advice below. The kernel may decline either.
+A new result of 128 MiB took 60 ms to fill with small pages, each faulted in by its first write, and 27 ms with both
+kinds of advice below. The operating system may decline either.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor that will be written throughout."""
+    """An uninitialised CPU tensor, for a caller that writes all of it."""
     x = torch.empty(shape, dtype=dtype)
     start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     size = (x.data_ptr() + x.numel() * x.element_size()) // HUGE_PAGE * HUGE_PAGE - start

@@ -3,8 +3,8 @@
     y_t = sum_{s <= t} filter_{t - s} x_s
 
 Signals are padded with zeros to at least twice their length, so that nothing wraps around: an output depends on earlier
-inputs alone, and (up to rounding) not on how long the whole is. There is no state of fixed size: decoding goes on from
-all inputs of the past.
+inputs alone, and (up to rounding) not on the length of the sequence. There is no state of fixed size: decoding reads
+all past inputs.
 """
 
 import torch
@@ -20,9 +20,9 @@ def long_convolution(x: Tensor, filters: Tensor) -> Tensor:
 
 
 def past_convolution(past: Tensor, position: Tensor, filters: Tensor, num_tokens: int) -> Tensor:
-    """What earlier inputs add to the outputs of the next tokens.
+    """The part of the next tokens' outputs that comes from earlier inputs.
 
-    past [N, C, D] holds position [N] inputs of each sequence, in order; filters [L, D], L >= C + num_tokens.
+    past [N, C, D] holds the first position [N] inputs of each sequence; filters [L, D], L >= C + num_tokens.
     Returns [N, num_tokens, D] in the filters' dtype.
     """
     N, C, D = past.shape
@@ -47,5 +47,5 @@ def _convolve(x: Tensor, filters: Tensor, num_outputs: int) -> Tensor:
 
 
 def _fast_size(size: int) -> int:
-    """The smallest 2^a, 3 * 2^a or 5 * 2^a that is no less."""
+    """The smallest 2^a, 3 * 2^a or 5 * 2^a that is at least `size`."""
     return min(odd << max(0, -(-size // odd) - 1).bit_length() for odd in (1, 3, 5))

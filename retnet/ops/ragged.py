@@ -1,8 +1,8 @@
-"""Masked and packed batches as plain runs of tokens, for kernels that visit one sequence at a time.
+"""Masked and packed batches as blocks of whole sequences, for code that computes one block at a time.
 
 A token whose mask is False neither decays nor writes, so dropping it from its sequence changes nothing for the others:
 `Compaction` gathers the real tokens of every sequence into one packed row and scatters results back. The cost is linear
-in the number of tokens and no decay has to be built per token.
+in the number of tokens, and a fixed decay stays fixed.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ class Compaction:
 def equal_blocks(num_rows: int, num_tokens: int, bounds: list[int] | None) -> Iterator[tuple[slice, slice, slice]]:
     """Cut a batch into blocks of sequences of one length: (rows, tokens, sequences) to slice inputs and states with.
 
-    Without bounds all rows are one block; a packed row gives one block for each sequence, empty ones included.
+    Without bounds all rows are one block; a packed row gives one block per sequence, empty ones included.
     """
     if bounds is None:
         yield slice(0, num_rows), slice(0, num_tokens), slice(0, num_rows)

@@ -1,14 +1,14 @@
 """Rotary position embedding in the two conventions that RetNet weights use.
 
-Both turn pairs of q and k by an angle proportional to the position; they differ in which elements pair up and in the
-frequencies, so weights trained with one are nonsense under the other:
+Both rotate pairs of q and k by an angle proportional to the position; they differ in which elements pair up and in the
+frequencies, so weights trained with one do not work with the other:
 
 * "interleaved" (torchscale, the paper's code): neighbours (2i, 2i + 1), frequencies base^-linspace(0, 1, K / 2);
 * "half" (flash-linear-attention, Llama): halves (i, i + K / 2), frequencies base^-(2i / K).
 
 Angles are computed in float32 from integer positions, never stored: bfloat16 cannot count past 256.
 
-Two ways stretch a trained context: dividing positions (linear scaling), and YaRN, which divides only what turns slowly.
+Two ways extend a trained context: dividing positions (linear scaling), and YaRN, which divides low frequencies only.
 """
 
 import math
@@ -21,10 +21,11 @@ Rotary = Literal["interleaved", "half"]
 
 
 class Yarn(NamedTuple):
-    """YaRN (arXiv 2309.00071): a model trained on `length` tokens reads `factor` times as many.
+    """YaRN (arXiv 2309.00071), for a model trained on `length` tokens that reads `factor` times as many.
 
-    Pairs that turn more than FAST times within `length` keep their frequency, those that turn less than SLOW times have
-    it divided, the ones between are blended in the authors' way, linearly in their index; q and k grow by `gain`.
+    Pairs that rotate more than FAST times within `length` keep their frequency, those that rotate less than SLOW times
+    have it divided, and the frequencies between are blended linearly in their index, as by the authors. q and k are
+    multiplied by `gain`.
     """
 
     factor: float
@@ -51,12 +52,12 @@ class Yarn(NamedTuple):
 
 
 def scaling(factor: float, yarn_length: int | None) -> float | Yarn:
-    """How a layer stretches its context: linearly by `factor`, or YaRN from `yarn_length` tokens."""
+    """The context extension of a layer: linear by `factor`, or YaRN from `yarn_length` tokens."""
     return factor if yarn_length is None else Yarn(factor, yarn_length)
 
 
 def frequencies(rotary: Rotary, key_dim: int, base: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Radians a token for each pair, [K / 2]."""
+    """Radians per token for each pair, [K / 2]."""
     pairs = torch.arange(key_dim // 2, dtype=torch.float64, device=device)
     if rotary == "interleaved":
         exponent = pairs / max(key_dim // 2 - 1, 1)
@@ -77,8 +78,7 @@ def rotation(
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin) [B, T, K / 2] for positions [B, T]; `factor` divides positions (linear scaling), or is YaRN's.
 
-    YaRN's gain is in cos and sin, so that `rotate` gives grown queries and keys. plain: `frequencies` of the other
-    arguments, from a caller that asks for every token.
+    YaRN's gain is included in cos and sin. plain: `frequencies` of the other arguments, if the caller keeps them.
     """
     if plain is None:
         plain = frequencies(rotary, key_dim, base, dtype=dtype, device=positions.device)
@@ -90,11 +90,11 @@ def rotation(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
-    """Turn x [B, T, H, K] by (cos, sin) [B, T, K / 2]; computed in their dtype, returned in x's."""
+    """Rotate x [B, T, H, K] by (cos, sin) [B, T, K / 2]; computed in their dtype, returned in x's."""
     wide = x.to(cos.dtype)
     cos, sin = cos[:, :, None], sin[:, :, None]
     interleaved = rotary == "interleaved"
     first, second = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, -1)
-    # Narrowed before they are joined: a compiler then writes the result once, in x's dtype.
-    turned = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
-    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    # Narrowed before they are joined, so that a compiler writes the result once, in x's dtype.
+    rotated = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
+    return torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)

@@ -81,7 +81,7 @@ VARIANTS = [(None, False), (7, False), (None, True), (7, True)]
 
 
 @pytest.mark.parametrize(("window", "alibi"), VARIANTS)
-def test_masks_for_flex_attention_part_documents_and_windows(monkeypatch, window, alibi):
+def test_masks_for_flex_attention_separate_documents_and_windows(monkeypatch, window, alibi):
     monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)
     q, k, v = (x.detach() for x in flex_inputs("cpu", torch.float64, 40, 16))
     slopes, bounds = alibi_slopes(8) if alibi else None, [0, 12, 12, 13, 40]
@@ -91,7 +91,7 @@ def test_masks_for_flex_attention_part_documents_and_windows(monkeypatch, window
 
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("T", [1, 128, 517, 1300])
-def test_the_blocks_to_skip_are_those_of_the_whole_mask(T, window):
+def test_skipped_blocks_are_those_of_the_full_mask(T, window):
     generator = torch.Generator().manual_seed(T)
     bounds = [0, *torch.randint(0, T, (5,), generator=generator).sort().values.tolist(), T]
     layout = TokenLayout.of((1, T), torch.device("cpu"), cu_seqlens=torch.tensor(bounds))
@@ -107,7 +107,7 @@ def test_the_blocks_to_skip_are_those_of_the_whole_mask(T, window):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "alibi"), VARIANTS)
-def test_flex_attention_equals_documents_one_by_one(dtype, window, alibi):
+def test_flex_attention_of_packed_documents_equals_each_document_alone(dtype, window, alibi):
     bounds = [0, 130, 131, 300, 517]
     q, k, v = flex_inputs("cuda", dtype, 517, 64)
     slopes = alibi_slopes(8).cuda() if alibi else None

@@ -12,7 +12,7 @@ from retnet.ops.reference import recurrent
 from .conftest import relative_error
 
 
-def test_schedules_are_the_papers():
+def test_schedules_are_those_of_the_paper():
     assert torch.allclose(paper_log_decay(3).exp(), torch.tensor([31 / 32, 63 / 64, 127 / 128]))
     assert torch.allclose(experiment_log_decay(2).exp(), torch.tensor([31 / 32, 511 / 512]))
     assert (paper_log_decay(40)[:35] < 0).all(), "no head may round to no decay"
@@ -34,7 +34,7 @@ def test_window_counts_tokens_until_one_percent():
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise", "one token a call"])
-def test_thousands_of_decays_do_not_add_up_their_rounding(form):
+def test_rounding_of_thousands_of_decays_does_not_accumulate(form):
     """exp(log_decay) rounded to float32 and applied at each token would be off by ten times the bound."""
     T, gammas = 5_000, torch.tensor([1 - 1e-3, 1 - 1e-4, 1 - 1e-5], dtype=torch.float64)
     log_decay = gammas.log().float()

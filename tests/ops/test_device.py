@@ -1,4 +1,4 @@
-"""Kernels are launched on the device of their tensors."""
+"""Kernels are launched on the GPU of their tensors."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from retnet.ops.selective_scan import selective_scan
 
 
 @pytest.mark.parametrize(("device", "entered"), [("cuda:1", ["cuda:1"]), ("cuda:0", []), ("cpu", [])])
-def test_another_gpu_is_made_current(device, entered, monkeypatch):
+def test_the_gpu_of_the_tensors_is_made_current(device, entered, monkeypatch):
     seen = []
 
     class Device:

@@ -17,7 +17,7 @@ def test_it_is_a_causal_convolution(T):
 
 
 @pytest.mark.parametrize("T", [1, 4])
-def test_the_past_adds_what_a_longer_convolution_would(T):
+def test_decoding_from_past_inputs_equals_one_longer_convolution(T):
     torch.manual_seed(0)
     position, capacity = torch.tensor([5, 0, 9]), 9
     sequences, filters = torch.randn(3, capacity + T, 2).double(), torch.randn(40, 2).double()

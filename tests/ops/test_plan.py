@@ -48,15 +48,15 @@ def test_a_cpu_uses_exactly_the_given_chunk_size(chunk_size, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks about a GPU that is not there")
-def test_without_a_gpu_the_chunks_of_an_unknown_one_are_told():
-    def told(**options) -> int:
+def test_without_a_gpu_chunk_tokens_answers_for_an_unknown_one():
+    def tokens(**options) -> int:
         return chunk_tokens(5000, 128, 256, dtype=torch.bfloat16, device="cuda", **options)
 
-    assert told() == 128
-    assert [told(chunk_size=size) for size in (1, 64, 90, 128, 200, 10_000)] == [64, 64, 64, 128, 256, 256]
+    assert tokens() == 128
+    assert [tokens(chunk_size=size) for size in (1, 64, 90, 128, 200, 10_000)] == [64, 64, 64, 128, 256, 256]
     assert chunk_tokens(5000, 64, 64, dtype=torch.bfloat16, device="cuda", per_token=True) == 64
-    assert told(mode="recurrent") == 1
-    assert told(mode="parallel") == 5000
+    assert tokens(mode="recurrent") == 1
+    assert tokens(mode="parallel") == 5000
     assert chunk_tokens(1, 128, 256, dtype=torch.bfloat16, device="cuda") == 1
 
 

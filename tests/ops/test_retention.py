@@ -1,4 +1,4 @@
-"""The operator against the oracle: all forms, all arguments, outputs, states and gradients."""
+"""Retention against the oracle: all forms and arguments; outputs, states and gradients."""
 
 from unittest import mock
 
@@ -40,7 +40,7 @@ problems = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(problem=problems, form=st.sampled_from(sorted(FORMS)))
-def test_every_form_is_the_definition_in_float64(problem, form):
+def test_every_form_equals_the_definition_in_float64(problem, form):
     expected = problem.solve(reference.recurrent)
     for name, x in problem.solve(retention, **FORMS[form]).items():
         assert relative_error(x, expected[name]) < 1e-10, name
@@ -48,7 +48,7 @@ def test_every_form_is_the_definition_in_float64(problem, form):
 
 @settings(max_examples=60, deadline=None)
 @given(problem=problems, form=st.sampled_from(sorted(FORMS)))
-def test_every_form_in_float32_is_within_rounding_of_the_definition(problem, form):
+def test_every_form_in_float32_equals_the_definition_within_rounding(problem, form):
     rounded = problem.to(torch.float32)
     expected = rounded.to(torch.float64).solve(reference.recurrent)
     summands = _norm_of_dlog_summands(rounded)
@@ -69,7 +69,7 @@ def _norm_of_dlog_summands(problem) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["parallel", "recurrent", "chunkwise"])
-def test_half_precision_is_no_worse_than_twice_torchs_own(dtype, form):
+def test_half_precision_has_at_most_twice_the_error_of_torch(dtype, form):
     problem = make_problem(2, 200, 2, 4, 32, 24, fastest=0.1, seed=1).to(dtype)
     expected = problem.to(torch.float64).solve(reference.recurrent)
     torchs = problem.solve(reference.parallel)
@@ -85,7 +85,7 @@ def test_long_sequences_stay_accurate_in_float32():
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_mixed_hard_resets_keep_their_neighbours_digits(per_token):
+def test_hard_resets_between_slow_decays_cost_no_precision(per_token):
     problem = make_problem(1, 150, 1, 3, 8, 8, per_token=per_token, seed=3)
     values = torch.tensor([-1000.0, -20.0, -0.01, -torch.inf]).double()
     picks = torch.randint(4, problem.log_decay.shape, generator=torch.Generator().manual_seed(0))
@@ -134,7 +134,7 @@ def test_masked_tokens_change_nothing_for_the_others(holes, form):
 
 
 @pytest.mark.parametrize("mode", ["parallel", "recurrent", "chunkwise"])
-def test_not_asking_for_the_state_changes_neither_outputs_nor_gradients(mode):
+def test_return_state_false_changes_neither_outputs_nor_gradients(mode):
     p = make_problem(2, 20, 1, 2, 8, 8, holes=True, seed=17)
     p.dstate.zero_()
     expected = p.solve(retention, mode=mode, chunk_size=8)
@@ -160,7 +160,7 @@ def test_splitting_a_sequence_anywhere_changes_nothing():
     assert relative_error(state, final) < 1e-13
 
 
-def test_step_updates_the_state_in_place_and_retention_never_does():
+def test_a_step_updates_the_state_in_place_and_retention_does_not():
     p = make_problem(2, 5, 2, 4, 8, 8, holes=True, seed=8)
     given, state = p.state.clone(), p.state.clone()
     out, final = retention(p.q, p.k, p.v, p.log_decay, state=given, mask=p.mask)
@@ -170,7 +170,7 @@ def test_step_updates_the_state_in_place_and_retention_never_does():
     assert relative_error(state, final) < 1e-13
 
 
-def test_a_narrower_state_is_rounded_once_a_call():
+def test_a_narrower_state_is_rounded_once_per_call():
     p = make_problem(1, 3, 1, 2, 8, 8, seed=9).to(torch.float32)
     _, final = retention(p.q, p.k, p.v, p.log_decay, state=p.state.bfloat16(), state_dtype=torch.bfloat16)
     state = p.state.bfloat16()
@@ -190,8 +190,8 @@ def test_gradcheck(mode):
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def test_decay_gradient_of_very_different_rates_does_not_cancel():
-    """One token that forgets nearly everything between slow ones: its own gradient must keep its digits."""
+def test_decay_gradient_of_a_fast_decay_among_slow_ones_does_not_cancel():
+    """A token that forgets nearly everything, between slow ones: its gradient must stay accurate."""
     p = make_problem(1, 64, 1, 1, 8, 8, per_token=True, seed=11)
     p.log_decay[:] = -0.001
     p.log_decay[0, 30] = -25.0
@@ -230,8 +230,8 @@ def test_compiles_without_graph_breaks():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_what_is_compiled_calls_the_operator(device):
-    """Not the plain operators that torch.export takes: unrolled, they are slow to compile and slow to run."""
+def test_compiled_code_calls_the_operator(device):
+    """It does not call the plain operators of torch.export: unrolled, they are slow to compile and slow to run."""
     called = []
 
     def backend(graph, inputs):
@@ -245,7 +245,7 @@ def test_what_is_compiled_calls_the_operator(device):
     assert torch.einsum not in called
 
 
-def test_autocast_narrows_q_k_v_alone():
+def test_autocast_narrows_only_q_k_and_v():
     p = make_problem(1, 20, 1, 2, 8, 8, seed=14).to(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out, state = retention(p.q, p.k, p.v.bfloat16(), p.log_decay, state=p.state)
@@ -255,7 +255,7 @@ def test_autocast_narrows_q_k_v_alone():
     assert torch.equal(out, narrow)
 
 
-def test_memory_is_a_few_chunks_beyond_results():
+def test_memory_beyond_results_is_a_few_chunks():
     """No temporary of the streamed forward or backward is larger than the largest result, whatever T."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -308,7 +308,7 @@ def test_two_runs_give_the_same_bits():
         ({"backend": "triton"}, "backend is 'triton'.*cpu"),
     ],
 )
-def test_bad_arguments_are_refused_with_what_was_given_and_what_is_accepted(changes, message):
+def test_errors_name_what_was_given_and_what_is_accepted(changes, message):
     arguments = {
         "q": torch.zeros(1, 4, 2, 8),
         "k": torch.zeros(1, 4, 2, 8),
@@ -319,7 +319,7 @@ def test_bad_arguments_are_refused_with_what_was_given_and_what_is_accepted(chan
         retention(**arguments)
 
 
-def test_bounds_that_do_not_lie_side_by_side_reach_the_kernels_so():
+def test_strided_cu_seqlens_reach_the_kernels_contiguous():
     q = torch.randn(1, 9, 1, 8)
     wide = torch.tensor([[0, 7], [5, 7], [9, 7]])
     given = []
@@ -344,7 +344,7 @@ def test_a_step_needs_a_state():
         retention_step_(q, q, q, torch.zeros(1), None)
 
 
-def test_forward_mode_is_refused_and_not_zero():
+def test_forward_mode_differentiation_is_refused():
     q = torch.randn(1, 9, 1, 8, dtype=torch.float64)
     log_decay = torch.tensor([-0.1], dtype=torch.float64)
 
@@ -357,8 +357,8 @@ def test_forward_mode_is_refused_and_not_zero():
     assert torch.allclose(tangent, 3 * form(q, "aten"))  # of the third degree in q
 
 
-def test_a_forced_recurrent_form_of_packed_rows_is_recurrent_on_a_gpu_too():
-    """Called directly: the CUDA operator has no kernel for it, and takes the CPU's way."""
+def test_a_forced_recurrent_form_of_packed_sequences_is_recurrent_on_a_gpu_too():
+    """Called directly: the CUDA operator has no kernel for it and runs the CPU form."""
     from retnet.ops import library
 
     q, log_decay, bounds = torch.randn(1, 9, 2, 8), torch.tensor([-0.1, -0.2]), torch.tensor([0, 4, 4, 9])

@@ -46,7 +46,7 @@ def test_gradients_are_right_without_the_final_state():
     assert torch.autograd.gradcheck(lambda *z: selective_scan(*z, chunk_size=2)[0], tokens)
 
 
-def test_packed_sequences_equal_each_alone():
+def test_packed_sequences_equal_each_sequence_alone():
     *tokens, state = inputs(rows=1, sequences=4)
     rate, bounds = tokens[2], [0, 3, 3, 4, 11]
     y, final = selective_scan(*tokens, state=state, cu_seqlens=torch.tensor(bounds), chunk_size=2)

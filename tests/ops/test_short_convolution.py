@@ -1,3 +1,5 @@
+"""The short convolution against PyTorch's: outputs, states, packed documents, gradients."""
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def test_it_is_a_causal_depthwise_convolution(width, bias):
 
 
 @pytest.mark.parametrize("lengths", [[3, 4], [0, 1, 2, 4], [7], [1] * 7])
-def test_a_packed_row_equals_its_documents_each_after_its_own_past(lengths):
+def test_packed_documents_equal_each_document_alone(lengths):
     torch.manual_seed(0)
     x, weight = torch.randn(1, 7, 5, dtype=torch.float64), torch.randn(5, 1, 4, dtype=torch.float64)
     past = torch.randn(len(lengths), 3, 5, dtype=torch.float64)
@@ -30,7 +32,7 @@ def test_a_packed_row_equals_its_documents_each_after_its_own_past(lengths):
         assert torch.equal(recent[n : n + 1], after)
 
 
-def test_gradients_of_input_weight_bias_and_past_are_right():
+def test_gradients_of_input_weight_bias_and_recent_inputs_are_right():
     torch.manual_seed(0)
     shapes = [(1, 6, 2), (2, 1, 3), (2,), (2, 2, 2)]
     x, weight, bias, past = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)

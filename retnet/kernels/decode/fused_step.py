@@ -24,8 +24,8 @@ from retnet.kernels.dependent_launch import await_previous, dependent_launch, st
 from retnet.kernels.device import power_of_two
 from retnet.kernels.retention.tiles import step_tile
 
-SLAB_CELLS = 8192  # of a state that a program has in flight
-FOLD_ROWS = 16  # of a state that rows are added to at a time: few, so that this rare pass sets no register count
+SLAB_CELLS = 8192  # numbers of a state that a program loads at a time
+FOLD_ROWS = 16  # rows of a state that a full ring is written to at a time: few, to keep this rare pass in registers
 
 
 def decode_step(
@@ -77,25 +77,27 @@ def decode_step(
 
 
 def defer_tile(K: int, V: int, heads: int) -> tuple[int, int]:
-    """(values, rows of a slab) of a program: 64 values fill whole lines of memory, fewer where that leaves the chip's
-    processors idle. A state that is only read passes in slabs; nothing of it is kept."""
+    """(values, rows per slab) of a program: 64 values fill whole lines of memory; fewer, to occupy all processors.
+
+    A state that is only read passes in slabs; nothing of it is kept.
+    """
     BV = min(64, power_of_two(V))
     while BV > 16 and heads * V // BV < 512:
         BV //= 2
     return BV, min(power_of_two(K), SLAB_CELLS // BV)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> None:
-    """x [N, H, K] (any strides of tokens and heads) turned in place by (cos, sin) [N, K / 2] float32."""
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> None:
+    """x [N, H, K] (any strides of tokens and heads) rotated in place by (cos, sin) [N, K / 2] float32."""
     N, H, K = x.shape
-    _turn_kernel[(N, H)](
+    _rotate_kernel[(N, H)](
         x, cos, sin, *x.stride()[:2], K=K, BP=triton.next_power_of_2(K // 2), ROTARY=rotary, num_warps=1
     )
 
 
 @triton.jit
-def _turn_kernel(x, cos, sin, token, head, K: tl.constexpr, BP: tl.constexpr, ROTARY: tl.constexpr):
-    """A pair is read and written by one thread, so that it may be overwritten."""
+def _rotate_kernel(x, cos, sin, token, head, K: tl.constexpr, BP: tl.constexpr, ROTARY: tl.constexpr):
+    """One thread reads and writes a pair, so it can be overwritten."""
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     HALF: tl.constexpr = K // 2
     pair = tl.arange(0, BP)
@@ -113,10 +115,10 @@ def _turn_kernel(x, cos, sin, token, head, K: tl.constexpr, BP: tl.constexpr, RO
 
 
 @triton.jit
-def _turned(x, row, row_ok, cos, sin, K: tl.constexpr, ROTARY: tl.constexpr):
-    """x [BK] turned, in x's precision."""
+def _rotated(x, row, row_ok, cos, sin, K: tl.constexpr, ROTARY: tl.constexpr):
+    """x [BK] rotated, in x's precision."""
     own = tl.load(x + row, mask=row_ok, other=0.0)
-    turned = own.to(tl.float32)
+    rotated = own.to(tl.float32)
     if ROTARY != "none":
         HALF: tl.constexpr = K // 2
         if ROTARY == "interleaved":
@@ -125,14 +127,14 @@ def _turned(x, row, row_ok, cos, sin, K: tl.constexpr, ROTARY: tl.constexpr):
             pair, other, second = row % HALF, (row + HALF) % K, row // HALF
         partner = tl.load(x + other, mask=row_ok, other=0.0).to(tl.float32)
         c, s = tl.load(cos + pair, mask=row_ok, other=0.0), tl.load(sin + pair, mask=row_ok, other=0.0)
-        turned = turned * c + tl.where(second == 1, partner, -partner) * s
-        turned = turned.to(own.dtype).to(tl.float32)
-    return turned
+        rotated = rotated * c + tl.where(second == 1, partner, -partner) * s
+        rotated = rotated.to(own.dtype).to(tl.float32)
+    return rotated
 
 
 @triton.jit
 def _begin(H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DEPENDENT: tl.constexpr):
-    """This program's tile of values, head and sequence, once the kernels before have ended."""
+    """This program's tile of values, head and sequence, after waiting for the kernels before it."""
     start_next(DEPENDENT)
     await_previous(DEPENDENT)
     V_TILES: tl.constexpr = (V + BV - 1) // BV
@@ -159,10 +161,10 @@ def _write_kernel(
         in_state = row_ok[:, None] & column_ok[None, :]
         S = tl.load(state + cell, mask=in_state, other=0.0)
         g = h // HEADS_PER_GROUP
-        turn_cos = None if ROTARY == "none" else cos + b * (K // 2)
-        turn_sin = None if ROTARY == "none" else sin + b * (K // 2)
-        qt = _turned(q + b * q_batch + h * q_head, row, row_ok, turn_cos, turn_sin, K, ROTARY) * scale
-        kt = _turned(k + b * k_batch + g * k_head, row, row_ok, turn_cos, turn_sin, K, ROTARY)
+        pair_cos = None if ROTARY == "none" else cos + b * (K // 2)
+        pair_sin = None if ROTARY == "none" else sin + b * (K // 2)
+        qt = _rotated(q + b * q_batch + h * q_head, row, row_ok, pair_cos, pair_sin, K, ROTARY) * scale
+        kt = _rotated(k + b * k_batch + g * k_head, row, row_ok, pair_cos, pair_sin, K, ROTARY)
         vt = tl.load(v + b * v_batch + g * v_head + column, mask=column_ok, other=0.0).to(tl.float32)
         S = advance(S, tl.load(log_decay + (b * H + h if PER_TOKEN else h)), kt, vt)
         tl.store(out + column, tl.sum(qt[:, None] * S, 0).to(out.dtype.element_ty), mask=column_ok)
@@ -188,15 +190,15 @@ def _defer_kernel(
         state += b * state_batch + h * (K * V)
         q += b * q_batch + h * q_head
         k += b * k_batch + g * k_head
-        turn_cos = None if ROTARY == "none" else cos + b * (K // 2)
-        turn_sin = None if ROTARY == "none" else sin + b * (K // 2)
+        pair_cos = None if ROTARY == "none" else cos + b * (K // 2)
+        pair_sin = None if ROTARY == "none" else sin + b * (K // 2)
         n, i = tl.load(pending + b).to(tl.int32), tl.arange(0, W)
         there = i < n
         ring = (b * (H // HEADS_PER_GROUP) + g) * W
         logs += (b * H + h) * W
         decay = tl.load(log_decay + (b * H + h if PER_TOKEN else h))
         age = tl.load(logs + i, mask=there, other=0.0)
-        # Decay since row i: of the later rows and of this token. Sums of logs, never differences: -inf is a reset.
+        # Decay since token i: of the later tokens and of this one. Sums of logs, never differences: -inf is a reset.
         since = tl.sum(tl.where(i[None, :] > i[:, None], age[None, :], 0.0), 1) + decay
         total = tl.exp(tl.sum(age, 0) + decay)
         weight = tl.where(there, tl.exp(since), 0.0)
@@ -207,8 +209,8 @@ def _defer_kernel(
             row_ok = row < K
             cell = row[:, None] * V + column[None, :]
             S = tl.load(state + cell, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
-            qt = _turned(q, row, row_ok, turn_cos, turn_sin, K, ROTARY) * scale
-            kt = _turned(k, row, row_ok, turn_cos, turn_sin, K, ROTARY)
+            qt = _rotated(q, row, row_ok, pair_cos, pair_sin, K, ROTARY) * scale
+            kt = _rotated(k, row, row_ok, pair_cos, pair_sin, K, ROTARY)
             k_rows = tl.load(
                 keys + ring * K + i[:, None] * K + row[None, :], mask=there[:, None] & row_ok[None, :], other=0.0
             ).to(tl.float32)
@@ -226,14 +228,14 @@ def _defer_kernel(
             tl.store(values + (ring + n) * V + column, vt.to(values.dtype.element_ty), mask=column_ok)
             if tile == 0:
                 tl.store(logs + n, decay)
-        else:  # the state is read again: rare, and so nothing of it need be kept for it
+        else:  # the state is read again, which is rare, rather than kept in registers at every step
             weighted = v_rows * weight[:, None]
             for f0 in range(0, BK, FOLD):
                 fold = f0 + tl.arange(0, FOLD)
                 fold_ok = fold < K
                 at = state + fold[:, None] * V + column[None, :]
                 in_state = fold_ok[:, None] & column_ok[None, :]
-                k_new = _turned(k, fold, fold_ok, turn_cos, turn_sin, K, ROTARY)
+                k_new = _rotated(k, fold, fold_ok, pair_cos, pair_sin, K, ROTARY)
                 k_old = tl.load(
                     keys + ring * K + i[None, :] * K + fold[:, None], mask=fold_ok[:, None] & there[None, :], other=0.0
                 ).to(tl.float32)

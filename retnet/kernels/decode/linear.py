@@ -2,13 +2,13 @@
 
     out = skip residual + branch (y W^T + bias)        y = norm(x) * act(gate)
 
-One token a sequence reads every weight for a handful of products, so the bytes of W and the number of launches are the
-time. A program owns BN rows of W and all of their columns: they are asked for in one go, where the device allows it
-before the kernel that makes x has ended (`dependent.py`), and while they travel the program normalises the few rows of
-x again, which costs less than a launch of its own. Sums are float32 and stay inside a program. Weights may be int8 with
-a scale a row, read as such.
+A decode step reads every weight for a handful of products, so its time is that of reading W and of the launches. A
+program owns BN rows of W with all their columns and loads them at once, where the device allows it before the kernel
+that makes x has ended (`dependent_launch.py`). While they arrive, every program normalises the few rows of x itself,
+which costs less than a separate launch. Sums are float32 and stay inside a program. Weights may be int8 with a scale
+per row, and are read as int8.
 
-Beyond a few rows tensor cores pay: then `prepare` makes y in one launch and the product is the library's.
+With more than a few rows, tensor cores are faster: `prepare` makes y in one launch and the library multiplies.
 """
 
 from typing import NamedTuple
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from retnet.kernels.dependent_launch import await_previous, dependent_launch, start_next
 
-TILE = 16384  # weights that a program asks for at once: 128 bytes a thread of 8 warps
-PROGRAMS = 512  # about four a processor, so that some load while others sum
+TILE = 16384  # weights that a program loads at once: 128 bytes per thread of 8 warps
+PROGRAMS = 512  # about four per processor, so that some load while others sum
 
 
 class LinearTile(NamedTuple):
-    """BN rows of W a program, whose columns are BG groups of BV: powers of two, not one lane more than it takes."""
+    """BN rows of W per program, with BG groups of BV columns: the smallest powers of two that hold them."""
 
     BN: int
     BG: int
@@ -33,7 +33,7 @@ class LinearTile(NamedTuple):
 
 
 def linear_tile(N: int, K: int, groups: int) -> LinearTile:
-    """For W [N, K] whose columns are normalised in so many groups."""
+    """The tile for W [N, K] whose columns are normalised in `groups` groups."""
     BG, BV = triton.next_power_of_2(groups), triton.next_power_of_2(K // groups)
     BN = max(1, TILE // (BG * BV))
     while BN > 1 and N // BN < PROGRAMS:
@@ -145,7 +145,7 @@ def _matvec_kernel(
             mask=(n < N)[:, None] & k_ok[None, :],
             other=0.0,
         )
-    await_previous(DEPENDENT)  # the weights are on their way; inputs are made by the kernels before
+    await_previous(DEPENDENT)  # the weights are loading; earlier kernels make the inputs
     group, column = tl.arange(0, BG), tl.arange(0, BV)
     inside = (group < G)[:, None] & (column < V)[None, :]
     cell = group[:, None] * V + column[None, :]

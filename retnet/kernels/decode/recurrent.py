@@ -3,11 +3,10 @@
     S <- exp(log_decay_t) S + k_t^T v_t        out_t = scale q_t S
 
 Decoding moves states and little else. A program owns BV values of one head's state with all of K, so that no sum
-crosses programs. One token streams its slice through registers in slabs of rows, the next slab on its way while one is
-worked on; several tokens keep the slice in float32 registers over all of them, read once and written once.
+crosses programs. For one token, the slice passes through registers in slabs of rows, and the next slab loads while one
+is computed; for several tokens, the slice stays in float32 registers, read once and written once.
 
-Slow decays subtract, S + expm1(log_decay) S: exp(log_decay) itself would be rounded to the same side at every token,
-and thousands of tokens add that up. A state narrower than float32 is rounded stochastically: to nearest, a decay above
+A state narrower than float32 is rounded stochastically: to nearest, a decay above
 1 - 2^-9 would leave a bfloat16 state unchanged and nothing would be forgotten. The random bits are a hash of the call's
 q and k, the value and its place: equal inputs, equal bits.
 """
@@ -103,7 +102,7 @@ def _one_token(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLAB: tl.constexpr,
     MASKED: tl.constexpr, DROPPED_BITS: tl.constexpr,
 ):  # fmt: skip
-    """One token, the state in slabs [SLAB, BV]. A masked token reads and writes what leaves the state as it is."""
+    """One token, the state in slabs [SLAB, BV]. A masked token leaves the state as it is."""
     step, v_ok, limit = tl.load(log_decay), columns < V, K
     if MASKED:
         alive = tl.load(mask) != 0
@@ -181,8 +180,8 @@ def _store_state(state, S, rows, columns, seed, K: tl.constexpr, V: tl.constexpr
 
 @triton.jit
 def _round_stochastically(x, place, seed, DROPPED_BITS: tl.constexpr):
-    """x rounded up or down to the kept bits, with the odds of its distance: right on average."""
-    # The seed is mixed thoroughly, once a program; over calls it alone makes the noise of any value uniform.
+    """x rounded up or down to the kept bits, with probabilities by distance: unbiased."""
+    # The seed is mixed once per program; over many calls, it makes the noise of every value uniform.
     seed = seed.to(tl.uint32, bitcast=True)
     seed = (seed ^ (seed >> 16)) * 0x7FEB352D
     seed = (seed ^ (seed >> 15)) * 0x46D9F3B3

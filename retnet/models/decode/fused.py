@@ -1,6 +1,6 @@
 """The fused decode step: one token per sequence in few launches, every weight read once.
 
-What a block of the paper computes in about forty operators is five here (`ops/decode.py`):
+What a block of the paper computes in about forty operators is five here (`ops/decode/`):
 
     q, k, v, g = norm(x) W_qkvg      one product of four packed weights
     y, S      <- rotation, retention
@@ -34,7 +34,7 @@ from retnet.models.states import ModelState
 from retnet.ops import device
 from retnet.ops.decode.linear import InputNorm, decode_linear
 from retnet.ops.decode.ring import Ring
-from retnet.ops.decode.step import decode_step_, turn_pairs_
+from retnet.ops.decode.step import decode_step_, rotate_pairs_
 from retnet.ops.plan import supported_chunk_size
 from retnet.ops.recurrence import StepDecay
 from retnet.ops.retention import retention
@@ -140,7 +140,7 @@ class FusedBlock:
         q, k = (z.unflatten(-1, (-1, config.head_key_dim))[None] for z in projected[:2])
         v = projected[2].unflatten(-1, (-1, config.head_value_dim))[None]
         if rotation is not None and config.rotary != "none":
-            turn_pairs_(q, k, *rotation, config.rotary)
+            rotate_pairs_(q, k, *rotation, config.rotary)
         if config.heads_per_kv_head > 1:
             k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))
         if self.decay_input is None:

@@ -68,13 +68,13 @@ def decode_step_(
     return out if out.dtype == dtype else out.to(dtype)
 
 
-def turn_pairs_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> None:
+def rotate_pairs_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> None:
     """q [B, T, H, K] and k [B, T, G, K] rotated in place by (cos, sin) [B T, K / 2], as `ops.rotary.rotate` does."""
     if device.uses_kernels(q):
-        from retnet.kernels.decode.fused_step import turn
+        from retnet.kernels.decode.fused_step import rotate_pairs
 
         for x in (q, k):
-            turn(x.view(-1, *x.shape[2:]), cos, sin, rotary)
+            rotate_pairs(x.view(-1, *x.shape[2:]), cos, sin, rotary)
         return
     for x in (q, k):
         x.copy_(rotate(x, cos.view(*x.shape[:2], -1), sin.view(*x.shape[:2], -1), rotary))

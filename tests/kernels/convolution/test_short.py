@@ -79,7 +79,7 @@ def test_without_recent_inputs_a_sequence_starts_from_zeros(device):
     assert all(torch.equal(a, b) for a, b in zip(without, zeros, strict=True))
 
 
-def test_a_packed_document_has_the_bits_of_the_same_document_alone(device):
+def test_a_packed_document_is_bit_identical_to_the_same_document_alone(device):
     x, weight, bias, recent = inputs(1, 90, 6, 4, 2, device)
     dy = torch.randn(1, 90, 6, device=device)
     packed = by_kernels([x, weight, bias, recent], torch.tensor([0, 40, 90], device=device), dy, None)

@@ -1,4 +1,4 @@
-"""The fused kernels of a decode step against their plain definitions (`ops/decode.py` on a CPU)."""
+"""The fused kernels of a decode step against their plain definitions (`ops/decode/` on a CPU)."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def described(norm: InputNorm) -> tuple:
     ],
 )
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
-def test_products_agree_with_norm_gate_weight_and_residual_one_after_another(
+def test_a_fused_linear_layer_equals_norm_gate_product_and_residual_separately(
     kind, groups, K, affine, gated, activation, quantized, device
 ):
     from retnet.kernels.decode.linear import matvec, prepare
@@ -70,8 +70,8 @@ def test_products_agree_with_norm_gate_weight_and_residual_one_after_another(
 
 
 @pytest.mark.parametrize(("D", "H", "V"), [(768, 3, 512), (2048, 8, 512), (2560, 10, 512), (4096, 16, 512)])
-def test_a_program_asks_for_its_rows_and_little_beside(D, H, V):
-    """A lane of padding costs as much as a weight: a tile is at most the next power of two in each direction."""
+def test_a_tile_has_few_padding_lanes(D, H, V):
+    """A padding lane costs as much as a weight: a tile is at most the next power of two in each direction."""
     from retnet.kernels.decode.linear import TILE, linear_tile
 
     for N, K, groups in ((6 * D, D, 1), (D, H * V, H), (2 * D, D, 1), (D, 2 * D, 1), (50304, D, 1)):
@@ -80,7 +80,7 @@ def test_a_program_asks_for_its_rows_and_little_beside(D, H, V):
         assert tile.BN == 1 or tile.BN * tile.BG * tile.BV <= TILE
 
 
-def test_a_product_without_x_is_of_the_activated_gate_alone(device):
+def test_a_linear_layer_without_x_multiplies_the_activated_gate(device):
     from retnet.kernels.decode.linear import matvec
 
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_a_product_without_x_is_of_the_activated_gate_alone(device):
     [("interleaved", 2, 2, False), ("half", 4, 2, True), ("none", 2, 2, True)],
 )
 @pytest.mark.parametrize("W", [0, 16])
-def test_steps_agree_with_rotation_and_retention_one_after_another(rotary, H, G, per_token, W, device):
+def test_a_fused_step_equals_rotation_and_retention_separately(rotary, H, G, per_token, W, device):
     from retnet.kernels.decode.fused_step import decode_step
 
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_steps_agree_with_rotation_and_retention_one_after_another(rotary, H, G,
     active = torch.tensor([True, False, True])
     state = torch.randn(B, H, K, V)
     ours = state.to(device).clone()
-    # Every sequence at another row of its ring; what lies in the rows beyond is of no request.
+    # Every sequence has another count of tokens in its ring; the rest of the ring holds arbitrary numbers.
     pending = torch.tensor([12, 2, 15] if W else [0, 0, 0])
     ring = theirs = None
     if W:
@@ -162,8 +162,8 @@ def shaped_model(variant: str) -> LanguageModel:
 @pytest.mark.parametrize(
     ("variant", "slots", "ring"), [("paper", 1, 16), pytest.param("fla", 1, 0, marks=pytest.mark.slow), ("paper", 8, 0)]
 )
-def test_engines_on_kernels_say_what_the_model_says(variant, slots, ring, device, monkeypatch):
-    """More rows than `MATVEC_ROWS` take the path of library products."""
+def test_an_engine_on_kernels_generates_what_the_model_predicts(variant, slots, ring, device, monkeypatch):
+    """With more rows than `MATVEC_ROWS`, the library multiplies."""
     from retnet.models.decode.sampling import Sampling
     from retnet.serve.engine import Engine
     from retnet.serve.request import Request

@@ -1,4 +1,4 @@
-"""The decode step against the float64 oracle, and what a narrow state forgets."""
+"""Recurrent kernels against the float64 oracle, and the rounding of narrow states."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_steps_agree_with_the_oracle(B, T, G, H, K, V, per_token, masked, state_
 
 
 @pytest.mark.slow
-def test_thousands_of_slow_decays_keep_float32_digits(device):
+def test_thousands_of_slow_decays_keep_float32_accuracy(device):
     """Each rounding of exp(log_decay) goes to the same side: multiplied 4096 times, it is 2e-5 off."""
     from retnet.kernels.decode.recurrent import retention_step
 
@@ -78,7 +78,7 @@ def test_a_state_that_cannot_be_updated_in_place_is_refused(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_strided_state_of_a_pool_is_updated_in_its_place(state_dtype, device):
+def test_a_strided_state_of_a_pool_is_updated_in_place(state_dtype, device):
     from retnet.kernels.decode.recurrent import retention_step
 
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def test_a_strided_state_of_a_pool_is_updated_in_its_place(state_dtype, device):
 
 
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_a_state_is_rounded_after_it_was_read(state_dtype, device):
+def test_a_state_is_rounded_after_it_is_read(state_dtype, device):
     from retnet.kernels.decode.recurrent import retention_recurrent
 
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def test_a_state_is_rounded_after_it_was_read(state_dtype, device):
     assert (out.double() - expected).norm() <= 2e-6 * expected.norm()
 
 
-def test_a_state_that_sequences_share_is_not_updated(device):
+def test_a_state_shared_by_sequences_is_refused(device):
     from retnet.kernels.decode.recurrent import retention_step
 
     q = torch.randn(2, 1, 1, 16, device=device)

@@ -70,7 +70,7 @@ def test_kernels_agree_with_the_definition(B, T, D, N, bounds, device):
         assert (a.double() - b).norm() <= 2e-6 * b.norm(), name
 
 
-def test_a_packed_sequence_has_the_bits_of_the_same_sequence_alone(device):
+def test_a_packed_sequence_is_bit_identical_to_the_same_sequence_alone(device):
     tensors = inputs(1, 70, 6, 4, 2, device)
     *tokens, state = tensors
     dy = torch.randn(1, 70, 6, device=device)
@@ -84,7 +84,7 @@ def test_a_packed_sequence_has_the_bits_of_the_same_sequence_alone(device):
 
 
 def test_the_operator_has_the_shapes_and_gradients_of_its_kernels(device):
-    """`torch.ops.retnet.selective_scan` and its autograd, fed by the kernels wherever they run."""
+    """`torch.ops.retnet.selective_scan` and its autograd, on a CPU through kernels registered there."""
     from retnet.kernels.scan.backward import scan_backward
     from retnet.kernels.scan.forward import scan_forward
     from retnet.kernels.scan.inputs import Scan
