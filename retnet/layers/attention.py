@@ -2,8 +2,8 @@
 
     Q, K, V = X W_Q, X W_K, X W_V        out = softmax(rotary(Q) rotary(K)^T / sqrt(K) - alibi) V W_O
 
-Keys are cached rotated, by position, real tokens alone (`TokenCache`): a window's cache is a ring that never holds more
-than the window. Positions are the layout's, so pads, holes and packs change nothing.
+The KV cache holds rotated keys and values of real tokens (`TokenCache`); with a window it is a ring of at most the
+window. Positions come from the layout, so padding, masked tokens and packing change no result.
 """
 
 import math
@@ -36,7 +36,7 @@ class AttentionConfig(MixerConfig):
 
     head_dim: width of a head. rotary: convention of `retnet.ops.rotary`, its frequencies from rotary_base, positions
     divided by rotary_factor, or stretched by it with YaRN from rotary_yarn_length tokens. alibi: a penalty linear in
-    the distance. window: tokens that a query sees, itself included (all if None). dropout: of attention weights, in
+    the distance. window: tokens that a query sees, itself included (None: all). dropout: of attention weights, in
     training.
     """
 
@@ -81,7 +81,7 @@ class AttentionConfig(MixerConfig):
 
 @dataclass
 class AttentionState(TokenCache):
-    """keys, values [N, capacity, G, K]: of the real tokens seen (the last `window` of them), keys already rotated."""
+    """keys, values [N, capacity, G, K] of the real tokens seen (with a window, the last ones); keys are rotated."""
 
     PER_TOKEN = ("keys", "values")
 
@@ -111,8 +111,8 @@ class Attention(MixerModule):
 
     PARTS: ClassVar[Parts] = {"q_proj": "query_key", "k_proj": "query_key", "v_proj": "value", "out_proj": "output"}
     FLEX_DEVICES = ("cuda",)
-    FLEX_TOKENS = 128  # below, compiling and masking blocks costs more than it skips
-    FLEX_HEAD_DIM = 16  # narrower heads it does not take
+    FLEX_TOKENS = 128  # for fewer tokens, compiling and masking blocks costs more than it saves
+    FLEX_HEAD_DIM = 16  # flex attention does not support narrower heads
 
     def __init__(self, config: AttentionConfig, d_model: int):
         super().__init__()
@@ -124,10 +124,10 @@ class Attention(MixerModule):
         self.out_proj = nn.Linear(queries, d_model, bias=config.out_bias)
 
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
-        """Work out what stays the same from layer to layer (`Block.prepare`)."""
+        """Compute rotary angles and block masks that layers share."""
         if layout.mask is None:
             prepare_rotation(self.config, layout, self.config.head_dim, dtype)
-            if not layout.carry:  # else there may be a cache to attend to, and no use for it
+            if not layout.carry:  # with a cache to attend to, it would not be used
                 self._flex_mask(layout)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> AttentionState:
@@ -172,7 +172,7 @@ class Attention(MixerModule):
         return torch.cat([q[:, :0], *(causal_attention(q[:, d], k[:, d], v[:, d], **options) for d in documents)], 1)
 
     def _flex_mask(self, layout: TokenLayout):
-        """What flex attention may skip, where it serves; None elsewhere."""
+        """The blocks that flex attention may skip; None where flex attention is not used."""
         config, positions = self.config, layout.positions
         skips = layout.cu_seqlens is not None or config.window is not None or config.alibi
         flexible = config.head_dim >= self.FLEX_HEAD_DIM and not (config.dropout and self.training)
@@ -182,7 +182,7 @@ class Attention(MixerModule):
         return layout.shared(("block_mask", config.window), lambda: block_mask(layout.first_seen(config.window)))
 
     def _continued(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, layout: TokenLayout) -> Tensor:
-        """Several tokens after cached ones: every sequence attends to its cache and to its new tokens."""
+        """Several tokens after cached ones: each sequence attends to its cache and to its new tokens."""
         options, cached = self._options(q), state.slot_positions()
         out = [q[:, :0]]
         for rows, tokens, sequences in equal_blocks(q.shape[0], q.shape[1], layout.bounds):

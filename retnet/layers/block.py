@@ -31,7 +31,8 @@ FEED_FORWARDS = {FeedForwardConfig: FeedForward, MoEConfig: MoE}
 class BlockConfig:
     """One layer of a stack. residual_scale is s, skip_scale is a; dropout is on both branches.
 
-    feed_forward None: the mixer alone, as in Mamba. keeps_state False: its state may not be carried from call to call.
+    feed_forward None: the mixer alone, as in Mamba. keeps_state False: no state may be carried
+    from call to call.
     """
 
     mixer: MixerConfig = field(metadata={"kinds": mixer_configs})
@@ -72,7 +73,7 @@ class Block(nn.Module):
         self.mixer.prepare(layout, dtype)
 
     def forward(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
-        """The state is what the mixer returns: with `layout.deferred`, a draft."""
+        """The second result is the mixer's: a state, or a draft with `layout.deferred`."""
         if self.config.norm_position == "post":
             y, state = self.mixer(x, state, layout)
             x = self.mixer_norm(self._residual(x, y))

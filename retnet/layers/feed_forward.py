@@ -2,7 +2,7 @@
 
     mlp:   W_down act(W_up x)          gated:  W_down (act(W_gate x) * W_up x)
 
-Sub-LayerNorm (Foundation Transformers, arXiv 2210.06423) also normalises what W_down reads: `inner_norm`.
+`inner_norm` normalises the input of W_down as well: Sub-LayerNorm (Foundation Transformers, arXiv 2210.06423).
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.hidden_dim, d_model, bias=config.bias)
 
     def forward(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
-        """Tokens do not meet here; the layout is for feed-forwards that keep count of them (MoE)."""
+        """Each token is mapped alone; the layout is there for feed-forwards that need it (MoE)."""
         if self.gate_proj is None:
             hidden = self.activation(self.up_proj(x))
         else:

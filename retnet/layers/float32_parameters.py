@@ -1,7 +1,7 @@
-"""Decay rates that stay float32 when a module is cast to half precision.
+"""Parameters that stay float32 when a module is cast to half precision, such as decay rates.
 
-A rate of 1e-4 a token needs its digits: rounded to bfloat16 it changes by up to 0.4%, and so does everything that a
-head remembers over its window; and an optimizer's small steps on it would round to nothing.
+Rounding a rate of 1e-4 per token to bfloat16 changes it by up to 0.4%, and with it what a head remembers over its
+window. An optimizer's small steps on a bfloat16 rate would round to nothing.
 """
 
 from collections.abc import Callable

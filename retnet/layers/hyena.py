@@ -1,13 +1,14 @@
-"""Hyena (Poli et al. 2023, arXiv 2302.10866): long convolutions and gates in turn.
+"""Hyena (Poli et al. 2023, arXiv 2302.10866): long convolutions alternating with gates.
 
     v, x_1, ..., x_n = conv(X W_in)
     z_1 = v        z_{i+1} = x_i * (h_i conv z_i + skip_i * z_i)        out = z_{n+1} W_out
 
-The filter of order i is a small network of the distance in tokens, h_i(t) = exp(-decay t) network(t)_i, whatever the
-length of the sequence (the paper's network sees t / T): the outputs of a prefix never change with what follows.
+The filter of order i is a small network of the distance in tokens, h_i(t) = exp(-decay t) network(t)_i. It does not
+depend on the length of the sequence (the network of the paper sees t / T), so that later tokens never change earlier
+outputs.
 
-Decoding is exact and has no state of fixed size: every token reads the inputs of all tokens before it, so that its
-cost, and the state, grow with the length of the sequence. Packed documents are convolved one by one.
+Decoding is exact, but its state has no fixed size: each token reads the inputs of all earlier tokens, so cost per token
+and state grow with the length of the sequence. Packed documents are convolved one by one.
 """
 
 import math
@@ -30,8 +31,8 @@ from retnet.ops.ragged import equal_blocks
 
 @dataclass(frozen=True)
 class HyenaConfig(MixerConfig):
-    """order: number of gated long convolutions. filter_hidden: width of the filter network. filter_decay: rate of the
-    exponential window on filters, a token (0: none). conv_width: tokens that the short convolution sees.
+    """order: number of gated long convolutions. filter_hidden: width of the filter network. filter_decay: rate per
+    token of the exponential window on filters (0: no window). conv_width: tokens that the short convolution sees.
     """
 
     refused_by_engine = "each token costs as much as all tokens before it"
@@ -55,9 +56,9 @@ class HyenaConfig(MixerConfig):
 
 
 class FilterNetwork(nn.Module):
-    """Distances in tokens -> filters [L, channels]: sines of the distance, two hidden layers with sine, a window.
+    """Filters [L, channels] as functions of the distance in tokens: sines, two hidden layers with sine, a window.
 
-    Wavelengths run from 2 tokens to 2^BANDS in octaves, the same for every length.
+    Wavelengths run in octaves from 2 to 2^BANDS tokens, for every length.
     """
 
     BANDS = 16
@@ -68,12 +69,12 @@ class FilterNetwork(nn.Module):
         self.filter_in = nn.Linear(2 * self.BANDS, hidden_dim)
         self.filter_hidden = nn.Linear(hidden_dim, hidden_dim)
         self.filter_out = nn.Linear(hidden_dim, channels, bias=False)
-        # In inference the filters depend on the weights alone: kept until a weight changes.
+        # In inference the filters depend on the weights alone, and are kept until a weight changes.
         self._kept: tuple[object, Tensor] | None = None
         self.reset_own()
 
     def reset_own(self, generator: torch.Generator | None = None) -> None:
-        """Arguments of the sines near 1; filters that over a thousand tokens weigh as much as the skip."""
+        """Arguments of the sines near 1; filters whose sum over a thousand tokens is about that of the skip."""
         width = self.filter_out.in_features
         for layer, std in (
             (self.filter_in, self.BANDS**-0.5),

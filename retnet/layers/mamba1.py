@@ -1,4 +1,4 @@
-"""Mamba (Gu & Dao 2023, arXiv 2312.00752): a selective state space with a decay for every channel and state.
+"""Mamba (Gu & Dao 2023, arXiv 2312.00752): a selective state space with one decay per channel and state.
 
     x, z = X W_in;   x = silu(conv(x));   dt, B, C = x W_x;   dt = softplus(dt W_dt + bias);   A = -exp(log_rate)
     h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t^T        y_t = h_t C_t + skip x_t        out = (y * silu(z)) W_out
@@ -26,10 +26,11 @@ from retnet.ops.selective_scan import selective_scan, selective_scan_step
 
 @dataclass(frozen=True)
 class Mamba1Config(MixerConfig):
-    """inner_dim: width of x (twice the model's, usually). state_dim: states a channel. time_step_rank: width between
-    the projections that make dt (the model's width / 16, usually). conv_width: tokens that the short convolution sees.
+    """inner_dim: width of x, usually twice the model's. state_dim: states per channel. time_step_rank: width between
+    the two projections of dt, usually the model's width / 16. conv_width: tokens that the short convolution sees.
 
-    time_step_min, _max, _floor: where dt starts; time_step_scale: of the weights that make it.
+    time_step_min, time_step_max: initial range of dt, at least time_step_floor. time_step_scale: scale of the initial
+    weights of the second projection of dt.
     """
 
     inner_dim: int
@@ -129,7 +130,7 @@ class Mamba1(MixerModule):
         u = F.silu(u)
         low, write, read = self.x_proj(u).split((config.time_step_rank, config.state_dim, config.state_dim), -1)
         wide = wide_dtype(x.dtype)
-        # The bias is large and negative: added in half precision, it would round the step.
+        # The bias is large and negative: adding it in half precision would round the step.
         step = F.softplus(F.linear(low, self.time_step_proj.weight).to(wide) + self.time_step_proj.bias.to(wide))
         rate = -self.log_rate.to(wide).exp()
         if state is not None and layout.one_per_row:

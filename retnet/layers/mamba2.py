@@ -1,12 +1,12 @@
-"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a state space whose decay, in and out vectors come from the token.
+"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a state space whose decay, input and output vectors depend on the token.
 
     z, x, B, C, dt = X W_in;   x, B, C = silu(conv(x, B, C));   dt = softplus(dt + bias);   A = -exp(log_rate)
     S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t)        y_t = C_t S_t + skip x_t
     out = rms_norm(y * silu(z)) W_out
 
-Its recurrence is retention's (`retnet.ops.retention`) with q = C, k = B shared by groups of heads, v = dt x, a decay of
-dt A a token and head, and scale 1: one operator, one code path. Weights are those of the paper's code and of
-transformers' Mamba2ForCausalLM.
+Its recurrence is retention's (`retnet.ops.retention`) with q = C, k = B shared by groups of heads, v = dt x, a log
+decay of dt A per token and head, and scale 1. Weights are those of the paper's code and of transformers'
+Mamba2ForCausalLM.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,11 @@ from retnet.ops.retention import Mode
 
 @dataclass(frozen=True)
 class Mamba2Config(MixerConfig):
-    """inner_dim: width of x over all heads (twice the model's, usually). state_dim: of B and C. num_groups of heads
-    share B and C. conv_width: tokens that the short convolution sees.
+    """inner_dim: width of x over all heads, usually twice the model's. state_dim: width of B and C. num_groups: groups
+    of heads; the heads of a group share B and C. conv_width: tokens that the short convolution sees.
 
-    time_step_min, _max, _floor: where dt starts; time_step_lowest, _highest: what it is clamped to, always.
+    time_step_min, time_step_max: initial range of dt, at least time_step_floor. time_step_lowest, time_step_highest:
+    dt is clamped to them in every call.
     """
 
     inner_dim: int

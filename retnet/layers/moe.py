@@ -1,14 +1,14 @@
-"""Mixture of experts: a feed-forward of which every token uses `top_k` of `num_experts`.
+"""Mixture of experts: a feed-forward with `num_experts` experts, of which each token uses `top_k`.
 
     p = softmax(x W_r) or sigmoid(x W_r)        out = sum over the chosen experts of w_e expert_e(x)
 
-w are the chosen p divided by their sum (Mixtral, arXiv 2401.04088); with one expert a token, p itself (Switch, arXiv
-2101.03961), as a weight of 1 would leave the router without a gradient. Tokens are sorted by expert and each expert
-sees its own rows alone.
+w are the chosen p divided by their sum (Mixtral, arXiv 2401.04088). With one expert per token, w is p itself (Switch,
+arXiv 2101.03961): a weight of 1 would give the router no gradient. Tokens are sorted by expert, and each expert reads
+its own tokens alone.
 
-Capacity is a rule of training: room for capacity_factor * top_k * tokens / num_experts tokens an expert. First choices
-come before second ones, earlier tokens before later ones, and tokens of one batch compete. In evaluation there is no
-limit: a token's result depends on nothing but the token (up to the rounding of products whose sizes vary).
+In training, each expert takes at most capacity_factor * top_k * tokens / num_experts tokens of a batch. First choices
+are served before second ones, and earlier tokens before later ones. In evaluation there is no limit: the result for a
+token depends on that token alone, up to the rounding of products whose sizes vary.
 """
 
 import math
@@ -30,8 +30,9 @@ from retnet.ops.grouped_linear import grouped_linear
 class MoEConfig:
     """hidden_dim: of each expert; gated and activation as for `FeedForwardConfig`.
 
-    capacity_factor: None for no limit. capacity_policy, for what finds no room: "overflow" to the next-best expert
-    with room, "drop" (that expert's part is zero), "pad" (drop, at shapes that depend on the number of tokens alone).
+    capacity_factor: None for no limit. capacity_policy, for tokens beyond an expert's capacity: "overflow" sends them
+    to the next-best expert with room, "drop" skips that expert, "pad" drops with shapes that depend on the number of
+    tokens alone.
     load_balance_coef: of num_experts * sum_e f_e p_e, f the share of choices and p the mean probability of expert e
     (1 at balance). z_loss_coef: of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906). router_jitter: the router's
     inputs are multiplied by 1 +- jitter in training. router_init_std: of its weights; as other projections if None.
@@ -78,7 +79,7 @@ class MoEConfig:
 
 
 class ExpertLinear(nn.Module):
-    """A linear map an expert: weight [E, out, in], bias [E, out]."""
+    """One linear map per expert: weight [E, out, in], bias [E, out]."""
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool):
         super().__init__()
@@ -87,7 +88,7 @@ class ExpertLinear(nn.Module):
         nn.init.uniform_(self.weight, -(in_features**-0.5), in_features**-0.5)
 
     def forward(self, x: Tensor, counts: Tensor | None) -> Tensor:
-        """Rows sorted by expert [R, in] with `counts` [E], or as many for every expert [E, C, in] without."""
+        """x [R, in] sorted by expert, counts [E] rows of each; or x [E, C, in] without counts."""
         if counts is not None:
             return grouped_linear(x, self.weight, self.bias, counts)
         out = torch.bmm(x, self.weight.transpose(1, 2))
@@ -151,7 +152,7 @@ class MoE(nn.Module):
         return config.load_balance_coef * balance + config.z_loss_coef * logits.logsumexp(-1).square().mean()
 
     def _router_logits(self, rows: Tensor) -> Tensor:
-        """[R, E] in float32 or wider: a choice among experts must not turn on rounding."""
+        """[R, E] in float32 or wider: rounding must not decide the choice of experts."""
         wide = rows.to(wide_dtype(rows.dtype))
         if self.training and self.config.router_jitter:
             wide = wide * (1 + self.config.router_jitter * (2 * torch.rand_like(wide) - 1))
@@ -159,7 +160,7 @@ class MoE(nn.Module):
             return F.linear(wide, self.router.weight.to(wide.dtype))
 
     def _room(self, num_tokens: int) -> int | None:
-        """Tokens that an expert may take; None for no limit."""
+        """Tokens that each expert may take; None for no limit."""
         config = self.config
         if not self.training or config.capacity_factor is None:
             return None
@@ -174,7 +175,7 @@ class MoE(nn.Module):
         return out.new_zeros(parts.shape).index_copy(0, order, out)
 
     def _seated(self, parts: Tensor, seats: Tensor, room: int | None) -> Tensor:
-        """Each expert on `room` rows, whatever the router says; what has no seat shares a last one that is dropped."""
+        """Each expert on `room` rows, whatever the router chooses; tokens without a seat share an extra row."""
         E, D = self.config.num_experts, parts.shape[1]
         rows = parts.new_zeros(E * (room or 0) + 1, D).index_copy(0, seats, parts)[:-1]
         out = self._experts(rows.unflatten(0, (E, -1)), None).flatten(0, 1)
@@ -188,10 +189,10 @@ class MoE(nn.Module):
 
 
 def assign(scores: Tensor, top_k: int, room: int, overflow: bool) -> tuple[Tensor, Tensor]:
-    """Experts [R, top_k] of each token and its place in their queues; a place >= room is none.
+    """Experts [R, top_k] of each token and its place in their queues; a place >= room means no room.
 
-    scores [R, E]. Preferences are served rank by rank, tokens in order within a rank. Without `overflow` a token tries
-    its top_k experts; with it, on down its list until top_k of them had room, or the list ends.
+    scores [R, E]. Preferences are served rank by rank, and within a rank in the order of tokens. Without `overflow` a
+    token tries its top_k experts alone. With it, a token tries the experts in order of preference until top_k had room.
     """
     R, E = scores.shape
     ranked = scores.detach().sort(dim=-1, descending=True, stable=True).indices

@@ -1,7 +1,7 @@
-"""The norms with weights that blocks, feed-forwards and models share.
+"""Norms with weights, for blocks, feed-forwards and models.
 
-Their weights may be wider than the activations (float32 in a bfloat16 model): they compute in the weights' dtype and
-answer in the activations'.
+The weights may be wider than the activations (float32 in a bfloat16 model). Norms compute in the dtype of the weights
+and return the dtype of the activations.
 """
 
 from typing import Literal

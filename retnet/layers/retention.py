@@ -1,4 +1,4 @@
-"""Multi-scale retention, the paper's mixer (section 2.2, Eq. 8 and 9), and what its authors and readers vary.
+"""Multi-scale retention, the paper's mixer (section 2.2, Eq. 8 and 9), with its published variants.
 
     Q, K = rotary(X W_Q, X W_K)    V = X W_V    Y = head_norm(retention(Q, K, V))    out = (swish(X W_G) * Y) W_O
 
@@ -33,7 +33,7 @@ class RetentionConfig(MixerConfig):
     num_kv_heads: heads of k and v (num_heads if None), each shared by num_heads // num_kv_heads heads of q, whose
     decays stay their own.
     decay: "paper" (Eq. 8), "experiment" (section 3.1), "none" (gamma 1), "gated", one gamma for all heads, or a gamma
-    for each head. learnable_decay: train them, as -exp(a), from where `decay` starts them. decay_norm: divide by the
+    for each head. learnable_decay: train the log decays as -exp(a), starting from `decay`. decay_norm: divide by the
     norm of the decay mask's row, as torchscale does. rotary_yarn_length: stretch rotary positions by rotary_factor with
     YaRN from this length, instead of dividing them.
     """
@@ -152,7 +152,7 @@ class MultiScaleRetention(MixerModule):
         "out_proj": "output",
     }
     FLOAT32_PARAMETERS = ("log_rate",)
-    GATE_POWER = 1 / 16  # of the gated decay: keeps it near 1, where long context lives
+    GATE_POWER = 1 / 16  # keeps a gated decay near 1, so that heads remember long contexts
 
     def __init__(self, config: RetentionConfig, d_model: int):
         super().__init__()
@@ -205,7 +205,7 @@ class MultiScaleRetention(MixerModule):
         return F.logsigmoid(opened.to(wide_dtype(opened.dtype))) * self.GATE_POWER
 
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
-        """Work out what stays the same from layer to layer or from call to call (`Block.prepare`)."""
+        """Compute rotary angles that layers share, and fixed decays that calls share."""
         prepare_rotation(self.config, layout, self.config.head_key_dim, dtype)
         if self.decay_proj is None and self.log_rate is None:
             self._fixed_log_decay_on(layout.positions.device, wide_dtype(dtype))
@@ -262,9 +262,9 @@ def retain(
     mode: Mode = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The operator as a layer runs it: (out, the memory [N, H, K, V] after the last token, None if nothing is carried).
+    """Retention as a layer runs it: (out, memory [N, H, K, V] after the last token, or None without `layout.carry`).
 
-    The memory is overwritten if the layout allows it.
+    The given memory is overwritten if the layout allows it.
     """
     if layout.in_place and memory is not None and layout.one_per_row:
         return retention_step_(q, k, v, log_decay, memory, scale=scale, mask=layout.mask), memory

@@ -1,4 +1,4 @@
-"""The short causal convolution as a module: weights in the layout of `nn.Conv1d`, its past passed in and returned."""
+"""Short causal convolution as a module: weights in the layout of `nn.Conv1d`, past inputs passed in and returned."""
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class ShortConvolution(nn.Module):
         return torch.zeros(batch, width - 1, channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, recent: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """A mask is understood for one token a row; longer masked calls come here packed."""
+        """A mask is supported for one token per row; longer masked calls come here packed."""
         y, after = short_convolution(x, self.weight, self.bias, recent=recent, cu_seqlens=layout.cu_seqlens)
         if recent is None:
             return y, after

@@ -1,8 +1,8 @@
-"""Layer states as typed values: what a layer carries from one call to the next, for N sequences.
+"""Layer states: typed values that a layer carries from one call to the next, for N sequences.
 
-A state is passed in and returned, never hidden in a module. Every tensor has the sequence as its first dimension, and
-`position [N]` counts the real tokens seen, so that states can be selected, repeated, copied and stored alike whatever
-the mixer.
+A state is passed in and returned, never hidden in a module. The first dimension of every tensor is the sequence, and
+`position [N]` counts the real tokens seen. So the states of all mixers are selected, repeated, copied and stored by
+the same code. The state of each mixer is in the mixer's file.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -33,14 +33,14 @@ class LayerState:
 
     @classmethod
     def after(cls, state: Self | None, layout: TokenLayout, **tensors: Tensor) -> Self:
-        """The state once this call's tokens are counted: `state` itself if its tensors were overwritten."""
+        """The state after this call's tokens: `state` itself if its tensors were overwritten in place."""
         if state is not None and all(getattr(state, name) is x for name, x in tensors.items()):
             state.position.add_(layout.lengths)
             return state
         return cls(layout.advance(None if state is None else state.position), **tensors)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state's tensors by field name; enough, with the class, to build it again."""
+        """The state's tensors by field name, from which the class can be built again."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -53,18 +53,18 @@ class LayerState:
         return replace(self, **{name: x.index_select(0, index) for name, x in self.tensors().items()})
 
     def repeat(self, times: int) -> Self:
-        """Every sequence `times` times in a row: N -> N times."""
+        """Each sequence `times` times in a row: N -> N * times."""
         return self.select(torch.arange(len(self.position), device=self.position.device).repeat_interleave(times))
 
     def clone(self) -> Self:
-        """A copy that later in-place updates leave alone: a checkpoint to roll back to."""
+        """A copy to roll back to, which later in-place updates do not change."""
         return replace(self, **{name: x.clone() for name, x in self.tensors().items()})
 
     def to(self, device: torch.device | str) -> Self:
         return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
 
     def slot(self, index: int) -> Self:
-        """The state of one sequence as a view: what is written in place there is written here."""
+        """The state of one sequence as a view: in-place updates of it change this state."""
         return replace(self, **{name: x[index : index + 1] for name, x in self.tensors().items()})
 
     def write_(self, index: int, state: "LayerState") -> None:
@@ -73,22 +73,23 @@ class LayerState:
             getattr(self, name)[index].copy_(x[0])
 
     def clear_(self, index: int) -> None:
-        """Overwrite sequence `index` with that of one that has seen nothing."""
+        """Reset sequence `index` to the state before its first token."""
         for x in self.tensors().values():
             x[index].zero_()
 
     def trim(self) -> Self:
-        """The state without unused room, to keep or to store."""
+        """The state without unused capacity, to keep or to store."""
         return self
 
 
 @dataclass
 class TokenCache(LayerState):
-    """Base of states that keep something of every token: tensors [N, capacity, ...], position p in slot p % capacity.
+    """Base of states that keep something of every token, such as a KV cache: tensors [N, capacity, ...].
 
-    Real tokens alone are kept. A cache without a window grows, in geometric steps, before it would wrap around; one
-    with a window stops growing there and is a ring from then on. filled: no sequence has more tokens than this, known
-    without asking the device (None: ask). In-place steps add a token at constant cost; others copy the cache.
+    Only real tokens are kept; position p is in slot p % capacity. A cache without a window grows in geometric steps
+    before it would wrap around. A cache with a window grows up to the window and is a ring from then on. In-place steps
+    add a token at constant cost; others copy the cache. filled: an upper bound of the tokens of every sequence, known
+    without waiting for the device (None: not known).
     """
 
     GROWTH: ClassVar[float] = 1.5
@@ -104,10 +105,10 @@ class TokenCache(LayerState):
         window: int | None = None,
         **others: Tensor,
     ) -> Self:
-        """The cache with this call's tokens [B, T, ...] of each slotted field added; in place if the layout allows it.
+        """The cache with this call's tokens [B, T, ...] of each PER_TOKEN field; in place if the layout allows it.
 
-        others: new values of the fields that are not kept by token. A mask is
-        understood for one token a row; longer masked calls come here packed (`TokenLayout.on_real_tokens`).
+        others: new values of the other fields. A mask is supported for one token per row; longer masked calls come here
+        packed (`TokenLayout.on_real_tokens`).
         """
         if state is None:
             zero = layout.lengths.new_zeros(len(layout.lengths))
@@ -123,7 +124,7 @@ class TokenCache(LayerState):
             lambda: (layout.sequences * capacity + layout.positions % max(1, capacity)).flatten(),
         )
         kept: Tensor | slice = slice(None)
-        if longest > capacity:  # of a ring, the last tokens of each sequence alone
+        if longest > capacity:  # a ring keeps the last tokens of each sequence
             kept = (layout.positions >= end[layout.sequences] - capacity).flatten().nonzero()[:, 0]
             index = index[kept]
         in_place = layout.in_place and roomy is state
@@ -145,9 +146,9 @@ class TokenCache(LayerState):
         return replace(state, position=end, filled=roomy._filled() + longest, **changed)
 
     def slot_positions(self, layout: TokenLayout | None = None) -> Tensor:
-        """The position of the token in each slot [N, capacity]; negative where there is none.
+        """The position of the token in each slot [N, capacity]; negative in empty slots.
 
-        With a layout whose tokens this cache already holds, computed once for all layers of its capacity.
+        With the layout of the newest tokens, computed once for all layers whose caches have this capacity.
         """
         if layout is not None:
             return layout.shared(("slot_positions", self._capacity), self.slot_positions)
@@ -155,10 +156,10 @@ class TokenCache(LayerState):
         return newest - (newest - torch.arange(self._capacity, device=newest.device)) % max(1, self._capacity)
 
     def reserve(self, num_tokens: int, window: int | None = None) -> Self:
-        """With room for `num_tokens` more in every sequence: adding them moves nothing, as captured graphs need."""
+        """The cache with room for `num_tokens` more per sequence, so that adding them moves no memory (CUDA graphs)."""
         capacity = self._capacity
         if capacity != window and self._filled() + num_tokens > capacity:
-            self.filled = None  # it counts pads too: look before growing
+            self.filled = None  # the bound counts pads: ask the device before growing
         if capacity == window or self._filled() + num_tokens <= capacity:
             return self
         grown = max(self._filled() + num_tokens, int(capacity * self.GROWTH))
@@ -173,7 +174,7 @@ class TokenCache(LayerState):
         return replace(super().slot(index), filled=None)
 
     def write_(self, index: int, state: "LayerState") -> None:
-        """As for every state; tokens move to their slots here. Raises ValueError if there is no room for them."""
+        """As `LayerState.write_`; tokens move to their slots in this cache. Raises ValueError if they do not fit."""
         assert isinstance(state, TokenCache)
         kept, capacity = state.slot_positions()[0], self._capacity
         kept, source = kept[kept >= 0], (kept >= 0).nonzero()[:, 0]

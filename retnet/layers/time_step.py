@@ -1,4 +1,4 @@
-"""The time step of Mamba: softplus of a projection and a bias, whose start decides what is remembered."""
+"""Initial time steps of Mamba: the bias decides how long a new model remembers."""
 
 import math
 

@@ -1,7 +1,7 @@
-"""How the tokens of one call form sequences: what every mixer needs to know besides the activations.
+"""Token layout: positions, masks and document boundaries of the tokens of one call.
 
-One `TokenLayout` is made for a call of the model and handed to all layers. Positions count real tokens, from each
-document's start on and from where the states left off, so that pads, holes and packs change nothing.
+One `TokenLayout` is made per call of the model and given to all layers. Positions count real tokens from the start of
+each document, or from the position of its state, so that padding, masked tokens and packing change no result.
 """
 
 from collections.abc import Callable, Hashable
@@ -22,10 +22,9 @@ class TokenLayout:
     """Tokens [B, T] of N sequences: N = B rows, or N documents packed into one row.
 
     positions [B, T] (int64) of each real token in its sequence; lengths [N] (int64) real tokens of this call; mask
-    [B, T] bool or None; cu_seqlens [N + 1] or None. `carry`: layers return their state; `in_place`: they may overwrite
-    the state that they were given instead of making a new one (inference alone). `losses`: where layers add losses of
-    their own (MoE routers), if anyone wants them. `deferred`: in the state's place they return what these tokens would
-    write into it (`layers/rows.py`).
+    [B, T] bool or None; cu_seqlens [N + 1] or None. `carry`: layers return their state. `in_place`: layers may
+    overwrite the given state (inference alone). `losses`: a list to which layers add losses of their own (MoE routers).
+    `deferred`: layers leave the state as it is and return a draft in its place (`layers/draft.py`).
     """
 
     positions: Tensor
@@ -52,7 +51,7 @@ class TokenLayout:
         losses: list[Tensor] | None = None,
         deferred: bool = False,
     ) -> "TokenLayout":
-        """Lay out [B, T] tokens that follow `start` [N] earlier ones of each sequence (none if None)."""
+        """The layout of [B, T] tokens after `start` [N] earlier tokens of each sequence (None: no earlier tokens)."""
         B, T = shape
         if cu_seqlens is not None:
             steps = torch.ones(B, T, dtype=torch.long, device=device) if mask is None else mask.long()
@@ -75,7 +74,7 @@ class TokenLayout:
         return cls(positions.clamp_min(0), lengths, mask, cu_seqlens, carry, in_place, losses, deferred)
 
     def advance(self, position: Tensor | None) -> Tensor:
-        """Real tokens of each sequence [N] once this call's are counted too: a new tensor, owned by the caller."""
+        """Real tokens of each sequence [N] after this call, in a new tensor."""
         return self.lengths.clone() if position is None else position + self.lengths
 
     @property
@@ -97,7 +96,7 @@ class TokenLayout:
         return torch.arange(B, device=self.positions.device)[:, None].expand(B, T)
 
     def first_seen(self, window: int | None) -> Tensor:
-        """The first place in its row that each token [B, T] may look at: its document's, or its window's, start."""
+        """The first place in its row that each token [B, T] may attend to: the start of its document or window."""
         B, T = self.positions.shape
         places = torch.arange(T, device=self.positions.device).expand(B, T)
         first = torch.zeros_like(places) if self.cu_seqlens is None else self.cu_seqlens.long()[self.sequences]
@@ -105,13 +104,13 @@ class TokenLayout:
 
     @property
     def bounds(self) -> list[int] | None:
-        """cu_seqlens as numbers, None if there are none. Waits for a GPU, once a call."""
+        """cu_seqlens as Python integers, or None. Waits for a GPU, once per call."""
         return None if self.cu_seqlens is None else self.shared("bounds", self.cu_seqlens.tolist)
 
     def on_real_tokens(
         self, layer: Callable[[Tensor, State, "TokenLayout"], tuple[Tensor, State]], x: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        """Run a layer without a sense for masks: it sees the real tokens packed into one row; y is 0 at the others."""
+        """Run a layer that cannot mask: it sees the real tokens packed into one row. y is 0 at masked tokens."""
         mask = self.mask
         if mask is None:
             return layer(x, state, self)

@@ -1,4 +1,4 @@
-"""`ModelConfig`, the one truth about a model: presets, stacks and converters make it, everything else reads it."""
+"""`ModelConfig`: the complete description of a model, made by presets, stacks and converters."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -18,8 +18,8 @@ class ModelConfig:
     tie_embeddings: the head is the embedding. embedding_scale multiplies embeddings, embedding_norm comes after it.
     logit_soft_cap c: c tanh(x / c).
     init: a row of `retnet.models.init.INIT`. gradient_checkpointing recomputes blocks in the backward.
-    float32_norms: the weights of norms and of MoE routers stay in float32 whatever dtype the others have.
-    source: the text of the stack that it was compiled from, if it was; not part of what the model is.
+    float32_norms: the weights of norms and of MoE routers stay in float32, whatever `dtype` is.
+    source: the text of the stack file that it was compiled from; ignored when configurations are compared.
     """
 
     vocab_size: int

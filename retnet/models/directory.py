@@ -1,11 +1,11 @@
-"""A model as a directory: `config.json` and safetensors, the layout that transformers writes and reads too.
+"""Saved models: a directory with `config.json` and safetensors, in the layout of transformers.
 
     config.json        {"model_type": "retnet", "model_config": {...ModelConfig...}, ...}
     model.safetensors  tensors named model.<name in LanguageModel>; a tied head is not stored
     retnet_shim.py     what transformers runs where this package is installed but not imported
 
-Reading and writing it needs no transformers. Larger models lie in several files with `model.safetensors.index.json`
-(`checkpoint.py`).
+Reading and writing need no transformers. Larger models are stored in several files with `model.safetensors.index.json`
+(`tensor_files.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.tensor_files import Tensors, open_tensors, read_all, write_tensors
-from retnet.system.files import read_json
+from retnet.system.files import read_json, written_whole
 
 MODEL_TYPE = "retnet"
 CONFIG_FILE = "config.json"
@@ -45,12 +45,12 @@ AUTO_MAP = {
 
 
 def save_model(model: LanguageModel, directory: str | os.PathLike[str]) -> None:
-    """Write the model to a directory, made if missing. Weights are staged and renamed, so none is ever half-written."""
+    """Write the model to a directory, which is created if missing. Each file is written atomically."""
     write_model(directory, model.config, Tensors.of(stored_tensors(model)))
 
 
 def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors: Tensors) -> None:
-    """`save_model` of a model that need not be in memory: `tensors`, named as in LanguageModel, stream through."""
+    """As `save_model`, for weights that need not be in memory: `tensors` named as in LanguageModel, read one by one."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     data = {
@@ -63,13 +63,15 @@ def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors:
         **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
     write_tensors(directory, tensors.renamed({PREFIX + name: name for name in tensors.specs}))
-    (directory / CONFIG_FILE).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    with written_whole(directory / CONFIG_FILE) as file:
+        file.write((json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
     write_shim(directory)
 
 
 def write_shim(directory: str | os.PathLike[str]) -> None:
     """Write the file that AUTO_MAP names."""
-    (Path(directory) / SHIM_FILE).write_text(SHIM)
+    with written_whole(Path(directory) / SHIM_FILE) as file:
+        file.write(SHIM.encode())
 
 
 def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
@@ -100,7 +102,10 @@ def load_model(
 
 
 def open_model(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]:
-    """What `load_model` loads, unread: the configuration, and its tensors as LanguageModel names them. Raises alike."""
+    """The configuration and the tensors of a saved model, named as in LanguageModel, not read yet.
+
+    Raises as `load_model` does.
+    """
     directory = Path(directory)
     config = load_config(directory)
     tensors = open_tensors(directory)
@@ -110,7 +115,7 @@ def open_model(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]
 
 
 def build_empty(config: ModelConfig) -> LanguageModel:
-    """The model without memory for its weights, on the meta device: names, shapes, and something to `fill`."""
+    """The model on the meta device, without memory for its weights: names and shapes, to be filled by `fill`."""
     with torch.device("meta"):
         return LanguageModel(config)
 
@@ -118,7 +123,7 @@ def build_empty(config: ModelConfig) -> LanguageModel:
 def fill(
     model: LanguageModel, tensors: Tensors, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """A model built on the meta device, with weights: `tensors` as LanguageModel names them, a tied head left out."""
+    """Give a model on the meta device its weights: `tensors` named as in LanguageModel, without a tied head."""
     model.load_state_dict(read_all(tensors, device=device, dtype=dtype), strict=False, assign=True)
     if model.config.tie_embeddings:
         model.head.weight = model.embedding.weight
@@ -126,7 +131,7 @@ def fill(
 
 
 def stored_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """The model's state dict less what is another tensor too: a tied head."""
+    """The model's state dict without a tied head, which is the embedding."""
     absent = {"head.weight"} if model.config.tie_embeddings else set()
     return {name: x for name, x in model.state_dict().items() if name not in absent}
 
@@ -154,7 +159,7 @@ def _model_config(directory: Path, data: dict[str, Any]) -> ModelConfig:
 
 
 def _check_tensors(directory: Path, model: LanguageModel, tensors: Tensors) -> None:
-    """Every tensor that the configuration asks for is there, in its shape, and no other."""
+    """Raise ValueError unless the tensors are those of the configuration, in their shapes."""
     wanted, held = stored_tensors(model), tensors.specs
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - held.keys())]
     problems += [f"{name} belongs to no layer" for name in sorted(held.keys() - wanted.keys())]

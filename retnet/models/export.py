@@ -1,15 +1,14 @@
-"""The model for other runtimes: torch.export and ONNX graphs of one step and of one block, states in and states out.
+"""Export for other runtimes: torch.export and ONNX graphs of a decode step and of a prompt chunk, with explicit states.
 
-    step    ids [B, 1], position [B], memory of each layer  ->  logits [B, vocab], position, memories
-    block   ids [B, T], T from 2 to `BLOCK_TOKENS`, the same otherwise; called again and again it reads any prompt
+    step    ids [B, 1], position [B], state of each layer  ->  logits [B, vocab], position, states
+    block   the same with ids [B, T], T from 2 to `BLOCK_TOKENS`; repeated calls read a prompt of any length
 
-Both are plain operators (`backend="aten"`): the step in the recurrent form, the block in the parallel form. Logits are
-those after the last token. Left out: layers whose state grows with the tokens, and Mamba's scans.
+Both consist of plain operators (`backend="aten"`): the step in the recurrent form, the block in the parallel form.
+Logits are those after the last token. Not exported: layers whose state grows with the tokens, and Mamba's scans.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,13 +23,14 @@ from retnet.models.config import ModelConfig
 from retnet.models.directory import build_empty
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.system.files import write_json
 
 BLOCK_TOKENS = 512
 MANIFEST_FILE = "export.json"
 
 
 class StatefulModel(nn.Module):
-    """`LanguageModel` as a function of tensors alone. All layers count the same tokens, so there is one position."""
+    """`LanguageModel` as a function of tensors. All layers count the same tokens, so there is one position."""
 
     def __init__(self, model: LanguageModel):
         super().__init__()
@@ -92,7 +92,7 @@ def export_step(model: LanguageModel, batch_size: int = 1) -> ExportedProgram:
 
 
 def export_block(model: LanguageModel, batch_size: int = 1) -> ExportedProgram:
-    """The graph that reads 2 to BLOCK_TOKENS tokens; how many is free at every call."""
+    """The graph that reads 2 to BLOCK_TOKENS tokens; the number may differ from call to call."""
     return _export(model, batch_size, BLOCK_TOKENS)
 
 
@@ -104,7 +104,7 @@ def _export(model: LanguageModel, batch_size: int, num_tokens: int) -> ExportedP
     function.eval()
     ids = torch.zeros(batch_size, num_tokens, dtype=torch.int64)
     with torch.no_grad():
-        function(ids, *state)  # makes the layers' constants, which tracing would otherwise make of fake tensors
+        function(ids, *state)  # makes the layers' constants, which tracing would otherwise make from fake tensors
         tokens = {1: Dim("tokens", min=2, max=BLOCK_TOKENS)} if num_tokens > 1 else {}
         shapes = (tokens, {}, tuple({} for _ in state[1:]))
         return torch.export.export(function, (ids, *state), dynamic_shapes=shapes, strict=False)
@@ -140,4 +140,4 @@ def export_onnx(model: LanguageModel, directory: str | os.PathLike[str], batch_s
             for name, x in zip(names, state)
         ],
     }
-    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(directory / MANIFEST_FILE, manifest)

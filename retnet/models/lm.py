@@ -24,7 +24,7 @@ from retnet.models.states import ModelDraft, ModelState
 
 @dataclass
 class ModelOutput:
-    """logits [B, T, vocab], if asked for the states after the last token, and what routers add to a loss (or None)."""
+    """logits [B, T, vocab]; the state after the last token with `carry`; the loss of MoE routers, None without them."""
 
     logits: Tensor
     state: ModelState | None
@@ -45,7 +45,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # How a block is recomputed, if at all; the Hugging Face face puts its user's choice here.
+        # Recomputes a block in the backward pass; the Hugging Face classes put their user's choice here.
         self.checkpoint: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding_norm = make_norm(config.embedding_norm, config.d_model, config.norm_eps)
@@ -82,10 +82,10 @@ class LanguageModel(nn.Module):
         Args:
             ids: [B, T] int64.
             state: after the tokens that came before, for N = B sequences (or N packed documents).
-            mask: [B, T] bool over these T tokens; False tokens (pads, holes) change nothing for the others.
+            mask: [B, T] bool over these T tokens; False tokens (padding, or masked inside a row) have no effect.
             cu_seqlens: [N + 1] bounds of documents packed into one row (B = 1).
             carry: return the state after the last token.
-            in_place: the given state may be overwritten (inference alone); only the returned one goes on from there.
+            in_place: the given state may be overwritten (inference alone); continue from the returned one.
         """
         losses: list[Tensor] | None = None if in_place else []
         hidden, state = self.hidden(

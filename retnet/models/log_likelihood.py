@@ -1,4 +1,4 @@
-"""How well a model predicts a text: negative log-likelihood token by token, with the state carried over any length."""
+"""Negative log-likelihood of a text per token, with the state carried over any length."""
 
 import torch
 import torch.nn.functional as F
@@ -7,14 +7,14 @@ from torch import Tensor
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 
-SCORE_BLOCK = 2048  # tokens a call: bounds the logits in memory
+SCORE_BLOCK = 2048  # tokens per call: bounds the memory of the logits
 
 
 @torch.no_grad()
 def score(model: LanguageModel, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState | None]:
     """Nats of every token but the first, [B, T - 1] float32, for ids [B, T]; and the state before the last token.
 
-    The whole text is one context: blocks follow one another in the same state.
+    The whole text is one context: each block continues from the state of the block before it.
     """
     nats = []
     for start in range(0, ids.shape[1] - 1, SCORE_BLOCK):

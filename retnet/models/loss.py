@@ -1,11 +1,10 @@
-"""Cross-entropy of a linear head without the logits of all tokens: [R, vocab] is made and used a slice at a time.
+"""Cross-entropy of a linear head without the logits of all tokens: [R, vocab] is computed and used in slices.
 
-The gradient of the loss needs nothing that the forward did not just compute, so each slice's logits turn into their own
-gradient and are gone before the next slice. A slice's elements are written three times (logits, log-probabilities in
-float32, gradient in the place of the logits), sums are float32, and nothing waits for a GPU. Labels to ignore are
-dealt with in the narrow operands of the two products, never in [R, vocab].
+The forward pass computes the gradient as well: the logits of a slice are overwritten by their gradient before the next
+slice. Each element is written three times (logit, float32 log-probability, gradient), sums are float32, and nothing
+waits for a GPU. Ignored labels are masked in the narrow operands of the two products, never in [R, vocab].
 
-torch's own `linear_cross_entropy` appears in 2.13, newer than what we support; liger-kernel's is for CUDA alone.
+`linear_cross_entropy` of torch exists from 2.13 on, and older versions are supported; that of liger-kernel needs CUDA.
 benchmarks/bench_loss.py measures them side by side.
 """
 

@@ -1,4 +1,4 @@
-"""The paper's model sizes (Table 2 of arXiv 2307.08621 and the smaller ones readers train), by name.
+"""Presets: the model sizes of the paper (Table 2 of arXiv 2307.08621) and smaller ones, by name.
 
 Every layer has 12 D^2 weights: retention 8 D^2 with values of width 2 D, feed-forward 4 D^2 with hidden width 2 D. Each
 name also exists with `-gated` (data-dependent decay).

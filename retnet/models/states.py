@@ -32,7 +32,7 @@ class ModelDraft:
 
 @dataclass
 class ModelState:
-    """What a model carries from one call to the next, for N sequences."""
+    """The states of all layers, for N sequences."""
 
     layers: tuple[LayerState, ...]
 
@@ -62,14 +62,14 @@ class ModelState:
         return ModelState(tuple(layer.repeat(times) for layer in self.layers))
 
     def clone(self) -> "ModelState":
-        """A checkpoint to roll back to, left alone by later in-place updates."""
+        """A copy to roll back to, which later in-place updates do not change."""
         return ModelState(tuple(layer.clone() for layer in self.layers))
 
     def to(self, device: torch.device | str) -> "ModelState":
         return ModelState(tuple(layer.to(device) for layer in self.layers))
 
     def slot(self, index: int) -> "ModelState":
-        """The state of one sequence as a view: what is written in place there is written here."""
+        """The state of one sequence as a view: in-place updates of it change this state."""
         return ModelState(tuple(layer.slot(index) for layer in self.layers))
 
     def write_(self, index: int, state: "ModelState") -> None:
@@ -78,16 +78,16 @@ class ModelState:
             mine.write_(index, other)
 
     def clear_(self, index: int) -> None:
-        """Overwrite sequence `index` with that of one that has seen nothing."""
+        """Reset sequence `index` to the state before its first token."""
         for layer in self.layers:
             layer.clear_(index)
 
     def trim(self) -> "ModelState":
-        """The state without unused room, to keep or to store."""
+        """The state without unused capacity, to keep or to store."""
         return ModelState(tuple(layer.trim() for layer in self.layers))
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """All tensors as "<layer>.<kind>.<field>"; enough for `from_named` to build the state again."""
+        """All tensors by name, "<layer>.<kind>.<field>", as `from_named` reads them."""
         kinds = {mixer.state: mixer.name for mixer in MIXERS.values()}
         return {
             f"{i}.{kinds[type(layer)]}.{name}": x

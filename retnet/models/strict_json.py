@@ -1,4 +1,4 @@
-"""Plain data <-> nested frozen dataclasses, closed: an unknown key or a wrong type is refused with its path.
+"""Strict conversion between plain data and nested frozen dataclasses: errors name the path of an unknown or wrong key.
 
 Used for model configurations, whose JSON must survive years. Dataclasses that may stand in one place are told apart by
 their `kind`: those of a union, or those that the field's metadata gives (`kinds`, a function that returns kind ->

@@ -1,8 +1,8 @@
-"""Named tensors on disk, streamed: what a checkpoint holds is known without reading it, and each tensor is read alone.
+"""Files of named tensors, read one tensor at a time: names, shapes and dtypes are known without reading the data.
 
-A model larger than memory passes through here one tensor at a time, from files of several formats (safetensors, or
-PyTorch's pickles read with `weights_only=True`, whole or in shards with an index) into safetensors shards. What the
-tensors mean is the business of `directory.py` (our models) and `convert` (everybody else's).
+Reads safetensors and PyTorch's pickles (with `weights_only=True`), whole or in shards with an index. Writes safetensors
+shards. A model may be larger than memory. `directory.py` gives the tensors of our models their meaning, `convert` those
+of other formats.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from retnet.system.files import move_into_place, write_json
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 2**30
 
-# In the order in which they are looked for, as transformers does.
+# In the order of the search, which is that of transformers.
 _KNOWN_FILES = (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PICKLES = (".bin", ".pt", ".pth")
 _DTYPES = {
@@ -47,7 +49,7 @@ _DTYPES = {
 class Tensors:
     """Tensors by name, read when asked for. specs: each one's shape and dtype, as a tensor on the meta device.
 
-    extra: what a pickled checkpoint holds beside its state dict (training arguments, say).
+    extra: other values in a pickled checkpoint, such as training arguments.
     """
 
     specs: dict[str, Tensor]
@@ -56,12 +58,12 @@ class Tensors:
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Tensor], extra: dict[str, Any] | None = None) -> Tensors:
-        """Tensors that are in memory already."""
+        """Tensors that are in memory."""
         specs = {name: x.detach().to("meta") for name, x in state_dict.items()}
         return cls(specs, lambda name: state_dict[name].detach(), extra or {})
 
     def renamed(self, names: Mapping[str, str]) -> Tensors:
-        """The tensors new name -> old name, and no others."""
+        """The named tensors alone, under new names: new name -> old name."""
         return Tensors(
             {new: self.specs[old] for new, old in names.items()}, lambda name: self.read(names[name]), self.extra
         )
@@ -191,8 +193,8 @@ def _open_shards(index_file: Path) -> Tensors:
 def write_tensors(directory: Path, tensors: Tensors, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write safetensors, in shards with an index if they exceed `shard_bytes`; one shard is in memory at a time.
 
-    Shards are staged and renamed once all are complete, so a reader never sees half a checkpoint; weights that an
-    earlier save left in the directory are removed.
+    Shards get their names once all are complete, so that a failed save leaves the old files. Weights of an earlier save
+    in the directory are removed.
     """
     shards = list(_shards(tensors, shard_bytes))
     files = [WEIGHTS_FILE] if len(shards) == 1 else [_shard_file(i, len(shards)) for i in range(len(shards))]
@@ -206,7 +208,7 @@ def write_tensors(directory: Path, tensors: Tensors, *, shard_bytes: int = SHARD
             part.chmod(mode)  # safetensors leaves a file that its owner alone may read
             del shard  # before the next one is read
         for part, file in zip(staged, files):
-            os.replace(part, directory / file)
+            move_into_place(part, directory / file)
     finally:
         for part in staged:
             part.unlink(missing_ok=True)
@@ -216,7 +218,7 @@ def write_tensors(directory: Path, tensors: Tensors, *, shard_bytes: int = SHARD
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": tensors.nbytes}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(directory / INDEX_FILE, index)
 
 
 def _shard_file(i: int, count: int) -> str:

@@ -1,4 +1,4 @@
-"""What every mixer promises: one forward, pieces, pads, packs and decoding give the same numbers.
+"""Every mixer: one forward, pieces, padding, packs and decoding give the same numbers.
 
 Weights are at unit gain: at a small initialisation a broken cache passes.
 """

@@ -1,4 +1,4 @@
-"""What mixers and experts cost: pairs counted one by one, the states that a model keeps, the weights that it meets."""
+"""Cost: operations counted one by one, the size of states, the weights that a token meets."""
 
 import pytest
 import torch

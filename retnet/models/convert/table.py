@@ -1,4 +1,4 @@
-"""What one foreign format is, and the rule that makes reading it safe: every tensor is used exactly once, in its shape.
+"""Formats of other libraries, and the rule of reading them: each tensor is used exactly once, in its shape.
 
 A format is a table from our parameter names to theirs, and a function from their configuration to ours. All that tells
 two conventions apart (rotary frequencies, which half of a GLU takes the activation, norms, decay) is a value of our
