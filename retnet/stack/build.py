@@ -5,6 +5,7 @@ The schema has no final norm: it is of the same type as the last layer's norm, a
 
 from typing import Literal
 
+from retnet.data.tokenizer import BYTES, DOCUMENT_START
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.moe import MoEConfig
@@ -14,7 +15,7 @@ from retnet.ops.norms import Norm
 from .layers import Layer
 from .load import Stack
 from .scalars import init_std
-from .schema import BYTES, DOCUMENT_START, Spec, TrainingHints
+from .schema import Spec, TrainingHints
 
 _NORMS: dict[str, Norm] = {"rmsnorm": "rms", "layernorm": "layer"}
 _ACTIVATIONS: dict[str, Literal["gelu", "relu", "swish"]] = {"gelu": "gelu", "relu": "relu", "swiglu": "swish"}

@@ -6,11 +6,13 @@ Rules run on the sections that are valid by themselves. A fault is reported at t
 
 from collections.abc import Iterator
 
+from retnet.data.tokenizer import BYTES, VOCAB_SIZE
+
 from .document import Document
 from .errors import Category, Fault, Path, listing, nearest, plain, show
 from .layers import MAX_LAYERS
 from .mixers import MIXERS, Attention
-from .schema import BYTE_TOKENS, BYTES, DEFAULT_ROPE_THETA, Entry, Ffn, Template
+from .schema import DEFAULT_ROPE_THETA, Entry, Ffn, Template
 from .validate import ParsedSections
 
 
@@ -61,9 +63,9 @@ class _Rules:
 
     def vocabulary(self) -> Iterator[Fault]:
         model, tokenizer = self.sections.model, self.sections.tokenizer
-        if model and tokenizer and tokenizer.pretrained == BYTES and model.vocab_size < BYTE_TOKENS:
-            what = f"the byte tokenizer has {BYTE_TOKENS} tokens, more than {model.vocab_size}"
-            yield self.fault(("model", "vocab_size"), what, f"write {BYTE_TOKENS} or more")
+        if model and tokenizer and tokenizer.pretrained == BYTES and model.vocab_size < VOCAB_SIZE:
+            what = f"the byte tokenizer has {VOCAB_SIZE} tokens, more than {model.vocab_size}"
+            yield self.fault(("model", "vocab_size"), what, f"write {VOCAB_SIZE} or more")
 
     def rotary(self) -> Iterator[Fault]:
         embedding, model = self.sections.embedding, self.sections.model

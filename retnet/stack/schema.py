@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 MaybeActivation = Annotated[Literal["swiglu", "gelu", "relu", None], ONE_OF]
 Dtype = Annotated[Literal["float32", "float16", "bfloat16"], ONE_OF]
-# The byte tokenizer: its name in tokenizer_contract.pretrained, its vocabulary, its document start.
-BYTES, BYTE_TOKENS, DOCUMENT_START = "bytes", 257, 256
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_ACTIVATION = {"mlp": "gelu", "gated_mlp": "swiglu", "moe": "gelu"}
 

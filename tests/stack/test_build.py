@@ -234,6 +234,16 @@ def test_the_default_mamba2_head_is_the_largest_power_of_two_that_divides(d_mode
     assert built(*pairs).layers[2].mixer.head_dim == width
 
 
+@pytest.mark.parametrize(("d_model", "rank"), [(64, 4), (72, 5)])
+def test_the_rank_of_mamba1_steps_is_a_sixteenth_of_the_width_rounded_up(d_model, rank):
+    pairs = [("d_model: 64", f"d_model: {d_model}"), mamba("variant: mamba1")]
+    assert built(*pairs).layers[2].mixer.time_step_rank == rank
+
+
+def test_a_yarn_length_is_at_least_one_token():
+    assert built(positional("rope_scaling: {type: yarn, factor: 1000.0}")).layers[0].mixer.rotary_yarn_length == 1
+
+
 def test_layered_safe_keeps_norms_and_routers_in_float32():
     pairs = [positional("tie_word_embeddings: false"), moe("router: softmax")]
     model = LanguageModel(built(*pairs, more="compatibility: {dtype_policy: layered_safe}\n"))

@@ -77,6 +77,11 @@ def test_whole_results_are_integers_and_others_floats():
     assert spec.training_hints.betas == [0.9, 0.95]
 
 
+def test_a_float_too_large_to_be_exact_stays_a_float():
+    assert isinstance(evaluate("${4503599627370496.0 * 1}", {}), int)
+    assert isinstance(evaluate("${9007199254740992.0 * 1}", {}), float)
+
+
 def test_an_unknown_name_is_reported_with_the_nearest_one():
     fault = only(changed(("d_model: 64", "d_model: ${let.widht}"), more="let: {width: 64}\n"))
     assert (fault.dotted, fault.mark.line, fault.mark.column) == ("model.d_model", 4, 12)

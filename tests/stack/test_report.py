@@ -52,6 +52,21 @@ def test_a_long_context_is_unusual_only_with_attention():
     assert warnings(WIDE, long, ("- template: a", "- template: r")) == ["unused_template"]
 
 
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("d_model: 64", "d_model: 128")],  # heads of 32
+        [("d_model: 64", "d_model: 1024")],  # heads of 256
+        [WIDE, ("max_seq_len: 256", "max_seq_len: 16384")],  # 64 times the width
+        [WIDE, ("type: attention\n      attention: {window: 16}", "type: mamba"), ("repeat: 2", "repeat: 15")],
+        [WIDE, ("{type: mlp}", "{type: moe, moe: {experts: 1024, top_k: 1, capacity_factor: 0.5}}")],
+        [WIDE, ("positional: rope", "positional: rope\n  rope_scaling: {factor: 32}")],
+    ],
+)
+def test_the_limits_of_the_rules_are_accepted(pairs):
+    assert warnings(*pairs) == []
+
+
 def test_reserved_keys_are_reported_with_their_place():
     [message] = [
         finding.message for finding in realism_report(stack(WIDE, more="future.x: 1\n")) if "reserved" in finding.rule

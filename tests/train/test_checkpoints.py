@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from retnet.train import checkpoints
 from retnet.train.checkpoints import (
     MARKER,
     STAGING,
@@ -65,6 +66,32 @@ def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
     save(tmp_path, 10)
     save(tmp_path, 10, a="other weights")
     assert (choose(tmp_path)[0].path / "a").read_text() == "other weights"
+
+
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    flushed, final = [], tmp_path / "checkpoint-10"
+    monkeypatch.setattr(checkpoints, "flush", lambda path: flushed.append((path.name, final.exists())))
+    save(tmp_path, 10)
+    before = {name for name, has_name in flushed if not has_name}
+    assert {"a", "b", "shard", "checkpoint-10"} <= before
+    assert flushed[-1] == (tmp_path.name, True)
+
+
+def test_an_interrupted_removal_leaves_no_partial_checkpoint_under_its_name(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    remove_tree = shutil.rmtree
+
+    def interrupted(path, **options):
+        if path.exists() and "checkpoint-10" in path.name:
+            (path / "a").unlink()
+            raise KeyboardInterrupt
+        remove_tree(path, **options)
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rotate(tmp_path, 1)
+    assert steps(list_checkpoints(tmp_path)) == [20]
 
 
 def truncate(path):

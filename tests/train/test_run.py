@@ -17,6 +17,7 @@ from retnet.models.directory import load_model, save_model
 from retnet.train.inputs import _check_same_tokens, open_model
 from retnet.train.losses import NonFiniteLoss
 from retnet.train.run import train
+from retnet.train.throughput import Meter
 from retnet.train.trainer import PackedTrainer
 from tests.small_models import PAPER, hf_model, small_model
 
@@ -106,6 +107,25 @@ def test_losses_do_not_depend_on_how_a_step_is_computed(byte_model, text_folder,
     first, second = losses(tmp_path / "a"), losses(tmp_path / "b")
     assert first.keys() == second.keys() == {1, 2, 3}
     assert [second[step] for step in second] == pytest.approx([first[step] for step in first], rel=2e-5)
+
+
+def test_the_time_of_validation_and_checkpoints_is_not_counted_in_the_throughput(
+    byte_model, text_folder, tmp_path, console, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(Meter, "pause", lambda self, seconds: calls.append(seconds))
+    monkeypatch.setattr(Meter, "restart", lambda self: calls.append("restart"))
+    settings = QUICK | {
+        "do_eval": True,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 8,
+    }
+    train(recipe_for(byte_model, text_folder, tmp_path, **settings), console)
+    assert calls[0] == "restart"
+    assert len(calls) == 1 + 3 + 1  # validation at steps 4 and 8 and at the end; a checkpoint at step 8
+    assert min(calls[1:]) > 0
 
 
 def test_bfloat16_trains_float32_weights(byte_model, text_folder, tmp_path, console):
