@@ -92,7 +92,7 @@ def test_files_left_out_are_reported_in_one_line(capsys, tmp_path, text_folder):
 
 def test_show_reads_plain_text_and_plots_into_the_given_file(capsys, text_folder, tmp_path):
     assert run("show", text_folder, "--plot", tmp_path / "a.png", "--samples", "0") == 0
-    assert f"document lengths in {tmp_path / 'a.png'}" in capsys.readouterr().out
+    assert f"document lengths plotted in {tmp_path / 'a.png'}" in capsys.readouterr().out
     assert (tmp_path / "a.png").is_file()
     assert not (text_folder / "lengths.png").exists()
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retnet.data import tokenizer_json
 from retnet.data.shards import token_dtype
@@ -189,3 +189,13 @@ def test_a_model_without_its_tokenizer_says_what_is_accepted(tmp_path, tokenizer
     shutil.copyfile(tokenizer_file, tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"has \d+ tokens; accepted: at most the 61 of m"):
         tokenizer_of_model("m", tmp_path, 61)
+
+
+def test_the_unknown_token_is_shown_though_it_is_special(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "[UNK]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with_model = tokenizer_of_model("m", tmp_path, 3, bos=2)
+    assert with_model.encode("a b", start=True) == [2, 0, 1]
+    assert with_model.decode([2, 0, 1]) == "a [UNK]"
