@@ -169,3 +169,12 @@ def test_an_endless_text_needs_a_state_that_does_not_grow(byte_model):
         retnet.generate(small_model([ALIBI], **BYTES), "x", max_tokens=None, stream=True)
     pieces = retnet.generate(byte_model, "x", max_tokens=None, stream=True)
     assert [next(pieces) for _ in range(50)]
+
+
+def test_a_start_token_of_256_alone_does_not_make_a_vocabulary_bytes():
+    with pytest.raises(ValueError, match="vocabulary of 300; accepted without a tokenizer: bytes"):
+        retnet.load_tokenizer(small_model(vocab_size=300, bos_token_id=256))
+
+
+def test_an_unfinished_character_at_the_end_of_the_text_is_shown():
+    assert "".join(api.stream_text(iter("a\u20ac".encode()[:-1]), ByteTokenizer())) == "a\ufffd"
