@@ -64,6 +64,14 @@ def test_the_gains_are_those_of_the_sources():
         assert gain(12) == pytest.approx(expected), part
 
 
+def test_torchscales_gains_are_those_of_its_code():
+    """2^-2.5 for q, k, v and gate, 2^-1 for the output; PyTorch's own for a feed-forward as wide as the model."""
+    square, scaled = math.sqrt((D + D) / 6 / D), (2 * 12) ** -0.5  # Linear's bound is fan_in^(-1/2)
+    expected = {"query_key": 2**-2.5, "value": 2**-2.5, "output": 0.5 * scaled, "feed_forward": square}
+    expected |= {"down": square * scaled, "other": 1.0}
+    assert {part: gain(12) for part, gain in INIT["torchscale"].items()} == pytest.approx(expected)
+
+
 def test_the_normal_init_scales_what_writes_to_the_residual_stream():
     for name, weight in weights("normal").items():
         part = PARTS[name.removesuffix(".weight").partition(".")[2]]
