@@ -128,12 +128,12 @@ def stored_tiles() -> dict[str, Tiles]:
     try:
         return {
             key: Tiles(
-                row["segment"],
-                StateTile(**row["state"]),
-                SegmentTile(**row["key_contraction"]),
-                SegmentTile(**row["value_contraction"]),
+                entry["segment"],
+                StateTile(**entry["state"]),
+                SegmentTile(**entry["key_contraction"]),
+                SegmentTile(**entry["value_contraction"]),
             )
-            for key, row in json.loads(path.read_text()).items()
+            for key, entry in json.loads(path.read_text()).items()
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not what `retnet tune` writes ({error}); accepted: its file, or none") from error
