@@ -104,11 +104,3 @@ def test_a_wrong_model_configuration_is_refused_with_its_path(config):
 def test_weights_are_those_of_the_core_models_own_initialisation(model, config):
     core = LanguageModel(config)
     assert all(torch.equal(a, b) for a, b in zip(core.parameters(), model.model.parameters(), strict=True))
-
-
-def test_registering_twice_is_no_error():
-    import importlib
-
-    import retnet.hf
-
-    importlib.reload(retnet.hf)

@@ -77,11 +77,11 @@ def check_each_alone(model, generations) -> None:
 @pytest.mark.parametrize(
     ("stack", "requests"),
     [
-        ("retention", 200),
+        ("retention", 120),
         pytest.param("retention", 2000, marks=pytest.mark.slow),
         pytest.param("hybrid", 400, marks=pytest.mark.slow),
     ],
-    ids=["200", "2000", "hybrid"],
+    ids=["120", "2000", "hybrid"],
 )
 def test_requests_in_a_crowd_get_what_each_gets_alone(stack, requests):
     model = small_model(stack)
