@@ -1,4 +1,4 @@
-"""What all tests share: reproducible hypothesis runs, and no GPU test without a GPU."""
+"""Fixtures of all tests: reproducible hypothesis runs, GPU tests skipped without a GPU, small models, texts."""
 
 from __future__ import annotations
 

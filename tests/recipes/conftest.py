@@ -1,4 +1,4 @@
-"""Recipes are scripts in a folder of their own: importable here as they are when run."""
+"""The folder of the recipes on the import path, as it is when a recipe runs."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The language-model comparison, a micro run of it, and what its buckets and windows are."""
+"""The comparison of mixers in language models: a run at micro size, its windows, buckets and learning rates."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from mixers_train import Run, learning_rate
 from retnet.data import DOCUMENT_START, find_documents
 
 
-def test_a_micro_run_measures_draws_and_tabulates(tmp_path):
+def test_a_micro_run_gives_measurements_a_plot_and_a_table(tmp_path):
     (tmp_path / "text.txt").write_text("the same words again and again. " * 100)
     setting = mixers.SETTINGS["tiny"]
     setting = replace(
@@ -29,7 +29,7 @@ def test_a_micro_run_measures_draws_and_tabulates(tmp_path):
     assert (tmp_path / "mixers.png").stat().st_size > 10_000
 
 
-def test_documents_are_told_apart_by_their_start(tmp_path):
+def test_each_document_begins_with_the_document_start(tmp_path):
     (tmp_path / "a.txt").write_text("ab")
     (tmp_path / "b.txt").write_text("c")
     tokens = mixers.tokens_of(find_documents(tmp_path), torch.device("cpu"))
@@ -37,11 +37,11 @@ def test_documents_are_told_apart_by_their_start(tmp_path):
     assert mixers.windows(tokens, torch.tensor([0, 2]), 2).tolist() == [[DOCUMENT_START, 97], [98, DOCUMENT_START]]
 
 
-def test_buckets_are_means_between_powers_of_two():
+def test_positions_are_averaged_between_powers_of_two():
     assert mixers.bucketed(torch.arange(1.0, 65)) == [(16, 8.5), (32, 24.5), (64, 48.5)]
 
 
-def test_bits_by_position_are_the_mean_over_windows():
+def test_bits_per_position_are_the_mean_over_windows():
     from retnet import LanguageModel
 
     size = mixers.SETTINGS["tiny"].size
@@ -54,7 +54,7 @@ def test_bits_by_position_are_the_mean_over_windows():
     torch.testing.assert_close(bits, loss.double().mean(0) / torch.log(torch.tensor(2.0)).double(), rtol=1e-6, atol=0)
 
 
-def test_the_rate_warms_up_to_its_peak_and_falls_to_a_tenth():
+def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
     rates = [learning_rate(step, 100, 1.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == rates[4] == 1.0

@@ -1,4 +1,4 @@
-"""Multi-query associative recall: the task is the paper's, exactly; a micro run goes through all of the recipe."""
+"""Multi-query associative recall: the paper's task, stacks of equal size, and the recipe at micro size."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def test_a_sequence_starts_with_pairs_of_distinct_keys_and_distinct_values():
         assert all(len(set(row.tolist())) == 16 for row in tokens)
 
 
-def test_every_query_asks_for_a_key_whose_value_stands_earlier():
+def test_every_query_is_a_key_that_came_earlier():
     ids, places, answers = drawn()
     for row, asked, right in zip(ids.tolist(), places.tolist(), answers.tolist(), strict=True):
         pairs = dict(zip(row[0:32:2], row[1:32:2], strict=True))
@@ -36,15 +36,15 @@ def test_every_query_asks_for_a_key_whose_value_stands_earlier():
         assert [pairs[row[place]] for place in asked] == right
 
 
-def test_each_key_is_asked_for_once_at_places_of_their_own():
+def test_each_key_is_queried_once():
     ids, places, _ = drawn()
     assert all(len(set(row)) == 16 for row in places.tolist())
     assert torch.equal(ids.gather(1, places), ids[:, 0:32:2])
     assert not (places % 2).any()
 
 
-def test_queries_come_soon_as_the_power_law_says():
-    """One query a row: its gap has odds proportional to g^(a - 1)."""
+def test_gaps_before_queries_follow_the_power_law():
+    """With one query per row, its gap has odds proportional to g^(a - 1)."""
     _, places, _ = drawn(length=64, pairs=1, size=40_000)
     gaps = (places[:, 0] - 2) // 2
     odds = torch.arange(1, 32, dtype=torch.float64) ** (POWER - 1)
@@ -72,8 +72,8 @@ def test_tasks_that_the_paper_does_not_define_are_refused(length, pairs, vocab):
         Recall(length, pairs, vocab)
 
 
-def test_the_loss_is_of_the_queries_alone():
-    """What stands after a query, its answer's place in the text included, changes nothing."""
+def test_the_loss_counts_queries_only():
+    """Tokens after a query do not change its loss."""
     config = equal_stacks(Size(32, num_layers=1, vocab_size=256, feed_forward=32), ("attention",))["attention"]
     model, (ids, places, answers) = LanguageModel(config), drawn(size=4)
     loss = mqar.recall_loss(model, ids, places, answers)
@@ -107,7 +107,7 @@ def test_the_tri_mixer_is_the_preset():
     assert equal_stacks(Size())[REFERENCE].layers == preset.layers
 
 
-def test_a_micro_run_measures_draws_and_tabulates(tmp_path):
+def test_a_micro_run_gives_measurements_a_plot_and_a_table(tmp_path):
     setting = replace(
         mqar.SETTINGS["tiny"], tasks=((8, 1), (8, 2)), widths=(16,), steps=3, batch=4, tests=8, vocab_size=32,
         rates=(1e-3, 3e-3),
@@ -130,7 +130,7 @@ def test_the_best_rate_is_chosen_over_all_pairs_and_seeds():
 
 @pytest.mark.slow
 def test_a_hybrid_learns_to_recall():
-    """Retention finds the token before, attention the pair: in 800 steps, where a guess among the values gives 0.25."""
+    """Retention reads the previous token and attention the pair. A guess among the values would give 0.25."""
     setting = replace(
         mqar.SETTINGS["tiny"], tasks=((16, 2), (16, 4)), rates=(3e-3,), steps=800, stacks=("RetNet + attention",)
     )
