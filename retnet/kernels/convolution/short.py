@@ -108,11 +108,12 @@ def _store_rows(pointer, row, stride, channel, ok, channel_ok, value):
 
 
 @triton.jit
-def _inputs(x, recent, position, length, x_token, channel, channel_ok, ok, C: tl.constexpr, W: tl.constexpr):
-    """The inputs [positions, BC] of a sequence, positions from -(W - 1) on."""
+def _inputs(x, recent, n, position, length, x_token, channel, channel_ok, ok, C: tl.constexpr, W: tl.constexpr):
+    """The inputs [positions, BC] of sequence n, whose first token is at x; positions from -(W - 1) on."""
     value = _load_rows(x, position, x_token, channel, ok & (position >= 0) & (position < length), channel_ok)
     if recent is not None:
-        value += _load_rows(recent, position + W - 1, C, channel, ok & (position < 0), channel_ok)
+        past = recent + n.to(tl.int64) * ((W - 1) * C)
+        value += _load_rows(past, position + W - 1, C, channel, ok & (position < 0), channel_ok)
     return value
 
 
@@ -135,19 +136,17 @@ def _forward_kernel(
             index, table, cu_seqlens, first_slot, T, num_sequences, L, PACKED
         )  # fmt: skip
         x = _sequence_pointer(x, n, start, x_batch, x_token, PACKED)
-        past = None if recent is None else recent + n.to(tl.int64) * ((W - 1) * C)
-        _outputs(x, weight, past, bias, y + start * C, length, first, count, x_token, channel, C, W, BC, L)
+        _outputs(x, weight, recent, n, bias, y + start * C, length, first, count, x_token, channel, C, W, BC, L)
     else:
         n = index - num_slots
         start, length, _, _ = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
         x = _sequence_pointer(x, n, start, x_batch, x_token, PACKED)
-        past = None if recent is None else recent + n.to(tl.int64) * ((W - 1) * C)
-        _last_inputs(x, past, final + n.to(tl.int64) * ((W - 1) * C), length, x_token, channel, C, W, PAST)
+        _last_inputs(x, recent, n, final, length, x_token, channel, C, W, PAST)
 
 
 @triton.jit
 def _outputs(
-    x, weight, recent, bias, y, length, first, count, x_token, channel,
+    x, weight, recent, n, bias, y, length, first, count, x_token, channel,
     C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     place, channel_ok = tl.arange(0, L), channel < C
@@ -158,19 +157,19 @@ def _outputs(
     for i in tl.static_range(W):
         tap = tl.load(weight + channel * W + i, mask=channel_ok, other=0.0).to(tl.float32)
         read = position - (W - 1 - i)
-        total += tap[None, :] * _inputs(x, recent, read, length, x_token, channel, channel_ok, ok, C, W)
+        total += tap[None, :] * _inputs(x, recent, n, read, length, x_token, channel, channel_ok, ok, C, W)
     _store_rows(y, position, C, channel, ok, channel_ok, total)
 
 
 @triton.jit
 def _last_inputs(
-    x, recent, final, length, x_token, channel, C: tl.constexpr, W: tl.constexpr, PAST: tl.constexpr
+    x, recent, n, final, length, x_token, channel, C: tl.constexpr, W: tl.constexpr, PAST: tl.constexpr
 ):  # fmt: skip
     """The inputs that the next call needs."""
     place, channel_ok = tl.arange(0, PAST), channel < C
     ok = place < W - 1
-    last = _inputs(x, recent, length - (W - 1) + place, length, x_token, channel, channel_ok, ok, C, W)
-    _store_rows(final, place, C, channel, ok, channel_ok, last)
+    last = _inputs(x, recent, n, length - (W - 1) + place, length, x_token, channel, channel_ok, ok, C, W)
+    _store_rows(final + n.to(tl.int64) * ((W - 1) * C), place, C, channel, ok, channel_ok, last)
 
 
 @triton.jit(do_not_specialize=["T", "num_slots", "num_sequences"])
@@ -188,34 +187,31 @@ def _backward_kernel(
             index, table, cu_seqlens, first_slot, T, num_sequences, L, PACKED
         )  # fmt: skip
         x = _sequence_pointer(x, n, start, x_batch, x_token, PACKED)
-        past = None if recent is None else recent + n.to(tl.int64) * ((W - 1) * C)
-        after = None if dfinal is None else dfinal + n.to(tl.int64) * ((W - 1) * C)
         place = tl.arange(0, L)
         _store_input_gradients(
-            dy + start * C, after, weight, dx + start * C, first + place, first + place, length, channel, place < count,
-            C, W, BC,
+            dy + start * C, dfinal, n, weight, dx + start * C, first + place, first + place, length, channel,
+            place < count, C, W, BC,
         )  # fmt: skip
         into = sums + index.to(tl.int64) * ((W + 1) * C) + channel
         own = _load_rows(dy + start * C, first + place, C, channel, place < count, channel_ok)
         tl.store(into + W * C, tl.sum(own, 0), mask=channel_ok)
         for i in tl.static_range(W):
             read = first + place - (W - 1 - i)
-            given = _inputs(x, past, read, length, x_token, channel, channel_ok, place < count, C, W)
+            given = _inputs(x, recent, n, read, length, x_token, channel, channel_ok, place < count, C, W)
             tl.store(into + i * C, tl.sum(own * given, 0), mask=channel_ok)
     else:
         n = index - num_slots
         start, length, _, _ = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
-        after = None if dfinal is None else dfinal + n.to(tl.int64) * ((W - 1) * C)
         before = tl.arange(0, PAST)
         _store_input_gradients(
-            dy + start * C, after, weight, drecent + n.to(tl.int64) * ((W - 1) * C), before, before - (W - 1), length,
-            channel, before < W - 1, C, W, BC,
+            dy + start * C, dfinal, n, weight, drecent + n.to(tl.int64) * ((W - 1) * C), before, before - (W - 1),
+            length, channel, before < W - 1, C, W, BC,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_input_gradients(
-    dy, dfinal, weight, out, row, position, length, channel, ok, C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr
+    dy, dfinal, n, weight, out, row, position, length, channel, ok, C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
     """The gradients of the inputs at these positions of a sequence, from -(W - 1) on, into rows of `out`."""
     channel_ok = channel < C
@@ -225,6 +221,6 @@ def _store_input_gradients(
         reader = position + (W - 1 - i)
         total += tap[None, :] * _load_rows(dy, reader, C, channel, ok & (reader >= 0) & (reader < length), channel_ok)
     if dfinal is not None:
-        kept = position - length + (W - 1)
-        total += _load_rows(dfinal, kept, C, channel, ok & (kept >= 0) & (kept < W - 1), channel_ok)
+        kept, last = position - length + (W - 1), dfinal + n.to(tl.int64) * ((W - 1) * C)
+        total += _load_rows(last, kept, C, channel, ok & (kept >= 0) & (kept < W - 1), channel_ok)
     _store_rows(out, row, C, channel, ok, channel_ok, total)

@@ -41,12 +41,13 @@ def compiled(kernel, constants: dict, capability: int):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("absent", [(), ("recent", "bias", "dfinal")], ids=["state", "no state"])
 @pytest.mark.parametrize("kernel", [short._forward_kernel, short._backward_kernel], ids=["forward", "backward"])
-def test_a_kernel_compiles_and_does_not_spill(kernel, packed, capability, tmp_path):
+def test_a_kernel_compiles_and_does_not_spill(kernel, absent, packed, capability, tmp_path):
     import triton.backends.nvidia as nvidia
 
     shapes = {"C": 1536, "W": 4, "PAST": 4, "BC": short.CHANNELS, "L": short.SEGMENT, "PACKED": packed}
-    result = compiled(kernel, shapes, capability)
+    result = compiled(kernel, {**shapes, **{name: None for name in absent if name in kernel.arg_names}}, capability)
     assert "ld.global.v4" in result.asm["ptx"], "rows are not read in wide words"
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(result.asm["cubin"])
