@@ -40,7 +40,13 @@ def info(
 
 
 def _facts(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object]:
-    from retnet.models.cost import head_windows, model_cost, parameter_counts, transformer_cache_bytes
+    from retnet.models.cost import (
+        device_notes,
+        head_windows,
+        model_cost,
+        parameter_counts,
+        transformer_cache_bytes,
+    )
     from retnet.ops.device import resolve_device
 
     device = resolve_device("auto").type
@@ -62,6 +68,7 @@ def _facts(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object]:
             for context, cost in costs
         ],
         # JSON has no infinity: a head without decay has no window.
+        "on_this_device": device_notes(config, max(contexts), device),
         "windows": [[None if w == float("inf") else w for w in layer] for layer in head_windows(config)],
     }
 
@@ -92,6 +99,8 @@ def _print(model: str, facts: dict) -> None:
         "[dim]per sequence: state in float32; KV cache of a Transformer of this width and depth in 16 bit[/]",
         highlight=False,
     )
+    for note in facts["on_this_device"]:
+        console.print(note, highlight=False, soft_wrap=True)
     _print_windows(facts["windows"])
 
 

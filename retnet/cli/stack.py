@@ -70,16 +70,16 @@ def explain(
 
     Example: retnet stack explain arch_expert_research --picture tri-mixer.svg
     """
+    from retnet.models.cost import device_notes
     from retnet.ops.device import resolve_device
     from retnet.stack.build import model_config
-    from retnet.stack.summary import device_notes
 
     stack = _open(name)
     config = model_config(stack)
     _print_layers(stack, config)
     _print_parameters(config)
     _print_costs(config)
-    for note in device_notes(stack, resolve_device("auto")):
+    for note in device_notes(config, stack.spec.model.max_seq_len, resolve_device("auto").type):
         console.print(note, soft_wrap=True, highlight=False)
     if picture is not None:
         from retnet.stack.picture import draw_stack, save_picture

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.parts import Parts
-from retnet.layers.retention import RetentionDraft, retain, retain_flops
+from retnet.layers.retention import RetentionDraft, chunk_note, retain, retain_flops
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
@@ -72,6 +72,17 @@ class Mamba2Config(MixerConfig):
     @property
     def num_heads(self) -> int:
         return self.inner_dim // self.head_dim
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether heads share B and C."""
+        return self.num_groups < self.num_heads
+
+    def on_device(self, work: Workload) -> str | None:
+        form = self.mode, self.chunk_size
+        return chunk_note(
+            "mamba2", self.state_dim, self.head_dim, work, *form, per_token=True, grouped=self.shares_keys
+        )
 
     @property
     def conv_dim(self) -> int:
@@ -178,7 +189,6 @@ class Mamba2(MixerModule):
 def mamba2_flops(config: Mamba2Config, work: Workload) -> MixerFlops:
     """Retention of H heads, K = state_dim and V = head_dim, after a short convolution of W taps on every channel."""
     sizes = config.num_heads, config.state_dim, config.head_dim
-    grouped = config.num_groups < config.num_heads
-    flops = retain_flops(*sizes, work, mode=config.mode, chunk_size=config.chunk_size, per_token=True, grouped=grouped)
+    flops = retain_flops(*sizes, work, config.mode, config.chunk_size, per_token=True, grouped=config.shares_keys)
     taps = 2 * config.conv_width * config.conv_dim
     return MixerFlops(flops.forward + taps, flops.decode + taps)

@@ -29,6 +29,10 @@ class MixerConfig:
         """Tokens of which the state keeps something each: 0 (a state of constant size), a window, or math.inf."""
         return 0
 
+    def on_device(self, work: "Workload") -> str | None:
+        """A sentence about how the layer runs there, if its configuration alone does not determine that."""
+        return None
+
     def for_export(self, one_token: bool) -> Self | None:
         """This mixer in plain operators, for graphs of one token or of several; None if it cannot be exported."""
         return None

@@ -109,6 +109,10 @@ class RetentionConfig(MixerConfig):
         # "auto" would choose the form by the number of tokens in the example.
         return replace(self, mode="recurrent" if one_token else "parallel")
 
+    def on_device(self, work: Workload) -> str | None:
+        sizes = self.head_key_dim, self.head_value_dim
+        return chunk_note("retention", *sizes, work, self.mode, self.chunk_size, per_token=self.decay == "gated")
+
     @property
     def log_decay(self) -> Tensor | None:
         """log gamma [H] that the layer starts from, float64, on the CPU whatever the default device; None if gated."""
@@ -287,8 +291,7 @@ def retain(
 def retention_flops(config: RetentionConfig, work: Workload) -> MixerFlops:
     """Retention of H heads; see `retain_flops`."""
     sizes = config.num_heads, config.head_key_dim, config.head_value_dim
-    gated = config.decay == "gated"
-    return retain_flops(*sizes, work, mode=config.mode, chunk_size=config.chunk_size, per_token=gated)
+    return retain_flops(*sizes, work, config.mode, config.chunk_size, per_token=config.decay == "gated")
 
 
 def retain_flops(
@@ -296,9 +299,9 @@ def retain_flops(
     key_dim: int,
     value_dim: int,
     work: Workload,
+    mode: Mode,
+    chunk_size: int | None,
     *,
-    mode: Mode = "auto",
-    chunk_size: int | None = None,
     per_token: bool = False,
     grouped: bool = False,
 ) -> MixerFlops:
@@ -308,20 +311,36 @@ def retain_flops(
     S alone.
     """
     through_state, in_chunk = 4 * key_dim * value_dim, key_dim + value_dim
-    chunk = chunk_tokens(
-        work.context,
-        key_dim,
-        value_dim,
-        dtype=work.dtype,
-        device=work.device,
-        mode=mode,
-        chunk_size=chunk_size,
-        per_token=per_token,
-        grouped=grouped,
-    )
+    chunk = _chunk(key_dim, value_dim, work, mode, chunk_size, per_token, grouped)
     forward = through_state + min(chunk, work.context) * in_chunk
     if mode == "parallel":
         forward = work.context * in_chunk
     elif mode == "recurrent":
         forward = through_state
     return MixerFlops(num_heads * forward, num_heads * through_state)
+
+
+def chunk_note(
+    name: str,
+    key_dim: int,
+    value_dim: int,
+    work: Workload,
+    mode: Mode,
+    chunk_size: int | None,
+    *,
+    per_token: bool = False,
+    grouped: bool = False,
+) -> str | None:
+    """The tokens per chunk that really run: on a GPU `chunk_size` is a hint. None for forms without chunks."""
+    if mode not in ("auto", "chunkwise"):
+        return None
+    tokens = _chunk(key_dim, value_dim, work, "chunkwise", chunk_size, per_token, grouped)
+    asked = f", the nearest to chunk_size {chunk_size}" if chunk_size not in (None, tokens) else ""
+    return f"{name} on {work.device}: {tokens} tokens per chunk{asked}"
+
+
+def _chunk(
+    key_dim: int, value_dim: int, work: Workload, mode: Mode, chunk_size: int | None, per_token: bool, grouped: bool
+) -> int:
+    options = {"mode": mode, "chunk_size": chunk_size, "per_token": per_token, "grouped": grouped}
+    return chunk_tokens(work.context, key_dim, value_dim, dtype=work.dtype, device=work.device, **options)

@@ -49,6 +49,13 @@ def mixer_costs(config: ModelConfig, context: int, device: str = "cpu") -> list[
     return [MixerCost(*each, layer.nbytes) for each, layer in zip(flops, state, strict=True)]
 
 
+def device_notes(config: ModelConfig, context: int, device: str) -> list[str]:
+    """Sentences about how the layers run on a device, each once, where the configuration does not determine it."""
+    work = Workload(config.d_model, context, config.torch_dtype, device)
+    notes = (layer.mixer.on_device(work) for layer in config.layers)
+    return list(dict.fromkeys(note for note in notes if note))
+
+
 @lru_cache(maxsize=64)
 def _empty_model(config: ModelConfig) -> LanguageModel:
     """The model on the meta device: shapes without memory."""

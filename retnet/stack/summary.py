@@ -52,12 +52,6 @@ def runs(rows: list[LayerSummary]) -> list[tuple[int, LayerSummary]]:
     return found
 
 
-def device_notes(stack: Stack, device: torch.device) -> list[str]:
-    """Sentences about how the layers run on a device, each once, if the file alone does not determine that."""
-    notes = (layer.mixer.on_device(stack.spec, device) for layer in stack.layers)
-    return list(dict.fromkeys(note for note in notes if note))
-
-
 def _parameters(block: BlockConfig, d_model: int) -> tuple[int, int]:
     with torch.device("meta"):
         module = Block(block, d_model)

@@ -45,10 +45,11 @@ _PRODUCT_GPU = 8192
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak rate of one device, in operations per second, and the source of the number."""
+    """The peak rate of one device, in operations per second, the source of the number, and the device's type."""
 
     rate: float
     source: str
+    device: str = "cpu"
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
@@ -57,11 +58,11 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         for known, rate in PEAK_RATES.items():
             if known in name:
-                return Peak(rate, f"{known} dense bfloat16, vendor's {rate / 1e12:.0f} TFLOP/s")
+                return Peak(rate, f"{known} dense bfloat16, vendor's {rate / 1e12:.0f} TFLOP/s", device.type)
     rate = _product_rate(device, dtype)
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     kind = str(dtype).removeprefix("torch.")
-    return Peak(rate, f"{name}{threads}, {kind} product measured at {rate / 1e12:.3g} TFLOP/s")
+    return Peak(rate, f"{name}{threads}, {kind} product measured at {rate / 1e12:.3g} TFLOP/s", device.type)
 
 
 @torch.no_grad()
@@ -133,7 +134,7 @@ class Meter:
         rate = tokens / seconds
         return {
             "tokens_per_second": rate * self._num_processes,
-            "mfu": rate * flops_per_token(self._config, tokens, seen) / self.peak.rate,
+            "mfu": rate * flops_per_token(self._config, tokens, seen, self.peak.device) / self.peak.rate,
             "data_wait": waited / seconds,
         }
 
@@ -143,10 +144,12 @@ class Meter:
         self._tokens = self._seen = 0
 
 
-def flops_per_token(config: ModelConfig, num_tokens: int, seen: int) -> float:
+def flops_per_token(config: ModelConfig, num_tokens: int, seen: int, device: str = "cpu") -> float:
     """Operations per token, forward and backward; `seen` is the sum of the squared lengths of the document pieces.
+
+    device: the type of the device, which decides the tokens per chunk.
 
     The work of attention grows with the square of a piece's length, so the mean over tokens is that of one length,
     `seen / num_tokens`.
     """
-    return model_cost(config, max(1, round(seen / num_tokens))).training_flops
+    return model_cost(config, max(1, round(seen / num_tokens)), device).training_flops

@@ -155,7 +155,7 @@ class PackedTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
         facts: BatchFacts = inputs[FACTS]
         config = self.accelerator.unwrap_model(self.model).model.config
-        return facts.num_tokens * flops_per_token(config, facts.num_tokens, facts.seen)
+        return facts.num_tokens * flops_per_token(config, facts.num_tokens, facts.seen, self.meter.peak.device)
 
     def check_losses(self) -> None:
         """Raise NonFiniteLoss if any process has a loss that is not finite. All processes call this together."""

@@ -96,6 +96,7 @@ def test_info_prints_and_draws_presets_of_any_size(capsys, tmp_path, model):
     picture = tmp_path / "pictures" / "info.png"
     assert run("info", model, "--png", picture) == 0
     text = capsys.readouterr().out
+    assert "retention on cpu: 64 tokens per chunk" in text
     assert model in text
     assert "1,048,576" in text
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -13,7 +13,7 @@ from retnet.layers.mamba2 import Mamba2Config, mamba2_flops
 from retnet.layers.mixer_base import Workload
 from retnet.layers.moe import MoEConfig
 from retnet.layers.retention import RetentionConfig, retention_flops
-from retnet.models.cost import idle_parameters, model_cost
+from retnet.models.cost import device_notes, idle_parameters, model_cost
 from retnet.ops.plan import CPU_CHUNK_SIZE, chunk_tokens
 from tests.small_models import small_model
 
@@ -97,3 +97,28 @@ def test_the_device_of_a_cost_decides_its_chunk():
     heads = config.num_heads * len(model.config.layers)
     assert gpu.forward_flops - cpu.forward_flops == heads * (chunk - CPU_CHUNK_SIZE) * (K + V)
     assert gpu.decode_flops == cpu.decode_flops
+
+
+@pytest.mark.parametrize(("chunk_size", "tokens"), [(None, CPU_CHUNK_SIZE), (32, 32), (128, 128)])
+def test_the_chunk_on_a_cpu_is_the_given_one_or_the_operators(chunk_size, tokens):
+    layers = [
+        BlockConfig(RetentionConfig(2, 16, 32, chunk_size=chunk_size), None),
+        BlockConfig(Mamba2Config(32, head_dim=8, state_dim=4, mode="chunkwise", chunk_size=chunk_size), None),
+    ]
+    notes = [f"{name} on cpu: {tokens} tokens per chunk" for name in ("retention", "mamba2")]
+    assert device_notes(small_model(layers * 2).config, 4096, "cpu") == notes
+
+
+@pytest.mark.parametrize("decay", ["paper", "gated"])
+def test_a_chunk_size_that_a_gpu_lacks_is_reported_with_the_nearest(decay):
+    layer = BlockConfig(RetentionConfig(2, 16, 32, decay=decay, chunk_size=1000), None)
+    used = chunk_tokens(4096, 8, 16, dtype=torch.float32, device="cuda", chunk_size=1000, per_token=decay == "gated")
+    assert used < 1000
+    assert device_notes(small_model([layer]).config, 4096, "cuda") == [
+        f"retention on cuda: {used} tokens per chunk, the nearest to chunk_size 1000"
+    ]
+
+
+def test_forms_without_chunks_have_no_note():
+    mixers = RetentionConfig(2, 16, 32, mode="parallel"), AttentionConfig(2, 2, 8), Mamba1Config(32, 2)
+    assert device_notes(small_model([BlockConfig(mixer, None) for mixer in mixers]).config, 4096, "cpu") == []

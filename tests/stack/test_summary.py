@@ -1,17 +1,13 @@
-"""Summaries of layers: words, reach, parameters, and what runs on a device."""
+"""Summaries of layers: words, reach and parameters."""
 
 import pytest
-import torch
 
 from retnet.layers.block import Block
-from retnet.ops.plan import CPU_CHUNK_SIZE
-from retnet.ops.retention import chunk_tokens
 from retnet.stack.build import model_config
-from retnet.stack.summary import device_notes, runs, summarize
+from retnet.stack.summary import runs, summarize
 
 from .specs import stack
 
-RETNET = "retnet: {chunk_size: 32}"
 MIXER_A = "type: attention\n      attention: {window: 16}"
 
 
@@ -73,30 +69,3 @@ def test_equal_layers_in_a_row_are_one_run():
     assert [count for count, _ in runs(summaries(apart))] == [1, 1, 1]
     scaled = ("- template: a", "- template: a\n- {template: a, override: {residual: {scaling: 0.5}}}")
     assert [count for count, _ in runs(summaries(scaled))] == [2, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("written", "tokens"),
-    [(RETNET, 32), ("retnet: {rope: true}", CPU_CHUNK_SIZE), ("retnet: {chunk_size: 128}", 128)],
-)
-def test_the_chunk_of_retention_on_a_cpu_is_the_given_one_or_the_operators(written, tokens):
-    assert device_notes(stack((RETNET, written)), torch.device("cpu")) == [
-        f"retention on cpu: {tokens} tokens per chunk"
-    ]
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_the_chunk_of_retention_on_a_gpu_is_what_the_kernels_run(gated):
-    decay = ", vendor.retnet.decay: gated" if gated else ""
-    written = f"retnet: {{chunk_size: 1000{decay}}}"
-    used = chunk_tokens(256, 16, 32, dtype=torch.bfloat16, device="cuda", chunk_size=1000, per_token=gated)
-    assert used < 1000
-    assert device_notes(stack((RETNET, written)), torch.device("cuda")) == [
-        f"retention on cuda: {used} tokens per chunk, the nearest to chunk_size 1000"
-    ]
-
-
-def test_stacks_without_chunks_have_no_note():
-    parallel = stack((RETNET, "retnet: {chunkwise: false}"))
-    attention = stack(("- {template: r, repeat: 2}\n", ""))
-    assert device_notes(parallel, torch.device("cpu")) == device_notes(attention, torch.device("cpu")) == []

@@ -107,7 +107,7 @@ def test_other_devices_are_measured_and_the_source_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unheard-of 1")
     monkeypatch.setattr(throughput, "_product_rate", lambda device, dtype: 5e12)
     assert device_peak(torch.device("cuda", 0), torch.bfloat16) == Peak(
-        5e12, "Unheard-of 1, bfloat16 product measured at 5 TFLOP/s"
+        5e12, "Unheard-of 1, bfloat16 product measured at 5 TFLOP/s", "cuda"
     )
 
 

@@ -13,8 +13,6 @@ from ..section import OURS
 from .settings import MixerSettings
 
 if TYPE_CHECKING:
-    import torch
-
     from retnet.layers.retention import RetentionConfig
     from retnet.models.config import ModelConfig
 
@@ -105,26 +103,6 @@ class Retnet(MixerSettings):
         from retnet.models.cost import head_windows
 
         return tuple(head_windows(config)[0]) or None
-
-    def on_device(self, spec: Spec, device: torch.device) -> str | None:
-        """The tokens per chunk that run there: `chunk_size` is a hint on a GPU, and may be absent."""
-        from retnet.ops.retention import chunk_tokens
-
-        layer = self.config(spec)
-        if layer.mode != "chunkwise":
-            return None
-        tokens = chunk_tokens(
-            spec.model.max_seq_len,
-            layer.head_key_dim,
-            layer.head_value_dim,
-            dtype=spec.model.torch_dtype,
-            device=device,
-            mode=layer.mode,
-            chunk_size=layer.chunk_size,
-            per_token=layer.decay == "gated",
-        )
-        asked = f", the nearest to chunk_size {self.chunk_size}" if self.chunk_size not in (None, tokens) else ""
-        return f"retention on {device.type}: {tokens} tokens per chunk{asked}"
 
     def estimate(self, model: Model) -> int:
         return 4 * model.d_model * model.d_model + model.d_model

@@ -9,9 +9,7 @@ from ..errors import Fault
 from ..section import Section
 
 if TYPE_CHECKING:
-    import torch
-
-    from retnet.layers.block import MixerConfig
+    from retnet.layers.mixer_base import MixerConfig
     from retnet.models.config import ModelConfig
 
     from ..schema import Embedding, Model, Spec
@@ -50,10 +48,6 @@ class MixerSettings(Section):
 
     def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
         """How many tokens back each head can use, None without a limit. config: a model of this layer only."""
-        return None
-
-    def on_device(self, spec: Spec, device: torch.device) -> str | None:
-        """A sentence about how the layer runs on a device, if the file alone does not determine that."""
         return None
 
     def estimate(self, model: Model) -> int:
