@@ -93,6 +93,30 @@ def scan_cases(device: str) -> Iterator[tuple[str, Measure]]:
     yield "scan forward + backward", lambda: device_milliseconds(both) if device == "cuda" else wall_milliseconds(both)
 
 
+def convolution_cases(device: str) -> Iterator[tuple[str, Measure]]:
+    """The short convolution of width 4."""
+    import torch
+
+    from retnet.ops.short_convolution import short_convolution
+
+    B, T, C = (4, 8192, 4096) if device == "cuda" else (1, 1024, 512)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x = torch.randn(B, T, C, device=device, dtype=dtype, requires_grad=True)
+    weight, bias = (torch.randn(*shape, device=device, dtype=dtype, requires_grad=True) for shape in ((C, 1, 4), (C,)))
+    dy = torch.randn(B, T, C, device=device, dtype=dtype)
+
+    def forward():
+        with torch.no_grad():
+            return short_convolution(x, weight, bias)
+
+    def both():
+        return torch.autograd.grad(short_convolution(x, weight, bias)[0], (x, weight, bias), dy)
+
+    for what, run in (("forward", forward), ("forward + backward", both)):
+        measure = device_milliseconds if device == "cuda" else wall_milliseconds
+        yield f"convolution {B},{T},{C} {what}", lambda run=run, measure=measure: measure(run)
+
+
 def engine_cases(device: str) -> Iterator[tuple[str, Measure]]:
     """Decode steps of the engine, and a prompt."""
     import torch
@@ -169,6 +193,7 @@ def train_cases(device: str) -> Iterator[tuple[str, Measure]]:
 CASES = {
     "operator": operator_cases,
     "scan": scan_cases,
+    "convolution": convolution_cases,
     "engine": engine_cases,
     "generate": generate_cases,
     "train": train_cases,
