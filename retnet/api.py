@@ -19,6 +19,7 @@ from torch import Tensor
 
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.tokenizer_json import find_tokenizer
+from retnet.models.decode.generation import PROMPT_CHUNK
 from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
 from retnet.ops.dtypes import resolve_dtype
@@ -31,8 +32,6 @@ from retnet.stack.resolve import resolve_model, resolve_tokenizer, tokenizer_of
 
 Model = str | os.PathLike[str] | LanguageModel
 Prompt = str | bytes | Sequence[int] | Tensor
-
-PROMPT_BLOCK = 2048  # tokens per prompt chunk: bounds the memory of its activations
 
 
 def load(
@@ -169,8 +168,8 @@ def engine_for(model: LanguageModel, request: Request, tokenizer: Tokenizer, spe
         model,
         num_slots=1,
         max_tokens=None if limit is None else len(request.prompt) + limit,
-        prompt_block=PROMPT_BLOCK,
-        prompt_budget=PROMPT_BLOCK,
+        prompt_block=PROMPT_CHUNK,
+        prompt_budget=PROMPT_CHUNK,
         decode=tokenizer.decode,
         speculation=Speculation(draft_tokens=speculate) if speculate else None,
     )

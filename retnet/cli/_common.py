@@ -56,6 +56,6 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([ntr0\\])", lambda match: _ESCAPES[match[1]], text)
 
 
-def write_json(data: object) -> None:
+def print_json(data: object) -> None:
     """Data on standard output, for programs."""
     print(json.dumps(data, indent=2))

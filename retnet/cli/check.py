@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from retnet.cli._common import DEVICE_HELP, console, write_json
+from retnet.cli._common import DEVICE_HELP, console, print_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def check(
         title = f"{model}, {ids.shape[1]} tokens of {text or 'random input'}"
     failed = sum(not row.passed for row in rows)
     if as_json:
-        write_json([_as_dict(row) for row in rows])
+        print_json([_as_dict(row) for row in rows])
     else:
         console.print(_table(title, rows))
         if rows[0].tokens is not None:

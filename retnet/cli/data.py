@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from retnet.cli._common import console, errors, unescape, write_json
+from retnet.cli._common import console, errors, print_json, unescape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,11 +145,11 @@ def show(
             for d in chosen
         ]
         picture = _draw(corpus, source, plot)
-        write_json(_facts(corpus) | {"plot": None if picture is None else str(picture), "samples": documents})
+        print_json(_summary(corpus) | {"plot": None if picture is None else str(picture), "samples": documents})
         return
-    facts = _facts(corpus)
-    width = max(map(len, facts)) + 2
-    for name, value in facts.items():  # not a table, which cuts hashes off at the edge of the terminal
+    summary = _summary(corpus)
+    width = max(map(len, summary)) + 2
+    for name, value in summary.items():  # not a table, which cuts hashes off at the edge of the terminal
         text = f"{value:,}" if isinstance(value, int) else str(value)
         console.print(f"[bold]{name.replace('_', ' '):<{width}}[/]{escape(text)}", soft_wrap=True)
     for document in chosen:
@@ -196,7 +196,7 @@ def _draw(corpus: Corpus, source: str, plot: Path | None) -> Path | None:
     return path
 
 
-def _facts(corpus: Corpus) -> dict[str, int | float | str]:
+def _summary(corpus: Corpus) -> dict[str, int | float | str]:
     import numpy as np
 
     ranks = {"shortest": 0, "median": 50, "90th percentile": 90, "longest": 100}

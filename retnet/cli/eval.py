@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, write_json
+from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, print_json
 
 
 class Part(StrEnum):
@@ -81,7 +81,7 @@ def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, dev
         model: result.bits_per_byte
     }
     if as_json:
-        write_json({"documents": len(scored), "bytes": result.num_bytes, "seconds": seconds, "bits_per_byte": rows})
+        print_json({"documents": len(scored), "bytes": result.num_bytes, "seconds": seconds, "bits_per_byte": rows})
         return
     size = f"{len(scored)} documents, {result.num_bytes / 1e6:.2f} MB"
     console.print(f"{data}: {size} ({part.value})", highlight=False, soft_wrap=True)
@@ -116,7 +116,7 @@ def _perplexity(model: str, file: Path, context: int | None, stride: int | None,
         for way, result in results.items()
     }
     if as_json:
-        write_json(rows)
+        print_json(rows)
         return
     table = Table(title=str(file), title_justify="left", box=None, header_style="bold", pad_edge=False)
     for name in ("read", "tokens", "per token", "words with <eos>", "per word", "bits per byte"):
@@ -146,7 +146,7 @@ def _run_tasks(
     network = RetNetLM(model, device=device)
     results = run_tasks(network, tasks, num_fewshot=num_fewshot, limit=limit, task_manager=manager)["results"]
     if as_json:
-        write_json(results)
+        print_json(results)
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("task", "metric", "value"):

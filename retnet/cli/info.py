@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from retnet.cli._common import MODEL_HELP, console, write_json
+from retnet.cli._common import MODEL_HELP, console, print_json
 from retnet.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -28,18 +28,18 @@ def info(
 
     config = resolve_config(model)
     contexts = tuple(context or _CONTEXTS)
-    facts = _facts(config, contexts)
+    summary = _summary(config, contexts)
     if png is not None:
         from retnet.eval.figures import save_model_figure
 
         save_model_figure(config, contexts, png)
     if as_json:
-        write_json(facts)
+        print_json(summary)
     else:
-        _print(model, facts)
+        _print(model, summary)
 
 
-def _facts(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object]:
+def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object]:
     from retnet.models.cost import (
         device_notes,
         head_windows,
@@ -73,10 +73,10 @@ def _facts(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object]:
     }
 
 
-def _print(model: str, facts: dict) -> None:
-    parts = facts["parameters"]
+def _print(model: str, summary: dict) -> None:
+    parts = summary["parameters"]
     console.print(
-        f"[bold]{model}[/]: {facts['layers']} layers of width {facts['width']}, vocabulary {facts['vocabulary']}, "
+        f"[bold]{model}[/]: {summary['layers']} layers of width {summary['width']}, vocabulary {summary['vocabulary']}, "
         f"[bold]{parts['total']:,}[/] parameters ({parts['layers']:,} in layers, {parts['embedding']:,} embedding, "
         f"{parts['head']:,} head)",
         highlight=False,
@@ -85,7 +85,7 @@ def _print(model: str, facts: dict) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("context", "training GFLOP/token", "decode GFLOP/token", "state", "KV cache", "ratio"):
         table.add_column(name, justify="right")
-    for row in facts["contexts"]:
+    for row in summary["contexts"]:
         table.add_row(
             f"{row['tokens']:,}",
             f"{row['training_flops_per_token'] / 1e9:.3f}",
@@ -99,9 +99,9 @@ def _print(model: str, facts: dict) -> None:
         "[dim]per sequence: state in float32; KV cache of a Transformer of this width and depth in 16 bit[/]",
         highlight=False,
     )
-    for note in facts["on_this_device"]:
+    for note in summary["on_this_device"]:
         console.print(note, highlight=False, soft_wrap=True)
-    _print_windows(facts["windows"])
+    _print_windows(summary["windows"])
 
 
 def _print_windows(windows: list[list[float | None]]) -> None:

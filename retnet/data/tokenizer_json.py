@@ -25,7 +25,7 @@ from retnet.data.tokenizer import (
     byte_characters,
     check_token,
 )
-from retnet.system.files import flush, read_json
+from retnet.system.files import flush, read_json, write_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -127,7 +127,7 @@ class JsonTokenizer(Tokenizer):
             "bos_token": self._tokenizer.id_to_token(self.document_start),
             "eos_token": self._tokenizer.id_to_token(end),
         }
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(path, config)
 
 
 def find_tokenizer(name: str, start: str | None = None, *, with_end: bool = False) -> Tokenizer:

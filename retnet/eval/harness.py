@@ -84,8 +84,8 @@ class RetNetLM(TemplateLM):
         for context, read in self._read_all(sorted(by_context)):
             indices = by_context[context]
             for begin in range(0, len(indices), ROWS):
-                some = indices[begin : begin + ROWS]
-                for i, result in zip(some, self._score_answers(read, [requests[i][2] for i in some])):
+                batch = indices[begin : begin + ROWS]
+                for i, result in zip(batch, self._score_answers(read, [requests[i][2] for i in batch])):
                     results[i] = result
         return results
 

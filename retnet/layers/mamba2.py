@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.parts import Parts
-from retnet.layers.retention import RetentionDraft, chunk_note, retain, retain_flops
+from retnet.layers.retention import RetentionDraft
+from retnet.layers.retention_call import RetentionCall
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
@@ -74,15 +75,14 @@ class Mamba2Config(MixerConfig):
         return self.inner_dim // self.head_dim
 
     @property
-    def shares_keys(self) -> bool:
-        """Whether heads share B and C."""
-        return self.num_groups < self.num_heads
+    def call(self) -> RetentionCall:
+        """The layer's call of retention, K = state_dim and V = head_dim; the heads of a group share B and C."""
+        sizes = self.num_heads, self.state_dim, self.head_dim
+        grouped = self.num_groups < self.num_heads
+        return RetentionCall(*sizes, self.mode, self.chunk_size, per_token=True, grouped=grouped, scale=1.0)
 
     def on_device(self, work: Workload) -> str | None:
-        form = self.mode, self.chunk_size
-        return chunk_note(
-            "mamba2", self.state_dim, self.head_dim, work, *form, per_token=True, grouped=self.shares_keys
-        )
+        return self.call.chunk_note("mamba2", work)
 
     @property
     def conv_dim(self) -> int:
@@ -118,6 +118,7 @@ class Mamba2(MixerModule):
     def __init__(self, config: Mamba2Config, d_model: int):
         super().__init__()
         self.config = config
+        self.call_retention = config.call
         self.in_proj = nn.Linear(d_model, config.inner_dim + config.conv_dim + config.num_heads, bias=config.bias)
         self.conv = ShortConvolution(config.conv_dim, config.conv_width, config.conv_bias)
         self.log_rate = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
@@ -161,17 +162,8 @@ class Mamba2(MixerModule):
         time_step = F.softplus(time_step.to(wide) + self.time_step_bias.to(wide))
         time_step = time_step.clamp(config.time_step_lowest, config.time_step_highest)
         v, log_decay = (u * time_step[..., None]).to(x.dtype), -self.log_rate.to(wide).exp() * time_step
-        out, memory = retain(
-            C,
-            B,
-            v,
-            log_decay,
-            None if state is None else state.memory,
-            layout,
-            scale=1.0,
-            mode=config.mode,
-            chunk_size=config.chunk_size,
-        )
+        memory = None if state is None else state.memory
+        out, memory = self.call_retention(C, B, v, log_decay, memory, layout)
         out = (out + self.skip[:, None] * u).flatten(-2)
         out = self._gated_norm(out, z)
         out = self.out_proj(out)
@@ -187,8 +179,7 @@ class Mamba2(MixerModule):
 
 
 def mamba2_flops(config: Mamba2Config, work: Workload) -> MixerFlops:
-    """Retention of H heads, K = state_dim and V = head_dim, after a short convolution of W taps on every channel."""
-    sizes = config.num_heads, config.state_dim, config.head_dim
-    flops = retain_flops(*sizes, work, config.mode, config.chunk_size, per_token=True, grouped=config.shares_keys)
+    """Retention after a short convolution of W taps on every channel."""
+    flops = config.call.flops(work)
     taps = 2 * config.conv_width * config.conv_dim
     return MixerFlops(flops.forward + taps, flops.decode + taps)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.parts import Parts
+from retnet.layers.retention_call import RetentionCall
 from retnet.layers.rotary import prepare_rotation, rotate_heads
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
-from retnet.ops.plan import supported_chunk_size
-from retnet.ops.retention import Mode, chunk_tokens, retention, retention_step_
+from retnet.ops.retention import Mode, retention_step_
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,14 @@ class RetentionConfig(MixerConfig):
         # "auto" would choose the form by the number of tokens in the example.
         return replace(self, mode="recurrent" if one_token else "parallel")
 
+    @property
+    def call(self) -> RetentionCall:
+        """The layer's call of retention."""
+        sizes = self.num_heads, self.head_key_dim, self.head_value_dim
+        return RetentionCall(*sizes, self.mode, self.chunk_size, per_token=self.decay == "gated")
+
     def on_device(self, work: Workload) -> str | None:
-        sizes = self.head_key_dim, self.head_value_dim
-        return chunk_note("retention", *sizes, work, self.mode, self.chunk_size, per_token=self.decay == "gated")
+        return self.call.chunk_note("retention", work)
 
     @property
     def log_decay(self) -> Tensor | None:
@@ -161,6 +166,7 @@ class MultiScaleRetention(MixerModule):
     def __init__(self, config: RetentionConfig, d_model: int):
         super().__init__()
         self.config = config
+        self.call_retention = config.call
         bias = config.bias
         self.q_proj = nn.Linear(d_model, config.key_dim, bias=bias)
         self.k_proj = nn.Linear(d_model, config.key_dim // config.heads_per_kv_head, bias=bias)
@@ -237,7 +243,7 @@ class MultiScaleRetention(MixerModule):
             k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))
         log_decay = self.log_decay(x)
         memory = None if state is None else state.memory
-        out, memory = retain(q, k, v, log_decay, memory, layout, mode=config.mode, chunk_size=config.chunk_size)
+        out, memory = self.call_retention(q, k, v, log_decay, memory, layout)
         if config.decay_norm:
             out = out / decay_norm(log_decay, layout.positions)[..., None].to(out.dtype)
         out = self._head_norm(out).flatten(-2).to(x.dtype)
@@ -254,93 +260,6 @@ class MultiScaleRetention(MixerModule):
         return out if self.head_norm_weight is None else out * self.head_norm_weight
 
 
-def retain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    memory: Tensor | None,
-    layout: TokenLayout,
-    *,
-    scale: float | None = None,
-    mode: Mode = "auto",
-    chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Retention as a layer runs it: (out, memory [N, H, K, V] after the last token, or None without `layout.carry`).
-
-    The given memory is overwritten if the layout allows it.
-    """
-    if layout.in_place and memory is not None and layout.one_per_row:
-        return retention_step_(q, k, v, log_decay, memory, scale=scale, mask=layout.mask), memory
-    return retention(
-        q,
-        k,
-        v,
-        log_decay,
-        scale=scale,
-        state=memory,
-        mask=layout.mask,
-        cu_seqlens=layout.cu_seqlens,
-        mode=mode if q.shape[1] > 1 else "auto",
-        chunk_size=supported_chunk_size(q, v, log_decay.dim() == 3, chunk_size),
-        state_dtype=None if memory is None else memory.dtype,
-        return_state=layout.carry,
-    )
-
-
 def retention_flops(config: RetentionConfig, work: Workload) -> MixerFlops:
-    """Retention of H heads; see `retain_flops`."""
-    sizes = config.num_heads, config.head_key_dim, config.head_value_dim
-    return retain_flops(*sizes, work, config.mode, config.chunk_size, per_token=config.decay == "gated")
-
-
-def retain_flops(
-    num_heads: int,
-    key_dim: int,
-    value_dim: int,
-    work: Workload,
-    mode: Mode,
-    chunk_size: int | None,
-    *,
-    per_token: bool = False,
-    grouped: bool = False,
-) -> MixerFlops:
-    """S += k^T v and q S cost 4 K V per head; the causal half of a chunk of C tokens costs C (K + V).
-
-    C is what runs on the device. The parallel form has one chunk, the whole sequence, and no S; the recurrent form has
-    S alone.
-    """
-    through_state, in_chunk = 4 * key_dim * value_dim, key_dim + value_dim
-    chunk = _chunk(key_dim, value_dim, work, mode, chunk_size, per_token, grouped)
-    forward = through_state + min(chunk, work.context) * in_chunk
-    if mode == "parallel":
-        forward = work.context * in_chunk
-    elif mode == "recurrent":
-        forward = through_state
-    return MixerFlops(num_heads * forward, num_heads * through_state)
-
-
-def chunk_note(
-    name: str,
-    key_dim: int,
-    value_dim: int,
-    work: Workload,
-    mode: Mode,
-    chunk_size: int | None,
-    *,
-    per_token: bool = False,
-    grouped: bool = False,
-) -> str | None:
-    """The tokens per chunk that really run: on a GPU `chunk_size` is a hint. None for forms without chunks."""
-    if mode not in ("auto", "chunkwise"):
-        return None
-    tokens = _chunk(key_dim, value_dim, work, "chunkwise", chunk_size, per_token, grouped)
-    asked = f", the nearest to chunk_size {chunk_size}" if chunk_size not in (None, tokens) else ""
-    return f"{name} on {work.device}: {tokens} tokens per chunk{asked}"
-
-
-def _chunk(
-    key_dim: int, value_dim: int, work: Workload, mode: Mode, chunk_size: int | None, per_token: bool, grouped: bool
-) -> int:
-    options = {"mode": mode, "chunk_size": chunk_size, "per_token": per_token, "grouped": grouped}
-    return chunk_tokens(work.context, key_dim, value_dim, dtype=work.dtype, device=work.device, **options)
+    """The operation of all heads, without projections."""
+    return config.call.flops(work)

@@ -1,1 +1,1 @@
-"""Models: configuration, language model, states, costs, scoring, generation, converters and the Hugging Face face."""
+"""Models: configuration, language model, states, costs, decoding, converters, and the Hugging Face classes."""

@@ -100,9 +100,9 @@ def model_cost(config: ModelConfig, context: int, device: str = "cpu") -> ModelC
     )
 
 
-def transformer_cache_bytes(config: ModelConfig, context: int, bytes_per_value: int = 2) -> int:
-    """Keys and values that a multi-head Transformer of this width and depth keeps: 2 D per token and layer."""
-    return 2 * len(config.layers) * config.d_model * context * bytes_per_value
+def transformer_cache_bytes(config: ModelConfig, context: int) -> int:
+    """A multi-head Transformer of this width and depth: 2 D keys and values per token and layer, 2 bytes each."""
+    return 2 * 2 * config.d_model * len(config.layers) * context
 
 
 def head_windows(config: ModelConfig) -> list[list[float]]:

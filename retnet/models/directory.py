@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,14 @@ def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors:
         **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
     write_tensors(directory, tensors.renamed({PREFIX + name: name for name in tensors.specs}))
+    write_config(directory, data)
+    write_shim(directory)
+
+
+def write_config(directory: Path, data: Mapping[str, Any]) -> None:
+    """Write `config.json`, formatted as transformers does."""
     with written_whole(directory / CONFIG_FILE) as file:
         file.write((json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
-    write_shim(directory)
 
 
 def write_shim(directory: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""The sections of a stack file (EulerStack's schema_version 1) as closed, typed models.
+"""The sections of a stack file (EulerStack's schema_version 1) as typed models that refuse unknown keys.
 
 Only the keys that act on the model or its training are fields; `unsupported` names the rest. The settings of mixers
 are in `mixers`, rules between sections in `rules`. Defaults are the schema's; where it is silent, the paper's.

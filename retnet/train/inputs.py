@@ -78,7 +78,7 @@ def _valid_rows(corpus: Corpus, recipe: Recipe, arguments: TrainingArguments) ->
     return PackedDataset(corpus, recipe.length, None, carry_state=True, lanes=lanes)
 
 
-def open_model(recipe: Recipe, corpus: Corpus, seed: int) -> PackedForCausalLM:
+def initial_model(recipe: Recipe, corpus: Corpus, seed: int) -> PackedForCausalLM:
     """The model that a recipe names: a preset with weights drawn from the seed, a stack with weights drawn from its own
     seed, or a saved model to continue from.
 

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from retnet.train.checkpoints import CheckpointError, choose, inspect, list_checkpoints
 from retnet.train.cpu_fsdp import sharding_on_cpus
 from retnet.train.finish import TrainingSummary, continuations, record, save_whole_model
-from retnet.train.inputs import RunData, open_data, open_model, run_identity
+from retnet.train.inputs import RunData, initial_model, open_data, run_identity
 from retnet.train.progress import ProgressCallback
 from retnet.train.recipe import Recipe
 from retnet.train.resume import check_identity
@@ -43,7 +43,7 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
         console = Console(quiet=True)
     output = Path(str(arguments.output_dir))
     data = open_data(recipe, arguments)
-    model = open_model(recipe, data.corpus, arguments.seed)
+    model = initial_model(recipe, data.corpus, arguments.seed)
     parameters = sum(p.numel() for p in model.parameters())
     options = RunOptions(
         carry_state=recipe.carry_state,

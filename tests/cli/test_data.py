@@ -69,7 +69,7 @@ def test_show_prints_all_of_the_fingerprint_in_a_narrow_terminal(capsys, tokens,
     assert any(open_corpus(tokens).fingerprint in line for line in capsys.readouterr().out.splitlines())
 
 
-def test_show_works_where_no_plot_can_be_written(capsys, tokens, tmp_path):
+def test_show_works_where_no_plot_can_be_written(capsys, tokens):
     (tokens / "lengths.png").mkdir()
     assert run("show", tokens) == 0
     printed = capsys.readouterr()

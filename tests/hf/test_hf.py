@@ -1,4 +1,4 @@
-"""The Hugging Face face adds names and conventions, no numbers of its own."""
+"""The Hugging Face classes add names and conventions, no numbers of its own."""
 
 from __future__ import annotations
 

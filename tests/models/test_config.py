@@ -1,4 +1,4 @@
-"""Configurations: closed, round-trippable, and counted."""
+"""Configurations: unknown keys are refused, JSON keeps them exactly, parameters are counted."""
 
 import json
 

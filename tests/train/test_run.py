@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from retnet.data import PackedDataset, open_corpus
 from retnet.models.directory import load_model, save_model
-from retnet.train.inputs import _check_same_tokens, open_model
+from retnet.train.inputs import _check_same_tokens, initial_model
 from retnet.train.losses import NonFiniteLoss
 from retnet.train.run import train
 from retnet.train.throughput import Meter
@@ -243,7 +243,7 @@ def test_a_model_goes_on_with_its_own_tokenizer_alone(byte_model, text_folder, t
 
 def test_the_seed_determines_the_weights_of_a_preset(text_folder, tmp_path):
     recipe, corpus = recipe_for("retnet-tiny", text_folder, tmp_path), open_corpus(str(text_folder))
-    one, same, other = (open_model(recipe, corpus, seed).model.embedding.weight for seed in (1, 1, 2))
+    one, same, other = (initial_model(recipe, corpus, seed).model.embedding.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 

@@ -58,8 +58,8 @@ def matvec(
 
     residual [B, N] may be `out` itself.
     """
-    some = x if x is not None else gate
-    assert some is not None
+    rows_in = x if x is not None else gate
+    assert rows_in is not None
     N, K = weight.shape
     kind, groups, eps, norm_weight, norm_bias = norm
     width, tile = K // groups, linear_tile(N, K, groups)
@@ -67,7 +67,7 @@ def matvec(
         x, gate, norm_weight, norm_bias, weight, weight_scale, bias, residual, out,
         0 if x is None else x.stride(0), 0 if gate is None else gate.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), weight.stride(0), eps, skip, branch,
-        B=some.shape[0], N=N, G=groups, V=width, BN=tile.BN, BG=tile.BG, BV=tile.BV, NORM=kind, ACT=activation,
+        B=rows_in.shape[0], N=N, G=groups, V=width, BN=tile.BN, BG=tile.BG, BV=tile.BV, NORM=kind, ACT=activation,
         SHARED=norm_weight is not None and norm_weight.numel() == width, num_warps=tile.warps,
         **dependent_launch(weight.device),
     )  # fmt: skip

@@ -36,6 +36,8 @@ from retnet.system.files import write_json
 
 Tile = TypeVar("Tile", StateTile, SegmentTile)
 
+REPEATS = 7  # timed runs per tile
+
 # (x, y, z, reversed, heads summed) of the segment kernel's roles.
 ROLES = {
     "out": ("q", "k", "v", False, False),
@@ -139,9 +141,9 @@ def _fastest(tiles: Iterator[Tile], run: Callable[[Tile], None], report: Callabl
     return tile, milliseconds
 
 
-def _milliseconds(run: Callable[[], None], repeats: int = 7) -> float:
+def _milliseconds(run: Callable[[], None]) -> float:
     run()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
     for start, end in events:
         start.record()
         run()

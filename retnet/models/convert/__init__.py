@@ -6,7 +6,6 @@ One module a format. Everything streams: a checkpoint larger than memory convert
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,7 +18,15 @@ from torch import Tensor
 from retnet.models.config import ModelConfig
 from retnet.models.convert import fla, llama, mamba, syncdoth, torchscale
 from retnet.models.convert.table import Format, in_our_names, in_their_names
-from retnet.models.directory import CONFIG_FILE, build_empty, fill, open_model, stored_tensors, write_model
+from retnet.models.directory import (
+    CONFIG_FILE,
+    build_empty,
+    fill,
+    open_model,
+    stored_tensors,
+    write_config,
+    write_model,
+)
 from retnet.models.lm import LanguageModel
 from retnet.models.tensor_files import Tensors, open_tensors, write_tensors
 from retnet.system.files import read_json
@@ -71,7 +78,7 @@ def convert(
 
     source: as for `load`, or a model. out: new or empty. Returns our configuration of the model.
     """
-    writers = {name: known.config_to for name, known in FORMATS.items() if known.config_to}
+    writers = {name: form.config_to for name, form in FORMATS.items() if form.config_to}
     if to not in (OURS, *writers):
         raise ValueError(f"cannot write the format {to!r}; accepted: {', '.join((OURS, *writers))}")
     out = Path(out)
@@ -84,7 +91,7 @@ def convert(
         data = writers[to](ours)  # before anything is written
         out.mkdir(parents=True, exist_ok=True)
         write_tensors(out, in_their_names(FORMATS[to], ours, tensors))
-        (out / CONFIG_FILE).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+        write_config(out, data)
     if isinstance(source, (str, os.PathLike)):
         for name in _SIDE_FILES:
             if (Path(source) / name).is_file():
@@ -102,14 +109,14 @@ def _open(source: Source | LanguageModel, format: str | None, config: object) ->
     if not is_state_dict and (format == OURS or (format is None and _is_ours(Path(source)))):
         return open_model(source)
     theirs = Tensors.of(source) if is_state_dict else open_tensors(source)
-    known = FORMATS[format] if format else _recognise(theirs, "the state dict" if is_state_dict else str(source))
-    if known.prefix and known.prefix + known.marker in theirs.specs:
-        theirs = theirs.renamed({name.removeprefix(known.prefix): name for name in theirs.specs})
+    form = FORMATS[format] if format else _recognise(theirs, "the state dict" if is_state_dict else str(source))
+    if form.prefix and form.prefix + form.marker in theirs.specs:
+        theirs = theirs.renamed({name.removeprefix(form.prefix): name for name in theirs.specs})
     if not isinstance(config, ModelConfig):
-        values = _source_config(None if is_state_dict else Path(source), theirs, config, known)
-        config = known.config_of(_with_vocab_size(values, known, theirs))
+        values = _source_config(None if is_state_dict else Path(source), theirs, config, form)
+        config = form.config_of(_with_vocab_size(values, form, theirs))
         config = ModelConfig.from_dict(config.to_dict())  # checks every value's type
-    return in_our_names(known, config, theirs)
+    return in_our_names(form, config, theirs)
 
 
 def _is_ours(path: Path) -> bool:
@@ -120,14 +127,14 @@ def _is_ours(path: Path) -> bool:
 def _recognise(theirs: Tensors, where: str) -> Format:
     found = [f for f in FORMATS.values() if {f.marker, f.prefix + f.marker} & theirs.specs.keys()]
     if len(found) != 1:
-        some = ", ".join(list(theirs.specs)[:3])
+        examples = ", ".join(list(theirs.specs)[:3])
         raise ValueError(
-            f"{where} is of no known format (its tensors: {some}, ...); accepted: {', '.join((OURS, *FORMATS))}"
+            f"{where} is of no known format (its tensors: {examples}, ...); accepted: {', '.join((OURS, *FORMATS))}"
         )
     return found[0]
 
 
-def _source_config(path: Path | None, theirs: Tensors, config: Any, known: Format) -> Mapping[str, Any]:
+def _source_config(path: Path | None, theirs: Tensors, config: Any, form: Format) -> Mapping[str, Any]:
     """The source's own configuration: as given, from its directory, or from inside its checkpoint."""
     if config is None and path is not None and (path / CONFIG_FILE).is_file():
         config = path / CONFIG_FILE
@@ -142,17 +149,17 @@ def _source_config(path: Path | None, theirs: Tensors, config: Any, known: Forma
         config = vars(config)
     if not isinstance(config, Mapping):
         raise ValueError(
-            f"weights in the format {known.name} do not say their configuration; accepted: config=..., its "
+            f"weights in the format {form.name} do not say their configuration; accepted: config=..., its "
             "config.json, or the arguments that the model was built with"
         )
     return config
 
 
-def _with_vocab_size(values: Mapping[str, Any], known: Format, theirs: Tensors) -> Mapping[str, Any]:
+def _with_vocab_size(values: Mapping[str, Any], form: Format, theirs: Tensors) -> Mapping[str, Any]:
     """torchscale leaves it to the dictionary (-1): as many as there are embeddings."""
     if (values.get("vocab_size") or -1) > 0:
         return values
-    embedding = theirs.specs.get(known.embedding)
+    embedding = theirs.specs.get(form.embedding)
     if embedding is None:
-        raise ValueError(f"these are not weights in the format {known.name}: {known.embedding} is missing")
+        raise ValueError(f"these are not weights in the format {form.name}: {form.embedding} is missing")
     return {**values, "vocab_size": embedding.shape[0]}

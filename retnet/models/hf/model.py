@@ -46,9 +46,9 @@ class RetNetModel(PreTrainedModel):
     def wrap(cls, model: LanguageModel) -> Self:
         """A wrapper of an existing model; both share the weights."""
         with torch.device("meta"):
-            face = cls(RetNetConfig.of(model.config))
-        face.model = model
-        return face
+            wrapper = cls(RetNetConfig.of(model.config))
+        wrapper.model = model
+        return wrapper
 
     def forward(
         self,

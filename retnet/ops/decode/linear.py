@@ -111,24 +111,24 @@ def decode_linear(
         weight: W [N, K] with its scale and bias.
         residual_: [B, N], overwritten with the result; a plain product if None.
     """
-    some = x if x is not None else gate
-    assert some is not None
-    if not device.uses_kernels(some):
+    rows_in = x if x is not None else gate
+    assert rows_in is not None
+    if not device.uses_kernels(rows_in):
         return _linear_on_cpu(x, weight, norm, gate, activation, residual_, skip, branch)
     from retnet.kernels.decode.linear import matvec, prepare
 
     described = (norm.kind, norm.groups, norm.eps, norm.weight, norm.bias)
-    if len(some) <= (MATVEC_ROWS if weight.scale is None else INT8_ROWS):
-        out = some.new_empty(len(some), len(weight.values)) if residual_ is None else residual_
-        for rows in zip(*(x.split(MATVEC_ROWS) if x is not None else _nones(some) for x in (x, gate, out))):
+    if len(rows_in) <= (MATVEC_ROWS if weight.scale is None else INT8_ROWS):
+        out = rows_in.new_empty(len(rows_in), len(weight.values)) if residual_ is None else residual_
+        for rows in zip(*(x.split(MATVEC_ROWS) if x is not None else _nones(rows_in) for x in (x, gate, out))):
             matvec(
                 rows[0], rows[1], weight.values, weight.scale, weight.bias, described, activation, rows[2],
                 None if residual_ is None else rows[2], skip, branch,
             )  # fmt: skip
         return out
-    y = some
+    y = rows_in
     if gate is not None or norm.kind != "none":
-        y = torch.empty_like(some, memory_format=torch.contiguous_format)
+        y = torch.empty_like(rows_in, memory_format=torch.contiguous_format)
         prepare(x, gate, described, activation, y)
     return _product(y, weight, residual_, skip, branch)
 
@@ -143,14 +143,14 @@ def _linear_on_cpu(
     skip: float,
     branch: float,
 ) -> Tensor:
-    some = x if x is not None else gate
-    assert some is not None
+    rows_in = x if x is not None else gate
+    assert rows_in is not None
     y = None if x is None else norm(x)
     if gate is not None:
         opened = ACTIVATIONS[activation](gate)
         y = opened if y is None else y * opened
     assert y is not None
-    return _product(y if y.dtype == some.dtype else y.to(some.dtype), weight, residual_, skip, branch)
+    return _product(y if y.dtype == rows_in.dtype else y.to(rows_in.dtype), weight, residual_, skip, branch)
 
 
 def _product(y: Tensor, weight: DecodeWeight, residual_: Tensor | None, skip: float, branch: float) -> Tensor:
