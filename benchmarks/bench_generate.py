@@ -35,7 +35,7 @@ from retnet.system.sizes import format_bytes
 WARM_UP_STEPS = 5
 RING = 32  # tokens per deferred write
 CPU_COPY_BYTES = 1 << 28  # several times the caches of any CPU so far
-PROMPT_BLOCK = {"cpu": 256, "cuda": 8192}
+PROMPT_CHUNKS = {"cpu": 256, "cuda": 8192}
 SECTIONS = ("position", "batch", "first", "prefix", "restore", "llama", "static", "fla")
 
 
@@ -59,8 +59,8 @@ class Bench:
         return 2 * CPU_COPY_BYTES / min(seconds(lambda: target.copy_(source)) for _ in range(8))
 
     def engine(self, slots: int = 1, **options) -> Engine:
-        block = PROMPT_BLOCK[self.device.type]
-        engine = Engine(self.model, num_slots=slots, prompt_block=block, prompt_budget=64 * block, **options)
+        chunk = PROMPT_CHUNKS[self.device.type]
+        engine = Engine(self.model, num_slots=slots, prompt_chunk=chunk, prompt_budget=64 * chunk, **options)
         engine.warmup()
         return engine
 

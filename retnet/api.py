@@ -168,7 +168,7 @@ def engine_for(model: LanguageModel, request: Request, tokenizer: Tokenizer, spe
         model,
         num_slots=1,
         max_tokens=None if limit is None else len(request.prompt) + limit,
-        prompt_block=PROMPT_CHUNK,
+        prompt_chunk=PROMPT_CHUNK,
         prompt_budget=PROMPT_CHUNK,
         decode=tokenizer.decode,
         speculation=Speculation(draft_tokens=speculate) if speculate else None,

@@ -83,7 +83,7 @@ class AverageDraft(Draft):
 class Average(MixerModule):
     """x [B, T, D] -> y [B, T, D]."""
 
-    PARTS: ClassVar = {"gate_proj": "value", "out_proj": "output"}
+    WEIGHT_ROLES: ClassVar = {"gate_proj": "value", "out_proj": "output"}
 
     def __init__(self, config: AverageConfig, d_model: int):
         super().__init__()

@@ -76,9 +76,9 @@ def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object
 def _print(model: str, summary: dict) -> None:
     parts = summary["parameters"]
     console.print(
-        f"[bold]{model}[/]: {summary['layers']} layers of width {summary['width']}, vocabulary {summary['vocabulary']}, "
-        f"[bold]{parts['total']:,}[/] parameters ({parts['layers']:,} in layers, {parts['embedding']:,} embedding, "
-        f"{parts['head']:,} head)",
+        f"[bold]{model}[/]: {summary['layers']} layers of width {summary['width']}, vocabulary "
+        f"{summary['vocabulary']}, [bold]{parts['total']:,}[/] parameters ({parts['layers']:,} in layers, "
+        f"{parts['embedding']:,} embedding, {parts['head']:,} head)",
         highlight=False,
         soft_wrap=True,
     )

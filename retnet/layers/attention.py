@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
-from retnet.layers.parts import Parts
 from retnet.layers.rotary import prepare_rotation, rotate_heads
 from retnet.layers.state import TokenCache, no_tokens
 from retnet.layers.token_layout import TokenLayout
+from retnet.layers.weight_roles import WeightRoles
 from retnet.ops.attention import (
     alibi_slopes,
     block_mask,
@@ -109,7 +109,12 @@ class AttentionDraft(Draft):
 class Attention(MixerModule):
     """x [B, T, D] -> y [B, T, D], keys and values of the tokens seen."""
 
-    PARTS: ClassVar[Parts] = {"q_proj": "query_key", "k_proj": "query_key", "v_proj": "value", "out_proj": "output"}
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {
+        "q_proj": "query_key",
+        "k_proj": "query_key",
+        "v_proj": "value",
+        "out_proj": "output",
+    }
     FLEX_DEVICES = ("cuda",)
     FLEX_TOKENS = 128  # for fewer tokens, compiling and masking blocks costs more than it saves
     FLEX_HEAD_DIM = 16  # flex attention does not support narrower heads

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.norm import make_norm
-from retnet.layers.parts import Parts
 from retnet.layers.token_layout import TokenLayout
+from retnet.layers.weight_roles import WeightRoles
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 
@@ -45,7 +45,7 @@ class FeedForwardConfig:
 class FeedForward(nn.Module):
     """x [..., D] -> [..., D]."""
 
-    PARTS: ClassVar[Parts] = {"gate_proj": "feed_forward", "up_proj": "feed_forward", "down_proj": "down"}
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {"gate_proj": "feed_forward", "up_proj": "feed_forward", "down_proj": "down"}
 
     def __init__(self, config: FeedForwardConfig, d_model: int):
         super().__init__()

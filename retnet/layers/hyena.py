@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
-from retnet.layers.parts import Parts
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import TokenCache, no_tokens
 from retnet.layers.token_layout import TokenLayout
+from retnet.layers.weight_roles import WeightRoles
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.long_convolution import long_convolution, past_convolution
 from retnet.ops.ragged import equal_blocks
@@ -116,7 +116,7 @@ class HyenaState(TokenCache):
 class Hyena(MixerModule):
     """x [B, T, D] -> y [B, T, D], the inputs of all its convolutions."""
 
-    PARTS: ClassVar[Parts] = {"in_proj": "value", "out_proj": "output"}
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {"in_proj": "value", "out_proj": "output"}
 
     def __init__(self, config: HyenaConfig, d_model: int):
         super().__init__()

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
-from retnet.layers.parts import Parts
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
+from retnet.layers.weight_roles import WeightRoles
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -86,7 +86,7 @@ class Mamba1Draft(Draft):
 class Mamba1(MixerModule):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
 
-    PARTS: ClassVar[Parts] = {"in_proj": "value", "out_proj": "output"}
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {"in_proj": "value", "out_proj": "output"}
     FLOAT32_PARAMETERS = ("log_rate",)
 
     def __init__(self, config: Mamba1Config, d_model: int):

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
-from retnet.layers.parts import Parts
 from retnet.layers.retention import RetentionDraft
 from retnet.layers.retention_call import RetentionCall
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
+from retnet.layers.weight_roles import WeightRoles
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode
@@ -112,7 +112,7 @@ class Mamba2Draft(RetentionDraft):
 class Mamba2(MixerModule):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
 
-    PARTS: ClassVar[Parts] = {"in_proj": "value", "out_proj": "output"}
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {"in_proj": "value", "out_proj": "output"}
     FLOAT32_PARAMETERS = ("log_rate", "time_step_bias")
 
     def __init__(self, config: Mamba2Config, d_model: int):

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 
 from retnet.layers.float32_parameters import Float32Parameters
-from retnet.layers.parts import Parts
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
+from retnet.layers.weight_roles import WeightRoles
 
 
 class MixerConfig:
@@ -42,10 +42,10 @@ class MixerModule(Float32Parameters):
     """Base of mixers: `forward(x [B, T, D], state, layout) -> (y [B, T, D], state)`.
 
     The returned state is None unless `layout.carry`; with `layout.deferred` it is the draft of these tokens.
-    PARTS: as in `retnet.layers.parts`.
+    WEIGHT_ROLES: as in `retnet.layers.weight_roles`.
     """
 
-    PARTS: ClassVar[Parts] = {}
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {}
 
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
         """Compute what is shared with other layers and calls: a block compiled or recomputed alone only reads it."""

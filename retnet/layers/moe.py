@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.feed_forward import ACTIVATIONS
-from retnet.layers.parts import Parts
 from retnet.layers.token_layout import TokenLayout
+from retnet.layers.weight_roles import WeightRoles
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.grouped_linear import grouped_linear
 
@@ -98,7 +98,7 @@ class ExpertLinear(nn.Module):
 class MoE(nn.Module):
     """x [B, T, D] -> [B, T, D]; its losses go to layout.losses."""
 
-    PARTS: ClassVar[Parts] = {"gate_proj": "feed_forward", "up_proj": "feed_forward", "down_proj": "down"}
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {"gate_proj": "feed_forward", "up_proj": "feed_forward", "down_proj": "down"}
 
     def __init__(self, config: MoEConfig, d_model: int):
         super().__init__()

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
-from retnet.layers.parts import Parts
 from retnet.layers.retention_call import RetentionCall
 from retnet.layers.rotary import prepare_rotation, rotate_heads
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.token_layout import TokenLayout
+from retnet.layers.weight_roles import WeightRoles
 from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
@@ -153,7 +153,7 @@ class RetentionDraft(Draft):
 class MultiScaleRetention(MixerModule):
     """x [B, T, D] -> y [B, T, D], state [N, H, K, V]."""
 
-    PARTS: ClassVar[Parts] = {
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {
         "q_proj": "query_key",
         "k_proj": "query_key",
         "v_proj": "value",

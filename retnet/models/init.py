@@ -1,4 +1,4 @@
-"""Initial weights: the part that a weight plays (`retnet.layers.parts`) decides its distribution.
+"""Initial weights: the role that a weight plays (`retnet.layers.weight_roles`) decides its distribution.
 
 "paper": the paper initialises like DeepNet (arXiv 2203.00555): Xavier, with values, gates, outputs and feed-forward
 scaled by (8 L)^(-1/4). "torchscale": the gains of the official code, 2^-2.5 for q, k, v and gate and 2^-1 for the
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from retnet.layers.moe import ExpertLinear
-from retnet.layers.parts import Part
+from retnet.layers.weight_roles import WeightRole
 from retnet.models.config import ModelConfig
 
-# part -> gain of a Xavier-uniform weight, as a function of the number of layers L
+# role -> gain of a Xavier-uniform weight, as a function of the number of layers L
 Gain = Callable[[int], float]
 _DEEPNET: Gain = lambda L: (8 * L) ** -0.25  # noqa: E731
-INIT: dict[str, dict[Part, Gain]] = {
+INIT: dict[str, dict[WeightRole, Gain]] = {
     "paper": {
         "query_key": lambda L: 1.0,
         "value": _DEEPNET,
@@ -47,14 +47,14 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
     """Draw every weight of `model` anew from config.seed, whatever torch's global generator holds."""
     device = next(model.parameters()).device
     generator = torch.Generator(device if device.type != "meta" else "cpu").manual_seed(config.seed)
-    parts = _parts(model)
+    roles = _roles(model)
     for module in model.modules():
-        part = parts.get(module, "other")
+        role = roles.get(module, "other")
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            _initialize_weight(module.weight, part, config, generator)
+            _initialize_weight(module.weight, role, config, generator)
         elif isinstance(module, ExpertLinear):
             for weight in module.get_parameter("weight").unbind(0):
-                _initialize_weight(weight, part, config, generator)
+                _initialize_weight(weight, role, config, generator)
         if isinstance(module, (nn.Linear, ExpertLinear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
     if device.type != "meta":
@@ -64,21 +64,21 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
                 reset(generator)
 
 
-def _parts(model: nn.Module) -> dict[nn.Module, Part]:
-    """The part of each submodule that its owner's PARTS names."""
-    owned = [(module, getattr(module, "PARTS", {})) for module in model.modules()]
-    children = [(getattr(module, name), part) for module, parts in owned for name, part in parts.items()]
-    return {child: part for child, part in children if child is not None}
+def _roles(model: nn.Module) -> dict[nn.Module, WeightRole]:
+    """The role of each submodule that its owner's WEIGHT_ROLES names."""
+    owned = [(module, getattr(module, "WEIGHT_ROLES", {})) for module in model.modules()]
+    children = [(getattr(module, name), role) for module, roles in owned for name, role in roles.items()]
+    return {child: role for child, role in children if child is not None}
 
 
-def _initialize_weight(weight: Tensor, part: Part, config: ModelConfig, generator: torch.Generator) -> None:
+def _initialize_weight(weight: Tensor, role: WeightRole, config: ModelConfig, generator: torch.Generator) -> None:
     if weight.is_meta:
         return
     L = len(config.layers)
-    if part == "embedding":
+    if role == "embedding":
         nn.init.normal_(weight, std=min(config.init_std, 0.5 * config.d_model**-0.5), generator=generator)
     elif config.init == "normal":
-        depth = math.sqrt(2 * L) if part in ("output", "down") else 1.0
+        depth = math.sqrt(2 * L) if role in ("output", "down") else 1.0
         nn.init.normal_(weight, std=config.init_std / depth, generator=generator)
     else:
-        nn.init.xavier_uniform_(weight, gain=INIT[config.init][part](L), generator=generator)
+        nn.init.xavier_uniform_(weight, gain=INIT[config.init][role](L), generator=generator)

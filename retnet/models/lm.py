@@ -14,8 +14,8 @@ from retnet.layers.block import Block
 from retnet.layers.mixers import mixer_of
 from retnet.layers.moe import MoE
 from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
-from retnet.layers.parts import Parts
 from retnet.layers.token_layout import TokenLayout
+from retnet.layers.weight_roles import WeightRoles
 from retnet.models.config import ModelConfig
 from retnet.models.init import initialize
 from retnet.models.loss import linear_cross_entropy
@@ -39,7 +39,7 @@ class LanguageModel(nn.Module):
     directory: where the weights were loaded from, if they were; a tokenizer may lie beside them.
     """
 
-    PARTS: ClassVar[Parts] = {"embedding": "embedding", "head": "embedding"}
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {"embedding": "embedding", "head": "embedding"}
     directory: Path | None = None
 
     def __init__(self, config: ModelConfig):

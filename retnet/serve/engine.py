@@ -33,7 +33,7 @@ from retnet.serve.speculation import Drafter, Speculation, VerifyStep
 from retnet.serve.stopping import Decode
 
 # Prompt tokens per call. A GPU needs many to be busy; on a CPU running requests wait for them.
-PROMPT_BLOCK = {"cpu": 256, "cuda": 2048}
+PROMPT_CHUNKS = {"cpu": 256, "cuda": 2048}
 DEFERRED_WRITES = (16, 32, 64)  # lengths that tensor cores can sum over
 
 
@@ -61,7 +61,7 @@ class Engine:
         num_slots, memory_bytes: how many requests run at a time, or the memory that they may take; one of the two.
         max_tokens: context that a slot has room for: needed by attention without a window, and a limit for all
             requests.
-        prompt_block: tokens of a prompt chunk, 256 on a CPU and 2048 on a GPU if None. Rounding depends on it, so
+        prompt_chunk: tokens of a prompt chunk, 256 on a CPU and 2048 on a GPU if None. Rounding depends on it, so
             engines that are to agree bit for bit need the same.
         prompt_budget: prompt tokens per step (at least one chunk is read), so that running requests keep their pace;
             one chunk if None.
@@ -83,7 +83,7 @@ class Engine:
         num_slots: int | None = None,
         memory_bytes: int | None = None,
         max_tokens: int | None = None,
-        prompt_block: int | None = None,
+        prompt_chunk: int | None = None,
         prompt_budget: int | None = None,
         prefix_cache_bytes: int | None = None,
         prefix_interval: int | None = None,
@@ -94,10 +94,10 @@ class Engine:
         graphs: bool | None = None,
     ):
         device = model.embedding.weight.device
-        if prompt_block is None:
-            prompt_block = PROMPT_BLOCK.get(device.type, PROMPT_BLOCK["cpu"])
-        prompt_budget = prompt_block if prompt_budget is None else prompt_budget
-        _check_prompt_options(prompt_block, prompt_budget, prefix_interval)
+        if prompt_chunk is None:
+            prompt_chunk = PROMPT_CHUNKS.get(device.type, PROMPT_CHUNKS["cpu"])
+        prompt_budget = prompt_chunk if prompt_budget is None else prompt_budget
+        _check_prompt_options(prompt_chunk, prompt_budget, prefix_interval)
         if model.training:
             raise ValueError("the model is in training mode; accepted: evaluation mode (model.eval())")
         _check_deferred_writes(deferred_writes, speculation)
@@ -128,7 +128,7 @@ class Engine:
             self.pool,
             self.drafter,
             self.prefixes,
-            chunk=prompt_block,
+            chunk=prompt_chunk,
             budget=prompt_budget,
             prefix_interval=prefix_interval,
         )
@@ -273,12 +273,12 @@ class Engine:
         generation.slot, generation.status, generation.finish_reason = None, Status.FINISHED, reason
 
 
-def _check_prompt_options(prompt_block: int, prompt_budget: int, prefix_interval: int | None) -> None:
-    for name, value in (("prompt_block", prompt_block), ("prompt_budget", prompt_budget)):
+def _check_prompt_options(prompt_chunk: int, prompt_budget: int, prefix_interval: int | None) -> None:
+    for name, value in (("prompt_chunk", prompt_chunk), ("prompt_budget", prompt_budget)):
         if value < 1:
             raise ValueError(f"{name} is {value}; accepted: a positive integer")
-    if prefix_interval is not None and (prefix_interval < 1 or prefix_interval % prompt_block):
-        raise ValueError(f"prefix_interval is {prefix_interval}; accepted: a multiple of prompt_block ({prompt_block})")
+    if prefix_interval is not None and (prefix_interval < 1 or prefix_interval % prompt_chunk):
+        raise ValueError(f"prefix_interval is {prefix_interval}; accepted: a multiple of prompt_chunk ({prompt_chunk})")
 
 
 def _check_deferred_writes(length: int, speculation: Speculation | None) -> None:

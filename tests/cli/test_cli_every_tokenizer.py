@@ -144,7 +144,7 @@ def generated_tokens(directory: Path, prompt: str, count: int, seed: int) -> lis
     """By the engine alone."""
     model, tokenizer = retnet.load(directory, "cpu"), retnet.load_tokenizer(directory)
     ids = tokenizer.encode(prompt, start=True)
-    engine = retnet.Engine(model, num_slots=1, max_tokens=len(ids) + count, prompt_block=2048)
+    engine = retnet.Engine(model, num_slots=1, max_tokens=len(ids) + count, prompt_chunk=2048)
     return list(engine.stream(retnet.Request(ids, count, retnet.Sampling(temperature=0.8, seed=seed))))
 
 

@@ -1,4 +1,4 @@
-"""Losses, gradients and packs through the Hugging Face classes, by ourselves and by transformers' Trainer and collators."""
+"""Losses, gradients and packs through the Hugging Face classes, and by transformers' Trainer and collators."""
 
 from __future__ import annotations
 

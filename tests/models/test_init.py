@@ -23,7 +23,7 @@ LAYERS = (
     BlockConfig(AttentionConfig(4, 2, head_dim=32), MoEConfig(4, 2, D)),
     BlockConfig(Mamba2Config(2 * D, head_dim=32, state_dim=16), None),
 )
-PARTS = {
+WEIGHT_ROLES = {
     "mixer.q_proj": "query_key",
     "mixer.k_proj": "query_key",
     "mixer.v_proj": "value",
@@ -49,7 +49,7 @@ def test_each_part_has_its_gain(init):
     """DeepNet's (8 L)^(-1/4) for values, gates, outputs and feed-forwards; torchscale's table beside it."""
     seen = set()
     for name, weight in weights(init).items():
-        part = PARTS[name.removesuffix(".weight").partition(".")[2]]
+        part = WEIGHT_ROLES[name.removesuffix(".weight").partition(".")[2]]
         fan_out, fan_in = weight.shape[-2:]
         bound = INIT[init][part](len(LAYERS)) * math.sqrt(6 / (fan_in + fan_out))
         assert float(weight.detach().abs().max()) == pytest.approx(bound, rel=0.03), name
@@ -74,11 +74,11 @@ def test_torchscales_gains_are_those_of_its_code():
 
 def test_the_normal_init_scales_what_writes_to_the_residual_stream():
     for name, weight in weights("normal").items():
-        part = PARTS[name.removesuffix(".weight").partition(".")[2]]
+        part = WEIGHT_ROLES[name.removesuffix(".weight").partition(".")[2]]
         depth = math.sqrt(2 * len(LAYERS)) if part in ("output", "down") else 1
         assert float(weight.detach().std()) == pytest.approx(0.02 / depth, rel=0.1), name
 
 
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 def test_the_parts_that_a_mixer_names_are_parts_of_the_table(mixer):
-    assert set(mixer.module.PARTS.values()) <= set(INIT["paper"])
+    assert set(mixer.module.WEIGHT_ROLES.values()) <= set(INIT["paper"])

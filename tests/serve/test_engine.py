@@ -23,7 +23,7 @@ def text_of(tokens) -> str:
 
 
 def engine_of(model, **options) -> Engine:
-    return Engine(model, **{"num_slots": 4, "max_tokens": 200, "prompt_block": 8, "prompt_budget": 8, **options})
+    return Engine(model, **{"num_slots": 4, "max_tokens": 200, "prompt_chunk": 8, "prompt_budget": 8, **options})
 
 
 def alone(model, request: Request, **options):
@@ -265,8 +265,8 @@ def test_a_full_queue_refuses_and_says_what_a_slot_costs(small):
         ({"num_slots": 0}, "num_slots is 0"),
         ({"memory_bytes": 10**6}, "accepted: one of the two"),
         ({"max_tokens": None}, "layer 1 is attention without a window|layer 4 is attention without a window"),
-        ({"prompt_block": 0}, "prompt_block is 0"),
-        ({"prefix_interval": 3}, "prefix_interval is 3; accepted: a multiple of prompt_block"),
+        ({"prompt_chunk": 0}, "prompt_chunk is 0"),
+        ({"prefix_interval": 3}, "prefix_interval is 3; accepted: a multiple of prompt_chunk"),
         ({"graphs": True}, "graphs is True for a model on cpu"),
     ],
 )

@@ -20,7 +20,7 @@ REQUESTS = [
 
 
 def outputs(model, graphs: bool, device="cuda", **options) -> list:
-    engine = Engine(model.to(device), num_slots=4, max_tokens=128, prompt_block=16, graphs=graphs, **options)
+    engine = Engine(model.to(device), num_slots=4, max_tokens=128, prompt_chunk=16, graphs=graphs, **options)
     generations = [engine.submit(request) for request in REQUESTS]
     engine.run()
     return [(g.tokens, g.logprobs, g.finish_reason) for g in generations]
@@ -43,7 +43,7 @@ def test_a_model_on_a_second_gpu_is_served_there(speculation):
 
 def test_memory_is_flat_once_warmed_up():
     model = small_model().cuda()
-    engine = Engine(model, num_slots=4, prompt_block=16)
+    engine = Engine(model, num_slots=4, prompt_chunk=16)
     engine.warmup(SamplingParts())
     generation = engine.submit(Request(prompt(40), None, Sampling(temperature=0)))
     for _ in range(20):
@@ -57,13 +57,13 @@ def test_memory_is_flat_once_warmed_up():
 
 def test_a_capture_while_requests_run_changes_nothing_for_them():
     model = small_model().cuda()
-    engine = Engine(model, num_slots=4, prompt_block=16)
+    engine = Engine(model, num_slots=4, prompt_chunk=16)
     first = engine.submit(REQUESTS[0])
     for _ in range(5):
         engine.step()
     engine.submit(REQUESTS[2])  # needs parts of sampling that were not captured yet
     engine.run()
-    alone = Engine(model, num_slots=4, prompt_block=16)
+    alone = Engine(model, num_slots=4, prompt_chunk=16)
     again = alone.submit(REQUESTS[0])
     alone.run()
     assert first.tokens == again.tokens

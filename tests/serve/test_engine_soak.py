@@ -17,7 +17,7 @@ CANCELLED = 0.15  # share of requests
 
 
 def engine_of(model) -> Engine:
-    return Engine(model, num_slots=SLOTS, max_tokens=80, prompt_block=8, prompt_budget=16, decode=text_of)
+    return Engine(model, num_slots=SLOTS, max_tokens=80, prompt_chunk=8, prompt_budget=16, decode=text_of)
 
 
 def random_request(rng: random.Random) -> Request:

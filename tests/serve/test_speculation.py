@@ -73,7 +73,7 @@ def test_sampled_output_has_the_distribution_of_plain_decoding(small):
     """The third token after a prompt whose continuation is guessed: shares over seeds, against the exact ones."""
     draws, sampling = 480, {"temperature": 0.7, "top_k": 3}
     ids = [*prompt(6), 9, *prompt(6)]
-    engine = engine_of(small, num_slots=60, prompt_block=16, prompt_budget=480, speculation=Speculation(3))
+    engine = engine_of(small, num_slots=60, prompt_chunk=16, prompt_budget=480, speculation=Speculation(3))
     generations = [engine.submit(Request(ids, 2, Sampling(seed=1000 + n, **sampling))) for n in range(draws)]
     engine.run()
     assert engine.stats().drafted >= draws
@@ -111,7 +111,7 @@ def test_drafts_that_a_cache_cannot_take_are_refused_by_name():
 
 
 def test_a_long_prompt_is_indexed_as_it_is_read_and_forgotten_with_its_request(small):
-    engine = engine_of(small, speculation=Speculation(3), prompt_block=8)
+    engine = engine_of(small, speculation=Speculation(3), prompt_chunk=8)
     generation = engine.submit(Request(prompt(60), 5, Sampling(temperature=0)))
     indexed = []
     while not generation.tokens:

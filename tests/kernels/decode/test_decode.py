@@ -175,7 +175,7 @@ def test_an_engine_on_kernels_generates_what_the_model_predicts(variant, slots, 
         for _ in range(3):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     monkeypatch.setattr("retnet.ops.device.uses_kernels", lambda x: True)
-    engine = Engine(model.to(device), num_slots=slots, prompt_block=4, deferred_writes=ring)
+    engine = Engine(model.to(device), num_slots=slots, prompt_chunk=4, deferred_writes=ring)
     generation = engine.submit(Request(prompt, 3, Sampling(temperature=0)))
     engine.run()
     assert generation.tokens == ids[len(prompt) :]

@@ -43,7 +43,7 @@ def shaped_model(shape: str) -> LanguageModel:
 
 
 def engine_of(model, **options) -> Engine:
-    return Engine(model, **{"num_slots": 4, "max_tokens": 200, "prompt_block": 8, "prompt_budget": 8, **options})
+    return Engine(model, **{"num_slots": 4, "max_tokens": 200, "prompt_chunk": 8, "prompt_budget": 8, **options})
 
 
 def run(engine: Engine, *requests: Request) -> list:

@@ -27,7 +27,7 @@ def test_an_engine_reads_int8_weights_as_their_modules_do(stack, device):
     assert int8_parts(model.layers[0].mixer.q_proj.weight) is not None
     if stack == "gated":
         assert int8_parts(model.layers[0].mixer.decay_proj.weight) is None
-    engine = Engine(model, num_slots=4, prompt_block=8)
+    engine = Engine(model, num_slots=4, prompt_chunk=8)
     generation = engine.submit(Request(prompt(13), 10, Sampling(temperature=0, logprobs=0)))
     engine.run()
     with torch.no_grad():
