@@ -1,4 +1,4 @@
-"""Retention on a CPU: share of the matrix rate, time against length, training step; attention and a Llama as rivals.
+"""Speed of retention on a CPU: share of the matrix rate, time against length, training step; attention, a Llama.
 
     python benchmarks/bench_cpu.py [rate] [scaling] [train] [--csv FILE]
 

@@ -1,4 +1,4 @@
-"""Tokenising text: speed and peak memory of `retnet data` and of `datasets.map`.
+"""Speed and peak memory of tokenising text: `retnet data` and `datasets.map`.
 
     python benchmarks/bench_data.py TEXT --tokenizer FILE [--separator S] [--megabytes M] [--processes P]
                                     [--only NAME ...] [--csv FILE]

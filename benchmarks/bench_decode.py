@@ -1,4 +1,4 @@
-"""One recurrent step of retention on a GPU. A captured graph rotates over enough states that none stays in cache.
+"""Speed of one recurrent step of retention on a GPU. A captured graph rotates over more states than fit in cache.
 
     python benchmarks/bench_decode.py --batch 1 16 128 512
     python benchmarks/bench_decode.py --variants          tiles of the step, for retnet/kernels/retention/tiles.py

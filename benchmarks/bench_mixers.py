@@ -1,4 +1,4 @@
-"""Mixers, and stacks of mixers, compared in one run.
+"""Comparison of mixers, and of stacks of mixers, in one run.
 
     python benchmarks/bench_mixers.py mixer [--csv FILE]       the recurrence of a Mamba layer: ours, FLA's, mamba-ssm;
                                                                on a CPU also whole layers and transformers' slow path

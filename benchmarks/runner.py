@@ -1,4 +1,4 @@
-"""The runner of all benchmarks: timing, peak memory, the device's own limits, CSV rows with a birth certificate.
+"""The runner of all benchmarks: timing, peak memory, the device's limits, CSV rows with device and versions.
 
 Device time on a GPU is the median over replays of a captured graph, without launch overhead. Host time, a column of
 its own, is the cost of launching the same work; an eager caller waits for the longer of the two. On a CPU, time is the

@@ -3,7 +3,8 @@
     python docs/three_forms.py [FOLDER]     draws three_forms.svg, into docs/pictures by default
 
 All three panels are the same T x T table: query n (row) reads key m (column) with weight gamma^(n - m). The forms
-differ in how they sum a row: Eq. 5, 6 and 7 of the paper, the last with the in-chunk decay that its print leaves out.
+differ in how they sum a row: Eq. 5, 6 and 7 of the paper, the last with the in-chunk decay that the printed equation
+leaves out.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     python recipes/mqar.py plot --out out/mqar            plot and table from saved rows
 
 Each stack (`mixers_stacks`) is trained from every seed at every learning rate, on one stream of fresh sequences
-(`mqar_task`). The numbers of pairs take turns, shortest sequences first. Reported are the best learning rate of each
-stack at each width, as in the paper, and the range over seeds. The width sets the state size: 2 width^2 / heads floats
-per recurrent layer.
+(`mqar_task`). The numbers of pairs take turns, shortest sequences first. The results are those of the best learning
+rate of each stack at each width, as in the paper, with the range over seeds. The width sets the state size: 2 width^2 /
+heads floats per recurrent layer.
 """
 
 import argparse

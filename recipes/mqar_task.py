@@ -1,4 +1,4 @@
-"""The task multi-query associative recall (MQAR) of Arora et al. 2024 (arXiv 2402.18668; arXiv 2312.04927, section 4).
+"""The multi-query associative recall task (MQAR) of Arora et al. 2024 (arXiv 2402.18668; arXiv 2312.04927, section 4).
 
     k1 v1 k2 v2 ... kP vP | r r k2 r r r kP r k1 ...          at each repeated key, the model must predict its value
 

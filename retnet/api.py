@@ -1,4 +1,4 @@
-"""Models and text in three lines: load a model, its tokenizer, and generate.
+"""The public functions: load a model, load its tokenizer, generate text.
 
     import retnet
 
@@ -42,7 +42,7 @@ def load(
     Args:
         model: a preset's name, a stack file (fresh weights for both), or a saved directory.
         device: "auto" is the GPU where there is one, otherwise the CPU.
-        dtype: of the weights, as a torch dtype or by name ("bfloat16"); as saved if None.
+        dtype: of the weights, a torch dtype or its name ("bfloat16"); as saved if None.
 
     Raises ValueError or FileNotFoundError for a name that is no model of ours, for weights that do not fit their
     configuration, and for a device that is not there.

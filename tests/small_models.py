@@ -1,7 +1,7 @@
 """Small language models: the stacks of layers that tests share, with weights large enough that a broken state shows.
 
 At the usual small initialisation the residual stream hides what a mixer computes, and a broken cache passes. Matrices
-here have unit gain, and the head is not the embedding: a tied one mostly says the last token again.
+here have unit gain, and the head is not the embedding: a tied head mostly predicts the last token again.
 """
 
 from __future__ import annotations

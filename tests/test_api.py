@@ -70,7 +70,7 @@ def test_a_loaded_model_remembers_where_its_tokenizer_is(directory, monkeypatch)
     assert isinstance(retnet.load_tokenizer(small_model(**BYTES)), ByteTokenizer)
 
 
-def test_a_directory_named_like_a_preset_does_not_lend_it_its_tokenizer(directory, monkeypatch, tmp_path):
+def test_a_preset_does_not_take_the_tokenizer_of_a_directory_with_its_name(directory, monkeypatch, tmp_path):
     save_words(tmp_path / "retnet-tiny")
     monkeypatch.chdir(tmp_path)
     assert isinstance(retnet.load_tokenizer("retnet-tiny"), ByteTokenizer)
@@ -159,7 +159,7 @@ def test_options_reach_the_engine(byte_model, monkeypatch):
         ({"tokenizer": "gone.json"}, "no such tokenizer"),
     ],
 )
-def test_what_cannot_be_generated_is_refused_at_once(byte_model, options, message):
+def test_invalid_options_of_generate_are_refused_at_once(byte_model, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         retnet.generate(byte_model, **({"prompt": "x", "max_tokens": 3} | options))
 

@@ -1,4 +1,4 @@
-"""Benchmarks run: on a CPU at small sizes; those that need a GPU say so."""
+"""Benchmarks run on a CPU at small sizes; those that need a GPU say so."""
 
 import csv
 import subprocess

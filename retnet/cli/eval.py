@@ -39,7 +39,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """How well a model predicts text: one of --data, --file and --tasks.
+    """Evaluate a model on text: one of --data, --file and --tasks.
 
     --data: bits per byte, each document in one context, beside gzip -9, xz -9 and an order-2 byte model. The order-2
     model is trained on the training documents, so it is shown for the held-out part only. A model trained on token

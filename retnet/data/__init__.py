@@ -1,6 +1,6 @@
-"""Text to packed rows of tokens: tokenizers, sources, token shards, documents, packing, mixtures.
+"""The path from text to packed rows of tokens: tokenizers, sources, token shards, documents, packing, mixtures.
 
-A leaf: of this package it imports `retnet.system` alone. Names are imported on first use (PEP 562), so that the
+Of `retnet`, it imports only `retnet.system`. Names are imported on first use (PEP 562), so that the
 processes that tokenise text load no torch.
 """
 

@@ -128,7 +128,7 @@ def _lane_counts(weights: Sequence[float], lanes: int) -> NDArray[np.int64]:
         given = ", ".join(f"{x:.4g}" for x in exact)
         raise ValueError(
             f"weights {list(weights)} give {given} of {lanes} lanes; accepted with carry_state, where a lane stays "
-            "with its corpus: weights that come out as whole lanes"
+            "with its corpus: weights that give every corpus whole lanes"
         )
     return counts
 

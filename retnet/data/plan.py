@@ -142,7 +142,7 @@ def _hub_files(name: str, settings: Settings) -> Iterator[Piece]:
 
     try:
         dataset = load_dataset(name, settings.config, split=settings.split)
-    except Exception as error:  # datasets and the hub have many
+    except Exception as error:  # datasets and the hub raise many kinds
         raise FileNotFoundError(f"cannot load dataset {name}, split {settings.split}: {error}") from error
     files = [
         piece

@@ -159,7 +159,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest. Raises FileNotFoundError if there is none, ValueError if it is not ours or of a later version."""
     path = directory / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"no {MANIFEST} in {directory}: accepted is a folder that `retnet data` wrote")
+        raise FileNotFoundError(f"no {MANIFEST} in {directory}; accepted: a folder that `retnet data` wrote")
     try:
         manifest = read_json(path)
         kind = manifest["format"], manifest["version"]

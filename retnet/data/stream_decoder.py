@@ -1,8 +1,8 @@
 """Streaming decoder: the text of tokens that arrive one at a time. Pure Python, so that the engine may import it.
 
 Text is not additive over tokens: a character may take several of them, and a token may decode differently at the start
-of a text (a leading space is stripped) than inside one. So the new text is what decoding a short window of the latest
-tokens gives beyond the text of that window already returned. The cost per token is bounded: the window is short, and
+of a text (a leading space is stripped) than inside one. So a short window of the latest tokens is decoded, and the
+new text is the part that has not been returned yet. The cost per token is bounded: the window is short, and
 tokens that never decode to anything (special tokens) are left out of it. `tokenizers.decoders.DecodeStream` has no such
 bound, and no way to get the last, unfinished character.
 """

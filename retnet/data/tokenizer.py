@@ -1,4 +1,4 @@
-"""Tokenizers: text to tokens and back, the one home of it; here the interface, and bytes as tokens.
+"""Tokenizers: the interface between text and tokens, and bytes as tokens.
 
 A byte model reads any file on any machine with nothing to download or train, and its loss is bits per byte, which
 compressors share. Trained tokenizers (`tokenizer.json`) are in `tokenizer_json`. Standard library only: worker

@@ -1,7 +1,7 @@
-"""Trained tokenizers: a `tokenizer.json` of Hugging Face tokenizers, a directory that holds one, and finding them.
+"""Trained tokenizers (a Hugging Face `tokenizer.json`, or a directory that holds one), and tokenizers found by name.
 
-Everything but tokenising is switched off: truncation and padding (many a `tokenizer.json` cuts at 512 tokens), special
-tokens around a text, and special tokens spelled inside a text, which would pass for document boundaries. Tokenizers
+Everything but tokenising is switched off: truncation and padding (many of these files cut at 512 tokens), special
+tokens around a text, and special tokens spelled inside a text, which would be read as document boundaries. Tokenizers
 that exist only as Python code or as a sentencepiece model are not read.
 """
 
@@ -315,7 +315,7 @@ def _tokenizer_file(name: str) -> Path:
 
     try:
         directory = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub has many: no such model, no network, not allowed
+    except Exception as error:  # the hub raises many kinds: no such model, no network, not allowed
         raise FileNotFoundError(f"no such tokenizer: {name} ({accepted}): {error}") from error
     if not (directory / TOKENIZER_FILE).is_file():
         raise FileNotFoundError(f"{name} on the hub has no {TOKENIZER_FILE} ({accepted})")

@@ -1,7 +1,7 @@
-"""Bits per byte of documents: the nats of a document's tokens over the bytes of its text, each document one context.
+"""Bits per byte of documents: -log2 p of a document's tokens over the bytes of its text, each document one context.
 
-Documents are read in pieces with the state carried over, so neither memory nor accuracy depends on their length. Per
-byte, models with different tokenizers are comparable, and compressors beside them.
+Documents are read in pieces with the state carried over, so neither memory nor accuracy depends on their length. Bits
+per byte are comparable between models with different tokenizers, and with compressors.
 """
 
 from __future__ import annotations

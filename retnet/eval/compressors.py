@@ -1,8 +1,8 @@
 """Compressors for comparison, in bits per byte: gzip, xz and an order-2 byte model.
 
 gzip and xz see only the text that they compress, as one stream, which suits them better than file by file. The order-2
-model is trained on the training documents, as the network is: a network that does not beat it has learnt less than
-which byte follows which two.
+model is trained on the training documents, as the network is: a network that does not beat it has not even learnt
+which byte follows the last two.
 """
 
 from __future__ import annotations

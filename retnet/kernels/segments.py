@@ -1,4 +1,4 @@
-"""Segments: how a batch is cut. The one place that knows where a segment starts and how long it is.
+"""Segments of a batch: where each one starts, and its length.
 
 A sequence of T tokens has ceil(T / L) segments of L tokens, the last one shorter. Every segment has a slot, counted
 through the batch: slot s of a batch [B, T] belongs to sequence s // ceil(T / L). Packed sequences (`cu_seqlens`) have a

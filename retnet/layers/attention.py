@@ -211,7 +211,7 @@ class Attention(MixerModule):
 
 
 def attention_flops(config: AttentionConfig, work: Workload) -> MixerFlops:
-    """q K^T and the weighted sum of values cost 4 K per pair and head. A query meets half the context on average; with
+    """q K^T and the weighted sum of values cost 4 K per pair and head. A query sees half the context on average; with
     a window, at most the window."""
     H, K, T = config.num_heads, config.head_dim, work.context
     seen = min(T, config.window or T)

@@ -1,7 +1,7 @@
 """Draft updates for speculative decoding: the state updates of tokens that may yet be rejected.
 
-A state is left as it was before the draft. Of the draft, only the accepted tokens are written, by the operator that
-decodes them one by one. This costs O(T (K + V)) per head and is exact; a copy of the state per token would cost T K V.
+The state stays as it was before the draft. Only accepted tokens are written, by the operator that decodes them one by
+one. This costs O(T (K + V)) per head and is exact; a copy of the state per token would cost T K V.
 """
 
 from dataclasses import dataclass

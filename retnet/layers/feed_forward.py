@@ -38,7 +38,7 @@ class FeedForwardConfig:
             raise ValueError(f"hidden_dim is {self.hidden_dim}; accepted: a positive integer")
 
     def idle_parameters(self, d_model: int) -> int:
-        """Weights that a token does not meet."""
+        """Weights that a token does not use."""
         return 0
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Float32Parameters(nn.Module):
-    """Base of modules of which casts to half precision leave some parameters as wide as they are.
+    """Base of modules with parameters that casts to half precision leave unchanged.
 
     FLOAT32_PARAMETERS: their names.
     """

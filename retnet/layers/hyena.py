@@ -35,7 +35,7 @@ class HyenaConfig(MixerConfig):
     token of the exponential window on filters (0: no window). conv_width: tokens that the short convolution sees.
     """
 
-    refused_by_engine = "each token costs as much as all tokens before it"
+    refused_by_engine = "the cost of each token grows with the number of tokens before it"
 
     order: int = 2
     filter_hidden: int = 64

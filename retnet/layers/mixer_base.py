@@ -26,7 +26,7 @@ class MixerConfig:
 
     @property
     def kept_tokens(self) -> float:
-        """Tokens of which the state keeps something each: 0 (a state of constant size), a window, or math.inf."""
+        """How many tokens the state stores one by one: 0 (a state of constant size), a window, or math.inf."""
         return 0
 
     def on_device(self, work: "Workload") -> str | None:

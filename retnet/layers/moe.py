@@ -70,7 +70,7 @@ class MoEConfig:
             raise ValueError(f"router_jitter is {self.router_jitter}; accepted: 0 <= jitter < 1")
 
     def idle_parameters(self, d_model: int) -> int:
-        """Weights that a token does not meet: those of the experts not chosen for it."""
+        """Weights that a token does not use: those of the experts not chosen for it."""
         ups = 2 if self.gated else 1
         expert = (ups + 1) * d_model * self.hidden_dim
         if self.bias:

@@ -24,7 +24,7 @@ def no_tokens(batch: int, device: torch.device) -> Tensor:
 class LayerState:
     """Base of all layer states. position [N], int64: real tokens seen by each sequence.
 
-    PER_TOKEN: fields [N, capacity, ...] that keep something of every token; () for a state of constant size.
+    PER_TOKEN: fields [N, capacity, ...] with an entry per token; () for a state of constant size.
     """
 
     PER_TOKEN: ClassVar[tuple[str, ...]] = ()
@@ -84,7 +84,7 @@ class LayerState:
 
 @dataclass
 class TokenCache(LayerState):
-    """Base of states that keep something of every token, such as a KV cache: tensors [N, capacity, ...].
+    """Base of states with an entry per token, such as a KV cache: tensors [N, capacity, ...].
 
     Only real tokens are kept; position p is in slot p % capacity. A cache without a window grows in geometric steps
     before it would wrap around. A cache with a window grows up to the window and is a ring from then on. In-place steps

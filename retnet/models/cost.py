@@ -1,6 +1,6 @@
 """Cost of a model: parameters, floating-point operations per token, bytes of state, how far each head sees.
 
-A multiply-add is two operations. Every weight matrix that a token meets costs 2 operations per element forward and
+A multiply-add is two operations. Every weight matrix that a token uses costs 2 operations per element forward and
 twice that again backward. The operations of a mixer beside its projections are counted in the mixer's file.
 """
 
@@ -79,7 +79,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 
 def idle_parameters(config: ModelConfig) -> int:
-    """Weights that a token does not meet: those of the experts not chosen for it."""
+    """Weights that a token does not use: those of the experts not chosen for it."""
     feed_forwards = (layer.feed_forward for layer in config.layers)
     return sum(each.idle_parameters(config.d_model) for each in feed_forwards if each is not None)
 

@@ -164,7 +164,7 @@ class LanguageModel(nn.Module):
         """
         for i, layer in enumerate(self.config.layers):
             if mixer_of(layer.mixer).draft is None:
-                raise ValueError(f"layer {i} is {layer.mixer.kind}, which has no drafts; accepted: mixers that have")
+                raise ValueError(f"layer {i} is {layer.mixer.kind}, which has no drafts; accepted: mixers with drafts")
         x = self.embedding_norm(self.embedding(ids) * self.config.embedding_scale)
         layout = TokenLayout.of((x.shape[0], x.shape[1]), x.device, start=state.position, deferred=True)
         drafts = []

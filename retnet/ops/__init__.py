@@ -1,1 +1,1 @@
-"""Operators: the mathematics on tensors, without modules."""
+"""Operators: functions of tensors, without modules."""

@@ -5,7 +5,7 @@
 Plain causal attention is one call of `scaled_dot_product_attention`. Windows and ALiBi call it per block of queries,
 each with the keys that it can see, so that memory and work are linear in T for a window. On CUDA, windows, ALiBi and
 packed documents use `flex_attention`, which skips masked blocks. Elsewhere, packed documents are computed one by one:
-no key of one is multiplied with a query of another. All give the same numbers.
+no key of one is multiplied with a query of another. The results agree up to rounding.
 """
 
 import functools
@@ -23,8 +23,8 @@ FLEX_BLOCK = 128  # queries and keys per block that flex attention computes or s
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
     """Slope of each head [H], float32 (Press et al. 2022, arXiv 2108.12409).
 
-    2^(-8/H), 2^(-16/H), ... for H a power of 2; for other H, those of the power of 2 below and then every other one of
-    the power above, as by the authors. Computed on the device: a captured step may not copy from the host.
+    2^(-8/H), 2^(-16/H), ... if H is a power of 2. Otherwise the slopes of the next lower power, then every other slope
+    of the next higher one, as in the authors' code. Computed on the device: a captured step may not copy from the host.
     """
     below = 2 ** math.floor(math.log2(num_heads))
     heads = torch.arange(num_heads, dtype=torch.float64, device=device)
@@ -90,7 +90,7 @@ def cached_attention(
     slopes: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention by positions [B, T] and [B, S], for tokens in any order; a negative position is no token.
+    """Causal attention by the positions of queries [B, T] and keys [B, S], in any order; a negative one has no token.
 
     q [B, T, H, K], k [B, S, G, K], v [B, S, G, V]. Returns [B, T, H, V].
     """
@@ -128,11 +128,11 @@ def _attend(
 
 
 def block_mask(first_seen: Tensor):
-    """The mask of `flex_causal_attention`: token i of row b sees the tokens from first_seen [B, T] to itself.
+    """The mask of `flex_causal_attention`: token i of row b sees tokens first_seen[b, i] to i; first_seen is [B, T].
 
-    first_seen rises along a row, so the blocks of keys that a block of queries sees, wholly or in part, follow from the
-    ends of both blocks: nothing of size T x T is computed. Windows and documents differ only in the values of one
-    tensor, so one compiled kernel serves all: after eight variants, torch.compile falls back to slow code for good.
+    first_seen never falls along a row. So the ends of two blocks decide whether a block of queries sees all, some or
+    none of a block of keys, and nothing of size T x T is computed. Windows and documents differ only in the values of
+    this tensor, so one compiled kernel serves all. After eight variants, torch.compile would fall back to slow code.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -153,7 +153,7 @@ def block_mask(first_seen: Tensor):
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, n, m] bool -> the number of set ones [B, 1, n] and indices [B, 1, n, m], set ones first; both int32."""
+    """[B, n, m] bool -> the number of true entries [B, 1, n] and the indices [B, 1, n, m], true ones first; int32."""
     count = blocks.sum(-1, dtype=torch.int32)
     return count[:, None], blocks.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]
 

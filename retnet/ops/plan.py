@@ -82,7 +82,7 @@ def chunk_tokens(
 
 
 def supported_chunk_size(q: Tensor, v: Tensor, per_token: bool, chunk_size: int | None) -> int | None:
-    """The chunk size nearest to a wish that the device supports, for callers to whom it is a hint (a model's layer).
+    """The supported chunk size nearest to the given one, for callers to whom it is a hint (a model's layer).
 
     None stays None. Where torch.compile traces, the answer is a constant.
     """
@@ -96,7 +96,7 @@ def supported_chunk_size(q: Tensor, v: Tensor, per_token: bool, chunk_size: int 
 
 @torch.compiler.assume_constant_result
 def kernel_chunk_tokens(*arguments) -> int:
-    """`_kernel_chunk_tokens` once per set of arguments; torch.compile takes the answer and traces neither."""
+    """`_kernel_chunk_tokens`, cached. torch.compile takes the result as a constant and traces neither function."""
     return _kernel_chunk_tokens(*arguments)
 
 

@@ -24,8 +24,8 @@ class Yarn(NamedTuple):
     """YaRN (arXiv 2309.00071), for a model trained on `length` tokens that reads `factor` times as many.
 
     Pairs that rotate more than FAST times within `length` keep their frequency, those that rotate less than SLOW times
-    have it divided, and the frequencies between are blended linearly in their index, as by the authors. q and k are
-    multiplied by `gain`.
+    have it divided, and the frequencies between are blended linearly in their index, as in the authors' code. q and k
+    are multiplied by `gain`.
     """
 
     factor: float

@@ -4,8 +4,8 @@
 
 On a GPU, `retnet/kernels/convolution` computes it. Elsewhere it is W multiply-adds over shifted views: for a width of 4
 on a CPU that is as fast as PyTorch's depthwise convolution forward, and two to three times as fast with its backward in
-float32 and bfloat16. There a packed row is spread out so that every document is preceded by its own W - 1 tokens of the
-past; no loop over documents.
+float32 and bfloat16. There, a packed row is spread out so that the W - 1 inputs before each document precede it,
+without a loop over documents.
 """
 
 import torch

@@ -60,9 +60,9 @@ class PrefixCache:
         if not self._states and not self._dropped:
             reason = "the cache is empty"
         elif any(key in self._dropped for key in keys):
-            reason = "the state was dropped for room"
+            reason = "the state was dropped to stay within the budget"
         else:
-            reason = "no prompt began alike"
+            reason = "no cached prompt begins with these tokens"
         self.counts.misses[reason] += 1
         return None
 

@@ -1,7 +1,8 @@
 """Speculative decoding by prompt lookup: the draft is the text that followed the last few tokens at an earlier place.
 
-Every step reads W tokens per slot, the last token and a draft, in one pass over the weights. It samples after each of
-them as plain decoding would, with the same random numbers, and the draft is accepted as far as it equals the samples.
+Every step reads W tokens per slot (the last token and the draft tokens) in one pass over the weights. It samples after
+each of them as plain decoding would, with the same random numbers. Draft tokens are accepted as long as they equal the
+samples.
 So greedy output is that of plain decoding, and sampled output has its distribution (with the same seed, the same text),
 up to the rounding of products with W rows instead of one. States are updated only after acceptance, stop strings
 included, so rejected tokens never touch them.
@@ -31,9 +32,7 @@ class Speculation:
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 1 or (self.draft_tokens + 1) % 4:
-            raise ValueError(
-                f"draft_tokens is {self.draft_tokens}; accepted: 3, 7, 11, ... (with the last token, rows in fours)"
-            )
+            raise ValueError(f"draft_tokens is {self.draft_tokens}; accepted: 3, 7, 11, ... (a multiple of 4, less 1)")
         if self.longest < 1:
             raise ValueError(f"longest is {self.longest}; accepted: a positive integer")
 
@@ -44,7 +43,7 @@ class Speculation:
             room = min(layer.mixer.kept_tokens, math.inf if max_tokens is None else max_tokens)
             if layer.mixer.kept_tokens and room < width:
                 raise ValueError(
-                    f"layer {i} is {layer.mixer.kind} that keeps {room} tokens; accepted with draft_tokens "
+                    f"layer {i} is {layer.mixer.kind}, which keeps {room} tokens; accepted with draft_tokens "
                     f"{self.draft_tokens}: at least {width}"
                 )
 

@@ -1,4 +1,4 @@
-"""What the tests of data share: a corpus in memory whose tokens tell documents apart, texts, and a small tokenizer."""
+"""Helpers for the tests of data: a corpus in memory whose tokens tell documents apart, texts, and a small tokenizer."""
 
 from __future__ import annotations
 

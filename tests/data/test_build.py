@@ -1,4 +1,4 @@
-"""Whole runs: what they write, what they leave behind when they fail, and that stopping them changes nothing."""
+"""Whole runs of `retnet data`: the files that they write, the files after a failure, and interrupted runs resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/data.md shows is true."""
+"""The commands and code of docs/data.md run, and print what the page shows."""
 
 from __future__ import annotations
 

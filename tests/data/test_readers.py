@@ -59,7 +59,7 @@ def test_documents_end_at_separators_whatever_the_chunks(small_blocks, text, sep
     assert max(len(block) for block, _ in blocks) <= 32
 
 
-def test_a_long_document_in_blocks_has_the_tokens_it_has_at_once(small_blocks, tokenizer_file, articles):
+def test_a_long_document_read_in_blocks_has_the_same_tokens(small_blocks, tokenizer_file, articles):
     trained = find_tokenizer(str(tokenizer_file))
     prose = [text for text in articles if not any(len(word.encode()) > 14 for word in text.split())]
     assert len(prose) > 20

@@ -109,7 +109,5 @@ def test_a_document_that_is_not_there_is_refused(shards):
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no manifest\.json in .*accepted is a folder that `retnet data` wrote"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json in .*accepted: a folder that `retnet data` wrote"):
         problems(tmp_path)

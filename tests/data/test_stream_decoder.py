@@ -1,4 +1,4 @@
-"""The streaming decoder: its pieces are the text of the whole, at a cost that grows with the tokens alone."""
+"""The streaming decoder: its pieces join to the whole text, at a cost linear in the number of tokens."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_pieces_joined_are_the_text_of_the_whole(tokenizer, data):
 
 @settings(max_examples=70)
 @given(data=st.data())
-def test_a_plain_decode_function_gives_the_text_of_the_whole_too(tokenizer, data):
+def test_a_plain_decode_function_also_streams_the_whole_text(tokenizer, data):
     tokens = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 1), max_size=40))
     assert streamed(StreamDecoder(tokenizer.decode), tokens) == tokenizer.decode(tokens)
 

@@ -1,4 +1,4 @@
-"""PEFT: adapters train, are saved and merged; the head's too, which the fused loss must not pass by."""
+"""PEFT: adapters are trained, saved and merged, also one on the head, which the fused loss must not skip."""
 
 from __future__ import annotations
 

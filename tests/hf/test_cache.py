@@ -1,4 +1,4 @@
-"""StateCache: what transformers does to caches, done to states."""
+"""StateCache: the operations of transformers' caches, on states."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_saved_state_starts_a_cache(model, tmp_path):
     check_continuations(model, cache, [ids[0]])
 
 
-def test_no_token_is_taken_back(unequal):
+def test_removing_tokens_from_a_cache_is_refused(unequal):
     cache, _ = unequal
     cache.crop(0)
     with pytest.raises(ValueError, match="tokens_to_remove is -1; accepted: 0"):

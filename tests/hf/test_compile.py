@@ -1,4 +1,4 @@
-"""torch.compile of the whole model: no graph break, the same numbers, forward and backward."""
+"""torch.compile of the whole model: no graph break, the same results, forward and backward."""
 
 from __future__ import annotations
 

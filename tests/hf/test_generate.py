@@ -1,4 +1,4 @@
-"""`generate` of transformers, with our states as its cache: every way of decoding, padding and going on."""
+"""`generate` of transformers, with our states as its cache: every way to decode, pad and continue."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_cache_changes_no_token(model, way):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_padded_batch_gives_what_each_row_gives_alone(model, side, num_beams):
+def test_a_padded_batch_equals_each_row_alone(model, side, num_beams):
     rows = [random_ids(1, length)[0] for length in (9, 4, 6)]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side=side)
@@ -51,7 +51,7 @@ def test_a_padded_batch_gives_what_each_row_gives_alone(model, side, num_beams):
         assert torch.equal(tokens, alone)
 
 
-def test_a_conversation_goes_on_in_a_filled_cache(model):
+def test_a_conversation_continues_from_a_filled_cache(model):
     """Several tokens into a filled cache, by `generate` and by `forward`; the cache is not read twice."""
     cache = StateCache()
     first = generate(model, random_ids(2, 6), past_key_values=cache)
@@ -70,7 +70,7 @@ def test_a_cache_can_be_forked(model):
         assert torch.equal(forked, generate(model, conversation, use_cache=False))
 
 
-def test_a_prompt_read_in_chunks_gives_the_same(model):
+def test_a_prompt_read_in_chunks_gives_the_same_tokens(model):
     ids = random_ids(2, 11)
     assert torch.equal(generate(model, ids, prefill_chunk_size=4), generate(model, ids))
 
@@ -135,7 +135,7 @@ def test_a_model_without_states_generates_without_a_cache():
 
 
 @pytest.mark.parametrize("kind", ["quantized", "offloaded"])
-def test_a_kind_of_cache_that_there_is_not_is_refused(retnet_model, kind):
+def test_an_unsupported_kind_of_cache_is_refused(retnet_model, kind):
     with pytest.raises(ValueError, match=f"cache_implementation is '{kind}'; accepted: None, 'dynamic', 'static'"):
         generate(retnet_model, random_ids(1, 5), cache_implementation=kind)
 

@@ -1,4 +1,4 @@
-"""The Hugging Face classes add names and conventions, no numbers of its own."""
+"""The Hugging Face classes compute what the core model computes, under transformers' names and conventions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_first_token_of_a_document_is_not_predicted(model):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_pads_change_nothing(model, side):
+def test_padding_changes_nothing(model, side):
     ids = random_ids(1, 10)
     pads = torch.zeros(1, 4, dtype=torch.long)
     padded = torch.cat([pads, ids] if side == "left" else [ids, pads], 1)
@@ -79,7 +79,7 @@ def test_rows_that_do_not_begin_at_position_0_are_refused():
         document_bounds(torch.tensor([[3, 4, 0, 1]]))
 
 
-def test_both_faces_read_what_the_other_wrote(model, config, tmp_path):
+def test_retnet_and_transformers_read_each_others_files(model, config, tmp_path):
     ids = random_ids(2, 9)
     expected = model(ids).logits
     model.save_pretrained(tmp_path / "face")

@@ -1,4 +1,4 @@
-"""torchao's weight-only quantization: applied to a model in memory, and asked for while loading."""
+"""torchao's weight-only quantization of a model in memory, and of a model while it is loaded."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def run_python(code: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize(("stack", "tied"), [("both decays", True), ("both decays", False), ("hybrid", True)])
-def test_shards_are_written_and_read_by_both_faces(tmp_path, stack, tied):
+def test_shards_are_written_and_read_by_retnet_and_transformers(tmp_path, stack, tied):
     model = hf_model(stack, tie_embeddings=tied)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
@@ -45,7 +45,7 @@ def test_shards_are_written_and_read_by_both_faces(tmp_path, stack, tied):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_dtype_that_is_asked_for_is_what_the_weights_have(saved, dtype):
+def test_weights_are_loaded_in_the_requested_dtype(saved, dtype):
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=dtype)
     for name, parameter in model.named_parameters():
         is_rate = name.rpartition(".")[2] in float32_parameters()
@@ -69,7 +69,7 @@ def test_half_precision_decays_are_those_of_the_configuration(saved):
     torch.testing.assert_close(decay, mixer.config.log_decay.float())
 
 
-def test_layers_can_lie_on_a_disk(saved, tmp_path):
+def test_layers_can_be_offloaded_to_disk(saved, tmp_path):
     whole = RetNetForCausalLM.from_pretrained(saved)
     places = {f"model.layers.{n}": "disk" if n == 1 else "cpu" for n in range(len(whole.model.layers))}
     places |= {"model.embedding": "cpu", "model.final_norm": "cpu", "model.head": "cpu"}
@@ -98,7 +98,7 @@ def test_auto_classes_find_the_model(saved):
         *(pytest.param(s, w, marks=pytest.mark.slow) for s, w in [("both decays", "core"), ("hybrid", "face")]),
     ],
 )
-def test_a_process_that_knows_nothing_loads_the_directory_by_its_shim(tmp_path, stack, writer):
+def test_a_fresh_process_loads_the_directory_through_its_shim(tmp_path, stack, writer):
     directory, again = tmp_path / "model", tmp_path / "again"
     model = hf_model(stack, tie_embeddings=True)
     model.save_pretrained(directory) if writer == "face" else save_model(model.model, directory)

@@ -1,4 +1,4 @@
-"""Losses, gradients and packs through the Hugging Face classes, and by transformers' Trainer and collators."""
+"""Losses, gradients and packs of the Hugging Face classes, alone and with transformers' Trainer and collators."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_training_takes_the_loss_without_logits_unless_asked(extra):
     assert model.eval()(ids, labels=labels).logits is not None
 
 
-def test_a_head_that_is_more_than_its_weight_is_run_whole():
+def test_a_head_that_is_not_a_plain_linear_layer_runs_as_its_module():
     """An adapter on the head must not be passed by."""
     model, ids = hf_model().train(), random_ids(2, 9)
 
@@ -50,7 +50,7 @@ def test_a_head_that_is_more_than_its_weight_is_run_whole():
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_checkpointing_changes_no_gradient_and_uses_the_function_that_was_chosen(model):
+def test_checkpointing_changes_no_gradient_and_uses_the_chosen_function(model):
     ids = random_ids(2, 9)
     model.train()
     _, expected = loss_and_gradient(model, input_ids=ids, labels=ids)
@@ -69,7 +69,7 @@ def test_checkpointing_changes_no_gradient_and_uses_the_function_that_was_chosen
 
 
 @pytest.mark.parametrize("as_bounds", [False, True])
-def test_a_flattened_batch_is_its_documents(model, as_bounds):
+def test_a_flattened_batch_equals_its_documents_alone(model, as_bounds):
     batch = DataCollatorWithFlattening(return_flash_attn_kwargs=as_bounds, return_position_ids=not as_bounds)(FEATURES)
     assert ("cu_seq_lens_q" in batch) == as_bounds
     packed = model(**batch)
@@ -84,7 +84,7 @@ def test_a_flattened_batch_is_its_documents(model, as_bounds):
     assert packed.loss.item() == pytest.approx(nats / count, rel=1e-4)
 
 
-def test_left_pads_are_not_taken_for_packs(model):
+def test_left_padding_is_not_mistaken_for_packing(model):
     """transformers counts positions from each row's first real token and gives pads position 0."""
     ids = random_ids(2, 6)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -93,7 +93,7 @@ def test_left_pads_are_not_taken_for_packs(model):
     torch.testing.assert_close(logits[0, 3:], model(ids[:1, 3:]).logits[0], rtol=1e-4, atol=1e-4)
 
 
-def test_logits_are_kept_where_asked(retnet_model):
+def test_logits_to_keep_selects_the_tokens(retnet_model):
     ids = random_ids(2, 6)
     logits = retnet_model(ids).logits
     torch.testing.assert_close(retnet_model(ids, logits_to_keep=2).logits, logits[:, -2:])
@@ -102,7 +102,7 @@ def test_logits_are_kept_where_asked(retnet_model):
         retnet_model(ids, labels=ids, logits_to_keep=2)
 
 
-def test_a_tuple_is_returned_to_who_wants_one(retnet_model):
+def test_return_dict_false_returns_a_tuple(retnet_model):
     ids = random_ids(1, 4)
     loss, logits = retnet_model(ids, labels=ids, return_dict=False)
     assert (loss.shape, logits.shape) == ((), (1, 4, 257))
@@ -120,7 +120,7 @@ def test_a_tuple_is_returned_to_who_wants_one(retnet_model):
         ),
     ],
 )
-def test_what_cannot_be_done_is_refused(retnet_model, inputs, message):
+def test_unsupported_inputs_are_refused(retnet_model, inputs, message):
     with pytest.raises(ValueError, match=message):
         retnet_model(**inputs)
 
@@ -131,7 +131,7 @@ def test_packs_do_not_continue_a_cache(retnet_model):
         retnet_model(random_ids(1, 3), past_key_values=cache, cu_seq_lens_q=torch.tensor([0, 1, 3]))
 
 
-def test_the_columns_of_a_mask_are_the_last():
+def test_a_mask_of_all_tokens_is_cut_to_the_last_columns():
     mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]])
     assert last_columns(mask, (2, 2)).tolist() == [[True, False], [True, True]]
     assert last_columns(torch.ones(2, 9), (2, 3)) is None

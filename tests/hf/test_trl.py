@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: packs without padding, losses of documents that do not see each other, LoRA in it."""
+"""TRL's SFTTrainer: packs without padding, losses of documents that do not see each other, with and without LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where kernels run: on the GPU, or on the CPU in Triton's interpreter, chosen before triton is imported."""
+"""The device of the kernel tests: the GPU, or the CPU in Triton's interpreter, chosen before triton is imported."""
 
 import os
 

@@ -69,7 +69,7 @@ def test_dropout_acts_in_training_alone():
         ({"rotary_factor": 0.0}, "rotary_factor 0.0"),
     ],
 )
-def test_what_cannot_be_built_is_refused_with_a_reason(options, message):
+def test_invalid_configurations_are_refused_with_a_reason(options, message):
     with pytest.raises(ValueError, match=message):
         AttentionConfig(**{"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, **options})
 

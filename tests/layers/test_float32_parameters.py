@@ -35,7 +35,7 @@ def test_a_cast_to_half_precision_leaves_the_rates_as_they_were(mixer, cast):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_model_built_in_bfloat16_and_one_cast_to_double(mixer):
+def test_rates_are_float32_in_bfloat16_models_and_float64_after_a_cast_to_double(mixer):
     assert make_model(mixer, "bfloat16").layers[0].mixer.log_rate.dtype == torch.float32
     assert make_model(mixer).double().layers[0].mixer.log_rate.dtype == torch.float64
 

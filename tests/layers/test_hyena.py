@@ -12,7 +12,7 @@ def test_filters_depend_on_the_distance_alone():
     torch.testing.assert_close(network(200)[:50], network(50), rtol=1e-13, atol=1e-13)
 
 
-def test_the_window_decays_by_its_rate_a_token():
+def test_the_window_decays_by_its_rate_per_token():
     plain, windowed = FilterNetwork(8, 4, decay=0.0).double(), FilterNetwork(8, 4, decay=0.25).double()
     windowed.load_state_dict(plain.state_dict())
     expected = plain(20) * torch.exp(-0.25 * torch.arange(20.0, dtype=torch.float64))[:, None]
@@ -59,6 +59,6 @@ def test_the_state_holds_the_inputs_of_every_token():
 
 
 @pytest.mark.parametrize(("option", "value"), [("order", 0), ("filter_decay", -0.1), ("filter_decay", math.inf)])
-def test_what_cannot_be_built_is_refused_with_a_reason(option, value):
+def test_invalid_configurations_are_refused_with_a_reason(option, value):
     with pytest.raises(ValueError, match=f"{option} is {value}; accepted"):
         HyenaConfig(**{option: value})

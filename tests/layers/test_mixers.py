@@ -112,7 +112,7 @@ def test_any_number_of_tokens_at_a_time_equals_one_forward(mixer, pieces, in_pla
 
 
 @pytest.mark.parametrize("kind", list(SETS))
-def test_pads_and_holes_change_nothing(mixer, kind):
+def test_padding_and_masked_tokens_change_nothing(mixer, kind):
     x, mask = tokens(), torch.ones(B, T, dtype=torch.bool)
     for row, (start, end) in enumerate(SETS[kind]):
         mask[row, start:end] = False
@@ -190,7 +190,7 @@ def test_no_token_depends_on_later_ones(mixer):
     assert not close(out_changed[:, 7:], out[:, 7:])
 
 
-def test_a_state_is_left_alone_unless_in_place(mixer):
+def test_a_state_is_unchanged_unless_in_place(mixer):
     x = tokens()
     with torch.no_grad():
         _, state = run(mixer, x)

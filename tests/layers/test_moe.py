@@ -84,7 +84,7 @@ def test_in_evaluation_no_token_depends_on_another():
     torch.testing.assert_close(alone, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_drop_and_pad_agree_and_zero_what_finds_no_room():
+def test_drop_and_pad_agree_and_give_zero_beyond_the_capacity():
     drop, pad = (build(capacity_factor=0.5, capacity_policy=policy).train() for policy in ("drop", "pad"))
     free, x = build().train(), tokens(1, 20)
     torch.testing.assert_close(drop(x), pad(x), rtol=1e-12, atol=1e-12)
@@ -139,7 +139,7 @@ def test_z_loss_is_the_mean_square_of_the_log_partition():
     assert layer.losses(logits, logits.softmax(-1)).item() == pytest.approx(expected)
 
 
-def test_pads_neither_count_in_losses_nor_take_room():
+def test_padding_neither_counts_in_losses_nor_takes_capacity():
     layer = build(capacity_factor=1.0, capacity_policy="drop", z_loss_coef=0.1).train()
     x, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.bool)
     mask[0, :3] = mask[1, 6:] = False
@@ -206,7 +206,7 @@ def test_initial_router_weights_have_the_size_asked_for():
         ({"z_loss_coef": -1.0}, "z_loss_coef is -1.0"),
     ],
 )
-def test_what_cannot_be_built_is_refused_with_a_reason(options, message):
+def test_invalid_configurations_are_refused_with_a_reason(options, message):
     with pytest.raises(ValueError, match=message):
         MoEConfig(**{"num_experts": 5, "top_k": 2, "hidden_dim": 8, **options})
 

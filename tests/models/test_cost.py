@@ -1,4 +1,4 @@
-"""Cost: operations counted one by one, the size of states, the weights that a token meets."""
+"""Cost: operations counted one by one, the size of states, the weights that a token uses."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.small_models import small_model
 
 
 @pytest.mark.parametrize(("window", "context"), [(None, 7), (3, 7), (7, 7), (9, 7), (1, 5)])
-def test_attention_does_four_operations_a_pair_and_element(window, context):
+def test_attention_does_four_operations_per_pair_and_element(window, context):
     config = AttentionConfig(4, 2, 8, window=window)
     flops = attention_flops(config, Workload(32, context))
     seen = [min(t + 1, window or context) for t in range(context)]

@@ -1,4 +1,4 @@
-"""Models as directories: saved and loaded to the bit, and what is wrong with one that is not ours or not whole."""
+"""Models as directories: saved and loaded to the bit; errors for directories that are not ours or incomplete."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_shards_load_as_one_file_does(tmp_path, model):
     assert torch.equal(load_model(tmp_path)(IDS).logits, model(IDS).logits)
 
 
-def test_what_is_no_model_of_ours_is_said_to_be(tmp_path):
+def test_directories_without_a_model_of_ours_are_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory"):
         load_model(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
@@ -76,7 +76,7 @@ def test_what_is_no_model_of_ours_is_said_to_be(tmp_path):
             load_model(tmp_path)
 
 
-def test_a_model_without_weights_is_said_to_be(tmp_path, model):
+def test_a_directory_without_weights_is_reported(tmp_path, model):
     save_model(model, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no weights in"):

@@ -1,4 +1,4 @@
-"""The language model: what it computes may depend on nothing but the tokens before, in any order of evaluation."""
+"""The language model: its outputs depend only on earlier tokens, and not on the order of evaluation."""
 
 import math
 from itertools import pairwise
@@ -65,7 +65,7 @@ def test_a_broken_state_would_be_seen():
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 @pytest.mark.parametrize("variant", ["paper", "gated", "decay norm", "recurrent"])
-def test_pads_and_holes_change_nothing(side, variant):
+def test_padding_and_masked_tokens_change_nothing(side, variant):
     model, x = make_model(**VARIANTS[variant]), random_ids(2, 19)
     keep = {"left": [7, 19], "right": [0, 12]}.get(side)
     mask = torch.zeros(2, 19, dtype=torch.bool)

@@ -36,7 +36,7 @@ def test_every_mixer_is_in_the_hybrid_and_has_a_state_to_save():
     assert {type(layer) for layer in state.layers} == {mixer.state for mixer in MIXERS.values()}
 
 
-def test_a_saved_state_goes_on_where_it_stopped(tmp_path):
+def test_a_saved_state_continues_where_it_stopped(tmp_path):
     model, tokens = hybrid(), ids()
     with torch.no_grad():
         full = model(tokens).logits
@@ -52,7 +52,7 @@ def test_a_saved_state_goes_on_where_it_stopped(tmp_path):
     assert state.position.tolist() == [12, 12]
 
 
-def test_forked_and_selected_states_go_on_alone():
+def test_forked_and_selected_states_continue_independently():
     model, tokens = hybrid(), ids()
     with torch.no_grad():
         full = model(tokens).logits

@@ -44,7 +44,7 @@ def test_every_mixer_is_among_the_cases():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MIXER_CASES)
-def test_it_equals_the_state_after_a_run_on_no_tokens(name, dtype):
+def test_the_initial_state_equals_the_state_after_a_run_on_no_tokens(name, dtype):
     model = model_of(MIXER_CASES[name]).to(dtype)
     with torch.no_grad():
         _, after = model.hidden(torch.zeros(3, 0, dtype=torch.int64), carry=True)
@@ -68,7 +68,7 @@ def test_a_model_without_memory_makes_states_without_memory(name):
 @pytest.mark.parametrize("num_tokens", [0, 2, 40])
 @pytest.mark.parametrize("in_place", [False, True], ids=("new state", "in place"))
 @pytest.mark.parametrize("name", MIXER_CASES)
-def test_decoding_from_it_equals_one_forward(name, in_place, num_tokens):
+def test_decoding_from_the_initial_state_equals_one_forward(name, in_place, num_tokens):
     model = model_of(MIXER_CASES[name], dtype="float64", init="normal", init_std=0.3)
     ids = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_decoding_from_it_equals_one_forward(name, in_place, num_tokens):
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_a_window_bounds_the_room_of_its_cache():
+def test_a_window_limits_the_capacity_of_its_cache():
     windows = [replace(MIXER_CASES["attention"], window=window) for window in (None, 3, 8)]
     state = model_of(*windows).init_state(1, num_tokens=5)
     assert [layer.keys.shape[1] for layer in state] == [5, 3, 5]

@@ -1,4 +1,4 @@
-"""Tensors on disk: shards, pickles, what is damaged, and how much memory passes through."""
+"""Tensors on disk: shards, pickles, damaged files, and the memory used for reading."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_transformers_reads_the_shards(tmp_path, tensors):
     assert set(metadata["weight_map"]) == set(tensors)
 
 
-def test_saving_again_leaves_nothing_of_before(tmp_path, tensors):
+def test_saving_again_leaves_no_old_files(tmp_path, tensors):
     write_tensors(tmp_path, Tensors.of(tensors), shard_bytes=1)
     write_tensors(tmp_path, Tensors.of(tensors), shard_bytes=260)
     assert len(list(tmp_path.iterdir())) == 3
@@ -89,7 +89,7 @@ def test_a_failed_save_leaves_the_checkpoint_before_it_whole(tmp_path, tensors):
     assert_same(open_tensors(tmp_path), tensors)
 
 
-def test_others_may_read_what_is_written(tmp_path, tensors):
+def test_written_files_are_readable_by_other_users(tmp_path, tensors):
     (tmp_path / "plain").touch()
     write_tensors(tmp_path, Tensors.of(tensors))
     assert (tmp_path / WEIGHTS_FILE).stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -144,7 +144,7 @@ def test_pickles_that_could_run_code_are_not_read(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 @pytest.mark.parametrize("keep", [0, 5, 60])
-def test_damaged_files_are_said_to_be(tmp_path, tensors, suffix, keep):
+def test_damaged_files_are_reported(tmp_path, tensors, suffix, keep):
     file = tmp_path / f"x.{suffix}"
     if suffix == "pt":
         torch.save(tensors, file)
@@ -155,7 +155,7 @@ def test_damaged_files_are_said_to_be(tmp_path, tensors, suffix, keep):
         open_tensors(file)
 
 
-def test_what_is_no_state_dict_is_said_to_be(tmp_path):
+def test_files_without_a_state_dict_are_reported(tmp_path):
     for whole, message in (
         ({"a": 3}, "holds no state dict: 'a' is no tensor"),
         ({}, "holds no state dict: it is empty"),

@@ -1,4 +1,4 @@
-"""Random retention problems: every argument of the operator, odd sizes, hard resets, holes and ragged packs."""
+"""Random retention problems: every argument of the operator, odd sizes, hard resets, masked tokens and ragged packs."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""YaRN: the frequencies and gain of transformers, and what they must do at the ends."""
+"""YaRN: the frequencies and gain of transformers, and their limits for fast and slow pairs."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_half_convention_agrees_with_transformers(key_dim, base, factor, length)
 
 
 @pytest.mark.parametrize("rotary", ["half", "interleaved"])
-def test_fast_pairs_are_kept_and_slow_ones_divided(rotary):
+def test_frequencies_of_fast_pairs_are_kept_and_of_slow_ones_divided(rotary):
     plain = frequencies(rotary, 128, 1e4, dtype=torch.float64, device=torch.device("cpu"))
     yarn = Yarn(8.0, 4096)
     ratio = plain / yarn.frequencies(plain, rotary, 1e4)

@@ -1,4 +1,4 @@
-"""Requests that join, run, end and leave in any order get exactly what each gets alone."""
+"""Requests that start and end in any order get exactly the tokens that each gets alone."""
 
 import gc
 import random
@@ -74,7 +74,7 @@ def test_another_number_of_slots_agrees_to_rounding(any_model):
 
 
 @pytest.mark.parametrize("speculation", [None, Speculation(3)])
-def test_mixtures_of_experts_agree_in_a_crowd_up_to_rounding(speculation):
+def test_requests_to_mixtures_of_experts_agree_in_any_batch_up_to_rounding(speculation):
     """In float64, where rounding picks no other expert and no other token."""
     model = small_model("experts", dtype="float64")
     request = Request(prompt(21), 15, Sampling(temperature=0.9, seed=7, logprobs=0))
@@ -112,7 +112,7 @@ def test_nothing_of_a_finished_request_reaches_the_next_in_its_slot(any_model, p
     assert facts(generation) == expected
 
 
-def test_running_requests_get_a_token_a_step_while_a_long_prompt_is_read(small):
+def test_running_requests_get_a_token_per_step_while_a_long_prompt_is_read(small):
     engine = engine_of(small)
     running = engine.submit(Request(prompt(3), 40, GREEDY))
     engine.step()
@@ -134,7 +134,7 @@ def test_prompts_take_turns(small):
     assert facts(long) == facts(alone(small, long.request))
 
 
-def test_a_cancelled_request_leaves_at_once_and_the_others_do_not_notice(small):
+def test_a_cancelled_request_ends_at_once_and_does_not_affect_others(small):
     expected = facts(alone(small, Request(prompt(5), 20, GREEDY)))
     engine = engine_of(small, max_tokens=None)
     kept = engine.submit(Request(prompt(5), 20, GREEDY))
@@ -166,7 +166,7 @@ def test_stop_tokens_and_the_end_of_text_end_an_output():
     assert alone(ending, Request(prompt(5), 20, GREEDY, ignore_eos=True)).tokens == tokens
 
 
-def test_a_stop_string_ends_an_output_across_token_borders(small):
+def test_a_stop_string_ends_an_output_across_token_boundaries(small):
     tokens = alone(small, Request(prompt(5), 20, GREEDY)).tokens
     text = text_of(tokens)
     string = text[9:12]
@@ -177,7 +177,7 @@ def test_a_stop_string_ends_an_output_across_token_borders(small):
     assert stopped.stops.matched == string
 
 
-def test_a_stream_yields_tokens_as_they_come_and_cancels_when_left(small):
+def test_a_stream_yields_tokens_as_they_come_and_is_cancelled_when_closed(small):
     engine = engine_of(small, max_tokens=None)
     expected = alone(small, Request(prompt(5), 20, GREEDY)).tokens
     assert list(engine.stream(Request(prompt(5), 20, GREEDY))) == expected
@@ -188,7 +188,7 @@ def test_a_stream_yields_tokens_as_they_come_and_cancels_when_left(small):
     assert engine.pool.num_free == 4
 
 
-def test_a_budget_in_bytes_buys_as_many_slots_as_fit(hybrid):
+def test_a_budget_in_bytes_gives_as_many_slots_as_fit(hybrid):
     cost = engine_of(hybrid).pool.cost
     assert cost.state == sum(layer.slot(0).nbytes for layer in engine_of(hybrid).pool.state)
     assert engine_of(hybrid, num_slots=None, memory_bytes=11 * cost.total).pool.num_slots == 8
@@ -197,7 +197,7 @@ def test_a_budget_in_bytes_buys_as_many_slots_as_fit(hybrid):
         engine_of(hybrid, num_slots=None, memory_bytes=cost.total - 1)
 
 
-def test_a_budget_counts_the_rows_of_drafts():
+def test_a_memory_budget_counts_the_draft_updates():
     model, width = small_model("hybrid"), 4
     plain, drafting = (engine_of(model, speculation=s).pool.cost for s in (None, Speculation(width - 1)))
     own = {RetentionState: 2 * (32 + 64), AttentionState: 2 * 2 * 8}  # k and v a token, floats; a rate a head once
@@ -244,12 +244,12 @@ def test_the_pool_neither_moves_nor_grows(any_model):
         (Request([1], 9, stop_strings=["x"]), "stop_strings need text"),
     ],
 )
-def test_what_can_never_be_served_is_refused_with_the_reason(hybrid, request_, message):
+def test_requests_that_can_never_run_are_refused_with_the_reason(hybrid, request_, message):
     with pytest.raises(Refused, match=message):
         engine_of(hybrid).submit(request_)
 
 
-def test_a_full_queue_refuses_and_says_what_a_slot_costs(small):
+def test_a_full_queue_refuses_requests_and_reports_the_memory_per_slot(small):
     engine = engine_of(small, num_slots=1, max_waiting=1)
     engine.submit(Request([1], 5))
     engine.step()
@@ -270,7 +270,7 @@ def test_a_full_queue_refuses_and_says_what_a_slot_costs(small):
         ({"graphs": True}, "graphs is True for a model on cpu"),
     ],
 )
-def test_engines_that_cannot_be_are_refused(hybrid, options, message):
+def test_invalid_engine_options_are_refused(hybrid, options, message):
     with pytest.raises(ValueError, match=message):
         engine_of(hybrid, **options)
 
@@ -291,13 +291,13 @@ def test_hyena_is_refused_by_name():
         {"logprobs": 1.5}, {"seed": 1.5}, {"seed": -1},
     ],
 )  # fmt: skip
-def test_numbers_that_logits_do_not_survive_are_refused_before_they_do_harm(options):
+def test_sampling_options_that_would_make_logits_not_finite_are_refused(options):
     [name] = options
     with pytest.raises(ValueError, match=f"{name} (is|has) .*accepted: "):
         Sampling(**options)
 
 
-def test_requests_that_make_no_sense_are_refused_by_name(small):
+def test_invalid_requests_are_refused_by_name(small):
     for options, name in (
         ({"prompt": "ab"}, "prompt"),
         ({"prompt": [1], "stop_strings": "never"}, "stop_strings"),
@@ -320,7 +320,7 @@ def test_requests_that_make_no_sense_are_refused_by_name(small):
     assert alone(small, Request([1], 5, Sampling(top_k=2**70, temperature=0))).finish_reason == "length"
 
 
-def test_a_callers_decode_that_fails_or_cancels_leaves_others_alone(small):
+def test_a_decode_function_that_fails_or_cancels_does_not_affect_other_requests(small):
     expected = alone(small, Request(prompt(5, 2), 12, GREEDY)).tokens
     calls = []
 
@@ -360,7 +360,7 @@ def test_streams_side_by_side_have_all_their_tokens(small):
         engine.stream(Request([], 5))
 
 
-def test_a_stream_that_fails_says_so():
+def test_a_failed_stream_raises_an_error():
     model = small_model()
     with torch.no_grad():
         model.layers[0].mixer.q_proj.weight[0, 0] = float("nan")

@@ -55,7 +55,7 @@ def test_memory_is_flat_once_warmed_up():
     assert generation.num_new >= 500
 
 
-def test_a_capture_while_requests_run_changes_nothing_for_them():
+def test_capturing_a_graph_does_not_change_running_requests():
     model = small_model().cuda()
     engine = Engine(model, num_slots=4, prompt_chunk=16)
     first = engine.submit(REQUESTS[0])

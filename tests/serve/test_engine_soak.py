@@ -1,4 +1,4 @@
-"""Hundreds of requests of all kinds over a few slots give exactly what each gives alone, in memory that stays put."""
+"""Hundreds of requests of all kinds over a few slots: each gets what it gets alone, in memory that does not grow."""
 
 import random
 import resource
@@ -83,7 +83,7 @@ def check_each_alone(model, generations) -> None:
     ],
     ids=["120", "2000", "hybrid"],
 )
-def test_requests_in_a_crowd_get_what_each_gets_alone(stack, requests):
+def test_requests_in_a_batch_get_what_each_gets_alone(stack, requests):
     model = small_model(stack)
     generations = soak(model, requests)
     reasons = {generation.finish_reason for generation in generations}

@@ -1,4 +1,4 @@
-"""The prefix cache: prompts read only what none before began with, and get the same bits."""
+"""The prefix cache: prompts read only the tokens after their longest cached prefix, and get the same bits."""
 
 from array import array
 
@@ -14,7 +14,7 @@ from .test_engine import alone, engine_of, facts
 SAMPLED = Sampling(temperature=0.8, seed=5, logprobs=2)
 
 
-def test_a_repeated_prompt_reads_nothing_and_gives_the_same_bits(any_model):
+def test_a_repeated_prompt_needs_no_prefill_and_gives_the_same_bits(any_model):
     request = Request(prompt(30), 10, SAMPLED)
     engine = engine_of(any_model, prefix_cache_bytes=10**7)
     first = engine.submit(request)
@@ -28,7 +28,7 @@ def test_a_repeated_prompt_reads_nothing_and_gives_the_same_bits(any_model):
     assert engine.stats().prefix.tokens_saved == 29
 
 
-def test_a_shared_beginning_is_read_once(any_model):
+def test_a_shared_prefix_is_read_once(any_model):
     shared = prompt(21)
     engine = engine_of(any_model, prefix_cache_bytes=10**7)
     for seed in range(3):
@@ -41,7 +41,7 @@ def test_a_shared_beginning_is_read_once(any_model):
     assert engine.stats().prefix.misses == {"the cache is empty": 1}
 
 
-def test_states_inside_a_long_prompt_are_kept_at_borders(small):
+def test_states_inside_a_long_prompt_are_kept_at_chunk_boundaries(small):
     engine = engine_of(small, prefix_cache_bytes=10**7, prefix_interval=16)
     engine.submit(Request(prompt(60), 1))
     engine.run()
@@ -52,7 +52,7 @@ def test_states_inside_a_long_prompt_are_kept_at_borders(small):
     assert facts(generation) == facts(alone(small, request))
 
 
-def test_a_conversation_is_found_by_its_next_turn(small):
+def test_the_next_turn_of_a_conversation_hits_the_prefix_cache(small):
     engine = engine_of(small, prefix_cache_bytes=10**7)
     first = engine.submit(Request(prompt(30), 10, SAMPLED))
     engine.run()
@@ -61,7 +61,7 @@ def test_a_conversation_is_found_by_its_next_turn(small):
     assert second.cached == 39, "all but the last token, which nothing had read"
 
 
-def test_the_least_recently_used_leaves_first_and_misses_say_why(small):
+def test_the_least_recently_used_state_is_dropped_first_and_misses_have_reasons(small):
     state = engine_of(small).pool.copy(0)
     cache = PrefixCache(2 * state.nbytes)
     a, b, c = (array("i", [n, n, n]) for n in range(3))
@@ -75,13 +75,13 @@ def test_the_least_recently_used_leaves_first_and_misses_say_why(small):
     assert cache.find(a) is not None
     assert dict(cache.counts.misses) == {
         "the cache is empty": 1,
-        "the state was dropped for room": 1,
-        "no prompt began alike": 1,
+        "the state was dropped to stay within the budget": 1,
+        "no cached prompt begins with these tokens": 1,
     }
     assert (len(cache), cache.nbytes, cache.counts.evicted) == (2, 2 * state.nbytes, 1)
 
 
-def test_the_longest_beginning_is_taken(small):
+def test_the_longest_cached_prefix_is_used(small):
     state = engine_of(small).pool.copy(0)
     cache = PrefixCache(10**6)
     for length in (2, 5, 3):
@@ -100,7 +100,7 @@ def test_a_state_larger_than_the_budget_is_not_kept(small):
         PrefixCache(0)
 
 
-def test_what_a_snapshot_has_read_is_no_hit_and_shared_counts_from_the_prompt(small):
+def test_tokens_of_a_snapshot_are_no_cache_hit_and_shared_counts_from_the_prompt(small):
     engine = engine_of(small, prefix_cache_bytes=10**7)
     first = engine.submit(Request(prompt(30), 10, Sampling(temperature=0), keep_state=True))
     engine.run()

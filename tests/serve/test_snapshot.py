@@ -1,4 +1,4 @@
-"""Sessions that go on elsewhere with the same tokens, and files that are refused rather than half believed."""
+"""Sessions that continue elsewhere with the same tokens, and damaged or incomplete files that are refused."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def session(model, new_tokens: int = 9):
     return engine, generation
 
 
-def test_a_restored_session_goes_on_with_the_same_bits_and_reads_nothing(any_model, tmp_path):
+def test_a_restored_session_continues_with_the_same_bits_without_prefill(any_model, tmp_path):
     engine, generation = session(any_model)
     error = engine.snapshot(generation).save(tmp_path / "session.safetensors")
     assert error == 0
@@ -50,7 +50,7 @@ def test_a_restored_session_goes_on_with_the_same_bits_and_reads_nothing(any_mod
     assert other.stats().prompt_tokens == 0
 
 
-def test_a_session_goes_on_in_another_process(small, tmp_path):
+def test_a_session_continues_in_another_process(small, tmp_path):
     engine, generation = session(small)
     engine.snapshot(generation).save(tmp_path / "session.safetensors")
     engine.run()
@@ -79,7 +79,7 @@ def test_more_prompt_after_a_snapshot_is_one_conversation(any_model):
     assert second.tokens == whole.tokens
 
 
-def test_forks_go_on_alone(any_model):
+def test_forks_continue_independently(any_model):
     engine, generation = session(any_model)
     at = generation.num_new
     twin = engine.fork(generation, Request([], 51, SAMPLED))
@@ -206,7 +206,7 @@ def test_one_weight_that_differs_makes_another_model():
     assert fingerprint(model) != fingerprint(other)
 
 
-def test_a_loaded_snapshot_does_not_hang_on_its_file(small, tmp_path):
+def test_a_loaded_snapshot_does_not_depend_on_its_file(small, tmp_path):
     engine, generation = session(small)
     snapshot = engine.snapshot(generation)
     snapshot.save(tmp_path / "session")
@@ -221,7 +221,7 @@ def test_a_loaded_snapshot_does_not_hang_on_its_file(small, tmp_path):
 
 
 @pytest.mark.parametrize("fact", ["dtypes", "model", "tokens", "rounding_error", "position", "output_start"])
-def test_a_file_that_lacks_a_fact_is_refused_even_if_it_agrees_with_itself(small, tmp_path, fact):
+def test_a_file_without_an_entry_in_its_metadata_is_refused_even_if_its_hashes_match(small, tmp_path, fact):
     engine, generation = session(small)
     path = tmp_path / "session"
     engine.snapshot(generation).save(path)

@@ -1,4 +1,4 @@
-"""Drafts change how fast tokens come, and nothing else."""
+"""Speculative decoding: draft tokens change the speed and not the output."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_output_is_that_of_plain_decoding_token_for_token(exact_model, draft_tok
         assert generation.tokens == alone(exact_model, request).tokens
 
 
-def test_guesses_are_right_where_text_repeats_itself(small):
+def test_drafts_are_accepted_where_text_repeats_itself(small):
     engine = engine_of(small, speculation=Speculation(3), max_tokens=None)
     biased = Sampling(temperature=0, logit_bias={5: 1e4})
     engine.submit(Request(prompt(8), 60, biased))
@@ -42,7 +42,7 @@ def test_guesses_are_right_where_text_repeats_itself(small):
     assert stats.drafted >= stats.accepted
 
 
-def test_a_crowd_changes_no_bit_of_a_request(any_model):
+def test_other_requests_change_no_bit_of_a_request(any_model):
     options = {"speculation": Speculation(3)}
     request = Request(REPEATING, 25, Sampling(temperature=0.6, seed=4, logprobs=3))
     expected = facts(alone(any_model, request, **options))
@@ -56,7 +56,7 @@ def test_a_crowd_changes_no_bit_of_a_request(any_model):
     assert all(other.num_new == other.request.max_new_tokens for other in others)
 
 
-def test_a_snapshot_after_a_stop_inside_a_draft_goes_on_as_plain_decoding_does(exact_model):
+def test_a_snapshot_after_a_stop_inside_a_draft_continues_like_plain_decoding(exact_model):
     biased = Sampling(temperature=0, logit_bias={5: 1e4})
     string = text_of([5, 5, 5, 5, 5, 5])
     options = {"speculation": Speculation(7), "decode": text_of}
@@ -95,7 +95,7 @@ def test_sampled_output_has_the_distribution_of_plain_decoding(small):
     assert statistic < 26.1, "chi-square, at most 8 degrees of freedom, p = 0.001"
 
 
-def test_lookup_finds_what_followed_the_longest_ending_last():
+def test_lookup_finds_the_latest_continuation_of_the_longest_matching_ending():
     lookup = PromptLookup(longest=3)
     assert lookup.draft([1, 2, 3], 4) == []
     assert lookup.draft([1, 2, 3, 9, 2, 3], 4) == [9, 2, 3, 9]
@@ -104,7 +104,7 @@ def test_lookup_finds_what_followed_the_longest_ending_last():
 
 
 def test_drafts_that_a_cache_cannot_take_are_refused_by_name():
-    with pytest.raises(ValueError, match="layer 1 is attention that keeps 9 tokens; accepted with draft_tokens 19"):
+    with pytest.raises(ValueError, match="layer 1 is attention, which keeps 9 tokens; accepted with draft_tokens 19"):
         engine_of(small_model("hybrid"), speculation=Speculation(19))
     with pytest.raises(ValueError, match="draft_tokens is 4; accepted: 3, 7, 11"):
         Speculation(4)

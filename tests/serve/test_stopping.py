@@ -1,4 +1,4 @@
-"""Stop strings in text whose pieces do not follow token borders."""
+"""Stop strings in text whose pieces do not follow token boundaries."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_strings_are_found_over_bytes_of_unfinished_characters(text, strings, ma
     assert stops.text == left
 
 
-def test_text_of_tokens_that_print_differently_in_company_is_what_decoding_all_gives():
+def test_tokens_that_decode_differently_in_context_stream_the_whole_text():
     words = ["▁a", "▁b", "c", "▁"]
 
     def pieces(tokens) -> str:  # a first space is dropped, as sentencepiece does
@@ -46,7 +46,7 @@ def test_text_of_tokens_that_print_differently_in_company_is_what_decoding_all_g
     assert stops.text == pieces(tokens)
 
 
-def test_each_token_costs_the_decoding_of_a_few():
+def test_the_cost_per_token_is_the_decoding_of_a_few_tokens():
     asked = []
 
     def counted(tokens) -> str:

@@ -124,7 +124,7 @@ def test_no_gradient_flows_into_the_carried_state(corpus):
     assert model.model.embedding.weight.grad.abs().sum() > 0
 
 
-def test_what_routers_add_counts_by_a_batchs_share_of_the_step(corpus):
+def test_router_losses_count_by_a_batchs_share_of_the_step(corpus):
     """Two batches of a step add what they would add as one, however many there are."""
     model = PackedForCausalLM.wrap(resolve_model("arch_expert_retnet_moe_mini")).train()
     stream = RowStream(PackedDataset(corpus, LENGTH, 0))

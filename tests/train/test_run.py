@@ -230,7 +230,7 @@ def test_validation_in_other_tokens_is_refused(text_folder):
         _check_same_tokens(train_corpus, other)
 
 
-def test_a_model_goes_on_with_its_own_tokenizer_alone(byte_model, text_folder, tmp_path, console):
+def test_further_training_accepts_only_the_models_own_tokenizer(byte_model, text_folder, tmp_path, console):
     train(recipe_for(byte_model, text_folder, tmp_path / "first", **QUICK), console)
     file = tmp_path / "first" / "tokenizer.json"
     tokenizer = json.loads(file.read_text())

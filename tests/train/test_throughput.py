@@ -35,7 +35,7 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def test_a_reading_is_of_the_tokens_and_the_time_since_the_last_one(clock):
+def test_a_reading_covers_the_tokens_and_time_since_the_last_one(clock):
     config = preset("retnet-tiny")
     meter = Meter(config, Peak(1e12, "a device"), num_processes=4)
     assert meter.read() == {}

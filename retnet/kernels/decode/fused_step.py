@@ -1,17 +1,17 @@
-"""Decoding: rotation of q and k, then one token of retention with the state in place, in one launch.
+"""The fused step of retention for decoding: rotates q and k and advances the state by one token, in one launch.
 
     S <- gamma_t S + k_t^T v_t        out_t = scale q_t S        q, k: rotated by the token's angles first
 
-As in `recurrent.py`, a program owns a [K, BV] slice of one head's state, and no sum crosses programs. Inactive
-sequences are not read. q, k and v are columns of one packed product.
+As in `recurrent.py`, a program owns a [K, BV] slice of one head's state, and no sum crosses programs. The states of
+inactive sequences are not read. q, k and v are columns of one packed projection.
 
-With a ring, writing is deferred. The state is as it was up to W - 1 tokens ago, the later tokens are beside it, and
+With a ring, writes are deferred. The state is up to W - 1 tokens old, the ring holds the tokens since then, and
 
     out_t = scale (gamma_(0..t) q_t S_0 + sum_i gamma_(i..t) (q_t k_i) v_i)
 
-The token that fills the ring writes all its tokens into the state: another sum than W times `recurrence.advance`, with
-one rounding of the state per W tokens. A state is then read once per token and written once per W. Every sequence has
-its own count of tokens, so its results do not depend on when other sequences came.
+The token that fills the ring writes all W tokens into the state. This is another order of summation than W calls of
+`recurrence.advance`: the state is rounded once per W tokens. A state is read once per token and written once per W
+tokens. Every sequence counts its own pending tokens, so its results do not depend on when other sequences started.
 """
 
 import torch
@@ -25,7 +25,7 @@ from retnet.kernels.device import power_of_two
 from retnet.kernels.retention.tiles import step_tile
 
 SLAB_CELLS = 8192  # numbers of a state that a program loads at a time
-FOLD_ROWS = 16  # rows of a state that a full ring is written to at a time: few, to keep this rare pass in registers
+FOLD_ROWS = 16  # rows of a state that a full ring updates at a time: few, so that this rare pass stays in registers
 
 
 def decode_step(
@@ -43,7 +43,8 @@ def decode_step(
     """q [B, H, K], k [B, G, K], v [B, G, V], state [B, H, K, V] float32 (updated) -> out [B, H, V].
 
     rotation: cos, sin [B, K / 2] float32. log_decay: [H] or [B, H], float32. active [B].
-    ring: keys [B, G, W, K], values [B, G, W, V], log decays [B, H, W], pending [B] (tokens in it; the caller counts).
+    ring: keys [B, G, W, K], values [B, G, W, V], log decays [B, H, W], pending [B] (tokens in it, counted by the
+        caller).
     """
     B, H, K = q.shape
     G, V = v.shape[1:]
@@ -77,9 +78,9 @@ def decode_step(
 
 
 def defer_tile(K: int, V: int, heads: int) -> tuple[int, int]:
-    """(values, rows per slab) of a program: 64 values fill whole lines of memory; fewer, to occupy all processors.
+    """(values, rows per slab) of a program: 64 values fill whole lines of memory; fewer occupy all processors.
 
-    A state that is only read passes in slabs; nothing of it is kept.
+    The state is only read, slab by slab, and no slab is kept.
     """
     BV = min(64, power_of_two(V))
     while BV > 16 and heads * V // BV < 512:
@@ -97,7 +98,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> None:
 
 @triton.jit
 def _rotate_kernel(x, cos, sin, token, head, K: tl.constexpr, BP: tl.constexpr, ROTARY: tl.constexpr):
-    """One thread reads and writes a pair, so it can be overwritten."""
+    """Each pair is read and written by one thread, so it can be overwritten."""
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     HALF: tl.constexpr = K // 2
     pair = tl.arange(0, BP)
@@ -198,7 +199,7 @@ def _defer_kernel(
         logs += (b * H + h) * W
         decay = tl.load(log_decay + (b * H + h if PER_TOKEN else h))
         age = tl.load(logs + i, mask=there, other=0.0)
-        # Decay since token i: of the later tokens and of this one. Sums of logs, never differences: -inf is a reset.
+        # Decay since token i: over the later tokens and this one. Logs are added, never subtracted: -inf is a reset.
         since = tl.sum(tl.where(i[None, :] > i[:, None], age[None, :], 0.0), 1) + decay
         total = tl.exp(tl.sum(age, 0) + decay)
         weight = tl.where(there, tl.exp(since), 0.0)
@@ -228,7 +229,7 @@ def _defer_kernel(
             tl.store(values + (ring + n) * V + column, vt.to(values.dtype.element_ty), mask=column_ok)
             if tile == 0:
                 tl.store(logs + n, decay)
-        else:  # the state is read again, which is rare, rather than kept in registers at every step
+        else:  # rare: reading the state again is cheaper than keeping it in registers at every step
             weighted = v_rows * weight[:, None]
             for f0 in range(0, BK, FOLD):
                 fold = f0 + tl.arange(0, FOLD)

@@ -1,14 +1,15 @@
-"""Decoding: a linear layer of few rows, with what comes before and after it in the same launch.
+"""A linear layer of few rows for decoding, with its norm, gate, bias and residual in the same launch.
 
     out = skip residual + branch (y W^T + bias)        y = norm(x) * act(gate)
 
-A decode step reads every weight for a handful of products, so its time is that of reading W and of the launches. A
-program owns BN rows of W with all their columns and loads them at once, where the device allows it before the kernel
-that makes x has ended (`dependent_launch.py`). While they arrive, every program normalises the few rows of x itself,
-which costs less than a separate launch. Sums are float32 and stay inside a program. Weights may be int8 with a scale
-per row, and are read as int8.
+A decode step uses every weight for only a few products, so its time is that of reading W and of the launches. A program
+owns BN rows of W with all their columns and loads them at once. Where the device allows it, the load starts before the
+kernel that makes x has ended (`dependent_launch.py`). Every program normalises the few rows of x itself, which costs
+less than a separate launch. Sums are float32 and stay inside a program. Weights may be int8 with one scale per
+row, and are read as int8.
 
-With more than a few rows, tensor cores are faster: `prepare` makes y in one launch and the library multiplies.
+With more than a few rows, tensor cores are faster: `prepare` makes y in one launch, and the caller multiplies it by W
+with the library's matrix product.
 """
 
 from typing import NamedTuple
@@ -24,7 +25,7 @@ PROGRAMS = 512  # about four per processor, so that some load while others sum
 
 
 class LinearTile(NamedTuple):
-    """BN rows of W per program, with BG groups of BV columns: the smallest powers of two that hold them."""
+    """BN rows of W per program; BG and BV are the groups and the columns per group, rounded up to powers of two."""
 
     BN: int
     BG: int
@@ -145,7 +146,7 @@ def _matvec_kernel(
             mask=(n < N)[:, None] & k_ok[None, :],
             other=0.0,
         )
-    await_previous(DEPENDENT)  # the weights are loading; earlier kernels make the inputs
+    await_previous(DEPENDENT)  # the weights are already loading; the inputs come from earlier kernels
     group, column = tl.arange(0, BG), tl.arange(0, BV)
     inside = (group < G)[:, None] & (column < V)[None, :]
     cell = group[:, None] * V + column[None, :]

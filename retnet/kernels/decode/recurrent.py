@@ -1,14 +1,14 @@
-"""Decoding: one or a few tokens read recurrently (paper Eq. 6), the state updated in place.
+"""Recurrent retention for decoding: one or a few tokens (paper Eq. 6), with the state updated in place.
 
     S <- exp(log_decay_t) S + k_t^T v_t        out_t = scale q_t S
 
-Decoding moves states and little else. A program owns BV values of one head's state with all of K, so that no sum
-crosses programs. For one token, the slice passes through registers in slabs of rows, and the next slab loads while one
-is computed; for several tokens, the slice stays in float32 registers, read once and written once.
+Reading and writing states takes nearly all the time. A program owns BV values of one head's state with all of K, so
+that no sum crosses programs. For one token, the slice passes through registers in slabs of rows, and the next slab
+loads while one is computed. For several tokens, the slice stays in float32 registers, read once and written once.
 
 A state narrower than float32 is rounded stochastically: to nearest, a decay above
 1 - 2^-9 would leave a bfloat16 state unchanged and nothing would be forgotten. The random bits are a hash of the call's
-q and k, the value and its place: equal inputs, equal bits.
+q and k, the value and its position, so equal inputs give equal bits.
 """
 
 import torch
@@ -59,7 +59,7 @@ def retention_recurrent(problem: RetentionProblem, state_dtype: torch.dtype) -> 
     device, state = problem.v.device, problem.state
     if state is None:
         final = torch.zeros(problem.state_shape, dtype=torch.float32, device=device)
-    else:  # never rounded before it is read
+    else:  # the state is not rounded before it is read
         as_given = state.dtype == state_dtype and state_dtype in DROPPED_BITS
         dtype = state_dtype if as_given else torch.float32
         final = torch.empty(problem.state_shape, dtype=dtype, device=device).copy_(state)

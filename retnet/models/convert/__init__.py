@@ -1,6 +1,7 @@
-"""Models from elsewhere: torchscale, flash-linear-attention, syncdoth/RetNet and others, into ours; ours into FLA's.
+"""Conversion of models: from torchscale, flash-linear-attention, syncdoth/RetNet and others to ours, and ours to FLA's.
 
-One module a format. Everything streams: a checkpoint larger than memory converts with one shard of it in memory.
+There is one module per format. Tensors are streamed: a checkpoint may be larger than memory, and one shard of it is in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _ALL = (torchscale.FORMAT, fla.FORMAT, syncdoth.FORMAT, llama.FORMAT, mamba.MAMB
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
-# What else makes a model directory useful, and is the same for every format.
+# Files beside the weights that are the same in every format: they are copied.
 _SIDE_FILES = (
     "added_tokens.json", "chat_template.jinja", "generation_config.json", "merges.txt", "special_tokens_map.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
@@ -51,16 +52,17 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> LanguageModel:
-    """A model from elsewhere as our `LanguageModel`, in evaluation mode.
+    """A model of another library as our `LanguageModel`, in evaluation mode.
 
     Args:
         source: a directory, a file of weights, or a state dict.
-        format: a key of FORMATS, or "retnet"; recognised by its tensors if None.
-        config: the source's own configuration (a mapping, an object with attributes, or a path to JSON), where it does
-            not lie in the directory or the checkpoint; or a ModelConfig.
+        format: a key of FORMATS, or "retnet"; recognised from the tensors if None.
+        config: the source's own configuration (a mapping, an object with attributes, or a path to JSON), needed if
+            neither the directory nor the checkpoint holds one; or a ModelConfig.
         device, dtype: of the weights; dtype as stored if None.
 
-    Raises ValueError, FileNotFoundError: what is missing, left over, misshapen, or not expressible.
+    Raises FileNotFoundError if there are no weights, ValueError that names what is missing, left over, of the wrong
+    shape, or not supported by our models.
     """
     ours, tensors = _open(source, format, config)
     return fill(build_empty(ours), tensors, device=device, dtype=dtype)
@@ -74,7 +76,7 @@ def convert(
     format: str | None = None,
     config: object = None,
 ) -> ModelConfig:
-    """Write a model as a directory in our format, or in that of `to`; weights stream, tokenizer files come along.
+    """Write a model as a directory in our format, or in that of `to`. Weights are streamed, tokenizer files are copied.
 
     source: as for `load`, or a model. out: new or empty. Returns our configuration of the model.
     """
@@ -88,7 +90,7 @@ def convert(
     if to == OURS:
         write_model(out, ours, tensors)
     else:
-        data = writers[to](ours)  # before anything is written
+        data = writers[to](ours)  # may raise, so it runs before anything is written
         out.mkdir(parents=True, exist_ok=True)
         write_tensors(out, in_their_names(FORMATS[to], ours, tensors))
         write_config(out, data)
@@ -129,7 +131,7 @@ def _recognise(theirs: Tensors, where: str) -> Format:
     if len(found) != 1:
         examples = ", ".join(list(theirs.specs)[:3])
         raise ValueError(
-            f"{where} is of no known format (its tensors: {examples}, ...); accepted: {', '.join((OURS, *FORMATS))}"
+            f"{where} is in no known format (its tensors: {examples}, ...); accepted: {', '.join((OURS, *FORMATS))}"
         )
     return found[0]
 
@@ -149,14 +151,14 @@ def _source_config(path: Path | None, theirs: Tensors, config: Any, form: Format
         config = vars(config)
     if not isinstance(config, Mapping):
         raise ValueError(
-            f"weights in the format {form.name} do not say their configuration; accepted: config=..., its "
-            "config.json, or the arguments that the model was built with"
+            f"weights in the format {form.name} without a configuration; accepted: config=..., its config.json, or "
+            "the arguments that the model was built with"
         )
     return config
 
 
 def _with_vocab_size(values: Mapping[str, Any], form: Format, theirs: Tensors) -> Mapping[str, Any]:
-    """torchscale leaves it to the dictionary (-1): as many as there are embeddings."""
+    """The configuration with a vocabulary size: without one (torchscale writes -1), the number of embeddings."""
     if (values.get("vocab_size") or -1) > 0:
         return values
     embedding = theirs.specs.get(form.embedding)

@@ -1,8 +1,8 @@
-"""flash-linear-attention's `RetNetForCausalLM`: directories of the hub (fla-hub, m-a-p), read and written.
+"""flash-linear-attention's `RetNetForCausalLM`, read and written as directories of the hub (fla-hub, m-a-p).
 
-Its rotary embedding is the "half" convention, its head norm is RMS with one weight shared by the heads, and it has no
-decay normalisation. Some of its layers may be softmax attention (`attn`), and early versions stored the two matrices of
-the feed-forward's first stage as one. It ignores `use_short_conv`, as its block never hands it on.
+Its rotary embedding has the "half" convention, its head norm is RMS with one weight shared by the heads, and it has no
+decay normalisation. Some of its layers may be softmax attention (`attn`). Early versions stored the gate and up
+projections of the feed-forward as one tensor. `use_short_conv` has no effect, because FLA's block does not pass it on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _DEFAULTS = {
     "hidden_size": 2048,
     "expand_k": 1.0,
     "expand_v": 2.0,
-    "hidden_ratio": 4,  # of null; of a missing key it is 2
+    "hidden_ratio": 4,  # if null; 2 if the key is missing
     "num_hidden_layers": 24,
     "num_heads": 8,
     "hidden_act": "swish",
@@ -65,7 +65,7 @@ _MODES: dict[str, Mode] = {
 _KNOWN = frozenset(
     [*_DEFAULTS, "attn", "bos_token_id", "eos_token_id", "feature_map", "intermediate_size", "num_kv_heads",
      "pad_token_id", "tie_word_embeddings", "vocab_size",
-     # of no effect on outputs: training, kernels, and a convolution that its block does not build
+     # without effect on outputs: training, kernels, and a convolution that its block does not build
      "conv_size", "fuse_cross_entropy", "fuse_linear_cross_entropy", "fuse_norm", "fuse_swiglu",
      "max_position_embeddings", "share_conv_kernel", "use_l2warp", "use_short_conv"]
 )  # fmt: skip
@@ -120,7 +120,7 @@ def _value(source: Mapping[str, Any], key: str) -> Any:
 
 
 def _intermediate_size(source: Mapping[str, Any], width: int) -> int:
-    """Given, or two thirds of width * hidden_ratio rounded up to a multiple of 256."""
+    """The given size, or two thirds of width * hidden_ratio, rounded up to a multiple of 256."""
     if source.get("intermediate_size") is not None:
         return source["intermediate_size"]
     ratio = _value(source, "hidden_ratio") if "hidden_ratio" in source else 2
@@ -148,7 +148,7 @@ def _attention(attn: Mapping[str, Any] | None, width: int) -> dict[int, Attentio
     return dict.fromkeys(attn["layers"], mixer)
 
 
-# Fields that change no output: what is lost of them in writing is not missed.
+# Fields that change no output, so FLA's format need not express them.
 _FREE: dict[type, set[str]] = {
     ModelConfig: {"dtype", "gradient_checkpointing", "init", "layers", "name", "seed"},
     BlockConfig: {"feed_forward", "mixer"},
@@ -161,12 +161,12 @@ _FREE: dict[type, set[str]] = {
 def config_to(config: ModelConfig) -> dict[str, Any]:
     """Our configuration as their config.json.
 
-    Raises ValueError that names every feature it cannot express: all that reading it back would not give again.
+    Raises ValueError that names every feature that FLA cannot express: those that reading the result would change.
     """
     retention = next((x.mixer for x in config.layers if isinstance(x.mixer, RetentionConfig)), None)
     feed_forward = next((x.feed_forward for x in config.layers if x.feed_forward is not None), None)
     if retention is None or feed_forward is None:
-        raise ValueError(f"{_CANNOT}: it has no {'feed_forward' if retention else 'layer of retention'}")
+        raise ValueError(f"{_CANNOT}: it has no {'feed_forward' if retention else 'retention layer'}")
     data = {
         "architectures": ["RetNetForCausalLM"],
         "model_type": "retnet",
@@ -211,7 +211,7 @@ def _attn(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def _lost(config: ModelConfig, said: ModelConfig) -> list[str]:
-    """Where `said` differs from `config`, once for all layers alike."""
+    """The differences of `said` from `config`. One that several layers share is listed once."""
     layers: dict[str, list[int]] = {}
     for i, (ours, theirs) in enumerate(zip(config.layers, said.layers)):
         problems = _differences(ours, theirs, "") + _differences(ours.mixer, theirs.mixer, "mixer.")
@@ -228,7 +228,7 @@ def _lost(config: ModelConfig, said: ModelConfig) -> list[str]:
 
 
 def _differences(ours: Any, theirs: Any, path: str) -> list[str]:
-    """Fields of one dataclass that come out otherwise."""
+    """The fields of one dataclass that differ."""
     if type(ours) is not type(theirs):
         return [f"{path[:-1]} is {getattr(ours, 'kind', None)!r} (there: {theirs.kind!r})"]
     names = [f.name for f in fields(ours) if f.name not in _FREE[type(ours)]]
@@ -240,7 +240,7 @@ def _differences(ours: Any, theirs: Any, path: str) -> list[str]:
 
 
 def names(config: ModelConfig) -> Table:
-    """The table; without an output gate the head norm has one name alone."""
+    """The table. Without an output gate, the head norm has only one name."""
     gated = any(isinstance(x.mixer, RetentionConfig) and x.mixer.gate == "swish" for x in config.layers)
     return NAMES if gated else {**NAMES, "layers.{}.mixer.head_norm_weight": _PLAIN_NORM}
 

@@ -1,4 +1,4 @@
-"""transformers' `LlamaForCausalLM`: grouped-query attention, half rotary positions, SwiGLU, RMS norms before."""
+"""transformers' `LlamaForCausalLM`: grouped-query attention, half rotary positions, SwiGLU, RMS pre-norms."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _DEFAULTS = {
     "attention_dropout": 0.0,
     "mlp_bias": False,
 }
-# Read below, or of no effect on outputs: positions have no bound here.
+# Keys that are read below or do not change outputs. Our positions have no limit.
 _FREE = {
     "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "max_position_embeddings", "num_key_value_heads",
     "pad_token_id", "pretraining_tp", "rope_parameters", "rope_scaling", "rope_theta", "vocab_size",
@@ -88,7 +88,7 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
 
 
 def _rotary(source: Mapping[str, Any]) -> tuple[float, float]:
-    """(base, factor): in one mapping since transformers 5, in two keys before."""
+    """(base, factor), from one mapping (transformers 5) or from two keys (earlier versions)."""
     rope = {"rope_theta": source.get("rope_theta"), **(source.get("rope_scaling") or {})}
     rope |= source.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"

@@ -1,7 +1,7 @@
-"""transformers' `MambaForCausalLM` and `Mamba2ForCausalLM`, and the first authors' checkpoints under those names.
+"""transformers' `MambaForCausalLM` and `Mamba2ForCausalLM`, and the authors' checkpoints with these tensor names.
 
-Layers are a mixer alone, without a feed-forward. `residual_in_fp32` tells them to add layers up in float32 in a model
-of half precision; ours adds in the model's dtype, so that in half precision logits differ by that rounding.
+A layer is a mixer without a feed-forward. With `residual_in_fp32`, their half-precision models keep the residual stream
+in float32. Ours keep it in the model's dtype, so half-precision logits differ by that rounding.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _DEFAULTS2 = {
     "time_step_limit": (0.0, math.inf),
     "tie_word_embeddings": False,
 }
-# Read above, or of no effect on outputs: how weights start, how a layer is computed, what follows from other keys.
+# Keys that are read above or do not change outputs: initialisation, ways to compute, values implied by other keys.
 _FREE = {
     "bos_token_id", "chunk_size", "eos_token_id", "hidden_act", "intermediate_size", "layer_types", "num_heads",
     "pad_token_id", "rescale_prenorm_residual", "residual_in_fp32", "time_step_init_scheme", "use_associative_scan",
@@ -79,7 +79,7 @@ _FREE = {
 
 
 def mamba1_config_of(source: Mapping[str, Any]) -> ModelConfig:
-    """Their config.json of a Mamba as our configuration."""
+    """A Mamba's config.json as our configuration."""
     value = _read("mamba", source, _DEFAULTS)
     rank = value["time_step_rank"]
     mixer = Mamba1Config(
@@ -92,7 +92,7 @@ def mamba1_config_of(source: Mapping[str, Any]) -> ModelConfig:
 
 
 def mamba2_config_of(source: Mapping[str, Any]) -> ModelConfig:
-    """Their config.json of a Mamba-2 as our configuration."""
+    """A Mamba-2's config.json as our configuration."""
     value = _read("mamba2", source, _DEFAULTS2)
     lowest, highest = (_number(x) for x in value["time_step_limit"])
     mixer = Mamba2Config(
@@ -117,7 +117,7 @@ def _read(name: str, source: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
 
 def _number(x: Any) -> float:
-    """A number of a config.json, in which transformers 5 writes infinity as a mapping."""
+    """A number in a config.json; transformers 5 writes infinity as a mapping."""
     return float(x["__float__"]) if isinstance(x, Mapping) else float(x)
 
 

@@ -1,6 +1,6 @@
 """syncdoth/RetNet, torchscale's architecture as a Hugging Face model: a directory with config.json and weights.
 
-What it adds is an ungated feed-forward with sub-layer norm (`use_glu: false`) and the decays of the paper's experiments
+It adds an ungated feed-forward with sub-layer norm (`use_glu: false`) and the decays of the paper's experiments
 (`use_lm_decay`).
 """
 
@@ -29,7 +29,7 @@ MLP_NAMES: Table = {
     "layers.{}.feed_forward.down_proj.bias": "model.layers.{}.ffn.fc2.bias",
 }
 
-# What config_of reads, and what is about training or the way to compute alone.
+# Keys that config_of reads, and keys that concern only training or the way to compute.
 _KNOWN = {
     "activation_fn", "bos_token_id", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_layers",
     "decoder_normalize_before", "decoder_retention_heads", "decoder_value_embed_dim", "deepnorm", "dropout",
@@ -81,7 +81,7 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
 
 
 def settle(config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, set[str]]:
-    """As for torchscale, whose buffers it carries."""
+    """`torchscale.settle`: the checkpoints hold the same buffers."""
     return torchscale.settle(config, tensors, PREFIX)
 
 

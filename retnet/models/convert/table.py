@@ -1,8 +1,8 @@
-"""Formats of other libraries, and the rule of reading them: each tensor is used exactly once, in its shape.
+"""Formats of other libraries, read by one rule: each tensor is used exactly once, in its own shape.
 
-A format is a table from our parameter names to theirs, and a function from their configuration to ours. All that tells
-two conventions apart (rotary frequencies, which half of a GLU takes the activation, norms, decay) is a value of our
-configuration, so that tensors are copied as they are; a table only renames, and cuts a fused tensor into its parts.
+A format is a table from our parameter names to theirs, and a function from their configuration to ours. Differences of
+convention (rotary frequencies, which half of a GLU takes the activation, norms, decay) are values of our configuration.
+So tensors are copied unchanged: a table only renames them, and cuts a fused tensor into its parts.
 """
 
 from __future__ import annotations
@@ -28,26 +28,28 @@ _TIED = ("embedding.weight", "head.weight")
 
 @dataclass(frozen=True)
 class Part:
-    """The `index`-th of `of` equal parts of the rows of tensor `name`, which stores several of our matrices."""
+    """One of our matrices in a fused tensor: part `index` of the `of` equal parts of the rows of tensor `name`."""
 
     name: str
     index: int
     of: int
 
 
-# Our name ({} is the layer) -> theirs, or alternatives of which the first that is there in the right shape is taken.
+# Our name ({} is the layer) -> theirs. Of several alternatives, the first that exists in the right shape is taken.
 Entry = str | Part | tuple[str | Part, ...]
 Table = Mapping[str, Entry]
 
 
 @dataclass(frozen=True)
 class Format:
-    """names: the table for a model of ours. config_of: their configuration -> ours, ValueError for what we lack.
+    """A format of another library.
 
-    marker: a tensor that this format alone has. embedding: the one whose rows are the vocabulary.
-    prefix: what whole checkpoints may put before every name.
-    settle: reads the tensors that are no parameters; returns the configuration as they have it, and their names.
-    config_to: our configuration -> theirs, ValueError naming what they lack; None where we only read.
+    names: the table for a configuration of ours.
+    config_of: their configuration -> ours; raises ValueError for features that our models lack.
+    marker: a tensor that only this format has. embedding: the tensor with one row per token of the vocabulary.
+    prefix: a prefix that complete checkpoints may put before every name.
+    settle: reads the tensors that are not parameters; returns the configuration completed from them, and their names.
+    config_to: our configuration -> theirs; raises ValueError for features that their models lack. None: only read.
     """
 
     name: str
@@ -61,9 +63,10 @@ class Format:
 
 
 def in_our_names(format: Format, config: ModelConfig, theirs: Tensors) -> tuple[ModelConfig, Tensors]:
-    """Their tensors under our names, and the configuration with what the tensors alone tell: dtype, decays.
+    """Their tensors under our names, and the configuration completed from the tensors (dtype, decays).
 
-    Raises ValueError that lists tensors missing, left over, used twice, misshapen or of a dtype that is not a float.
+    Raises ValueError that lists the tensors that are missing, left over, used twice, of the wrong shape, or not
+    floating point.
     """
     config, consumed = format.settle(config, theirs) if format.settle else (config, set())
     wanted, table = stored_tensors(build_empty(config)), format.names(config)
@@ -78,7 +81,7 @@ def in_our_names(format: Format, config: ModelConfig, theirs: Tensors) -> tuple[
             problems.append(problem)
     problems += _accounting(sources.values(), theirs.specs, consumed)
     problems += [
-        f"{part.name} is {theirs.specs[part.name].dtype}, no floating-point dtype"
+        f"{part.name} is {theirs.specs[part.name].dtype}, not a floating-point dtype"
         for part in sources.values()
         if not theirs.specs[part.name].is_floating_point()
     ]
@@ -94,7 +97,7 @@ def in_our_names(format: Format, config: ModelConfig, theirs: Tensors) -> tuple[
 
 
 def in_their_names(format: Format, config: ModelConfig, ours: Tensors) -> Tensors:
-    """Our tensors under their names, the first alternatives of the table."""
+    """Our tensors under their names. Of several alternatives in the table, the first is written."""
     table = format.names(config)
     names: dict[str, str] = {}
     for name in ours.specs:
@@ -110,7 +113,7 @@ def refuse(format: str, problems: list[str]) -> None:
 
 
 def unsupported(source: Mapping[str, Any], accepted: Mapping[str, Any]) -> list[str]:
-    """A line for each key whose value is not the accepted one; a missing key has it."""
+    """A line for each key with another value than the accepted one. A missing key is accepted."""
     return [
         f"{key} is {source[key]!r}; accepted: {value!r}"
         for key, value in accepted.items()
@@ -119,12 +122,12 @@ def unsupported(source: Mapping[str, Any], accepted: Mapping[str, Any]) -> list[
 
 
 def warn_unknown(format: str, source: Mapping[str, Any], known: Collection[str]) -> None:
-    """Warn of keys that the reader of `format` has never heard of and that are set: they may change the model."""
+    """Warn about keys that are set and that the reader of `format` does not know: they may change the model."""
     unknown = {
         k: v for k, v in source.items() if k not in known and k not in _BOOKKEEPING and not k.startswith("_") and v
     }
     if unknown:
-        warnings.warn(f"{format}: not understood and left out: {unknown}", stacklevel=2)
+        warnings.warn(f"{format}: unknown keys are ignored: {unknown}", stacklevel=2)
 
 
 # Keys that transformers writes into any config.json and that change no output.
@@ -135,7 +138,7 @@ _BOOKKEEPING = {
 
 
 def token_ids(source: Mapping[str, Any]) -> dict[str, Any]:
-    """bos, eos and pad of a transformers configuration; of several ends of text, the first; negative means none."""
+    """bos, eos and pad of a transformers configuration: the first of a list, None for a negative number."""
     ids: dict[str, int | None] = {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = source.get(key)
@@ -145,7 +148,7 @@ def token_ids(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alternatives(name: str, table: Table) -> list[Part]:
-    """What the table says of our parameter `name`, with its layer's number put in; whole tensors are parts 0 of 1."""
+    """The table's entries for our parameter `name`, with the layer's number. A whole tensor is part 0 of 1."""
     layer = _LAYER.match(name)
     entry = table.get(_LAYER.sub("layers.{}.", name))
     if entry is None:
@@ -156,7 +159,7 @@ def _alternatives(name: str, table: Table) -> list[Part]:
 
 
 def _source(name: str, spec: Tensor, table: Table, held: Mapping[str, Tensor]) -> tuple[Part | None, str | None]:
-    """Where our parameter comes from, and what is wrong with that."""
+    """The source of our parameter, and the problem with it, if any."""
     parts = _alternatives(name, table)
     if not parts:
         return None, f"{name} has no counterpart"
@@ -184,7 +187,7 @@ def _accounting(parts: Collection[Part], held: Mapping[str, Tensor], consumed: s
 
 
 def _tied_head(config: ModelConfig, table: Table, theirs: Tensors) -> set[str]:
-    """The names under which a tied model may hold its head beside its embedding, if they are one."""
+    """The names under which a tied model also stores its head. Raises ValueError if it differs from the embedding."""
     if not config.tie_embeddings:
         return set()
     embedding, heads = ([p.name for p in _alternatives(name, table) if p.name in theirs.specs] for name in _TIED)

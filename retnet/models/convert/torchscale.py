@@ -1,8 +1,9 @@
 """torchscale's RetNet (microsoft/torchscale), the authors' own code: state dict and arguments.
 
-Its parallel and recurrent forms are ours with `decay_norm`; its data-dependent clamp of scores is not (the head norm
-undoes it up to eps), nor is its chunkwise form, which restarts the normalisation in every chunk and so computes another
-function. syncdoth/RetNet repeats the architecture: `decoder_names`, `decoder_config` and `settle` serve both.
+Its parallel and recurrent forms equal ours with `decay_norm`. Two things are not reproduced. The data-dependent clamp
+of scores has no effect beyond eps, because the head norm undoes it. The chunkwise form restarts the normalisation in
+every chunk, and so computes another function. syncdoth/RetNet repeats the architecture: `DECODER_NAMES`,
+`decoder_config` and `settle` serve both.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DECODER_NAMES = {
     "layers.{}.mixer.gate_proj.weight": "layers.{}.retention.g_proj.weight",
     "layers.{}.mixer.out_proj.weight": "layers.{}.retention.out_proj.weight",
     "layers.{}.feed_forward_norm.weight": "layers.{}.final_layer_norm.weight",
-    # fc1 takes the activation, so it is the gate in our sense, and their `gate` is the other factor
+    # the activation follows fc1, so fc1 is our gate; their `gate` is our other factor
     "layers.{}.feed_forward.gate_proj.weight": "layers.{}.ffn.fc1.weight",
     "layers.{}.feed_forward.up_proj.weight": "layers.{}.ffn.gate.weight",
     "layers.{}.feed_forward.down_proj.weight": "layers.{}.ffn.fc2.weight",
@@ -62,7 +63,7 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
     refuse("torchscale", unsupported(source, {"moe_freq": 0, "multiway": False, "no_output_layer": False}))
     if source.get("chunkwise_recurrent"):
         warn_chunkwise("torchscale", "chunkwise_recurrent")
-    # `deepnorm` does not touch decoder_normalize_before there, so it may come with either place of the norm.
+    # Their `deepnorm` leaves decoder_normalize_before as it is, so it occurs with pre-norm and with post-norm.
     return decoder_config(
         source,
         pre_norm=source.get("decoder_normalize_before", True),
@@ -122,9 +123,9 @@ def decoder_config(
 
 
 def settle(config: ModelConfig, tensors: Tensors, prefix: str = "") -> tuple[ModelConfig, set[str]]:
-    """Check the angles that a checkpoint carries, and take its decays: they are buffers there, and what ran.
+    """The configuration with the decays that a checkpoint stores, and the names of its buffers (decays and angles).
 
-    Raises ValueError for angles that are not the convention's: those weights know other positions.
+    The model was trained with these buffers. Raises ValueError for angles of another rotary convention.
     """
     consumed = {name for name in (prefix + _ANGLE, prefix + _DECAY) if name in tensors.specs}
     mixer = config.layers[0].mixer
@@ -135,7 +136,7 @@ def settle(config: ModelConfig, tensors: Tensors, prefix: str = "") -> tuple[Mod
             "interleaved", mixer.head_key_dim, mixer.rotary_base, dtype=torch.float64, device=torch.device("cpu")
         )
         if not _equal_as_stored(angle, wanted.repeat_interleave(2)):
-            raise ValueError(f"{prefix}{_ANGLE} is not 10000^-linspace(0, 1, K / 2): rotary frequencies that we lack")
+            raise ValueError(f"{prefix}{_ANGLE} is not 10000^-linspace(0, 1, K / 2); accepted: these frequencies")
     if prefix + _DECAY in consumed:
         decay = tensors.read(prefix + _DECAY).cpu()
         expected = mixer.log_decay
@@ -160,7 +161,7 @@ def _value(source: Mapping[str, Any], key: str) -> Any:
 
 
 def _equal_as_stored(stored: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Equal to a few roundings of the stored dtype; log(1 - x) is rounded twice, the first time near 1."""
+    """Equal up to a few roundings of the stored dtype; log(1 - x) is rounded twice, the first time near 1."""
     eps = torch.finfo(stored.dtype).eps
     return stored.shape == wanted.shape and torch.allclose(stored.double(), wanted.double(), rtol=8 * eps, atol=2**-24)
 

@@ -1,6 +1,6 @@
 """The fused decode step: one token per sequence in few launches, every weight read once.
 
-What a block of the paper computes in about forty operators is five here (`ops/decode/`):
+A block of the paper takes about forty operators. Here it takes five (`ops/decode/`):
 
     q, k, v, g = norm(x) W_qkvg      one product of four packed weights
     y, S      <- rotation, retention

@@ -1,7 +1,7 @@
 """transformers' interface to the language model: configuration, model classes, cache, byte tokenizer, model card.
 
-Thin on purpose: `LanguageModel` computes everything, and this package maps names and conventions. Importing it does not
-register anything; `import retnet.hf` does.
+`LanguageModel` computes everything; this package only maps names and conventions. Importing it does not register
+anything; `import retnet.hf` does.
 """
 
 from retnet.models.hf.cache import StateCache

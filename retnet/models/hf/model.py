@@ -236,7 +236,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         """Logits [B, 1, vocab] of one token per sequence by the fused decode step, or None where the modules must run.
 
         The modules run for longer inputs, without earlier tokens, with pads, with gradients, while compiling, under
-        autocast, and for models of which the fused step has no block (adapters, offloading, int8 weights).
+        autocast, and for models that the fused step does not support (adapters, offloading, int8 weights).
         """
         state = None if cache is None else cache.state
         if cache is None or state is None or input_ids.shape[1] != 1 or tokens.mask is not None:

@@ -1,4 +1,4 @@
-"""Small random checkpoints of other implementations, and what those compute from them.
+"""Small random checkpoints of other implementations, and the logits that those implementations compute from them.
 
 The forwards are written from the published conventions, in float64 and quadratic in time. Nothing of `retnet` is used,
 so that a convention misread there cannot agree with itself here.

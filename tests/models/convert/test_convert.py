@@ -1,4 +1,4 @@
-"""Models from elsewhere: every option of a format, what is refused and how, streaming, and the way back."""
+"""Conversion of models: every option of a format, refusals and their messages, streaming, and the way back."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_fla_features_that_we_lack_are_named(options, message):
 
 
 def test_unknown_keys_are_warned_about():
-    with pytest.warns(UserWarning, match=r"fla: not understood and left out: \{'new_trick': 3\}"):
+    with pytest.warns(UserWarning, match=r"fla: unknown keys are ignored: \{'new_trick': 3\}"):
         convert.fla.config_of(FLA_CONFIG | {"new_trick": 3, "other_trick": None, "_name_or_path": "x"})
 
 
@@ -243,7 +243,7 @@ def test_every_tensor_is_used_once_or_conversion_fails(tmp_path):
         "model.norm.weight is missing",
         "model.layers.0.attn.q_conv1d.weight is left over",
         "model.layers.1.attn.q_proj.weight has shape [32, 31], not [32, 32]",
-        "model.layers.2.mlp.down_proj.weight is torch.int8, no floating-point dtype",
+        "model.layers.2.mlp.down_proj.weight is torch.int8, not a floating-point dtype",
     ):
         assert problem in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -312,7 +312,7 @@ def change(config: ModelConfig, **changes) -> ModelConfig:
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_fla_cannot_express_is_named(tmp_path, changes):
+def test_features_that_fla_cannot_express_are_named(tmp_path, changes):
     config = change(convert.fla.config_of(FLA_CONFIG), **changes)
     name = next(iter(changes))
     expected = {"mixer": "alibi", "hidden_dim": "hidden_dim is 40"}.get(name, name)  # the first layer is the pattern
@@ -338,12 +338,12 @@ def test_a_model_in_memory_is_written_in_either_format(tmp_path):
         assert torch.equal(convert.load(tmp_path / "ours")(IDS).logits, wanted)  # ours is recognised too
 
 
-def test_what_is_no_known_format_is_said_to_be(tmp_path):
+def test_unknown_formats_are_reported(tmp_path):
     with pytest.raises(ValueError, match=r"no known format \(its tensors: x, ...\); accepted: retnet, torchscale, fla"):
         convert.load({"x": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"format is 'gpt2'; accepted: retnet, torchscale, fla, syncdoth"):
         convert.load({}, format="gpt2")
-    with pytest.raises(ValueError, match=r"do not say their configuration; accepted: config="):
+    with pytest.raises(ValueError, match=r"without a configuration; accepted: config="):
         convert.load(torchscale_state(TORCHSCALE_ARGS))
     with pytest.raises(ValueError, match=r"embed_tokens.weight is missing"):
         convert.load({"layers.0.retention.q_proj.weight": torch.zeros(1)}, config={"decoder_embed_dim": 1})

@@ -1,7 +1,7 @@
 """Mamba, Mamba-2 and Llama of transformers: the same logits from the same weights, whole and token by token.
 
 Models are random, at unit gain, and saved and read as directories. transformers casts norms, rotary angles and the scan
-to float32 whatever the model; `float64_inside` widens these casts, so that float64 means it on both sides.
+to float32 whatever the model's dtype; `float64_inside` widens these casts, so that float64 means it on both sides.
 """
 
 import inspect
@@ -169,7 +169,7 @@ def test_left_padded_prompts_give_the_logits_of_transformers(case, tmp_path):
         ("llama", {"model_type": "mistral"}, "model_type is 'mistral'; accepted: 'llama'"),
     ],
 )
-def test_what_ours_lacks_is_refused_by_name(case, change, message):
+def test_features_that_our_models_lack_are_refused_by_name(case, change, message):
     options = CASES[case]
     state = peer(options, torch.float32).state_dict()
     with pytest.raises(ValueError, match=message):

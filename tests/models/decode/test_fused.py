@@ -1,4 +1,4 @@
-"""The fused step computes what the model's modules do, in the model's own memory; late writes and broken states."""
+"""The fused step computes what the model's modules do, in the model's own memory; deferred writes and NaN states."""
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def test_a_wrapped_projection_runs_as_its_own_module():
 
 
 @pytest.mark.parametrize("stack", ["retention", "gated", "hybrid"])
-def test_late_writes_change_nothing_but_rounding(stack):
+def test_deferred_writes_change_only_the_rounding(stack):
     model = small_model(stack)
     requests = [Request(prompt(5 + 8 * n, n), 40, Sampling(temperature=0, logprobs=0)) for n in range(4)]
     for at_once, late in zip(run(engine_of(model), *requests), run(engine_of(model, deferred_writes=16), *requests)):
@@ -117,7 +117,7 @@ def test_late_writes_change_nothing_but_rounding(stack):
             assert a.logprob == pytest.approx(b.logprob, abs=2e-4)
 
 
-def test_late_writes_keep_a_request_apart_from_when_others_came():
+def test_deferred_writes_do_not_depend_on_when_other_requests_came():
     model = small_model()
     request = Request(prompt(11), 30, Sampling(temperature=0.9, seed=3, logprobs=1))
     alone = run(engine_of(model, deferred_writes=16), request)[0]
@@ -130,7 +130,7 @@ def test_late_writes_keep_a_request_apart_from_when_others_came():
 
 
 @pytest.mark.parametrize("steps", [1, 15, 16, 21])
-def test_a_snapshot_holds_rows_that_were_not_written_yet(steps):
+def test_a_snapshot_includes_the_deferred_writes(steps):
     model = small_model()
     request = Request(prompt(11), 40, GREEDY)
     expected = run(engine_of(model, deferred_writes=16), request)[0]
@@ -147,7 +147,7 @@ def test_a_snapshot_holds_rows_that_were_not_written_yet(steps):
     assert again.tokens == expected.tokens[steps:]
 
 
-def test_the_next_in_a_slot_does_not_see_rows_of_the_last():
+def test_the_next_request_in_a_slot_does_not_see_deferred_writes_of_the_last():
     model = small_model()
     request = Request(prompt(6), 12, GREEDY)
     expected = run(engine_of(model, num_slots=1, deferred_writes=16), request)[0]
@@ -166,13 +166,13 @@ def test_rings_of_other_lengths_are_refused(small, length):
         engine_of(small, deferred_writes=length)
 
 
-def test_late_writes_with_speculation_are_refused(small):
+def test_deferred_writes_with_speculation_are_refused(small):
     with pytest.raises(ValueError, match="accepted: one of the two"):
         engine_of(small, deferred_writes=16, speculation=Speculation(3))
 
 
 @pytest.mark.parametrize("options", [{}, {"deferred_writes": 16}, {"speculation": Speculation(3)}], ids=str)
-def test_a_state_that_is_no_number_fails_its_request_alone(any_model, options):
+def test_a_state_that_is_not_finite_fails_only_its_request(any_model, options):
     requests = [Request(prompt(9 + n, n), 20, GREEDY, keep_state=True) for n in range(3)]
     expected = run(engine_of(any_model, **options), *requests)
     engine = engine_of(any_model, prefix_cache_bytes=10**8, **options)
@@ -196,7 +196,7 @@ def test_a_state_that_is_no_number_fails_its_request_alone(any_model, options):
     assert again.tokens == expected[1].tokens, "its slot and its prompt's prefix are clean"
 
 
-def test_a_prompt_that_cannot_be_read_fails_alone():
+def test_a_prompt_that_cannot_be_read_fails_only_its_request():
     model = small_model("gated")
     engine = engine_of(model)
     running = engine.submit(Request(prompt(5), 12, GREEDY))

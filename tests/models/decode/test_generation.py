@@ -87,5 +87,5 @@ def test_a_model_in_training_mode_generates_with_its_modules():
     assert [weight.data_ptr() for weight in model.parameters()] == places
 
 
-def test_no_new_tokens_read_no_prompt(model):
+def test_a_request_for_no_tokens_reads_no_prompt(model):
     assert list(generate(model, random_ids(1, 3), 0)) == []

@@ -1,4 +1,4 @@
-"""Weight-only int8: what the engine says with it is what the quantised model's own modules say."""
+"""Weight-only int8: the engine gives the same tokens as the quantised model's own modules."""
 
 import pytest
 import torch

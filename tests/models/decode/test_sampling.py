@@ -1,4 +1,4 @@
-"""Sampling in tables: the distribution that was asked for, whatever the other rows ask for."""
+"""Sampling in tables: each row has the distribution of its own options, whatever the other rows' options are."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Deferred writes: a step that keeps its token in a ring gives what writing every token at once gives."""
+"""Deferred writes: steps that keep tokens in a ring give the same outputs as steps that write every token."""
 
 import torch
 
@@ -36,7 +36,7 @@ def test_steps_with_a_ring_compute_the_recurrence_and_resets():
         torch.testing.assert_close(ring.folded(state), expected)
 
 
-def test_its_size_is_that_of_its_tokens():
+def test_the_size_of_a_ring_is_that_of_its_tokens():
     ring = make_ring()
     assert ring.nbytes == sum(x.nbytes for x in (ring.keys, ring.values, ring.log_decay))
     assert ring.slot(2).nbytes * B == ring.nbytes

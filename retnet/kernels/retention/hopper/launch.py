@@ -1,4 +1,4 @@
-"""Launching a walk: its tile, its compiled variants, and the TMA descriptors of its tensors."""
+"""The launch of a walk: its tile, its compiled variants, and the TMA descriptors of its tensors."""
 
 from dataclasses import dataclass
 from functools import cache, lru_cache

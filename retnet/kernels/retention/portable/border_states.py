@@ -1,4 +1,4 @@
-"""The border states: the state at one border of every segment, and the state at the far end of every sequence.
+"""The border states: the state before every segment (in reverse, after it), and at the far end of every sequence.
 
     forward:   S_end  = gamma(segment) S_start + sum_t leave_t  k_t^T v_t          stored: S_start of every segment
     reversed:  dS_start = gamma(segment) dS_end + scale sum_t enter_t q_t^T dout_t  stored: dS_end of every segment

@@ -1,4 +1,4 @@
-"""The segment kernel: what a segment's tokens read from its border state and from one another.
+"""The segment kernel: the tokens of a segment read its border state and one another.
 
     forward:   out_i = a enter_i x_i S + b sum_{j <= i} between(i, j) (x_i . y_j) z_j
     reversed:  out_j = a leave_j x_j S + b sum_{i >= j} between(i, j) (x_j . y_i) z_i

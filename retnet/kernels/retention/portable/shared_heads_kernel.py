@@ -70,7 +70,7 @@ def _decays(
     rate, sums, num_tokens, h, start, rows, length, state_scale, H: tl.constexpr,
     REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One head's decays: between every row and the segment's border, scaled, and between all pairs of rows."""
+    """One head's decays: between every row and the segment's end, scaled, and between all pairs of rows."""
     log_decay, sums, plane = decay_of_head(rate, sums, num_tokens, h, start, H, PER_TOKEN, MASKED)
     if REVERSE:
         reach = leave(log_decay, sums, plane, rows, length, PER_TOKEN, MASKED)

@@ -72,7 +72,7 @@ def test_slices_of_a_wider_row_are_read_in_place(device):
     assert all(torch.equal(a, b) for a, b in zip(one[:2], two[:2]))
 
 
-def test_tensors_that_are_no_matrix_of_whole_chunks_are_refused():
+def test_tensors_that_are_not_a_matrix_of_whole_chunks_are_refused():
     x = torch.zeros(2, 128, 2, 64)
     assert dk_dv_supported(x, x, x, x)
     for y in (
