@@ -26,7 +26,7 @@ def retnet_model() -> RetNetForCausalLM:
 
 @pytest.fixture(scope="session", params=STACKS)
 def saved(request, tmp_path_factory) -> str:
-    """A byte model with its tokenizer, as users keep one."""
+    """A byte model saved with its tokenizer."""
     from retnet.models.hf.tokenizer import byte_tokenizer
 
     directory = tmp_path_factory.mktemp("hf") / "model"

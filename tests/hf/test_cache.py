@@ -23,7 +23,7 @@ def unequal(model):
 
 
 def check_continuations(model, cache, histories):
-    """Whatever was done to the cache, each sequence goes on from its own history."""
+    """After any operation on the cache, each sequence continues from its own history."""
     next_tokens = random_ids(len(histories), 4)
     with torch.no_grad():
         logits = model(next_tokens, past_key_values=cache).logits

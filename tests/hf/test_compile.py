@@ -46,7 +46,7 @@ def test_compiled_evaluation_takes_masks(device):
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_generation_is_compiled_and_replayed_on_a_gpu():
-    """With transformers' own settings for a static cache: one graph a step, replayed."""
+    """With transformers' own settings for a static cache: one graph per step, replayed."""
     torch._dynamo.reset()
     model, ids = hf_model().to("cuda"), random_ids(2, 9).to("cuda")
     expected = model.generate(ids, max_new_tokens=24, do_sample=False)

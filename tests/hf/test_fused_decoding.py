@@ -23,7 +23,7 @@ def generate(model, ids, **options):
 
 
 def step(model, ids, **options):
-    """Logits of the last of the tokens, read alone after the others."""
+    """Logits of the last token, which is read alone after the others."""
     with torch.no_grad():
         cache = model(ids[:, :-1], past_key_values=StateCache()).past_key_values
         return model(ids[:, -1:], past_key_values=cache, **options).logits

@@ -36,7 +36,7 @@ def test_training_takes_the_loss_without_logits_unless_asked(extra):
 
 
 def test_a_head_that_is_not_a_plain_linear_layer_runs_as_its_module():
-    """An adapter on the head must not be passed by."""
+    """An adapter on the head must not be skipped."""
     model, ids = hf_model().train(), random_ids(2, 9)
 
     class Shifted(torch.nn.Linear):

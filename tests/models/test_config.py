@@ -34,7 +34,7 @@ def test_tiny_is_about_three_million():
 
 
 def test_a_counted_forward_agrees_with_the_cost_of_projections():
-    """Everything but retention itself, which is no matrix product that the counter sees, is counted exactly."""
+    """Everything is counted exactly except retention itself, whose operations torch's counter does not see."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = retnet_config("counted", 3, 64, 2, vocab_size=100)

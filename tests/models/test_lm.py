@@ -138,7 +138,7 @@ def test_block_variants_decode_like_they_train(block):
 
 
 def test_bfloat16_keeps_positions_and_decays_at_4096():
-    """A bfloat16 model's late tokens follow its float32 twin as closely as its early ones."""
+    """A bfloat16 model is as close to its float32 copy at late tokens as at early ones."""
     exact = make_model(dtype="float32", decay=(1 - 2**-10, 1 - 2**-12))
     narrow = make_model(dtype="float32", decay=(1 - 2**-10, 1 - 2**-12)).bfloat16()
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_the_seed_decides_the_weights():
 
 
 def test_training_learns_to_copy():
-    """Loss falls well below what the tokens' frequencies allow: gradients reach every part that matters."""
+    """The loss falls well below the entropy of token frequencies, so gradients reach every part that matters."""
     torch.manual_seed(0)
     model = LanguageModel(retnet_config("copy", 2, 32, 2, vocab_size=16)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -160,7 +160,7 @@ def test_cuda_equals_the_cpu_in_logits_gradients_and_decoding(packed):
 
 @torch.no_grad()
 def test_blocks_compiled_one_by_one_share_the_mask_of_flex_attention(monkeypatch):
-    """With its plain form on a CPU. Every call has other documents."""
+    """On a CPU, with flex attention uncompiled. Every call has other documents."""
     layer = BlockConfig(AttentionConfig(4, 2, head_dim=16), FeedForwardConfig(64), norm="rms")
     model = small_model([layer] * 3)
     calls = [(torch.randint(50, (1, 300)), torch.tensor([0, n, 2 * n, 300])) for n in (40, 100, 131)]

@@ -10,7 +10,7 @@ HIDDEN = "import sys; sys.modules['triton'] = None; "
 
 
 def run_without_triton(code: str) -> str:
-    """What Python code prints in a process whose imports of triton fail."""
+    """The output of Python code in a process where importing triton fails."""
     run = subprocess.run([sys.executable, "-c", HIDDEN + code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     return run.stdout

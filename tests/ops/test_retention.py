@@ -60,7 +60,7 @@ def test_every_form_in_float32_equals_the_definition_within_rounding(problem, fo
 
 
 def _norm_of_dlog_summands(problem) -> float:
-    """Norm of the gradient of log_decay if every product in it counted by its magnitude."""
+    """Norm of the gradient of log_decay computed from the magnitudes of its products."""
     positive = problem.to(torch.float64)
     for name in ("q", "k", "v", "state", "dout", "dstate"):
         setattr(positive, name, getattr(positive, name).abs())

@@ -200,7 +200,7 @@ def test_a_budget_in_bytes_gives_as_many_slots_as_fit(hybrid):
 def test_a_memory_budget_counts_the_draft_updates():
     model, width = small_model("hybrid"), 4
     plain, drafting = (engine_of(model, speculation=s).pool.cost for s in (None, Speculation(width - 1)))
-    own = {RetentionState: 2 * (32 + 64), AttentionState: 2 * 2 * 8}  # k and v a token, floats; a rate a head once
+    own = {RetentionState: 2 * (32 + 64), AttentionState: 2 * 2 * 8}  # floats of k and v per token; one rate per head
     rows = [own.get(type(layer), 0) for layer in engine_of(model).pool.state]
     assert drafting.sampling == plain.sampling
     assert drafting.state - plain.state > 4 * width * sum(rows)
@@ -276,7 +276,7 @@ def test_invalid_engine_options_are_refused(hybrid, options, message):
 
 
 def test_hyena_is_refused_by_name():
-    with pytest.raises(ValueError, match="layer 0 is hyena: each token costs as much"):
+    with pytest.raises(ValueError, match="layer 0 is hyena: the cost of each token grows"):
         Engine(small_model([HYENA]), num_slots=1)
 
 
@@ -354,7 +354,7 @@ def test_streams_side_by_side_have_all_their_tokens(small):
             tokens.append(token)
     for tokens, stream in zip(got, streams):
         tokens += stream
-    # zip() asks the first once more than the second when the first ends.
+    # zip() asks the first iterator once more than the second when the first ends.
     assert [*got] == [alone(small, request).tokens for request in requests]
     with pytest.raises(Refused):
         engine.stream(Request([], 5))

@@ -39,7 +39,7 @@ def random_request(rng: random.Random) -> Request:
 
 
 def soak(model, num_requests: int) -> list:
-    """Requests that arrive in bursts while others run, some cancelled at any point; all generations."""
+    """All generations of requests that arrive in bursts while others run; some are cancelled at any point."""
     rng, engine, generations = random.Random(0), engine_of(model), []
     peak, early = 0, 0
     while len(generations) < num_requests or not engine.idle:

@@ -109,7 +109,7 @@ def test_tokens_of_a_snapshot_are_no_cache_hit_and_shared_counts_from_the_prompt
     engine.submit(Request([3], 5, Sampling(temperature=0)), first.snapshot)
     engine.run()
     assert engine.stats().prefix.hits == 0
-    assert before.stored < engine.stats().prefix.stored  # what was asked for earlier does not change
+    assert before.stored < engine.stats().prefix.stored  # counts returned earlier do not change
     question = prompt(10, seed=4)
     for ending in (1, 2):
         twin = engine.submit(Request([*question, *[ending] * 9], 3, shared=10), first.snapshot)

@@ -16,7 +16,7 @@ REPEATING = prompt(7) * 5
 
 @pytest.fixture(params=["retention", "gated", "hybrid"], scope="module")
 def exact_model(request):
-    """In float64: rows of several tokens round otherwise than one."""
+    """In float64, because a step of several tokens rounds differently from a step of one."""
     return small_model(request.param, dtype="float64")
 
 
@@ -70,7 +70,7 @@ def test_a_snapshot_after_a_stop_inside_a_draft_continues_like_plain_decoding(ex
 
 
 def test_sampled_output_has_the_distribution_of_plain_decoding(small):
-    """The third token after a prompt whose continuation is guessed: shares over seeds, against the exact ones."""
+    """Two tokens after a prompt whose continuation is drafted: frequencies over seeds against exact probabilities."""
     draws, sampling = 480, {"temperature": 0.7, "top_k": 3}
     ids = [*prompt(6), 9, *prompt(6)]
     engine = engine_of(small, num_slots=60, prompt_chunk=16, prompt_budget=480, speculation=Speculation(3))

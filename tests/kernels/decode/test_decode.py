@@ -71,7 +71,7 @@ def test_a_fused_linear_layer_equals_norm_gate_product_and_residual_separately(
 
 @pytest.mark.parametrize(("D", "H", "V"), [(768, 3, 512), (2048, 8, 512), (2560, 10, 512), (4096, 16, 512)])
 def test_a_tile_has_few_padding_lanes(D, H, V):
-    """A padding lane costs as much as a weight: a tile is at most the next power of two in each direction."""
+    """A padding lane costs as much as a weight, so a tile is at most the next power of two in each direction."""
     from retnet.kernels.decode.linear import TILE, linear_tile
 
     for N, K, groups in ((6 * D, D, 1), (D, H * V, H), (2 * D, D, 1), (D, 2 * D, 1), (50304, D, 1)):
@@ -103,7 +103,7 @@ def test_a_fused_step_equals_rotation_and_retention_separately(rotary, H, G, per
     active = torch.tensor([True, False, True])
     state = torch.randn(B, H, K, V)
     ours = state.to(device).clone()
-    # Every sequence has another count of tokens in its ring; the rest of the ring holds arbitrary numbers.
+    # The rings of the sequences hold different numbers of tokens; the rest of a ring holds arbitrary numbers.
     pending = torch.tensor([12, 2, 15] if W else [0, 0, 0])
     ring = theirs = None
     if W:

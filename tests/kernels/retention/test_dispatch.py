@@ -169,7 +169,7 @@ PARTED = [
 
 @pytest.mark.parametrize("case", PARTED, ids=lambda case: case.name)
 def test_parts_of_a_sequence_are_joined(case, device, monkeypatch):
-    """As on a GPU that has more processors than there are programs."""
+    """Parts of a sequence, as on a GPU with more processors than programs."""
     monkeypatch.setattr(states, "LEAST_SEGMENTS", 1)
     monkeypatch.setattr(states, "MOST_PARTS", 3 if case.cu is None else 2)
     monkeypatch.setattr(states, "multiprocessors", lambda device: 1000)

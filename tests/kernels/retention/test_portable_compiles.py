@@ -25,7 +25,7 @@ HOPPER, ADA = (90, "hopper", 232448), (89, "small", 101376)
 
 
 class AbsentGPU:
-    """The driver of a GPU that this machine lacks: enough to compile for it."""
+    """A stand-in for the driver of another GPU: enough to compile for it."""
 
     def __init__(self, capability: int):
         self.capability = capability
@@ -34,7 +34,7 @@ class AbsentGPU:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 1000 + self.capability  # Triton keeps compiled kernels by device: never among a real device's
+        return 1000 + self.capability  # no real device: Triton keeps compiled kernels by device number
 
     def get_current_stream(self, device: int) -> int:
         return 0

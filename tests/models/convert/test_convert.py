@@ -34,7 +34,7 @@ def assert_equal_logits(model: LanguageModel, wanted: Tensor) -> None:
 
 
 def write_fla(directory: Path, state: dict[str, Tensor] | None = None, **options) -> Tensor:
-    """A directory as FLA writes it, of random weights if none are given. Returns FLA's logits of random ones."""
+    """A directory as FLA writes it, with random weights if none are given. Returns FLA's logits for random weights."""
     config = FLA_CONFIG | options
     random = fla_state(config)
     directory.mkdir()
@@ -52,7 +52,7 @@ def write_fla(directory: Path, state: dict[str, Tensor] | None = None, **options
         {"deepnorm": True, "subln": False},
         {"no_scale_embedding": False, "layernorm_embedding": True},
         {"activation_fn": "swish", "layernorm_eps": 1e-3, "decoder_value_embed_dim": 32},
-        {"use_lm_decay": True},  # a fork: only the buffer tells
+        {"use_lm_decay": True},  # of a fork; torchscale's decays differ only in the buffer
     ],
     ids=["plain", "post-norm", "deepnorm", "deepnorm before", "embedding norm", "swish", "other decays"],
 )
@@ -252,7 +252,7 @@ def test_every_tensor_is_used_once_or_conversion_fails(tmp_path):
 def test_half_of_a_fused_tensor_is_not_enough():
     state = fla_state(FLA_CONFIG)
     gate = state["model.layers.0.mlp.gate_proj.weight"]
-    state["model.layers.0.mlp.gate_proj.weight"] = torch.cat([gate, gate])  # with `up` still there
+    state["model.layers.0.mlp.gate_proj.weight"] = torch.cat([gate, gate])  # while `up` is also present
     with pytest.raises(ValueError, match=r"layers.0.mlp.gate_proj.weight is not used exactly once"):
         convert.load(state, config=FLA_CONFIG)
 

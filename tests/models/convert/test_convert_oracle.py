@@ -41,7 +41,7 @@ def in_mode(model: LanguageModel, mode: str) -> LanguageModel:
 
 
 def cached(model: LanguageModel, ids: Tensor, prefill: int) -> Tensor:
-    """Logits of a prefill and of one token at a time after it."""
+    """Logits of a prefill, then of one token at a time."""
     out = model(ids[:, :prefill], carry=True)
     logits, state = [out.logits], out.state
     for t in range(prefill, ids.shape[1]):
@@ -95,7 +95,7 @@ def test_syncdoth_left_padding(torchscale_file):
     unpadded = mask.all(1)
     assert unpadded.any()
     assert difference(ours[unpadded], theirs["leftpad.logits.parallel.f64"][unpadded]) < 1e-13
-    # Its positions count pads, ours do not; rotary and decay are relative, so a row that starts late is the same.
+    # Their positions count padding, ours do not. Rotary and decay are relative, so a shifted row gives the same logits.
     assert difference(ours[mask], theirs["leftpad.logits.parallel.f64"][mask]) < 1e-13
 
 

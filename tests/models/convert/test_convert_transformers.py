@@ -43,7 +43,7 @@ CASES = {
 
 
 class _Widened(SimpleNamespace):
-    """torch, with float64 where a module asks for float32."""
+    """torch with float64 in place of float32."""
 
     float = float32 = torch.float64
 

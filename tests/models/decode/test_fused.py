@@ -68,7 +68,7 @@ def test_fused_blocks_compute_what_their_modules_do(shape):
         torch.testing.assert_close(ours[active], logits[active], rtol=1e-4, atol=1e-4)
     for mine, theirs in zip(state, expected, strict=True):
         assert torch.equal(mine.position, theirs.position)
-        # By the norm: a cell that is nearly 0 carries the rounding of its neighbours.
+        # Relative to the norm: a value near 0 has the rounding error of its neighbours.
         assert (mine.memory - theirs.memory).norm() <= 1e-5 * theirs.memory.norm()
 
 

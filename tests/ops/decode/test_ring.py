@@ -8,7 +8,7 @@ B, H, G, W, K, V = 3, 4, 2, 4, 3, 5
 
 
 def make_ring() -> Ring:
-    """Its memory holds anything where no token is pending."""
+    """A ring without pending tokens, whose memory holds NaN."""
     return Ring(*(torch.full(size, torch.nan, dtype=torch.float64) for size in ((B, G, W, K), (B, G, W, V), (B, H, W))),
                 torch.zeros(B, dtype=torch.long))  # fmt: skip
 

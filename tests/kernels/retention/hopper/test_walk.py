@@ -63,7 +63,7 @@ def make(B, T, H, K, V, extras, device="cuda"):
         log_decay[-1] = -float("inf")
     state, dfinal = (normal(B, H, K, V), normal(B, H, K, V)) if "state" in extras else (None, None)
     mask = cu = None
-    if "mask" in extras:  # padding on the left, a hole, padding on the right
+    if "mask" in extras:  # padding on the left, masked tokens inside, padding on the right
         mask = torch.ones(B, T, dtype=torch.bool, device=device)
         mask[0, :70] = mask[-1, T // 2 : T // 2 + 9] = mask[-1, -3:] = False
     if "packed" in extras:  # one-token, empty, aligned and long documents
