@@ -45,7 +45,7 @@ def stages(B: int, T: int, H: int, K: int, V: int, kind: str) -> None:
     q, k, v, dout, log_decay, cu = make(B, T, H, K, V, kind)
     scale, out, dv = K**-0.5, torch.empty_like(v), torch.empty_like(v)
     problem = RetentionProblem(q, k, v, log_decay, scale, cu_seqlens=cu)
-    call, zeros = passes._Call.of(problem), passes._Starts(None, None)
+    call, zeros = passes.WalkCall.of(problem), passes.PartStarts(None, None)
 
     def forward():
         return passes.walk_forward(problem, None)[:1]

@@ -1,4 +1,4 @@
-"""GPU facts that kernels are chosen by."""
+"""Properties of a GPU by which kernels are chosen."""
 
 from functools import cache
 

@@ -20,7 +20,7 @@ SIZES = {
     "retnet-6.7b": (32, 4096, 16),
     "retnet-13b": (40, 5120, 20),
 }
-VOCAB_SIZE = 50304  # GPT-2's 50257, rounded up to a multiple of 64
+GPT2_VOCAB_SIZE = 50304  # GPT-2's 50257, rounded up to a multiple of 64
 
 
 def retnet_config(
@@ -30,7 +30,7 @@ def retnet_config(
     num_heads: int,
     *,
     gated: bool = False,
-    vocab_size: int = VOCAB_SIZE,
+    vocab_size: int = GPT2_VOCAB_SIZE,
     **options,
 ) -> ModelConfig:
     """The paper's architecture at any size; `options` are fields of ModelConfig."""

@@ -15,7 +15,7 @@ NOT_FINITE = "the logits of token {} are not finite: its state or the weights ar
 
 
 @dataclass
-class Progress:
+class StepResults:
     """Results of one step: the new tokens of each request that got some, and the requests that ended, with reasons."""
 
     new: list[tuple[Generation, list[int]]] = field(default_factory=list)
@@ -50,11 +50,11 @@ class Decoding:
         self._parts = None
         self.step.active[generation.slot] = False
 
-    def run(self, fail: Callable[[Generation, str], None]) -> Progress:
+    def run(self, fail: Callable[[Generation, str], None]) -> StepResults:
         """Decode once. fail: called for a request that has to leave before the others can be decoded."""
-        progress = Progress()
+        results = StepResults()
         if not self.running:
-            return progress
+            return results
         drafts = self._draft()
         sampled = self._sample(fail)
         tokens = sampled.tokens.tolist()
@@ -69,11 +69,11 @@ class Decoding:
             counts[slot] = len(new)
             self.num_accepted += max(0, len(new) - 1)
             if new:
-                progress.new.append((generation, new))
+                results.new.append((generation, new))
             if reason is not None and not generation.finished:
-                progress.ended.append((generation, reason))
+                results.ended.append((generation, reason))
         self.step.settle(counts)
-        return progress
+        return results
 
     def _sample(self, fail: Callable[[Generation, str], None]) -> Sampled:
         try:

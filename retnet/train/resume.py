@@ -14,7 +14,7 @@ RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
-class Progress:
+class ProcessState:
     """The state of one process between two steps that the Trainer does not save.
 
     loss: the sum since step `last_logged`. lanes: the carried states, if states are carried.
@@ -30,8 +30,8 @@ class Progress:
             self.lanes.trim().save(_lanes_file(checkpoint, process))
 
     @classmethod
-    def load(cls, checkpoint: Path, process: int) -> Progress | None:
-        """The progress of a process; None if the checkpoint is of fewer processes."""
+    def load(cls, checkpoint: Path, process: int) -> ProcessState | None:
+        """The saved state of a process; None if the checkpoint is of fewer processes."""
         file, lanes = _progress_file(checkpoint, process), _lanes_file(checkpoint, process)
         if not file.exists():
             return None

@@ -30,7 +30,7 @@ from retnet.train.hooks import TrainingHooks
 from retnet.train.losses import CHECK_EVERY, LossWatch, NonFiniteLoss, all_finite
 from retnet.train.optimizer import decayed_parameters, separate_routers
 from retnet.train.packed_model import PackedForCausalLM
-from retnet.train.resume import Progress, save_run, trained_seconds
+from retnet.train.resume import ProcessState, save_run, trained_seconds
 from retnet.train.stopping import ProcessConsensus, RunClock, Terminated, TerminationSignal
 from retnet.train.throughput import Meter, device_peak, flops_per_token, memory_gib, synchronize
 
@@ -318,7 +318,7 @@ class PackedTrainer(Trainer):
 
     def _save_progress(self, folder: Path, output: Path) -> None:
         """Save the files of `resume.py`."""
-        progress = Progress(float(self._tr_loss), self._globalstep_last_logged, self.lanes)
+        progress = ProcessState(float(self._tr_loss), self._globalstep_last_logged, self.lanes)
         progress.save(folder, self.args.process_index)
         if self.args.should_save:
             save_run(folder, self.options.identity, self.clock.seconds, self.args.world_size)
@@ -333,7 +333,7 @@ class PackedTrainer(Trainer):
             return
         self._saved_step = self.state.global_step
         self.clock.start(trained_seconds(self.resumed))
-        progress = Progress.load(self.resumed, self.args.process_index)
+        progress = ProcessState.load(self.resumed, self.args.process_index)
         if progress is not None:
             self._tr_loss.fill_(progress.loss)
             self._globalstep_last_logged = progress.last_logged

@@ -1,4 +1,4 @@
-"""Initial weights: the distribution of each part, measured in a model wide enough to measure it."""
+"""Initial weights: the distribution of each role, measured in a model wide enough to measure it."""
 
 import math
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from retnet.kernels.retention.portable.segment_decay import decay_parts
+from retnet.kernels.decay import decay_parts
 
 
 @triton.jit

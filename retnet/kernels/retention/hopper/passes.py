@@ -68,13 +68,13 @@ def walk_supported(problem: RetentionProblem, dfinal: Tensor | None = None) -> b
 def walk_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """out [B, T, H, V], and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
     q, k, v = (_readable(problem, x) for x in (problem.q, problem.k, problem.v))
-    call = _Call.of(problem)
+    call = WalkCall.of(problem)
     starts = call.part_starts(k, v, problem.state, reverse=False)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     packed, wanted = problem.cu_seqlens is not None, state_dtype is not None
     ends = call.walk(q, k, v, starts, reverse=False, out=out, store_final=wanted and not packed)
     if wanted and packed:
-        starts = _Starts(None, None)
+        starts = PartStarts(None, None)
         ends = call.walk(None, k, v, starts, reverse=False, out=None, store_final=True, documents=problem.cu_seqlens)
     return out, None if ends is None else starts.unscaled(ends[:, :, -1]).to(state_dtype).contiguous()
 
@@ -87,7 +87,7 @@ def walk_backward(
     Walks alternate in direction, so that each starts on what the one before has left in the cache.
     """
     q, k, v, dout = (_readable(problem, x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
-    call = _Call.of(problem)
+    call = WalkCall.of(problem)
     dstarts = call.part_starts(q, dout, None if dfinal is None else dfinal.float(), reverse=True)
     if problem.plain and not call.partition.narrow and dk_dv_supported(q, k, v, dout):
         parts, part_chunks = call.partition.parts, call.partition.part_chunks
@@ -120,7 +120,7 @@ def walk_plan(B: int, T: int, H: int, K: int, V: int, device: torch.device) -> d
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class WalkCall:
     """One forward or backward pass: its problem, its token codes, and its partition."""
 
     problem: RetentionProblem
@@ -129,21 +129,21 @@ class _Call:
     partition: "_Partition"
 
     @classmethod
-    def of(cls, problem: RetentionProblem) -> "_Call":
+    def of(cls, problem: RetentionProblem) -> "WalkCall":
         q, device = problem.q, problem.q.device
         B, T, H, K = q.shape
         codes = None if problem.plain else token_codes(B, T, problem.mask, problem.cu_seqlens, device)
         return cls(problem, problem.log_decay.contiguous(), codes, _partition(B, T, H, K, problem.v.shape[3], device))
 
-    def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> "_Starts":
+    def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> "PartStarts":
         """The states that the parts start from, where the whole sequence starts from `state` (None: zeros)."""
         factors = None
         if z.dtype == torch.float16:
             factors = state_factors(y, z, self.problem.scale if reverse else 1.0, state)
             state = None if state is None else state * factors[:, None, None]
         if self.partition.parts == 1:
-            return _Starts(None if state is None else state.contiguous().unsqueeze(2), factors)
-        states = self.walk(None, y, z, _Starts(None, factors), reverse=reverse, out=None, store_final=True)
+            return PartStarts(None if state is None else state.contiguous().unsqueeze(2), factors)
+        states = self.walk(None, y, z, PartStarts(None, factors), reverse=reverse, out=None, store_final=True)
         (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
         part_starts_kernel[(B * H, triton.cdiv(K * V, 1024))](
             states,
@@ -162,13 +162,13 @@ class _Call:
             BLOCK=1024,
             num_warps=4,
         )
-        return _Starts(states, factors)
+        return PartStarts(states, factors)
 
     def dq(self, dout: Tensor, k: Tensor, v: Tensor) -> Tensor:
         starts = self.part_starts(k, v, self.problem.state, reverse=False)
         return self.walk_over_values(dout, v, k, starts, reverse=False)
 
-    def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: "_Starts", reverse: bool) -> Tensor:
+    def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: "PartStarts", reverse: bool) -> Tensor:
         """dQ = walk(dO, V, K) or dK = reverse walk(V, dO, Q), which contract over V: in two ranges where V is wide."""
         whole = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1], self.partition.narrow).splits == 1
         make = torch.empty if whole else torch.zeros  # two ranges add to what is there
@@ -181,7 +181,7 @@ class _Call:
         x: Tensor | None,
         y: Tensor,
         z: Tensor,
-        starts: "_Starts",
+        starts: "PartStarts",
         reverse: bool,
         out: Tensor | None,
         store_final: bool,
@@ -236,7 +236,7 @@ class _Call:
         return ends
 
 
-class _Starts(NamedTuple):
+class PartStarts(NamedTuple):
     """The states [B, H, parts, K, V] that the parts of a sequence start from (None: zeros), multiplied by `factors` [H]
     (None: by 1)."""
 

@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.decay import decay_parts
 from retnet.kernels.device import multiprocessors, precision
 from retnet.kernels.retention.portable.segment_decay import (
     SegmentDecay,
     decay_of_head,
-    decay_parts,
     enter,
     enter_exponent,
     leave,

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from retnet.kernels.chain import chain_states
-from retnet.kernels.retention.portable.segment_decay import SegmentDecay, decay_of_head, decay_parts, enter_exponent
+from retnet.kernels.decay import decay_parts
+from retnet.kernels.retention.portable.segment_decay import SegmentDecay, decay_of_head, enter_exponent
 from retnet.kernels.segments import Segments, sequence_bounds, sequence_of, state_of
 
 
