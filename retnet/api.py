@@ -20,7 +20,7 @@ from torch import Tensor
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.tokenizer_json import find_tokenizer
 from retnet.models.decode.generation import PROMPT_CHUNK
-from retnet.models.decode.sampling import Sampling
+from retnet.models.decode.sampling import Sampling, is_integer
 from retnet.models.lm import LanguageModel
 from retnet.ops.dtypes import resolve_dtype
 from retnet.serve.engine import Engine
@@ -40,7 +40,8 @@ def load(
     """A model, in evaluation mode.
 
     Args:
-        model: a preset's name, a stack file (fresh weights for both), or a saved directory.
+        model: a preset's name, a stack file (fresh weights for both), or a saved directory. A preset's name takes
+            precedence over a directory of that name; a path object is never a preset.
         device: "auto" is the GPU where there is one, otherwise the CPU.
         dtype: of the weights, a torch dtype or its name ("bfloat16"); as saved if None.
 
@@ -51,7 +52,7 @@ def load(
         >>> retnet.load("retnet-tiny", device="cpu", dtype="bfloat16").embedding.weight.dtype
         torch.bfloat16
     """
-    return resolve_model(os.fspath(model), device=device, dtype=resolve_dtype(dtype))
+    return resolve_model(model_name(model), device=device, dtype=resolve_dtype(dtype))
 
 
 def load_tokenizer(model: Model) -> Tokenizer:
@@ -67,7 +68,7 @@ def load_tokenizer(model: Model) -> Tokenizer:
         ([104, 195, 169, 108, 108, 111], 'hé')
     """
     if not isinstance(model, LanguageModel):
-        return resolve_tokenizer(os.fspath(model))
+        return resolve_tokenizer(model_name(model))
     return tokenizer_of(model.config, model.directory)
 
 
@@ -89,9 +90,9 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
     seed: int | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
     speculate: int = 0,
-    tokenizer: Tokenizer | str | None = None,
+    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
 ) -> str | Iterator[str]:
     """The continuation of a prompt.
 
@@ -102,7 +103,8 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
         max_tokens: new tokens at most; None for no limit (with `stream`).
         temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed: see `Sampling`;
             temperature 0 takes the likeliest token, and the same seed gives the same text.
-        stop: strings that end the text; they are left out of it.
+        stop: strings that end the text, and are left out of it. The end-of-text token of the model or its tokenizer
+            ends it too.
         speculate: draft tokens per step (3, 7, 11, ...), guessed from the context and verified; 0: none.
         tokenizer: in place of the model's own; or what names one, as in `retnet data --tokenizer`.
 
@@ -127,33 +129,66 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
     )
     if max_tokens is None and not stream:
         raise ValueError("max_tokens is None without stream, which would never return; accepted: an integer")
+    if max_tokens is not None and not is_integer(max_tokens, 1):
+        raise ValueError(f"max_tokens is {max_tokens!r}; accepted: 1 or more, or None with stream")
     if not isinstance(model, LanguageModel):
         tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         model = load(model)
     found = as_tokenizer(model, tokenizer)
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    request = Request(token_ids(prompt, found), max_tokens, sampling, stop_strings=stops)
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    request = request_of(prompt, found, max_tokens, sampling, stops)
     engine = engine_for(model, request, found, speculate)
     pieces = stream_text(engine.stream(request), found, stops)
     return pieces if stream else "".join(pieces)
 
 
-def as_tokenizer(model: LanguageModel, tokenizer: Tokenizer | str | None) -> Tokenizer:
+def model_name(model: str | os.PathLike[str]) -> str:
+    """A model as `retnet.stack.resolve` takes it: text as written, a path object as a path that no preset is named."""
+    if isinstance(model, str):
+        return model
+    if isinstance(model, os.PathLike):
+        return os.path.join(os.curdir, model)  # an absolute path stays as it is
+    raise ValueError(
+        f"model is of type {type(model).__name__}; accepted: a preset's name, the path of a stack file or a saved "
+        "directory, and, once loaded, a LanguageModel (of transformers' RetNetForCausalLM: its `model`)"
+    )
+
+
+def as_tokenizer(model: LanguageModel, tokenizer: Tokenizer | str | os.PathLike[str] | None) -> Tokenizer:
     """The tokenizer given or named; without one that of the model."""
     if tokenizer is None:
         return load_tokenizer(model)
-    return find_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    if isinstance(tokenizer, (str, os.PathLike)):
+        return find_tokenizer(os.fspath(tokenizer))
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(
+            f"tokenizer is of type {type(tokenizer).__name__}; accepted: a retnet Tokenizer, bytes, a tokenizer.json, "
+            "a directory with one, or a model of the Hugging Face hub"
+        )
+    return tokenizer
 
 
 def token_ids(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     """The tokens of a prompt: of text with the document start before them, of token ids as they are."""
-    if isinstance(prompt, (str, bytes)):
-        return tokenizer.encode(prompt, start=True)
+    if isinstance(prompt, (str, bytes, bytearray)):
+        return tokenizer.encode(bytes(prompt) if isinstance(prompt, bytearray) else prompt, start=True)
     if isinstance(prompt, Tensor):
         if prompt.dim() != 1 or prompt.is_floating_point():
             raise ValueError(f"prompt is {prompt.dtype} {list(prompt.shape)}; accepted: text, or token ids [T]")
         return prompt.tolist()
-    return list(prompt)
+    try:
+        return list(prompt)
+    except TypeError as error:
+        raise ValueError(f"prompt is {prompt!r}; accepted: text, or token ids [T]") from error
+
+
+def request_of(
+    prompt: Prompt, tokenizer: Tokenizer, max_tokens: int | None, sampling: Sampling, stops: Sequence[str]
+) -> Request:
+    """The request for a prompt's continuation, which the tokenizer's document end stops too."""
+    end = tokenizer.document_end
+    stop_tokens = () if end is None else (end,)
+    return Request(token_ids(prompt, tokenizer), max_tokens, sampling, stop_tokens, stops)
 
 
 def engine_for(model: LanguageModel, request: Request, tokenizer: Tokenizer, speculate: int = 0) -> Engine:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,7 +16,7 @@ from retnet.data.tokenizer_json import JsonTokenizer
 from retnet.models.convert import convert
 from retnet.models.directory import save_model
 from retnet.serve.engine import Engine
-from tests.small_models import ALIBI, BYTES, small_model
+from tests.small_models import ALIBI, BYTES, hf_model, small_model
 from tests.stack.specs import changed
 
 
@@ -73,7 +76,42 @@ def test_a_loaded_model_remembers_where_its_tokenizer_is(directory, monkeypatch)
 def test_a_preset_does_not_take_the_tokenizer_of_a_directory_with_its_name(directory, monkeypatch, tmp_path):
     save_words(tmp_path / "retnet-tiny")
     monkeypatch.chdir(tmp_path)
-    assert isinstance(retnet.load_tokenizer("retnet-tiny"), ByteTokenizer)
+    with pytest.warns(UserWarning, match=r"'retnet-tiny' is the preset, .*; that one is \./retnet-tiny"):
+        assert isinstance(retnet.load_tokenizer("retnet-tiny"), ByteTokenizer)
+
+
+@pytest.mark.parametrize("given", [Path("retnet-tiny"), "./retnet-tiny"])
+def test_a_path_is_never_a_preset(given, monkeypatch, tmp_path):
+    save_words(tmp_path / "retnet-tiny")
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(retnet.load_tokenizer(given), JsonTokenizer)
+    assert retnet.load(given, "cpu").config.vocab_size == 6
+
+
+def test_the_tokenizers_end_of_text_token_ends_the_text(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "with end")
+    (tmp_path / "with end/tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "b"}')
+    options = {"prompt": "a", "max_tokens": 40, "seed": 3, "temperature": 2.0}
+    text = retnet.generate(directory, **options)
+    assert "b" in text[1:]
+    assert retnet.generate(tmp_path / "with end", **options).strip() == text[: text.index("b")].strip()
+
+
+def test_a_tokenizer_is_named_by_text_or_by_a_path(byte_model, directory):
+    model = small_model(vocab_size=6)
+    texts = {retnet.generate(model, "a b", tokenizer=given(directory), temperature=0) for given in (str, Path)}
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("wrong", [5, None, b"retnet-tiny", "transformers"])
+def test_what_is_no_model_says_what_is_accepted(wrong):
+    model = hf_model() if wrong == "transformers" else wrong
+    message = rf"model is of type {type(model).__name__}; accepted: a preset's name, .* LanguageModel .*: its `model`"
+    for call in (retnet.load, retnet.load_tokenizer, retnet.generate):
+        with pytest.raises(ValueError, match=message):
+            call(model)
+    if wrong == "transformers":
+        assert retnet.generate(model.model, "x", max_tokens=4)
 
 
 def test_a_model_without_a_tokenizer_needs_one_by_name(directory):
@@ -103,8 +141,12 @@ def test_automatic_is_the_gpu_where_there_is_one(monkeypatch):
         assert resolve_device("auto").type == expected
     with pytest.raises(ValueError, match="device is 'cuda' and there is no CUDA device here; accepted: cpu, auto"):
         resolve_device("cuda")
-    with pytest.raises(ValueError, match="device is 'gpu'; accepted: auto, cpu, cuda"):
-        resolve_device("gpu")
+    for unknown in ("gpu", None, -1):
+        with pytest.raises(ValueError, match=f"device is '{unknown}'; accepted: auto, cpu, cuda"):
+            resolve_device(unknown)
+    for absent in ("meta", "xla"):
+        with pytest.raises(ValueError, match=f"device is '{absent}', which torch cannot use here; accepted: auto"):
+            resolve_device(absent)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
@@ -151,8 +193,16 @@ def test_options_reach_the_engine(byte_model, monkeypatch):
     ("options", "message"),
     [
         ({"max_tokens": None}, "max_tokens is None without stream"),
+        ({"max_tokens": 0}, "max_tokens is 0; accepted: 1 or more, or None with stream"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5; accepted"),
+        ({"max_tokens": True}, "max_tokens is True; accepted"),
         ({"temperature": -1}, "temperature is -1"),
         ({"speculate": 2}, "draft_tokens is 2"),
+        ({"speculate": "3"}, "draft_tokens is '3'; accepted"),
+        ({"stop": b"x"}, "a stop string is 120; accepted: text"),
+        ({"prompt": None}, r"prompt is None; accepted: text, or token ids \[T\]"),
+        ({"prompt": "\ud800"}, "the text has half of a surrogate pair at character 0; accepted"),
+        ({"tokenizer": 5}, "tokenizer is of type int; accepted: a retnet Tokenizer, bytes"),
         ({"stop": [""]}, "a stop string is empty"),
         ({"prompt": torch.zeros(2)}, r"prompt is torch.float32 \[2\]; accepted: text, or token ids"),
         ({"prompt": [400]}, "token 400 is not in the vocabulary"),

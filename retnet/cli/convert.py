@@ -30,9 +30,9 @@ def convert(
     from retnet.models.cost import parameter_counts
 
     model = run(source, out, to=to, format=format, config=config)
-    millions = parameter_counts(model)["total"] / 1e6
+    total = parameter_counts(model)["total"]
     console.print(
-        f"{model.name}: {len(model.layers)} layers of width {model.d_model}, {millions:,.1f}M parameters in "
+        f"{model.name}: {len(model.layers)} layers of width {model.d_model}, {total:,} parameters in "
         f"{model.dtype}; written to {out} as {to}",
         soft_wrap=True,
     )

@@ -100,7 +100,10 @@ def _perplexity(model: str, file: Path, context: int | None, stride: int | None,
 
     network = load(model, device)
     tokenizer = load_tokenizer(network)
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 at byte {error.start}; accepted: text in UTF-8") from error
     results = {"stateful": perplexity(network, tokenizer, text)}
     if context is not None or stride is not None:
         results["strided"] = perplexity(network, tokenizer, text, context=context, stride=stride)

@@ -63,11 +63,11 @@ def generate(
     if text is None:
         raise ValueError('no prompt; accepted: text after the model (or "" for none), --file FILE, or text piped in')
 
-    from retnet.api import engine_for, load, load_tokenizer, stream_text, token_ids
+    from retnet.api import engine_for, load, load_tokenizer, request_of, stream_text
     from retnet.eval.meter import StreamMeter
     from retnet.models.cost import model_cost
     from retnet.models.decode.sampling import Sampling
-    from retnet.serve.request import Failed, Request
+    from retnet.serve.request import Failed
 
     sampling = Sampling(
         temperature=temperature,
@@ -90,7 +90,7 @@ def generate(
             raise ValueError(f"--int8: {error}") from error
     stops = [unescape(text) for text in stop or []]
     limit = None if max_tokens == ENDLESS else max_tokens
-    request = Request(token_ids(text, tokenizer), limit, sampling, stop_strings=stops)
+    request = request_of(text, tokenizer, limit, sampling, stops)
     engine = engine_for(network, request, tokenizer, speculate)
     meter = StreamMeter()
     failed = None

@@ -41,7 +41,12 @@ class Tokenizer(ABC):
         Raises ValueError for a text that has no tokens in this vocabulary, and for bytes that are not UTF-8 where text
         is needed.
         """
-        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+        try:
+            data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text has half of a surrogate pair at character {error.start}; accepted: whole characters"
+            ) from error
         (tokens,) = self.encode_batch([data])
         return [self.document_start, *tokens] if start else list(tokens)
 

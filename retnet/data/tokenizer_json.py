@@ -57,11 +57,17 @@ class JsonTokenizer(Tokenizer):
         self.identity = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.document_start, self.document_end = start, end
-        special = set(_special_tokens(self._tokenizer).values())
-        # The unknown token is the only one that stands for text.
-        self._dropped = special - {_unknown_token(self._tokenizer)} | {start} | ({end} if end is not None else set())
         steps = _decoder_steps(self._tokenizer)
         self._byte_level, self._byte_fallback = "ByteLevel" in steps, "ByteFallback" in steps
+        self._unknown = _unknown_token(self._tokenizer)
+        # The unknown token stands for text, and so do the tokens of byte fallback.
+        special = {
+            token
+            for content, token in _special_tokens(self._tokenizer).items()
+            if token != self._unknown and not (self._byte_fallback and _BYTE_TOKEN.fullmatch(content))
+        }
+        self._dropped = special | {start} | ({end} if end is not None else set())
+        self._never_text = self._dropped - {self._unknown}
         self._bytes: dict[int, bytes] = {}
 
     @property
@@ -78,7 +84,26 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(
                 f"the tokenizer has no tokens for this text ({error}); accepted: one with an unknown token, or of bytes"
             ) from error
-        return [encoding.ids for encoding in encodings]
+        return [self._as_text(encoding.ids) for encoding in encodings]
+
+    def _as_text(self, tokens: list[int]) -> list[int]:
+        """The tokens of a text, with special tokens replaced by those of their spelling.
+
+        A model finds them in a text where their spelling is one of its pieces, as in Unigram and WordLevel.
+        """
+        if self._never_text.isdisjoint(tokens):
+            return tokens
+        return [part for token in tokens for part in (self._spelt(token) if token in self._never_text else [token])]
+
+    def _spelt(self, token: int) -> list[int]:
+        """The tokens of a special token's spelling in two parts, which the model cannot join."""
+        spelling = self._tokenizer.id_to_token(token) or ""
+        if len(spelling) < 2:
+            if self._unknown is None:
+                raise ValueError(f"the text holds {spelling!r}, which is a special token; accepted: text without it")
+            return [self._unknown]
+        parts = (self._tokenizer.model.tokenize(part) for part in (spelling[:1], spelling[1:]))
+        return self._as_text([piece.id for pieces in parts for piece in pieces])
 
     def decode(self, tokens: Iterable[int]) -> str:
         kept = [int(token) for token in tokens if token not in self._dropped]
@@ -187,7 +212,7 @@ def tokenizer_of_model(
 
     name: what the user called the model. directory: where it is saved, if it is. vocab_size, bos, eos: the model's own;
     bos and eos are used where the tokenizer names none. reads_bytes: the model says that its tokens are bytes, as does
-    a vocabulary of 257.
+    a vocabulary of 257. The document end is the tokenizer's eos token.
 
     Raises ValueError if there is neither, if no token can stand before documents, or if the tokenizer has more tokens
     than the model.
@@ -207,7 +232,7 @@ def tokenizer_of_model(
     special, named = _special_tokens(loaded), {}
     for key, token in _read_config(file).items():
         named[key] = loaded.token_to_id(token)
-        if named[key] is None:
+        if named[key] is None and named.get("bos_token") is None:  # beside a bos token, eos may be one never learned
             raise ValueError(
                 f"{file} has no token {token!r}, its {key}; special tokens: {', '.join(special) or 'none'}"
             )
@@ -217,9 +242,9 @@ def tokenizer_of_model(
     if start is None:
         raise ValueError(
             f"{directory} has neither a bos nor an eos token, in {CONFIG_FILE} or the model's configuration; accepted: "
-            "a token that can stand before documents"
+            f"a bos_token in {CONFIG_FILE}, to stand before documents (special tokens: {', '.join(special) or 'none'})"
         )
-    tokenizer = JsonTokenizer(file, start, loaded=loaded)
+    tokenizer = JsonTokenizer(file, start, named.get("eos_token"), loaded=loaded)
     if max(tokenizer.text_vocab_size, start + 1) > vocab_size:
         raise ValueError(f"{file} has {tokenizer.vocab_size} tokens; accepted: at most the {vocab_size} of {name}")
     return tokenizer

@@ -56,7 +56,7 @@ def perplexity(
         raise ValueError("there is no text to score")
     if context is None:
         if stride is not None:
-            raise ValueError(f"stride is {stride} without a context; accepted then: None")
+            raise ValueError(f"stride is {stride} without a context; accepted: both, or neither")
         nats = score(model, ids)[0].double().sum().item()
     else:
         nats = _strided_nats(model, ids, context, context if stride is None else stride)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from retnet.models.config import ModelConfig
-from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
+from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable, is_integer
 from retnet.models.decode.step import DecodeStep
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelDraft, ModelState
@@ -31,8 +31,10 @@ class Speculation:
     longest: int = 3
 
     def __post_init__(self) -> None:
-        if self.draft_tokens < 1 or (self.draft_tokens + 1) % 4:
-            raise ValueError(f"draft_tokens is {self.draft_tokens}; accepted: 3, 7, 11, ... (a multiple of 4, less 1)")
+        if not is_integer(self.draft_tokens, 1) or (self.draft_tokens + 1) % 4:
+            raise ValueError(
+                f"draft_tokens is {self.draft_tokens!r}; accepted: 3, 7, 11, ... (a multiple of 4, less 1)"
+            )
         if self.longest < 1:
             raise ValueError(f"longest is {self.longest}; accepted: a positive integer")
 

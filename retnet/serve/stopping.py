@@ -16,6 +16,8 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str], decode: Decode | StreamDecoder):
+        if wrong := [string for string in strings if not isinstance(string, str)]:
+            raise ValueError(f"a stop string is {wrong[0]!r}; accepted: text")
         if any(not string for string in strings):
             raise ValueError("a stop string is empty; accepted: at least one character")
         self.strings = tuple(strings)

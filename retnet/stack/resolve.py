@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from retnet.data.tokenizer import DOCUMENT_START, Tokenizer
 from retnet.data.tokenizer_json import tokenizer_of_model
 from retnet.models.config import ModelConfig
-from retnet.models.directory import load_config, load_model
+from retnet.models.directory import CONFIG_FILE, load_config, load_model
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import PRESETS, preset
 from retnet.ops.device import resolve_device
@@ -98,8 +99,15 @@ def tokenizer_of(config: ModelConfig, directory: Path | None) -> Tokenizer:
 
 
 def saved_directory(name: str) -> Path | None:
-    """The directory of a name; None for presets and stacks, which take precedence over a directory of the same name."""
+    """The directory of a name; None for presets and stacks, which take precedence over a directory of the same name.
+
+    Warns where there is a model in that directory.
+    """
     is_new = name in PRESETS or name in preset_names() or name.endswith(STACK_SUFFIXES)
+    if is_new and (Path(name) / CONFIG_FILE).is_file():
+        warnings.warn(
+            f"{name!r} is the preset, not the model in the directory {name}; that one is ./{name}", stacklevel=3
+        )
     return None if is_new else Path(name)
 
 

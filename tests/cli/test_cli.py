@@ -160,6 +160,19 @@ def test_a_device_that_is_not_there_is_refused(capsys, byte_model):
     assert "no CUDA device here; accepted: cpu" in wrong_input(capsys, "generate", byte_model, "x", "--device", "cuda")
 
 
+@pytest.mark.parametrize("words", [["generate", "x"], ["check"], ["eval", "--file", __file__]])
+def test_a_device_that_torch_cannot_use_here_is_refused(capsys, byte_model, words):
+    verb, *rest = words
+    message = wrong_input(capsys, verb, byte_model, *rest, "--device", "meta")
+    assert "device is 'meta', which torch cannot use here; accepted: auto, cpu, cuda" in message
+
+
+def test_a_file_that_is_not_text_is_named(capsys, byte_model, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"ab\xff")
+    message = wrong_input(capsys, "eval", byte_model, "--file", tmp_path / "bad.txt")
+    assert "bad.txt is not UTF-8 at byte 2; accepted: text in UTF-8" in message
+
+
 @pytest.mark.parametrize("words", [["generate", "text"], ["check", "--text", __file__], ["eval", "--file", __file__]])
 def test_a_model_without_its_tokenizer_says_what_was_given_and_what_is_accepted(capsys, tmp_path, words):
     save_model(small_model(vocab_size=100), tmp_path)

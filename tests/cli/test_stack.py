@@ -106,3 +106,10 @@ def test_presets_are_listed_shown_and_copied(capsys, tmp_path):
     assert run("presets", "copy", MINI, target) == 2, "a file that is there is not overwritten"
     assert run("presets", "show", "arch_gemma") == 2
     assert "arch_intermediate_gemma2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["retnet-tiny", "arch_advanced_retnett"])
+def test_a_name_that_is_no_stack_says_what_is_accepted(capsys, name):
+    assert run("explain", name) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"no stack '{name}'; accepted: a stack file (.yml, .yaml), a stack preset" in message

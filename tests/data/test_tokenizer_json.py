@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from retnet.data import tokenizer_json
 from retnet.data.shards import token_dtype
@@ -199,3 +199,71 @@ def test_the_unknown_token_is_shown_though_it_is_special(tmp_path):
     with_model = tokenizer_of_model("m", tmp_path, 3, bos=2)
     assert with_model.encode("a b", start=True) == [2, 0, 1]
     assert with_model.decode([2, 0, 1]) == "a [UNK]"
+
+
+def unigram(pieces: list[str], *, byte_fallback: bool = False) -> Tokenizer:
+    """A Unigram model, as of SentencePiece: control tokens are pieces of it, with the best score of all."""
+    scores = [(piece, 0.0 if piece.startswith("<") and len(piece) > 1 else -2.0) for piece in pieces]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=byte_fallback))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def saved(tokenizer: Tokenizer, special: list[str], directory, **config) -> JsonTokenizer:
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    found = tokenizer_of_model("m", directory, 512)
+    assert isinstance(found, JsonTokenizer)
+    return found
+
+
+def test_special_tokens_that_are_pieces_of_the_model_stay_text(tmp_path):
+    special = ["<unk>", "<s>", "</s>", "|"]
+    tokenizer = unigram([*special, "<", ">", "s", "/", "a", "\u2581"])
+    with_model = saved(tokenizer, special, tmp_path, bos_token="<s>")
+    for text in ("a<s>", "<s>", "a </s><s> a", "<<s>s>"):
+        tokens = with_model.encode(text)
+        assert not {1, 2} & set(tokens)
+        assert with_model.decode(tokens) == text
+        assert with_model.encode_batch([text.encode(), b"a"]) == [tokens, with_model.encode("a")]
+    assert with_model.decode(with_model.encode("a|a")) == "a<unk>a"  # a single character has no other spelling
+
+
+def test_special_tokens_that_are_words_of_the_model_become_unknown_ones(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, "<s>": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with_model = saved(tokenizer, ["<s>", "[UNK]"], tmp_path, bos_token="<s>")
+    assert with_model.encode("a <s> [UNK]", start=True) == [2, 0, 1, 1, 1]
+
+
+def test_a_document_start_that_is_no_special_token_stays_text_too(tmp_path):
+    tokenizer = unigram(["<unk>", "<", ">", "s", "a", "\u2581"])
+    tokenizer.add_tokens(["<s>"])
+    with_model = saved(tokenizer, ["<unk>"], tmp_path, bos_token="<s>")
+    tokens = with_model.encode("a<s>a", start=True)
+    assert tokens.count(with_model.document_start) == 1
+    assert with_model.decode(tokens).replace(" ", "") == "a<s>a"
+
+
+def test_byte_tokens_that_are_marked_special_are_still_bytes(tmp_path):
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = unigram(["<unk>", "<s>", "a", "\u2581", *fallback], byte_fallback=True)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    with_model = saved(tokenizer, ["<unk>", "<s>", *fallback], tmp_path, bos_token="<s>")
+    assert with_model.decode(with_model.encode("a\u72b6\U0001f600")) == " a\u72b6\U0001f600"
+
+
+def test_an_end_token_that_the_tokenizer_does_not_have_is_left_out_beside_a_start(tmp_path, tokenizer_file):
+    shutil.copyfile(tokenizer_file, tmp_path / "tokenizer.json")
+
+    def written(**config):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return tokenizer_of_model("m", tmp_path, 512)
+
+    assert written(bos_token="<|endoftext|>", eos_token="<gone>").document_end is None
+    assert written(bos_token="<|endoftext|>", eos_token="<|endoftext|>").document_end == 0
+    for config in ({"eos_token": "<gone>"}, {"bos_token": "<gone>", "eos_token": "<|endoftext|>"}):
+        with pytest.raises(ValueError, match=r"has no token '<gone>', its .os_token; special tokens: <\|endoftext"):
+            written(**config)
