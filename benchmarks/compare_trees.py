@@ -217,7 +217,7 @@ def wall_milliseconds(run: Callable[[], object], budget: float = 0.5) -> float:
 
 
 def host_milliseconds(run: Callable[[], object], repeats: int = 60) -> float:
-    """The shortest time to launch a call, without waiting for the device: what other processes add is left out."""
+    """The shortest time to launch a call, without waiting for the device: other processes only make it longer."""
     import torch
 
     run()

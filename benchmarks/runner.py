@@ -56,7 +56,7 @@ class Point:
 
 @cache
 def certificate() -> dict[str, str]:
-    """Birth certificate of a number: device, threads, versions, commit, command, date."""
+    """The origin of a number: device, threads, versions, commit, command, date."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "threads": "" if torch.cuda.is_available() else str(torch.get_num_threads()),
@@ -125,7 +125,7 @@ def append(path: Path, points: list[Point]) -> None:
 
 
 def read(path: Path) -> list[Point]:
-    """The rows of a CSV file that `append` wrote, without their certificates."""
+    """The rows of a CSV file that `append` wrote, without their origin."""
     texts = ("bench", "case", "implementation", "what", "note")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))

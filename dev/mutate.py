@@ -92,7 +92,7 @@ class Finder(ast.NodeVisitor):
             before, after = (self.text(left) + text + self.text(right) for text in (gap, changed))
             self.found.append(Mutation(self.path, left.lineno, first, last, before, after))
 
-    # What is not looked into.
+    # Parts of the syntax tree that are not mutated.
     def visit_Raise(self, node: ast.Raise) -> None: ...
     def visit_Import(self, node: ast.Import) -> None: ...
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None: ...
@@ -198,7 +198,7 @@ def mutations_of(path: Path) -> list[Mutation]:
 
 
 def parses(mutation: Mutation) -> bool:
-    """Not so of a keyword removed where the next argument is on its own, and the like."""
+    """Whether the mutated file is valid Python; removing a keyword before a positional argument, for one, is not."""
     try:
         ast.parse(mutation.applied((ROOT / mutation.path).read_bytes()))
     except SyntaxError:
@@ -217,7 +217,7 @@ def rooms() -> dict[str, list[Path]]:
 
 
 def drawn(count: int, seed: int) -> list[Mutation]:
-    """As many places of every room as of the others, each place as likely as another of its room."""
+    """Mutations spread evenly over the rooms, and drawn with equal probability inside each."""
     generator = random.Random(seed)
     by_room = {room: [m for path in paths for m in mutations_of(path)] for room, paths in rooms().items()}
     by_room = {room: found for room, found in by_room.items() if len(found) > 10}
@@ -233,7 +233,7 @@ def drawn(count: int, seed: int) -> list[Mutation]:
 
 
 def stages(path: str) -> Iterator[list[str]]:
-    """Test files of a module: its mirror and those that import it; its folder; those that import what imports it."""
+    """Test files of a module: its mirror and those that import it; its folder; those that import its importers."""
     done: set[Path] = set()
     importers = [file for file in sorted((ROOT / "retnet").rglob("*.py")) if _imports(file, path)]
     beyond = [file for other in importers for file in _near(other.relative_to(ROOT).as_posix())]
@@ -251,7 +251,7 @@ def _near(path: str) -> list[Path]:
 
 
 def _folder(path: str) -> Path:
-    """The folder of tests that mirrors a module's, or the nearest above that there is."""
+    """The folder of tests that mirrors a module's folder, or the one above it."""
     folder = ROOT / Path(path.replace("retnet", "tests", 1)).parent
     return folder if folder.is_dir() else folder.parent
 
@@ -273,7 +273,7 @@ class Scratch:
             (folder / "shared").symlink_to((ROOT.parent / "shared").resolve())
 
     def run(self, tests: list[str], limit: float, *options: str) -> subprocess.CompletedProcess[str] | None:
-        """None: not done within `limit` seconds."""
+        """The finished test run; None if it took more than `limit` seconds."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not gpu and not slow", "-p", "no:cacheprovider"]
         environment = os.environ | {
             "PYTHONPATH": str(self.tree),

@@ -38,7 +38,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def named(request, byte_model, directory, tmp_path):
-    """What a user writes for each kind of model."""
+    """The name or path that a user gives for each kind of model."""
     if request.param == "converted":
         convert(directory, tmp_path / "converted")
         return tmp_path / "converted"

@@ -10,7 +10,7 @@ ELSEWHERE = [TESTS / name for name in re.findall(r"^\| `([\w/.]+)` \|", README, 
 
 
 def subjects(folder: Path) -> set[str]:
-    """What the tests of a folder may be named after: its modules, its packages, the folder itself."""
+    """The names that tests of a folder may have: those of its modules, its packages, the folder itself."""
     inside = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
     return inside | {folder.name}
 

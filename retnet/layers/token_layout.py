@@ -23,7 +23,7 @@ class TokenLayout:
 
     positions [B, T] (int64) of each real token in its sequence; lengths [N] (int64) real tokens of this call; mask
     [B, T] bool or None; cu_seqlens [N + 1] or None. `carry`: layers return their state. `in_place`: layers may
-    overwrite the given state (inference alone). `losses`: a list to which layers add losses of their own (MoE routers).
+    overwrite the given state (inference only). `losses`: a list to which layers add losses of their own (MoE routers).
     `deferred`: layers leave the state as it is and return a draft in its place (`layers/draft.py`).
     """
 

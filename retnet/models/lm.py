@@ -85,7 +85,7 @@ class LanguageModel(nn.Module):
             mask: [B, T] bool over these T tokens; False tokens (padding, or masked inside a row) have no effect.
             cu_seqlens: [N + 1] bounds of documents packed into one row (B = 1).
             carry: return the state after the last token.
-            in_place: the given state may be overwritten (inference alone); continue from the returned one.
+            in_place: the given state may be overwritten (inference only); continue from the returned one.
         """
         losses: list[Tensor] | None = None if in_place else []
         hidden, state = self.hidden(

@@ -106,7 +106,7 @@ def _retention_step(
 def _retention_cuda(*arguments):
     problem = RetentionProblem(*arguments[:_FIELDS])
     mode, state_dtype, return_state = arguments[_FIELDS:]
-    packed, one_token = problem.cu_seqlens is not None, problem.q.shape[1] == 1  # of one token, all forms are one sum
+    packed, one_token = problem.cu_seqlens is not None, problem.q.shape[1] == 1  # for one token, all forms are the same
     if mode == "recurrent" and packed and not one_token:  # no kernel: operator by operator, as on a CPU
         return _retention_cpu(*arguments)
     from retnet.kernels.decode.recurrent import retention_recurrent

@@ -42,7 +42,7 @@ def texts(tmp_path_factory) -> Path:
 
 
 def train_tokenizer(texts: Path, kind: str, path: Path) -> None:
-    """Byte-level BPE as GPT-2's, or BPE over Metaspace words with byte fallback as Llama's."""
+    """Byte-level BPE like GPT-2's, or BPE over Metaspace words with byte fallback like Llama's."""
     special = [SPECIAL] if kind == "BPE of a recipe" else ["<unk>", "<s>", "</s>"]
     if kind == "BPE of a recipe":
         tokenizer = Tokenizer(models.BPE())
@@ -90,7 +90,7 @@ def kind(request) -> str:
 
 @pytest.fixture(scope="module")
 def data(kind, texts, tmp_path_factory) -> Path:
-    """What the model is trained on: text for bytes, otherwise token shards."""
+    """The training data of the model: text for bytes, otherwise token shards."""
     if kind == "bytes":
         return texts
     folder = tmp_path_factory.mktemp("data")
@@ -141,7 +141,7 @@ def test_generate_prints_the_text_of_the_tokens(capsys, model, cell):
 
 
 def generated_tokens(directory: Path, prompt: str, count: int, seed: int) -> list[int]:
-    """By the engine alone."""
+    """Tokens from the engine, without `retnet.generate`."""
     model, tokenizer = retnet.load(directory, "cpu"), retnet.load_tokenizer(directory)
     ids = tokenizer.encode(prompt, start=True)
     engine = retnet.Engine(model, num_slots=1, max_tokens=len(ids) + count, prompt_chunk=2048)
@@ -226,6 +226,6 @@ def test_conversion_carries_the_tokenizer_along(capsys, model, tmp_path, cell):
 
 
 def test_the_table_is_printed():
-    """Of the cells that ran in this process: pytest -s shows it."""
+    """The cells that ran in this process; pytest -s shows the table."""
     for verb in dict.fromkeys(verb for verb, _ in TABLE):
         print(f"\n{verb:16}", *(f"{TABLE.get((verb, kind), '-'):32}" for kind in KINDS), sep="| ", end="")

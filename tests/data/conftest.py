@@ -62,7 +62,7 @@ def articles():
 
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory, articles):
-    """A byte-level BPE tokenizer as GPT-2's, of 400 tokens; as many on the hub do, it cuts texts off and pads."""
+    """A byte-level BPE tokenizer like GPT-2's, of 400 tokens. Like many on the hub, it truncates and pads texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

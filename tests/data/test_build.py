@@ -205,7 +205,7 @@ def test_sources_without_text_leave_no_file(build, tmp_path):
 
 @pytest.fixture
 def start(source, tokenizer_file, tmp_path):
-    """Start `retnet data` of the source, made 20 times as long, into tmp_path / "out"; `limit` is shell before it."""
+    """Start `retnet data` on the source, made 20 times as long; `limit` is a shell command that runs before it."""
     texts = (source / "a.txt").read_text(encoding="utf-8")
     (source / "a.txt").write_text(SEPARATOR.join(f"{i} {texts}" for i in range(20)), encoding="utf-8")
 
@@ -213,7 +213,7 @@ def start(source, tokenizer_file, tmp_path):
         words = [sys.executable, "-m", "retnet.cli", "data", source, tmp_path / "out", "--tokenizer", tokenizer_file]
         words += ["--separator", r"\n--\n", "--shard-size", SHARD_SIZE / 2**20, "--workers", 2]
         words = ["bash", "-c", f'{limit}; exec "$@"', "bash", *map(str, words)]
-        # Tests that a shell started in the background ignore SIGINT, and so would this.
+        # A shell's background processes ignore SIGINT, and so would this one if the tests run in the background.
         heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
@@ -221,7 +221,7 @@ def start(source, tokenizer_file, tmp_path):
 
 
 def stop_in_the_middle(process, data, number):
-    """Send a signal when three shards are there; the shards that were, and when they were written."""
+    """Send a signal once three shards are written; returns the finished shards and when they were written."""
     deadline = time.monotonic() + 60
     while len(list(data.glob("0*.json"))) < 3:
         assert process.poll() is None, process.communicate()

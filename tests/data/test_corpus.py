@@ -106,7 +106,7 @@ def test_the_cut_off_end_of_a_document_is_decoded_once(book, monkeypatch):
 
 
 def test_a_cut_falls_between_characters_of_tokens_that_are_single_bytes(tmp_path):
-    """As in the vocabulary of Llama: what is not in it becomes tokens of a byte, decoded as far as they go on."""
+    """Llama's kind of vocabulary: characters outside it become byte tokens, and a run of these is decoded together."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {"<unk>": 0, "</s>": 1, "x": 2, **{f"<0x{byte:02X}>": byte + 3 for byte in range(256)}}

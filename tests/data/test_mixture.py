@@ -6,7 +6,7 @@ from retnet.data import Mixture, PackedDataset
 
 
 def origin(row):
-    """Which corpus a row comes from: they are told apart by the size of their documents' last positions."""
+    """The corpus that a row comes from, which `three` encodes in the tokens."""
     return int(row["input_ids"].max()) // 100_000
 
 

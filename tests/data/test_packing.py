@@ -14,12 +14,12 @@ seeds = st.sampled_from([None, 0, 7])
 
 
 def targets(rows, epoch=0):
-    """What is predicted, row after row."""
+    """The predicted tokens, row after row."""
     return [int(t) for i in range(len(rows)) for t in rows.row(i, epoch)["shift_labels"] if t != IGNORED]
 
 
 def read(rows, epoch=0):
-    """What is read, row after row, without the document starts."""
+    """The input tokens, row after row, without the document starts."""
     return [int(t) for i in range(len(rows)) for t in rows.row(i, epoch)["input_ids"] if t != 0]
 
 

@@ -39,7 +39,7 @@ def tokenizer(model) -> Tokenizer:
 
 
 def nats_of(model, ids, begin, end, first):
-    """Of tokens first + 1 .. end of ids, read from `begin`."""
+    """Nats of tokens first + 1 .. end of ids, read from `begin`."""
     with torch.no_grad():
         logits = model(ids[:, begin:end]).logits[0, first - begin :]
     return F.cross_entropy(logits, ids[0, first + 1 : end + 1], reduction="sum").item()

@@ -142,8 +142,8 @@ def test_bfloat16_keeps_positions_and_decays_at_4096():
     exact = make_model(dtype="float32", decay=(1 - 2**-10, 1 - 2**-12))
     narrow = make_model(dtype="float32", decay=(1 - 2**-10, 1 - 2**-12)).bfloat16()
     with torch.no_grad():
-        for parameter, twin in zip(exact.parameters(), narrow.parameters()):
-            parameter.copy_(twin)
+        for parameter, rounded in zip(exact.parameters(), narrow.parameters()):
+            parameter.copy_(rounded)
         x = random_ids(1, 4096)
         difference = (narrow(x).logits.float() - exact(x).logits).norm(dim=-1) / exact(x).logits.norm(dim=-1)
     early, late = difference[0, 32:256].mean(), difference[0, -256:].mean()

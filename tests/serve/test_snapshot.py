@@ -1,4 +1,4 @@
-"""Sessions that continue elsewhere with the same tokens, and damaged or incomplete files that are refused."""
+"""Sessions continued in another engine or process with the same tokens; damaged or incomplete files refused."""
 
 import os
 import signal

@@ -256,7 +256,7 @@ def test_a_fault_in_one_template_does_not_hide_another():
      ("mamba", "kv_cache", True), ("hyena", "kv_cache", True), ("hyena", "ssm_state", True)],
 )  # fmt: skip
 def test_a_mixer_accepts_only_its_own_state_key(mixer, state, fault, value):
-    """Another key is refused whatever its value."""
+    """Any other key is refused, whatever its value."""
     text = changed(in_mixer(f"type: {mixer}"), in_ffn(f"type: mlp}}\n    state: {{{state}: {value}"))
     found = [(fault.category, fault.dotted) for fault in faults(text)]
     if fault:

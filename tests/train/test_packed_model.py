@@ -125,7 +125,7 @@ def test_no_gradient_flows_into_the_carried_state(corpus):
 
 
 def test_router_losses_count_by_a_batchs_share_of_the_step(corpus):
-    """Two batches of a step add what they would add as one, however many there are."""
+    """The loss of a batch in a step of two is its own loss times its share of the targets."""
     model = PackedForCausalLM.wrap(resolve_model("arch_expert_retnet_moe_mini")).train()
     stream = RowStream(PackedDataset(corpus, LENGTH, 0))
     batches = [collate([stream[i]]) for i in range(2)]

@@ -1,8 +1,8 @@
-"""Chunkwise retention on the GPU: which kernels run a call, and a plan that says so.
+"""Chunkwise retention on the GPU: the choice of kernels for a call, and a plan that reports it.
 
-The portable kernels take every argument. On Hopper GPUs, 16 bits with a fixed decay and one query head per value head
-go to the Hopper kernels, which keep the state on chip (and have no gradient of log_decay and no states of packed
-sequences). Both are deterministic and neither waits for the device.
+The portable kernels take every argument. On Hopper GPUs, 16-bit inputs with a fixed decay and one query head per value
+head go to the Hopper kernels, which keep the state on chip. Those have no gradient of log_decay and no states of packed
+sequences. Both are deterministic, and neither waits for the device.
 """
 
 import warnings
@@ -20,17 +20,17 @@ from retnet.kernels.retention.tiles import SEGMENT_LENGTHS, nearest_segment, sha
 
 
 def retention_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
+    """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not computed)."""
     if _may_walk(problem.q, problem.v):
         from retnet.kernels.retention.hopper import passes as hopper
 
         if hopper.walk_supported(problem):
             if problem.chunk_size:
-                _report_chunk_size(problem.chunk_size, hopper.CHUNK, "the kernels for Hopper GPUs have this one alone")
+                _report_chunk_size(problem.chunk_size, hopper.CHUNK, "the kernels for Hopper GPUs have only this size")
             return hopper.walk_forward(problem, state_dtype)
     if problem.chunk_size:
         lengths = ", ".join(map(str, SEGMENT_LENGTHS))
-        _report_chunk_size(problem.chunk_size, nearest_segment(problem.chunk_size), f"the kernels have {lengths}")
+        _report_chunk_size(problem.chunk_size, nearest_segment(problem.chunk_size), f"the kernels have sizes {lengths}")
     return portable_forward(problem, state_dtype)
 
 

@@ -60,7 +60,7 @@ class RetentionProblem:
 
 @dataclass(frozen=True, slots=True)
 class RetentionGradients:
-    """Gradients of a problem's tensors in their shapes; None for what was not asked for. dstate is float32."""
+    """Gradients of a problem's tensors in their shapes; None where not requested. dstate is float32."""
 
     dq: Tensor
     dk: Tensor

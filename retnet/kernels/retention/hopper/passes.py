@@ -66,7 +66,7 @@ def walk_supported(problem: RetentionProblem, dfinal: Tensor | None = None) -> b
 
 
 def walk_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """out [B, T, H, V], and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
+    """out [B, T, H, V], and the final state [N, H, K, V] in `state_dtype` (None: not computed)."""
     q, k, v = (_readable(problem, x) for x in (problem.q, problem.k, problem.v))
     call = WalkCall.of(problem)
     starts = call.part_starts(k, v, problem.state, reverse=False)

@@ -20,7 +20,7 @@ from retnet.kernels.segments import Segments
 
 
 def portable_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not wanted)."""
+    """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not computed)."""
     tiles, segments, decay = _prepare(problem)
     scale = problem.scale
     q, k, v = _flat_tokens(problem.q), _flat_tokens(problem.k), _flat_tokens(problem.v)
