@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
 from retnet.layers.retention import MultiScaleRetention
+from retnet.models.decode.packing import PACKED
 from retnet.models.hf import RetNetForCausalLM, StateCache
 from tests.small_models import hf_model
 
@@ -22,11 +24,27 @@ def generate(model, ids, **options):
     return model.generate(ids, **{"max_new_tokens": 8, "do_sample": False, **options})
 
 
-def step(model, ids, **options):
-    """Logits of the last token, which is read alone after the others."""
+def step_and_cache(model, ids):
+    """Logits of the last token, which is read alone after the others, and the cache after it."""
     with torch.no_grad():
         cache = model(ids[:, :-1], past_key_values=StateCache()).past_key_values
-        return model(ids[:, -1:], past_key_values=cache, **options).logits
+        return model(ids[:, -1:], past_key_values=cache).logits, cache
+
+
+def step(model, ids):
+    return step_and_cache(model, ids)[0]
+
+
+def is_fused(model) -> bool:
+    """Whether one block at least decodes fused."""
+    decoder = step_and_cache(model, random_ids(1, 4))[1].decoder
+    return decoder is not None and decoder.fused is not None and any(decoder.fused.blocks)
+
+
+def check(model, ids):
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(step(model, ids), expected, rtol=1e-4, atol=1e-4)
 
 
 def packed_places(model) -> set[int]:
@@ -52,7 +70,7 @@ def test_a_step_is_fused_and_gives_the_logits_of_the_whole_context(model):
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits[:, -1:]
     torch.testing.assert_close(step(model, ids), expected, rtol=1e-4, atol=1e-4)
-    assert model._fused is not None
+    assert is_fused(model)
     assert len(packed_places(model)) == 1
 
 
@@ -75,7 +93,8 @@ def test_the_modules_run_where_the_fused_step_does_not_fit(retnet_model, reason)
                 model.double()
                 options["past_key_values"] = model(ids[:, :-1], past_key_values=StateCache()).past_key_values
             model(last, **options)
-    assert model._fused is None or not any(model._fused.blocks)
+    decoder = cache.decoder if reason != "float64" else options["past_key_values"].decoder
+    assert decoder is None or decoder.fused is None or not any(decoder.fused.blocks)
 
 
 def test_a_hook_that_is_added_later_is_called(retnet_model):
@@ -85,8 +104,7 @@ def test_a_hook_that_is_added_later_is_called(retnet_model):
     step(retnet_model, ids)
     assert len(calls) == 2, "one for the prompt, one for the step"
     handle.remove()
-    step(retnet_model, ids)
-    assert retnet_model._fused.blocks[0] is not None
+    assert step_and_cache(retnet_model, ids)[1].decoder.fused.blocks[0] is not None
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -95,24 +113,19 @@ def test_weights_that_change_after_generate_are_the_ones_that_decode(tied):
     model, other = hf_model(tie_embeddings=tied), hf_model(tie_embeddings=tied, seed=7)
     ids = random_ids(2, 6)
 
-    def check():
-        with torch.no_grad():
-            expected = model(ids, use_cache=False).logits[:, -1:]
-        torch.testing.assert_close(step(model, ids), expected, rtol=1e-4, atol=1e-4)
-
     generate(model, ids)
     model.load_state_dict(other.state_dict())
-    check()
+    check(model, ids)
     model.load_state_dict(hf_model(tie_embeddings=tied, seed=8).state_dict(), assign=True)
     if tied:
         model.tie_weights()
-    check()
+    check(model, ids)
     model.double().float()
-    check()
+    check(model, ids)
     model.resize_token_embeddings(260)
-    check()
+    check(model, ids)
     model.model.layers[0].mixer.v_proj.weight.data = torch.randn_like(model.model.layers[0].mixer.v_proj.weight)
-    check()
+    check(model, ids)
     assert (model.model.head.weight is model.model.embedding.weight) == tied
 
 
@@ -127,7 +140,6 @@ def test_a_model_is_saved_and_copied_after_generate(tmp_path, tied):
     if not tied:
         save_file(model.state_dict(), tmp_path / "plain.safetensors")
     copied = copy.deepcopy(model)
-    assert copied._fused is None
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
@@ -168,6 +180,21 @@ def test_generate_in_inference_mode_leaves_weights_that_train(retnet_model):
     assert losses[-1] < losses[0]
 
 
+def test_weights_that_leave_the_model_are_freed_after_generate(retnet_model):
+    def held() -> int:
+        """Bytes of packed weights that something still holds."""
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not x.is_meta]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
+        return sum(storage.nbytes() for storage in storages.values() if getattr(storage, PACKED, False))
+
+    before = held()
+    generate(retnet_model, random_ids(2, 6))
+    assert held() - before > 0
+    retnet_model.half()
+    assert held() == before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_steps_are_near_the_modules(dtype):
     ids = random_ids(2, 9)
@@ -176,5 +203,5 @@ def test_half_precision_steps_are_near_the_modules(dtype):
     with torch.no_grad():
         modules = model(ids, use_cache=False).logits[:, -1:].float()
     fused = step(model, ids).float()
-    assert model._fused is not None
+    assert is_fused(model)
     assert (fused - exact).norm() <= 2 * (modules - exact).norm()

@@ -28,7 +28,7 @@ from retnet.layers.retention import MultiScaleRetention, RetentionState
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.decode.int8 import int8_parts
-from retnet.models.decode.packing import is_packable, pack
+from retnet.models.decode.packing import is_packable, pack, shared_weights
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.ops import device
@@ -74,7 +74,7 @@ class FusedBlock:
         self.head_norm = InputNorm(head.head_norm, head.num_heads, head.head_norm_eps, _data(mixer.head_norm_weight))
         self.decay = None
         if mixer.decay_proj is None:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 self.decay = StepDecay.fixed(mixer.log_decay(torch.empty(0, device=self.inputs.values.device)))
         self.up = self.down = None
         if block.feed_forward is not None:
@@ -100,15 +100,16 @@ class FusedBlock:
 
     @staticmethod
     def supports(block: nn.Module) -> bool:
-        """Whether the fused block computes what the module does."""
-        assert isinstance(block, Block)
+        """Whether the fused block computes what the module does. Subclasses may not: they run as modules."""
+        if type(block) is not Block:
+            return False
         config, mixer, feed_forward = block.config, block.mixer, block.feed_forward
-        if not isinstance(mixer, MultiScaleRetention) or mixer.config.decay_norm:
+        if type(mixer) is not MultiScaleRetention or mixer.config.decay_norm:
             return False
         if config.norm_position != "pre" or config.residual != "sequential" or (block.training and config.dropout):
             return False
         if feed_forward is not None and not (
-            isinstance(feed_forward, FeedForward) and isinstance(feed_forward.inner_norm, nn.Identity)
+            type(feed_forward) is FeedForward and isinstance(feed_forward.inner_norm, nn.Identity)
         ):
             return False
         norms = [block.mixer_norm] if feed_forward is None else [block.mixer_norm, block.feed_forward_norm]
@@ -188,9 +189,11 @@ class FusedModel:
 
     def __init__(self, model: LanguageModel, by_columns: bool = False):
         self.model = model
-        self.blocks = [FusedBlock(block, by_columns) if FusedBlock.supports(block) else None for block in model.layers]
+        fusable = fusable_blocks(model)
+        self.blocks = [FusedBlock(block, by_columns) if block in fusable else None for block in model.layers]
         head, final_norm = model.head, model.final_norm
-        fuses_head = is_packable(head) and _is_plain_norm(final_norm) and is_unhooked(head) and is_unhooked(final_norm)
+        fuses_head = shared_weights(model).isdisjoint(map(id, head.parameters())) and is_packable(head)
+        fuses_head = fuses_head and _is_plain_norm(final_norm) and is_unhooked(head) and is_unhooked(final_norm)
         self.head = pack([head], by_columns) if fuses_head else None
         self.final_norm = input_norm(final_norm) if fuses_head else None
         keys = {block.rotary_key for block in self.blocks if block is not None} - {None}
@@ -303,38 +306,42 @@ class FusedModel:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def can_fuse(model: LanguageModel) -> bool:
-    """Whether the model may decode fused in this context: evaluation mode, real weights, no compilation or autocast."""
-    if torch.compiler.is_compiling() or model.training:
-        return False
-    device_type = model.embedding.weight.device.type
-    return device_type != "meta" and not torch.is_autocast_enabled(device_type)
+def fusable_blocks(model: LanguageModel) -> set[nn.Module]:
+    """The blocks that the fused step runs."""
+    shared = shared_weights(model)
+    return {
+        block for block in model.layers if FusedBlock.supports(block) and shared.isdisjoint(map(id, block.parameters()))
+    }
 
 
 class _Origin:
     """The modules and tensors that a `FusedModel` was packed from, to notice when the model no longer has them."""
 
     def __init__(self, model: LanguageModel, fused: list[nn.Module]):
+        self._modules = list(model.modules())
+        self._classes = [type(module) for module in self._modules]
         self._links: list[tuple[dict[str, Any], str, object]] = []
-        for module in model.modules():
+        for module in self._modules:
             self._links += [(module._modules, name, child) for name, child in module._modules.items()]
             self._links += [(module._parameters, name, weight) for name, weight in module._parameters.items()]
-        self._modules = [vars(module) for module in model.modules()]
-        self._hooked = [_is_hooked(own) for own in self._modules]
+        self._owns = [vars(module) for module in self._modules]
+        self._hooked = [_is_hooked(own) for own in self._owns]
         weights = [weight for root in fused for weight in root.parameters()]
         self._places = [(weight, _place(weight)) for weight in weights]
         # Small tensors that were copied: fixed decays come from log_rate, and packed int8 has its scales beside it.
+        # Compared by value, because changes through `.data` and in inference mode leave no version.
         mixers = [block.mixer for block in fused if isinstance(block, Block)]
         copied = [mixer.log_rate for mixer in mixers if isinstance(mixer.log_rate, Tensor)]
         copied += [parts[1] for weight in weights if (parts := int8_parts(weight)) is not None]
-        self._versions = [(x, x._version) for x in copied]
+        self._copied = [(x, x.detach().clone()) for x in copied]
 
     def is_unchanged(self) -> bool:
         return (
             all(names.get(name) is value for names, name, value in self._links)
-            and self._hooked == [_is_hooked(own) for own in self._modules]
+            and all(type(module) is kind for module, kind in zip(self._modules, self._classes, strict=True))
+            and self._hooked == [_is_hooked(own) for own in self._owns]
             and all(_place(weight) == place for weight, place in self._places)
-            and all(x._version == version for x, version in self._versions)
+            and all(torch.equal(x, before) for x, before in self._copied)
         )
 
 
@@ -360,8 +367,9 @@ def empty_deferred_writes(model: LanguageModel, state: ModelState, length: int) 
     """Room for `length` deferred writes for each layer that the fused step runs; None for other layers."""
     rooms: list[Ring | None] = []
     pending = torch.zeros_like(state.position)
+    fusable = fusable_blocks(model)
     for block, config, layer in zip(model.layers, model.config.layers, state, strict=True):
-        if not length or not isinstance(layer, RetentionState) or not FusedBlock.supports(block):
+        if not length or not isinstance(layer, RetentionState) or block not in fusable:
             rooms.append(None)
             continue
         N, H, K, V = layer.memory.shape

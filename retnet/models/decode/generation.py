@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from retnet.models.decode.fused import FusedModel, can_fuse
+from retnet.models.decode.decoder import FusedDecoder, running
 from retnet.models.decode.sampling import Sampling, SamplingTable
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
@@ -70,8 +70,9 @@ def _generate(
         return
     table = SamplingTable(len(ids), model.config.vocab_size, ids.device)
     table.fill_alike(sampling, _seeds(len(ids), generator))
-    logits, state = prefill(model, ids, state)
-    fused = FusedModel(model) if can_fuse(model) else None
+    with running(model):
+        logits, state = prefill(model, ids, state)
+    decoder = FusedDecoder(model)
     count = 0
     while True:
         token = table.sample(logits, state.position, sampling.parts).tokens
@@ -79,13 +80,17 @@ def _generate(
         count += 1
         if count == max_new_tokens:
             return
-        logits, state = _decode(model, token, state) if fused is None else fused(token, state)
+        logits, state = _decode(decoder, token, state)
 
 
 @torch.no_grad()
-def _decode(model: LanguageModel, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-    output = model(token[:, None], state, carry=True, in_place=True)
-    return output.logits[:, -1], cast(ModelState, output.state)
+def _decode(decoder: FusedDecoder, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+    with running(decoder.model):
+        fused = decoder.step(token, state)
+        if fused is not None:
+            return fused
+        output = decoder.model(token[:, None], state, carry=True, in_place=True)
+        return output.logits[:, -1], cast(ModelState, output.state)
 
 
 def _seeds(count: int, generator: torch.Generator | None) -> Tensor:

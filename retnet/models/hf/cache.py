@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from retnet.models.decode.decoder import FusedDecoder
 from retnet.models.states import ModelState
 
 
@@ -19,6 +20,7 @@ class StateCache(Cache):
 
     columns: tokens seen, with padding, equal for all sequences; transformers slices its ids and masks by it.
     compiled: states keep their memory addresses, so that a compiled step can be replayed as a CUDA graph.
+    decoder: the fused step that continues it; the model's packed weights live as long as some cache needs them.
     """
 
     def __init__(self, state: ModelState | None = None, *, compiled: bool = False):
@@ -26,6 +28,7 @@ class StateCache(Cache):
         self.state: ModelState | None = None
         self.columns: Tensor | None = None
         self.compiled = compiled
+        self.decoder: FusedDecoder | None = None
         if state is not None:
             self.update_state(state, int(state.position.max()))
 

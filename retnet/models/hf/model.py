@@ -7,6 +7,7 @@ parallelism.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -17,8 +18,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from retnet.layers.mixers import float32_parameters
-from retnet.models.decode.fused import FusedModel, can_fuse
-from retnet.models.decode.int8 import int8_parts
+from retnet.models.decode.decoder import FusedDecoder, running
 from retnet.models.hf.cache import StateCache
 from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.inputs import IGNORED, Tokens, repeat_last_real, without_first_labels
@@ -171,8 +171,6 @@ class RetNetModel(PreTrainedModel):
 class RetNetForCausalLM(RetNetModel, GenerationMixin):
     """A language model with a loss, a cache and `generate`, whose one-token steps run fused where they can."""
 
-    _fused: FusedModel | None = None
-
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor | None = None,
@@ -211,24 +209,25 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
         loss, logits, cache = None, None, past_key_values
-        if (
-            input_ids is not None
-            and labels is None
-            and use_cache is not False
-            and not isinstance(logits_to_keep, Tensor)
-        ):
-            logits = self._decode_fused(input_ids, tokens, cache)
-        if logits is None:
-            losses: list[Tensor] | None = None if labels is None else []
-            hidden, cache = self._hidden(shape, tokens, input_ids, inputs_embeds, cache, use_cache, losses)
-            if labels is not None:
-                loss, logits = self._loss_and_logits(hidden, labels, tokens, logits_to_keep, **kwargs)
-                loss = sum(losses or (), loss)
-            else:
-                if tokens.mask is not None:
-                    hidden = repeat_last_real(hidden, tokens.mask)
-                kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
-                logits = self.model.logits(hidden[:, kept])
+        with nullcontext() if torch.compiler.is_compiling() else running(self.model):
+            if (
+                input_ids is not None
+                and labels is None
+                and use_cache is not False
+                and not isinstance(logits_to_keep, Tensor)
+            ):
+                logits = self._decode_fused(input_ids, tokens, cache)
+            if logits is None:
+                losses: list[Tensor] | None = None if labels is None else []
+                hidden, cache = self._hidden(shape, tokens, input_ids, inputs_embeds, cache, use_cache, losses)
+                if labels is not None:
+                    loss, logits = self._loss_and_logits(hidden, labels, tokens, logits_to_keep, **kwargs)
+                    loss = sum(losses or (), loss)
+                else:
+                    if tokens.mask is not None:
+                        hidden = repeat_last_real(hidden, tokens.mask)
+                    kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
+                    logits = self.model.logits(hidden[:, kept])
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
 
@@ -241,21 +240,14 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         state = None if cache is None else cache.state
         if cache is None or state is None or input_ids.shape[1] != 1 or tokens.mask is not None:
             return None
-        if torch.is_grad_enabled() or not can_fuse(self.model):
+        if cache.decoder is None or cache.decoder.model is not self.model:
+            cache.decoder = FusedDecoder(self.model, int8=False)
+        stepped = cache.decoder.step(input_ids[:, 0], state)
+        if stepped is None:
             return None
-        if self._fused is None or not self._fused.is_current:
-            if any(int8_parts(weight) is not None for weight in self.model.parameters()):
-                return None  # their product rounds inputs to bfloat16 on a CPU, which the modules do not
-            self._fused = FusedModel(self.model)
-        if not any(self._fused.blocks):
-            return None
-        logits, state = self._fused(input_ids[:, 0], state)
+        logits, state = stepped
         cache.update_state(state, 1)
         return logits[:, None]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles pack their own weights."""
-        return {**self.__dict__, "_fused": None}
 
     def _loss_and_logits(
         self, hidden: Tensor, labels: Tensor, tokens: Tokens, logits_to_keep: int | Tensor | None, **kwargs: Any
