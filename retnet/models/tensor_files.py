@@ -8,7 +8,6 @@ of other formats.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import zipfile
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retnet.system.files import move_into_place, write_json
+from retnet.system.files import move_into_place, read_json, write_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -168,7 +167,7 @@ def _unpickle(file: Path) -> dict[str, Any]:
 
 def _open_shards(index_file: Path) -> Tensors:
     try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index_file)["weight_map"]
         names = set(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index_file} is no index of shards (a mapping with weight_map): {error!r}") from error

@@ -12,7 +12,6 @@ checkpoint, the newest is the last one saved.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from retnet.system.files import flush, move_into_place, write_json
+from retnet.system.files import flush, move_into_place, read_json, write_json
+from retnet.system.sizes import format_bytes
 
 MARKER = "complete.json"
 STAGING = ".saving"
@@ -98,9 +98,9 @@ def inspect(path: Path, *, hashes: bool = True) -> Checkpoint:
     match = _NAME.fullmatch(path.name)
     step = int(match.group(1)) if match else -1
     try:
-        marker = json.loads((path / MARKER).read_text())
+        marker = read_json(path / MARKER)
         serial = int(marker["serial"])
-        files = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in marker["files"].items()}
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in marker["files"].items()}
     except FileNotFoundError:
         return Checkpoint(path, step, problem=f"it has no {MARKER}: saving did not finish")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -186,5 +186,5 @@ def _hash(file: Path) -> str:
 def _not_saved(output: Path, name: str, error: Exception) -> str:
     complete = [c for c in list_checkpoints(output) if c.problem is None]
     last = f"the last complete checkpoint is {complete[-1].path}" if complete else "there is no checkpoint"
-    free = shutil.disk_usage(output).free / 2**20
-    return f"{name} could not be written ({error}; {free:,.0f} MiB free): {last}"
+    free = format_bytes(shutil.disk_usage(output).free, 3)
+    return f"{name} could not be written ({error}; {free} free): {last}"

@@ -18,7 +18,7 @@ from retnet.models.decode.generation import generate
 from retnet.models.directory import PREFIX, load_model, write_model
 from retnet.models.tensor_files import Tensors
 from retnet.stack.resolve import tokenizer_of
-from retnet.system.files import write_json
+from retnet.system.files import write_json, written_whole
 from retnet.train.checkpoints import publish, staged
 from retnet.train.curve import save_loss_curve
 from retnet.train.inputs import transformers_tokenizer
@@ -123,9 +123,9 @@ def record(
     write_json(output / SUMMARY_FILE, data)
     save_loss_curve(log, summary.tokens / summary.steps, output / CURVE_FILE)
     if samples:
-        (output / SAMPLES_FILE).write_text(
-            "\n\n".join(f"--- {number}\n{begun}>>>{new}" for number, (begun, new) in enumerate(samples, 1)) + "\n"
-        )
+        text = "\n\n".join(f"--- {number}\n{begun}>>>{new}" for number, (begun, new) in enumerate(samples, 1)) + "\n"
+        with written_whole(output / SAMPLES_FILE) as file:
+            file.write(text.encode())
         for begun, new in samples:
             console.print(f"[dim]{_line(begun)}[/]{_line(new)}", highlight=False, soft_wrap=True)
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from retnet.system.sizes import format_bytes
+
 
 class ProgressCallback(TrainerCallback):
     """Shows a run on a console. max_minutes: the run's time limit, if it has one."""
@@ -81,7 +83,7 @@ class ProgressCallback(TrainerCallback):
             parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
             parts.append(f"MFU {logs['mfu']:.1%}")
             parts.append(f"waiting for data {logs['data_wait']:.2%}")
-        parts.append(f"{logs['memory_gib']:.1f} GiB")
+        parts.append(format_bytes(logs["memory_gib"] * 2**30, 3))
         status = ", ".join(parts)
         if self._bar is not None:
             self._bar.update(self._task, status=status)

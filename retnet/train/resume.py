@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retnet.models.states import ModelState
-from retnet.system.files import write_json
+from retnet.system.files import read_json, write_json
 
 RUN_FILE = "run.json"
 
@@ -35,7 +34,7 @@ class ProcessState:
         file, lanes = _progress_file(checkpoint, process), _lanes_file(checkpoint, process)
         if not file.exists():
             return None
-        return cls(**json.loads(file.read_text()), lanes=ModelState.load(lanes) if lanes.exists() else None)
+        return cls(**read_json(file), lanes=ModelState.load(lanes) if lanes.exists() else None)
 
 
 def save_run(checkpoint: Path, identity: dict[str, Any], seconds: float, num_processes: int) -> None:
@@ -45,12 +44,12 @@ def save_run(checkpoint: Path, identity: dict[str, Any], seconds: float, num_pro
 
 def trained_seconds(checkpoint: Path) -> float:
     """How long the run had trained when it wrote a checkpoint."""
-    return json.loads((checkpoint / RUN_FILE).read_text())["seconds"]
+    return read_json(checkpoint / RUN_FILE)["seconds"]
 
 
 def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     """Raise ValueError for a checkpoint of another run: training would not continue with the rows that come next."""
-    saved = json.loads((checkpoint / RUN_FILE).read_text())
+    saved = read_json(checkpoint / RUN_FILE)
     differences = [
         f"{key} was {saved.get(key)!r} and is {value!r}" for key, value in identity.items() if saved.get(key) != value
     ]

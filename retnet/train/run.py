@@ -71,10 +71,21 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
     seconds = trainer.clock.read()
     metrics = trainer.evaluate() if arguments.do_eval else {}
     save_whole_model(trainer, output, data.corpus)
-    steps = trainer.state.global_step
-    summary = TrainingSummary(
-        steps=steps,
-        tokens=steps * options.identity["rows_per_step"] * recipe.length,
+    tokens = trainer.state.global_step * options.identity["rows_per_step"] * recipe.length
+    summary = _summary(trainer, data, metrics, tokens=tokens, seconds=seconds, parameters=parameters)
+    if trainer.is_world_process_zero():
+        documents = next(iter(data.valid.values())).corpus
+        samples = continuations(output, documents, recipe.num_samples, arguments.seed, arguments.device)
+        record(output, recipe, arguments, summary, trainer.state.log_history, samples, console)
+    return summary
+
+
+def _summary(
+    trainer: PackedTrainer, data: RunData, metrics: dict[str, float], *, tokens: int, seconds: float, parameters: int
+) -> TrainingSummary:
+    return TrainingSummary(
+        steps=trainer.state.global_step,
+        tokens=tokens,
         seconds=seconds,
         train_bytes=data.train.num_bytes,
         valid_bytes=sum(rows.num_bytes for rows in data.valid.values()),
@@ -85,11 +96,6 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
         data_wait=trainer.meter.total_waited / max(trainer.meter.total_seconds, 1e-9),
         mfu_peak=trainer.meter.peak.source,
     )
-    if trainer.is_world_process_zero():
-        documents = next(iter(data.valid.values())).corpus
-        samples = continuations(output, documents, recipe.num_samples, arguments.seed, arguments.device)
-        record(output, recipe, arguments, summary, trainer.state.log_history, samples, console)
-    return summary
 
 
 def _checkpoint(recipe: Recipe, arguments: TrainingArguments, options: RunOptions, console: Console) -> Path | None:

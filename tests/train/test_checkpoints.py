@@ -194,7 +194,7 @@ def test_a_failed_save_stops_the_run_and_keeps_the_old_checkpoint(
 
     monkeypatch.setattr(PackedTrainer, "_save_checkpoint", save_checkpoint)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint-4 could not be written \(.*MiB free\): the last complete checkpoint is .*2"
+        CheckpointError, match=r"checkpoint-4 could not be written \(.*iB free\): the last complete checkpoint is .*2"
     ):
         train(recipe_for(dropout_model, text_folder, tmp_path / "out", **SAVING), console)
     newest, damaged = choose(tmp_path / "out")
@@ -212,7 +212,7 @@ def test_a_model_that_cannot_be_written_stops_the_run_without_partial_files(
         original(self, *args, **kwargs)
 
     monkeypatch.setattr(PackedTrainer, "save_model", save_model)
-    with pytest.raises(CheckpointError, match=r"model could not be written \(.*MiB free\): there is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"model could not be written \(.*iB free\): there is no checkpoint"):
         train(recipe_for(dropout_model, text_folder, tmp_path / "out", max_steps=2), console)
     assert not (tmp_path / "out" / STAGING).exists()
     assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -38,7 +38,7 @@ def test_a_run_learns_and_writes_a_model_a_log_a_curve_and_samples(byte_model, t
     trained, start = load_model(tmp_path / "out"), load_model(byte_model)
     assert not torch.equal(trained.embedding.weight, start.embedding.weight)
     text = console.file.getvalue()
-    for shown in ("bits per byte", "tokens/s", "MFU", "waiting for data", "GiB", "s left", "perplexity"):
+    for shown in ("bits per byte", "tokens/s", "MFU", "waiting for data", "iB", "s left", "perplexity"):
         assert shown in text
     assert (tmp_path / "out/samples.txt").read_text().count("\n--- ") == 1  # the second of two
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["RetNetForCausalLM"]

@@ -8,7 +8,6 @@ tokens. The numbers were measured (benchmarks/bench_retention.py, on an H200). E
 whose shared memory holds it; "small" suits devices with about 100 KiB per block.
 """
 
-import json
 import os
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from retnet.kernels.device import device_family, multiprocessors, power_of_two
+from retnet.system.files import read_json
 
 SEGMENT_LENGTHS = (64, 128, 256)
 
@@ -133,7 +133,7 @@ def stored_tiles() -> dict[str, Tiles]:
                 SegmentTile(**entry["key_contraction"]),
                 SegmentTile(**entry["value_contraction"]),
             )
-            for key, entry in json.loads(path.read_text()).items()
+            for key, entry in read_json(path).items()
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not what `retnet tune` writes ({error}); accepted: its file, or none") from error
