@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from retnet.cli._common import DEVICE_HELP, console, print_json
@@ -25,16 +26,16 @@ def check(
         str, typer.Argument(metavar="MODEL|operator", help="Preset, stack file, saved directory, or 'operator'.")
     ],
     text: Annotated[Path | None, typer.Option(help="File of text to run on; random tokens by default.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens.")] = _SHAPE[1],
+    length: Annotated[int, typer.Option(help="Tokens of input; of --text, the first ones.")] = _SHAPE[1],
     dtype: Annotated[
         list[str] | None, typer.Option(help="float64, float32, float16, bfloat16; may be repeated.")
     ] = None,
     chunk_size: Annotated[list[int] | None, typer.Option(help="Chunk sizes to try; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
-    seed: Annotated[int, typer.Option(help="Of random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random inputs.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Run the three forms, chunk sizes, and prefill with decode from several splits; compare each with float64.
+    """Compare every form with a float64 reference: parallel, recurrent, chunkwise, and prefill followed by decode.
 
     Exits with 1 if any row fails.
     """
@@ -61,7 +62,7 @@ def check(
     if as_json:
         print_json([_as_dict(row) for row in rows])
     else:
-        console.print(_table(title, rows))
+        console.print(_table(escape(title), rows))
         if rows[0].tokens is not None:
             console.print("[dim]changed: positions whose likeliest token differs from float64's[/]", highlight=False)
         console.print(f"[bold red]{failed} of {len(rows)} fail[/]" if failed else f"[green]all {len(rows)} agree[/]")

@@ -34,5 +34,6 @@ def convert(
     console.print(
         f"{model.name}: {len(model.layers)} layers of width {model.d_model}, {total:,} parameters in "
         f"{model.dtype}; written to {out} as {to}",
+        markup=False,
         soft_wrap=True,
     )

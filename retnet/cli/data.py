@@ -35,7 +35,7 @@ class _WriteByDefault(TyperGroup):
 
 data_app = typer.Typer(
     cls=_WriteByDefault,
-    help="Write text as token shards: retnet data SOURCE... OUT. Then: show, check.",
+    help="Write text as token shards: retnet data SOURCE... OUT. Look at them with show and check.",
     no_args_is_help=True,
 )
 

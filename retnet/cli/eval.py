@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, print_json
 
@@ -27,7 +29,7 @@ def evaluate(
     ] = None,
     file: Annotated[Path | None, typer.Option(help="File of text: perplexity, read as one context.")] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="With --file: also in windows of this many tokens.")
+        int | None, typer.Option(min=1, help="With --file: also score it in windows of this many tokens.")
     ] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens scored per window; all by default.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
@@ -84,12 +86,12 @@ def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, dev
         print_json({"documents": len(scored), "bytes": result.num_bytes, "seconds": seconds, "bits_per_byte": rows})
         return
     size = f"{len(scored)} documents, {result.num_bytes / 1e6:.2f} MB"
-    console.print(f"{data}: {size} ({part.value})", highlight=False, soft_wrap=True)
+    console.print(f"{escape(data)}: {size} ({part.value})", highlight=False, soft_wrap=True)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method")
     table.add_column("bits per byte", justify="right")
     for name, bits in sorted(rows.items(), key=lambda row: -row[1]):
-        table.add_row(*(f"[bold]{cell}[/]" if name == model else cell for cell in (name, f"{bits:.3f}")))
+        table.add_row(*(Text(cell, "bold" if name == model else "") for cell in (name, f"{bits:.3f}")))
     console.print(table)
     console.print(f"[dim]scored {result.num_bytes / seconds:,.0f} bytes/s[/]")
 
@@ -121,7 +123,7 @@ def _perplexity(model: str, file: Path, context: int | None, stride: int | None,
     if as_json:
         print_json(rows)
         return
-    table = Table(title=str(file), title_justify="left", box=None, header_style="bold", pad_edge=False)
+    table = Table(title=escape(str(file)), title_justify="left", box=None, header_style="bold", pad_edge=False)
     for name in ("read", "tokens", "per token", "words with <eos>", "per word", "bits per byte"):
         table.add_column(name, justify="left" if name == "read" else "right")
     for way, result in results.items():
@@ -157,5 +159,5 @@ def _run_tasks(
     for task, metrics in results.items():
         for metric, value in metrics.items():
             if isinstance(value, float):
-                table.add_row(task, metric, f"{value:.4f}")
+                table.add_row(escape(task), metric, f"{value:.4f}")
     console.print(table)

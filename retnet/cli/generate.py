@@ -46,16 +46,17 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="Of the weights: float32, bfloat16, float16 or float64; as saved by default.")
+        str | None,
+        typer.Option(help="Dtype of the weights: float32, bfloat16, float16 or float64; by default as saved."),
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise weights to int8 (needs retnet[quantize]).")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help=r"Quantise weights to int8 (needs retnet\[quantize]).")] = False,
     speculate: Annotated[
         int, typer.Option(min=0, help="Draft tokens per step, guessed from the context: 3, 7, 11, ...; 0 is off.")
     ] = 0,
     stats: Annotated[bool, typer.Option(help="Report time and memory at the end, on standard error.")] = True,
     png: Annotated[Path | None, typer.Option(help="Plot time and memory per token into this file.")] = None,
 ) -> None:
-    """Stream text. Memory and time per token do not grow with its length.
+    """Stream the continuation of a prompt. With retention, time and memory per token do not grow with its length.
 
     Example: retnet generate retnet-tiny "def main(" --max-tokens 100
     """
@@ -128,6 +129,8 @@ def _report(meter: StreamMeter, first_state_bytes: int, last_state_bytes: int) -
     """Time and memory at the first tenth of the stream and at the last: whether they stayed flat."""
     bins = meter.bins
     if not bins:
+        first = f", after {1e3 * meter.seconds_to_first:.0f} ms" if meter.tokens else ""
+        errors.print(f"[dim]{meter.tokens} token{'' if meter.tokens == 1 else 's'}{first}[/]", highlight=False)
         return
     tenth = max(1, len(bins) // 10)
     (early_ms, early_bytes), (late_ms, late_bytes) = (

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from retnet.cli._common import MODEL_HELP, console, print_json
@@ -76,7 +77,7 @@ def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object
 def _print(model: str, summary: dict) -> None:
     parts = summary["parameters"]
     console.print(
-        f"[bold]{model}[/]: {summary['layers']} layers of width {summary['width']}, vocabulary "
+        f"[bold]{escape(model)}[/]: {summary['layers']} layers of width {summary['width']}, vocabulary "
         f"{summary['vocabulary']}, [bold]{parts['total']:,}[/] parameters ({parts['layers']:,} in layers, "
         f"{parts['embedding']:,} embedding, {parts['head']:,} head)",
         highlight=False,

@@ -106,7 +106,9 @@ def compile_stack(
     config = model_config(stack)
     save_model(LanguageModel(config), output_dir)
     total = parameter_counts(config)["total"]
-    console.print(f"{config.name}: {total} parameters in {config.dtype}, written to {output_dir}", soft_wrap=True)
+    console.print(
+        f"{config.name}: {total} parameters in {config.dtype}, written to {output_dir}", markup=False, soft_wrap=True
+    )
 
 
 @stack_app.command()

@@ -13,9 +13,13 @@ from retnet.cli._common import console
 def train(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A YAML file of settings, then single settings."),
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE]...", help="A YAML file of settings, then settings that override it."
+        ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Shards, file or folder of text, or 'stdlib': data=...")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Shards, file or folder of text, or 'stdlib'; same as data=...")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Preset, stack file or saved directory; same as model=...")] = None,
 ) -> None:
     """Train a model on text.
@@ -56,6 +60,8 @@ def train(
         parts.append(
             f"validation perplexity {summary.valid_perplexity:.2f}, {summary.valid_bits_per_byte:.3f} bits per byte"
         )
-    console.print("; ".join([*parts, f"saved in {recipe.training['output_dir']}"]), highlight=False, soft_wrap=True)
+    console.print(
+        "; ".join([*parts, f"saved in {recipe.training['output_dir']}"]), markup=False, highlight=False, soft_wrap=True
+    )
     if dist.is_initialized():
         dist.destroy_process_group()

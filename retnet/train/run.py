@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
+from rich.markup import escape
 from transformers import TrainingArguments
 
 from retnet.train.checkpoints import CheckpointError, choose, inspect, list_checkpoints
@@ -128,22 +129,24 @@ def _choose_checkpoint(recipe: Recipe, output: Path, console: Console) -> Path |
         return checkpoint.path
     newest, damaged = choose(output)
     for checkpoint in damaged:
-        console.print(f"[yellow]skipped {checkpoint.path}: {checkpoint.problem}[/]", highlight=False, soft_wrap=True)
+        console.print(
+            f"[yellow]skipped {escape(f'{checkpoint.path}: {checkpoint.problem}')}[/]", highlight=False, soft_wrap=True
+        )
     if newest is None:
-        console.print(f"no checkpoint in {output}: starting from the beginning", highlight=False)
+        console.print(f"no checkpoint in {output}: starting from the beginning", markup=False, highlight=False)
         return None
-    console.print(f"resuming from {newest.path}", highlight=False, soft_wrap=True)
+    console.print(f"resuming from {newest.path}", markup=False, highlight=False, soft_wrap=True)
     return newest.path
 
 
 def _describe(console: Console, recipe: Recipe, parameters: int, data: RunData, trainer: PackedTrainer) -> None:
     arguments: TrainingArguments = trainer.args
-    names = ", ".join(f"[bold]{name}[/]" for name in recipe.weights)
+    names = ", ".join(f"[bold]{escape(name)}[/]" for name in recipe.weights)
     documents = sum(len(corpus) for corpus in data.corpora.values())
     valid_bytes = sum(rows.num_bytes for rows in data.valid.values())
     console.print(
-        f"[bold]{recipe.model}[/] {parameters / 1e6:.2f}M parameters; {names} {data.train.num_bytes / 1e6:.2f} MB "
-        f"in {documents} documents, {len(data.train)} rows of {recipe.length}; validation {valid_bytes / 1e6:.2f} MB",
+        f"[bold]{escape(str(recipe.model))}[/] {parameters / 1e6:.2f}M parameters; {names} "
+        f"{data.train.num_bytes / 1e6:.2f} MB in {documents} documents, {len(data.train)} rows of {recipe.length}; validation {valid_bytes / 1e6:.2f} MB",
         soft_wrap=True,
     )
     where = f"{arguments.world_size} x {arguments.device.type}" if arguments.world_size > 1 else arguments.device.type

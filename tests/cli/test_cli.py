@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,31 @@ def test_generate_streams_text_and_reports_time_and_memory(capsys, byte_model, t
     second = capsys.readouterr()
     assert second.out == first.out
     assert second.err == ""
+
+
+def test_generate_reports_a_single_token_too(capsys, byte_model):
+    assert run("generate", byte_model, "x", "--max-tokens", 1) == 0
+    assert capsys.readouterr().err.startswith("1 token, after ")
+
+
+def test_brackets_in_names_are_shown_as_they_are(capsys, byte_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, text = Path("m[bold]"), Path("[dim]text.txt")
+    shutil.copytree(byte_model, model)
+    text.write_text("some text")
+
+    def shows(name: str, *words: object) -> None:
+        assert run(*words) == 0
+        assert name in capsys.readouterr().out.replace("\n", "")
+
+    shows("m[bold]", "info", model)
+    shows("m[bold], 9 tokens of", "check", model, "--length", 9, "--dtype", "float32")
+    shows("[dim]text.txt", "eval", model, "--file", text)
+    shows("m[bold]", "eval", model, "--data", text, "--part", "all")
+    shows("written to out[red]", "stack", "compile", "arch_advanced_retnet_mini", "-o", "out[red]")
+    shows("[bold]new", "convert", model, "[bold]new")
+    assert run("generate", "--help") == 0
+    assert "retnet[quantize]" in capsys.readouterr().out
 
 
 def test_the_prompt_comes_from_an_argument_a_file_or_standard_input_alike(capsys, monkeypatch, byte_model, tmp_path):
