@@ -146,7 +146,8 @@ def _describe(console: Console, recipe: Recipe, parameters: int, data: RunData, 
     valid_bytes = sum(rows.num_bytes for rows in data.valid.values())
     console.print(
         f"[bold]{escape(str(recipe.model))}[/] {parameters / 1e6:.2f}M parameters; {names} "
-        f"{data.train.num_bytes / 1e6:.2f} MB in {documents} documents, {len(data.train)} rows of {recipe.length}; validation {valid_bytes / 1e6:.2f} MB",
+        f"{data.train.num_bytes / 1e6:.2f} MB in {documents} documents, {len(data.train)} rows of {recipe.length}; "
+        f"validation {valid_bytes / 1e6:.2f} MB",
         soft_wrap=True,
     )
     where = f"{arguments.world_size} x {arguments.device.type}" if arguments.world_size > 1 else arguments.device.type
