@@ -42,7 +42,7 @@ def load(
     Args:
         model: a preset's name, a stack file (fresh weights for both), or a saved directory. A preset's name takes
             precedence over a directory of that name; a path object is never a preset.
-        device: "auto" is the GPU where there is one, otherwise the CPU.
+        device: "auto" is the GPU if there is one, otherwise the CPU.
         dtype: of the weights, a torch dtype or its name ("bfloat16"); as saved if None.
 
     Raises ValueError or FileNotFoundError for a name that is no model of ours, for weights that do not fit their

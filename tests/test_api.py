@@ -132,7 +132,7 @@ def test_weights_are_loaded_in_the_dtype_asked_for(byte_model):
             retnet.load(byte_model, "cpu", wrong)
 
 
-def test_automatic_is_the_gpu_where_there_is_one(monkeypatch):
+def test_automatic_is_the_gpu_if_there_is_one(monkeypatch):
     from retnet.ops.device import resolve_device
 
     for there, expected in ((True, "cuda"), (False, "cpu")):

@@ -15,7 +15,7 @@ console = Console()
 errors = Console(stderr=True)
 
 MODEL_HELP = "Preset, stack file or saved directory."
-DEVICE_HELP = "auto (the GPU where there is one), cpu, cuda or cuda:N."
+DEVICE_HELP = "auto (the GPU if there is one), cpu, cuda or cuda:N."
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
 
 

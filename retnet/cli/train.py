@@ -26,7 +26,7 @@ def train(
 
     Settings are model, data (a source, or several with weights), valid, length (tokens per row), carry_state,
     max_minutes, and every field of transformers' TrainingArguments: learning_rate, max_steps, bf16, torch_compile,
-    resume_from_checkpoint (auto takes the newest complete checkpoint), ... It trains on the GPU where there is one
+    resume_from_checkpoint (auto takes the newest complete checkpoint), ... It trains on the GPU if there is one
     (use_cpu=true: on the CPU).
 
     After a SIGTERM a checkpoint is saved and the exit code is 143.

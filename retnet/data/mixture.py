@@ -134,7 +134,7 @@ def _lane_counts(weights: Sequence[float], lanes: int) -> NDArray[np.int64]:
 
 
 def _spread(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Part of each slot of a period: the j-th of c rows of a part comes as near (j + 1/2) / c of the way as it can."""
+    """Part of each slot of a period: the j-th of a part's c rows is near (j + 1/2) / c of the period."""
     parts = np.repeat(np.arange(len(counts)), counts)
     times = (_ranks(parts) + 0.5) / counts[parts]
     return parts[np.argsort(times, kind="stable")]

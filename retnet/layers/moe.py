@@ -1,4 +1,4 @@
-"""Mixture of experts: a feed-forward with `num_experts` experts, of which each token uses `top_k`.
+"""Mixture of experts: a feed-forward in which each token uses `top_k` of `num_experts` experts.
 
     p = softmax(x W_r) or sigmoid(x W_r)        out = sum over the chosen experts of w_e expert_e(x)
 
@@ -175,7 +175,7 @@ class MoE(nn.Module):
         return out.new_zeros(parts.shape).index_copy(0, order, out)
 
     def _seated(self, parts: Tensor, seats: Tensor, room: int | None) -> Tensor:
-        """Each expert on `room` rows, whatever the router chooses; tokens without a seat share an extra row."""
+        """Each expert on `room` rows, whatever the router chooses; tokens without room share an extra row."""
         E, D = self.config.num_experts, parts.shape[1]
         rows = parts.new_zeros(E * (room or 0) + 1, D).index_copy(0, seats, parts)[:-1]
         out = self._experts(rows.unflatten(0, (E, -1)), None).flatten(0, 1)

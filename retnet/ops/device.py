@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """The device that a user names; "auto" is the GPU where there is one, otherwise the CPU.
+    """The device that a user names; "auto" is the GPU if there is one, otherwise the CPU.
 
     Raises ValueError for a name that torch does not know, and for a device that is not there or cannot compute (meta).
     """

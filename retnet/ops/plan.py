@@ -20,7 +20,7 @@ CPU_CHUNK_SIZE = 64
 
 @dataclass(frozen=True)
 class RetentionPlan:
-    """What runs for a set of arguments: the form, the tokens per chunk, the backend, and the kernels' own detail."""
+    """The form, tokens per chunk and backend that run for a set of arguments, and the kernels' own detail."""
 
     mode: str
     chunk_size: int

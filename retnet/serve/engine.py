@@ -159,7 +159,7 @@ class Engine:
         )
 
     def warmup(self, *samplings: SamplingParts) -> None:
-        """Compile kernels and capture the steps for these sampling parts ahead (greedy ones if none are given)."""
+        """Compile kernels and capture the steps for these sampling parts ahead of use (greedy decoding if none)."""
         with current_device_of(self._step.tokens):
             for parts in samplings or (SamplingParts(),):
                 if self._step.graphs:
@@ -183,7 +183,7 @@ class Engine:
             self._finish(generation, "cancelled")
 
     def step(self) -> list[tuple[Generation, list[int]]]:
-        """Admit requests, read prompts, decode once. Returns the new tokens of each request that got some."""
+        """Admit requests, read prompts, decode once. Returns each request that got new tokens, with these tokens."""
         self._num_steps += 1
         with current_device_of(self._step.tokens):
             while self._waiting and self.pool.num_free:
@@ -225,8 +225,8 @@ class Engine:
     def snapshot(self, generation: Generation) -> Snapshot:
         """The state of a running request as a value: a copy that later steps do not change.
 
-        Raises ValueError for a request without a slot. A request that ended has a snapshot if it was asked for
-        (`keep_state`).
+        Raises ValueError for a request without a slot. A finished request has a snapshot if it was submitted with
+        `keep_state`.
         """
         self._admission.check_owner(generation)
         if generation.snapshot is not None:
@@ -239,7 +239,7 @@ class Engine:
         return Snapshot(state, generation.seen[:], self.fingerprint, output_start=generation.counted_from)
 
     def fork(self, generation: Generation, request: Request) -> Generation:
-        """Continue from where a request is, beside it; `request` has its own sampling and more prompt, or none."""
+        """Continue from the current state of a request, which goes on too; `request` may have more prompt, or none."""
         return self.submit(request, self.snapshot(generation))
 
     def _start_decoding(self, generation: Generation) -> None:

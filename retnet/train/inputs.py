@@ -126,7 +126,7 @@ def _check_tokenizer(model: LanguageModel, corpus: Corpus) -> None:
 def run_identity(
     recipe: Recipe, arguments: TrainingArguments, data: RunData, model: PackedForCausalLM
 ) -> dict[str, Any]:
-    """What a run must share with a checkpoint to resume from it: model, rows, their order, and batches."""
+    """The settings that a run must share with a checkpoint to resume from it: model, rows, their order, and batches."""
     rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     settings = arguments.to_dict()
     config = {k: v for k, v in model.model.config.to_dict().items() if k != "gradient_checkpointing"}

@@ -28,7 +28,7 @@ class Terminated(Exception):
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all processes know before a step.
+    """The facts that all processes share before a step.
 
     num_targets: of the step, over all processes. terminate: whether any process received SIGTERM. seconds: the time of
     the run by the clock of process 0.

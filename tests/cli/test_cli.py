@@ -267,9 +267,9 @@ def test_generate_leaves_out_the_stop_string_and_what_follows(capsys, byte_model
 
 
 @pytest.mark.parametrize("verb", ["generate", "check", "eval"])
-def test_the_device_is_the_gpu_where_there_is_one(capsys, verb):
+def test_the_device_is_the_gpu_if_there_is_one(capsys, verb):
     assert run(verb, "--help") == 0
-    assert "auto (the GPU where there is one)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "auto (the GPU if there is one)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_jsonl_gives_the_text_field_and_number_of_each_line(tmp_path):
         (b'{"text": "\xff"}', "not UTF-8: invalid start byte 0xff"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
         (b"[" * 100_000, "not JSON"),
-        (b'{"text": "' + b"x" * 3000 + b'"}', "a line of more than 0 MiB"),
+        (b'{"text": "' + b"x" * 3000 + b'"}', "a line of more than 1.953 KiB"),
     ],
 )
 def test_a_bad_line_of_jsonl_is_named(tmp_path, monkeypatch, line, message):

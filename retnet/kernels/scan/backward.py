@@ -61,7 +61,7 @@ def _segment_adjoints(
     dy, step, rate, read, local, sums, table, T, step_stride, read_stride,
     D: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """What the tokens of a segment give to the state before it, and the sum of their steps."""
+    """The contribution of a segment's tokens to the gradient of the state before it, and the sum of their steps."""
     slot, n, d, ok, cell = tile(D, N, BN, BD)
     start, length, _ = segment_bounds(slot, table, T, L, PACKED)
     rates = load_rates(rate, n, d, ok, N)

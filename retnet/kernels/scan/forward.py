@@ -46,7 +46,7 @@ def _segment_states(
     x, step, rate, write, local, sums, table, T, x_stride, step_stride, write_stride,
     D: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """What the tokens of a segment add to the state, and the sum of their steps."""
+    """The contribution of a segment's tokens to the state, and the sum of their steps."""
     slot, n, d, ok, cell = tile(D, N, BN, BD)
     start, length, _ = segment_bounds(slot, table, T, L, PACKED)
     rates = load_rates(rate, n, d, ok, N)

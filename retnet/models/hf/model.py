@@ -234,7 +234,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
     def _decode_fused(self, input_ids: Tensor, tokens: Tokens, cache: StateCache | None) -> Tensor | None:
         """Logits [B, 1, vocab] of one token per sequence by the fused decode step, or None where the modules must run.
 
-        The modules run for longer inputs, without earlier tokens, with pads, with gradients, while compiling, under
+        The modules run for longer inputs, without earlier tokens, with padding, with gradients, while compiling, under
         autocast, and for models that the fused step does not support (adapters, offloading, int8 weights).
         """
         state = None if cache is None else cache.state

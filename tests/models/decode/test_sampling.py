@@ -10,7 +10,7 @@ ALL = SamplingParts(True, True, True, True)
 
 
 def shares(sampling: Sampling, *, draws: int = 4000, parts: SamplingParts = ALL, seen=(), generated=()) -> torch.Tensor:
-    """How often each token comes, at as many positions."""
+    """The frequency of each sampled token, over many positions."""
     table = SamplingTable(1, 5, torch.device("cpu"))
     ids = torch.tensor(list(generated), dtype=torch.long)
     table.fill(0, sampling, 11, torch.tensor([*seen, *generated], dtype=torch.long), ids)

@@ -36,7 +36,7 @@ def tile_of(keys: int, values: int, narrow: bool) -> WalkTile:
     """The tile of a walk that contracts over `keys` and makes `values`.
 
     Two warpgroups share the tiles of x and y; if `narrow`, a program has only one. The register counts of four roles at
-    256 keys are the ones that compile without spills and without serialized products. There is no slack.
+    256 keys are the ones that compile without spills and without serialized products. None are left over.
     """
     splits = max(1, keys // MOST_KEYS)
     keys //= splits
