@@ -104,7 +104,7 @@ def test_a_tokenizer_is_named_by_text_or_by_a_path(byte_model, directory):
 
 
 @pytest.mark.parametrize("wrong", [5, None, b"retnet-tiny", "transformers"])
-def test_what_is_no_model_says_what_is_accepted(wrong):
+def test_a_value_that_is_not_a_model_is_refused_with_what_is_accepted(wrong):
     model = hf_model() if wrong == "transformers" else wrong
     message = rf"model is of type {type(model).__name__}; accepted: a preset's name, .* LanguageModel .*: its `model`"
     for call in (retnet.load, retnet.load_tokenizer, retnet.generate):

@@ -269,7 +269,7 @@ def test_its_cost_and_the_size_of_its_state_are_counted(config):
 
 
 @pytest.mark.parametrize("speculation", [None, Speculation(3)], ids=["plain", "drafts"])
-def test_the_engine_serves_it_and_goes_on_from_a_snapshot_file(model, speculation, tmp_path):
+def test_the_engine_serves_it_and_continues_from_a_snapshot_file(model, speculation, tmp_path):
     prompt, greedy = random_ids(6).tolist() * 2, Sampling(temperature=0)
     engine = Engine(model, num_slots=4, speculation=speculation)
     generations = [engine.submit(Request(prompt[n:], 10, greedy, keep_state=True)) for n in range(3)]

@@ -80,7 +80,7 @@ def test_debug_shows_where_an_error_came_from():
         main(["--debug", "info", "nothing"])
 
 
-def test_info_counts_what_the_weights_hold(capsys, byte_model):
+def test_info_counts_the_parameters_of_the_saved_weights(capsys, byte_model):
     from retnet.models.directory import load_model
 
     assert run("info", byte_model, "--json", "--context", 100, "--context", 1000) == 0
@@ -182,7 +182,7 @@ def test_generate_reports_weights_that_are_not_finite(capsys, byte_model, tmp_pa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_a_device_that_is_not_there_is_refused(capsys, byte_model):
+def test_an_absent_device_is_refused(capsys, byte_model):
     assert "no CUDA device here; accepted: cpu" in wrong_input(capsys, "generate", byte_model, "x", "--device", "cuda")
 
 

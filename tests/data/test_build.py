@@ -57,7 +57,7 @@ def build(source, tokenizer_file):
     return run
 
 
-def test_shards_give_back_every_document_and_what_the_manifest_says(build, tmp_path, articles):
+def test_shards_give_back_every_document_and_the_counts_of_the_manifest(build, tmp_path, articles):
     manifest = build(tmp_path / "out")
     corpus = open_corpus(tmp_path / "out")
     assert texts_of(corpus) == articles + [text[::-1] for text in articles]

@@ -103,7 +103,7 @@ def test_a_folder_of_text_may_hold_a_manifest_of_its_own(tmp_path, text):
     assert len(corpus) == 2
 
 
-def test_a_document_that_is_not_there_is_refused(shards):
+def test_an_unknown_document_number_is_refused(shards):
     with pytest.raises(IndexError, match="document 60 of 60"):
         open_corpus(shards).describe(60)
 

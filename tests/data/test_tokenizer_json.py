@@ -56,7 +56,7 @@ def test_the_document_start_comes_from_the_tokenizers_config(tokenizer_file, tmp
     assert (trained.document_start, trained.document_end, trained.vocab_size) == (number, 0, number + 1)
 
 
-def test_transformers_loads_what_is_saved_beside_the_tokens(trained, tmp_path, articles):
+def test_transformers_loads_the_tokenizer_saved_beside_the_tokens(trained, tmp_path, articles):
     from transformers import AutoTokenizer
 
     trained.save(tmp_path / "saved")

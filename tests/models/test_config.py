@@ -19,7 +19,7 @@ def test_presets_survive_json(name):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_parameters_are_what_arithmetic_says(name):
+def test_parameter_counts_follow_from_the_widths(name):
     layers, width, heads = SIZES[name]
     norms = layers * 2 * 2 * width + 2 * width
     expected = 50304 * width + layers * 12 * width**2 + norms

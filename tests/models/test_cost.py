@@ -38,7 +38,7 @@ def test_attention_does_four_operations_per_pair_and_element(window, context):
     ids=lambda mixer: mixer.kind,
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_state_is_what_a_model_keeps_at_any_length(mixer, dtype):
+def test_counted_state_bytes_are_those_of_the_models_state_at_any_length(mixer, dtype):
     layer = BlockConfig(mixer, FeedForwardConfig(32))
     model = small_model([layer] * 2, dtype=dtype)
     state = model(torch.zeros(1, 20, dtype=torch.long), carry=True).state

@@ -84,7 +84,7 @@ def test_padding_and_masked_tokens_change_nothing(side, variant):
 
 
 @pytest.mark.parametrize("variant", ["paper", "gated", "decay norm"])
-def test_packed_documents_are_alone(variant):
+def test_packed_documents_equal_each_document_alone(variant):
     model, x = make_model(**VARIANTS[variant]), random_ids(1, 30)
     bounds = torch.tensor([0, 9, 9, 20, 30])
     packed = model(x, cu_seqlens=bounds, carry=True)

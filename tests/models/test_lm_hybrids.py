@@ -126,7 +126,7 @@ def test_half_precision_follows_double(dtype):
     assert error < {"bfloat16": 0.2, "float16": 0.03, "float32": 1e-5}[dtype]
 
 
-def test_a_mixer_alone_takes_no_parallel_residual():
+def test_a_block_without_feed_forward_refuses_a_parallel_residual():
     with pytest.raises(ValueError, match="residual is 'parallel' without a feed_forward"):
         replace(MAMBA2, residual="parallel")
 

@@ -185,7 +185,7 @@ def test_a_request_without_a_state_has_no_snapshot(small):
         engine.snapshot(generation)
 
 
-def test_penalties_of_the_output_go_on_with_the_session(small, tmp_path):
+def test_penalties_continue_with_the_session(small, tmp_path):
     sampling = Sampling(temperature=0, presence_penalty=1.5, frequency_penalty=0.3)
     engine = engine_of(small)
     generation = engine.submit(Request(prompt(9), 30, sampling))

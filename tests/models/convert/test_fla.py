@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
     ids=["plain", "expansions", "shared keys", "no gate"],
 )
 @torch.no_grad()
-def test_fla_loads_what_we_wrote_and_gives_our_logits(tmp_path, monkeypatch, options, length):
+def test_fla_loads_a_converted_model_and_gives_our_logits(tmp_path, monkeypatch, options, length):
     monkeypatch.setitem(os.environ, "TRITON_F32_DEFAULT", "ieee")  # its float32 products are TF32 otherwise
     models = pytest.importorskip("fla.models.retnet")
     config = FLA_CONFIG | {"hidden_size": 128, "num_heads": 2, "intermediate_size": 256} | options

@@ -102,7 +102,7 @@ def error(x, exact):
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_errors_are_at_most_twice_those_of_plain_retention_and_bits_repeat(case):
+def test_errors_are_at_most_twice_those_of_plain_retention_and_runs_are_bit_identical(case):
     inputs = make(*case)
     results, exact, low = run(*inputs), plain(torch.float64, *inputs), plain(inputs[0].dtype, *inputs)
     for name, x in results.items():
