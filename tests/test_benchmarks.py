@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.paths import ROOT
+
 pytestmark = pytest.mark.slow
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 GPU_ONLY = ("bench_decode", "bench_figure6", "bench_retention", "bench_train")
 
 

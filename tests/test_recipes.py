@@ -1,14 +1,12 @@
 """Every shipped recipe is valid for `retnet train`, and its model can be built."""
 
-from pathlib import Path
-
 import pytest
 
 from retnet.models.cost import parameter_counts
 from retnet.stack.resolve import resolve_config
 from retnet.train.recipe import load_recipe
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SAVED = "out/"  # folder of models that other recipes train
 

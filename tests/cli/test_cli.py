@@ -19,9 +19,8 @@ import retnet.api
 from retnet.cli import main
 from retnet.models.directory import load_model, save_model
 from retnet.serve.engine import Engine
+from tests.paths import ROOT
 from tests.small_models import ALIBI, BYTES, small_model
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*words: object) -> int:

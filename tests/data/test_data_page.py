@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 
 from retnet.cli import main
+from tests.paths import ROOT
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/data.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8")
 
 
 def test_commands_and_code_of_the_page_run(tmp_path, monkeypatch, tokenizer_file, articles):

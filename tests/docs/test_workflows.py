@@ -16,8 +16,8 @@ from retnet.cli import main
 from retnet.models import convert
 from retnet.models.directory import save_model
 from retnet.models.lm import LanguageModel
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 NEEDS = {"load_fla": [], "lora": ["peft", "trl"], "evaluate": ["lm_eval"], "export": ["onnxruntime", "onnxscript"]}
 SLOW = ("evaluate", "export")
 FLA_CONFIG = {

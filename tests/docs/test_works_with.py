@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+from tests.paths import ROOT
+
+DOCS = ROOT / "docs"
 TEXT = (DOCS / "works_with.md").read_text()
 
 

@@ -7,7 +7,6 @@ import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +21,9 @@ from retnet.models.hf.tokenizer import byte_tokenizer
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import retnet_config
 from retnet.stack.resolve import tokenizer_of
+from tests.paths import SHARED
 from tests.small_models import PAPER, small_model
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 TEXT = " the state decays \n\n a token is read and the state goes on \n" * 3
 
 

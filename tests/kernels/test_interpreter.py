@@ -27,6 +27,7 @@ MODULES = [
     [
         *(pytest.param(module, "not gpu and not slow", id=module) for module in MODULES),
         *(pytest.param(module, "slow and not gpu", id=f"{module}, slow", marks=pytest.mark.slow) for module in SLOW),
+        pytest.param("scan/test_scan.py", "not gpu", id="scan/test_scan.py", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_agree_with_the_oracle_in_the_interpreter(module, marks):

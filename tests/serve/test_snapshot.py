@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +19,11 @@ from retnet.models.states import ModelState
 from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
 from retnet.serve.snapshot import Snapshot, _digest
+from tests.paths import ROOT
 from tests.small_models import prompt, small_model
 
 from .test_engine import alone, engine_of, facts
 
-ROOT = Path(__file__).resolve().parents[2]
 SAMPLED = Sampling(temperature=0.8, seed=5, logprobs=2, repetition_penalty=1.2)
 
 

@@ -1,15 +1,15 @@
 """The shared corpus of specifications: valid ones load, and faulty ones are refused at the place of the fault."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from retnet.stack import Category, StackError, load_stack
 from retnet.stack.estimate import estimate_parameters
 from retnet.stack.report import Severity, realism_report
+from tests.paths import SHARED
 
-CORPUS = Path(__file__).resolve().parents[2].parent / "shared" / "eulerstack"
+CORPUS = SHARED / "eulerstack"
 
 
 def catalogue(kind: str, scope: str | None = None) -> dict[str, dict]:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -11,8 +10,9 @@ from retnet.stack import errors, unsupported
 from retnet.stack.mixers import MIXERS
 from retnet.stack.schema import Spec
 from retnet.stack.section import Section
+from tests.paths import ROOT
 
-GUIDE = Path(__file__).resolve().parents[2] / errors.GUIDE
+GUIDE = ROOT / errors.GUIDE
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from retnet.train.recipe import DEFAULTS, load_recipe
+from tests.paths import ROOT
 
-STACK = str(Path(__file__).resolve().parents[2] / "recipes" / "llama-125m.yml")
+STACK = str(ROOT / "recipes" / "llama-125m.yml")
 
 
 def test_arguments_set_fields_of_recipes_and_of_the_trainer():

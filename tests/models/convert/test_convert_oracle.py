@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,11 @@ from retnet.models import convert
 from retnet.models.convert import torchscale
 from retnet.models.decode.generation import generate
 from retnet.models.lm import LanguageModel
+from tests.paths import SHARED
 
 from . import peers
 
-ORACLE = Path(__file__).resolve().parents[2].parent / "shared" / "oracle"
+ORACLE = SHARED / "oracle"
 MODES = ("parallel", "recurrent", "chunkwise")
 
 pytestmark = pytest.mark.skipif(not ORACLE.is_dir(), reason="the reference outputs are not on this machine")
