@@ -30,6 +30,14 @@ def run(*words: object) -> None:
     assert not done.value.code
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _table():
+    """Prints the cells that ran, verb by verb; pytest -s shows them."""
+    yield
+    for verb in dict.fromkeys(verb for verb, _ in TABLE):
+        print(f"\n{verb:16}", *(f"{TABLE.get((verb, kind), '-'):32}" for kind in KINDS), sep="| ", end="")
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
     rng = random.Random(0)
@@ -223,9 +231,3 @@ def test_conversion_carries_the_tokenizer_along(capsys, model, tmp_path, cell):
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
     cell("convert", "the same text before and after")
-
-
-def test_the_table_is_printed():
-    """The cells that ran in this process; pytest -s shows the table."""
-    for verb in dict.fromkeys(verb for verb, _ in TABLE):
-        print(f"\n{verb:16}", *(f"{TABLE.get((verb, kind), '-'):32}" for kind in KINDS), sep="| ", end="")
