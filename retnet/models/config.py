@@ -1,5 +1,6 @@
 """`ModelConfig`: the complete description of a model, made by presets, stacks and converters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ class ModelConfig:
     logit_soft_cap c: c tanh(x / c).
     init: a row of `retnet.models.init.INIT`. gradient_checkpointing recomputes blocks in the backward.
     float32_norms: the weights of norms and of MoE routers stay in float32, whatever `dtype` is.
+    eos_token_id: the token that ends a text, or several that each do.
     source: the text of the stack file that it was compiled from; ignored when configurations are compared.
     """
 
@@ -39,7 +41,7 @@ class ModelConfig:
     float32_norms: bool = False
     gradient_checkpointing: bool = False
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     source: str | None = field(default=None, compare=False, repr=False)
 
@@ -51,10 +53,19 @@ class ModelConfig:
             raise ValueError("layers is empty; accepted: at least one")
         if self.logit_soft_cap is not None and not self.logit_soft_cap > 0:
             raise ValueError(f"logit_soft_cap is {self.logit_soft_cap}; accepted: a positive number or None")
+        if self.eos_token_id == ():
+            raise ValueError("eos_token_id is empty; accepted: a token id, several, or None")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name} is {token}; accepted: 0 to {self.vocab_size - 1} (vocab_size - 1)")
+            tokens = self.eos_token_ids if name == "eos_token_id" else (getattr(self, name),)
+            if any(token is not None and not 0 <= token < self.vocab_size for token in tokens):
+                given = getattr(self, name)
+                raise ValueError(f"{name} is {given}; accepted: 0 to {self.vocab_size - 1} (vocab_size - 1)")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text: none, one or several."""
+        ids = self.eos_token_id
+        return () if ids is None else (ids,) if isinstance(ids, int) else ids
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -72,8 +83,10 @@ class ModelConfig:
         return data | {"layers": [{"repeat": run["repeat"], "layer": to_dict(run["layer"])} for run in runs]}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "ModelConfig":
+    def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`. Raises ValueError naming the path of an unknown key or a wrong value."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"config: expected a mapping of ModelConfig, got {type(data).__name__}")
         runs = data.get("layers")
         if not isinstance(runs, list):
             raise ValueError(f"config.layers: expected a list of {{repeat, layer}}, got {type(runs).__name__}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import torch
 from torch import Tensor
 
 from retnet.models.config import ModelConfig
+from retnet.models.config_json import merged, outer_fields
 from retnet.models.lm import LanguageModel
 from retnet.models.tensor_files import Tensors, open_tensors, read_all, write_tensors
 from retnet.system.files import read_json, written_whole
 
 MODEL_TYPE = "retnet"
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 PREFIX = "model."
 
 SHIM_FILE = "retnet_shim.py"
@@ -54,14 +57,13 @@ def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors:
     """As `save_model`, for weights that need not be in memory: `tensors` named as in LanguageModel, read one by one."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    config = replace(config, dtype=_dtype_of(tensors))
     data = {
         "architectures": ["RetNetForCausalLM"],
         "auto_map": AUTO_MAP,
-        "dtype": str(next(iter(tensors.specs.values())).dtype).removeprefix("torch."),
         "model_config": config.to_dict(),
         "model_type": MODEL_TYPE,
-        # Also inside model_config; transformers takes those of `generate` from here.
-        **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **outer_fields(config),
     }
     write_tensors(directory, tensors.renamed({PREFIX + name: name for name in tensors.specs}))
     write_config(directory, data)
@@ -117,7 +119,7 @@ def open_model(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]
     tensors = open_tensors(directory)
     tensors = tensors.renamed({name.removeprefix(PREFIX): name for name in tensors.specs})
     _check_tensors(directory, build_empty(config), tensors)
-    return config, tensors
+    return replace(config, dtype=_dtype_of(tensors)), tensors
 
 
 def build_empty(config: ModelConfig) -> LanguageModel:
@@ -158,10 +160,16 @@ def _model_config(directory: Path, data: dict[str, Any]) -> ModelConfig:
         raise ValueError(
             f"{file} is of model_type {model_type!r}; this reads models that retnet saved ({MODEL_TYPE!r})"
         )
+    generation = directory / GENERATION_FILE
     try:
-        return ModelConfig.from_dict(data["model_config"])
+        return merged(data["model_config"], data, read_json(generation) if generation.is_file() else None)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _dtype_of(tensors: Tensors) -> Any:
+    """The dtype of a model's weights: that of the embedding, as norms and routers may be kept in float32."""
+    return str(tensors.specs["embedding.weight"].dtype).removeprefix("torch.")
 
 
 def _check_tensors(directory: Path, model: LanguageModel, tensors: Tensors) -> None:
@@ -174,6 +182,7 @@ def _check_tensors(directory: Path, model: LanguageModel, tensors: Tensors) -> N
         for name, tensor in wanted.items()
         if name in held and held[name].shape != tensor.shape
     ]
+    problems += [f"{name} is {x.dtype}, not floating-point" for name, x in held.items() if not x.is_floating_point()]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"the weights in {directory} are not those of its {CONFIG_FILE}: {shown}")

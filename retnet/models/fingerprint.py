@@ -20,7 +20,7 @@ def fingerprint(model: LanguageModel) -> str:
     The sum over all bits, read as integers, changes with any single value. Hashing all of 13 GB would take longer than
     the prompts that snapshots save.
     """
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("name", "source", "seed")}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("name", "source", "seed", "dtype")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     weights: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():

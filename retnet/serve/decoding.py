@@ -1,6 +1,6 @@
 """Decoding: one step for all running requests, the tokens that each keeps, and the reason why an output ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +25,8 @@ class StepResults:
 class Decoding:
     """The running requests by slot. Every step decodes all slots; those without a request are masked."""
 
-    def __init__(self, step: DecodeStep, pool: SlotPool, drafter: Drafter | None, eos_token_id: int | None):
-        self.step, self.pool, self.drafter, self.eos_token_id = step, pool, drafter, eos_token_id
+    def __init__(self, step: DecodeStep, pool: SlotPool, drafter: Drafter | None, eos_token_ids: Collection[int]):
+        self.step, self.pool, self.drafter, self.eos_token_ids = step, pool, drafter, eos_token_ids
         self.running: dict[int, Generation] = {}
         self.num_new = self.num_accepted = 0  # tokens of outputs so far; those of them that were drafted
         self._parts: SamplingParts | None = None  # needed by the running requests; None: to be determined
@@ -124,7 +124,7 @@ class Decoding:
         generation.seen.append(token)
         self.num_new += 1
         _report_logprobs(generation, sampled, place)
-        if token in request.stop_tokens or (not request.ignore_eos and token == self.eos_token_id):
+        if token in request.stop_tokens or (not request.ignore_eos and token in self.eos_token_ids):
             return "stop_token"
         if generation.stops is not None:
             try:

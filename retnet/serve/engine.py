@@ -132,7 +132,7 @@ class Engine:
             budget=prompt_budget,
             prefix_interval=prefix_interval,
         )
-        self._decoding = Decoding(self._step, self.pool, self.drafter, model.config.eos_token_id)
+        self._decoding = Decoding(self._step, self.pool, self.drafter, model.config.eos_token_ids)
         self._num_steps = 0
 
     @property

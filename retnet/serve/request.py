@@ -31,7 +31,7 @@ class Request:
     """One prompt and the options of its output.
 
     max_new_tokens: None continues until stopped or cancelled.
-    stop_tokens: each ends the output and is its last token. So does the model's end-of-text token, unless ignore_eos.
+    stop_tokens: each ends the output and is its last token. So do the model's end-of-text tokens, unless ignore_eos.
     stop_strings: each ends the output as soon as it is complete, also across token boundaries.
     shared: how many first tokens the prompt shares with other prompts; the prefix cache keeps the state after them.
     keep_state: take a snapshot when the request ends.

@@ -93,7 +93,7 @@ def tokenizer_of(config: ModelConfig, directory: Path | None) -> Tokenizer:
         directory,
         config.vocab_size,
         bos=config.bos_token_id,
-        eos=config.eos_token_id,
+        eos=next(iter(config.eos_token_ids), None),
         reads_bytes=config.source is not None and config.bos_token_id == DOCUMENT_START,  # a stack's byte tokenizer
     )
 

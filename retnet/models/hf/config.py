@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from retnet.models.config import ModelConfig
+from retnet.models.config_json import TOKEN_IDS, merged, outer_fields
 from retnet.models.directory import AUTO_MAP, MODEL_TYPE, write_shim
 from retnet.models.presets import preset
 
 DEFAULT_PRESET = "retnet-125m"
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class RetNetConfig(PreTrainedConfig):
@@ -29,11 +29,9 @@ class RetNetConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.model_config is None:  # transformers instantiates configuration classes without arguments
             self.model_config = preset(DEFAULT_PRESET).to_dict()
-        core = self.core
-        for name in _TOKEN_IDS:
-            given = getattr(self, name, None)
-            setattr(self, name, getattr(core, name) if given is None else given)
-        self.dtype = self.dtype or core.dtype
+        for name, value in outer_fields(self.core).items():
+            if getattr(self, name, None) is None:
+                setattr(self, name, value)
         self.auto_map = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
@@ -44,13 +42,12 @@ class RetNetConfig(PreTrainedConfig):
 
     @property
     def core(self) -> ModelConfig:
-        """The wrapped configuration, in the dtype that was asked for.
+        """The wrapped configuration, with the token ids and the dtype that stand beside it.
 
         Raises ValueError that names a wrong key or value.
         """
-        data = self.model_config or {}
-        dtype = {} if self.dtype is None else {"dtype": str(self.dtype).removeprefix("torch.")}
-        return ModelConfig.from_dict({**data, **dtype})
+        outer = {name: getattr(self, name, None) for name in (*TOKEN_IDS, "dtype")}
+        return merged(self.model_config or {}, outer)
 
     @property
     def vocab_size(self) -> int:
