@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from retnet.layers.mixer_base import MixerFlops, Workload
@@ -36,6 +37,18 @@ class RetentionCall:
         """
         if layout.in_place and memory is not None and layout.one_per_row:
             return retention_step_(q, k, v, log_decay, memory, scale=self.scale, mask=layout.mask), memory
+        if not layout.deferred:
+            return self._retention(q, k, v, log_decay, memory, layout)
+        # Drafts of many requests are one call, which must not be refused for one of them: its output becomes NaN.
+        broken = log_decay.isnan()
+        decay = log_decay.masked_fill(broken, 0)
+        out, memory = self._retention(q, k, v, decay, memory, layout)
+        reached = broken.cumsum(1) > 0 if broken.dim() == 3 else broken
+        return out.masked_fill(reached[..., None], torch.nan), memory
+
+    def _retention(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor | None, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor | None]:
         return retention(
             q,
             k,

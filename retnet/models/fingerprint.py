@@ -36,6 +36,29 @@ def fingerprint(model: LanguageModel) -> str:
     return digest.hexdigest()
 
 
+def checksum(model: LanguageModel) -> tuple[object, ...]:
+    """A fast summary of the weights, to compare within one process: two differ if any value of any weight does.
+
+    Reads all weights once, as a decoded token does. Values that swap places within one weight may leave it the same.
+    """
+    tensors = [part for weight in model.state_dict().values() for part in int8_parts(weight) or (weight,)]
+    sums = [_sum_of_bits(x) for x in tensors]
+    totals = torch.stack([x.to(sums[0].device) for x in sums]).tolist() if sums else []
+    return tuple((tuple(x.shape), x.dtype, total) for x, total in zip(tensors, totals, strict=True))
+
+
+def _sum_of_bits(x: Tensor) -> Tensor:
+    """The sum modulo 2^64 of the memory of a tensor, read as the widest integers that fit."""
+    x = x.detach()
+    if not x.is_contiguous() and x.numel():
+        order = sorted(range(x.dim()), key=lambda i: -x.stride(i))  # by memory: no copy of a transposed matrix
+        x = x.permute(order)
+    flat = x.flatten()
+    wide = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
+    integers = flat.view(torch.int64 if wide else _INTEGERS[flat.element_size()])
+    return integers.sum(dtype=torch.int64)
+
+
 def bytes_of(x: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, without numpy."""
     size = x.numel() * x.element_size()

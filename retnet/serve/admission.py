@@ -20,6 +20,7 @@ class Admission:
 
     def __init__(self, model: LanguageModel, pool: SlotPool, decode: Decode | None, max_waiting: int | None):
         self.model, self.pool, self.decode, self.max_waiting = model, pool, decode, max_waiting
+        self._eos_token_ids = model.config.eos_token_ids
         self._identity = object()
 
     @cached_property
@@ -28,13 +29,14 @@ class Admission:
         return fingerprint(self.model)
 
     def admit(self, request: Request, after: Snapshot | None, num_waiting: int) -> Generation:
-        """The generation of a request, copied. Raises Refused for what this engine cannot serve."""
+        """The generation of a request. Raises Refused for what this engine cannot serve."""
+        if not isinstance(request, Request):
+            raise Refused(f"the request is of type {type(request).__name__}; accepted: a Request")
+        if after is not None and not isinstance(after, Snapshot):
+            raise Refused(f"after is of type {type(after).__name__}; accepted: a Snapshot or None")
         seen = array("i", after.tokens if after is not None else ())
         num_earlier = len(seen)
-        try:
-            seen.extend(array("i", list(request.prompt)))
-        except (TypeError, OverflowError) as error:
-            raise Refused(f"the prompt holds something that is no token id ({error}); accepted: integers") from error
+        seen.extend(request.prompt)
         self._check_tokens(seen, request.sampling.logit_bias)
         self._check_length(request, len(seen))
         if self.max_waiting is not None and num_waiting >= self.max_waiting + self.pool.num_free:
@@ -60,12 +62,22 @@ class Admission:
             output_start=len(seen),
             counted_from=len(seen) if earlier_output is None else earlier_output,
             shared_end=num_earlier + request.shared if request.shared else 0,
+            ends=self._ends(request),
             start=after,
             stops=stops,
         )
 
+    def forget_fingerprint(self) -> None:
+        """Take the fingerprint anew when it is next needed: the weights have changed."""
+        vars(self).pop("fingerprint", None)
+
+    def _ends(self, request: Request) -> frozenset[int]:
+        return frozenset(request.stop_tokens if request.ignore_eos else (*request.stop_tokens, *self._eos_token_ids))
+
     def check_owner(self, generation: Generation) -> None:
-        """Raise ValueError for a generation of another engine."""
+        """Raise ValueError for anything but a generation of this engine."""
+        if not isinstance(generation, Generation):
+            raise ValueError(f"the generation is of type {type(generation).__name__}; accepted: one of this engine's")
         if generation.owner is not self._identity:
             raise ValueError("the request was submitted to another engine; accepted: one of this engine's")
 

@@ -1,7 +1,6 @@
 """Decoding: one step for all running requests, the tokens that each keeps, and the reason why an output ends."""
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import torch
 
@@ -10,86 +9,79 @@ from retnet.models.decode.step import FAILED, DecodeStep
 from retnet.serve.pool import SlotPool
 from retnet.serve.request import Generation, TokenLogprobs
 from retnet.serve.speculation import Drafter, VerifyStep
+from retnet.serve.stages import Stages
 
 NOT_FINITE = "the logits of token {} are not finite: its state or the weights are not"
 
 
-@dataclass
-class StepResults:
-    """Results of one step: the new tokens of each request that got some, and the requests that ended, with reasons."""
-
-    new: list[tuple[Generation, list[int]]] = field(default_factory=list)
-    ended: list[tuple[Generation, str]] = field(default_factory=list)
-
-
 class Decoding:
-    """The running requests by slot. Every step decodes all slots; those without a request are masked."""
+    """The steps of the running requests. Every step decodes all slots; those without a request are masked."""
 
-    def __init__(self, step: DecodeStep, pool: SlotPool, drafter: Drafter | None, eos_token_ids: Collection[int]):
-        self.step, self.pool, self.drafter, self.eos_token_ids = step, pool, drafter, eos_token_ids
-        self.running: dict[int, Generation] = {}
+    def __init__(self, step: DecodeStep, pool: SlotPool, stages: Stages, drafter: Drafter | None):
+        self.step, self.pool, self.stages, self.drafter = step, pool, stages, drafter
         self.num_new = self.num_accepted = 0  # tokens of outputs so far; those of them that were drafted
         self._parts: SamplingParts | None = None  # needed by the running requests; None: to be determined
+        self._without_draft: set[int] = set()  # slots whose last draft gave no finite logits
 
     def start(self, generation: Generation) -> None:
         """Let a request whose prompt is read, but for the last token, take part in the steps."""
+        assert generation.slot is not None
+        self._parts = None
+        self._fill(generation)
+        self.step.active[generation.slot] = True
+        self.stages.decoding[generation.slot] = generation
+
+    def remove(self, slot: int) -> None:
+        """Take a slot out of the steps."""
+        self._parts = None
+        self._without_draft.discard(slot)
+        self.step.active[slot] = False
+
+    def keep_only(self, slots: Iterable[int]) -> None:
+        """Take all slots but these out of the steps."""
+        self._parts = None
+        self._without_draft.clear()
+        taking_part = torch.zeros(self.pool.num_slots, dtype=torch.bool)
+        taking_part[list(slots)] = True
+        self.step.active.copy_(taking_part)
+
+    def run(self) -> list[tuple[Generation, list[int]]]:
+        """Decode once. Returns the new tokens of each request; one whose output has ended has a finish_reason."""
+        running, results = self.stages.decoding, []
+        if not running:
+            return results
+        self.stages.in_doubt = tuple(running.values())
+        drafts = self._draft()
+        sampled = self.step(self._needed_parts())
+        tokens = sampled.tokens.tolist()
+        counts = [0] * self.pool.num_slots
+        for slot, generation in running.items():
+            first = len(generation.seen)
+            self._accept_all(generation, slot, tokens[slot], drafts.get(slot, []), sampled)
+            new = generation.seen[first:].tolist()
+            generation.read = len(generation.seen) - 1
+            counts[slot] = len(new)
+            self.num_accepted += max(0, len(new) - 1)
+            if new:
+                results.append((generation, new))
+        self.step.settle(counts)
+        for slot in self._without_draft:
+            self._fill(running[slot])
+        self.stages.in_doubt = ()
+        return results
+
+    def _fill(self, generation: Generation) -> None:
+        """Set a slot's sampling options and counts, and its last token."""
         slot = generation.slot
         assert slot is not None
         seen = torch.frombuffer(generation.seen, dtype=torch.int32).long()
         output = seen[generation.counted_from :]
         self.step.table.fill(slot, generation.request.sampling, generation.seed, seen, output)
         self.step.tokens[slot] = generation.seen[-1]
-        self.step.active[slot] = True
-        self.running[slot] = generation
-        self._parts = None
-
-    def remove(self, generation: Generation) -> None:
-        """Take a request out of the steps."""
-        assert generation.slot is not None
-        del self.running[generation.slot]
-        self._parts = None
-        self.step.active[generation.slot] = False
-
-    def run(self, fail: Callable[[Generation, str], None]) -> StepResults:
-        """Decode once. fail: called for a request that has to leave before the others can be decoded."""
-        results = StepResults()
-        if not self.running:
-            return results
-        drafts = self._draft()
-        sampled = self._sample(fail)
-        tokens = sampled.tokens.tolist()
-        counts = [0] * self.pool.num_slots
-        for slot, generation in list(self.running.items()):
-            if generation.finished:  # cancelled by the `decode` of another request
-                continue
-            first = len(generation.seen)
-            reason = self._accept_all(generation, slot, tokens[slot], drafts.get(slot, []), sampled)
-            new = generation.seen[first:].tolist()
-            generation.read = len(generation.seen) - 1
-            counts[slot] = len(new)
-            self.num_accepted += max(0, len(new) - 1)
-            if new:
-                results.new.append((generation, new))
-            if reason is not None and not generation.finished:
-                results.ended.append((generation, reason))
-        self.step.settle(counts)
-        return results
-
-    def _sample(self, fail: Callable[[Generation, str], None]) -> Sampled:
-        try:
-            return self.step(self._needed_parts())
-        except ValueError:
-            # A CPU refuses decays that are NaN. A draft changes no state, so it can run again without the broken ones.
-            broken = [g for slot, g in self.running.items() if not self.pool.state.slot(slot).is_finite]
-            if self.drafter is None or not broken:
-                raise
-            for generation in broken:
-                fail(generation, NOT_FINITE.format(len(generation.seen)))
-            return self.step(self._needed_parts())
 
     def _needed_parts(self) -> SamplingParts:
         if self._parts is None:
-            self._parts = SamplingParts.union(g.request.sampling.parts for g in self.running.values())
+            self._parts = SamplingParts.union(g.request.sampling.parts for g in self.stages.decoding.values())
         return self._parts
 
     def _draft(self) -> dict[int, list[int]]:
@@ -97,23 +89,26 @@ class Decoding:
         if self.drafter is None or not isinstance(self.step, VerifyStep):
             return {}
         drafts = {}
-        for slot, generation in self.running.items():
+        for slot, generation in self.stages.decoding.items():
             limit, most = generation.request.max_new_tokens, self.step.drafts.shape[1]
             count = most if limit is None else min(most, limit - generation.num_new - 1)
+            count = 0 if slot in self._without_draft else count
             drafts[slot] = self.drafter.draft(slot, generation.seen, count)
+        self._without_draft.clear()
         self.step.set_drafts(drafts)
         return drafts
 
     def _accept_all(
         self, generation: Generation, slot: int, tokens: list[int], draft: list[int], sampled: Sampled
-    ) -> str | None:
-        """Add a slot's tokens up to the first that differs from the draft; returns why the output ends, if it does."""
-        reason = None
+    ) -> None:
+        """Add a slot's tokens up to the first that differs from the draft, or to the one that ends the output."""
         for t, (token, drafted) in enumerate(zip(tokens, [*draft, None])):
-            reason = self._accept(generation, token, sampled, (slot, t))
-            if reason is not None or token != drafted:
-                break
-        return reason
+            if token == FAILED and draft:  # a drafted token may be at fault, even one after the last that is right
+                self._without_draft.add(slot)
+                return
+            generation.finish_reason = self._accept(generation, token, sampled, (slot, t))
+            if generation.finish_reason is not None or token != drafted:
+                return
 
     def _accept(self, generation: Generation, token: int, sampled: Sampled, place: tuple[int, int]) -> str | None:
         """Add the token at `place` [slot, t] to a request; returns why the output ends, if it does."""
@@ -124,7 +119,7 @@ class Decoding:
         generation.seen.append(token)
         self.num_new += 1
         _report_logprobs(generation, sampled, place)
-        if token in request.stop_tokens or (not request.ignore_eos and token in self.eos_token_ids):
+        if token in generation.ends:
             return "stop_token"
         if generation.stops is not None:
             try:

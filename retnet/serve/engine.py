@@ -11,9 +11,12 @@ request's logits are equal up to rounding only.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import wraps
+from threading import Lock, RLock
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -27,14 +30,44 @@ from retnet.serve.decoding import Decoding
 from retnet.serve.pool import SlotCost, SlotPool
 from retnet.serve.prefill import Prefill
 from retnet.serve.prefix import PrefixCache, PrefixCounts
-from retnet.serve.request import Failed, Generation, Request, Status
+from retnet.serve.request import Generation, Request, Status
 from retnet.serve.snapshot import Snapshot
 from retnet.serve.speculation import Drafter, Speculation, VerifyStep
+from retnet.serve.stages import Stages
 from retnet.serve.stopping import Decode
+from retnet.serve.stream import TokenStream
+from retnet.serve.weights import WeightsWatch
 
 # Prompt tokens per call. A GPU needs many to be busy; on a CPU running requests wait for them.
 PROMPT_CHUNKS = {"cpu": 256, "cuda": 2048}
 DEFERRED_WRITES = (16, 32, 64)  # lengths that tensor cores can sum over
+
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def _between_steps(call: "Callable[Concatenate[Engine, P], R]") -> "Callable[Concatenate[Engine, P], R]":
+    """A method that reads or changes states: one runs at a time, and none inside a step."""
+
+    @wraps(call)
+    def alone(engine: "Engine", *args: P.args, **kwargs: P.kwargs) -> R:
+        with engine._lock:
+            if engine._inside.locked():
+                raise RuntimeError(
+                    f"{call.__name__} was called by `decode`, inside a step, where states and tokens do not match; "
+                    "accepted there: submit and cancel"
+                )
+            with engine._inside:
+                engine._tidy()
+                try:
+                    return call(engine, *args, **kwargs)
+                except BaseException as error:
+                    engine._broken_off_by = f"{error!r}"
+                    raise
+                finally:
+                    engine._tidy()
+
+    return alone
 
 
 @dataclass(frozen=True)
@@ -55,6 +88,13 @@ class EngineStats:
 
 class Engine:
     """Many generations over one model, in memory that is fixed at the start.
+
+    Any thread may call any method. Calls run one after another: one that comes during a step waits for its end. The
+    `decode` function runs inside a step: its `submit` is queued, its `cancel` takes effect at the step's end, and other
+    calls from there raise RuntimeError. A call that is broken off by an exception or Ctrl-C fails the requests that it
+    was working on, and leaves the others as they were.
+
+    Weights that change in place make stored states worthless: call `weights_changed` then.
 
     Args:
         model: in evaluation mode, on its device; stacks with Hyena layers are refused.
@@ -121,18 +161,24 @@ class Engine:
             self._step = VerifyStep(model, self.pool.state, self.table, graphs, width)
         self.drafter = None if speculation is None else Drafter(speculation)
         self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes)
+        self._weights = WeightsWatch(model)
+        self._stages = Stages()
+        self._lock, self._inside = RLock(), Lock()  # _inside is held, with _lock, while a call works on states
+        self._to_cancel: deque[Generation] = deque()
+        self._broken_off_by = "an exception"
         self._admission = Admission(model, self.pool, decode, max_waiting)
-        self._waiting: deque[Generation] = deque()
         self._prefill = Prefill(
             self._step,
             self.pool,
+            self._stages,
             self.drafter,
             self.prefixes,
+            self._weights,
             chunk=prompt_chunk,
             budget=prompt_budget,
             prefix_interval=prefix_interval,
         )
-        self._decoding = Decoding(self._step, self.pool, self.drafter, model.config.eos_token_ids)
+        self._decoding = Decoding(self._step, self.pool, self._stages, self.drafter)
         self._num_steps = 0
 
     @property
@@ -142,29 +188,32 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not (self._waiting or self._prefill.queue or self._decoding.running)
+        with self._lock:
+            return self._stages.empty
 
     def stats(self) -> EngineStats:
-        return EngineStats(
-            self.pool.num_slots,
-            self.pool.cost,
-            len(self._prefill.queue) + len(self._decoding.running),
-            len(self._waiting),
-            self._num_steps,
-            self._prefill.num_tokens,
-            self._decoding.num_new,
-            0 if self.drafter is None else self.drafter.num_drafted,
-            self._decoding.num_accepted,
-            None if self.prefixes is None else deepcopy(self.prefixes.counts),
-        )
+        with self._lock:
+            return EngineStats(
+                self.pool.num_slots,
+                self.pool.cost,
+                len(self._stages.in_slots),
+                len(self._stages.waiting),
+                self._num_steps,
+                self._prefill.num_tokens,
+                self._decoding.num_new,
+                0 if self.drafter is None else self.drafter.num_drafted,
+                self._decoding.num_accepted,
+                None if self.prefixes is None else deepcopy(self.prefixes.counts),
+            )
 
+    @_between_steps
     def warmup(self, *samplings: SamplingParts) -> None:
         """Compile kernels and capture the steps for these sampling parts ahead of use (greedy decoding if none)."""
         with current_device_of(self._step.tokens):
             for parts in samplings or (SamplingParts(),):
                 if self._step.graphs:
                     self._step.capture(parts)
-                elif not self._decoding.running:
+                elif not self._stages.decoding:
                     self._step(parts)
 
     def submit(self, request: Request, after: Snapshot | None = None) -> Generation:
@@ -172,56 +221,58 @@ class Engine:
 
         Raises Refused for a request that this engine can never serve, and if too many requests wait.
         """
-        generation = self._admission.admit(request, after, len(self._waiting))
-        self._waiting.append(generation)
-        return generation
+        with self._lock:
+            if not self._inside.locked():
+                with self._inside:
+                    self._tidy()
+                    if after is not None:
+                        self._renew_if_changed()
+            generation = self._admission.admit(request, after, len(self._stages.waiting))
+            self._stages.waiting.append(generation)
+            return generation
 
     def cancel(self, generation: Generation) -> None:
-        """End a request at once, wherever it is; a finished one does not change."""
+        """End a request, wherever it is; a finished one does not change. From `decode`: at the end of the step."""
         self._admission.check_owner(generation)
-        if not generation.finished:
-            self._finish(generation, "cancelled")
+        self._to_cancel.append(generation)
+        with self._lock:
+            self._settle_outside_steps()
 
+    def cancel_soon(self, generation: Generation) -> None:
+        """`cancel` that does not wait for a step of another thread, which then ends the request."""
+        self._to_cancel.append(generation)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle_outside_steps()
+            finally:
+                self._lock.release()
+
+    @_between_steps
     def step(self) -> list[tuple[Generation, list[int]]]:
         """Admit requests, read prompts, decode once. Returns each request that got new tokens, with these tokens."""
+        if self.model.training:
+            raise ValueError("the model is in training mode; accepted: evaluation mode (model.eval())")
         self._num_steps += 1
         with current_device_of(self._step.tokens):
-            while self._waiting and self.pool.num_free:
-                generation = self._waiting.popleft()
-                self._prefill.enter(generation)
-                generation.status = Status.READING
+            self._admit()
             self._prefill.run(self._start_decoding, self._fail)
-            progress = self._decoding.run(self._fail)
-            for generation, reason in progress.ended:
-                self._finish(generation, reason)
-            return progress.new
+            new = self._decoding.run()
+            self._finish_ended()
+            return new
 
     def run(self) -> None:
         """Step until every request has finished."""
         while not self.idle:
             self.step()
 
-    def stream(self, request: Request, after: Snapshot | None = None) -> Iterator[int]:
+    def stream(self, request: Request, after: Snapshot | None = None) -> TokenStream:
         """The tokens of one request as they come, while other requests run beside it. Leaving the loop cancels it.
 
         Raises Refused at once, as `submit` does, and Failed in the loop if the request fails.
         """
-        return self._stream(self.submit(request, after))
+        return TokenStream(self, self.submit(request, after))
 
-    def _stream(self, generation: Generation) -> Iterator[int]:
-        sent = 0
-        try:
-            while not generation.finished or sent < generation.num_new:
-                if sent == generation.num_new:
-                    self.step()
-                new = generation.seen[generation.output_start + sent :]  # also from steps that other callers took
-                sent += len(new)
-                yield from new
-        finally:
-            self.cancel(generation)
-        if generation.error is not None:
-            raise Failed(f"the request failed: {generation.error}")
-
+    @_between_steps
     def snapshot(self, generation: Generation) -> Snapshot:
         """The state of a running request as a value: a copy that later steps do not change.
 
@@ -231,46 +282,137 @@ class Engine:
         self._admission.check_owner(generation)
         if generation.snapshot is not None:
             return generation.snapshot
-        if generation.status is not Status.DECODING or generation.slot is None:
+        self._renew_if_changed()
+        if generation.status is not Status.DECODING:
             raise ValueError(
                 f"the request is {generation.status.value}; accepted: one that is decoding, or ended with keep_state"
             )
-        state = self.pool.copy(generation.slot)
-        return Snapshot(state, generation.seen[:], self.fingerprint, output_start=generation.counted_from)
+        return self._snapshot(generation)
 
     def fork(self, generation: Generation, request: Request) -> Generation:
         """Continue from the current state of a request, which goes on too; `request` may have more prompt, or none."""
         return self.submit(request, self.snapshot(generation))
 
+    @_between_steps
+    def weights_changed(self) -> None:
+        """Forget what was made with the old weights, after they were changed in place.
+
+        Cached prefixes are dropped, running requests fail, snapshots of the old weights are refused from here on, and
+        the fused step is packed anew. Requests that wait run with the new weights. The engine notices most changes by
+        itself: of the modules whenever a request gets a slot, and of the values whenever a stored state is used or
+        kept. It does not notice them between two tokens of a request.
+        """
+        self._renew()
+
+    def _admit(self) -> None:
+        """Give free slots to waiting requests."""
+        stages = self._stages
+        if not (stages.waiting and self.pool.num_free):
+            return
+        if not self._step.is_current:
+            self._renew()
+        for _ in range(min(len(stages.waiting), self.pool.num_free)):
+            generation = stages.waiting[0]
+            if generation.start is not None or self.prefixes is not None:
+                self._renew_if_changed()
+            stages.in_doubt = (generation,)
+            stages.waiting.popleft()
+            if generation.start is not None and generation.start.model != self.fingerprint:
+                generation.fail("the weights changed after its snapshot was taken")
+            else:
+                self._prefill.enter(generation)
+            stages.in_doubt = ()
+
     def _start_decoding(self, generation: Generation) -> None:
         self._decoding.start(generation)
         generation.status = Status.DECODING
+
+    def _snapshot(self, generation: Generation) -> Snapshot:
+        assert generation.slot is not None
+        state = self.pool.copy(generation.slot)
+        return Snapshot(state, generation.seen, self.fingerprint, output_start=generation.counted_from)
 
     def _fail(self, generation: Generation, error: str) -> None:
         generation.error = error
         self._finish(generation, "failed")
 
+    def _finish_ended(self) -> None:
+        """Take the requests whose output has ended out of their slots."""
+        for generation in list(self._stages.decoding.values()):
+            if generation.finish_reason is not None:
+                self._finish(generation, generation.finish_reason)
+
     def _finish(self, generation: Generation, reason: str) -> None:
+        stages = self._stages
+        stages.in_doubt = (generation,)
         if generation.stops is not None and reason != "failed":
             try:
                 generation.stops.flush()
             except Exception as error:  # from the caller's `decode`
                 generation.error, reason = f"its text cannot be decoded: {error!r}", "failed"
-        if generation.status is Status.WAITING:
-            self._waiting.remove(generation)
-        elif generation.status is Status.READING:
-            self._prefill.queue.remove(generation)
-        else:
-            if reason != "failed":
-                if generation.request.keep_state:
-                    generation.snapshot = self.snapshot(generation)
-                self._prefill.keep_prefix(generation)
-            self._decoding.remove(generation)
-        if generation.slot is not None:
+        if generation.status is Status.DECODING and reason != "failed":
+            if generation.request.keep_state:
+                generation.snapshot = self._snapshot(generation)
+            self._prefill.keep_prefix(generation)
+        stages.remove(generation)
+        slot = generation.slot
+        if slot is not None:
+            self._decoding.remove(slot)
             if self.drafter is not None:
-                self.drafter.leave(generation.slot)
-            self.pool.release(generation.slot)
-        generation.slot, generation.status, generation.finish_reason = None, Status.FINISHED, reason
+                self.drafter.leave(slot)
+            self.pool.release(slot)
+        generation.finish(reason)
+        stages.in_doubt = ()
+
+    def _settle_outside_steps(self) -> None:
+        if not self._inside.locked():
+            with self._inside:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Put in order what the last call left: requests in doubt, and ended or cancelled ones."""
+        self._weights.look_again()
+        if self._stages.in_doubt:
+            self._drop_doubtful(f"a call of the engine was broken off while it ran: {self._broken_off_by}")
+        self._finish_ended()
+        while self._to_cancel:
+            generation = self._to_cancel[0]
+            if not generation.finished:
+                self._finish(generation, "cancelled")
+            self._to_cancel.popleft()
+
+    def _tidy(self) -> None:
+        """`_settle`, and what a change of the weights makes necessary if one was noticed."""
+        noticed = self._weights.known_to_have_changed
+        self._settle()
+        if noticed or self._weights.known_to_have_changed:
+            self._renew()
+
+    def _drop_doubtful(self, error: str) -> None:
+        stages = self._stages
+        stages.drop_doubtful(error)
+        sound = [generation.slot for generation in stages.in_slots if generation.slot is not None]
+        self.pool.release_all_but(sound)
+        self._decoding.keep_only(stages.decoding)
+        if self.drafter is not None:
+            self.drafter.keep_only(sound)
+        stages.in_doubt = ()
+
+    def _renew_if_changed(self) -> None:
+        if self._weights.changed:
+            self._renew()
+
+    def _renew(self) -> None:
+        """Make the engine one of the weights as they are."""
+        self._step.check_fits()
+        stages = self._stages
+        stages.in_doubt = tuple(stages.in_slots)
+        self._drop_doubtful("the weights changed while it ran")
+        if self.prefixes is not None:
+            self.prefixes.clear()
+        self._admission.forget_fingerprint()
+        self._step.repack()
+        self._weights.accept()
 
 
 def _check_prompt_options(prompt_chunk: int, prompt_budget: int, prefix_interval: int | None) -> None:

@@ -5,6 +5,7 @@ attention multiplies masked values by zero, and zero times a leftover NaN is NaN
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,12 @@ class SlotPool:
         self.state.clear_(slot)
         self._forget(slot)
         self._free.append(slot)
+
+    def release_all_but(self, slots: Collection[int]) -> None:
+        """Clear all slots but these and give them back, whichever were taken."""
+        self._free = []
+        for slot in sorted(set(range(self.num_slots)).difference(slots), reverse=True):
+            self.release(slot)
 
     def copy(self, slot: int) -> ModelState:
         """A copy of a slot's state without unused room; it includes the deferred writes."""

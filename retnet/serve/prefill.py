@@ -4,7 +4,6 @@ Chunks end at fixed places (multiples of the chunk size, the end of what a promp
 its last), so that the state after a prompt has the same bits whatever else is read.
 """
 
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -12,8 +11,10 @@ import torch
 from retnet.models.decode.step import DecodeStep
 from retnet.serve.pool import SlotPool
 from retnet.serve.prefix import PrefixCache
-from retnet.serve.request import Generation
+from retnet.serve.request import Generation, Status
 from retnet.serve.speculation import Drafter
+from retnet.serve.stages import Stages
+from retnet.serve.weights import WeightsWatch
 
 
 class Prefill:
@@ -27,16 +28,18 @@ class Prefill:
         self,
         step: DecodeStep,
         pool: SlotPool,
+        stages: Stages,
         drafter: Drafter | None,
         prefixes: PrefixCache | None,
+        weights: WeightsWatch,
         *,
         chunk: int,
         budget: int,
         prefix_interval: int | None,
     ):
-        self.step, self.pool, self.drafter, self.prefixes = step, pool, drafter, prefixes
+        self.step, self.pool, self.stages, self.drafter = step, pool, stages, drafter
+        self.prefixes, self.weights = prefixes, weights
         self.chunk, self.budget, self.prefix_interval = chunk, budget, prefix_interval
-        self.queue: deque[Generation] = deque()
         self.num_tokens = 0  # read so far
 
     def enter(self, generation: Generation) -> None:
@@ -51,36 +54,43 @@ class Prefill:
         generation.start = None
         if self.drafter is not None and generation.slot is not None:
             self.drafter.enter(generation.slot)
-        self.queue.append(generation)
+        self.stages.reading.append(generation)
+        generation.status = Status.READING
 
     def run(self, start: Callable[[Generation], None], fail: Callable[[Generation, str], None]) -> None:
         """Read within the budget. start: called for each prompt that is read; fail: for one that cannot be read."""
-        left = self.budget
-        while self.queue:
-            generation = self.queue[0]
-            if generation.unread:
-                end = self._chunk_end(generation)
-                if end - generation.read > left < self.budget:
-                    return
-                left -= end - generation.read
-                try:
+        left, stages = self.budget, self.stages
+        while stages.reading:
+            generation = stages.reading[0]
+            end = self._chunk_end(generation)
+            if end - generation.read > left < self.budget:
+                return
+            left -= end - generation.read
+            stages.in_doubt = (generation,)
+            try:
+                if generation.unread:
                     self._read(generation, end)
-                except ValueError as error:  # from this request alone: no other is in the call
-                    fail(generation, f"its prompt cannot be read: {error}")
-                    continue
-            self.queue.popleft()
+            except Exception as error:  # from this request alone: no other is in the call
+                fail(generation, f"its prompt cannot be read: {error}")
+                continue
+            stages.reading.popleft()
             if generation.unread:
-                self.queue.append(generation)
+                stages.reading.append(generation)
             else:
                 start(generation)
+            stages.in_doubt = ()
 
     def keep_prefix(self, generation: Generation) -> None:
         """Put the state after the tokens read so far into the prefix cache, unless it is there or is not finite."""
-        if self.prefixes is None or generation.slot is None or not generation.read:
+        if self.prefixes is None or generation.slot is None or not generation.read or self.weights.changed:
             return
         tokens = generation.seen[: generation.read]
         if not self.prefixes.has(tokens):
             state = self.pool.copy(generation.slot)
+            if int(state.position) != generation.read:
+                raise RuntimeError(
+                    f"the state has read {int(state.position)} tokens, not the request's {generation.read}"
+                )
             if state.is_finite:  # otherwise every prompt with this prefix would fail
                 self.prefixes.store(tokens, state)
 

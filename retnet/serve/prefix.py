@@ -94,6 +94,13 @@ class PrefixCache:
         self.nbytes += size
         self.counts.stored += 1
 
+    def clear(self) -> None:
+        """Forget all states; the counts stay."""
+        self._states.clear()
+        self._lengths.clear()
+        self._dropped.clear()
+        self.nbytes = 0
+
     def _drop(self, key: tuple[int, bytes]) -> None:
         self.nbytes -= self._states.pop(key).nbytes
         self._lengths[key[0]] -= 1

@@ -2,13 +2,19 @@
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
+
+from torch import Tensor
 
 from retnet.models.decode.sampling import Sampling, is_integer
 from retnet.serve.snapshot import Snapshot
 from retnet.serve.stopping import StopStrings
+
+LARGEST_TOKEN = 2**31 - 1
+LONGEST_QUOTE = 80  # characters of a wrong value in a message
 
 
 class Refused(ValueError):
@@ -28,13 +34,16 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and the options of its output.
+    """One prompt and the options of its output. It is checked and copied when it is made, and does not change.
 
+    prompt: token ids, from any iterable of integers.
     max_new_tokens: None continues until stopped or cancelled.
     stop_tokens: each ends the output and is its last token. So do the model's end-of-text tokens, unless ignore_eos.
     stop_strings: each ends the output as soon as it is complete, also across token boundaries.
     shared: how many first tokens the prompt shares with other prompts; the prefix cache keeps the state after them.
     keep_state: take a snapshot when the request ends.
+
+    Raises Refused, a ValueError, that says what was given and what is accepted.
     """
 
     prompt: Sequence[int]
@@ -47,14 +56,64 @@ class Request:
     keep_state: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.prompt, str):
-            raise ValueError("prompt is text; accepted: token ids")
-        if isinstance(self.stop_strings, str):
-            raise ValueError(f"stop_strings is {self.stop_strings!r}; accepted: a sequence of strings")
-        if self.max_new_tokens is not None and not is_integer(self.max_new_tokens, -math.inf):
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; accepted: an integer, or None for no end")
-        if not is_integer(self.shared, 0, len(self.prompt)):
-            raise ValueError(f"shared is {self.shared!r}; accepted: 0 to {len(self.prompt)}, the prompt's tokens")
+        if isinstance(self.prompt, Set):
+            raise Refused(f"prompt is a {type(self.prompt).__name__}, which has no order; accepted: token ids in order")
+        own: dict[str, Any] = {
+            "prompt": copied_tokens("prompt", self.prompt),
+            "stop_tokens": copied_tokens("stop_tokens", self.stop_tokens),
+            "stop_strings": _copied_strings(self.stop_strings),
+        }
+        if self.max_new_tokens is not None:
+            if not is_integer(self.max_new_tokens, -math.inf):
+                raise Refused(f"max_new_tokens is {self.max_new_tokens!r}; accepted: an integer, or None for no end")
+            own["max_new_tokens"] = int(self.max_new_tokens)
+        if not isinstance(self.sampling, Sampling):
+            raise Refused(f"sampling is {self.sampling!r}; accepted: a Sampling")
+        for name in ("ignore_eos", "keep_state"):
+            if not isinstance(getattr(self, name), bool):
+                raise Refused(f"{name} is {getattr(self, name)!r}; accepted: True or False")
+        if not is_integer(self.shared, 0, len(own["prompt"])):
+            raise Refused(f"shared is {self.shared!r}; accepted: 0 to {len(own['prompt'])}, the prompt's tokens")
+        own["shared"] = int(self.shared)
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
+
+def copied_tokens(name: str, values: Any) -> tuple[int, ...]:
+    """Token ids as a tuple of our own. Raises Refused, naming the field, for anything but an iterable of integers."""
+    accepted = f"accepted: token ids, integers of 0 to {LARGEST_TOKEN}"
+    if isinstance(values, Tensor):
+        if values.dim() != 1 or values.is_floating_point():
+            raise Refused(f"{name} is {values.dtype} {list(values.shape)}; {accepted} [T]")
+        values = values.tolist()
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise Refused(f"{name} is {_short(values)}; {accepted}")
+    tokens = tuple(values)
+    if not set(map(type, tokens)) <= {int}:  # NumPy's integers and the like
+        if wrong := [token for token in tokens if not is_integer(token, -math.inf)]:
+            raise Refused(f"{name} is a sequence with {_short(wrong[0])} in it; {accepted}")
+        tokens = tuple(map(int, tokens))
+    if tokens and not 0 <= min(tokens) <= max(tokens) <= LARGEST_TOKEN:
+        wrong = next(token for token in tokens if not 0 <= token <= LARGEST_TOKEN)
+        raise Refused(f"{name} has {wrong}, and token {wrong} is not in the vocabulary; {accepted}")
+    return tokens
+
+
+def _copied_strings(values: Any) -> tuple[str, ...]:
+    accepted = "accepted: a sequence of strings, none of them empty"
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise Refused(f"stop_strings is {_short(values)}; {accepted}")
+    strings = tuple(values)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise Refused(f"stop_strings is a sequence with {_short(string)} in it; {accepted}")
+    return strings
+
+
+def _short(value: object) -> str:
+    """The value, as far as a message has room for it."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}... ({type(value).__name__})"
 
 
 @dataclass
@@ -69,12 +128,14 @@ class TokenLogprobs:
 class Generation:
     """A submitted request and its output so far.
 
-    finish_reason: length, stop_token, stop_string, cancelled, or failed (`error` says why).
+    finish_reason: length, stop_token, stop_string, cancelled, or failed (`error` says why). Set a moment before
+    `finished`, while the engine takes the request out of its slot.
     tokens: the output so far.
     seen: all tokens of the context, with those of a snapshot (4 bytes each); the state has read the first `read`.
     cached: how many of them came from the prefix cache instead of being read.
     counted_from: where the output begins for penalties; a continued output began earlier.
     shared_end: where the part of the prompt ends that other prompts share.
+    ends: tokens that end the output.
     owner: identifies the engine. It is not the engine itself, whose memory would then wait for the garbage collector.
     """
 
@@ -86,6 +147,7 @@ class Generation:
     output_start: int
     counted_from: int
     shared_end: int
+    ends: frozenset[int] = field(repr=False)
     start: Snapshot | None = field(default=None, repr=False)
     stops: StopStrings | None = None
     status: Status = Status.WAITING
@@ -112,6 +174,17 @@ class Generation:
     @property
     def finished(self) -> bool:
         return self.status is Status.FINISHED
+
+    def finish(self, reason: str) -> None:
+        """Mark the request as ended; its slot is no longer its own."""
+        self.finish_reason = reason
+        self.slot = None
+        self.status = Status.FINISHED
+
+    def fail(self, error: str) -> None:
+        """Mark the request as ended by an error."""
+        self.error = error
+        self.finish("failed")
 
     @property
     def unread(self) -> int:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from retnet.models.decode.sampling import is_integer
 from retnet.models.fingerprint import bytes_of
 from retnet.models.states import ModelState
 from retnet.system.files import written_whole
@@ -41,6 +42,25 @@ class Snapshot:
     model: str
     rounding_error: float = 0.0
     output_start: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.state, ModelState):
+            raise ValueError(f"state is of type {type(self.state).__name__}; accepted: a ModelState")
+        try:
+            tokens = array("i", self.tokens)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"tokens is a {type(self.tokens).__name__} ({error}); accepted: token ids") from error
+        position = self.state.position.tolist()
+        if position != [len(tokens) - 1]:
+            raise ValueError(
+                f"the state is at position {position} and there are {len(tokens)} tokens; accepted: one sequence that "
+                "has read all of them but the last"
+            )
+        if not isinstance(self.model, str):
+            raise ValueError(f"model is {self.model!r}; accepted: the fingerprint of a model, text")
+        if self.output_start is not None and not is_integer(self.output_start, 0, len(tokens)):
+            raise ValueError(f"output_start is {self.output_start!r}; accepted: None, or 0 to {len(tokens)}")
+        object.__setattr__(self, "tokens", tokens)
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ The shapes do not depend on whether there is a draft, so a request keeps its bit
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +92,10 @@ class Drafter:
     def leave(self, slot: int) -> None:
         self.lookups.pop(slot, None)
 
+    def keep_only(self, slots: Collection[int]) -> None:
+        """Forget all slots but these."""
+        self.lookups = {slot: lookup for slot, lookup in self.lookups.items() if slot in slots}
+
     def index(self, slot: int, seen: Sequence[int], length: int) -> None:
         """Index the first `length` tokens of a prompt."""
         self.lookups[slot].index(seen, length)
@@ -114,10 +118,11 @@ class VerifyStep(DecodeStep):
         self._last = SamplingParts()
 
     def set_drafts(self, drafts: dict[int, list[int]]) -> None:
-        """Set the draft tokens of the next step, by slot."""
+        """Set the draft tokens of the next step, by slot. Behind them, the slot's last token is repeated."""
         num_slots, longest = self.drafts.shape
-        padded = [(drafts.get(slot, []) + [0] * longest)[:longest] for slot in range(num_slots)]
-        self.drafts.copy_(torch.tensor(padded))
+        padded = [(drafts.get(slot, []) + [-1] * longest)[:longest] for slot in range(num_slots)]
+        given = torch.tensor(padded).to(self.tokens.device)
+        self.drafts.copy_(torch.where(given < 0, self.tokens[:, None], given))
         self.lengths.copy_(torch.tensor([len(drafts.get(slot, [])) for slot in range(num_slots)]))
 
     def __call__(self, parts: SamplingParts) -> Sampled:

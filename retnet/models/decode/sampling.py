@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,9 +31,23 @@ def _is_number(value: object, low: float, high: float) -> bool:
     return isinstance(value, Real) and low <= float(value) <= high
 
 
+class FrozenDict(dict):
+    """A dict that does not change, and that JSON, pickle and copies take as they take any other."""
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("this mapping does not change; accepted: a new Sampling made from a changed copy, dict(...)")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple:
+        return type(self), (dict(self),)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Sampling options of one request, applied in this order: penalties, bias, temperature, top-k, top-p, min-p.
+
+    Everything is checked and copied here: what the caller does with a mapping afterwards changes nothing.
 
     temperature: 0 takes the likeliest token.
     top_k: keep the k likeliest tokens. top_p: keep the fewest likeliest tokens whose probabilities sum to at least p.
@@ -83,6 +97,17 @@ class Sampling:
                 raise ValueError(
                     f"logit_bias has {token!r}: {bias!r}; accepted: token ids, and -1e30 to 1e30 or minus infinity"
                 )
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            self._set(name, float)
+        for name in ("top_k", "logprobs", "seed"):
+            self._set(name, int)
+        self._set("logit_bias", lambda biases: FrozenDict({int(token): float(b) for token, b in biases.items()}))
+
+    def _set(self, name: str, convert: Callable[[Any], Any]) -> None:
+        """Replace a value by our own copy of it; None stays."""
+        value = getattr(self, name)
+        if value is not None:
+            object.__setattr__(self, name, convert(value))
 
     @property
     def parts(self) -> "SamplingParts":

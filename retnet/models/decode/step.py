@@ -38,11 +38,31 @@ class DecodeStep:
     ):
         self.model, self.state, self.table, self.graphs, self.deferred = model, state, table, graphs, deferred
         self._fused = FusedModel(model, by_columns=True)  # packed here: prompts are read with the same weights
+        self._made_for = model.embedding.weight.device, model.embedding.weight.dtype
         device = state.position.device
         self.tokens = torch.zeros(len(state.position), dtype=torch.long, device=device)
         self.active = torch.zeros_like(self.tokens, dtype=torch.bool)
         self._captured: dict[SamplingParts, tuple[torch.cuda.CUDAGraph, Sampled]] = {}
         self._memory = torch.cuda.graph_pool_handle() if graphs else None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model still has the modules, hooks and places of weights that were packed."""
+        return self._fused.is_current
+
+    def check_fits(self) -> None:
+        """Raise ValueError if the model has moved to another device or dtype than its states."""
+        weight = self.model.embedding.weight
+        if (weight.device, weight.dtype) != self._made_for:
+            raise ValueError(
+                f"the model is {weight.dtype} on {weight.device} now; accepted: {self._made_for[1]} on "
+                f"{self._made_for[0]} as when the engine was made, or a new engine"
+            )
+
+    def repack(self) -> None:
+        """Pack the weights as they are now; steps are captured again when they are next needed."""
+        self._captured.clear()
+        self._fused = FusedModel(self.model, by_columns=True)
 
     @torch.no_grad()
     def __call__(self, parts: SamplingParts) -> Sampled:
