@@ -43,7 +43,8 @@ PROMPT_CHUNKS = {"cpu": 256, "cuda": 2048}
 DEFERRED_WRITES = (16, 32, 64)  # lengths that tensor cores can sum over
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _between_steps(call: "Callable[Concatenate[Engine, P], R]") -> "Callable[Concatenate[Engine, P], R]":
