@@ -9,9 +9,9 @@ Without the import, the same directories load with `trust_remote_code=True` thro
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from retnet.models.directory import MODEL_TYPE
-from retnet.models.hf import RetNetConfig, RetNetForCausalLM, RetNetModel, StateCache
+from retnet.models.hf import RetNetConfig, RetNetForCausalLM, RetNetModel, RetNetPreTrainedModel, StateCache
 
-__all__ = ["RetNetConfig", "RetNetForCausalLM", "RetNetModel", "StateCache"]
+__all__ = ["RetNetConfig", "RetNetForCausalLM", "RetNetModel", "RetNetPreTrainedModel", "StateCache"]
 
 AutoConfig.register(MODEL_TYPE, RetNetConfig, exist_ok=True)
 AutoModel.register(RetNetConfig, RetNetModel, exist_ok=True)

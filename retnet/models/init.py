@@ -43,10 +43,10 @@ INIT: dict[str, dict[WeightRole, Gain]] = {
 }
 
 
-def initialize(model: nn.Module, config: ModelConfig) -> None:
-    """Draw every weight of `model` anew from config.seed, whatever torch's global generator holds."""
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Draw every weight of `model` anew from `seed`, whatever torch's global generator holds."""
     device = next(model.parameters()).device
-    generator = torch.Generator(device if device.type != "meta" else "cpu").manual_seed(config.seed)
+    generator = torch.Generator(device if device.type != "meta" else "cpu").manual_seed(seed)
     roles = _roles(model)
     for module in model.modules():
         role = roles.get(module, "other")

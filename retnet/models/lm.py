@@ -34,7 +34,8 @@ class ModelOutput:
 class LanguageModel(nn.Module):
     """Token ids in, logits out, states passed in and returned.
 
-    Weights are drawn from config.seed in config.dtype; under `torch.device("meta")` nothing is allocated.
+    Weights are drawn in config.dtype from `seed` (config.seed if None), whatever torch's global generator holds. Under
+    `torch.device("meta")` nothing is allocated.
 
     directory: where the weights were loaded from, if they were; a tokenizer may lie beside them.
     """
@@ -42,7 +43,7 @@ class LanguageModel(nn.Module):
     WEIGHT_ROLES: ClassVar[WeightRoles] = {"embedding": "embedding", "head": "embedding"}
     directory: Path | None = None
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, seed: int | None = None):
         super().__init__()
         self.config = config
         # Recomputes a block in the backward pass; the Hugging Face classes put their user's choice here.
@@ -55,7 +56,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        initialize(self, config)
+        initialize(self, config, config.seed if seed is None else seed)
         self.to(config.torch_dtype)
         if config.float32_norms:
             for module in self.modules():

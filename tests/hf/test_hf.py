@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from retnet.models.directory import load_model, save_model
 from retnet.models.hf import RetNetConfig, RetNetForCausalLM, document_bounds
-from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
 from tests.small_models import random_ids, small_config
 
@@ -99,8 +98,3 @@ def test_the_default_is_a_preset_as_transformers_expects():
 def test_a_wrong_model_configuration_is_refused_with_its_path(config):
     with pytest.raises(ValueError, match=r"config\.vocab_sise: unknown key"):
         RetNetConfig(model_config=config.to_dict() | {"vocab_sise": 3})
-
-
-def test_weights_are_those_of_the_core_models_own_initialisation(model, config):
-    core = LanguageModel(config)
-    assert all(torch.equal(a, b) for a, b in zip(core.parameters(), model.model.parameters(), strict=True))

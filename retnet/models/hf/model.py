@@ -14,32 +14,30 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from retnet.layers.mixers import float32_parameters
 from retnet.models.decode.decoder import FusedDecoder, running
 from retnet.models.hf.cache import StateCache
 from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.inputs import IGNORED, Tokens, repeat_last_real, without_first_labels
+from retnet.models.hf.pretrained import RetNetPreTrainedModel, drawn_seed
 from retnet.models.lm import LanguageModel
 from retnet.models.loss import linear_cross_entropy
 
 
-class RetNetModel(PreTrainedModel):
+class RetNetModel(RetNetPreTrainedModel):
     """The model without its head: final hidden states."""
 
-    config_class = RetNetConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _is_stateful = True  # no token can be removed, as assisted generation would need
-    _no_split_modules = ["Block"]  # noqa: RUF012 (transformers types it so)
-    _keep_in_fp32_modules_strict = float32_parameters()
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: RetNetConfig):
         super().__init__(config)
-        self.model = LanguageModel(config.core)
+        core = config.core
+        on_meta = torch.get_default_device().type == "meta"  # nothing is drawn there, and torch's generator stays as is
+        self.model = LanguageModel(core, seed=core.seed if on_meta else drawn_seed())
+        for module in self.model.modules():
+            module._is_hf_initialized = not on_meta  # type: ignore[assignment]
         self.post_init()
 
     @classmethod
@@ -141,13 +139,6 @@ class RetNetModel(PreTrainedModel):
         self.model.config = replace(self.model.config, gradient_checkpointing=enable)
         if enable:
             self.model.checkpoint = self._gradient_checkpointing_func
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Does nothing: `LanguageModel` initialises its own weights, from its seed."""
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Does nothing: the configuration's `auto_map` names a shim instead of a copy of this file."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
