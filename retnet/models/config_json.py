@@ -1,6 +1,6 @@
 """`config.json` of a saved model: a ModelConfig, and beside it the fields that transformers reads and writes.
 
-transformers, its Trainer and users change the token ids and the dtype beside `model_config`, so those take precedence.
+transformers, its Trainer, PEFT and users change the fields beside `model_config`, so those take precedence.
 `generation_config.json`, where there is one, takes precedence over both for token ids, as in transformers' `generate`.
 """
 
@@ -11,16 +11,30 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
+from retnet.layers.block import BlockConfig
 from retnet.models.config import Dtype, ModelConfig
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = get_args(Dtype)
+# transformers' name -> (ours, type)
+_FIELDS = {
+    "vocab_size": ("vocab_size", int),
+    "hidden_size": ("d_model", int),
+    "tie_word_embeddings": ("tie_embeddings", bool),
+    "initializer_range": ("init_std", float),
+}
 
 
 def outer_fields(config: ModelConfig) -> dict[str, Any]:
     """The fields of config.json that stand beside `model_config` and say the same."""
     ids = {name: getattr(config, name) for name in TOKEN_IDS}
-    return {name: list(x) if isinstance(x, tuple) else x for name, x in ids.items()} | {"dtype": config.dtype}
+    return {
+        **{name: list(x) if isinstance(x, tuple) else x for name, x in ids.items()},
+        "dtype": config.dtype,
+        **{name: getattr(config, ours) for name, (ours, _) in _FIELDS.items()},
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": _num_heads(config),
+    }
 
 
 def merged(
@@ -30,24 +44,58 @@ def merged(
 
     Args:
         model_config: `ModelConfig.to_dict()`.
-        outer: config.json, which holds it.
+        outer: config.json, which holds it. A field that is missing or null leaves that of model_config.
         generation: generation_config.json.
 
     Raises ValueError that names a wrong key or value.
     """
     config = ModelConfig.from_dict(model_config)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {
+        ours: _checked(name, outer[name], kind) for name, (ours, kind) in _FIELDS.items() if outer.get(name) is not None
+    }
+    vocab_size = changes.get("vocab_size", config.vocab_size)
     for name in TOKEN_IDS:
         for place, source in (("generation_config.json: ", generation or {}), ("", outer)):
             if source.get(name) is not None:
-                changes[name] = token_ids_in_vocabulary(name, source[name], config.vocab_size, place)
+                changes[name] = token_ids_in_vocabulary(name, source[name], vocab_size, place)
                 break
     dtype = outer.get("dtype") or outer.get("torch_dtype")  # the name before transformers 5
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")
         if changes["dtype"] not in _DTYPES:
             raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(_DTYPES)}")
+    heads, own = outer.get("num_attention_heads"), _num_heads(config)
+    if heads is not None and heads != own:
+        raise ValueError(f"num_attention_heads is {heads!r}; accepted: {own}, as each layer's mixer gives its own")
+    if outer.get("num_hidden_layers") is not None:
+        count = _checked("num_hidden_layers", outer["num_hidden_layers"], int)
+        changes["layers"] = _with_layers(config.layers, count)
     return replace(config, **changes)
+
+
+def _num_heads(config: ModelConfig) -> int | None:
+    """The heads of the first mixer that has heads."""
+    return next((n for layer in config.layers if (n := getattr(layer.mixer, "num_heads", None)) is not None), None)
+
+
+def _checked(name: str, value: Any, kind: type) -> Any:
+    """The value as `kind`. Raises ValueError for another type."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        accepted = {int: "an integer", bool: "true or false", float: "a number"}[kind]
+        raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+    return value
+
+
+def _with_layers(layers: tuple[BlockConfig, ...], count: int) -> tuple[BlockConfig, ...]:
+    """The first `count` layers; more than there are only where all are equal."""
+    alike = all(layer == layers[0] for layer in layers)
+    most = 100_000 if alike else len(layers)
+    if not 1 <= count <= most:
+        why = "" if alike else ", because the layers differ"
+        raise ValueError(f"num_hidden_layers is {count}; accepted: 1 to {most}{why}")
+    return layers[:count] + layers[:1] * (count - len(layers))
 
 
 def token_ids_in_vocabulary(name: str, value: Any, vocab_size: int, place: str = "") -> int | tuple[int, ...] | None:

@@ -16,24 +16,37 @@ DEFAULT_PRESET = "retnet-125m"
 
 
 class RetNetConfig(PreTrainedConfig):
-    """Carries a `ModelConfig` as plain data; Hugging Face's usual names are read from it.
+    """Carries a `ModelConfig` as plain data, with the usual names of transformers beside it.
 
-    model_config: `ModelConfig.to_dict()`; the preset retnet-125m if None. Token ids given beside it override its own.
+    model_config: `ModelConfig.to_dict()`; the preset retnet-125m if None.
+    use_cache: whether a call of the model returns its states, unless the call says otherwise.
+    vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings, initializer_range, dtype, bos_token_id,
+    eos_token_id (one id or a list) and pad_token_id change what model_config says, when given or set later.
+    num_attention_heads is that of the first mixer with heads; it can only be read.
     """
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers types it so)
 
     model_config: dict | None = None
+    use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.model_config is None:  # transformers instantiates configuration classes without arguments
             self.model_config = preset(DEFAULT_PRESET).to_dict()
-        for name, value in outer_fields(self.core).items():
-            if getattr(self, name, None) is None:
-                setattr(self, name, value)
+        given = {name: x for name, x in kwargs.items() if x is not None}
+        for name, value in outer_fields(merged(self.model_config, {**given, "dtype": self.dtype})).items():
+            setattr(self, name, value)
+            kwargs.pop(name, None)
         self.auto_map = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """As in transformers; a new `model_config` also sets the fields beside it."""
+        super().__setattr__(key, value)
+        if key == "model_config" and "num_hidden_layers" in vars(self):
+            for name, x in outer_fields(merged(value, {})).items():
+                super().__setattr__(name, x)
 
     @classmethod
     def of(cls, config: ModelConfig) -> RetNetConfig:
@@ -42,36 +55,21 @@ class RetNetConfig(PreTrainedConfig):
 
     @property
     def core(self) -> ModelConfig:
-        """The wrapped configuration, with the token ids and the dtype that stand beside it.
+        """The wrapped configuration, with what stands beside it.
 
         Raises ValueError that names a wrong key or value.
         """
-        outer = {name: getattr(self, name, None) for name in (*TOKEN_IDS, "dtype")}
-        return merged(self.model_config or {}, outer)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.core.vocab_size
-
-    @vocab_size.setter
-    def vocab_size(self, size: int) -> None:
-        self.model_config = {**(self.model_config or {}), "vocab_size": size}
-
-    @property
-    def hidden_size(self) -> int:
-        return self.core.d_model
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return len(self.core.layers)
-
-    @property
-    def tie_word_embeddings(self) -> bool:
-        return self.core.tie_embeddings
+        without_ids: dict[str, Any] = {**(self.model_config or {}), **dict.fromkeys(TOKEN_IDS)}
+        return merged(without_ids, vars(self))
 
     @property
     def final_logit_softcapping(self) -> float | None:
         return self.core.logit_soft_cap
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers does; `model_config` and the fields beside it say the same."""
+        core = self.core
+        return super().to_dict() | outer_fields(core) | {"model_config": core.to_dict()}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

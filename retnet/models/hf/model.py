@@ -155,7 +155,7 @@ class RetNetModel(RetNetPreTrainedModel):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize as transformers does, and update the core configuration."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self.model.config = replace(self.model.config, vocab_size=embeddings.num_embeddings)
+        self.model.config = replace(self.config.core, gradient_checkpointing=self.model.config.gradient_checkpointing)
         return embeddings
 
 

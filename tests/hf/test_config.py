@@ -1,0 +1,191 @@
+"""`RetNetConfig`: transformers' names say what `model_config` says, whoever sets them and wherever they are read."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+import retnet.hf  # noqa: F401 (registers)
+from retnet.models.directory import load_config, load_model, save_model
+from retnet.models.hf import RetNetConfig, RetNetForCausalLM
+from retnet.models.hf.tokenizer import byte_tokenizer
+from tests.small_models import ALIBI, MAMBA1, PAPER, hf_model, random_ids, small_config, small_model
+
+CHANGES = {
+    "vocab_size": (70, "vocab_size", 70),
+    "hidden_size": (48, "d_model", 48),
+    "tie_word_embeddings": (True, "tie_embeddings", True),
+    "initializer_range": (0.1, "init_std", 0.1),
+    "num_hidden_layers": (1, "layers", (PAPER,)),
+    "dtype": (torch.bfloat16, "dtype", "bfloat16"),
+    "bos_token_id": (5, "bos_token_id", 5),
+    "eos_token_id": ([6, 7], "eos_token_id", (6, 7)),
+    "pad_token_id": (8, "pad_token_id", 8),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("way", ["given", "set", "updated", "on loading", "by hand in config.json"])
+def test_a_field_beside_model_config_changes_it(tmp_path, name, way):
+    given, field, expected = CHANGES[name]
+    core = small_config("retention", eos_token_id=1)
+    config = RetNetConfig.of(core)
+    if way == "given":
+        config = RetNetConfig(model_config=core.to_dict(), **{name: given})
+    elif way == "set":
+        setattr(config, name, given)
+    elif way == "updated":
+        config.update({name: given})
+    else:
+        config.save_pretrained(tmp_path)
+        if way == "on loading":
+            config = AutoConfig.from_pretrained(tmp_path, **{name: given})
+        else:
+            file = tmp_path / "config.json"
+            plain = str(given).removeprefix("torch.") if name == "dtype" else given
+            file.write_text(json.dumps(json.loads(file.read_text()) | {name: plain}))
+            config = AutoConfig.from_pretrained(tmp_path)
+            assert load_config(tmp_path) == config.core
+    assert getattr(config, name) == given
+    assert config.core == replace(core, **{field: expected})
+    RetNetForCausalLM(config)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_config_json_says_everything_once_whoever_wrote_it(tmp_path, name):
+    given, field, expected = CHANGES[name]
+    config = RetNetConfig.of(small_config("retention"))
+    setattr(config, name, given)
+    config.save_pretrained(tmp_path / "transformers")
+    model = RetNetForCausalLM(config)
+    save_model(model.model, tmp_path / "native")
+    written = [json.loads((tmp_path / w / "config.json").read_text()) for w in ("transformers", "native")]
+    for data in written:
+        assert data[name] == (expected if name == "dtype" else given)
+        inner = RetNetConfig(model_config=data["model_config"]).core
+        assert getattr(inner, field) == expected
+    assert load_config(tmp_path / "transformers") == load_config(tmp_path / "native") == config.core
+
+
+def test_a_token_id_that_is_taken_away_stays_away(tmp_path):
+    model = hf_model(eos_token_id=3)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    assert load_config(tmp_path).eos_token_id is None
+    assert AutoConfig.from_pretrained(tmp_path).eos_token_id is None
+
+
+def test_the_fields_that_libraries_read_are_in_to_dict():
+    data = RetNetConfig.of(small_config("hybrid", tie_embeddings=True, eos_token_id=(3, 4))).to_dict()
+    expected = {
+        "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "eos_token_id": [3, 4],
+        "tie_word_embeddings": True, "use_cache": True, "initializer_range": 0.02, "model_type": "retnet",
+    }  # fmt: skip
+    assert {name: data.get(name) for name in expected} == expected
+
+
+def test_converting_to_a_dtype_and_saving_leaves_one_dtype_in_config_json(tmp_path):
+    hf_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    assert data["dtype"] == data["model_config"]["dtype"] == "bfloat16"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == again.model.config.torch_dtype == load_model(tmp_path).config.torch_dtype == torch.bfloat16
+
+
+def test_fewer_layers_on_loading_are_the_first_ones(tmp_path):
+    model = hf_model("hybrid")
+    model.save_pretrained(tmp_path)
+    first, report = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2, output_loading_info=True)
+    assert (len(first.model.layers), report["missing_keys"]) == (2, set())
+    assert all(
+        name.startswith(("model.layers.2", "model.layers.3", "model.layers.4")) for name in report["unexpected_keys"]
+    )
+    short = small_model(replace(model.model.config, layers=model.model.config.layers[:2]).layers, vocab_size=257)
+    short.load_state_dict({k.removeprefix("model."): v for k, v in first.state_dict().items()})
+    ids = random_ids(1, 6)
+    assert torch.equal(first(ids).logits, short(ids).logits)
+
+
+def test_more_layers_are_made_only_where_all_are_equal():
+    config = RetNetConfig.of(small_config([PAPER, PAPER]))
+    config.num_hidden_layers = 3
+    assert config.core.layers == (PAPER,) * 3
+    config = RetNetConfig.of(small_config([PAPER, ALIBI]))
+    config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="num_hidden_layers is 3; accepted: 1 to 2, because the layers differ"):
+        _ = config.core
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("vocab_size", "61", "an integer"),
+        ("hidden_size", 2.5, "an integer"),
+        ("hidden_size", True, "an integer"),
+        ("tie_word_embeddings", "yes", "true or false"),
+        ("tie_word_embeddings", 1, "true or false"),
+        ("initializer_range", "small", "a number"),
+        ("num_hidden_layers", 0, "1 to"),
+        ("num_hidden_layers", 10**9, "1 to"),
+        ("num_hidden_layers", "2", "an integer"),
+        ("num_attention_heads", 4, "2, as each layer's mixer gives its own"),
+        ("dtype", "int8", "float32"),
+    ],
+)
+def test_a_wrong_value_beside_model_config_is_named(tmp_path, name, value, accepted):
+    core = small_config("retention")
+    with pytest.raises(ValueError, match=rf"{name} is {value!r}; accepted: {accepted}"):
+        RetNetConfig(model_config=core.to_dict(), **{name: value})
+    save_model(small_model("retention"), tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=rf"config\.json: {name} is {value!r}; accepted: {accepted}"):
+        load_config(tmp_path)
+
+
+def test_a_new_model_config_sets_the_fields_beside_it():
+    config = RetNetConfig.of(small_config("retention"))
+    config.model_config = small_config("hybrid", vocab_size=70, eos_token_id=9).to_dict()
+    assert (config.vocab_size, config.num_hidden_layers, config.eos_token_id) == (70, 5, 9)
+    assert config.core == small_config("hybrid", vocab_size=70, eos_token_id=9)
+
+
+def test_a_configuration_is_copied_pickled_and_compared():
+    config = RetNetConfig.of(small_config("hybrid"))
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+    assert "RetNetConfig" in repr(config)
+    assert RetNetConfig.of(small_config("retention")) != config
+
+
+def test_a_stack_without_heads_names_none():
+    assert RetNetConfig.of(small_config([MAMBA1])).num_attention_heads is None
+
+
+def test_a_vocabulary_smaller_than_a_token_id_can_be_asked_for(tmp_path):
+    model = hf_model(eos_token_id=3)
+    with pytest.warns(UserWarning, match="bos_token_id is 256, beyond the vocabulary of 100"):
+        model.resize_token_embeddings(100)
+    assert (model.model.config.vocab_size, model.config.vocab_size) == (100, 100)
+    assert (model.model.config.bos_token_id, model.model.config.eos_token_id) == (None, 3)
+
+
+def test_the_ids_that_trainer_takes_from_the_tokenizer_are_those_of_the_saved_model(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "~"
+    model = hf_model(eos_token_id=3, init="normal")
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    features = [{"input_ids": [256, 97, 98, 126], "labels": [256, 97, 98, 126]}] * 2
+    trainer = Trainer(model, arguments, train_dataset=features, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    assert 126 in load_config(tmp_path / "model").eos_token_ids
+    data = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert data["eos_token_id"] == data["model_config"]["eos_token_id"]
