@@ -24,6 +24,7 @@ from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import TokenCache, no_tokens
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
+from retnet.ops.derivatives import transforms_active
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.long_convolution import long_convolution, past_convolution
 from retnet.ops.ragged import equal_blocks
@@ -85,7 +86,7 @@ class FilterNetwork(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """[length, channels] in float32 (float64 for float64)."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transforms_active():
             return self._filters(length)
         weights = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.parameters()]
         if self._kept is None or self._kept[0] != weights or len(self._kept[1]) < length:

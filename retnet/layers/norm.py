@@ -8,14 +8,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from retnet.ops.norms import Norm
+from retnet.ops.norms import Norm, layer_norm
 
 
 class LayerNorm(nn.LayerNorm):
     """x [..., D] -> [..., D] in x's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+        return layer_norm(input.to(self.weight.dtype), self.weight, self.bias, self.eps).to(input.dtype)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retnet.ops.derivatives import needs_plain_form, plain_gradients
 from retnet.ops.dtypes import wide_dtype
 
 # Float32 log-probabilities in memory at a time. Each slice reads and writes all of the weight's gradient, which a GPU
@@ -22,7 +23,11 @@ SLICE_BYTES_GPU = 512 << 20
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, soft_cap: float | None) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, soft_cap: float | None, dtype: torch.dtype
+    ) -> Tensor:
+        given = hidden, weight, labels  # what other graphs hold anyway; casts of them would be held for this one alone
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
         rows = max(1, (SLICE_BYTES_GPU if hidden.is_cuda else SLICE_BYTES) // (4 * weight.shape[0]))
         wide = wide_dtype(hidden.dtype)
         real = labels != -100
@@ -47,13 +52,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if dweight is not None:
                     _add_product(dweight, dlogits.T, h)
         # Divided by the count only in the backward: beside a loss scale, float16 would underflow here.
-        ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype), count)
+        dweight = None if dweight is None else dweight.to(dtype)
+        ctx.save_for_backward(dhidden, dweight, count, *given)
+        ctx.soft_cap, ctx.dtype = soft_cap, dtype
         return total / count
 
     @staticmethod
     def backward(ctx, dloss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *gradients, count = ctx.saved_tensors
-        return *(None if g is None else g * (dloss / count).to(g.dtype) for g in gradients), None, None
+        *gradients, count, hidden, weight, labels = ctx.saved_tensors
+        if torch.is_grad_enabled() or needs_plain_form(dloss):
+
+            def plain(hidden: Tensor, weight: Tensor) -> tuple[Tensor]:
+                return (_plain_cross_entropy(hidden, weight, labels, ctx.soft_cap, ctx.dtype),)
+
+            gradients = plain_gradients(plain, (hidden, weight), ctx.needs_input_grad[:2], (dloss,))
+        else:
+            gradients = [None if g is None else g * (dloss / count).to(g.dtype) for g in gradients]
+        return *gradients, None, None, None
+
+
+def _plain_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, soft_cap: float | None, dtype: torch.dtype
+) -> Tensor:
+    """The same loss with all logits in memory, differentiable by autograd."""
+    wide, ignored = wide_dtype(dtype), labels == -100
+    logits = F.linear(hidden.to(dtype).masked_fill(ignored[:, None], 0), weight.to(dtype)).to(wide)
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    nats = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    return nats / (~ignored).sum().clamp_min(1)
 
 
 def _log_probabilities(
@@ -90,7 +117,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, soft_ca
 
     hidden [..., D] and weight [vocab, D] of one dtype. 0 where every label is ignored.
     """
+    dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), soft_cap)
+    arguments = hidden.flatten(0, -2), weight, labels.flatten(), soft_cap, dtype
+    if needs_plain_form(hidden, weight):
+        return _plain_cross_entropy(*arguments)
+    return _LinearCrossEntropy.apply(*arguments)

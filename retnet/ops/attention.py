@@ -15,6 +15,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from retnet.ops.derivatives import needs_plain_form
 
 QUERY_BLOCK = 512  # queries per mask
 FLEX_BLOCK = 128  # queries and keys per block that flex attention computes or skips
@@ -49,7 +52,7 @@ def causal_attention(
     if T == 0:
         return v.new_zeros(*q.shape[:3], v.shape[3])
     if slopes is None and (window is None or window >= T):
-        out = F.scaled_dot_product_attention(
+        out = _dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
@@ -101,6 +104,14 @@ def cached_attention(
     return torch.cat(out, 1)
 
 
+def _dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """`scaled_dot_product_attention`, in plain operators where derivatives are asked of it that no kernel has."""
+    if needs_plain_form(q, k, v):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -123,7 +134,7 @@ def _attend(
         mask = bias.masked_fill(~mask, -math.inf)
     mask = mask.expand(-1, -1, H // G, -1, -1).flatten(2, 3)
     q = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, dropout_p=dropout)
+    out = _dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, dropout_p=dropout)
     return out.unflatten(2, (H // G, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 

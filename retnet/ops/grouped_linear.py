@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retnet.ops.derivatives import transforms_active
+
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
     """x [R, I] W_e^T + bias_e [R, O], with weight [E, O, I] and bias [E, O].
@@ -21,9 +23,20 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tenso
             return out
         expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=torch.int32), right=True)
         return out + bias[expert]
+    if transforms_active():
+        return _masked_linear(x, weight, bias, counts)
     biases = [None] * len(weight) if bias is None else bias.unbind(0)
     groups = zip(x.split(counts.tolist()), weight.unbind(0), biases)
     return torch.cat([F.linear(rows, matrix, b) for rows, matrix, b in groups])
+
+
+def _masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """Every expert on every token, and a mask: under `torch.func.vmap`, no shape may depend on the counts."""
+    ends, tokens = counts.cumsum(0), torch.arange(len(x), device=x.device)
+    own = (tokens < ends[:, None]) & (tokens >= (ends - counts)[:, None])
+    biases = [None] * len(weight) if bias is None else bias.unbind(0)
+    parts = (F.linear(x, matrix, b) for matrix, b in zip(weight.unbind(0), biases))
+    return torch.stack([part.where(mask[:, None], 0) for part, mask in zip(parts, own.unbind(0))]).sum(0)
 
 
 def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:

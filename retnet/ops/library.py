@@ -12,13 +12,13 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from retnet.kernels.retention.problem import RetentionProblem
-from retnet.ops import cpu_chunkwise, cpu_recurrent
+from retnet.ops import cpu_chunkwise, cpu_recurrent, reference
+from retnet.ops.derivatives import has_tangent, needs_plain_form, plain_gradients
 from retnet.ops.device import current_device_of
 from retnet.ops.dtypes import wide_dtype
+from retnet.ops.plan import CPU_CHUNK_SIZE
 from retnet.ops.ragged import Compaction
 
 # The fields of RetentionProblem, in order.
@@ -172,40 +172,52 @@ class _Retention(torch.autograd.Function):
         *tensors, scale, state, mask, cu_seqlens, chunk_size = arguments[:_FIELDS]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, state, mask, cu_seqlens)
-        ctx.scale, ctx.chunk_size, ctx.return_state = scale, chunk_size, arguments[-1]
+        ctx.scale, ctx.chunk_size, ctx.options = scale, chunk_size, arguments[_FIELDS:]
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.retnet.retention.default(*arguments)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout: Tensor | None, dfinal: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, log_decay, *options = ctx.saved_tensors
-        need_dlog_decay, need_dstate = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-        dq, dk, dv, dlog, dstate = torch.ops.retnet.retention_backward.default(
-            torch.zeros_like(v) if dout is None else dout,
-            dfinal if ctx.return_state else None,
-            *(q, k, v, log_decay, ctx.scale, *options, ctx.chunk_size),
-            need_dlog_decay,
-            need_dstate,
-        )
-        dlog = dlog if need_dlog_decay else None
-        dstate = dstate.to(options[0].dtype) if need_dstate else None
+        q, k, v, log_decay, state, mask, cu_seqlens = ctx.saved_tensors
+        problem = RetentionProblem(q, k, v, log_decay, ctx.scale, state, mask, cu_seqlens, ctx.chunk_size)
+        needed = ctx.needs_input_grad
+        dfinal = dfinal if ctx.options[-1] else None
+        if torch.is_grad_enabled() or has_tangent(dout, dfinal):
+            dq, dk, dv, dlog, dstate = _plain_backward(problem, ctx.options, [*needed[:4], needed[5]], dout, dfinal)
+        else:
+            dq, dk, dv, dlog, dstate = torch.ops.retnet.retention_backward.default(
+                torch.zeros_like(v) if dout is None else dout, dfinal, *problem.arguments, needed[3], needed[5]
+            )
+            dlog = dlog if needed[3] else None
+            dstate = dstate.to(state.dtype) if needed[5] else None
         return dq, dk, dv, dlog, None, dstate, None, None, None, None, None, None
 
 
-def _has_tangent(x: Tensor) -> bool:
-    return forward_ad.unpack_dual(x).tangent is not None
+def _plain_backward(
+    problem: RetentionProblem, options: tuple, needed: list[bool], dout: Tensor | None, dfinal: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, log_decay and state that can be differentiated again."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _plain(replace(problem, q=q, k=k, v=v, log_decay=log_decay, state=state), *options)
+
+    inputs = problem.q, problem.k, problem.v, problem.log_decay, problem.state
+    return plain_gradients(plain, inputs, needed, (dout, dfinal))
+
+
+def _plain(problem: RetentionProblem, mode: str, state_dtype: torch.dtype, return_state: bool) -> tuple[Tensor, Tensor]:
+    """The operator in plain operators. Kernels that choose their own chunks have none to give: 0."""
+    out, final = reference.in_wide_dtype(mode, replace(problem, chunk_size=problem.chunk_size or CPU_CHUNK_SIZE))
+    return out, final.to(state_dtype) if return_state else final.new_empty(0, dtype=state_dtype)
 
 
 @torch.library.impl(_library, "retention", "Autograd")
 def _retention_autograd(*arguments):
     q, k, v, log_decay, _, state, *_ = arguments
-    differentiable = (q, k, v, log_decay) if state is None else (q, k, v, log_decay, state)
-    if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in differentiable):
-        raise NotImplementedError(
-            "retention has no forward-mode derivative of its own; accepted: reverse mode, or backend='aten'"
-        )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
+    differentiable = (q, k, v, log_decay, state)
+    if needs_plain_form(*differentiable):
+        return _plain(RetentionProblem(*arguments[:_FIELDS]), *arguments[_FIELDS:])
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
         return _Retention.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.retnet.retention.default(*arguments)

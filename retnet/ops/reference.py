@@ -130,3 +130,18 @@ def _silence(out: Tensor, mask: Tensor | None) -> Tensor:
 
 FORMS: dict[str, Form] = {"parallel": _parallel, "recurrent": _recurrent, "chunkwise": _chunkwise}
 parallel, recurrent, chunkwise = _form(_parallel), _form(_recurrent), _form(_chunkwise)
+
+
+def in_wide_dtype(mode: str, problem: RetentionProblem) -> tuple[Tensor, Tensor]:
+    """A form by name in float32 (float64 for float64), for inputs of any dtype: out in v's dtype, and the state.
+
+    NaN and infinity under the mask have no effect.
+    """
+    mask, log_decay, wide = problem.mask, problem.log_decay, wide_dtype(problem.v.dtype)
+    q, k, v = (x.to(wide) for x in (problem.q, problem.k, problem.v))
+    if mask is not None:
+        q, k, v = (x.masked_fill(~mask[..., None, None], 0) for x in (q, k, v))
+        log_decay = log_decay.masked_fill(~mask[..., None], 0) if problem.per_token else log_decay
+    state = None if problem.state is None else problem.state.to(wide)
+    out, final = of_sequences(FORMS[mode], replace(problem, q=q, k=k, v=v, log_decay=log_decay, state=state))
+    return out.to(problem.v.dtype), final

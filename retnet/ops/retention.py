@@ -8,13 +8,14 @@ layer's option (`decay_norm`).
 """
 
 import os
-from dataclasses import replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops import reference
+from retnet.ops.derivatives import needs_plain_form
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.library import check_values
 from retnet.ops.plan import Backend, Mode, autocast_dtype, resolve
@@ -77,7 +78,7 @@ def retention(
     problem.chunk_size = plan.chunk_size
     state_dtype = state_dtype or wide_dtype(v.dtype)
     if plan.backend == "aten":
-        out, final = _aten(plan.mode, problem)
+        out, final = reference.in_wide_dtype(plan.mode, problem)
         return out, final.to(state_dtype) if return_state else None
     out, final = torch.ops.retnet.retention(*problem.arguments, plan.mode, state_dtype, return_state)
     return out, final if return_state else None
@@ -93,15 +94,26 @@ def retention_step_(
     scale: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """One or a few tokens, T, read recurrently with the state [B, H, K, V] updated in place. No gradients.
+    """One or a few tokens, T, read recurrently with the state [B, H, K, V] updated in place.
 
     Arguments as for `retention`; a state narrower than float32 is rounded once per call.
-    Returns out [B, T, H, V] in v's dtype.
+    Returns out [B, T, H, V] in v's dtype. Raises NotImplementedError for derivatives of any kind.
     """
     if not isinstance(state, Tensor):
         raise TypeError(f"state is {state!r}; accepted: the tensor [B, H, K, V] to update")
     _check(RetentionProblem(q, k, v, log_decay, 1.0, state, mask))
-    return torch.ops.retnet.retention_step_(q, k, v, log_decay, state, _scale(scale, q), mask)
+    if needs_plain_form(q, k, v, log_decay, state):
+        _refuse_derivatives()
+    out = torch.ops.retnet.retention_step_(q, k, v, log_decay, state, _scale(scale, q), mask)
+    if out.requires_grad and not torch.compiler.is_compiling():
+        out.register_hook(_refuse_derivatives)
+    return out
+
+
+def _refuse_derivatives(_: Tensor | None = None) -> NoReturn:
+    raise NotImplementedError(
+        "retention_step_ overwrites its state and has no derivatives, nor transforms of torch.func; accepted: retention"
+    )
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
@@ -171,18 +183,3 @@ def _check(problem: RetentionProblem) -> None:
             raise ValueError(f"{name} is on {x.device} and q on {q.device}; accepted: one device")
     if q.device.type == "cuda" and os.environ.get("RETNET_DEBUG") == "1":
         check_values(log_decay, cu_seqlens, T)
-
-
-def _aten(mode: str, problem: RetentionProblem) -> tuple[Tensor, Tensor]:
-    """The reference forms in float32 or wider: plain operators that torch.export and ONNX take."""
-    dtype = problem.v.dtype
-    wide, state = wide_dtype(dtype), problem.state
-    problem = replace(
-        problem,
-        q=problem.q.to(wide),
-        k=problem.k.to(wide),
-        v=problem.v.to(wide),
-        state=None if state is None else state.to(wide),
-    )
-    out, final = reference.of_sequences(reference.FORMS[mode], problem)
-    return out.to(dtype), final

@@ -11,12 +11,14 @@ kernel per token takes longer than its work, so a chunk is cut into blocks that 
 3 sqrt(C) launches instead of C.
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from retnet.ops.derivatives import has_tangent, needs_plain_form, plain_gradients
 from retnet.ops.device import current_device_of
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import equal_blocks
@@ -51,13 +53,29 @@ def selective_scan(
 
     Returns y [B, T, D] in x's dtype, and the state [S, D, N] after the last token in float32 (float64 for float64).
     """
-    wide = wide_dtype(x.dtype)
-    if x.is_cuda and wide == torch.float32 and chunk_size is None and blocks is None:
-        y, final, _ = torch.ops.retnet.selective_scan(x, step, rate, write, read, state, cu_seqlens)
+    given = (x, step, rate, write, read, state)
+    if needs_plain_form(*given):
+        return _per_sequence(_plain_scan, *given, cu_seqlens)
+    if x.is_cuda and wide_dtype(x.dtype) == torch.float32 and chunk_size is None and blocks is None:
+        y, final, _ = torch.ops.retnet.selective_scan(*given, cu_seqlens)
         return y, final
-    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     defaults = _CUDA if x.is_cuda else _CPU
     plan = (chunk_size or defaults[0], blocks or defaults[1])
+    return _per_sequence(lambda *tokens: _SelectiveScan.apply(*tokens, *plan), *given, cu_seqlens)
+
+
+def _per_sequence(
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    write: Tensor,
+    read: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Scan rows of one length together, and packed sequences one by one, in float32 or wider."""
+    wide, bounds = wide_dtype(x.dtype), None if cu_seqlens is None else cu_seqlens.tolist()
     num_sequences = x.shape[0] if bounds is None else len(bounds) - 1
     if state is None:
         state = x.new_zeros(num_sequences, x.shape[2], rate.shape[1], dtype=wide)
@@ -65,10 +83,23 @@ def selective_scan(
     outs, finals = [tokens[0][:, :0]], [state[:0]]
     for rows, span, sequences in equal_blocks(x.shape[0], x.shape[1], bounds):
         u, dt, w, r = (z[rows, span] for z in tokens)
-        y, final = _SelectiveScan.apply(u, dt, rate, w, r, state[sequences], *plan)
+        y, final = scan(u, dt, rate, w, r, state[sequences]) if u.shape[1] else (u, state[sequences])
         outs.append(y)
         finals.append(final)
     return torch.cat(outs, 1).to(x.dtype), torch.cat(finals)
+
+
+def _plain_scan(
+    x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows of T tokens by the definition, differentiable by autograd; all states [B, T, D, N] are held."""
+    decays = (step[..., None] * rate).exp()
+    writes = (step * x)[..., None] * write[:, :, None]
+    states = []
+    for decay, new in zip(decays.unbind(1), writes.unbind(1), strict=True):
+        state = decay * state + new
+        states.append(state)
+    return torch.matmul(torch.stack(states, 1), read[..., None])[..., 0], state
 
 
 def selective_scan_step(
@@ -116,12 +147,14 @@ class _SelectiveScan(torch.autograd.Function):
             starts.append(states[:, -1].clone())
         ctx.save_for_backward(x, step, rate, write, read, *starts[:-1])
         ctx.chunk_size, ctx.blocks = chunk_size, blocks
-        return torch.cat(outs, 1) if outs else torch.zeros_like(x), starts[-1].clone()
+        return torch.cat(outs, 1), starts[-1].clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, dfinal):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, step, rate, write, read, *starts = ctx.saved_tensors
+        if torch.is_grad_enabled() or needs_plain_form(dy, dfinal):
+            inputs, needed = (x, step, rate, write, read, starts[0]), ctx.needs_input_grad[:6]
+            return *plain_gradients(_plain_scan, inputs, needed, (dy, dfinal)), None, None
         dx, dstep, dwrite, dread = (torch.empty_like(z) for z in (x, step, write, read))
         drate = torch.zeros_like(rate)
         carried = dfinal  # the gradient of a chunk's last state from the tokens after it
@@ -210,7 +243,11 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dy, dfinal, _):
-    x, state = ctx.saved_tensors[0], ctx.saved_tensors[5]
+    *inputs, cu_seqlens, _ = ctx.saved_tensors
+    x, state = inputs[0], inputs[5]
+    if torch.is_grad_enabled() or has_tangent(dy, dfinal):
+        plain = partial(_per_sequence, _plain_scan, cu_seqlens=cu_seqlens)
+        return *plain_gradients(plain, inputs, ctx.needs_input_grad[:6], (dy, dfinal)), None
     dy = torch.zeros_like(x) if dy is None else dy
     *grads, dstate = torch.ops.retnet.selective_scan_backward(dy, dfinal, *ctx.saved_tensors)
     return *grads, None if state is None else dstate.to(state.dtype), None

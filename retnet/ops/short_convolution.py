@@ -8,9 +8,12 @@ float32 and bfloat16. There, a packed row is spread out so that the W - 1 inputs
 without a loop over documents.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from retnet.ops.derivatives import has_tangent, needs_plain_form, plain_gradients
 from retnet.ops.device import current_device_of
 from retnet.ops.plan import is_exporting
 
@@ -37,8 +40,15 @@ def short_convolution(
 
     Returns y [B, T, C] and the inputs [N, W - 1, C] that a next call needs.
     """
-    if _has_kernel(x, weight):
+    if _has_kernel(x, weight) and not needs_plain_form(x, weight, bias, recent):
         return torch.ops.retnet.short_convolution(x, weight, bias, recent, cu_seqlens)
+    return _plain_convolution(x, weight, bias, recent, cu_seqlens)
+
+
+def _plain_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, recent: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The convolution as multiply-adds over shifted views."""
     past = weight.shape[-1] - 1
     num_sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if recent is None:
@@ -114,15 +124,18 @@ def _(dy, dfinal, x, weight, recent, cu_seqlens):
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     x, weight, bias, recent, cu_seqlens = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight, recent, cu_seqlens)
+    ctx.save_for_backward(x, weight, bias, recent, cu_seqlens)
 
 
 def _gradients(ctx, dy, dfinal):
-    x, weight, recent, cu_seqlens = ctx.saved_tensors
+    *inputs, cu_seqlens = ctx.saved_tensors
+    x, weight, bias, recent = inputs
+    if torch.is_grad_enabled() or has_tangent(dy, dfinal):
+        plain = partial(_plain_convolution, cu_seqlens=cu_seqlens)
+        return *plain_gradients(plain, inputs, ctx.needs_input_grad[:4], (dy, dfinal)), None
     dy = x.new_zeros(x.shape) if dy is None else dy
     dx, dweight, dbias, drecent = torch.ops.retnet.short_convolution_backward(dy, dfinal, x, weight, recent, cu_seqlens)
-    dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+    dbias = None if bias is None else dbias.to(bias.dtype)
     return dx, dweight, dbias, None if recent is None else drecent.to(recent.dtype), None
 
 

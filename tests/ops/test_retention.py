@@ -344,19 +344,6 @@ def test_a_step_needs_a_state():
         retention_step_(q, q, q, torch.zeros(1), None)
 
 
-def test_forward_mode_differentiation_is_refused():
-    q = torch.randn(1, 9, 1, 8, dtype=torch.float64)
-    log_decay = torch.tensor([-0.1], dtype=torch.float64)
-
-    def form(q, backend):
-        return retention(q, q, q, log_decay, backend=backend)[0]
-
-    with pytest.raises(NotImplementedError, match="accepted: reverse mode, or backend='aten'"):
-        torch.func.jvp(lambda q: form(q, "auto"), (q,), (q,))
-    _, tangent = torch.func.jvp(lambda q: form(q, "aten"), (q,), (q,))
-    assert torch.allclose(tangent, 3 * form(q, "aten"))  # of the third degree in q
-
-
 def test_a_forced_recurrent_form_of_packed_sequences_is_recurrent_on_a_gpu_too():
     """Called directly: the CUDA operator has no kernel for it and runs the CPU form."""
     from retnet.ops import library

@@ -18,6 +18,7 @@ from retnet.models.decode.fused import FusedModel
 from retnet.models.decode.int8 import int8_parts
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.ops.derivatives import transforms_active
 
 _lock = threading.RLock()
 _calls: WeakKeyDictionary[LanguageModel, int] = WeakKeyDictionary()  # in progress, over all threads
@@ -54,10 +55,10 @@ class FusedDecoder:
 
 
 def can_fuse(model: LanguageModel) -> bool:
-    """Whether the model may decode fused here: without gradients, training, compilation, autocast and global hooks."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or model.training:
+    """Whether the model may decode fused here: no derivatives, training, compilation, autocast or global hooks."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or transforms_active():
         return False
-    if torch.nn.modules.module._has_any_global_hook():
+    if model.training or torch.nn.modules.module._has_any_global_hook():
         return False
     device_type = model.embedding.weight.device.type
     return device_type != "meta" and not torch.is_autocast_enabled(device_type)
