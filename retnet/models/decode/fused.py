@@ -56,7 +56,7 @@ class RotaryKey:
 class FusedBlock:
     """One block of a decode step: x [S, D] -> x, overwritten. For blocks that `supports` accepts."""
 
-    def __init__(self, block: nn.Module, by_columns: bool = False):
+    def __init__(self, block: nn.Module):
         assert isinstance(block, Block)
         mixer, config = block.mixer, block.config
         assert isinstance(mixer, MultiScaleRetention)
@@ -68,8 +68,8 @@ class FusedBlock:
         if mixer.gate_proj is not None:
             inputs.append(mixer.gate_proj)
             self.widths.append(mixer.gate_proj.out_features)
-        self.inputs, self.output = pack(inputs, by_columns), pack([mixer.out_proj], by_columns)
-        self.decay_input = None if mixer.decay_proj is None else pack([mixer.decay_proj], by_columns)
+        self.inputs, self.output = pack(inputs), pack([mixer.out_proj])
+        self.decay_input = None if mixer.decay_proj is None else pack([mixer.decay_proj])
         head = self.config
         self.head_norm = InputNorm(head.head_norm, head.num_heads, head.head_norm_eps, _data(mixer.head_norm_weight))
         self.decay = None
@@ -78,17 +78,17 @@ class FusedBlock:
                 self.decay = StepDecay.fixed(mixer.log_decay(torch.empty(0, device=self.inputs.values.device)))
         self.up = self.down = None
         if block.feed_forward is not None:
-            self._add_feed_forward(block, by_columns)
+            self._add_feed_forward(block)
 
-    def _add_feed_forward(self, block: Block, by_columns: bool) -> None:
+    def _add_feed_forward(self, block: Block) -> None:
         feed_forward = block.feed_forward
         assert isinstance(feed_forward, FeedForward)
         self.feed_forward_norm = input_norm(block.feed_forward_norm)
         self.activation = block.config.feed_forward.activation  # type: ignore[union-attr] (FeedForward's config)
         gate = feed_forward.gate_proj
         self.gated = gate is not None
-        self.up = pack([feed_forward.up_proj] if gate is None else [gate, feed_forward.up_proj], by_columns)
-        self.down = pack([feed_forward.down_proj], by_columns)
+        self.up = pack([feed_forward.up_proj] if gate is None else [gate, feed_forward.up_proj])
+        self.down = pack([feed_forward.down_proj])
 
     @property
     def rotary_key(self) -> RotaryKey | None:
@@ -184,17 +184,16 @@ class FusedModel:
     """A language model as a decode step: tokens [S] -> (logits [S, vocab], the states after them).
 
     Retention states, and all caches with room left, are overwritten in place. Inactive sequences change nothing.
-    by_columns: let weights lie as a CPU reads them fastest, for models that are only served (`packing.pack`).
     """
 
-    def __init__(self, model: LanguageModel, by_columns: bool = False):
+    def __init__(self, model: LanguageModel):
         self.model = model
         fusable = fusable_blocks(model)
-        self.blocks = [FusedBlock(block, by_columns) if block in fusable else None for block in model.layers]
+        self.blocks = [FusedBlock(block) if block in fusable else None for block in model.layers]
         head, final_norm = model.head, model.final_norm
         fuses_head = shared_weights(model).isdisjoint(map(id, head.parameters())) and is_packable(head)
         fuses_head = fuses_head and _is_plain_norm(final_norm) and is_unhooked(head) and is_unhooked(final_norm)
-        self.head = pack([head], by_columns) if fuses_head else None
+        self.head = pack([head]) if fuses_head else None
         self.final_norm = input_norm(final_norm) if fuses_head else None
         keys = {block.rotary_key for block in self.blocks if block is not None} - {None}
         place = model.embedding.weight.device

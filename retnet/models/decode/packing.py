@@ -1,7 +1,8 @@
 """Packed weights: linear layers that read the same input become one matrix for the decode step.
 
-Packing moves weights and does not copy them: the modules' parameters become views of the packed matrix, so that an
-optimizer, `load_state_dict` or any in-place change reaches both. The views are contiguous unless packed by columns.
+Packing moves weights and does not copy them: the modules' parameters read the memory of the packed matrix, so that an
+optimizer, `load_state_dict` or any in-place change reaches both. To everything else they are ordinary parameters, each
+contiguous and with a storage of its own, because writers of checkpoints drop or refuse tensors that share a storage.
 Weights that others reach through their memory are not moved: those in shared memory, and views of larger buffers
 (sharded training updates such a buffer and not the parameters).
 """
@@ -9,15 +10,15 @@ Weights that others reach through their memory are not moved: those in shared me
 from __future__ import annotations
 
 from collections import Counter
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from retnet.models.decode.int8 import int8_parts, move_int8_
-from retnet.ops import device
 from retnet.ops.decode.linear import DecodeWeight
 
-PACKED = "packed_by_retnet"  # marks the storages of packed weights, which may be packed again
+PACKED = "packed_by_retnet"  # attribute of the storages of packed weights: a weak reference to the matrix's storage
 
 
 def is_packable(module: nn.Module) -> bool:
@@ -41,35 +42,30 @@ def shared_weights(model: nn.Module) -> set[int]:
 
 
 def _may_move(weight: Tensor) -> bool:
-    storage = weight.untyped_storage()
-    if weight.device.type == "cpu" and weight.is_shared():
-        return False
-    return storage.nbytes() == weight.nbytes or getattr(storage, PACKED, False)
+    is_shared = weight.device.type == "cpu" and weight.is_shared()
+    return not is_shared and weight.untyped_storage().nbytes() == weight.nbytes
 
 
-def pack(linears: list[nn.Linear], by_columns: bool = False) -> DecodeWeight:
-    """Linear layers of one input as one; their weights and biases become views of it. Packed ones are left as they are.
+def pack(linears: list[nn.Linear]) -> DecodeWeight:
+    """Linear layers of one input as one, whose memory their weights and biases read. Packed ones are left as they are.
 
-    by_columns: where it is faster (on a CPU, for more rows than columns), store the matrix by columns. The parameters
-    are then not contiguous, which some code that trains or saves them does not expect.
+    Weights on a GPU that are packed cannot go to another process through CUDA IPC; their copies can.
     """
     # In the mode the parameters were made in: ordinary ones may be trained, inference tensors take only their like.
     with torch.inference_mode(linears[0].weight.is_inference()), torch.no_grad():
-        return _pack(linears, by_columns)
+        return _pack(linears)
 
 
-def _pack(linears: list[nn.Linear], by_columns: bool) -> DecodeWeight:
-    width = sum(linear.out_features for linear in linears)
-    by_columns = by_columns and not device.uses_kernels(linears[0].weight) and width > linears[0].in_features
+def _pack(linears: list[nn.Linear]) -> DecodeWeight:
     bias = _pack_biases(linears)
     quantized = [parts for linear in linears if (parts := int8_parts(linear.weight)) is not None]
     if len(quantized) == len(linears):
-        whole = _joined([values for values, _ in quantized])
-        for linear, values in zip(linears, whole.split([len(values) for values, _ in quantized]), strict=True):
+        whole, pieces = _joined([values for values, _ in quantized])
+        for linear, values in zip(linears, pieces, strict=True):
             move_int8_(linear.weight, values)
         return DecodeWeight(whole, torch.cat([scale for _, scale in quantized]), bias)
-    whole = _joined([linear.weight.data for linear in linears], by_columns)
-    for linear, values in zip(linears, whole.split([linear.out_features for linear in linears]), strict=True):
+    whole, pieces = _joined([linear.weight.data for linear in linears])
+    for linear, values in zip(linears, pieces, strict=True):
         linear.weight.data = values
     return DecodeWeight(whole, None, bias)
 
@@ -79,35 +75,45 @@ def _pack_biases(linears: list[nn.Linear]) -> Tensor | None:
     given = next((linear.bias for linear in linears if linear.bias is not None), None)
     if given is None:
         return None
-    whole = _joined(
+    whole, pieces = _joined(
         [given.new_zeros(linear.out_features) if linear.bias is None else linear.bias.data for linear in linears]
     )
-    for linear, values in zip(linears, whole.split([linear.out_features for linear in linears]), strict=True):
+    for linear, values in zip(linears, pieces, strict=True):
         if linear.bias is not None:
             linear.bias.data = values
     return whole
 
 
-def _joined(pieces: list[Tensor], by_columns: bool = False) -> Tensor:
-    """Matrices [N_i, K] (or vectors [N_i]) as one with sum N_i rows, stored by columns if asked.
+def _joined(pieces: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Matrices [N_i, K] (or vectors [N_i]) as one with sum N_i rows, and the pieces in its memory.
 
-    Returns a view if they already lie in memory like that, or by columns where that is not asked: an engine may have
-    packed them, and reads them still. Otherwise a copy.
+    Nothing is copied if they lie there already, as after an earlier generation.
     """
-    first, rows = pieces[0], sum(map(len, pieces))
-    by_rows = (first.shape[1], 1) if first.dim() == 2 else (1,)
-    for strides in [(1, rows)] if by_columns else [by_rows, (1, rows)][: first.dim()]:
-        if _lie_joined(pieces, strides):
-            return first.as_strided((rows, *first.shape[1:]), strides)
-    whole = torch.cat([piece.t() for piece in pieces], 1).t() if by_columns else torch.cat(pieces)
-    setattr(whole.untyped_storage(), PACKED, True)
-    return whole
+    buffer = _common_buffer(pieces)
+    if buffer is not None:
+        first, rows = pieces[0], sum(map(len, pieces))
+        start = (first.data_ptr() - buffer.data_ptr()) // first.element_size()
+        return first.new_empty(0).set_(buffer, start, (rows, *first.shape[1:]), first.stride()), pieces
+    whole = torch.cat(pieces)
+    mark = ref(whole.untyped_storage())
+    # Through DLPack each part gets a storage of its own size, which keeps the whole memory alive.
+    parts = [torch.from_dlpack(part) for part in whole.split([len(piece) for piece in pieces])]
+    for part in [whole, *parts]:
+        setattr(part.untyped_storage(), PACKED, mark)
+    return whole, parts
 
 
-def _lie_joined(pieces: list[Tensor], strides: tuple[int, ...]) -> bool:
-    """Whether the pieces follow each other in one storage as one matrix with these strides."""
-    row_bytes = strides[0] * pieces[0].element_size()
+def _common_buffer(pieces: list[Tensor]) -> torch.UntypedStorage | None:
+    """The storage in which the pieces follow each other as one matrix; None if they do not."""
+    if not all(piece.is_contiguous() for piece in pieces):
+        return None
+    if len(pieces) == 1:
+        return pieces[0].untyped_storage()
+    marks = [getattr(piece.untyped_storage(), PACKED, None) for piece in pieces]
+    buffer = marks[0]() if marks[0] is not None and all(mark is marks[0] for mark in marks) else None
+    if buffer is None:
+        return None
     starts = [piece.data_ptr() for piece in pieces]
-    ends = [piece.data_ptr() + len(piece) * row_bytes for piece in pieces]
-    one_storage = len({piece.untyped_storage().data_ptr() for piece in pieces}) == 1
-    return one_storage and starts[1:] == ends[:-1] and all(piece.stride() == strides for piece in pieces)
+    ends = [piece.data_ptr() + piece.nbytes for piece in pieces]
+    lie_inside = buffer.data_ptr() <= starts[0] and ends[-1] <= buffer.data_ptr() + buffer.nbytes()
+    return buffer if lie_inside and starts[1:] == ends[:-1] else None

@@ -37,7 +37,7 @@ class DecodeStep:
         deferred: Sequence[Ring | None] | None = None,
     ):
         self.model, self.state, self.table, self.graphs, self.deferred = model, state, table, graphs, deferred
-        self._fused = FusedModel(model, by_columns=True)  # packed here: prompts are read with the same weights
+        self._fused = FusedModel(model)  # packed here: prompts are read with the same weights
         self._made_for = model.embedding.weight.device, model.embedding.weight.dtype
         device = state.position.device
         self.tokens = torch.zeros(len(state.position), dtype=torch.long, device=device)
@@ -62,7 +62,7 @@ class DecodeStep:
     def repack(self) -> None:
         """Pack the weights as they are now; steps are captured again when they are next needed."""
         self._captured.clear()
-        self._fused = FusedModel(self.model, by_columns=True)
+        self._fused = FusedModel(self.model)
 
     @torch.no_grad()
     def __call__(self, parts: SamplingParts) -> Sampled:
