@@ -10,9 +10,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from retnet.models.directory import MODEL_TYPE
 from retnet.models.hf import RetNetConfig, RetNetForCausalLM, RetNetModel, RetNetPreTrainedModel, StateCache
+from retnet.models.hf.model import register_causal
 
 __all__ = ["RetNetConfig", "RetNetForCausalLM", "RetNetModel", "RetNetPreTrainedModel", "StateCache"]
 
 AutoConfig.register(MODEL_TYPE, RetNetConfig, exist_ok=True)
 AutoModel.register(RetNetConfig, RetNetModel, exist_ok=True)
 AutoModelForCausalLM.register(RetNetConfig, RetNetForCausalLM, exist_ok=True)
+register_causal(RetNetForCausalLM)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from retnet.models.decode.decoder import FusedDecoder, running
+from retnet.models.directory import MODEL_TYPE
 from retnet.models.hf.cache import StateCache
 from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.inputs import IGNORED, Tokens, repeat_last_real, without_first_labels
@@ -161,6 +163,11 @@ class RetNetModel(RetNetPreTrainedModel):
 
 class RetNetForCausalLM(RetNetModel, GenerationMixin):
     """A language model with a loss, a cache and `generate`, whose one-token steps run fused where they can."""
+
+    def __init__(self, config: RetNetConfig):
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers looks for it in the class's name, which a subclass may change
+        register_causal(type(self))
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -308,6 +315,15 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         if attention_mask is None or (inputs_embeds.shape[1] == 1 and not is_first_iteration):
             return None
         return attention_mask[:, -inputs_embeds.shape[1] :]
+
+
+def register_causal(cls: type) -> None:
+    """Enter a class into the table by whose names transformers knows causal models.
+
+    Trainer shifts the labels that it smooths, and pipelines accept a model, only if its class's name is there.
+    """
+    key = MODEL_TYPE if cls is RetNetForCausalLM else f"{MODEL_TYPE}.{cls.__name__}"
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[key] = cls.__name__
 
 
 def _refuse_unknown_outputs(kwargs: dict[str, Any]) -> None:
