@@ -15,7 +15,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
-from threading import Lock, RLock
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -36,6 +35,7 @@ from retnet.serve.speculation import Drafter, Speculation, VerifyStep
 from retnet.serve.stages import Stages
 from retnet.serve.stopping import Decode
 from retnet.serve.stream import TokenStream
+from retnet.serve.turns import Turns
 from retnet.serve.weights import WeightsWatch
 
 # Prompt tokens per call. A GPU needs many to be busy; on a CPU running requests wait for them.
@@ -52,21 +52,7 @@ def _between_steps(call: "Callable[Concatenate[Engine, P], R]") -> "Callable[Con
 
     @wraps(call)
     def alone(engine: "Engine", *args: P.args, **kwargs: P.kwargs) -> R:
-        with engine._lock:
-            if engine._inside.locked():
-                raise RuntimeError(
-                    f"{call.__name__} was called by `decode`, inside a step, where states and tokens do not match; "
-                    "accepted there: submit and cancel"
-                )
-            with engine._inside:
-                engine._tidy()
-                try:
-                    return call(engine, *args, **kwargs)
-                except BaseException as error:
-                    engine._broken_off_by = f"{error!r}"
-                    raise
-                finally:
-                    engine._tidy()
+        return engine._turns.take(lambda: engine._work(call.__name__, lambda: call(engine, *args, **kwargs)))
 
     return alone
 
@@ -164,7 +150,7 @@ class Engine:
         self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes)
         self._weights = WeightsWatch(model)
         self._stages = Stages()
-        self._lock, self._inside = RLock(), Lock()  # _inside is held, with _lock, while a call works on states
+        self._turns = Turns()
         self._to_cancel: deque[Generation] = deque()
         self._broken_off_by = "an exception"
         self._admission = Admission(model, self.pool, decode, max_waiting)
@@ -189,23 +175,24 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        with self._lock:
-            return self._stages.empty
+        return self._turns.take(lambda: self._stages.empty)
 
     def stats(self) -> EngineStats:
-        with self._lock:
-            return EngineStats(
-                self.pool.num_slots,
-                self.pool.cost,
-                len(self._stages.in_slots),
-                len(self._stages.waiting),
-                self._num_steps,
-                self._prefill.num_tokens,
-                self._decoding.num_new,
-                0 if self.drafter is None else self.drafter.num_drafted,
-                self._decoding.num_accepted,
-                None if self.prefixes is None else deepcopy(self.prefixes.counts),
-            )
+        return self._turns.take(self._stats)
+
+    def _stats(self) -> EngineStats:
+        return EngineStats(
+            self.pool.num_slots,
+            self.pool.cost,
+            len(self._stages.in_slots),
+            len(self._stages.waiting),
+            self._num_steps,
+            self._prefill.num_tokens,
+            self._decoding.num_new,
+            0 if self.drafter is None else self.drafter.num_drafted,
+            self._decoding.num_accepted,
+            None if self.prefixes is None else deepcopy(self.prefixes.counts),
+        )
 
     @_between_steps
     def warmup(self, *samplings: SamplingParts) -> None:
@@ -222,31 +209,26 @@ class Engine:
 
         Raises Refused for a request that this engine can never serve, and if too many requests wait.
         """
-        with self._lock:
-            if not self._inside.locked():
-                with self._inside:
-                    self._tidy()
-                    if after is not None:
-                        self._renew_if_changed()
-            generation = self._admission.admit(request, after, len(self._stages.waiting))
-            self._stages.waiting.append(generation)
-            return generation
+        return self._turns.take(lambda: self._submit(request, after))
+
+    def _submit(self, request: Request, after: Snapshot | None) -> Generation:
+        if not self._turns.inside_step:
+            self._turns.work(lambda: self._tidy(uses_states=after is not None))
+        generation = self._admission.admit(request, after, len(self._stages.waiting))
+        self._stages.waiting.append(generation)
+        return generation
 
     def cancel(self, generation: Generation) -> None:
         """End a request, wherever it is; a finished one does not change. From `decode`: at the end of the step."""
         self._admission.check_owner(generation)
         self._to_cancel.append(generation)
-        with self._lock:
-            self._settle_outside_steps()
+        self._turns.take(self._settle_between_steps)
 
     def cancel_soon(self, generation: Generation) -> None:
-        """`cancel` that does not wait for a step of another thread, which then ends the request."""
+        """`cancel` that does not wait for a step: for finalizers, which may run anywhere. The step ends the request."""
         self._to_cancel.append(generation)
-        if self._lock.acquire(blocking=False):
-            try:
-                self._settle_outside_steps()
-            finally:
-                self._lock.release()
+        if not self._turns.inside_step:
+            self._turns.take(self._settle_between_steps)
 
     @_between_steps
     def step(self) -> list[tuple[Generation, list[int]]]:
@@ -365,10 +347,28 @@ class Engine:
         generation.finish(reason)
         stages.in_doubt = ()
 
-    def _settle_outside_steps(self) -> None:
-        if not self._inside.locked():
-            with self._inside:
-                self._settle()
+    def _work(self, name: str, call: Callable[[], R]) -> R:
+        """Run a call on states whose turn it is."""
+        if self._turns.inside_step:
+            raise RuntimeError(
+                f"{name} was called by `decode`, inside a step, where states and tokens do not match; accepted there: "
+                "submit and cancel"
+            )
+        return self._turns.work(lambda: self._tidied(call))
+
+    def _tidied(self, call: Callable[[], R]) -> R:
+        self._tidy()
+        try:
+            return call()
+        except BaseException as error:
+            self._broken_off_by = repr(error)
+            raise
+        finally:
+            self._tidy()
+
+    def _settle_between_steps(self) -> None:
+        if not self._turns.inside_step:
+            self._turns.work(self._settle)
 
     def _settle(self) -> None:
         """Put in order what the last call left: requests in doubt, and ended or cancelled ones."""
@@ -382,11 +382,11 @@ class Engine:
                 self._finish(generation, "cancelled")
             self._to_cancel.popleft()
 
-    def _tidy(self) -> None:
-        """`_settle`, and what a change of the weights makes necessary if one was noticed."""
+    def _tidy(self, uses_states: bool = False) -> None:
+        """`_settle`, and what a change of the weights makes necessary, if it was noticed or if states are used."""
         noticed = self._weights.known_to_have_changed
         self._settle()
-        if noticed or self._weights.known_to_have_changed:
+        if noticed or (uses_states and self._weights.changed):
             self._renew()
 
     def _drop_doubtful(self, error: str) -> None:

@@ -71,7 +71,7 @@ class Prefill:
                 if generation.unread:
                     self._read(generation, end)
             except Exception as error:  # from this request alone: no other is in the call
-                fail(generation, f"its prompt cannot be read: {error}")
+                fail(generation, f"its prompt cannot be read: {str(error) or repr(error)}")
                 continue
             stages.reading.popleft()
             if generation.unread:

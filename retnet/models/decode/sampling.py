@@ -39,6 +39,9 @@ class FrozenDict(dict):
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
 
+    def __hash__(self) -> int:  # type: ignore[override] (a dict has none)
+        return hash(frozenset(self.items()))
+
     def __reduce__(self) -> tuple:
         return type(self), (dict(self),)
 

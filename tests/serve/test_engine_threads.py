@@ -1,0 +1,184 @@
+"""Calls from other threads and from `decode` act between steps: every request gets its own tokens."""
+
+import gc
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from retnet.models.decode.sampling import Sampling
+from retnet.serve.engine import Engine
+from retnet.serve.request import Refused, Request
+from retnet.serve.speculation import Speculation
+from tests.small_models import prompt, small_model
+
+GREEDY = Sampling(temperature=0)
+OPTIONS = {
+    "plain": {},
+    "prefix cache": {"prefix_cache_bytes": 10**6, "prefix_interval": 8},
+    "speculation": {"speculation": Speculation(3), "prefix_cache_bytes": 10**6},
+}
+STACKS = ("retention", "hybrid")
+
+
+def text_of(tokens) -> str:
+    return "".join(chr(97 + t % 26) for t in tokens)
+
+
+def engine_of(model, **options) -> Engine:
+    return Engine(model, **{"num_slots": 4, "max_tokens": 200, "prompt_chunk": 8, "decode": text_of, **options})
+
+
+@torch.no_grad()
+def is_greedy(model, context: list[int], tokens: list[int]) -> bool:
+    """Whether tokens are the likeliest ones after the context, by one forward of the whole model."""
+    if not tokens:
+        return True
+    logits = model(torch.tensor([context + tokens])).logits[0, len(context) - 1 : -1]
+    return logits.argmax(-1).tolist() == tokens
+
+
+@pytest.fixture(scope="module", params=STACKS)
+def exact(request):
+    """In float64, where rounding picks no other token."""
+    return small_model(request.param, dtype="float64")
+
+
+class Users:
+    """Threads that submit, continue, fork and cancel requests of one engine, and what each request must give."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.asked, self.refused = engine, [], 0
+
+    def ask(self, request: Request, earlier: list[int] | None = None, after=None) -> None:
+        try:
+            self.asked.append((self.engine.submit(request, after), [*(earlier or []), *request.prompt]))
+        except Refused:
+            self.refused += 1  # the engine's room is 200 tokens
+
+    def act(self, seed: int, num_calls: int) -> None:
+        rng = random.Random(seed)
+        shared = prompt(17, seed=1)
+        for _ in range(num_calls):
+            choice = rng.random()
+            request = Request(shared[: rng.randint(1, 17)] + prompt(rng.randint(0, 9), rng.randrange(50)), 12, GREEDY)
+            if choice < 0.4 or not self.asked:
+                self.ask(request)
+                continue
+            generation, _ = rng.choice(self.asked)
+            if choice < 0.6:
+                self.engine.cancel(generation)
+                assert generation.finished
+                continue
+            try:
+                snapshot = self.engine.snapshot(generation)
+            except ValueError:  # it does not decode
+                continue
+            more = Request(prompt(rng.randint(0, 5), rng.randrange(50)), 9, GREEDY)
+            self.ask(more, snapshot.tokens.tolist(), snapshot)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_calls_of_many_threads_beside_stepping_threads_change_no_token(exact, options):
+    engine = engine_of(exact, **OPTIONS[options])
+    users, stop = Users(engine), threading.Event()
+
+    def keep_stepping() -> int:
+        steps = 0
+        while not stop.is_set():
+            steps += bool(engine.step())
+        return steps
+
+    with ThreadPoolExecutor(6) as threads:
+        stepping = [threads.submit(keep_stepping) for _ in range(2)]
+        acting = [threads.submit(users.act, seed, 40) for seed in range(4)]
+        try:
+            for future in acting:
+                future.result(timeout=120)
+        finally:
+            stop.set()
+        assert sum(future.result(timeout=120) for future in stepping) > 0
+    engine.run()
+    assert engine.pool.num_free == engine.pool.num_slots
+    assert {g.finish_reason for g, _ in users.asked} == {"length", "cancelled"}
+    wrong = [g for g, context in users.asked if not is_greedy(exact, context, g.tokens)]
+    assert not wrong, f"{len(wrong)} of {len(users.asked)} requests got other tokens"
+    if engine.prefixes is not None:
+        assert engine.stats().prefix.hits > 0
+
+
+def test_streams_of_several_threads_share_an_engine(exact):
+    engine = engine_of(exact)
+    prompts = [prompt(5 + n, seed=n) for n in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        got = list(threads.map(lambda ids: list(engine.stream(Request(ids, 15, GREEDY))), prompts))
+    assert [len(tokens) for tokens in got] == [15] * 8
+    assert all(is_greedy(exact, ids, tokens) for ids, tokens in zip(prompts, got))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_decode_calls_takes_effect_after_the_step_or_is_refused(exact, options):
+    refused, submitted = [], []
+
+    def decode(tokens) -> str:
+        if started and len(submitted) < 3:
+            submitted.append(engine.submit(Request(prompt(9, seed=len(submitted)), 6, GREEDY)))
+            engine.cancel(cancelled)
+            for call in (
+                lambda: engine.snapshot(kept),
+                lambda: engine.fork(kept, Request([], 5)),
+                engine.step,
+                engine.run,
+                engine.weights_changed,
+            ):
+                with pytest.raises(RuntimeError, match=r"called by `decode`, inside a step.*accepted there") as error:
+                    call()
+                refused.append(error)
+        return text_of(tokens)
+
+    engine = engine_of(exact, **{**OPTIONS[options], "decode": decode})
+    started = False
+    watched = engine.submit(Request(prompt(7), 12, GREEDY, stop_strings=["zzzz"]))
+    cancelled, kept = (engine.submit(Request(prompt(6, seed=n), 30, GREEDY)) for n in (1, 2))
+    while not kept.tokens:
+        engine.step()
+    started = True
+    engine.run()
+    assert len(refused) == 15
+    assert cancelled.finish_reason == "cancelled"
+    assert {g.finish_reason for g in (watched, kept, *submitted)} == {"length"}
+    for generation in (watched, cancelled, kept, *submitted):
+        assert is_greedy(exact, list(generation.request.prompt), generation.tokens)
+
+
+def test_a_stream_dropped_before_its_first_token_gives_its_slot_back(small):
+    engine = engine_of(small, max_tokens=None)
+    endless = Request(prompt(5), None, GREEDY)
+    stream = engine.stream(endless)
+    stream.close()
+    assert list(stream) == []
+    engine.stream(endless)
+    held = engine.stream(endless)
+    engine.step()
+    del held
+    gc.collect()
+    assert engine.idle
+    assert engine.pool.num_free == engine.pool.num_slots
+
+
+def test_a_stream_dropped_during_a_step_ends_with_the_step(small):
+    def decode(tokens) -> str:
+        streams.clear()
+        gc.collect()
+        return text_of(tokens)
+
+    engine = engine_of(small, max_tokens=None, decode=decode)
+    dropped = engine.stream(Request(prompt(5), None, GREEDY))
+    generation, streams = dropped.generation, [dropped]
+    del dropped
+    other = engine.submit(Request(prompt(5), 4, GREEDY, stop_strings=["zzzz"]))
+    engine.run()
+    assert generation.finish_reason == "cancelled"
+    assert other.finish_reason == "length"
