@@ -29,7 +29,7 @@ def train(
     resume_from_checkpoint (auto takes the newest complete checkpoint), ... It trains on the GPU if there is one
     (use_cpu=true: on the CPU).
 
-    After a SIGTERM a checkpoint is saved and the exit code is 143.
+    After a SIGTERM or Ctrl-C the step is finished and a checkpoint is saved; the exit code is 143 or 130.
 
     Example: retnet train data=my/texts model=retnet-tiny max_steps=1000
     """
@@ -43,7 +43,7 @@ def train(
 
     from retnet.train.recipe import load_recipe
     from retnet.train.run import train as run
-    from retnet.train.stopping import SIGTERM_EXIT_CODE, Terminated
+    from retnet.train.stopping import Terminated
 
     recipe = load_recipe(files[0] if files else None, [w for w in words if "=" in w], data=data, model=model)
     disable_progress_bar()  # of transformers, one for every file that it writes
@@ -53,7 +53,7 @@ def train(
         summary = run(recipe, console)
     except Terminated as ended:
         console.print(str(ended), highlight=False, soft_wrap=True)
-        raise typer.Exit(SIGTERM_EXIT_CODE) from ended
+        raise typer.Exit(ended.exit_code) from ended
     rate = summary.tokens / summary.seconds
     parts = [f"{summary.tokens / 1e6:.2f}M tokens in {summary.seconds:.0f} s ({rate:,.0f} tokens/s)"]
     if summary.valid_bits_per_byte is not None:

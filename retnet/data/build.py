@@ -12,7 +12,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from retnet.data.shards import FORMAT, MANIFEST, SUFFIXES, TOKENIZER, VERSION, h
 from retnet.data.tokenizer import BYTES, Tokenizer
 from retnet.data.tokenizer_json import TOKENIZER_FILE, find_tokenizer
 from retnet.system.files import flush, read_json, write_json
+from retnet.system.lock import LOCK_FILE, locked
 
 PARTIAL = ".partial"
-_DATA, _RUN, _LOCK = "data", "run.json", "lock"
+_DATA, _RUN = "data", "run.json"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def build_shards(
     if out.is_dir():
         _check_replaceable(out)
     partial = out.with_name(out.name + PARTIAL)
-    with _locked(partial):
+    _check_is_ours(partial)
+    with locked(partial):
         _begin(partial, run, found)
         try:
             _write_missing(plan, settings, found, partial / _DATA, workers or _cores(), on_progress)
@@ -117,22 +118,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Lock the folder of an unfinished run, made if missing; the lock ends with the process."""
-    import fcntl
-
-    partial.mkdir(parents=True, exist_ok=True)
-    strangers = [entry.name for entry in partial.iterdir() if entry.name not in (_DATA, _RUN, _LOCK)]
+def _check_is_ours(partial: Path) -> None:
+    """Raise ValueError if the folder of an unfinished run holds anything that is not of one."""
+    if not partial.exists():
+        return
+    strangers = [entry.name for entry in partial.iterdir() if entry.name not in (_DATA, _RUN, LOCK_FILE)]
     strangers = [name for name in strangers if not name.startswith(f".{_RUN}")]
     if strangers:
         raise ValueError(f"{partial} is in the way: it holds {strangers[0]}, which `retnet data` does not write")
-    with open(partial / _LOCK, "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another run is writing {partial}") from error
-        yield
 
 
 def _begin(partial: Path, run: dict[str, Any], tokenizer: Tokenizer) -> None:

@@ -24,6 +24,7 @@ from retnet.train.curve import save_loss_curve
 from retnet.train.inputs import transformers_tokenizer
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
+from retnet.train.stopping import TerminationSignal
 from retnet.train.trainer import PackedTrainer
 
 SUMMARY_FILE = "training.json"
@@ -84,15 +85,22 @@ def _save_sharded(trainer: PackedTrainer, directory: Path) -> None:
         write_model(directory, config, Tensors.of(tensors))
 
 
-def continuations(output: Path, corpus: Corpus, count: int, seed: int, device: torch.device) -> list[tuple[str, str]]:
-    """Pairs of text: the beginning of a validation document, and a continuation sampled from the saved model."""
-    if not count:
+def continuations(
+    output: Path, corpus: Corpus, count: int, seed: int, device: torch.device, stop: TerminationSignal
+) -> list[tuple[str, str]]:
+    """Pairs of text: the beginning of a validation document, and a continuation sampled from the saved model.
+
+    stop: once it is received, no more are made.
+    """
+    if not count or stop.received:
         return []
     model = load_model(output, device=device)
     tokenizer = tokenizer_of(model.config, model.directory)
     generator = torch.Generator(device).manual_seed(seed)
     texts = []
     for document in range(min(count, len(corpus))):
+        if stop.received:
+            break
         tokens = corpus.tokens(document, 0, min(PROMPT_TOKENS, int(corpus.lengths[document])))
         prompt = torch.tensor(tokens.astype("int64"), device=device)[None]
         new = generate(model, prompt, SAMPLE_TOKENS, temperature=TEMPERATURE, generator=generator)

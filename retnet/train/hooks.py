@@ -22,13 +22,13 @@ class TrainingHooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.restore_progress()
+        self._trainer.validate_if_due()
         self._trainer.meter.restart()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        batches = self._trainer.batches
-        batches.epoch = state.global_step // (len(batches) // args.gradient_accumulation_steps)
+        self._trainer.batches.epoch = state.global_step // self._trainer.steps_per_epoch
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self._trainer
@@ -37,6 +37,7 @@ class TrainingHooks(TrainerCallback):
         if state.global_step == state.max_steps:  # processes agree before each step, and no step follows
             trainer.terminated = trainer.consensus.any(trainer.signal.received)
         if trainer.terminated:
+            trainer.validation_due = control.should_evaluate or _epoch_validation_follows(trainer)
             control.should_training_stop = control.should_save = control.should_log = True
             control.should_evaluate = False
         elif trainer.clock.fraction >= 1:
@@ -46,9 +47,16 @@ class TrainingHooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._trainer.terminated:
-            control.should_evaluate = False
+            self._trainer.raise_terminated()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.stop_reading_ahead()
+
+
+def _epoch_validation_follows(trainer: PackedTrainer) -> bool:
+    """Whether an epoch ends with this step, and a validation is due at its end."""
+    args, state = trainer.args, trainer.state
+    ends_epoch = state.global_step % trainer.steps_per_epoch == 0 or state.global_step == state.max_steps
+    return ends_epoch and args.eval_strategy == "epoch" and args.eval_delay <= (state.epoch or 0)

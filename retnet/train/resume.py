@@ -37,14 +37,17 @@ class ProcessState:
         return cls(**read_json(file), lanes=ModelState.load(lanes) if lanes.exists() else None)
 
 
-def save_run(checkpoint: Path, identity: dict[str, Any], seconds: float, num_processes: int) -> None:
-    """Record the run that a checkpoint is of, and how long it has trained."""
-    write_json(checkpoint / RUN_FILE, {**identity, "seconds": seconds, "processes": num_processes})
+def save_run(
+    checkpoint: Path, identity: dict[str, Any], *, seconds: float, num_processes: int, validation_due: bool
+) -> None:
+    """Record the run that a checkpoint is of, how long it has trained, and whether a signal prevented a validation."""
+    run = {**identity, "seconds": seconds, "processes": num_processes, "validation_due": validation_due}
+    write_json(checkpoint / RUN_FILE, run)
 
 
-def trained_seconds(checkpoint: Path) -> float:
-    """How long the run had trained when it wrote a checkpoint."""
-    return read_json(checkpoint / RUN_FILE)["seconds"]
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """What `save_run` recorded."""
+    return read_json(checkpoint / RUN_FILE)
 
 
 def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import TrainingArguments
 
+from retnet.system.lock import locked
 from retnet.train.checkpoints import CheckpointError, choose, inspect, list_checkpoints
 from retnet.train.cpu_fsdp import sharding_on_cpus
 from retnet.train.finish import TrainingSummary, continuations, record, save_whole_model
 from retnet.train.inputs import RunData, initial_model, open_data, run_identity
+from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.progress import ProgressCallback
 from retnet.train.recipe import Recipe
 from retnet.train.resume import check_identity
-from retnet.train.stopping import Terminated
 from retnet.train.trainer import PackedTrainer, RunOptions
 
 NEWEST = ("auto", "true")  # values of resume_from_checkpoint that select the newest checkpoint
@@ -31,8 +33,8 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
     """Run a recipe. Afterwards the output directory holds the model, its tokenizer, and the files of `finish.py`.
 
     Raises ValueError or OSError for a model or data that cannot be used, NonFiniteLoss (a ValueError) if the loss is
-    not finite, CheckpointError (an OSError) if a checkpoint cannot be written or read, and Terminated after a SIGTERM,
-    once a checkpoint has been saved.
+    not finite, CheckpointError (an OSError) if a checkpoint cannot be written or read, Terminated after a SIGTERM or
+    Ctrl-C, once a checkpoint has been saved, and Locked (an OSError) while another run writes to the directory.
     """
     arguments = recipe.training_arguments()
     if arguments.n_gpu > 1:
@@ -45,7 +47,13 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
     output = Path(str(arguments.output_dir))
     data = open_data(recipe, arguments)
     model = initial_model(recipe, data.corpus, arguments.seed)
-    parameters = sum(p.numel() for p in model.parameters())
+    with locked(output) if arguments.should_save else nullcontext():
+        return _train(recipe, arguments, data, model, console)
+
+
+def _train(
+    recipe: Recipe, arguments: TrainingArguments, data: RunData, model: PackedForCausalLM, console: Console
+) -> TrainingSummary:
     options = RunOptions(
         carry_state=recipe.carry_state,
         router_lr_multiplier=recipe.router_lr_multiplier,
@@ -60,23 +68,37 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
         except (ImportError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the Trainer does not accept these settings: {error}") from error
     trainer.resumed = resumed
+    parameters = sum(p.numel() for p in model.parameters())
     _describe(console, recipe, parameters, data, trainer)
     try:
         with trainer.signal:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+            return _finish(trainer, recipe, data, parameters, console)
     finally:
         progress.close()
-    if trainer.terminated:
-        raise Terminated(trainer.state.global_step, trainer.how_to_resume)
+
+
+def _finish(
+    trainer: PackedTrainer, recipe: Recipe, data: RunData, parameters: int, console: Console
+) -> TrainingSummary:
+    """Save the trained model, validate it, sample from it, and write the log.
+
+    The model is saved first: a signal during validation ends the run, and one after it only the samples.
+    """
+    arguments: TrainingArguments = trainer.args
+    output, seconds = Path(str(arguments.output_dir)), trainer.clock.read()
     trainer.check_weights()
-    seconds = trainer.clock.read()
-    metrics = trainer.evaluate() if arguments.do_eval else {}
     save_whole_model(trainer, output, data.corpus)
-    tokens = trainer.state.global_step * options.identity["rows_per_step"] * recipe.length
+    trainer.model_saved = True
+    metrics = trainer.evaluate() if arguments.do_eval else {}
+    tokens = trainer.state.global_step * trainer.options.identity["rows_per_step"] * recipe.length
     summary = _summary(trainer, data, metrics, tokens=tokens, seconds=seconds, parameters=parameters)
     if trainer.is_world_process_zero():
         documents = next(iter(data.valid.values())).corpus
-        samples = continuations(output, documents, recipe.num_samples, arguments.seed, arguments.device)
+        stop = trainer.signal
+        samples = continuations(output, documents, recipe.num_samples, arguments.seed, arguments.device, stop)
+        if stop.received:
+            console.print(f"stopped by a signal after training, with {len(samples)} of {recipe.num_samples} samples")
         record(output, recipe, arguments, summary, trainer.state.log_history, samples, console)
     return summary
 

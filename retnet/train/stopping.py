@@ -1,4 +1,4 @@
-"""The end of a run: its last step, its time limit, or a SIGTERM, agreed on by all processes.
+"""The end of a run: its last step, its time limit, or a signal, agreed on by all processes.
 
 All processes must stop at the same step, so they exchange what they know before every step: one small all-reduce on
 the CPU, which no GPU waits for. It also sums the targets of the step, by which the loss is divided.
@@ -6,6 +6,7 @@ the CPU, which no GPU waits for. It also sums the targets of the step, by which 
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -16,21 +17,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM  # as shells report a process that the signal ended
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAVING = b"\ninterrupted: the step is finished and saved first (Ctrl-C again ends the run without saving)\n"
 
 
 class Terminated(Exception):
-    """A run ended by SIGTERM."""
+    """A run ended by a signal. exit_code: as shells report a process that the signal ended."""
 
-    def __init__(self, step: int, how_to_resume: str):
+    def __init__(self, step: int, how_to_resume: str, number: int = signal.SIGTERM):
         super().__init__(f"terminated at step {step}; {how_to_resume}")
+        self.exit_code = 128 + number
 
 
 @dataclass(frozen=True)
 class Agreed:
     """The facts that all processes share before a step.
 
-    num_targets: of the step, over all processes. terminate: whether any process received SIGTERM. seconds: the time of
+    num_targets: of the step, over all processes. terminate: whether any process received a signal. seconds: the time of
     the run by the clock of process 0.
     """
 
@@ -61,25 +64,43 @@ class ProcessConsensus:
 
 
 class TerminationSignal:
-    """A context in which a SIGTERM is recorded instead of ending the process."""
+    """A context in which SIGTERM and SIGINT (Ctrl-C) are recorded instead of ending the process.
 
-    def __init__(self) -> None:
-        self.received = False
-        self._before: Any = None
+    A second Ctrl-C is a KeyboardInterrupt. A signal that the process ignores stays ignored, as with nohup.
+
+    number: the signal that was received first, None before. announces: whether a Ctrl-C is confirmed on standard error.
+    """
+
+    def __init__(self, *, announces: bool = False):
+        self.number: int | None = None
+        self._announces = announces
+        self._before: dict[int, Any] = {}
+
+    @property
+    def received(self) -> bool:
+        return self.number is not None
 
     def __enter__(self) -> TerminationSignal:
-        try:
-            self._before = signal.signal(signal.SIGTERM, self._remember)
-        except ValueError:  # Python allows handlers in the main thread only; in others the caller handles signals
-            self._before = None
+        for number in _SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            try:
+                self._before[number] = signal.signal(number, self._remember)
+            except ValueError:  # Python allows handlers in the main thread only; in others the caller handles signals
+                break
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and self._announces:
+            os.write(2, _SAVING)  # not print: the signal may have come in the middle of one
+        self.number = self.number or number
 
 
 class RunClock:

@@ -8,12 +8,14 @@ not the mean over all tokens (losses, validation).
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +29,10 @@ from retnet.models.states import ModelState
 from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainBatches, ValidBatches, collate, to_device
 from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged
 from retnet.train.hooks import TrainingHooks
-from retnet.train.losses import CHECK_EVERY, LossWatch, NonFiniteLoss, all_finite
+from retnet.train.losses import LossWatch, NonFiniteLoss, all_finite
 from retnet.train.optimizer import decayed_parameters, separate_routers
 from retnet.train.packed_model import PackedForCausalLM
-from retnet.train.resume import ProcessState, save_run, trained_seconds
+from retnet.train.resume import ProcessState, read_run, save_run
 from retnet.train.stopping import ProcessConsensus, RunClock, Terminated, TerminationSignal
 from retnet.train.throughput import Meter, device_peak, flops_per_token, memory_gib, synchronize
 
@@ -71,18 +73,20 @@ class PackedTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=valid, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingHooks(self))
-        self.consensus, self.signal = ProcessConsensus(), TerminationSignal()
+        self.consensus, self.signal = ProcessConsensus(), TerminationSignal(announces=args.process_index == 0)
         self.clock = RunClock(options.max_minutes)
         self.watch = LossWatch(self.rows.describe)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         self.meter = Meter(model.model.config, device_peak(args.device, dtype), args.world_size)
-        self.terminated = False
+        self.terminated = self.validation_due = self.model_saved = False
         self.lanes: ModelState | None = None
         self.resumed: Path | None = None
         self._ahead: ReadAhead | None = None
         self._source: Iterator[Any] | None = None
         self._staging: Path | None = None
         self._saved_step = -1
+        self._best_step: int | None = None  # the step of the weights, if the best ones were loaded at the end
+        self._validations: dict[int, dict[str, float]] = {}  # by the step of the weights
 
     # Batches
 
@@ -96,6 +100,10 @@ class PackedTrainer(Trainer):
             args.world_size,
         )
         return self._loader(self.rows, self.batches)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.batches) // self.args.gradient_accumulation_steps
 
     def _loader(self, rows: RowStream, batches: TrainBatches | ValidBatches) -> DataLoader:
         args = self.args
@@ -220,12 +228,22 @@ class PackedTrainer(Trainer):
     def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The loss over all validation documents, per corpus and in total. Every token is scored once."""
+        """The loss over all validation documents, per corpus and in total. Every token is scored once.
+
+        Weights that this run has validated are not validated again. Training continues as without it: no random number
+        of training is used.
+        """
+        if (done := self._validations.get(self._weights_step)) is not None:
+            self.control.should_evaluate = False
+            return done
         begin = time.perf_counter()
-        sums = {name: self._score(rows) for name, rows in self.valid_rows.items()}
-        if self.terminated:  # SIGTERM: stop the validation and save
-            self._save_checkpoint(cast(nn.Module, self.model), None)
-            raise Terminated(self.state.global_step, self.how_to_resume)
+        with _same_random_numbers(self.args.device):
+            sums = {name: self._score(rows) for name, rows in self.valid_rows.items()}
+        if self.terminated:
+            self.validation_due = True
+            if self._best_step is None:  # otherwise the weights are not those of the last step
+                self._save_checkpoint(cast(nn.Module, self.model), None)
+            self.raise_terminated()
         metrics: dict[str, float] = {}
         if len(sums) > 1:
             for name, rows in self.valid_rows.items():
@@ -239,7 +257,25 @@ class PackedTrainer(Trainer):
         self.meter.pause(metrics[f"{metric_key_prefix}_runtime"])
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._validations[self._weights_step] = metrics
         return metrics
+
+    @property
+    def _weights_step(self) -> int:
+        return self.state.global_step if self._best_step is None else self._best_step
+
+    def validate_if_due(self) -> None:
+        """Do the validation that a signal prevented when the checkpoint was saved, as if there had been none."""
+        if not self.validation_due:
+            return
+        self.validation_due = False
+        metrics = self._evaluate(None, None)
+        if self._determine_best_metric(metrics, None):
+            self.state.best_model_checkpoint = str(self.resumed)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._best_step = self.state.best_global_step
 
     @torch.no_grad()
     def _score(self, rows: PackedDataset) -> Tensor:
@@ -254,8 +290,8 @@ class PackedTrainer(Trainer):
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=args.device)
         ahead = ReadAhead(to_device(batch, args.device) for batch in loader)
-        for number, batch in enumerate(ahead):
-            if number % CHECK_EVERY == 0 and self.consensus.any(self.signal.received):
+        for batch in ahead:
+            if self.consensus.any(self.signal.received):
                 self.terminated = True
                 break
             facts: BatchFacts = batch.pop(FACTS)
@@ -277,9 +313,14 @@ class PackedTrainer(Trainer):
 
     # Checkpoints
 
-    @property
-    def how_to_resume(self) -> str:
-        return f"resume_from_checkpoint=auto resumes from {self.args.output_dir}"
+    def raise_terminated(self) -> NoReturn:
+        """End a run that has received a signal, once a checkpoint is saved."""
+        if self.is_in_train:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+        output = self.args.output_dir
+        saved = f"the model is saved in {output}, without its last validation; " if self.model_saved else ""
+        how_to_resume = f"{saved}resume_from_checkpoint=auto resumes from {output}"
+        raise Terminated(self.state.global_step, how_to_resume, self.signal.number or signal.SIGTERM)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -321,7 +362,13 @@ class PackedTrainer(Trainer):
         progress = ProcessState(float(self._tr_loss), self._globalstep_last_logged, self.lanes)
         progress.save(folder, self.args.process_index)
         if self.args.should_save:
-            save_run(folder, self.options.identity, self.clock.seconds, self.args.world_size)
+            save_run(
+                folder,
+                self.options.identity,
+                seconds=self.clock.seconds,
+                num_processes=self.args.world_size,
+                validation_due=self.validation_due,
+            )
             if self.state.best_global_step:  # the Trainer recorded the path of the staging folder
                 self.state.best_model_checkpoint = str(output / f"checkpoint-{self.state.best_global_step}")
                 self.state.save_to_json(str(folder / STATE_FILE))
@@ -332,7 +379,9 @@ class PackedTrainer(Trainer):
             self.clock.start(0.0)
             return
         self._saved_step = self.state.global_step
-        self.clock.start(trained_seconds(self.resumed))
+        run = read_run(self.resumed)
+        self.clock.start(run["seconds"])
+        self.validation_due = run.get("validation_due", False)
         progress = ProcessState.load(self.resumed, self.args.process_index)
         if progress is not None:
             self._tr_loss.fill_(progress.loss)
@@ -346,6 +395,12 @@ class PackedTrainer(Trainer):
         wrong = sorted((set(load_result.missing_keys) - tied) | set(load_result.unexpected_keys))
         if wrong:
             raise CheckpointError(f"the weights of {self.resumed} are not those of the model: {', '.join(wrong[:5])}")
+
+
+def _same_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which random numbers continue as if none had been drawn in it."""
+    is_cuda = device.type == "cuda"
+    return torch.random.fork_rng([device] if is_cuda else [], device_type=device.type if is_cuda else "cuda")
 
 
 def _loss_metrics(prefix: str, sums: Tensor, num_bytes: int) -> dict[str, float]:

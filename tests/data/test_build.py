@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from retnet.data import open_corpus, readers, shard_writer, shards
 from retnet.data.build import build_shards
 from retnet.data.plan import Settings
 from retnet.data.readers import DataError
+from retnet.system.lock import Locked, locked
 
 SEPARATOR = "\n--\n"
 SHARD_SIZE = 1 << 14
@@ -396,11 +396,9 @@ def test_the_output_is_never_read_as_a_source(build, tmp_path, source):
 
 
 def test_two_runs_into_one_folder_are_refused(build, tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    with open(tmp_path / "out.partial/lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match=r"another run is writing .*out\.partial"):
-            build(tmp_path / "out")
+    refused = pytest.raises(Locked, match=r"out\.partial is being written by process \d+ on")
+    with locked(tmp_path / "out.partial"), refused:
+        build(tmp_path / "out")
     build(tmp_path / "out")
 
 

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from retnet.train.recipe import Recipe, load_recipe
+from retnet.train.throughput import Peak
 
 # 283 rows of 48 tokens: an epoch is 18 steps of 16 rows.
 SETTINGS: dict[str, Any] = {
@@ -35,6 +36,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def fixed_peak(monkeypatch: pytest.MonkeyPatch):
+    """Every run measures its device for half a second otherwise."""
+    monkeypatch.setattr("retnet.train.trainer.device_peak", lambda device, dtype: Peak(1e12, "a fixed rate"))
 
 
 @pytest.fixture

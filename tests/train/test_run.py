@@ -124,7 +124,7 @@ def test_the_time_of_validation_and_checkpoints_is_not_counted_in_the_throughput
     }
     train(recipe_for(byte_model, text_folder, tmp_path, **settings), console)
     assert calls[0] == "restart"
-    assert len(calls) == 1 + 3 + 1  # validation at steps 4 and 8 and at the end; a checkpoint at step 8
+    assert len(calls) == 1 + 2 + 1  # validation at steps 4 and 8; a checkpoint at step 8
     assert min(calls[1:]) > 0
 
 
@@ -149,8 +149,54 @@ def test_corpora_are_mixed_and_validated_by_name(byte_model, text_folder, tmp_pa
     train(recipe, console)
     log = json.loads((tmp_path / "out/training.json").read_text())["log"]
     evaluations = [entry for entry in log if "eval_loss" in entry]
-    assert [entry["step"] for entry in evaluations] == [4, 8, 8]
+    assert [entry["step"] for entry in evaluations] == [4, 8]
     assert all(f"eval_{name}_bits_per_byte" in evaluations[0] for name in (text_folder, other))
+
+
+@pytest.mark.parametrize("settings", [{}, {"dataloader_num_workers": 1}, {"carry_state": True}], ids=str)
+def test_validation_does_not_change_training(dropout_model, text_folder, tmp_path, console, settings):
+    settings = QUICK | {"max_steps": 4} | settings
+    train(recipe_for(dropout_model, text_folder, tmp_path / "a", **settings), console)
+    validating = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "do_eval": True}
+    train(recipe_for(dropout_model, text_folder, tmp_path / "b", **settings, **validating), console)
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+def test_validation_draws_no_random_number_of_training_whatever_the_model_does(
+    dropout_model, text_folder, tmp_path, console, monkeypatch
+):
+    original = PackedTrainer._score
+
+    def score(self, rows):
+        torch.rand(3)
+        return original(self, rows)
+
+    settings = QUICK | {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    train(recipe_for(dropout_model, text_folder, tmp_path / "a", **settings), console)
+    monkeypatch.setattr(PackedTrainer, "_score", score)
+    train(recipe_for(dropout_model, text_folder, tmp_path / "b", **settings), console)
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 3}, [3]),
+        ({"eval_strategy": "steps", "eval_steps": 2}, [2, 3]),
+        ({"eval_strategy": "epoch"}, [3]),
+        ({}, [3]),
+    ],
+    ids=str,
+)
+def test_the_last_step_is_validated_once(byte_model, text_folder, tmp_path, console, settings, steps):
+    summary = train(
+        recipe_for(byte_model, text_folder, tmp_path, **QUICK | settings | {"max_steps": 3, "do_eval": True}), console
+    )
+    log = json.loads((tmp_path / "training.json").read_text())["log"]
+    validations = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == steps
+    assert summary.valid_loss == validations[3]
 
 
 @pytest.mark.parametrize("place", ["loss", "weights"])

@@ -1,0 +1,102 @@
+"""A lock on a folder that one run at a time may write.
+
+It is a `flock` on a file in the folder, which the operating system releases however the process ends. The file names
+the holder for the error message of the others, and is removed at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+LOCK_FILE = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of file systems without locks
+_held: set[BinaryIO] = set()
+
+
+class Locked(OSError):
+    """Another run is writing the folder. The message says which process."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder, made if missing. Raises Locked if another process or thread holds the lock.
+
+    Warns and continues where the file system has no locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    file = _acquire(path)
+    _held.add(file)
+    try:
+        yield
+    finally:
+        if _is_file(file, path):  # the folder may have been removed, and made again by another process
+            path.unlink()
+        _held.discard(file)
+        file.close()
+
+
+def _acquire(path: Path) -> BinaryIO:
+    """The open lock file, locked."""
+    while True:
+        file = path.open("a+b")
+        try:
+            _lock(file)
+            if _is_file(file, path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                file.flush()
+                return file
+            file.close()
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                holder = file.read(200).decode(errors="replace").strip() or "another process"
+            raise Locked(
+                f"{path.parent} is being written by {holder}; accepted: another folder, or this one when that process "
+                "has ended"
+            ) from error
+        except BaseException:
+            file.close()
+            raise
+
+
+def _is_file(file: BinaryIO, path: Path) -> bool:
+    """Whether the open file still has its name, which its last holder or the removal of the folder may have taken."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: BinaryIO) -> None:
+    """Raises BlockingIOError if the lock is held."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        warnings.warn(f"{file.name} cannot be locked on this system: do not write this folder twice", stacklevel=4)
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(f"{file.name} cannot be locked ({error}): do not write this folder twice", stacklevel=4)
+
+
+def _close_in_child() -> None:
+    """Close the locks that a forked process inherits: with them open it would hold them after its parent was killed."""
+    for file in _held:
+        os.close(file.fileno())
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
