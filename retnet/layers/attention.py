@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
-from retnet.layers.rotary import prepare_rotation, rotate_heads
+from retnet.layers.rotary import check_rotary, prepare_rotation, rotate_heads
 from retnet.layers.state import TokenCache, no_tokens
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
@@ -28,6 +28,7 @@ from retnet.ops.attention import (
     flex_causal_attention,
 )
 from retnet.ops.ragged import equal_blocks
+from retnet.ops.rotary import Llama3, Scaling, Yarn, scaling
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class AttentionConfig(MixerConfig):
     """num_kv_heads: heads of keys and values, each read by num_heads / num_kv_heads heads of queries (1: multi-query).
 
     head_dim: width of a head. rotary: convention of `retnet.ops.rotary`, its frequencies from rotary_base, positions
-    divided by rotary_factor, or stretched by it with YaRN from rotary_yarn_length tokens. alibi: a penalty linear in
-    the distance. window: tokens that a query sees, itself included (None: all). dropout: of attention weights, in
-    training.
+    divided by rotary_factor, or stretched by it with YaRN from rotary_yarn_length tokens; rotary_scaling, in their
+    place, scales frequencies. alibi: a penalty linear in the distance. window: tokens that a query sees, itself
+    included (None: all). dropout: of attention weights, in training.
     """
 
     num_heads: int
@@ -47,6 +48,7 @@ class AttentionConfig(MixerConfig):
     rotary_base: float = 10000.0
     rotary_factor: float = 1.0
     rotary_yarn_length: int | None = None
+    rotary_scaling: Yarn | Llama3 | None = None
     alibi: bool = False
     window: int | None = None
     qkv_bias: bool = False
@@ -65,14 +67,17 @@ class AttentionConfig(MixerConfig):
             )
         if self.rotary != "none" and self.head_dim % 2:
             raise ValueError(f"rotary turns pairs, but head_dim is {self.head_dim}; accepted: an even number")
-        if self.rotary_base <= 0 or self.rotary_factor <= 0:
-            raise ValueError(
-                f"rotary_base is {self.rotary_base}, rotary_factor {self.rotary_factor}; accepted: positive numbers"
-            )
+        check_rotary(self)
+        if self.rotary_scaling is not None and (self.rotary_factor != 1.0 or self.rotary_yarn_length is not None):
+            raise ValueError("rotary_scaling is given with rotary_factor or rotary_yarn_length; accepted: one of them")
         if self.rotary != "none" and self.alibi:
             raise ValueError(f"alibi is true with rotary {self.rotary!r}; accepted with alibi: 'none'")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; accepted: 0 <= dropout < 1")
+
+    @property
+    def position_scaling(self) -> Scaling:
+        return self.rotary_scaling or scaling(self.rotary_factor, self.rotary_yarn_length)
 
     @property
     def kept_tokens(self) -> float:

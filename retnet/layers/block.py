@@ -18,7 +18,7 @@ from retnet.layers.feed_forward import FeedForward, FeedForwardConfig
 from retnet.layers.mixer_base import MixerConfig
 from retnet.layers.mixers import mixer_configs, mixer_of
 from retnet.layers.moe import MoE, MoEConfig
-from retnet.layers.norm import make_norm
+from retnet.layers.norm import check_eps, make_norm
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.norms import Norm
@@ -47,6 +47,7 @@ class BlockConfig:
     keeps_state: bool = True
 
     def __post_init__(self) -> None:
+        check_eps(self, "norm_eps")
         if self.norm_position == "post" and self.residual == "parallel":
             raise ValueError("norm_position is 'post' with residual 'parallel'; accepted with parallel: 'pre'")
         if self.feed_forward is None and self.residual == "parallel":

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.layers.norm import make_norm
+from retnet.layers.norm import check_eps, make_norm
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
 
@@ -34,6 +34,7 @@ class FeedForwardConfig:
     kind: Literal["feed_forward"] = "feed_forward"
 
     def __post_init__(self) -> None:
+        check_eps(self, "inner_norm_eps")
         if self.hidden_dim < 1:
             raise ValueError(f"hidden_dim is {self.hidden_dim}; accepted: a positive integer")
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.norm import check_eps
 from retnet.layers.retention import RetentionDraft
 from retnet.layers.retention_call import RetentionCall
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
@@ -59,6 +60,7 @@ class Mamba2Config(MixerConfig):
         for name in ("inner_dim", "head_dim", "state_dim", "num_groups", "conv_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")
+        check_eps(self, "norm_eps")
         if self.inner_dim % self.head_dim:
             raise ValueError(f"head_dim is {self.head_dim}; accepted: a divisor of inner_dim ({self.inner_dim})")
         if self.num_heads % self.num_groups:

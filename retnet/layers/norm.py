@@ -4,7 +4,8 @@ The weights may be wider than the activations (float32 in a bfloat16 model). Nor
 and return the dtype of the activations.
 """
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -23,6 +24,13 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def check_eps(config: Any, name: str) -> None:
+    """Raise ValueError unless field `name` of a configuration can be the eps of a norm."""
+    eps = getattr(config, name)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{name} is {eps}; accepted: a number of at least 0")
 
 
 def make_norm(kind: Norm | Literal["none"], width: int, eps: float) -> nn.Module:

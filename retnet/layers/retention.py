@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.norm import check_eps
 from retnet.layers.retention_call import RetentionCall
-from retnet.layers.rotary import prepare_rotation, rotate_heads
+from retnet.layers.rotary import check_rotary, prepare_rotation, rotate_heads
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
@@ -24,6 +25,7 @@ from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode, retention_step_
+from retnet.ops.rotary import Scaling, scaling
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class RetentionConfig(MixerConfig):
             raise ValueError(
                 f"rotary turns pairs, but key_dim / num_heads is {self.head_key_dim}; accepted: an even number"
             )
+        check_rotary(self)
+        check_eps(self, "head_norm_eps")
         if isinstance(self.decay, list):
             object.__setattr__(self, "decay", tuple(self.decay))
         if isinstance(self.decay, str):
@@ -92,6 +96,10 @@ class RetentionConfig(MixerConfig):
             raise ValueError(
                 "decay_norm is defined for a decay fixed per head; accepted with decay 'gated': decay_norm false"
             )
+
+    @property
+    def position_scaling(self) -> Scaling:
+        return scaling(self.rotary_factor, self.rotary_yarn_length)
 
     @property
     def head_key_dim(self) -> int:

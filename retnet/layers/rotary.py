@@ -1,5 +1,6 @@
 """Rotary positions of queries and keys, from the options that attention and retention share."""
 
+import math
 from typing import Literal, Protocol, cast
 
 import torch
@@ -7,20 +8,32 @@ from torch import Tensor
 
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
-from retnet.ops.rotary import Rotary, rotate, rotation, scaling
+from retnet.ops.rotary import Rotary, Scaling, Yarn, rotate, rotation
 
 
 class RotaryOptions(Protocol):
-    """rotary_factor: positions are divided by it, or stretched by it with YaRN from rotary_yarn_length tokens."""
+    """What a mixer's configuration says about positions."""
 
     @property
     def rotary(self) -> Literal["interleaved", "half", "none"]: ...
     @property
     def rotary_base(self) -> float: ...
     @property
-    def rotary_factor(self) -> float: ...
+    def position_scaling(self) -> Scaling: ...
+
+
+class _RotaryNumbers(RotaryOptions, Protocol):
     @property
-    def rotary_yarn_length(self) -> int | None: ...
+    def rotary_factor(self) -> float: ...
+
+
+def check_rotary(options: _RotaryNumbers) -> None:
+    """Raise ValueError for a base or a factor that turns no pair."""
+    base, factor = options.rotary_base, options.rotary_factor
+    if not (0 < base < math.inf and 0 < factor < math.inf):
+        raise ValueError(f"rotary_base is {base}, rotary_factor {factor}; accepted: positive numbers")
+    if isinstance(options.position_scaling, Yarn) and not base > 1:
+        raise ValueError(f"rotary_base is {base} with YaRN; accepted: above 1")
 
 
 def prepare_rotation(options: RotaryOptions, layout: TokenLayout, head_dim: int, dtype: torch.dtype) -> None:
@@ -40,7 +53,7 @@ def rotate_heads(options: RotaryOptions, layout: TokenLayout, *heads: Tensor) ->
 def _cos_sin(options: RotaryOptions, layout: TokenLayout, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(cos, sin) [B, T, K / 2] at the layout's positions."""
     rotary, base, dtype = cast(Rotary, options.rotary), options.rotary_base, wide_dtype(dtype)
-    factor = scaling(options.rotary_factor, options.rotary_yarn_length)
+    factor = options.position_scaling
     return layout.shared(
         ("rotation", rotary, head_dim, base, factor, dtype),
         lambda: rotation(layout.positions, rotary, head_dim, base, factor=factor, dtype=dtype),

@@ -1,5 +1,6 @@
 """`ModelConfig`: the complete description of a model, made by presets, stacks and converters."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -7,8 +8,10 @@ from typing import Any, Literal
 import torch
 
 from retnet.layers.block import BlockConfig
+from retnet.layers.norm import check_eps
 from retnet.models.strict_json import from_dict, to_dict
 
+MAX_LAYERS = 10_000
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
 
@@ -49,6 +52,9 @@ class ModelConfig:
         for name in ("vocab_size", "d_model"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")
+        check_eps(self, "norm_eps")
+        if not 0 <= self.init_std < math.inf:
+            raise ValueError(f"init_std is {self.init_std}; accepted: a number of at least 0")
         if not self.layers:
             raise ValueError("layers is empty; accepted: at least one")
         if self.logit_soft_cap is not None and not self.logit_soft_cap > 0:
@@ -93,6 +99,8 @@ class ModelConfig:
         layers: list[BlockConfig] = []
         for i, run in enumerate(runs):
             one = from_dict(_Run, run, f"config.layers[{i}]")
+            if len(layers) + one.repeat > MAX_LAYERS:
+                raise ValueError(f"config.layers: more than {MAX_LAYERS} layers; accepted: 1 to {MAX_LAYERS}")
             layers.extend([one.layer] * one.repeat)
         return from_dict(cls, {**data, "layers": layers})
 
@@ -103,5 +111,5 @@ class _Run:
     repeat: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.repeat <= 10_000:
-            raise ValueError(f"repeat is {self.repeat}; accepted: 1 to 10000")
+        if not 1 <= self.repeat <= MAX_LAYERS:
+            raise ValueError(f"repeat is {self.repeat}; accepted: 1 to {MAX_LAYERS}")

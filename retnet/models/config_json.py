@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from retnet.layers.block import BlockConfig
-from retnet.models.config import Dtype, ModelConfig
+from retnet.models.config import MAX_LAYERS, Dtype, ModelConfig
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = get_args(Dtype)
@@ -27,14 +27,19 @@ _FIELDS = {
 
 def outer_fields(config: ModelConfig) -> dict[str, Any]:
     """The fields of config.json that stand beside `model_config` and say the same."""
-    ids = {name: getattr(config, name) for name in TOKEN_IDS}
     return {
-        **{name: list(x) if isinstance(x, tuple) else x for name, x in ids.items()},
+        **token_fields(config),
         "dtype": config.dtype,
         **{name: getattr(config, ours) for name, (ours, _) in _FIELDS.items()},
         "num_hidden_layers": len(config.layers),
         "num_attention_heads": _num_heads(config),
     }
+
+
+def token_fields(config: ModelConfig) -> dict[str, Any]:
+    """bos, eos and pad as JSON has them."""
+    ids = {name: getattr(config, name) for name in TOKEN_IDS}
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in ids.items()}
 
 
 def merged(
@@ -91,7 +96,7 @@ def _checked(name: str, value: Any, kind: type) -> Any:
 def _with_layers(layers: tuple[BlockConfig, ...], count: int) -> tuple[BlockConfig, ...]:
     """The first `count` layers; more than there are only where all are equal."""
     alike = all(layer == layers[0] for layer in layers)
-    most = 100_000 if alike else len(layers)
+    most = MAX_LAYERS if alike else len(layers)
     if not 1 <= count <= most:
         why = "" if alike else ", because the layers differ"
         raise ValueError(f"num_hidden_layers is {count}; accepted: 1 to {most}{why}")
@@ -99,20 +104,26 @@ def _with_layers(layers: tuple[BlockConfig, ...], count: int) -> tuple[BlockConf
 
 
 def token_ids_in_vocabulary(name: str, value: Any, vocab_size: int, place: str = "") -> int | tuple[int, ...] | None:
-    """A token id, or for eos several, of a transformers configuration; None where it names none.
+    """`token_id` without ids beyond the vocabulary, which no model can produce: they are left out with a warning."""
+    ids = token_id(name, value, place)
+    if ids is None:
+        return None
+    several = isinstance(ids, tuple)
+    kept = tuple(i for i in (ids if several else (ids,)) if i < vocab_size)
+    if kept != ids and kept != (ids,):
+        warnings.warn(f"{place}{name} is {value}, beyond the vocabulary of {vocab_size}: ignored", stacklevel=3)
+    return kept if several and kept else kept[0] if kept else None
 
-    Negative ids stand for none. Ids beyond the vocabulary, which no model can produce, are left out with a warning.
-    place: stands before the name in messages.
 
-    Raises ValueError for anything but integers.
+def token_id(name: str, value: Any, place: str = "") -> int | tuple[int, ...] | None:
+    """A token id, or for eos several, of a transformers configuration; None where it names none, as -1 does.
+
+    place: stands before the name in messages. Raises ValueError for anything but integers.
     """
     several = isinstance(value, (list, tuple)) and name == "eos_token_id"
     ids: list[Any] = list(value) if several else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    if value is not None and not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         accepted = "an integer, a list of integers, or null" if name == "eos_token_id" else "an integer or null"
         raise ValueError(f"{place}{name} is {value!r}; accepted: {accepted}")
-    beyond = [i for i in ids if i >= vocab_size]
-    if beyond:
-        warnings.warn(f"{place}{name} is {value}, beyond the vocabulary of {vocab_size}: ignored", stacklevel=3)
-    kept = tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab_size))
+    kept = tuple(dict.fromkeys(i for i in ids if i is not None and i >= 0))
     return kept if several and kept else kept[0] if kept else None

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ MODEL_TYPE = "retnet"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 PREFIX = "model."
+_LAYER = re.compile(r"layers\.(\d{1,9})\.")
 
 SHIM_FILE = "retnet_shim.py"
 SHIM = '''"""The classes of this model, for transformers with trust_remote_code=True: those of the installed package.
@@ -118,14 +120,35 @@ def open_model(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]
     config = load_config(directory)
     tensors = open_tensors(directory)
     tensors = tensors.renamed({name.removeprefix(PREFIX): name for name in tensors.specs})
+    held = {int(part[1]) for part in map(_LAYER.match, tensors.specs) if part}
+    _refuse(directory, size_problems(config, "embedding.weight", tensors.specs.get("embedding.weight"), held))
     _check_tensors(directory, build_empty(config), tensors)
     return replace(config, dtype=_dtype_of(tensors)), tensors
 
 
 def build_empty(config: ModelConfig) -> LanguageModel:
     """The model on the meta device, without memory for its weights: names and shapes, to be filled by `fill`."""
-    with torch.device("meta"):
-        return LanguageModel(config)
+    try:
+        with torch.device("meta"):
+            return LanguageModel(config)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"no tensors have the sizes of this configuration: {error}") from error
+
+
+def size_problems(config: ModelConfig, name: str, embedding: Tensor | None, held_layers: Collection[int]) -> list[str]:
+    """Why the weights are too small for the configuration: found before a model of its size is built.
+
+    name, embedding: of the tensor with a row for each token. held_layers: numbers of layers that the weights have.
+    """
+    problems = []
+    if embedding is None:
+        problems.append(f"{name} is missing")
+    elif list(embedding.shape) != [config.vocab_size, config.d_model]:
+        problems.append(f"{name} has shape {list(embedding.shape)}, not {[config.vocab_size, config.d_model]}")
+    missing = next(i for i in range(len(held_layers) + 1) if i not in held_layers)
+    if missing < len(config.layers):
+        problems.append(f"layer {missing} of {len(config.layers)} is missing")
+    return problems
 
 
 def fill(
@@ -183,6 +206,10 @@ def _check_tensors(directory: Path, model: LanguageModel, tensors: Tensors) -> N
         if name in held and held[name].shape != tensor.shape
     ]
     problems += [f"{name} is {x.dtype}, not floating-point" for name, x in held.items() if not x.is_floating_point()]
+    _refuse(directory, problems)
+
+
+def _refuse(directory: Path, problems: list[str]) -> None:
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"the weights in {directory} are not those of its {CONFIG_FILE}: {shown}")

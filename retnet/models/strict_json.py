@@ -7,6 +7,7 @@ class), for kinds that are registered elsewhere.
 
 import dataclasses
 import difflib
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -80,8 +81,12 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(annotation):
         cls = cast(type, annotation)
         return value if isinstance(value, cls) else from_dict(cls, value, path)
-    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+    if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) <= sys.float_info.max:  # NaN too
+            raise ValueError(f"{path}: expected a finite number, got {_name(value)}")
         return float(value)
+    if annotation is int and isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{path}: expected an integer of 64 bits, got {_name(value)}")
     if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
         raise ValueError(f"{path}: expected {annotation.__name__}, got {_name(value)}")
     return value

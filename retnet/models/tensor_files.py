@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -137,7 +136,7 @@ def _open_pickle(file: Path) -> Tensors:
     key = next((k for k in ("model", "state_dict", "module") if isinstance(whole.get(k), Mapping)), None)
     extra = {} if key is None else {k: v for k, v in whole.items() if k != key}
     state_dict = whole if key is None else whole[key]
-    tensors = {name: x for name, x in state_dict.items() if isinstance(x, Tensor)}
+    tensors = {name: x for name, x in state_dict.items() if isinstance(x, Tensor) and isinstance(name, str)}
     if len(tensors) < len(state_dict) or not tensors:
         other = next((name for name in state_dict if name not in tensors), None)
         raise ValueError(f"{file} holds no state dict: {'it is empty' if other is None else f'{other!r} is no tensor'}")
@@ -155,7 +154,9 @@ def _unpickle(file: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain values under names: torchscale's arguments
             whole = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle fails in as many ways as there are instructions
         raise ValueError(
             f"{file} is damaged, or a pickle of more than tensors and plain values, which could run code and is not "
             f"read: {str(error).partition(chr(10))[0] or type(error).__name__}"
@@ -173,9 +174,9 @@ def _open_shards(index_file: Path) -> Tensors:
         raise ValueError(f"{index_file} is no index of shards (a mapping with weight_map): {error!r}") from error
     shards: dict[str, Tensors] = {}
     for name in names:
-        file = index_file.parent / name
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
             raise ValueError(f"{index_file} names the shard {name!r}; accepted: a file beside it")
+        file = index_file.parent / name
         if not file.is_file():
             raise FileNotFoundError(f"{index_file} names the shard {name}, which is missing")
         shards[name] = _open_file(file)

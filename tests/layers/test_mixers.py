@@ -16,6 +16,7 @@ from retnet.layers.mixers import mixer_of
 from retnet.layers.retention import RetentionConfig
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
+from retnet.ops.rotary import Llama3, Yarn
 
 D, B, T = 12, 3, 11
 TOLERANCE = 1e-10
@@ -28,6 +29,8 @@ CASES: dict[str, MixerConfig] = {
         4, 2, head_dim=6, rotary="interleaved", qkv_bias=True, out_bias=True
     ),
     "multi-query attention, scaled rotary": AttentionConfig(4, 1, head_dim=6, rotary_base=100.0, rotary_factor=2.0),
+    "attention, YaRN": AttentionConfig(4, 2, head_dim=8, window=5, rotary_scaling=Yarn(4.0, 8, fast=2.0, slow=0.5)),
+    "attention, Llama 3's scaling": AttentionConfig(2, 1, head_dim=8, rotary_base=50.0, rotary_scaling=Llama3(8.0, 32)),
     "window": AttentionConfig(4, 2, head_dim=6, window=4),
     "window of one": AttentionConfig(2, 2, head_dim=6, window=1),
     "alibi": AttentionConfig(4, 2, head_dim=6, rotary="none", alibi=True),

@@ -115,9 +115,12 @@ def _open(source: Source | LanguageModel, format: str | None, config: object) ->
     if form.prefix and form.prefix + form.marker in theirs.specs:
         theirs = theirs.renamed({name.removeprefix(form.prefix): name for name in theirs.specs})
     if not isinstance(config, ModelConfig):
-        values = _source_config(None if is_state_dict else Path(source), theirs, config, form)
-        config = form.config_of(_with_vocab_size(values, form, theirs))
-        config = ModelConfig.from_dict(config.to_dict())  # checks every value's type
+        values, where = _source_config(None if is_state_dict else Path(source), theirs, config, form)
+        try:
+            config = form.config_of(_with_vocab_size(values, form, theirs))
+            config = ModelConfig.from_dict(config.to_dict())  # checks every value's type
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from error
     return in_our_names(form, config, theirs)
 
 
@@ -136,8 +139,12 @@ def _recognise(theirs: Tensors, where: str) -> Format:
     return found[0]
 
 
-def _source_config(path: Path | None, theirs: Tensors, config: Any, form: Format) -> Mapping[str, Any]:
-    """The source's own configuration: as given, from its directory, or from inside its checkpoint."""
+def _source_config(path: Path | None, theirs: Tensors, config: Any, form: Format) -> tuple[Mapping[str, Any], str]:
+    """The source's own configuration: as given, from its directory, or from inside its checkpoint.
+
+    Returned with the file that holds it, as messages begin with it.
+    """
+    where = ""
     if config is None and path is not None and (path / CONFIG_FILE).is_file():
         config = path / CONFIG_FILE
     if config is None:
@@ -145,7 +152,9 @@ def _source_config(path: Path | None, theirs: Tensors, config: Any, form: Format
         config = next((value for value in inside if value), None)
         nested = config.get("model") if isinstance(config, Mapping) else None
         config = nested if isinstance(nested, (Mapping, argparse.Namespace)) else config
+        where = f"{path}: "
     if isinstance(config, (str, os.PathLike)):
+        where = f"{config}: "
         config = read_json(Path(config))
     if not isinstance(config, Mapping) and hasattr(config, "__dict__"):  # a namespace, torchscale's RetNetConfig, ...
         config = vars(config)
@@ -154,14 +163,14 @@ def _source_config(path: Path | None, theirs: Tensors, config: Any, form: Format
             f"weights in the format {form.name} without a configuration; accepted: config=..., its config.json, or "
             "the arguments that the model was built with"
         )
-    return config
+    return config, where
 
 
 def _with_vocab_size(values: Mapping[str, Any], form: Format, theirs: Tensors) -> Mapping[str, Any]:
     """The configuration with a vocabulary size: without one (torchscale writes -1), the number of embeddings."""
-    if (values.get("vocab_size") or -1) > 0:
+    if values.get("vocab_size") not in (None, -1):
         return values
     embedding = theirs.specs.get(form.embedding)
     if embedding is None:
         raise ValueError(f"these are not weights in the format {form.name}: {form.embedding} is missing")
-    return {**values, "vocab_size": embedding.shape[0]}
+    return {**values, "vocab_size": (embedding.shape or [0])[0]}

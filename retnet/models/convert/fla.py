@@ -16,7 +16,27 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
-from retnet.models.convert.table import Format, Part, Table, refuse, token_ids, unsupported, warn_unknown
+from retnet.models.config_json import token_fields
+from retnet.models.convert.fields import (
+    Field,
+    at_least_zero,
+    choice,
+    depth,
+    eps,
+    flag,
+    ignored,
+    is_integer,
+    mapping,
+    only,
+    positive,
+    read,
+    refuse,
+    shown,
+    size,
+    times,
+    token_ids,
+)  # fmt: skip
+from retnet.models.convert.table import Format, Part, Table
 from retnet.ops.retention import Mode
 
 _FUSED_NORM = "model.layers.{}.attn.g_norm_swish_gate.weight"
@@ -42,110 +62,112 @@ NAMES: Table = {
     "head.weight": "lm_head.weight",
 }
 
-_DEFAULTS = {
-    "attn_mode": "chunk",
-    "hidden_size": 2048,
-    "expand_k": 1.0,
-    "expand_v": 2.0,
-    "hidden_ratio": 4,  # if null; 2 if the key is missing
-    "num_hidden_layers": 24,
-    "num_heads": 8,
-    "hidden_act": "swish",
-    "use_output_gate": True,
-    "elementwise_affine": True,
-    "norm_eps": 1e-6,
-    "initializer_range": 0.02,
-}
 _MODES: dict[str, Mode] = {
     "chunk": "auto",
     "fused_chunk": "auto",
     "parallel": "parallel",
     "fused_recurrent": "recurrent",
 }
-_KNOWN = frozenset(
-    [*_DEFAULTS, "attn", "bos_token_id", "eos_token_id", "feature_map", "intermediate_size", "num_kv_heads",
-     "pad_token_id", "tie_word_embeddings", "vocab_size",
-     # without effect on outputs: training, kernels, and a convolution that its block does not build
-     "conv_size", "fuse_cross_entropy", "fuse_linear_cross_entropy", "fuse_norm", "fuse_swiglu",
-     "max_position_embeddings", "share_conv_kernel", "use_l2warp", "use_short_conv"]
-)  # fmt: skip
+_FIELDS = {
+    "model_type": only("retnet"),
+    "attn": mapping(),
+    "attn_mode": choice("chunk", *_MODES),
+    "attnres_block_size": only(None),
+    "elementwise_affine": flag(True),
+    "expand_k": times(1.0),
+    "expand_v": times(2.0),
+    "feature_map": only(None),
+    "hidden_act": only("swish"),
+    "hidden_ratio": times(2, null=4),
+    "hidden_size": size(2048),
+    "initializer_range": at_least_zero(0.02),
+    "intermediate_size": size(None),
+    "norm_eps": eps(1e-6),
+    "num_heads": size(8),
+    "num_hidden_layers": depth(24),
+    "num_kv_heads": size(None),
+    "tie_word_embeddings": flag(False),
+    "use_output_gate": flag(True),
+    "vocab_size": size(),
+    # without effect on outputs: training, kernels, and a convolution that its block does not build
+    "conv_size": size(None), "fuse_cross_entropy": flag(False), "fuse_linear_cross_entropy": flag(False),
+    "fuse_norm": flag(False), "fuse_swiglu": flag(False), "max_position_embeddings": size(None),
+    "share_conv_kernel": flag(False), "use_l2warp": flag(False), "use_short_conv": ignored("true or false", bool),
+}  # fmt: skip
+_ATTENTION = {
+    "layers": Field("a list of layer numbers", lambda x: isinstance(x, list) and all(map(is_integer, x))),
+    "num_heads": size(),
+    "num_kv_heads": size(None),
+    "qkv_bias": flag(False),
+    "rope_theta": positive(10000.0),
+    "window_size": size(None),
+}
 MAX_HEAD_KEY_DIM = 256
 _CANNOT = "FLA's RetNet cannot express this model"
 
 
 def config_of(source: Mapping[str, Any]) -> ModelConfig:
     """Their config.json as our configuration."""
-    accepted = {"model_type": "retnet", "feature_map": None, "hidden_act": "swish", "attnres_block_size": None}
-    problems = unsupported(source, accepted)
-    if _value(source, "attn_mode") not in _MODES:
-        problems.append(f"attn_mode is {source['attn_mode']!r}; accepted: {', '.join(_MODES)}")
-    refuse("fla", problems)
-    warn_unknown("fla", source, _KNOWN)
-    width, heads, eps = (_value(source, key) for key in ("hidden_size", "num_heads", "norm_eps"))
+    value = read("fla", source, _FIELDS)
+    width, heads, norm_eps = value["hidden_size"], value["num_heads"], value["norm_eps"]
     retention = RetentionConfig(
         num_heads=heads,
-        num_kv_heads=source.get("num_kv_heads"),
-        key_dim=round(width * _value(source, "expand_k")),
-        value_dim=round(width * _value(source, "expand_v")),
+        num_kv_heads=value["num_kv_heads"],
+        key_dim=round(width * value["expand_k"]),
+        value_dim=round(width * value["expand_v"]),
         rotary="half",
-        gate="swish" if _value(source, "use_output_gate") else "none",
+        gate="swish" if value["use_output_gate"] else "none",
         head_norm="rms",
-        head_norm_affine="shared" if _value(source, "elementwise_affine") else "none",
-        head_norm_eps=eps,
-        mode=_MODES[_value(source, "attn_mode")],
+        head_norm_affine="shared" if value["elementwise_affine"] else "none",
+        head_norm_eps=norm_eps,
+        mode=_MODES[value["attn_mode"]],
     )
-    feed_forward = FeedForwardConfig(_intermediate_size(source, width), gated=True, activation="swish")
-    attention = _attention(source.get("attn"), width)
+    hidden = value["intermediate_size"] or _intermediate_size(width, value["hidden_ratio"])
+    feed_forward = FeedForwardConfig(hidden, gated=True, activation="swish")
+    num_layers = value["num_hidden_layers"]
+    attention = {} if value["attn"] is None else _attention(value["attn"], width, num_layers)
     layers = (
-        BlockConfig(attention.get(i, retention), feed_forward, norm="rms", norm_eps=eps)
-        for i in range(_value(source, "num_hidden_layers"))
+        BlockConfig(attention.get(i, retention), feed_forward, norm="rms", norm_eps=norm_eps) for i in range(num_layers)
     )
     return ModelConfig(
-        vocab_size=source["vocab_size"],
+        vocab_size=value["vocab_size"],
         d_model=width,
         layers=tuple(layers),
         name="fla",
-        tie_embeddings=source.get("tie_word_embeddings", False),
+        tie_embeddings=value["tie_word_embeddings"],
         final_norm="rms",
-        norm_eps=eps,
+        norm_eps=norm_eps,
         init="normal",
-        init_std=_value(source, "initializer_range"),
-        **token_ids({"bos_token_id": 1, "eos_token_id": 2} | dict(source)),
+        init_std=value["initializer_range"],
+        **token_ids(source, bos_token_id=1, eos_token_id=2),
     )
 
 
-def _value(source: Mapping[str, Any], key: str) -> Any:
-    value = source.get(key)
-    return _DEFAULTS[key] if value is None else value
-
-
-def _intermediate_size(source: Mapping[str, Any], width: int) -> int:
-    """The given size, or two thirds of width * hidden_ratio, rounded up to a multiple of 256."""
-    if source.get("intermediate_size") is not None:
-        return source["intermediate_size"]
-    ratio = _value(source, "hidden_ratio") if "hidden_ratio" in source else 2
+def _intermediate_size(width: int, ratio: float) -> int:
+    """Two thirds of width * ratio, rounded up to a multiple of 256."""
     return 256 * -(-int(width * ratio * 2 / 3) // 256)
 
 
-def _attention(attn: Mapping[str, Any] | None, width: int) -> dict[int, AttentionConfig]:
+def _attention(attn: Mapping[str, Any], width: int, num_layers: int) -> dict[int, AttentionConfig]:
     """The layers that are softmax attention."""
-    if attn is None:
-        return {}
-    known = ("layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta")
-    problems = [
-        f"attn.{key} is {attn[key]!r}; accepted: {', '.join(known)}" for key in attn if key not in known and attn[key]
-    ]
-    refuse("fla", problems + [f"attn has no {key}" for key in known[:2] if key not in attn])
+    unknown = [f"attn.{key} is {shown(attn[key])}" for key in attn if key not in _ATTENTION and attn[key]]
+    refuse("fla", [f"{problem}; accepted: {', '.join(_ATTENTION)}" for problem in unknown])
+    value = read("fla: attn", attn, _ATTENTION)
+    heads, layers = value["num_heads"], value["layers"]
+    problems = [f"attn.layers has {i}; accepted: 0 to {num_layers - 1}" for i in layers if not 0 <= i < num_layers]
+    if width % heads:
+        problems.append(f"attn.num_heads is {heads}; accepted: a divisor of hidden_size {width}")
+    refuse("fla", problems)
     mixer = AttentionConfig(
-        num_heads=attn["num_heads"],
-        num_kv_heads=attn.get("num_kv_heads") or attn["num_heads"],
-        head_dim=width // attn["num_heads"],
+        num_heads=heads,
+        num_kv_heads=value["num_kv_heads"] or heads,
+        head_dim=width // heads,
         rotary="half",
-        rotary_base=attn.get("rope_theta") or 10000.0,
-        window=attn.get("window_size"),
-        qkv_bias=attn.get("qkv_bias", False),
+        rotary_base=value["rope_theta"],
+        window=value["window_size"],
+        qkv_bias=value["qkv_bias"],
     )
-    return dict.fromkeys(attn["layers"], mixer)
+    return dict.fromkeys(layers, mixer)
 
 
 # Fields that change no output, so FLA's format need not express them.
@@ -172,10 +194,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "model_type": "retnet",
         "attn": _attn(config),
         "attn_mode": {"parallel": "parallel", "recurrent": "fused_recurrent"}.get(retention.mode, "chunk"),
-        "bos_token_id": config.bos_token_id,
-        "dtype": config.dtype,
         "elementwise_affine": retention.head_norm_affine != "none",
-        "eos_token_id": config.eos_token_id,
         "expand_k": retention.key_dim / config.d_model,
         "expand_v": retention.value_dim / config.d_model,
         "hidden_act": "swish",
@@ -186,10 +205,11 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "num_heads": retention.num_heads,
         "num_hidden_layers": len(config.layers),
         "num_kv_heads": retention.num_kv_heads,
-        "pad_token_id": config.pad_token_id,
         "tie_word_embeddings": config.tie_embeddings,
         "use_output_gate": retention.gate == "swish",
         "vocab_size": config.vocab_size,
+        "dtype": config.dtype,
+        **token_fields(config),
     }
     refuse(_CANNOT, _lost(config, config_of(data)))
     return data

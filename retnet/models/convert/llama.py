@@ -1,7 +1,12 @@
-"""transformers' `LlamaForCausalLM`: grouped-query attention, half rotary positions, SwiGLU, RMS pre-norms."""
+"""transformers' Llama, Mistral and Qwen2: grouped-query attention, half rotary positions, SwiGLU, RMS pre-norms.
+
+The three share their tensors' names. Mistral has a sliding window, Qwen2 biases of q, k and v and a window in some
+layers. Of the ways to extend a trained context, those that are fixed when the model is built are read.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +14,27 @@ from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.models.config import ModelConfig
-from retnet.models.convert.table import Format, Table, refuse, token_ids, unsupported, warn_unknown
+from retnet.models.convert.fields import (
+    Field,
+    at_least_zero,
+    choice,
+    depth,
+    eps,
+    flag,
+    is_number,
+    mapping,
+    only,
+    positive,
+    rate,
+    read,
+    refuse,
+    shown,
+    size,
+    token_ids,
+)  # fmt: skip
+from retnet.models.convert.table import Format, Table
+from retnet.models.tensor_files import Tensors
+from retnet.ops.rotary import Llama3, Yarn
 
 EMBEDDING = "model.embed_tokens.weight"
 NAMES: Table = {
@@ -34,67 +59,181 @@ NAMES: Table = {
     "head.weight": "lm_head.weight",
 }
 
-_DEFAULTS = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
+_WINDOWS = ("full_attention", "sliding_attention")
+_SHARED = {
+    "attention_dropout": rate(0.0),
+    "head_dim": size(None),
+    "hidden_act": only("silu", "swish"),
+    "hidden_size": size(4096),
+    "initializer_range": at_least_zero(0.02),
+    "intermediate_size": size(11008),
+    "max_position_embeddings": size(2048),
+    "num_attention_heads": size(32),
+    "num_hidden_layers": depth(32),
+    "num_key_value_heads": size(None),
+    "original_max_position_embeddings": size(None),
+    "partial_rotary_factor": only(1, None),
+    "pretraining_tp": size(1),
+    "rms_norm_eps": eps(1e-6),
+    "rope_parameters": mapping(),
+    "rope_scaling": mapping(),
+    "rope_theta": positive(None),
+    "tie_word_embeddings": flag(False),
+    "vocab_size": size(),
 }
-# Keys that are read below or do not change outputs. Our positions have no limit.
-_FREE = {
-    "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "max_position_embeddings", "num_key_value_heads",
-    "pad_token_id", "pretraining_tp", "rope_parameters", "rope_scaling", "rope_theta", "vocab_size",
+# The fields of each model_type.
+_FIELDS: dict[str, dict[str, Field]] = {
+    "llama": {**_SHARED, "attention_bias": flag(False), "mlp_bias": flag(False)},
+    "mistral": {
+        **_SHARED,
+        "intermediate_size": size(14336),
+        "max_position_embeddings": size(131072),
+        "num_key_value_heads": size(8, null=None),
+        "sliding_window": size(4096, null=None),
+    },
+    "qwen2": {
+        **_SHARED,
+        "intermediate_size": size(22016),
+        "layer_types": Field(
+            f"a list of {' and '.join(_WINDOWS)}",
+            lambda x: isinstance(x, list) and all(isinstance(kind, str) and kind in _WINDOWS for kind in x),
+            None,
+        ),
+        "max_position_embeddings": size(32768),
+        "max_window_layers": size(28, least=0),
+        "num_key_value_heads": size(32, null=None),
+        "sliding_window": size(4096, null=None),
+        "use_sliding_window": flag(False),
+    },
+}
+_TOKENS = {"llama": (1, 2), "mistral": (1, 2), "qwen2": (None, None)}  # bos and eos by default
+_KINDS = ("default", "linear", "llama3", "yarn")
+_NEEDED = {"linear": ("factor",), "yarn": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+_ROPE = {
+    "rope_theta": positive(None),
+    "rope_type": choice(None, *_KINDS),
+    "type": choice(None, *_KINDS),
+    "partial_rotary_factor": only(1, None),
+    "factor": positive(None),
+    "original_max_position_embeddings": size(None),
+    # llama3
+    "low_freq_factor": positive(None), "high_freq_factor": positive(None),
+    # yarn
+    "attention_factor": positive(None), "beta_fast": positive(32.0), "beta_slow": positive(1.0),
+    "mscale": Field("a number", is_number, None), "mscale_all_dim": Field("a number", is_number, None),
+    "truncate": flag(True),
+    # of types that are refused by name
+    "long_factor": Field("nothing", lambda x: False, None), "short_factor": Field("nothing", lambda x: False, None),
 }  # fmt: skip
 
 
 def config_of(source: Mapping[str, Any]) -> ModelConfig:
     """Their config.json as our configuration."""
-    refuse("llama", unsupported(source, {"model_type": "llama", "hidden_act": "silu"}))
-    warn_unknown("llama", source, {*_DEFAULTS, *_FREE})
-    value = {key: default if source.get(key) is None else source[key] for key, default in _DEFAULTS.items()}
-    width, heads, eps = value["hidden_size"], value["num_attention_heads"], value["rms_norm_eps"]
-    base, factor = _rotary(source)
-    attention = AttentionConfig(
-        num_heads=heads,
-        num_kv_heads=source.get("num_key_value_heads") or heads,
-        head_dim=source.get("head_dim") or width // heads,
-        rotary="half",
-        rotary_base=base,
-        rotary_factor=factor,
-        qkv_bias=value["attention_bias"],
-        out_bias=value["attention_bias"],
-        dropout=value["attention_dropout"],
+    family = choice("llama", *_FIELDS).read(source, "model_type")
+    value = read(family, source, _FIELDS[family])
+    width, heads, norm_eps = value["hidden_size"], value["num_attention_heads"], value["rms_norm_eps"]
+    if value["head_dim"] is None and width % heads:
+        refuse(family, [f"num_attention_heads is {heads}; accepted: a divisor of hidden_size {width}"])
+    biases = value.get("attention_bias", False)
+    attention = {
+        "num_heads": heads,
+        "num_kv_heads": value["num_key_value_heads"] or heads,
+        "head_dim": value["head_dim"] or width // heads,
+        "rotary": "half",
+        "qkv_bias": biases or family == "qwen2",
+        "out_bias": biases,
+        "dropout": value["attention_dropout"],
+        **_rotary(family, value),
+    }
+    feed_forward = FeedForwardConfig(
+        value["intermediate_size"], gated=True, activation="swish", bias=value.get("mlp_bias", False)
     )
-    feed_forward = FeedForwardConfig(value["intermediate_size"], gated=True, activation="swish", bias=value["mlp_bias"])
-    layer = BlockConfig(attention, feed_forward, norm="rms", norm_eps=eps)
+    windows = _windows(family, value)
+    layers = {
+        window: BlockConfig(AttentionConfig(**attention, window=window), feed_forward, norm="rms", norm_eps=norm_eps)
+        for window in set(windows)
+    }
+    bos, eos = _TOKENS[family]
     return ModelConfig(
-        vocab_size=source["vocab_size"],
+        vocab_size=value["vocab_size"],
         d_model=width,
-        layers=(layer,) * value["num_hidden_layers"],
-        name="llama",
+        layers=tuple(layers[window] for window in windows),
+        name=family,
         tie_embeddings=value["tie_word_embeddings"],
         final_norm="rms",
-        norm_eps=eps,
+        norm_eps=norm_eps,
         init="normal",
         init_std=value["initializer_range"],
-        **token_ids({"bos_token_id": 1, "eos_token_id": 2} | dict(source)),
+        **token_ids(source, bos_token_id=bos, eos_token_id=eos),
     )
 
 
-def _rotary(source: Mapping[str, Any]) -> tuple[float, float]:
-    """(base, factor), from one mapping (transformers 5) or from two keys (earlier versions)."""
-    rope = {"rope_theta": source.get("rope_theta"), **(source.get("rope_scaling") or {})}
-    rope |= source.get("rope_parameters") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "linear"):
-        refuse("llama", [f"rope_type is {kind!r}; accepted: default, linear"])
-    return rope.get("rope_theta") or 10000.0, rope.get("factor", 1.0) if kind == "linear" else 1.0
+def _windows(family: str, value: Mapping[str, Any]) -> list[int | None]:
+    """The tokens that each layer sees; None: all."""
+    num_layers, window = value["num_hidden_layers"], value.get("sliding_window")
+    if family != "qwen2":
+        return [window] * num_layers
+    if not value["use_sliding_window"]:
+        window = None
+    kinds = value["layer_types"]
+    if kinds is None:
+        first = value["max_window_layers"]
+        return [window if i >= first else None for i in range(num_layers)]
+    if len(kinds) != num_layers:
+        refuse(family, [f"layer_types has {len(kinds)} entries; accepted: num_hidden_layers {num_layers}"])
+    if window is None and "sliding_attention" in kinds:
+        refuse(family, ["layer_types has sliding_attention without a window; accepted: use_sliding_window true"])
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _rotary(family: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary fields of AttentionConfig, from one mapping (transformers 5) or from several keys (earlier ones)."""
+    name = "rope_scaling" if value["rope_scaling"] else "rope_parameters"
+    given = value[name] or {}
+    unknown = [key for key, x in given.items() if key not in _ROPE and x is not None]
+    refuse(family, [f"{name}.{key} is {shown(given[key])}; accepted: {', '.join(_ROPE)}" for key in unknown])
+    kind = given.get("rope_type", given.get("type"))
+    if kind in ("dynamic", "longrope"):
+        refuse(family, [f"{name}.rope_type is {kind!r}, which changes with the length; accepted: {', '.join(_KINDS)}"])
+    rope = read(f"{family}: {name}", given, _ROPE)
+    kind = rope["rope_type"] or rope["type"] or "default"
+    most = value["max_position_embeddings"]
+    length = value["original_max_position_embeddings"] or rope["original_max_position_embeddings"] or most
+    if kind == "yarn" and rope["factor"] is None and "factor" in given:
+        rope["factor"] = most / length
+    missing = [key for key in _NEEDED.get(kind, ()) if rope[key] is None]
+    refuse(family, [f"{name}.{key} is missing; accepted with {kind}: a positive number" for key in missing])
+    factor: Any = rope["factor"]
+    options: dict[str, Any] = {"rotary_base": rope["rope_theta"] or value["rope_theta"] or 10000.0}
+    if kind == "linear":
+        options["rotary_factor"] = factor
+    elif kind == "yarn":
+        temperature = _temperature(rope)
+        options["rotary_scaling"] = Yarn(
+            factor, length, rope["beta_fast"], rope["beta_slow"], temperature, rope["truncate"]
+        )
+    elif kind == "llama3":
+        options["rotary_scaling"] = Llama3(factor, length, rope["low_freq_factor"], rope["high_freq_factor"])
+    return options
+
+
+def _temperature(rope: Mapping[str, Any]) -> float | None:
+    """The gain of YaRN: as given, or the quotient of two paper's gains (DeepSeek's `mscale`)."""
+    if rope["attention_factor"] is not None:
+        return rope["attention_factor"]
+    if not (rope["mscale"] and rope["mscale_all_dim"]):
+        return None
+    factor = rope["factor"]
+    above, below = (
+        1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+        for scale in (rope["mscale"], rope["mscale_all_dim"])
+    )
+    return above / below
+
+
+def settle(config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, set[str]]:
+    """The configuration, and the rotary frequencies that early checkpoints store, which follow from it."""
+    return config, {name for name in tensors.specs if name.endswith(".self_attn.rotary_emb.inv_freq")}
 
 
 FORMAT = Format(
@@ -103,4 +242,5 @@ FORMAT = Format(
     config_of=config_of,
     marker="model.layers.0.self_attn.q_proj.weight",
     embedding=EMBEDDING,
+    settle=settle,
 )

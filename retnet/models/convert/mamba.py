@@ -14,7 +14,22 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.models.config import ModelConfig
-from retnet.models.convert.table import Format, Table, refuse, token_ids, unsupported, warn_unknown
+from retnet.models.convert.fields import (
+    Field,
+    at_least_zero,
+    depth,
+    eps,
+    flag,
+    ignored,
+    only,
+    positive,
+    read,
+    refuse,
+    size,
+    times,
+    token_ids,
+)  # fmt: skip
+from retnet.models.convert.table import Format, Table
 
 EMBEDDING = "backbone.embeddings.weight"
 _SHARED: Table = {
@@ -43,44 +58,49 @@ NAMES2: Table = {
     "layers.{}.mixer.norm_weight": "backbone.layers.{}.mixer.norm.weight",
 }
 
-_DEFAULTS = {
-    "hidden_size": 768,
-    "state_size": 16,
-    "num_hidden_layers": 32,
-    "layer_norm_epsilon": 1e-5,
-    "expand": 2,
-    "conv_kernel": 4,
-    "use_bias": False,
-    "use_conv_bias": True,
-    "initializer_range": 0.1,
-    "time_step_rank": "auto",
-    "time_step_scale": 1.0,
-    "time_step_min": 0.001,
-    "time_step_max": 0.1,
-    "time_step_floor": 1e-4,
-    "tie_word_embeddings": True,
-}
-_DEFAULTS2 = {
-    **_DEFAULTS,
-    "hidden_size": 4096,
-    "head_dim": 64,
-    "n_groups": 8,
-    "state_size": 128,
-    "num_hidden_layers": 64,
-    "time_step_limit": (0.0, math.inf),
-    "tie_word_embeddings": False,
-}
-# Keys that are read above or do not change outputs: initialisation, ways to compute, values implied by other keys.
-_FREE = {
-    "bos_token_id", "chunk_size", "eos_token_id", "hidden_act", "intermediate_size", "layer_types", "num_heads",
-    "pad_token_id", "rescale_prenorm_residual", "residual_in_fp32", "time_step_init_scheme", "use_associative_scan",
-    "use_mambapy", "vocab_size",
+_SIZE = size()
+_FIELDS = {
+    "hidden_act": only("silu"),
+    "conv_kernel": size(4),
+    "expand": times(2),
+    "hidden_size": size(768),
+    "initializer_range": at_least_zero(0.1),
+    "layer_norm_epsilon": eps(1e-5),
+    "num_hidden_layers": depth(32),
+    "state_size": size(16),
+    "tie_word_embeddings": flag(True),
+    "time_step_floor": positive(1e-4),
+    "time_step_max": positive(0.1),
+    "time_step_min": positive(0.001),
+    "time_step_rank": Field("an integer, or 'auto'", lambda x: x == "auto" or _SIZE.check(x), "auto"),
+    "time_step_scale": positive(1.0),
+    "use_bias": flag(False),
+    "use_conv_bias": flag(True),
+    "vocab_size": size(),
+    # Without effect on outputs: initialisation, ways to compute, values implied by other keys.
+    "chunk_size": size(None), "intermediate_size": size(None), "layer_types": ignored("a list", list),
+    "num_heads": size(None), "rescale_prenorm_residual": flag(False), "residual_in_fp32": flag(True),
+    "time_step_init_scheme": ignored("text", str), "use_associative_scan": flag(True), "use_mambapy": flag(False),
 }  # fmt: skip
+_FIELDS1 = {"model_type": only("mamba"), **_FIELDS}
+_FIELDS2 = {
+    **_FIELDS,
+    "model_type": only("mamba2"),
+    "head_dim": size(64),
+    "hidden_size": size(4096),
+    "n_groups": size(8),
+    "num_hidden_layers": depth(64),
+    "state_size": size(128),
+    "tie_word_embeddings": flag(False),
+    "time_step_limit": Field(
+        "two numbers, the first at least 0 and at most the second", lambda x: _is_range(x), (0.0, math.inf)
+    ),
+}
 
 
 def mamba1_config_of(source: Mapping[str, Any]) -> ModelConfig:
     """A Mamba's config.json as our configuration."""
-    value = _read("mamba", source, _DEFAULTS)
+    value = read("mamba", source, _FIELDS1)
     rank = value["time_step_rank"]
     mixer = Mamba1Config(
         inner_dim=int(value["expand"] * value["hidden_size"]),
@@ -93,7 +113,7 @@ def mamba1_config_of(source: Mapping[str, Any]) -> ModelConfig:
 
 def mamba2_config_of(source: Mapping[str, Any]) -> ModelConfig:
     """A Mamba-2's config.json as our configuration."""
-    value = _read("mamba2", source, _DEFAULTS2)
+    value = read("mamba2", source, _FIELDS2)
     lowest, highest = (_number(x) for x in value["time_step_limit"])
     mixer = Mamba2Config(
         inner_dim=int(value["expand"] * value["hidden_size"]),
@@ -104,20 +124,29 @@ def mamba2_config_of(source: Mapping[str, Any]) -> ModelConfig:
         time_step_highest=None if highest == math.inf else highest,
         **_mixer_options(value),
     )
-    heads = source.get("num_heads", mixer.num_heads)
-    if heads != mixer.num_heads:
-        refuse("mamba2", [f"num_heads is {heads}; accepted: expand * hidden_size / head_dim = {mixer.num_heads}"])
+    if value["num_heads"] not in (None, mixer.num_heads):
+        refuse(
+            "mamba2",
+            [f"num_heads is {value['num_heads']}; accepted: expand * hidden_size / head_dim = {mixer.num_heads}"],
+        )
     return _model("mamba2", source, value, mixer)
 
 
-def _read(name: str, source: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    refuse(name, unsupported(source, {"model_type": name, "hidden_act": "silu"}))
-    warn_unknown(name, source, {*defaults, *_FREE})
-    return {key: default if source.get(key) is None else source[key] for key, default in defaults.items()}
+def _is_range(x: Any) -> bool:
+    """Whether a value is a range of time steps."""
+    if not isinstance(x, (list, tuple)) or len(x) != 2:
+        return False
+    try:
+        lowest, highest = map(_number, x)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return False
+    return 0 <= lowest <= highest and lowest < math.inf
 
 
 def _number(x: Any) -> float:
     """A number in a config.json; transformers 5 writes infinity as a mapping."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, Mapping)):
+        raise TypeError(f"{x!r} is no number")
     return float(x["__float__"]) if isinstance(x, Mapping) else float(x)
 
 
@@ -136,16 +165,16 @@ def _mixer_options(value: Mapping[str, Any]) -> dict[str, Any]:
 def _model(
     name: str, source: Mapping[str, Any], value: Mapping[str, Any], mixer: Mamba1Config | Mamba2Config
 ) -> ModelConfig:
-    eps = value["layer_norm_epsilon"]
-    layer = BlockConfig(mixer, feed_forward=None, norm="rms", norm_eps=eps)
+    norm_eps = value["layer_norm_epsilon"]
+    layer = BlockConfig(mixer, feed_forward=None, norm="rms", norm_eps=norm_eps)
     return ModelConfig(
-        vocab_size=source["vocab_size"],
+        vocab_size=value["vocab_size"],
         d_model=value["hidden_size"],
         layers=(layer,) * value["num_hidden_layers"],
         name=name,
         tie_embeddings=value["tie_word_embeddings"],
         final_norm="rms",
-        norm_eps=eps,
+        norm_eps=norm_eps,
         init="normal",
         init_std=value["initializer_range"],
         **token_ids(source),

@@ -12,7 +12,8 @@ from typing import Any
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.models.config import ModelConfig
 from retnet.models.convert import torchscale
-from retnet.models.convert.table import Format, Table, token_ids, warn_unknown
+from retnet.models.convert.fields import at_least_zero, choice, flag, ignored, only, rate, read, size, token_ids
+from retnet.models.convert.table import Format, Table
 from retnet.models.tensor_files import Tensors
 
 PREFIX = "model."
@@ -29,14 +30,19 @@ MLP_NAMES: Table = {
     "layers.{}.feed_forward.down_proj.bias": "model.layers.{}.ffn.fc2.bias",
 }
 
-# Keys that config_of reads, and keys that concern only training or the way to compute.
-_KNOWN = {
-    "activation_fn", "bos_token_id", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_layers",
-    "decoder_normalize_before", "decoder_retention_heads", "decoder_value_embed_dim", "deepnorm", "dropout",
-    "eos_token_id", "forward_impl", "layernorm_embedding", "layernorm_eps", "no_scale_embedding", "pad_token_id",
-    "subln", "tie_word_embeddings", "use_ffn_rms_norm", "use_glu", "use_lm_decay", "vocab_size",
-    "activation_dropout", "disable_fused_ops", "drop_path_rate", "initializer_range", "output_retentions",
-    "recurrent_chunk_size", "unk_token_id", "z_loss_coeff",
+_FIELDS = {
+    **torchscale.DECODER_FIELDS,
+    "model_type": only("retnet"),
+    "forward_impl": choice("parallel", "parallel", "recurrent", "chunkwise"),
+    "subln": flag(True),
+    "tie_word_embeddings": flag(False),
+    "use_ffn_rms_norm": flag(False),
+    "use_glu": flag(True),
+    "use_lm_decay": flag(False),
+    # that concern only training or the way to compute
+    "activation_dropout": rate(0.0), "disable_fused_ops": flag(False), "drop_path_rate": rate(0.0),
+    "initializer_range": at_least_zero(0.02), "output_retentions": flag(False), "recurrent_chunk_size": size(None),
+    "unk_token_id": ignored("an integer", int), "z_loss_coeff": at_least_zero(0.0),
 }  # fmt: skip
 
 
@@ -48,34 +54,32 @@ def names(config: ModelConfig) -> Table:
 
 def config_of(source: Mapping[str, Any]) -> ModelConfig:
     """Their config.json as our configuration."""
-    warn_unknown("syncdoth", source, _KNOWN)
-    if source.get("forward_impl") == "chunkwise":
+    value = read("syncdoth", source, _FIELDS)
+    if value["forward_impl"] == "chunkwise":
         torchscale.warn_chunkwise("syncdoth", "forward_impl")
     # Their constructor resolves contradictions in this order.
-    deepnorm, subln = source.get("deepnorm", False), source.get("subln", True)
-    pre_norm = source.get("decoder_normalize_before", True)
+    deepnorm, subln, pre_norm = (value[key] for key in ("deepnorm", "subln", "decoder_normalize_before"))
     if deepnorm:
         pre_norm, subln = False, False
     if subln:
         pre_norm = True
-    eps = source.get("layernorm_eps", 1e-6)
-    gated = source.get("use_glu", True)
-    inner_norm = "none" if gated or not subln else "rms" if source.get("use_ffn_rms_norm") else "layer"
+    gated = value["use_glu"]
+    inner_norm = "none" if gated or not subln else "rms" if value["use_ffn_rms_norm"] else "layer"
     return torchscale.decoder_config(
-        source,
+        value,
         pre_norm=pre_norm,
         deepnorm=deepnorm,
         feed_forward=FeedForwardConfig(
-            hidden_dim=source.get("decoder_ffn_embed_dim", 1280),
+            hidden_dim=value["decoder_ffn_embed_dim"],
             gated=gated,
-            activation=source.get("activation_fn", "gelu"),
+            activation=value["activation_fn"],
             bias=not gated,
             inner_norm=inner_norm,
-            inner_norm_eps=eps,
+            inner_norm_eps=value["layernorm_eps"],
         ),
-        decay="experiment" if source.get("use_lm_decay") else "paper",
+        decay="experiment" if value["use_lm_decay"] else "paper",
         name="syncdoth",
-        tie_embeddings=source.get("tie_word_embeddings", False),
+        tie_embeddings=value["tie_word_embeddings"],
         **token_ids(source),
     )
 

@@ -8,21 +8,21 @@ So tensors are copied unchanged: a table only renames them, and cuts a fused ten
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from retnet.models.config import ModelConfig
-from retnet.models.directory import build_empty, stored_tensors
+from retnet.models.config import Dtype, ModelConfig
+from retnet.models.directory import build_empty, size_problems, stored_tensors
 from retnet.models.tensor_files import Tensors
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
+_THEIR_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 _TIED = ("embedding.weight", "head.weight")
 
 
@@ -68,11 +68,19 @@ def in_our_names(format: Format, config: ModelConfig, theirs: Tensors) -> tuple[
     Raises ValueError that lists the tensors that are missing, left over, used twice, of the wrong shape, or not
     floating point.
     """
+    table = format.names(config)
+    embedding = [part.name for part in _alternatives(_TIED[0], table)]
+    embedding = next((name for name in embedding if name in theirs.specs), embedding[0])
+    held_layers = {int(n) for name in theirs.specs for n in _THEIR_LAYER.findall(name)}
+    problems = size_problems(config, embedding, theirs.specs.get(embedding), held_layers)
+    if problems:
+        raise ValueError(
+            f"these are not the weights of the configuration, read as {format.name}: {'; '.join(problems)}"
+        )
     config, consumed = format.settle(config, theirs) if format.settle else (config, set())
-    wanted, table = stored_tensors(build_empty(config)), format.names(config)
+    wanted = stored_tensors(build_empty(config))
     consumed |= _tied_head(config, table, theirs)
     sources: dict[str, Part] = {}
-    problems: list[str] = []
     for name, spec in wanted.items():
         source, problem = _source(name, spec, table, theirs.specs)
         if source is not None:
@@ -83,7 +91,7 @@ def in_our_names(format: Format, config: ModelConfig, theirs: Tensors) -> tuple[
     problems += [
         f"{part.name} is {theirs.specs[part.name].dtype}, not a floating-point dtype"
         for part in sources.values()
-        if not theirs.specs[part.name].is_floating_point()
+        if str(theirs.specs[part.name].dtype).removeprefix("torch.") not in get_args(Dtype)
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -104,47 +112,6 @@ def in_their_names(format: Format, config: ModelConfig, ours: Tensors) -> Tensor
         entry = _alternatives(name, table)[0]
         names[entry.name] = name
     return ours.renamed(names)
-
-
-def refuse(format: str, problems: list[str]) -> None:
-    """Raise ValueError if there are problems: features of one side that the other lacks."""
-    if problems:
-        raise ValueError(f"{format}: {'; '.join(problems)}")
-
-
-def unsupported(source: Mapping[str, Any], accepted: Mapping[str, Any]) -> list[str]:
-    """A line for each key with another value than the accepted one. A missing key is accepted."""
-    return [
-        f"{key} is {source[key]!r}; accepted: {value!r}"
-        for key, value in accepted.items()
-        if key in source and source[key] != value
-    ]
-
-
-def warn_unknown(format: str, source: Mapping[str, Any], known: Collection[str]) -> None:
-    """Warn about keys that are set and that the reader of `format` does not know: they may change the model."""
-    unknown = {
-        k: v for k, v in source.items() if k not in known and k not in _BOOKKEEPING and not k.startswith("_") and v
-    }
-    if unknown:
-        warnings.warn(f"{format}: unknown keys are ignored: {unknown}", stacklevel=2)
-
-
-# Keys that transformers writes into any config.json and that change no output.
-_BOOKKEEPING = {
-    "architectures", "auto_map", "dtype", "id2label", "is_decoder", "label2id", "model_type", "return_dict",
-    "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
-
-
-def token_ids(source: Mapping[str, Any]) -> dict[str, Any]:
-    """bos, eos and pad of a transformers configuration: the first of a list, None for a negative number."""
-    ids: dict[str, int | None] = {}
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = source.get(key)
-        value = value[0] if isinstance(value, list) and value else value
-        ids[key] = value if isinstance(value, int) and value >= 0 else None
-    return ids
 
 
 def _alternatives(name: str, table: Table) -> list[Part]:

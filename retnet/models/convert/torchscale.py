@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from retnet.layers.block import BlockConfig
-from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.feed_forward import ACTIVATIONS, FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
-from retnet.models.convert.table import Format, Table, refuse, unsupported
+from retnet.models.convert.fields import choice, depth, eps, flag, only, rate, read, size
+from retnet.models.convert.table import Format, Table
 from retnet.models.tensor_files import Tensors
 from retnet.ops.decay import SCHEDULES
 from retnet.ops.rotary import frequencies
@@ -43,44 +44,53 @@ DECODER_NAMES = {
 }
 NAMES: Table = {**DECODER_NAMES, "head.weight": "output_projection.weight"}
 
-_DEFAULTS = {
-    "decoder_embed_dim": 768,
-    "decoder_value_embed_dim": 1280,
-    "decoder_retention_heads": 3,
-    "decoder_ffn_embed_dim": 1280,
-    "decoder_layers": 12,
-    "activation_fn": "gelu",
-    "dropout": 0.0,
-    "no_scale_embedding": True,
-    "layernorm_embedding": False,
-    "layernorm_eps": 1e-6,
+DECODER_FIELDS = {
+    "activation_fn": choice("gelu", *ACTIVATIONS),
+    "decoder_embed_dim": size(768),
+    "decoder_ffn_embed_dim": size(1280),
+    "decoder_layers": depth(12),
+    "decoder_normalize_before": flag(True),
+    "decoder_retention_heads": size(3),
+    "decoder_value_embed_dim": size(1280),
+    "deepnorm": flag(False),
+    "dropout": rate(0.0),
+    "layernorm_embedding": flag(False),
+    "layernorm_eps": eps(1e-6),
+    "no_scale_embedding": flag(True),
+    "vocab_size": size(),
+}
+_FIELDS = {
+    **DECODER_FIELDS,
+    "chunkwise_recurrent": flag(False),
+    "moe_freq": only(0),
+    "multiway": only(False),
+    "no_output_layer": only(False),
+    "share_decoder_input_output_embed": flag(False),
 }
 _ANGLE, _DECAY = "retnet_rel_pos.angle", "retnet_rel_pos.decay"
 
 
 def config_of(source: Mapping[str, Any]) -> ModelConfig:
     """torchscale's arguments (RetNetConfig's attributes or keywords, a parsed command line) as our configuration."""
-    refuse("torchscale", unsupported(source, {"moe_freq": 0, "multiway": False, "no_output_layer": False}))
-    if source.get("chunkwise_recurrent"):
+    value = read("torchscale", source, _FIELDS, closed=False)  # a command line has many other arguments
+    if value["chunkwise_recurrent"]:
         warn_chunkwise("torchscale", "chunkwise_recurrent")
     # Their `deepnorm` leaves decoder_normalize_before as it is, so it occurs with pre-norm and with post-norm.
     return decoder_config(
-        source,
-        pre_norm=source.get("decoder_normalize_before", True),
-        deepnorm=source.get("deepnorm", False),
+        value,
+        pre_norm=value["decoder_normalize_before"],
+        deepnorm=value["deepnorm"],
         feed_forward=FeedForwardConfig(
-            hidden_dim=_value(source, "decoder_ffn_embed_dim"),
-            gated=True,
-            activation=_value(source, "activation_fn"),
+            hidden_dim=value["decoder_ffn_embed_dim"], gated=True, activation=value["activation_fn"]
         ),
         decay="paper",
         name="torchscale",
-        tie_embeddings=bool(source.get("share_decoder_input_output_embed", False)),
+        tie_embeddings=value["share_decoder_input_output_embed"],
     )
 
 
 def decoder_config(
-    source: Mapping[str, Any],
+    value: Mapping[str, Any],
     *,
     pre_norm: bool,
     deepnorm: bool,
@@ -88,35 +98,35 @@ def decoder_config(
     decay: str,
     **options: Any,
 ) -> ModelConfig:
-    """The decoder that torchscale and syncdoth share; `options` are fields of ModelConfig."""
-    width, depth, eps = (_value(source, key) for key in ("decoder_embed_dim", "decoder_layers", "layernorm_eps"))
+    """The decoder that torchscale and syncdoth share. value: of DECODER_FIELDS; `options` are fields of ModelConfig."""
+    width, num_layers, norm_eps = (value[key] for key in ("decoder_embed_dim", "decoder_layers", "layernorm_eps"))
     mixer = RetentionConfig(
-        num_heads=_value(source, "decoder_retention_heads"),
+        num_heads=value["decoder_retention_heads"],
         key_dim=width,
-        value_dim=_value(source, "decoder_value_embed_dim"),
+        value_dim=value["decoder_value_embed_dim"],
         decay=decay,
         decay_norm=True,
         rotary="interleaved",
         head_norm="rms",
-        head_norm_eps=eps,
+        head_norm_eps=norm_eps,
     )
     layer = BlockConfig(
         mixer,
         feed_forward,
         norm="rms",
-        norm_eps=eps,
+        norm_eps=norm_eps,
         norm_position="pre" if pre_norm else "post",
-        skip_scale=(2.0 * depth) ** 0.25 if deepnorm else 1.0,
-        dropout=_value(source, "dropout"),
+        skip_scale=(2.0 * num_layers) ** 0.25 if deepnorm else 1.0,
+        dropout=value["dropout"],
     )
     return ModelConfig(
-        vocab_size=source["vocab_size"],
+        vocab_size=value["vocab_size"],
         d_model=width,
-        layers=(layer,) * depth,
-        embedding_scale=1.0 if _value(source, "no_scale_embedding") else math.sqrt(width),
-        embedding_norm="rms" if _value(source, "layernorm_embedding") else "none",
+        layers=(layer,) * num_layers,
+        embedding_scale=1.0 if value["no_scale_embedding"] else math.sqrt(width),
+        embedding_norm="rms" if value["layernorm_embedding"] else "none",
         final_norm="rms" if pre_norm else "none",
-        norm_eps=eps,
+        norm_eps=norm_eps,
         init="torchscale",
         **options,
     )
@@ -141,6 +151,11 @@ def settle(config: ModelConfig, tensors: Tensors, prefix: str = "") -> tuple[Mod
         decay = tensors.read(prefix + _DECAY).cpu()
         expected = mixer.log_decay
         if expected is None or not _equal_as_stored(decay, expected):
+            if decay.shape != (mixer.num_heads,) or not decay.is_floating_point():
+                given = f"{decay.dtype} {list(decay.shape)}"
+                raise ValueError(
+                    f"{prefix}{_DECAY} is {given}; accepted: a log decay for each of {mixer.num_heads} heads"
+                )
             named = [name for name, schedule in SCHEDULES.items() if _equal_as_stored(decay, schedule(mixer.num_heads))]
             mixer = replace(mixer, decay=named[0] if named else tuple(decay.double().exp().tolist()))
             config = replace(config, layers=tuple(replace(layer, mixer=mixer) for layer in config.layers))
@@ -155,13 +170,10 @@ def warn_chunkwise(format: str, key: str) -> None:
     )
 
 
-def _value(source: Mapping[str, Any], key: str) -> Any:
-    value = source.get(key)
-    return _DEFAULTS[key] if value is None else value
-
-
 def _equal_as_stored(stored: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Equal up to a few roundings of the stored dtype; log(1 - x) is rounded twice, the first time near 1."""
+    if not stored.is_floating_point():
+        return False
     eps = torch.finfo(stored.dtype).eps
     return stored.shape == wanted.shape and torch.allclose(stored.double(), wanted.double(), rtol=8 * eps, atol=2**-24)
 

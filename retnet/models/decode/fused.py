@@ -38,7 +38,7 @@ from retnet.ops.decode.step import decode_step_, rotate_pairs_
 from retnet.ops.plan import supported_chunk_size
 from retnet.ops.recurrence import StepDecay
 from retnet.ops.retention import retention
-from retnet.ops.rotary import Rotary, Yarn, frequencies, rotation, scaling
+from retnet.ops.rotary import Rotary, Scaling, frequencies, rotation
 
 Rotation = tuple[Tensor, Tensor] | None
 
@@ -50,7 +50,7 @@ class RotaryKey:
     rotary: Rotary
     key_dim: int
     base: float
-    factor: float | Yarn
+    factor: Scaling
 
 
 class FusedBlock:
@@ -95,8 +95,7 @@ class FusedBlock:
         config = self.config
         if config.rotary == "none":
             return None
-        factor = scaling(config.rotary_factor, config.rotary_yarn_length)
-        return RotaryKey(config.rotary, config.head_key_dim, config.rotary_base, factor)
+        return RotaryKey(config.rotary, config.head_key_dim, config.rotary_base, config.position_scaling)
 
     @staticmethod
     def supports(block: nn.Module) -> bool:

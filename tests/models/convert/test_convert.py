@@ -214,7 +214,7 @@ def test_fla_intermediate_size_follows_from_the_ratio():
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; accepted: 'swish'"),
         ({"attn_mode": "triton"}, "attn_mode is 'triton'; accepted: chunk"),
         ({"model_type": "gla"}, "model_type is 'gla'; accepted: 'retnet'"),
-        ({"attn": {"num_heads": 4}}, "attn has no layers"),
+        ({"attn": {"num_heads": 4}}, "attn: layers is missing; accepted: a list of layer numbers"),
         ({"attn": ATTENTION | {"sink": 1}}, "attn.sink is 1; accepted: layers"),
         ({"num_kv_heads": 3}, "num_kv_heads is 3; accepted: a divisor"),
         ({"bos_token_id": VOCAB}, f"bos_token_id is {VOCAB}; accepted: 0 to {VOCAB - 1}"),
@@ -352,7 +352,7 @@ def test_unknown_formats_are_reported(tmp_path):
 
 
 def test_wrong_types_in_a_configuration_are_named():
-    with pytest.raises(ValueError, match="activation: 'relu6' given; accepted: gelu, relu, swish"):
+    with pytest.raises(ValueError, match="activation_fn is 'relu6'; accepted: gelu, relu, swish"):
         convert.load(torchscale_state(TORCHSCALE_ARGS), config=TORCHSCALE_ARGS | {"activation_fn": "relu6"})
 
 

@@ -1,0 +1,159 @@
+"""Fields of another library's configuration: each is read with its type and range before anything is built from it.
+
+A table of `Field`s says what a format's config.json may hold. `read` checks every key and reports all faults at once,
+each with the key, the value given, and what is accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from retnet.models.config import MAX_LAYERS
+from retnet.models.config_json import TOKEN_IDS, token_id
+
+LARGEST = 2**31 - 1
+MOST_TIMES = 1024  # the largest factor between two widths
+_REQUIRED, _DEFAULT = object(), object()
+
+# Keys that transformers writes into any config.json and that change no output.
+_BOOKKEEPING = {
+    "architectures", "auto_map", "dtype", "id2label", "is_decoder", "label2id", "model_type", "return_dict",
+    "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a configuration.
+
+    accepted: the accepted values, in words. check: whether a value is one of them. default: the value of a missing key.
+    null: the value of null; the default if not given.
+    """
+
+    accepted: str
+    check: Callable[[Any], bool]
+    default: Any = _REQUIRED
+    null: Any = _DEFAULT
+
+    def read(self, source: Mapping[str, Any], key: str) -> Any:
+        """The value of a key. Raises ValueError."""
+        given = source.get(key)
+        if given is None:
+            value = self.default if key not in source or self.null is _DEFAULT else self.null
+            if value is _REQUIRED:
+                raise ValueError(f"{key} is {'null' if key in source else 'missing'}; accepted: {self.accepted}")
+            return value
+        if not self.check(given):
+            raise ValueError(f"{key} is {shown(given)}; accepted: {self.accepted}")
+        return given
+
+
+def read(format: str, source: Mapping[str, Any], fields: Mapping[str, Field], *, closed: bool = True) -> dict[str, Any]:
+    """The value of every field. Unknown keys that are set are warned about if `closed`.
+
+    Raises ValueError that lists every value that is not accepted.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, field in fields.items():
+        try:
+            values[key] = field.read(source, key)
+        except ValueError as error:
+            problems.append(str(error))
+    refuse(format, problems)
+    unknown = [k for k, v in source.items() if v and k not in fields and k not in _BOOKKEEPING]
+    unknown = [k for k in unknown if k not in TOKEN_IDS and not str(k).startswith("_")]
+    if unknown and closed:
+        listed = ", ".join(f"{key!r}: {shown(source[key])}" for key in unknown)
+        warnings.warn(f"{format}: unknown keys are ignored: {{{listed}}}", stacklevel=4)
+    return values
+
+
+def token_ids(source: Mapping[str, Any], **defaults: int) -> dict[str, Any]:
+    """bos, eos and pad of a transformers configuration, as ModelConfig has them."""
+    return {name: token_id(name, source.get(name, defaults.get(name))) for name in TOKEN_IDS}
+
+
+def refuse(format: str, problems: list[str]) -> None:
+    """Raise ValueError if there are problems: features of one side that the other lacks."""
+    if problems:
+        raise ValueError(f"{format}: {'; '.join(problems)}")
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def size(default: Any = _REQUIRED, *, least: int = 1, most: int = LARGEST, null: Any = _DEFAULT) -> Field:
+    """An integer; never true or 2.0."""
+    return Field(f"an integer from {least} to {most}", lambda x: is_integer(x) and least <= x <= most, default, null)
+
+
+def depth(default: int) -> Field:
+    """The number of layers."""
+    return size(default, most=MAX_LAYERS)
+
+
+def number(default: Any, accepted: str, check: Callable[[float], bool], *, null: Any = _DEFAULT) -> Field:
+    """A finite number with a further condition."""
+    return Field(accepted, lambda x: is_number(x) and check(x), default, null)
+
+
+def eps(default: float) -> Field:
+    return number(default, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+
+def at_least_zero(default: float) -> Field:
+    return number(default, "a number of at least 0", lambda x: x >= 0)
+
+
+def positive(default: Any) -> Field:
+    return number(default, "a positive number", lambda x: x > 0)
+
+
+def times(default: float, *, null: Any = _DEFAULT) -> Field:
+    """A width as a multiple of another."""
+    return number(default, f"a number above 0, at most {MOST_TIMES}", lambda x: 0 < x <= MOST_TIMES, null=null)
+
+
+def rate(default: float) -> Field:
+    """A rate of dropout."""
+    return number(default, "0 <= rate < 1", lambda x: 0 <= x < 1)
+
+
+def flag(default: bool) -> Field:
+    return Field("true or false", lambda x: isinstance(x, bool), default)
+
+
+def choice(default: Any, *accepted: str) -> Field:
+    return Field(", ".join(accepted), lambda x: isinstance(x, str) and x in accepted, default)
+
+
+def only(*accepted: Any) -> Field:
+    """A feature that our models lack: the key is missing or has one of the values. Null is one only if it is listed."""
+    words = ", ".join(map(repr, accepted))
+    null = _DEFAULT if None in accepted else _REQUIRED
+    return Field(words, lambda x: x in accepted, accepted[0], null)
+
+
+def mapping() -> Field:
+    return Field("an object, or null", lambda x: isinstance(x, Mapping), None)
+
+
+def ignored(accepted: str, kind: type | tuple[type, ...]) -> Field:
+    """A key without effect on outputs, or one that other keys imply."""
+    return Field(accepted, lambda x: isinstance(x, kind), None)
+
+
+def is_integer(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def is_number(x: Any) -> bool:
+    return (isinstance(x, float) and math.isfinite(x)) or (is_integer(x) and abs(x) <= LARGEST)
