@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retnet.layers.linear import WideLinear, is_plain_linear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import TokenCache, no_tokens
@@ -67,11 +67,11 @@ class FilterNetwork(nn.Module):
     def __init__(self, hidden_dim: int, channels: int, decay: float):
         super().__init__()
         self.decay = decay
-        self.filter_in = nn.Linear(2 * self.BANDS, hidden_dim)
-        self.filter_hidden = nn.Linear(hidden_dim, hidden_dim)
-        self.filter_out = nn.Linear(hidden_dim, channels, bias=False)
-        # In inference the filters depend on the weights alone, and are kept until a weight changes.
-        self._kept: tuple[object, Tensor] | None = None
+        self.filter_in = WideLinear(2 * self.BANDS, hidden_dim)
+        self.filter_hidden = WideLinear(hidden_dim, hidden_dim)
+        self.filter_out = WideLinear(hidden_dim, channels, bias=False)
+        # In inference, filters of plain layers depend on the weights alone, and are kept until one changes.
+        self._kept: tuple[Tensor, Tensor] | None = None
         self.reset_own()
 
     def reset_own(self, generator: torch.Generator | None = None) -> None:
@@ -84,24 +84,28 @@ class FilterNetwork(nn.Module):
         ):
             nn.init.normal_(layer.weight, std=std, generator=generator)
 
-    def forward(self, length: int) -> Tensor:
+    def forward(self, length: int, device: torch.device | None = None) -> Tensor:
         """[length, channels] in float32 (float64 for float64)."""
-        if torch.is_grad_enabled() or transforms_active():
-            return self._filters(length)
-        weights = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.parameters()]
-        if self._kept is None or self._kept[0] != weights or len(self._kept[1]) < length:
-            self._kept = (weights, self._filters(length + length // 2))
+        layers = self.filter_in, self.filter_hidden, self.filter_out
+        if torch.is_grad_enabled() or transforms_active() or not all(map(is_plain_linear, layers)):
+            return self._filters(length, device)
+        # Compared by value: a merged adapter leaves neither another tensor nor another version.
+        weights = torch.cat([p.detach().flatten() for p in self.parameters()])
+        if self._kept is None or len(self._kept[1]) < length or not _equal(self._kept[0], weights):
+            self._kept = (weights, self._filters(length + length // 2, device))
         return self._kept[1][:length]
 
-    def _filters(self, length: int) -> Tensor:
-        weight = self.filter_in.weight
-        wide = wide_dtype(weight.dtype)
-        distance = torch.arange(length, dtype=torch.float64, device=weight.device)[:, None]
-        angle = distance * (2 * math.pi / 2.0 ** torch.arange(1, self.BANDS + 1, device=weight.device))
-        x = torch.cat([angle.sin(), angle.cos()], -1).to(wide)
-        for layer in (self.filter_in, self.filter_hidden):
-            x = F.linear(x, layer.weight.to(wide), layer.bias.to(wide)).sin()
-        return F.linear(x, self.filter_out.weight.to(wide)) * (-self.decay * distance).exp().to(wide)
+    def _filters(self, length: int, device: torch.device | None) -> Tensor:
+        distance = torch.arange(length, dtype=torch.float64, device=device)[:, None]
+        angle = distance * (2 * math.pi / 2.0 ** torch.arange(1, self.BANDS + 1, device=device))
+        x = torch.cat([angle.sin(), angle.cos()], -1).to(wide_dtype(self.filter_in.weight.dtype))
+        x = self.filter_hidden(self.filter_in(x).sin()).sin()
+        filters = self.filter_out(x)
+        return filters * (-self.decay * distance).exp().to(filters.dtype)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 @dataclass
@@ -145,7 +149,7 @@ class Hyena(MixerModule):
         u = u.unflatten(-1, (-1, x.shape[2]))
         longest = x.shape[1] + (0 if state is None else state.inputs.shape[1])
         with torch.autocast(x.device.type, enabled=False):
-            filters = self.filters(longest)
+            filters = self.filters(longest, x.device)
         outs, inputs = [u[:, :0, 0]], [u[:, :0, 1:]]
         for rows, tokens, sequences in equal_blocks(x.shape[0], x.shape[1], layout.bounds):
             before = None

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.draft import Draft, accepted
+from retnet.layers.linear import WideBiasLinear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
@@ -95,7 +96,7 @@ class Mamba1(MixerModule):
         self.in_proj = nn.Linear(d_model, 2 * config.inner_dim, bias=config.bias)
         self.conv = ShortConvolution(config.inner_dim, config.conv_width, config.conv_bias)
         self.x_proj = nn.Linear(config.inner_dim, config.time_step_rank + 2 * config.state_dim, bias=False)
-        self.time_step_proj = nn.Linear(config.time_step_rank, config.inner_dim)
+        self.time_step_proj = WideBiasLinear(config.time_step_rank, config.inner_dim)
         self.log_rate = nn.Parameter(torch.empty(config.inner_dim, config.state_dim, dtype=torch.float32))
         self.skip = nn.Parameter(torch.empty(config.inner_dim))
         self.out_proj = nn.Linear(config.inner_dim, d_model, bias=config.bias)
@@ -131,7 +132,7 @@ class Mamba1(MixerModule):
         low, write, read = self.x_proj(u).split((config.time_step_rank, config.state_dim, config.state_dim), -1)
         wide = wide_dtype(x.dtype)
         # The bias is large and negative: adding it in half precision would round the step.
-        step = F.softplus(F.linear(low, self.time_step_proj.weight).to(wide) + self.time_step_proj.bias.to(wide))
+        step = F.softplus(self.time_step_proj(low).to(wide))
         rate = -self.log_rate.to(wide).exp()
         if state is not None and layout.one_per_row:
             out, memory = selective_scan_step(u, step, rate, write, read, state.memory)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.feed_forward import ACTIVATIONS
+from retnet.layers.linear import WideLinear
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
 from retnet.ops.dtypes import wide_dtype
@@ -105,7 +106,7 @@ class MoE(nn.Module):
         self.config = config
         sizes = (config.num_experts, d_model, config.hidden_dim, config.bias)
         self.activation = ACTIVATIONS[config.activation]
-        self.router = nn.Linear(d_model, config.num_experts, bias=False)
+        self.router = WideLinear(d_model, config.num_experts, bias=False)
         self.gate_proj = ExpertLinear(*sizes) if config.gated else None
         self.up_proj = ExpertLinear(*sizes)
         self.down_proj = ExpertLinear(config.num_experts, config.hidden_dim, d_model, config.bias)
@@ -156,8 +157,7 @@ class MoE(nn.Module):
         wide = rows.to(wide_dtype(rows.dtype))
         if self.training and self.config.router_jitter:
             wide = wide * (1 + self.config.router_jitter * (2 * torch.rand_like(wide) - 1))
-        with torch.autocast(rows.device.type, enabled=False):
-            return F.linear(wide, self.router.weight.to(wide.dtype))
+        return self.router(wide)
 
     def _room(self, num_tokens: int) -> int | None:
         """Tokens that each expert may take; None for no limit."""

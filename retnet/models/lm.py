@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retnet.layers.block import Block
+from retnet.layers.linear import is_plain_linear
 from retnet.layers.mixers import mixer_of
 from retnet.layers.moe import MoE
 from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
@@ -20,6 +22,7 @@ from retnet.models.config import ModelConfig
 from retnet.models.init import initialize
 from retnet.models.loss import linear_cross_entropy
 from retnet.models.states import ModelDraft, ModelState
+from retnet.ops.dtypes import wide_dtype
 
 
 @dataclass
@@ -189,5 +192,17 @@ class LanguageModel(nn.Module):
         """
         losses: list[Tensor] = []
         hidden, _ = self.hidden(ids, mask=mask, cu_seqlens=cu_seqlens, losses=losses)
-        loss = linear_cross_entropy(hidden, self.head.weight, labels, self.config.logit_soft_cap)
-        return sum(losses, loss)
+        return sum(losses, self.mean_nats(hidden, labels))
+
+    def mean_nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of labels [...] given final hidden states [..., D]; 0 if all are -100.
+
+        The logits of all tokens are not held in memory, unless the head is more than its weight.
+        """
+        if is_plain_linear(self.head):
+            return linear_cross_entropy(hidden, self.head.weight, labels, self.config.logit_soft_cap)
+        logits = self.logits(hidden).flatten(0, -2)
+        nats = F.cross_entropy(
+            logits.to(wide_dtype(logits.dtype)), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+        return nats / (labels != -100).sum().clamp_min(1)

@@ -13,13 +13,11 @@ import os
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retnet.data import IGNORED
 from retnet.models.hf import RetNetForCausalLM, StateCache
-from retnet.models.loss import linear_cross_entropy
 from retnet.models.states import ModelState
 
 
@@ -66,7 +64,7 @@ class PackedForCausalLM(RetNetForCausalLM):
         )
         targets = shift_labels.flatten()
         share = (targets != IGNORED).sum() / num_items_in_batch
-        loss = self._mean_nats(hidden[0], targets) * share
+        loss = self.model.mean_nats(hidden[0], targets) * share
         if self.training:
             loss = sum((extra * share for extra in losses), loss)
         cache = None
@@ -75,13 +73,6 @@ class PackedForCausalLM(RetNetForCausalLM):
             last = torch.searchsorted(bounds, starts + T) - 1  # the end of a row is always a boundary
             cache.update_state(detached(after.select(last)), T)
         return CausalLMOutputWithPast(loss=loss, past_key_values=cache)  # type: ignore[arg-type]
-
-    def _mean_nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy of targets [R] given hidden states [R, D]; 0 if all targets are ignored."""
-        if self._head_is_plain:
-            return linear_cross_entropy(hidden, self.model.head.weight, targets, self.model.config.logit_soft_cap)
-        nats = F.cross_entropy(self.model.logits(hidden).float(), targets, ignore_index=IGNORED, reduction="sum")
-        return nats / (targets != IGNORED).sum().clamp_min(1)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # pyright: ignore
         RetNetForCausalLM.wrap(self.model).save_pretrained(save_directory, **kwargs)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from retnet.layers.block import Block
 from retnet.layers.feed_forward import FeedForward
+from retnet.layers.linear import has_hooks, is_unhooked
 from retnet.layers.norm import LayerNorm, RMSNorm
 from retnet.layers.retention import MultiScaleRetention, RetentionState
 from retnet.layers.state import LayerState
@@ -323,7 +324,7 @@ class _Origin:
             self._links += [(module._modules, name, child) for name, child in module._modules.items()]
             self._links += [(module._parameters, name, weight) for name, weight in module._parameters.items()]
         self._owns = [vars(module) for module in self._modules]
-        self._hooked = [_is_hooked(own) for own in self._owns]
+        self._hooked = [has_hooks(own) for own in self._owns]
         weights = [weight for root in fused for weight in root.parameters()]
         self._places = [(weight, _place(weight)) for weight in weights]
         # Small tensors that were copied: fixed decays come from log_rate, and packed int8 has its scales beside it.
@@ -337,19 +338,10 @@ class _Origin:
         return (
             all(names.get(name) is value for names, name, value in self._links)
             and all(type(module) is kind for module, kind in zip(self._modules, self._classes, strict=True))
-            and self._hooked == [_is_hooked(own) for own in self._owns]
+            and self._hooked == [has_hooks(own) for own in self._owns]
             and all(_place(weight) == place for weight, place in self._places)
             and all(torch.equal(x, before) for x, before in self._copied)
         )
-
-
-def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling the module runs the `forward` of its class and of all modules in it, and nothing else."""
-    return not any(_is_hooked(vars(part)) for part in module.modules())
-
-
-def _is_hooked(own: dict[str, Any]) -> bool:
-    return "forward" in own or bool(own["_forward_hooks"]) or bool(own["_forward_pre_hooks"])
 
 
 def _place(weight: Tensor) -> int:

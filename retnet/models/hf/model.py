@@ -18,6 +18,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from retnet.layers.linear import is_plain_linear
 from retnet.models.decode.decoder import FusedDecoder, running
 from retnet.models.directory import MODEL_TYPE
 from retnet.models.hf.cache import StateCache
@@ -25,7 +26,6 @@ from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.inputs import IGNORED, Tokens, repeat_last_real, without_first_labels
 from retnet.models.hf.pretrained import RetNetPreTrainedModel, drawn_seed
 from retnet.models.lm import LanguageModel
-from retnet.models.loss import linear_cross_entropy
 
 
 class RetNetModel(RetNetPreTrainedModel):
@@ -255,18 +255,12 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
             raise ValueError(f"logits_to_keep is {logits_to_keep} with labels; accepted with labels: None or 0")
         if tokens.bounds is not None:
             labels = without_first_labels(labels, tokens.bounds)
-        if logits_to_keep is None and self.training and self._head_is_plain:
+        if logits_to_keep is None and self.training and is_plain_linear(self.model.head):
             return self._loss_without_logits(hidden, labels, **kwargs), None
         logits = self.model.logits(hidden)
         return self.loss_function(
             logits=logits, labels=labels, vocab_size=self.model.config.vocab_size, **kwargs
         ), logits
-
-    @property
-    def _head_is_plain(self) -> bool:
-        """Whether the head is an ordinary linear layer: no adapter, quantised weight, or offloading hook."""
-        head = self.model.head
-        return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
 
     def _loss_without_logits(
         self,
@@ -279,7 +273,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         """transformers' ForCausalLMLoss: the mean over labels, or their sum divided by num_items_in_batch."""
         if shift_labels is None:
             hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-        loss = linear_cross_entropy(hidden, self.model.head.weight, shift_labels, self.model.config.logit_soft_cap)
+        loss = self.model.mean_nats(hidden, shift_labels)
         if num_items_in_batch is None:
             return loss
         return loss * (shift_labels != IGNORED).sum() / num_items_in_batch
