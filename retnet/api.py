@@ -20,7 +20,7 @@ from torch import Tensor
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.tokenizer_json import find_tokenizer
 from retnet.models.decode.generation import PROMPT_CHUNK
-from retnet.models.decode.sampling import Sampling, is_integer
+from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
 from retnet.ops.dtypes import resolve_dtype
 from retnet.serve.engine import Engine
@@ -29,6 +29,7 @@ from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
 from retnet.serve.stopping import StopStrings
 from retnet.stack.resolve import resolve_model, resolve_tokenizer, tokenizer_of
+from retnet.system.checks import is_integer
 
 Model = str | os.PathLike[str] | LanguageModel
 Prompt = str | bytes | Sequence[int] | Tensor

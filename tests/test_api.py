@@ -199,7 +199,7 @@ def test_options_reach_the_engine(byte_model, monkeypatch):
         ({"temperature": -1}, "temperature is -1"),
         ({"speculate": 2}, "draft_tokens is 2"),
         ({"speculate": "3"}, "draft_tokens is '3'; accepted"),
-        ({"stop": b"x"}, "a stop string is 120; accepted: text"),
+        ({"stop": b"x"}, "stop_strings is a sequence with 120 in it; accepted: a sequence of strings"),
         ({"prompt": None}, r"prompt is None; accepted: text, or token ids \[T\]"),
         ({"prompt": "\ud800"}, "the text has half of a surrogate pair at character 0; accepted"),
         ({"tokenizer": 5}, "tokenizer is of type int; accepted: a retnet Tokenizer, bytes"),

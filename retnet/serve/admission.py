@@ -13,6 +13,7 @@ from retnet.serve.pool import SlotPool
 from retnet.serve.request import Generation, Refused, Request
 from retnet.serve.snapshot import Snapshot
 from retnet.serve.stopping import Decode, StopStrings
+from retnet.system.checks import quoted
 
 
 class Admission:
@@ -86,7 +87,7 @@ class Admission:
         for tokens in (seen, logit_bias):
             if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
                 wrong = next(token for token in tokens if not 0 <= token < vocab_size)
-                raise Refused(f"token {wrong} is not in the vocabulary; accepted: 0 to {vocab_size - 1}")
+                raise Refused(f"token {quoted(wrong)} is not in the vocabulary; accepted: 0 to {vocab_size - 1}")
         if sum(value == -math.inf for value in logit_bias.values()) == vocab_size:
             raise Refused("logit_bias bans every token; accepted: at least one token that may come")
 
@@ -95,12 +96,16 @@ class Admission:
         if num_tokens == 0:
             raise Refused("the prompt is empty; accepted: at least one token, or a snapshot to continue")
         if new is not None and new < 1:
-            raise Refused(f"max_new_tokens is {new}; accepted: 1 or more, or None for no end")
+            raise Refused(f"max_new_tokens is {quoted(new)}; accepted: 1 or more, or None for no end")
         if limit is not None and (new is None or num_tokens + new > limit):
-            more = "an endless output" if new is None else f"max_new_tokens {new}"
+            more = "an endless output" if new is None else f"max_new_tokens {quoted(new)}"
             raise Refused(f"{num_tokens} tokens and {more} need more room than a slot has; accepted: {limit} together")
 
     def _check_snapshot(self, snapshot: Snapshot) -> None:
+        try:
+            snapshot.check()
+        except ValueError as error:
+            raise Refused(f"the snapshot was changed: {error}") from error
         if snapshot.model != self.fingerprint:
             raise Refused(
                 f"the snapshot is of another model ({snapshot.model[:12]}) than this engine's "

@@ -19,13 +19,22 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from retnet.layers.moe import MoE
 from retnet.models.decode.sampling import SamplingParts, SamplingTable
 from retnet.models.decode.step import DecodeStep
 from retnet.models.lm import LanguageModel
 from retnet.ops.device import current_device_of
 from retnet.serve.admission import Admission
 from retnet.serve.decoding import Decoding
+from retnet.serve.options import (
+    check_decode,
+    check_in_evaluation_mode,
+    check_model,
+    check_speculation,
+    checked_deferred_writes,
+    counts,
+    prompt_options,
+    use_graphs,
+)
 from retnet.serve.pool import SlotCost, SlotPool
 from retnet.serve.prefill import Prefill
 from retnet.serve.prefix import PrefixCache, PrefixCounts
@@ -37,11 +46,7 @@ from retnet.serve.stopping import Decode
 from retnet.serve.stream import TokenStream
 from retnet.serve.turns import Turns
 from retnet.serve.weights import WeightsWatch
-
-# Prompt tokens per call. A GPU needs many to be busy; on a CPU running requests wait for them.
-PROMPT_CHUNKS = {"cpu": 256, "cuda": 2048}
-DEFERRED_WRITES = (16, 32, 64)  # lengths that tensor cores can sum over
-
+from retnet.system.checks import quoted
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -120,16 +125,18 @@ class Engine:
         deferred_writes: int = 0,
         graphs: bool | None = None,
     ):
+        check_model(model)
+        num_slots, memory_bytes, max_tokens = counts(
+            num_slots=num_slots, memory_bytes=memory_bytes, max_tokens=max_tokens
+        )
+        [prefix_cache_bytes] = counts(prefix_cache_bytes=prefix_cache_bytes)
+        [max_waiting] = counts(low=0, max_waiting=max_waiting)
         device = model.embedding.weight.device
-        if prompt_chunk is None:
-            prompt_chunk = PROMPT_CHUNKS.get(device.type, PROMPT_CHUNKS["cpu"])
-        prompt_budget = prompt_chunk if prompt_budget is None else prompt_budget
-        _check_prompt_options(prompt_chunk, prompt_budget, prefix_interval)
-        if model.training:
-            raise ValueError("the model is in training mode; accepted: evaluation mode (model.eval())")
-        _check_deferred_writes(deferred_writes, speculation)
-        if speculation is not None:
-            speculation.check(model.config, max_tokens)
+        chunk, budget, interval = prompt_options(device, prompt_chunk, prompt_budget, prefix_interval)
+        check_decode(decode)
+        check_speculation(speculation, model, max_tokens)
+        deferred_writes = checked_deferred_writes(deferred_writes, speculation)
+        captured = use_graphs(graphs, model)
         self.model = model
         self.pool = SlotPool(
             model,
@@ -140,12 +147,11 @@ class Engine:
             draft_tokens=0 if speculation is None else speculation.draft_tokens,
         )
         self.table = SamplingTable(self.pool.num_slots, model.config.vocab_size, device)
-        graphs = _use_graphs(graphs, model, device)
         if speculation is None:
-            self._step = DecodeStep(model, self.pool.state, self.table, graphs, self.pool.deferred)
+            self._step = DecodeStep(model, self.pool.state, self.table, captured, self.pool.deferred)
         else:
             width = speculation.draft_tokens + 1
-            self._step = VerifyStep(model, self.pool.state, self.table, graphs, width)
+            self._step = VerifyStep(model, self.pool.state, self.table, captured, width)
         self.drafter = None if speculation is None else Drafter(speculation)
         self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes)
         self._weights = WeightsWatch(model)
@@ -161,9 +167,9 @@ class Engine:
             self.drafter,
             self.prefixes,
             self._weights,
-            chunk=prompt_chunk,
-            budget=prompt_budget,
-            prefix_interval=prefix_interval,
+            chunk=chunk,
+            budget=budget,
+            prefix_interval=interval,
         )
         self._decoding = Decoding(self._step, self.pool, self._stages, self.drafter)
         self._num_steps = 0
@@ -197,6 +203,9 @@ class Engine:
     @_between_steps
     def warmup(self, *samplings: SamplingParts) -> None:
         """Compile kernels and capture the steps for these sampling parts ahead of use (greedy decoding if none)."""
+        for parts in samplings:
+            if not isinstance(parts, SamplingParts):
+                raise ValueError(f"samplings has {quoted(parts)} in it; accepted: SamplingParts, such as sampling.parts")
         with current_device_of(self._step.tokens):
             for parts in samplings or (SamplingParts(),):
                 if self._step.graphs:
@@ -233,8 +242,7 @@ class Engine:
     @_between_steps
     def step(self) -> list[tuple[Generation, list[int]]]:
         """Admit requests, read prompts, decode once. Returns each request that got new tokens, with these tokens."""
-        if self.model.training:
-            raise ValueError("the model is in training mode; accepted: evaluation mode (model.eval())")
+        check_in_evaluation_mode(self.model)
         self._num_steps += 1
         with current_device_of(self._step.tokens):
             self._admit()
@@ -414,33 +422,3 @@ class Engine:
         self._admission.forget_fingerprint()
         self._step.repack()
         self._weights.accept()
-
-
-def _check_prompt_options(prompt_chunk: int, prompt_budget: int, prefix_interval: int | None) -> None:
-    for name, value in (("prompt_chunk", prompt_chunk), ("prompt_budget", prompt_budget)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; accepted: a positive integer")
-    if prefix_interval is not None and (prefix_interval < 1 or prefix_interval % prompt_chunk):
-        raise ValueError(f"prefix_interval is {prefix_interval}; accepted: a multiple of prompt_chunk ({prompt_chunk})")
-
-
-def _check_deferred_writes(length: int, speculation: Speculation | None) -> None:
-    if length not in (0, *DEFERRED_WRITES):
-        raise ValueError(f"deferred_writes is {length}; accepted: 0, {', '.join(map(str, DEFERRED_WRITES))}")
-    if length and speculation is not None:
-        raise ValueError(
-            f"deferred_writes is {length} with speculation, which defers its own writes; accepted: one of the two"
-        )
-
-
-def _use_graphs(asked: bool | None, model: LanguageModel, device: torch.device) -> bool:
-    on_gpu = device.type == "cuda"
-    routed = next((i for i, block in enumerate(model.layers) if isinstance(block.feed_forward, MoE)), None)
-    if asked and not on_gpu:
-        raise ValueError(f"graphs is True for a model on {device}; accepted there: False or None")
-    if asked and routed is not None:
-        raise ValueError(
-            f"graphs is True and layer {routed} is a mixture of experts, whose shapes depend on its routing; accepted: "
-            "False or None"
-        )
-    return on_gpu and routed is None if asked is None else asked

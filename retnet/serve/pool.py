@@ -14,9 +14,10 @@ from retnet.layers.mixers import MIXERS
 from retnet.layers.retention import RetentionState
 from retnet.models.config import ModelConfig
 from retnet.models.decode.fused import empty_deferred_writes
-from retnet.models.decode.sampling import SamplingTable, is_integer
+from retnet.models.decode.sampling import SamplingTable
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.system.checks import is_integer
 
 
 @dataclass(frozen=True)
@@ -153,4 +154,10 @@ def _draft_bytes(model: LanguageModel, state: ModelState, width: int) -> int:
 def _empty_state(model: LanguageModel, num_sequences: int, max_tokens: int | None) -> ModelState:
     """States of sequences before their first token, with room for max_tokens, or for every window if None."""
     room = max(layer.mixer.kept_tokens for layer in model.config.layers) if max_tokens is None else max_tokens
-    return model.init_state(num_sequences, num_tokens=int(room))
+    try:
+        return model.init_state(num_sequences, num_tokens=int(room))
+    except (RuntimeError, TypeError) as error:  # TypeError: a size beyond 64 bits
+        raise ValueError(
+            f"{num_sequences} slots with max_tokens {max_tokens} need more memory than there is ({error}); accepted: "
+            "fewer slots or tokens"
+        ) from error

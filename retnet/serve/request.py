@@ -2,19 +2,17 @@
 
 import math
 from array import array
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from torch import Tensor
-
-from retnet.models.decode.sampling import Sampling, is_integer
+from retnet.models.decode.sampling import Sampling
 from retnet.serve.snapshot import Snapshot
 from retnet.serve.stopping import StopStrings
+from retnet.system.checks import copied, copied_integers, is_integer, quoted
 
 LARGEST_TOKEN = 2**31 - 1
-LONGEST_QUOTE = 80  # characters of a wrong value in a message
 
 
 class Refused(ValueError):
@@ -59,61 +57,44 @@ class Request:
         if isinstance(self.prompt, Set):
             raise Refused(f"prompt is a {type(self.prompt).__name__}, which has no order; accepted: token ids in order")
         own: dict[str, Any] = {
-            "prompt": copied_tokens("prompt", self.prompt),
-            "stop_tokens": copied_tokens("stop_tokens", self.stop_tokens),
-            "stop_strings": _copied_strings(self.stop_strings),
+            "prompt": _own_tokens("prompt", self.prompt),
+            "stop_tokens": _own_tokens("stop_tokens", self.stop_tokens),
+            "stop_strings": _own_strings(self.stop_strings),
         }
         if self.max_new_tokens is not None:
             if not is_integer(self.max_new_tokens, -math.inf):
-                raise Refused(f"max_new_tokens is {self.max_new_tokens!r}; accepted: an integer, or None for no end")
+                raise Refused(f"max_new_tokens is {quoted(self.max_new_tokens)}; accepted: an integer, or None for no end")
             own["max_new_tokens"] = int(self.max_new_tokens)
         if not isinstance(self.sampling, Sampling):
-            raise Refused(f"sampling is {self.sampling!r}; accepted: a Sampling")
+            raise Refused(f"sampling is {quoted(self.sampling)}; accepted: a Sampling")
         for name in ("ignore_eos", "keep_state"):
             if not isinstance(getattr(self, name), bool):
-                raise Refused(f"{name} is {getattr(self, name)!r}; accepted: True or False")
+                raise Refused(f"{name} is {quoted(getattr(self, name))}; accepted: True or False")
         if not is_integer(self.shared, 0, len(own["prompt"])):
-            raise Refused(f"shared is {self.shared!r}; accepted: 0 to {len(own['prompt'])}, the prompt's tokens")
+            raise Refused(f"shared is {quoted(self.shared)}; accepted: 0 to {len(own['prompt'])}, the prompt's tokens")
         own["shared"] = int(self.shared)
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
 
-def copied_tokens(name: str, values: Any) -> tuple[int, ...]:
-    """Token ids as a tuple of our own. Raises Refused, naming the field, for anything but an iterable of integers."""
-    accepted = f"accepted: token ids, integers of 0 to {LARGEST_TOKEN}"
-    if isinstance(values, Tensor):
-        if values.dim() != 1 or values.is_floating_point():
-            raise Refused(f"{name} is {values.dtype} {list(values.shape)}; {accepted} [T]")
-        values = values.tolist()
-    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
-        raise Refused(f"{name} is {_short(values)}; {accepted}")
-    tokens = tuple(values)
-    if not set(map(type, tokens)) <= {int}:  # NumPy's integers and the like
-        if wrong := [token for token in tokens if not is_integer(token, -math.inf)]:
-            raise Refused(f"{name} is a sequence with {_short(wrong[0])} in it; {accepted}")
-        tokens = tuple(map(int, tokens))
-    if tokens and not 0 <= min(tokens) <= max(tokens) <= LARGEST_TOKEN:
-        wrong = next(token for token in tokens if not 0 <= token <= LARGEST_TOKEN)
-        raise Refused(f"{name} has {wrong}, and token {wrong} is not in the vocabulary; {accepted}")
-    return tokens
+def _own_tokens(name: str, values: object) -> tuple[int, ...]:
+    accepted = f"token ids, integers of 0 to {LARGEST_TOKEN}"
+    try:
+        return copied_integers(name, values, 0, LARGEST_TOKEN, accepted)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
-def _copied_strings(values: Any) -> tuple[str, ...]:
-    accepted = "accepted: a sequence of strings, none of them empty"
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise Refused(f"stop_strings is {_short(values)}; {accepted}")
-    strings = tuple(values)
+def _own_strings(values: object) -> tuple[str, ...]:
+    accepted = "a sequence of strings, none of them empty"
+    try:
+        strings = copied("stop_strings", values, accepted)
+    except ValueError as error:
+        raise Refused(str(error)) from error
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise Refused(f"stop_strings is a sequence with {_short(string)} in it; {accepted}")
-    return strings
-
-
-def _short(value: object) -> str:
-    """The value, as far as a message has room for it."""
-    text = repr(value)
-    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}... ({type(value).__name__})"
+            raise Refused(f"stop_strings is a sequence with {quoted(string)} in it; accepted: {accepted}")
+    return tuple(map(str, strings))
 
 
 @dataclass

@@ -10,6 +10,7 @@ that is truncated, changed, or of another model is refused: continuing a wrong s
 
 import hashlib
 import json
+import math
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +21,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from retnet.models.decode.sampling import is_integer
 from retnet.models.fingerprint import bytes_of
 from retnet.models.states import ModelState
+from retnet.ops.device import resolve_device
+from retnet.system.checks import as_path, copied_integers, is_integer, is_number, quoted
 from retnet.system.files import written_whole
 
 FORMAT = "retnet-snapshot"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The state of one sequence that has read all `tokens` but the last.
+    """The state of one sequence that has read all `tokens` but the last. The tensors of `state` are not copied.
 
     model: the fingerprint of the model.
     rounding_error: norm(state - stored) / norm(state), the largest over all tensors; 0 unless stored in fewer bits.
@@ -44,23 +46,29 @@ class Snapshot:
     output_start: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.state, ModelState):
-            raise ValueError(f"state is of type {type(self.state).__name__}; accepted: a ModelState")
-        try:
-            tokens = array("i", self.tokens)
-        except (TypeError, OverflowError) as error:
-            raise ValueError(f"tokens is a {type(self.tokens).__name__} ({error}); accepted: token ids") from error
-        position = self.state.position.tolist()
-        if position != [len(tokens) - 1]:
-            raise ValueError(
-                f"the state is at position {position} and there are {len(tokens)} tokens; accepted: one sequence that "
-                "has read all of them but the last"
-            )
-        if not isinstance(self.model, str):
-            raise ValueError(f"model is {self.model!r}; accepted: the fingerprint of a model, text")
-        if self.output_start is not None and not is_integer(self.output_start, 0, len(tokens)):
-            raise ValueError(f"output_start is {self.output_start!r}; accepted: None, or 0 to {len(tokens)}")
+        tokens = array("i", copied_integers("tokens", self.tokens, 0, 2**31 - 1, "token ids"))
         object.__setattr__(self, "tokens", tokens)
+        if not isinstance(self.model, str):
+            raise ValueError(f"model is {quoted(self.model)}; accepted: the fingerprint of a model, text")
+        if not is_number(self.rounding_error, 0, math.inf):
+            raise ValueError(f"rounding_error is {quoted(self.rounding_error)}; accepted: 0 or more")
+        object.__setattr__(self, "rounding_error", float(self.rounding_error))
+        if self.output_start is not None:
+            if not is_integer(self.output_start, 0, len(tokens)):
+                raise ValueError(f"output_start is {quoted(self.output_start)}; accepted: None, or 0 to {len(tokens)}")
+            object.__setattr__(self, "output_start", int(self.output_start))
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError unless the state, whose tensors can change in place, is that of all tokens but the last."""
+        if not isinstance(self.state, ModelState) or not self.state.layers:
+            raise ValueError(f"state is of type {type(self.state).__name__}; accepted: a ModelState of a model's layers")
+        positions = [layer.position.tolist() for layer in self.state]
+        if any(position != [len(self.tokens) - 1] for position in positions):
+            raise ValueError(
+                f"state is at position {positions[0]} and there are {len(self.tokens)} tokens; accepted: one sequence "
+                "that has read all of them but the last"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +76,9 @@ class Snapshot:
 
     def save(self, path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> float:
         """Write a file that `load` reads; return the rounding error. An old file stays until the new one is whole."""
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {dtype!r}; accepted: float32, bfloat16")
+        path = as_path("path", path)
+        if not isinstance(dtype, str) or dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {quoted(dtype)}; accepted: float32, bfloat16")
         target = getattr(torch, dtype)
         tensors, error = {}, self.rounding_error
         for name, x in self.state.named_tensors().items():
@@ -90,7 +99,7 @@ class Snapshot:
             "dtypes": json.dumps({name: str(x.dtype)[6:] for name, x in self.state.named_tensors().items()}),
         }
         metadata["content"] = _digest(tensors, metadata)
-        with written_whole(Path(path)) as file:
+        with written_whole(path) as file:
             file.write(save(tensors, metadata))
         return error
 
@@ -101,8 +110,9 @@ class Snapshot:
         Raises ValueError for a file that is something else, truncated, or changed since it was written, and
         FileNotFoundError if there is no file.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no snapshot at {path}: {'not a file' if Path(path).exists() else 'no such file'}")
+        path, device = as_path("path", path), resolve_device(device)
+        if not path.is_file():
+            raise FileNotFoundError(f"no snapshot at {path}: {'not a file' if path.exists() else 'no such file'}")
         try:
             with safe_open(path, "pt") as file:
                 metadata = dict(file.metadata() or {})

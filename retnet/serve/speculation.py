@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 import torch
 
 from retnet.models.config import ModelConfig
-from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable, is_integer
+from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
 from retnet.models.decode.step import DecodeStep
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelDraft, ModelState
+from retnet.system.checks import is_integer, quoted
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Speculation:
     def __post_init__(self) -> None:
         if not is_integer(self.draft_tokens, 1) or (self.draft_tokens + 1) % 4:
             raise ValueError(
-                f"draft_tokens is {self.draft_tokens!r}; accepted: 3, 7, 11, ... (a multiple of 4, less 1)"
+                f"draft_tokens is {quoted(self.draft_tokens)}; accepted: 3, 7, 11, ... (a multiple of 4, less 1)"
             )
-        if self.longest < 1:
-            raise ValueError(f"longest is {self.longest}; accepted: a positive integer")
+        if not is_integer(self.longest, 1):
+            raise ValueError(f"longest is {quoted(self.longest)}; accepted: a positive integer")
+        for name in ("draft_tokens", "longest"):
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     def check(self, config: ModelConfig, max_tokens: int | None) -> None:
         """Raise ValueError for a model whose caches have no room for a draft."""

@@ -11,24 +11,15 @@ Those parts change no bit of the results of other rows, so a request cannot tell
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from retnet.system.checks import is_integer, is_number, quoted
+
 TOP_LOGPROBS = 20  # alternatives that a request may ask for, at most
-
-
-def is_integer(value: object, low: float, high: float = math.inf) -> bool:
-    """Whether the value is an integer from low to high; booleans are not."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
-
-
-def _is_number(value: object, low: float, high: float) -> bool:
-    if isinstance(value, Integral):
-        return is_integer(value, low, high)
-    return isinstance(value, Real) and low <= float(value) <= high
 
 
 class FrozenDict(dict):
@@ -44,6 +35,19 @@ class FrozenDict(dict):
 
     def __reduce__(self) -> tuple:
         return type(self), (dict(self),)
+
+
+def _own_bias(given: Mapping[Any, Any]) -> FrozenDict:
+    accepted = "accepted: token ids, and -1e30 to 1e30 or minus infinity"
+    try:
+        items = list(given.items())
+    except Exception as error:  # from the caller's own mapping
+        raise ValueError(f"logit_bias cannot be read ({error!r}); {accepted}") from error
+    for token, bias in items:
+        banned = isinstance(bias, Real) and bias == -math.inf
+        if not (is_integer(token, -math.inf) and (banned or is_number(bias, -1e30, 1e30))):
+            raise ValueError(f"logit_bias has {quoted(token)}: {quoted(bias)}; {accepted}")
+    return FrozenDict({int(token): float(bias) for token, bias in items})
 
 
 @dataclass(frozen=True)
@@ -78,33 +82,28 @@ class Sampling:
         def check(name: str, accepted: str, is_right: Callable[[Any], bool]) -> None:
             value = getattr(self, name)
             if not is_right(value):
-                raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+                raise ValueError(f"{name} is {quoted(value)}; accepted: {accepted}")
 
         def maybe(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
             return lambda value: value is None or is_right(value)
 
-        check("temperature", "0 (greedy), or 1e-6 to 1e6", lambda t: _is_number(t, 0, 1e6) and (t == 0 or t >= 1e-6))
+        check("temperature", "0 (greedy), or 1e-6 to 1e6", lambda t: is_number(t, 0, 1e6) and (t == 0 or t >= 1e-6))
         check("top_k", "None, or an integer of 1 or more", maybe(lambda k: is_integer(k, 1)))
-        check("top_p", "None, or 0 < top_p <= 1", maybe(lambda p: _is_number(p, 0, 1) and p > 0))
-        check("min_p", "None, or 0 <= min_p <= 1", maybe(lambda p: _is_number(p, 0, 1)))
-        check("repetition_penalty", "1e-6 to 1e6", lambda r: _is_number(r, 1e-6, 1e6))
-        check("presence_penalty", "-1e6 to 1e6", lambda x: _is_number(x, -1e6, 1e6))
-        check("frequency_penalty", "-1e6 to 1e6", lambda x: _is_number(x, -1e6, 1e6))
+        check("top_p", "None, or 0 < top_p <= 1", maybe(lambda p: is_number(p, 0, 1) and p > 0))
+        check("min_p", "None, or 0 <= min_p <= 1", maybe(lambda p: is_number(p, 0, 1)))
+        check("repetition_penalty", "1e-6 to 1e6", lambda r: is_number(r, 1e-6, 1e6))
+        check("presence_penalty", "-1e6 to 1e6", lambda x: is_number(x, -1e6, 1e6))
+        check("frequency_penalty", "-1e6 to 1e6", lambda x: is_number(x, -1e6, 1e6))
         check(
             "logprobs", f"None, or an integer of 0 to {TOP_LOGPROBS}", maybe(lambda n: is_integer(n, 0, TOP_LOGPROBS))
         )
         check("seed", "None, or an integer of 0 to 2^63 - 1", maybe(lambda n: is_integer(n, 0, 2**63 - 1)))
         check("logit_bias", "a mapping of token ids to numbers", lambda bias: isinstance(bias, Mapping))
-        for token, bias in self.logit_bias.items():
-            if not (is_integer(token, -math.inf) and (bias == -math.inf or _is_number(bias, -1e30, 1e30))):
-                raise ValueError(
-                    f"logit_bias has {token!r}: {bias!r}; accepted: token ids, and -1e30 to 1e30 or minus infinity"
-                )
+        object.__setattr__(self, "logit_bias", _own_bias(self.logit_bias))
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             self._set(name, float)
         for name in ("top_k", "logprobs", "seed"):
             self._set(name, int)
-        self._set("logit_bias", lambda biases: FrozenDict({int(token): float(b) for token, b in biases.items()}))
 
     def _set(self, name: str, convert: Callable[[Any], Any]) -> None:
         """Replace a value by our own copy of it; None stays."""
