@@ -142,7 +142,7 @@ def test_automatic_is_the_gpu_if_there_is_one(monkeypatch):
     with pytest.raises(ValueError, match="device is 'cuda' and there is no CUDA device here; accepted: cpu, auto"):
         resolve_device("cuda")
     for unknown in ("gpu", None, -1):
-        with pytest.raises(ValueError, match=f"device is '{unknown}'; accepted: auto, cpu, cuda"):
+        with pytest.raises(ValueError, match=f"device is {unknown!r}; accepted: auto, cpu, cuda"):
             resolve_device(unknown)
     for absent in ("meta", "xla"):
         with pytest.raises(ValueError, match=f"device is '{absent}', which torch cannot use here; accepted: auto"):
@@ -203,7 +203,7 @@ def test_options_reach_the_engine(byte_model, monkeypatch):
         ({"prompt": None}, r"prompt is None; accepted: text, or token ids \[T\]"),
         ({"prompt": "\ud800"}, "the text has half of a surrogate pair at character 0; accepted"),
         ({"tokenizer": 5}, "tokenizer is of type int; accepted: a retnet Tokenizer, bytes"),
-        ({"stop": [""]}, "a stop string is empty"),
+        ({"stop": [""]}, "stop_strings is a sequence with '' in it"),
         ({"prompt": torch.zeros(2)}, r"prompt is torch.float32 \[2\]; accepted: text, or token ids"),
         ({"prompt": [400]}, "token 400 is not in the vocabulary"),
         ({"tokenizer": "gone.json"}, "no such tokenizer"),

@@ -77,14 +77,14 @@ class StreamDecoder:
         """Keep the tokens of the latest piece as context: after them, the next are not at the start of a text."""
         self._window = self._window[self._num_context :]
         self._num_context = len(self._window)
-        self._text = self._shown = self._decode(self._window)
+        self._text = self._shown = self._decode([*self._window])
 
     def _shorten_window(self) -> None:
         """Drop the oldest tokens; the text that has not been returned comes from the last ones."""
         unseen = len(self._text) - len(self._shown)
         self._num_context = max(0, self._num_context - (len(self._window) - KEPT))
         self._window = self._window[-KEPT:]
-        self._text = self._decode(self._window)
+        self._text = self._decode([*self._window])
         self._shown = self._text[: max(0, len(self._text) - unseen)]
 
     def _is_silent(self, token: int) -> bool:

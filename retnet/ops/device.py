@@ -5,25 +5,29 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from retnet.system.checks import quoted
+
 
 def resolve_device(device: torch.device | str) -> torch.device:
     """The device that a user names; "auto" is the GPU if there is one, otherwise the CPU.
 
     Raises ValueError for a name that torch does not know, and for a device that is not there or cannot compute (meta).
     """
+    if not isinstance(device, (str, torch.device)):
+        raise ValueError(f"device is {quoted(device)}; accepted: auto, cpu, cuda, cuda:0, ...")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return torch.device("cuda" if num_gpus else "cpu")
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {str(device)!r}; accepted: auto, cpu, cuda, cuda:0, ...") from error
+        raise ValueError(f"device is {quoted(str(device))}; accepted: auto, cpu, cuda, cuda:0, ...") from error
     if found.type not in ("cpu", "cuda"):
         _check_computes(found)
     if found.type == "cuda" and not num_gpus:
-        raise ValueError(f"device is {str(device)!r} and there is no CUDA device here; accepted: cpu, auto")
+        raise ValueError(f"device is {quoted(str(device))} and there is no CUDA device here; accepted: cpu, auto")
     if found.type == "cuda" and (found.index or 0) >= num_gpus:
-        raise ValueError(f"device is {str(device)!r}; accepted: auto, cpu, cuda:0 to cuda:{num_gpus - 1}")
+        raise ValueError(f"device is {quoted(str(device))}; accepted: auto, cpu, cuda:0 to cuda:{num_gpus - 1}")
     return found
 
 
@@ -32,7 +36,7 @@ def _check_computes(device: torch.device) -> None:
         torch.zeros(1, device=device).item()
     except Exception as error:  # a class for every kind of device
         raise ValueError(
-            f"device is {str(device)!r}, which torch cannot use here; accepted: auto, cpu, cuda"
+            f"device is {quoted(str(device))}, which torch cannot use here; accepted: auto, cpu, cuda"
         ) from error
 
 

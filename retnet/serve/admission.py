@@ -32,7 +32,7 @@ class Admission:
     def admit(self, request: Request, after: Snapshot | None, num_waiting: int) -> Generation:
         """The generation of a request. Raises Refused for what this engine cannot serve."""
         if not isinstance(request, Request):
-            raise Refused(f"the request is of type {type(request).__name__}; accepted: a Request")
+            raise Refused(f"request is of type {type(request).__name__}; accepted: a Request")
         if after is not None and not isinstance(after, Snapshot):
             raise Refused(f"after is of type {type(after).__name__}; accepted: a Snapshot or None")
         seen = array("i", after.tokens if after is not None else ())

@@ -116,7 +116,7 @@ class Decoding:
             generation.error = NOT_FINITE.format(len(generation.seen))
             return "failed"
         request = generation.request
-        generation.seen.append(token)
+        generation.add(token)
         self.num_new += 1
         _report_logprobs(generation, sampled, place)
         if token in generation.ends:

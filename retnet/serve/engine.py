@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
-import torch
-
 from retnet.models.decode.sampling import SamplingParts, SamplingTable
 from retnet.models.decode.step import DecodeStep
 from retnet.models.lm import LanguageModel
@@ -26,6 +24,7 @@ from retnet.ops.device import current_device_of
 from retnet.serve.admission import Admission
 from retnet.serve.decoding import Decoding
 from retnet.serve.options import (
+    MOST,
     check_decode,
     check_in_evaluation_mode,
     check_model,
@@ -126,10 +125,8 @@ class Engine:
         graphs: bool | None = None,
     ):
         check_model(model)
-        num_slots, memory_bytes, max_tokens = counts(
-            num_slots=num_slots, memory_bytes=memory_bytes, max_tokens=max_tokens
-        )
-        [prefix_cache_bytes] = counts(prefix_cache_bytes=prefix_cache_bytes)
+        num_slots, max_tokens = counts(high=MOST, num_slots=num_slots, max_tokens=max_tokens)
+        memory_bytes, prefix_cache_bytes = counts(memory_bytes=memory_bytes, prefix_cache_bytes=prefix_cache_bytes)
         [max_waiting] = counts(low=0, max_waiting=max_waiting)
         device = model.embedding.weight.device
         chunk, budget, interval = prompt_options(device, prompt_chunk, prompt_budget, prefix_interval)
@@ -205,7 +202,9 @@ class Engine:
         """Compile kernels and capture the steps for these sampling parts ahead of use (greedy decoding if none)."""
         for parts in samplings:
             if not isinstance(parts, SamplingParts):
-                raise ValueError(f"samplings has {quoted(parts)} in it; accepted: SamplingParts, such as sampling.parts")
+                raise ValueError(
+                    f"samplings has {quoted(parts)} in it; accepted: SamplingParts, such as sampling.parts"
+                )
         with current_device_of(self._step.tokens):
             for parts in samplings or (SamplingParts(),):
                 if self._step.graphs:

@@ -1,5 +1,7 @@
 """Options of an engine: each is checked before anything is allocated, and its message says what is accepted."""
 
+import math
+
 import torch
 
 from retnet.layers.moe import MoE
@@ -10,6 +12,7 @@ from retnet.system.checks import is_integer, quoted
 # Prompt tokens per call. A GPU needs many to be busy; on a CPU running requests wait for them.
 PROMPT_CHUNKS = {"cpu": 256, "cuda": 2048}
 DEFERRED_WRITES = (16, 32, 64)  # lengths that tensor cores can sum over
+MOST = 2**40  # slots and tokens of a slot, so that sizes in bytes fit 64 bits
 
 
 def check_model(model: object) -> None:
@@ -26,12 +29,12 @@ def check_in_evaluation_mode(model: LanguageModel) -> None:
         raise ValueError("the model is in training mode; accepted: evaluation mode (model.eval())")
 
 
-def counts(low: int = 1, **given: object) -> list[int | None]:
-    """The options given by name as integers of at least `low`; None stays."""
+def counts(low: int = 1, high: int | None = None, **given: object) -> list[int | None]:
+    """The options given by name as integers of `low` to `high`; None stays."""
     for name, value in given.items():
-        if value is not None and not is_integer(value, low):
-            kind = "a positive integer" if low == 1 else f"an integer of {low} or more"
-            raise ValueError(f"{name} is {quoted(value)}; accepted: {kind}, or None")
+        if value is not None and not is_integer(value, low, math.inf if high is None else high):
+            limits = f"of {low} or more" if high is None else f"of {low} to {high}"
+            raise ValueError(f"{name} is {quoted(value)}; accepted: an integer {limits}, or None")
     return [None if value is None else int(value) for value in given.values()]  # type: ignore[call-overload] (integers)
 
 

@@ -17,7 +17,9 @@ from retnet.models.decode.fused import empty_deferred_writes
 from retnet.models.decode.sampling import SamplingTable
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
-from retnet.system.checks import is_integer
+from retnet.system.checks import is_integer, quoted
+from retnet.system.memory import total_bytes
+from retnet.system.sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class SlotPool:
         check_servable(model.config, max_tokens)
         if (num_slots is None) == (memory_bytes is None):
             raise ValueError(f"num_slots is {num_slots}, memory_bytes {memory_bytes}; accepted: one of the two")
-        one = _empty_state(model, 1, max_tokens)
+        one = _empty_state(model, 1, max_tokens, torch.device("meta"))  # for its size
         beside = sum(ring.nbytes for ring in empty_deferred_writes(model, one, deferred_writes) if ring is not None)
         if draft_tokens:
-            beside += _draft_bytes(model, one, draft_tokens + 1)
+            beside += _draft_bytes(model, draft_tokens + 1)
         self.cost = SlotCost(one.nbytes + beside, SamplingTable.bytes_per_slot(model.config.vocab_size))
         if memory_bytes is not None:
             affordable = memory_bytes // self.cost.total
@@ -69,7 +71,10 @@ class SlotPool:
         assert num_slots is not None
         # On a CPU, a product rounds all slots alike only if their number fills the blocks of its kernels.
         if not is_integer(num_slots, 1) or (num_slots > 1 and num_slots % 4):
-            raise ValueError(f"num_slots is {num_slots}; accepted: 1 or a multiple of 4, where all slots round alike")
+            raise ValueError(
+                f"num_slots is {quoted(num_slots)}; accepted: 1 or a multiple of 4, where all slots round alike"
+            )
+        _check_fits(num_slots * self.cost.total, num_slots, max_tokens, model.embedding.weight.device)
         self.max_tokens = max_tokens
         self.num_slots = num_slots
         self.state = _empty_state(model, num_slots, max_tokens)
@@ -139,25 +144,32 @@ def check_servable(config: ModelConfig, max_tokens: int | None) -> None:
         raise ValueError(f"max_tokens is {max_tokens}; accepted: a positive integer or None")
 
 
+def _check_fits(needed: int, num_slots: int, max_tokens: int | None, device: torch.device) -> None:
+    """Raise ValueError before memory is taken that the device does not have at all."""
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else total_bytes()
+    if needed > there > 0:
+        raise ValueError(
+            f"num_slots {quoted(num_slots)} (or its memory_bytes) with max_tokens {max_tokens} takes more memory than "
+            f"the {format_bytes(there)} of {device}; accepted: less"
+        )
+
+
 def growing_layer(config: ModelConfig) -> int | None:
     """The first layer whose state grows with every token: attention without a window."""
     return next((i for i, layer in enumerate(config.layers) if layer.mixer.kept_tokens == math.inf), None)
 
 
 @torch.no_grad()
-def _draft_bytes(model: LanguageModel, state: ModelState, width: int) -> int:
+def _draft_bytes(model: LanguageModel, width: int) -> int:
     """Memory of the draft updates of `width` tokens of one sequence."""
+    state = model.init_state(1, num_tokens=width)
     _, draft = model.draft(torch.zeros(1, width, dtype=torch.long, device=state.position.device), state)
     return draft.nbytes
 
 
-def _empty_state(model: LanguageModel, num_sequences: int, max_tokens: int | None) -> ModelState:
+def _empty_state(
+    model: LanguageModel, num_sequences: int, max_tokens: int | None, device: torch.device | None = None
+) -> ModelState:
     """States of sequences before their first token, with room for max_tokens, or for every window if None."""
     room = max(layer.mixer.kept_tokens for layer in model.config.layers) if max_tokens is None else max_tokens
-    try:
-        return model.init_state(num_sequences, num_tokens=int(room))
-    except (RuntimeError, TypeError) as error:  # TypeError: a size beyond 64 bits
-        raise ValueError(
-            f"{num_sequences} slots with max_tokens {max_tokens} need more memory than there is ({error}); accepted: "
-            "fewer slots or tokens"
-        ) from error
+    return model.init_state(num_sequences, num_tokens=int(room), device=device)

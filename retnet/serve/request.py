@@ -63,7 +63,9 @@ class Request:
         }
         if self.max_new_tokens is not None:
             if not is_integer(self.max_new_tokens, -math.inf):
-                raise Refused(f"max_new_tokens is {quoted(self.max_new_tokens)}; accepted: an integer, or None for no end")
+                raise Refused(
+                    f"max_new_tokens is {quoted(self.max_new_tokens)}; accepted: an integer, or None for no end"
+                )
             own["max_new_tokens"] = int(self.max_new_tokens)
         if not isinstance(self.sampling, Sampling):
             raise Refused(f"sampling is {quoted(self.sampling)}; accepted: a Sampling")
@@ -147,6 +149,12 @@ class Generation:
     def num_new(self) -> int:
         return len(self.seen) - self.output_start
 
+    def add(self, token: int) -> None:
+        try:
+            self.seen.append(token)
+        except BufferError:  # the caller holds a view of its memory, such as np.asarray(generation.seen)
+            self.seen = array("i", [*self.seen, token])
+
     @property
     def text(self) -> str | None:
         """The output up to a stop string, if the request has stop strings."""
@@ -157,7 +165,8 @@ class Generation:
         return self.status is Status.FINISHED
 
     def finish(self, reason: str) -> None:
-        """Mark the request as ended; its slot is no longer its own."""
+        """Mark the request as ended; its slot is no longer its own, and its snapshot is not needed."""
+        self.start = None
         self.finish_reason = reason
         self.slot = None
         self.status = Status.FINISHED

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from array import array
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,8 +47,11 @@ class Snapshot:
     output_start: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.tokens, Set):
+            raise ValueError(f"tokens is {quoted(self.tokens)}, which has no order; accepted: token ids in order")
         tokens = array("i", copied_integers("tokens", self.tokens, 0, 2**31 - 1, "token ids"))
         object.__setattr__(self, "tokens", tokens)
+        self.check()
         if not isinstance(self.model, str):
             raise ValueError(f"model is {quoted(self.model)}; accepted: the fingerprint of a model, text")
         if not is_number(self.rounding_error, 0, math.inf):
@@ -57,12 +61,13 @@ class Snapshot:
             if not is_integer(self.output_start, 0, len(tokens)):
                 raise ValueError(f"output_start is {quoted(self.output_start)}; accepted: None, or 0 to {len(tokens)}")
             object.__setattr__(self, "output_start", int(self.output_start))
-        self.check()
 
     def check(self) -> None:
         """Raise ValueError unless the state, whose tensors can change in place, is that of all tokens but the last."""
         if not isinstance(self.state, ModelState) or not self.state.layers:
-            raise ValueError(f"state is of type {type(self.state).__name__}; accepted: a ModelState of a model's layers")
+            raise ValueError(
+                f"state is of type {type(self.state).__name__}; accepted: a ModelState of a model's layers"
+            )
         positions = [layer.position.tolist() for layer in self.state]
         if any(position != [len(self.tokens) - 1] for position in positions):
             raise ValueError(

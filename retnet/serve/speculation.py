@@ -23,6 +23,8 @@ from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelDraft, ModelState
 from retnet.system.checks import is_integer, quoted
 
+LONGEST_DRAFT = 1023  # tokens; a step of more is a prompt
+
 
 @dataclass(frozen=True)
 class Speculation:
@@ -32,9 +34,10 @@ class Speculation:
     longest: int = 3
 
     def __post_init__(self) -> None:
-        if not is_integer(self.draft_tokens, 1) or (self.draft_tokens + 1) % 4:
+        if not is_integer(self.draft_tokens, 1, LONGEST_DRAFT) or (self.draft_tokens + 1) % 4:
             raise ValueError(
-                f"draft_tokens is {quoted(self.draft_tokens)}; accepted: 3, 7, 11, ... (a multiple of 4, less 1)"
+                f"draft_tokens is {quoted(self.draft_tokens)}; accepted: 3, 7, 11, ... "
+                f"{LONGEST_DRAFT} (a multiple of 4, less 1)"
             )
         if not is_integer(self.longest, 1):
             raise ValueError(f"longest is {quoted(self.longest)}; accepted: a positive integer")

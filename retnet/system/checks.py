@@ -24,8 +24,13 @@ def is_integer(value: object, low: float, high: float = math.inf) -> bool:
 
 
 def is_number(value: object, low: float, high: float) -> bool:
-    """Whether the value is a real number from low to high; booleans and NaN are not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(low <= value <= high)
+    """Whether the value is a real number from low to high that a float holds; booleans and NaN are not."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return low <= float(value) <= high
+    except OverflowError:
+        return False
 
 
 def copied(name: str, values: object, accepted: str) -> list:
@@ -56,7 +61,7 @@ def copied_integers(name: str, values: object, low: int, high: int, accepted: st
 
 
 def as_path(name: str, value: object) -> Path:
-    """A path from text or a path. Raises ValueError, naming it, for anything else."""
-    if not isinstance(value, (str, os.PathLike)):
+    """A path from text or a path. Raises ValueError, naming it, for anything else and for no text."""
+    if not isinstance(value, (str, os.PathLike)) or value == "":
         raise ValueError(f"{name} is {quoted(value)}; accepted: a path")
     return Path(value)

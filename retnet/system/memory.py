@@ -1,4 +1,4 @@
-"""Memory of this process, in bytes, from the standard library alone."""
+"""Memory of this process and machine, in bytes, from the standard library alone."""
 
 import os
 import sys
@@ -22,3 +22,11 @@ def resident_bytes() -> int:
     if _STATM.exists():
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return peak_bytes()
+
+
+def total_bytes() -> int:
+    """The memory of the machine; 0 where the standard library cannot read it."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows, and systems that do not tell
+        return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from retnet.system import memory
-from retnet.system.memory import peak_bytes, resident_bytes
+from retnet.system.memory import peak_bytes, resident_bytes, total_bytes
 
 STATUS = Path("/proc/self/status")
 linux = pytest.mark.skipif(not STATUS.exists(), reason="compares with Linux's own counts")
@@ -51,3 +51,9 @@ def test_windows_has_no_resource_module_and_nothing_fails(monkeypatch, tmp_path)
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(memory, "_STATM", tmp_path / "absent")
     assert peak_bytes() == resident_bytes() == 0
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="compares with Linux's own count")
+def test_the_memory_of_the_machine_is_that_of_the_kernel():
+    kib = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text()).group(1)
+    assert total_bytes() == pytest.approx(1024 * int(kib), rel=0.01)
