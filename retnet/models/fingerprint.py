@@ -36,36 +36,6 @@ def fingerprint(model: LanguageModel) -> str:
     return digest.hexdigest()
 
 
-def checksum(model: LanguageModel) -> tuple[object, ...]:
-    """A fast summary of the weights, to compare within one process: two differ if any value of any weight does.
-
-    Reads all weights twice, in about the time of two decoded tokens. Rows or columns that change places are seen too.
-    """
-    tensors = [part for weight in model.state_dict().values() for part in int8_parts(weight) or (weight,)]
-    sums = [_sum_of_bits(x.detach()) for x in tensors]
-    totals = torch.stack([x.to(sums[0].device) for x in sums]).tolist() if sums else []
-    return tuple((tuple(x.shape), x.dtype, total) for x, total in zip(tensors, totals, strict=True))
-
-
-def _sum_of_bits(x: Tensor) -> Tensor:
-    """Sums modulo 2^64 over the rows and over the columns of a tensor's memory, weighted by their places and added.
-
-    The memory is read as the widest integers that fit a row.
-    """
-    by_memory = sorted(range(x.dim()), key=lambda i: -x.stride(i))  # no copy of a transposed matrix
-    rows = x.permute(by_memory).contiguous().flatten(0, -2) if x.dim() > 1 else x.reshape(1, -1)
-    row_bytes = rows.shape[1] * rows.element_size()
-    aligned = row_bytes % 8 == 0 and rows.storage_offset() * rows.element_size() % 8 == 0
-    integers = rows.view(torch.int64 if aligned else _INTEGERS[rows.element_size()])
-    by_row, by_column = integers.sum(1, dtype=torch.int64), integers.sum(0, dtype=torch.int64)
-    return _by_place(by_row) + _by_place(by_column)
-
-
-def _by_place(sums: Tensor) -> Tensor:
-    places = torch.arange(1, 2 * len(sums), 2, device=sums.device)  # odd: no place loses bits
-    return (sums * places).sum()
-
-
 def bytes_of(x: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, without numpy."""
     size = x.numel() * x.element_size()

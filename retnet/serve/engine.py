@@ -151,7 +151,7 @@ class Engine:
             self._step = VerifyStep(model, self.pool.state, self.table, captured, width)
         self.drafter = None if speculation is None else Drafter(speculation)
         self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes)
-        self._weights = WeightsWatch(model)
+        self._weights = WeightsWatch(model, self._step)
         self._stages = Stages()
         self._turns = Turns()
         self._to_cancel: deque[Generation] = deque()

@@ -83,8 +83,17 @@ def merge(model) -> None:
     weight.data += 0.5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight)
 
 
+def change_one_row(model) -> None:
+    model.layers[1].mixer.out_proj.weight.data[7] += 3
+
+
+def change_one_column(model) -> None:
+    model.layers[0].mixer.out_proj.weight.data[:, 40] *= -40
+
+
 def change_one_value(model) -> None:
-    model.layers[1].mixer.out_proj.weight.data[7, 13] += 3
+    with torch.no_grad():
+        model.layers[1].mixer.out_proj.weight[7, 13] += 3
 
 
 def load(model) -> None:
@@ -100,7 +109,7 @@ def swap_module(model) -> None:
     model.layers[0].mixer.q_proj = torch.nn.Linear(old.in_features, old.out_features, bias=False, dtype=torch.float64)
 
 
-CHANGES = [merge, change_one_value, load, replace, swap_module]
+CHANGES = [merge, change_one_row, change_one_column, change_one_value, load, replace, swap_module]
 
 
 def fresh(model, request: Request) -> list[int]:
