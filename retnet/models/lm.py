@@ -108,11 +108,13 @@ class LanguageModel(nn.Module):
         carry: bool = False,
         in_place: bool = False,
         losses: list[Tensor] | None = None,
+        inner: list[Tensor] | None = None,
     ) -> tuple[Tensor, ModelState | None]:
         """Final hidden states [B, T, D], ready for `logits`, and the state; arguments as for `forward`.
 
         embeddings [B, T, D] take the place of ids, before config.embedding_scale. losses: a list to which layers add
-        their own losses (mixtures of experts: balance and router z), already weighted.
+        their own losses (mixtures of experts: balance and router z), already weighted. inner: a list to which the input
+        of the first layer and the output of each layer are added.
         """
         if self._stateless and (carry or state is not None):
             raise ValueError(f"{self._stateless}: keeps_state is False; accepted there: no state, and carry False")
@@ -131,6 +133,8 @@ class LanguageModel(nn.Module):
         for layer in self.layers:
             cast(Block, layer).prepare(layout, x.dtype)
         states = []
+        if inner is not None:
+            inner.append(x)
         for i, layer in enumerate(self.layers):
             before = None if state is None else state.layers[i]
             if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -138,6 +142,8 @@ class LanguageModel(nn.Module):
             else:
                 x, after = layer(x, before, layout)
             states.append(after)
+            if inner is not None:
+                inner.append(x)
         return self.final_norm(x), ModelState(tuple(states)) if carry else None
 
     def init_state(

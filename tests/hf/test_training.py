@@ -22,9 +22,11 @@ def loss_and_gradient(model, **inputs):
     return output, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("extra", [{}, {"num_items_in_batch": torch.tensor(100)}])
-def test_training_takes_the_loss_without_logits_unless_asked(extra):
+@pytest.mark.parametrize("extra", [{}, {"num_items_in_batch": torch.tensor(100)}, {"ignore_index": 97}])
+def test_the_loss_without_logits_equals_the_one_with_them(extra):
     model, ids = hf_model().train(), random_ids(2, 9)
+    assert model(ids, labels=ids).logits is not None
+    model.config.loss_without_logits = True
     labels = ids.masked_fill(ids < 60, -100)
     fused, gradient = loss_and_gradient(model, input_ids=ids, labels=labels, **extra)
     plain, expected = loss_and_gradient(model, input_ids=ids, labels=labels, logits_to_keep=0, **extra)

@@ -20,6 +20,8 @@ class RetNetConfig(PreTrainedConfig):
 
     model_config: `ModelConfig.to_dict()`; the preset retnet-125m if None.
     use_cache: whether a call of the model returns its states, unless the call says otherwise.
+    loss_without_logits: in training with labels, compute the loss without holding the logits of all tokens in memory;
+    the output then has no logits.
     vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings, initializer_range, dtype, bos_token_id,
     eos_token_id (one id or a list) and pad_token_id change what model_config says, when given or set later.
     num_attention_heads is that of the first mixer with heads; it can only be read.
@@ -30,6 +32,7 @@ class RetNetConfig(PreTrainedConfig):
 
     model_config: dict | None = None
     use_cache: bool = True
+    loss_without_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.model_config is None:  # transformers instantiates configuration classes without arguments

@@ -19,6 +19,7 @@ IGNORED = -100
 class Tokens:
     """The tokens [B, T] of a call: their mask [B, T], or the boundaries [N + 1] of documents laid end to end."""
 
+    shape: tuple[int, int]
     mask: Tensor | None = None
     bounds: Tensor | None = None
 
@@ -27,30 +28,49 @@ class Tokens:
         cls,
         shape: tuple[int, int],
         attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cu_seq_lens: Tensor | None,
-        continued: bool,
+        position_ids: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        continued: bool = False,
     ) -> Tokens:
         """From transformers' inputs for tokens [B, T]; `continued`: they follow tokens whose state is known.
 
-        Raises ValueError for padding together with packing, packing after a cache, and a mask of the wrong shape.
+        Raises ValueError for padding together with packing, packing after a cache, marks of documents that disagree,
+        and marks of the wrong shape.
         """
         mask = last_columns(attention_mask, shape)
-        bounds = cu_seq_lens
-        if bounds is None and position_ids is not None and not continued:
-            positions = position_ids.expand(shape)
-            inside = positions[:, 1:] == 0
-            if mask is not None:  # the positions of padding say nothing
-                inside &= mask[:, 1:] & (mask.cumsum(1)[:, 1:] > 1)
-            if bool(inside.any()):
-                bounds = document_bounds(positions)
-        if bounds is None:
-            return cls(mask=mask)
+        marks = {"cu_seq_lens_q": cu_seq_lens, "seq_idx": None if seq_idx is None else _index_bounds(seq_idx, shape)}
+        if position_ids is not None and not continued:
+            marks["position_ids"] = _position_bounds(position_ids.expand(shape), mask)
+        found = {name: bounds for name, bounds in marks.items() if bounds is not None}
+        if not found:
+            return cls(shape, mask=mask)
+        (name, bounds), *others = found.items()
         if mask is not None:
-            raise ValueError("pads together with packed documents (position_ids that restart) are not supported")
+            raise ValueError(f"pads together with packed documents ({name}) are not supported")
         if continued:
-            raise ValueError("packed documents (cu_seq_lens_q) with a filled cache are not supported")
-        return cls(bounds=bounds)
+            raise ValueError(f"packed documents ({name}) with a filled cache are not supported")
+        for other, theirs in () if torch.compiler.is_compiling() else others:
+            if not torch.equal(torch.unique(bounds.long()), torch.unique(theirs.long())):
+                raise ValueError(f"{name} and {other} mark different documents; accepted: one of them, or the same")
+        return cls(shape, bounds=bounds)
+
+
+def _position_bounds(positions: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The boundaries of documents whose positions [B, T] restart inside a row; None if none does."""
+    inside = positions[:, 1:] <= positions[:, :-1]
+    if mask is not None:  # the positions of padding say nothing
+        inside &= mask[:, 1:] & mask[:, :-1]
+    return document_bounds(positions) if bool(inside.any()) else None
+
+
+def _index_bounds(seq_idx: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """The boundaries of documents that are numbered [B, T]; None if each row is one document."""
+    if seq_idx.shape != shape:
+        raise ValueError(f"seq_idx has shape {list(seq_idx.shape)}; accepted for tokens {list(shape)}: {list(shape)}")
+    starts = torch.ones_like(seq_idx, dtype=torch.bool)
+    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return _bounds(starts) if bool(starts[:, 1:].any()) else None
 
 
 def last_columns(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
@@ -69,15 +89,25 @@ def last_columns(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tenso
 
 
 def document_bounds(position_ids: Tensor) -> Tensor:
-    """cu_seqlens [N + 1] of rows [B, T] laid end to end, from positions that restart at 0. Every row starts a document.
+    """cu_seqlens [N + 1] of rows [B, T] laid end to end, from positions that restart. Every row starts a document.
 
-    Raises ValueError if a row does not begin at 0.
+    Raises ValueError unless all documents begin at the same position.
     """
-    starts = position_ids.flatten() == 0
-    if not bool((position_ids[:, 0] == 0).all()):
-        raise ValueError(f"position_ids start at {position_ids[:, 0].tolist()}; packed rows start at 0")
-    bounds = starts.nonzero().flatten()
-    return torch.cat([bounds, bounds.new_tensor([position_ids.numel()])])
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
+    first = torch.unique(position_ids[starts])
+    if len(first) > 1:
+        raise ValueError(
+            f"position_ids start at {position_ids[:, 0].tolist()} and restart at {first.tolist()}; accepted: all "
+            "documents start at the same position"
+        )
+    return _bounds(starts)
+
+
+def _bounds(starts: Tensor) -> Tensor:
+    """[N + 1] bounds from starts [B, T] bool."""
+    bounds = starts.flatten().nonzero().flatten()
+    return torch.cat([bounds, bounds.new_tensor([starts.numel()])])
 
 
 def without_first_labels(labels: Tensor, bounds: Tensor) -> Tensor:

@@ -1,164 +1,24 @@
-"""`RetNetForCausalLM` and `RetNetModel`: the language model as transformers, PEFT and TRL expect one.
-
-Left out: attention weights and the hidden states of every layer, which are refused if asked for, and tensor
-parallelism.
-"""
+"""`RetNetForCausalLM`: the language model as transformers, PEFT and TRL expect one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
-from typing import Any, Self
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from retnet.layers.linear import is_plain_linear
 from retnet.models.decode.decoder import FusedDecoder, running
 from retnet.models.directory import MODEL_TYPE
+from retnet.models.hf.body import HiddenStates, RetNetModel
 from retnet.models.hf.cache import StateCache
 from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.inputs import IGNORED, Tokens, repeat_last_real, without_first_labels
-from retnet.models.hf.pretrained import RetNetPreTrainedModel, drawn_seed
-from retnet.models.lm import LanguageModel
-
-
-class RetNetModel(RetNetPreTrainedModel):
-    """The model without its head: final hidden states."""
-
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
-
-    def __init__(self, config: RetNetConfig):
-        super().__init__(config)
-        core = config.core
-        on_meta = torch.get_default_device().type == "meta"  # nothing is drawn there, and torch's generator stays as is
-        self.model = LanguageModel(core, seed=core.seed if on_meta else drawn_seed())
-        for module in self.model.modules():
-            module._is_hf_initialized = not on_meta  # type: ignore[assignment]
-        self.post_init()
-
-    @classmethod
-    def wrap(cls, model: LanguageModel) -> Self:
-        """A wrapper of an existing model; both share the weights."""
-        with torch.device("meta"):
-            wrapper = cls(RetNetConfig.of(model.config))
-        wrapper.model = model
-        return wrapper
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: StateCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple:
-        """Hidden states [B, T, D] after the final norm; arguments as for `RetNetForCausalLM.forward`."""
-        _refuse_unknown_outputs(kwargs)
-        marks = (attention_mask, position_ids, cu_seq_lens_q)
-        shape, tokens = self._tokens(input_ids, inputs_embeds, past_key_values, *marks)
-        hidden, cache = self._hidden(shape, tokens, input_ids, inputs_embeds, past_key_values, use_cache)
-        output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
-        return output.to_tuple() if return_dict is False else output
-
-    def _tokens(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        cache: StateCache | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cu_seq_lens: Tensor | None,
-    ) -> tuple[tuple[int, int], Tokens]:
-        """(B, T), and the mask or document boundaries of these tokens."""
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("accepted: one of input_ids and inputs_embeds")
-        if cache is not None and not isinstance(cache, StateCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; accepted: retnet.hf.StateCache or None")
-        shape = (given.shape[0], given.shape[1])
-        continued = cache is not None and cache.state is not None
-        return shape, Tokens.of(shape, attention_mask, position_ids, cu_seq_lens, continued)
-
-    def _hidden(
-        self,
-        shape: tuple[int, int],
-        tokens: Tokens,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        cache: StateCache | None,
-        use_cache: bool | None,
-        losses: list[Tensor] | None = None,
-    ) -> tuple[Tensor, StateCache | None]:
-        """Final hidden states [B, T, D] and the cache after them: the given one, or a new one."""
-        packed = tokens.bounds is not None
-        if use_cache is None:
-            use_cache = cache is not None or not (self.training or packed or not self._keeps_state)
-        if use_cache and packed:
-            raise ValueError("use_cache is True for packed documents; accepted: False, as their states are not kept")
-        if packed:
-            input_ids = None if input_ids is None else input_ids.reshape(1, -1)
-            inputs_embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[None]
-        hidden, state = self.model.hidden(
-            input_ids,
-            None if cache is None else cache.state,
-            embeddings=inputs_embeds,
-            mask=tokens.mask,
-            cu_seqlens=tokens.bounds,
-            carry=use_cache,
-            in_place=use_cache and cache is not None and not torch.is_grad_enabled(),
-            losses=losses,
-        )
-        if state is not None:
-            cache = StateCache() if cache is None else cache
-            cache.update_state(state, shape[1])
-        return hidden.view(*shape, -1), cache if use_cache else None
-
-    @property
-    def _keeps_state(self) -> bool:
-        return all(layer.keeps_state for layer in self.model.config.layers)
-
-    @property
-    def base_model(self) -> nn.Module:
-        return self
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Set by transformers, after it has stored the function to use in `_gradient_checkpointing_func`."""
-        return self.model.config.gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enable: bool) -> None:
-        self.model.config = replace(self.model.config, gradient_checkpointing=enable)
-        if enable:
-            self.model.checkpoint = self._gradient_checkpointing_func
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_submodule("embedding", value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.model.head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.set_submodule("head", new_embeddings)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize as transformers does, and update the core configuration."""
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self.model.config = replace(self.config.core, gradient_checkpointing=self.model.config.gradient_checkpointing)
-        return embeddings
 
 
 class RetNetForCausalLM(RetNetModel, GenerationMixin):
@@ -178,8 +38,10 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: HiddenStates = None,
         logits_to_keep: int | Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
@@ -189,45 +51,59 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
             input_ids: [B, T]; or inputs_embeds [B, T, D] instead.
             attention_mask: [B, T], or [B, all tokens so far], 0 at padding. Padding gets the logits of the last real
                 token before it, so that `generate` works with rows padded on either side.
-            position_ids: [B, T]; where they restart at 0, a new document begins with a fresh state. Without restarts
+            position_ids: [B, T]; where they restart, a new document begins with a fresh state. Without restarts
                 inside a row they change nothing, as positions count real tokens.
             past_key_values: the cache of the earlier tokens; it is updated.
             labels: [B, T], as input_ids, not shifted; -100 is ignored, and so is the first token of a document.
-            use_cache: return a cache. None: if one was given, or in evaluation without labels or packed documents.
-            logits_to_keep: how many last tokens, or which tokens, to return logits for; 0: all. None: all, except in
-                training with labels, where the loss is computed without holding them in memory.
+            use_cache: return a cache. None: if one was given, or in evaluation without labels or packed documents
+                unless `config.use_cache` is False.
+            output_hidden_states: return the input of the first layer and the output of each, the last one after the
+                final norm; a place or a list of places returns only those. None: `config.output_hidden_states`.
+            logits_to_keep: how many last tokens, or which tokens, to return logits for; 0: all. None: all, unless
+                `config.loss_without_logits`.
             cu_seq_lens_q: [N + 1] bounds of documents laid end to end, instead of position_ids.
-            kwargs: for transformers' loss (num_items_in_batch).
+            seq_idx: [B, T] number of each token's document, instead of position_ids.
+            return_dict: False returns a tuple. None: `config.return_dict`.
+            kwargs: for transformers' loss (num_items_in_batch, shift_labels, ignore_index), and what transformers and
+                tokenizers pass to any model (`retnet.models.hf.keywords`).
 
-        Raises ValueError for padding together with packed documents, and for unsupported outputs.
+        Raises ValueError for padding together with packed documents, for unsupported outputs and unknown keywords.
         """
-        _refuse_unknown_outputs(kwargs)
-        marks = (attention_mask, position_ids, cu_seq_lens_q)
-        shape, tokens = self._tokens(input_ids, inputs_embeds, past_key_values, *marks)
+        marks = (attention_mask, position_ids, cu_seq_lens_q, seq_idx)
+        tokens = self._tokens(input_ids, inputs_embeds, past_key_values, *marks)
+        for_loss = self._loss_keywords(kwargs, tokens, past_key_values, cu_seq_lens_q)
         if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
-        loss, logits, cache = None, None, past_key_values
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        loss, logits, body = None, None, None
         with nullcontext() if torch.compiler.is_compiling() else running(self.model):
             if (
                 input_ids is not None
                 and labels is None
                 and use_cache is not False
+                and output_hidden_states in (None, False)
                 and not isinstance(logits_to_keep, Tensor)
             ):
-                logits = self._decode_fused(input_ids, tokens, cache)
+                logits = self._decode_fused(input_ids, tokens, past_key_values)
             if logits is None:
                 losses: list[Tensor] | None = None if labels is None else []
-                hidden, cache = self._hidden(shape, tokens, input_ids, inputs_embeds, cache, use_cache, losses)
+                inputs = (input_ids, inputs_embeds, past_key_values)
+                body = self._body(tokens, *inputs, use_cache, output_hidden_states, losses)
                 if labels is not None:
-                    loss, logits = self._loss_and_logits(hidden, labels, tokens, logits_to_keep, **kwargs)
+                    loss, logits = self._loss_and_logits(body.hidden, labels, tokens, logits_to_keep, **for_loss)
                     loss = sum(losses or (), loss)
                 else:
-                    if tokens.mask is not None:
-                        hidden = repeat_last_real(hidden, tokens.mask)
+                    hidden = body.hidden if tokens.mask is None else repeat_last_real(body.hidden, tokens.mask)
                     kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
                     logits = self.model.logits(hidden[:, kept])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-        return output.to_tuple() if return_dict is False else output
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if body is None else body.cache,
+            hidden_states=None if body is None else body.hidden_states,  # type: ignore[arg-type]
+        )
+        return self._returned(output, return_dict)
 
     def _decode_fused(self, input_ids: Tensor, tokens: Tokens, cache: StateCache | None) -> Tensor | None:
         """Logits [B, 1, vocab] of one token per sequence by the fused decode step, or None where the modules must run.
@@ -248,40 +124,50 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         return logits[:, None]
 
     def _loss_and_logits(
-        self, hidden: Tensor, labels: Tensor, tokens: Tokens, logits_to_keep: int | Tensor | None, **kwargs: Any
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        tokens: Tokens,
+        logits_to_keep: int | Tensor | None,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        ignore_index: int = IGNORED,
     ) -> tuple[Tensor, Tensor | None]:
         """The loss, and the logits unless it is computed without them."""
         if logits_to_keep is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(f"logits_to_keep is {logits_to_keep} with labels; accepted with labels: None or 0")
-        if tokens.bounds is not None:
-            labels = without_first_labels(labels, tokens.bounds)
-        if logits_to_keep is None and self.training and is_plain_linear(self.model.head):
-            return self._loss_without_logits(hidden, labels, **kwargs), None
+        if shift_labels is None:
+            if tokens.bounds is not None:
+                labels = without_first_labels(labels, tokens.bounds)
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if ignore_index != IGNORED:
+            shift_labels = shift_labels.masked_fill(shift_labels == ignore_index, IGNORED)
+        without = self.config.loss_without_logits and logits_to_keep is None
+        if without and self.model.training and is_plain_linear(self.model.head):
+            return self._loss_without_logits(hidden, shift_labels, num_items_in_batch), None
         logits = self.model.logits(hidden)
-        return self.loss_function(
-            logits=logits, labels=labels, vocab_size=self.model.config.vocab_size, **kwargs
-        ), logits
+        options = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+        size = self.model.config.vocab_size
+        return self.loss_function(logits=logits, labels=labels, vocab_size=size, **options), logits
 
     def _loss_without_logits(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
-        **kwargs: Any,
+        self, hidden: Tensor, shift_labels: Tensor, num_items_in_batch: Tensor | int | None
     ) -> Tensor:
         """transformers' ForCausalLMLoss: the mean over labels, or their sum divided by num_items_in_batch."""
-        if shift_labels is None:
-            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
         loss = self.model.mean_nats(hidden, shift_labels)
         if num_items_in_batch is None:
             return loss
         return loss * (shift_labels != IGNORED).sum() / num_items_in_batch
 
     @property
-    def base_model(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The model without its head, for losses that apply the head themselves (TRL)."""
-        return partial(RetNetModel.forward, self)
+    def base_model(self) -> RetNetModel:
+        """The model without its head, of the same weights, for losses that apply the head themselves (TRL)."""
+        body = self.__dict__.get("_without_head")
+        if body is None or body.model is not self.model or body.config is not self.config:
+            body = RetNetModel(cast(RetNetConfig, self.config), self.model)
+            self.__dict__["_without_head"] = body  # beside the submodules, which it shares
+        return body
 
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
@@ -318,9 +204,3 @@ def register_causal(cls: type) -> None:
     """
     key = MODEL_TYPE if cls is RetNetForCausalLM else f"{MODEL_TYPE}.{cls.__name__}"
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[key] = cls.__name__
-
-
-def _refuse_unknown_outputs(kwargs: dict[str, Any]) -> None:
-    for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.get(name):
-            raise ValueError(f"{name} is {kwargs[name]}; accepted: False, as these are not returned")
