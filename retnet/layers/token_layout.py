@@ -5,7 +5,7 @@ each document, or from the position of its state, so that padding, masked tokens
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -115,14 +115,14 @@ class TokenLayout:
         if mask is None:
             return layer(x, state, self)
         compaction, dense = self.shared("real_tokens", lambda: self._real_tokens(mask))
-        y, state = layer(compaction.gather(x), state, dense)
+        y, state = layer(compaction.gather(x), state, replace(dense, losses=self.losses))
         return compaction.scatter(y), state
 
     def _real_tokens(self, mask: Tensor) -> "tuple[Compaction, TokenLayout]":
         compaction = Compaction.of(mask, self.cu_seqlens)
         bounds = torch.tensor(compaction.bounds, device=mask.device)
         positions = compaction.gather(self.positions)
-        dense = TokenLayout(positions, self.lengths, None, bounds, self.carry, self.in_place, self.losses)
+        dense = TokenLayout(positions, self.lengths, None, bounds, self.carry, self.in_place)
         return compaction, dense
 
     def shared(self, key: Hashable, make: Callable[[], Value]) -> Value:

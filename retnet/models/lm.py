@@ -1,7 +1,7 @@
 """The language model: embedding, blocks, final norm, head. Plain torch; the Hugging Face classes are in `models/hf`."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -138,7 +138,9 @@ class LanguageModel(nn.Module):
         for i, layer in enumerate(self.layers):
             before = None if state is None else state.layers[i]
             if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x, after = self.checkpoint(layer, x, before, layout)
+                x, after, own = self.checkpoint(_with_losses, layer, x, before, layout)
+                if losses is not None and own is not None:
+                    losses.append(own)
             else:
                 x, after = layer(x, before, layout)
             states.append(after)
@@ -194,11 +196,11 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy in nats of labels [B, T] (already shifted; -100 is ignored) given ids [B, T].
 
-        Plus the losses of routers, if there are any.
+        In training, plus the losses of routers, if there are any.
         """
-        losses: list[Tensor] = []
+        losses: list[Tensor] | None = [] if self.training else None
         hidden, _ = self.hidden(ids, mask=mask, cu_seqlens=cu_seqlens, losses=losses)
-        return sum(losses, self.mean_nats(hidden, labels))
+        return sum(losses or (), self.mean_nats(hidden, labels))
 
     def mean_nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats of labels [...] given final hidden states [..., D]; 0 if all are -100.
@@ -212,3 +214,10 @@ class LanguageModel(nn.Module):
             logits.to(wide_dtype(logits.dtype)), labels.flatten(), ignore_index=-100, reduction="sum"
         )
         return nats / (labels != -100).sum().clamp_min(1)
+
+
+def _with_losses(layer: nn.Module, x: Tensor, state: Any, layout: TokenLayout) -> tuple[Tensor, Any, Tensor | None]:
+    """A layer's results and the sum of its own losses, which only as a result have a gradient when checkpointed."""
+    losses: list[Tensor] | None = None if layout.losses is None else []
+    x, state = layer(x, state, replace(layout, losses=losses))
+    return x, state, torch.stack(losses).sum() if losses else None

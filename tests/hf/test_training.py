@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import SequentialSampler
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from retnet.models.hf.inputs import document_bounds, last_columns, without_first_labels
-from tests.small_models import hf_model
+from tests.small_models import EXPERTS, PAPER, hf_model
 
 from .conftest import STACKS, random_ids
 
@@ -162,3 +165,27 @@ def test_the_trainer_trains_packed_rows_and_evaluates(tmp_path, stack):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
     assert trainer.evaluate()["eval_loss"] < losses[0]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_router_losses_count_by_tokens_under_accumulation_and_not_in_evaluation(tmp_path, rows):
+    experts = replace(PAPER, feed_forward=replace(EXPERTS, load_balance_coef=1.0, z_loss_coef=0.1))
+    model, ids = hf_model([experts, experts]), random_ids(8, 12)
+    parts = [model.model(part) for part in ids.split(rows)]
+    logits, losses = torch.cat([part.logits for part in parts]), torch.stack([part.auxiliary_loss for part in parts])
+    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    features = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids.tolist()]
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=8 // rows, max_steps=1, logging_steps=1,
+        learning_rate=0.0, report_to=[], save_strategy="no", use_cpu=True, per_device_eval_batch_size=rows,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=features, eval_dataset=features, data_collator=_stacked)
+    trainer._get_train_sampler = lambda *_: SequentialSampler(features)
+    trainer.train()
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert logged == pytest.approx(nats + losses.mean().item(), rel=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(nats, rel=1e-4)
+
+
+def _stacked(features):
+    return {name: torch.tensor([row[name] for row in features]) for name in features[0]}

@@ -1,8 +1,10 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from retnet.layers.block import BlockConfig
 from retnet.layers.moe import MoE, MoEConfig, assign
@@ -166,12 +168,15 @@ def model(checkpointing: bool = False, **options) -> LanguageModel:
     return small_model([block] * 2, init="normal", vocab_size=11, dtype="float64", gradient_checkpointing=checkpointing)
 
 
-def test_losses_of_all_layers_are_in_the_models_loss_and_train_the_router():
+def test_losses_of_all_layers_are_in_the_models_loss_of_training_alone_and_train_the_router():
     ids = torch.arange(10)[None]
     plain, balanced = model(load_balance_coef=0.0), model(load_balance_coef=0.5, z_loss_coef=0.1)
     output = balanced(ids)
     cross_entropy = torch.nn.functional.cross_entropy(output.logits[0], ids[0])
     assert output.auxiliary_loss.item() > 2 * 0.5 * 0.9
+    torch.testing.assert_close(balanced.loss(ids, ids), cross_entropy)
+    plain.train()
+    balanced.train()
     torch.testing.assert_close(balanced.loss(ids, ids), cross_entropy + output.auxiliary_loss)
     torch.testing.assert_close(plain.loss(ids, ids), cross_entropy)
     routers = [m.layers[0].feed_forward.router.weight for m in (plain, balanced)]
@@ -180,11 +185,16 @@ def test_losses_of_all_layers_are_in_the_models_loss_and_train_the_router():
     assert not torch.allclose(*grads)
 
 
-def test_gradient_checkpointing_keeps_the_losses_gradients():
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient_checkpointing_of_either_kind_keeps_the_losses_gradients(reentrant, masked):
     ids, grads = torch.arange(10)[None], []
+    mask = (ids != 3) if masked else None
     for checkpointing in (False, True):
         lm = model(checkpointing, load_balance_coef=0.5, z_loss_coef=0.1).train()
-        grads.append(torch.autograd.grad(lm.loss(ids, ids), list(lm.parameters())))
+        lm.checkpoint = partial(checkpoint, use_reentrant=reentrant)
+        lm.loss(ids, ids, mask=mask).backward()
+        grads.append([weight.grad for weight in lm.parameters()])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
 

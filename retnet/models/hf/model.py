@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -87,12 +88,13 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
             ):
                 logits = self._decode_fused(input_ids, tokens, past_key_values)
             if logits is None:
-                losses: list[Tensor] | None = None if labels is None else []
+                losses: list[Tensor] | None = None if labels is None or not self.training else []
                 inputs = (input_ids, inputs_embeds, past_key_values)
                 body = self._body(tokens, *inputs, use_cache, output_hidden_states, losses)
                 if labels is not None:
-                    loss, logits = self._loss_and_logits(body.hidden, labels, tokens, logits_to_keep, **for_loss)
-                    loss = sum(losses or (), loss)
+                    loss, logits = self._loss_and_logits(
+                        body.hidden, labels, tokens, logits_to_keep, losses or (), **for_loss
+                    )
                 else:
                     hidden = body.hidden if tokens.mask is None else repeat_last_real(body.hidden, tokens.mask)
                     kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
@@ -129,12 +131,17 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         labels: Tensor,
         tokens: Tokens,
         logits_to_keep: int | Tensor | None,
+        router_losses: Sequence[Tensor],
         *,
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
         ignore_index: int = IGNORED,
     ) -> tuple[Tensor, Tensor | None]:
-        """The loss, and the logits unless it is computed without them."""
+        """The loss, and the logits unless it is computed without them.
+
+        router_losses are means over the batch, as the cross-entropy is: both count by the batch's share of the targets
+        of its optimizer step, if their number is given.
+        """
         if logits_to_keep is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(f"logits_to_keep is {logits_to_keep} with labels; accepted with labels: None or 0")
         if shift_labels is None:
@@ -143,22 +150,15 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if ignore_index != IGNORED:
             shift_labels = shift_labels.masked_fill(shift_labels == ignore_index, IGNORED)
+        share = 1.0 if num_items_in_batch is None else (shift_labels != IGNORED).sum() / num_items_in_batch
+        extra = sum(router_losses) * share
         without = self.config.loss_without_logits and logits_to_keep is None
         if without and self.model.training and is_plain_linear(self.model.head):
-            return self._loss_without_logits(hidden, shift_labels, num_items_in_batch), None
+            return self.model.mean_nats(hidden, shift_labels) * share + extra, None
         logits = self.model.logits(hidden)
         options = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
         size = self.model.config.vocab_size
-        return self.loss_function(logits=logits, labels=labels, vocab_size=size, **options), logits
-
-    def _loss_without_logits(
-        self, hidden: Tensor, shift_labels: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> Tensor:
-        """transformers' ForCausalLMLoss: the mean over labels, or their sum divided by num_items_in_batch."""
-        loss = self.model.mean_nats(hidden, shift_labels)
-        if num_items_in_batch is None:
-            return loss
-        return loss * (shift_labels != IGNORED).sum() / num_items_in_batch
+        return self.loss_function(logits=logits, labels=labels, vocab_size=size, **options) + extra, logits
 
     @property
     def base_model(self) -> RetNetModel:
