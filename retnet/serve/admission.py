@@ -66,6 +66,7 @@ class Admission:
             ends=self._ends(request),
             start=after,
             stops=stops,
+            exact=after is None or after.rounding_error == 0,
         )
 
     def forget_fingerprint(self) -> None:

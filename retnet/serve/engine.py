@@ -150,7 +150,7 @@ class Engine:
             width = speculation.draft_tokens + 1
             self._step = VerifyStep(model, self.pool.state, self.table, captured, width)
         self.drafter = None if speculation is None else Drafter(speculation)
-        self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes)
+        self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes, prompt_chunk)
         self._weights = WeightsWatch(model, self._step)
         self._stages = Stages()
         self._turns = Turns()
@@ -223,6 +223,8 @@ class Engine:
         if not self._turns.inside_step:
             self._turns.work(lambda: self._tidy(uses_states=after is not None))
         generation = self._admission.admit(request, after, len(self._stages.waiting))
+        if self.prefixes is not None:
+            self.prefixes.note(generation.seen)
         self._stages.waiting.append(generation)
         return generation
 

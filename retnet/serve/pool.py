@@ -85,17 +85,17 @@ class SlotPool:
     def num_free(self) -> int:
         return len(self._free)
 
-    def take(self, state: ModelState | None) -> int | None:
-        """Take a free slot and write `state` into it (an empty state if None); returns None if all are taken."""
-        if not self._free:
-            return None
-        slot = self._free.pop()
+    def take(self) -> int | None:
+        """Take a free slot, to be overwritten; returns None if all are taken."""
+        return self._free.pop() if self._free else None
+
+    def write(self, slot: int, state: ModelState | None) -> None:
+        """Overwrite a slot with `state` (an empty state if None)."""
         self._forget(slot)
         if state is None:
             self.state.clear_(slot)
         else:
             self.state.write_(slot, state)
-        return slot
 
     def release(self, slot: int) -> None:
         """Clear a slot and give it back."""

@@ -1,16 +1,19 @@
 """Prefill: prompts are read in chunks, in turn, within a budget of tokens per step; prefixes go into the cache.
 
-Chunks end at fixed places (multiples of the chunk size, the end of what a prompt shares with others, the token before
-its last), so that the state after a prompt has the same bits whatever else is read.
+Chunks end at multiples of the chunk size, where the prefix cache keeps a state, and before a prompt's last token. A
+prompt that begins like one that is being read waits until their common beginning is read, and continues from there.
 """
 
+from array import array
 from collections.abc import Callable
 
 import torch
 
 from retnet.models.decode.step import DecodeStep
+from retnet.models.states import ModelState
 from retnet.serve.pool import SlotPool
 from retnet.serve.prefix import PrefixCache
+from retnet.serve.radix import common_length
 from retnet.serve.request import Generation, Status
 from retnet.serve.speculation import Drafter
 from retnet.serve.stages import Stages
@@ -43,17 +46,11 @@ class Prefill:
         self.num_tokens = 0  # read so far
 
     def enter(self, generation: Generation) -> None:
-        """Give a waiting generation a slot that holds the state of its snapshot or of the longest cached prefix."""
-        state = None if generation.start is None else generation.start.state
-        if self.prefixes is not None:
-            found = self.prefixes.find(generation.seen[:-1], generation.read)
-            if found is not None:
-                generation.cached = found[0] - generation.read
-                generation.read, state = found
-        generation.slot = self.pool.take(state)
-        generation.start = None
+        """Give a waiting generation a slot."""
+        generation.slot = self.pool.take()
         if self.drafter is not None and generation.slot is not None:
             self.drafter.enter(generation.slot)
+        self._begin(generation)
         self.stages.reading.append(generation)
         generation.status = Status.READING
 
@@ -62,14 +59,17 @@ class Prefill:
         left, stages = self.budget, self.stages
         while stages.reading:
             generation = stages.reading[0]
-            end = self._chunk_end(generation)
+            if self._waits(generation):
+                stages.reading.rotate(-1)  # behind the prompt that it waits for
+                continue
+            place = self._places(generation)[0]
+            end = min((generation.read // self.chunk + 1) * self.chunk, place)
             if end - generation.read > left < self.budget:
                 return
             left -= end - generation.read
             stages.in_doubt = (generation,)
             try:
-                if generation.unread:
-                    self._read(generation, end)
+                kept = self._read(generation, end, place) if generation.unread else None
             except Exception as error:  # from this request alone: no other is in the call
                 fail(generation, f"its prompt cannot be read: {str(error) or repr(error)}")
                 continue
@@ -79,28 +79,96 @@ class Prefill:
             else:
                 start(generation)
             stages.in_doubt = ()
+            if kept is not None:
+                self._hand_over(generation, kept)
 
-    def keep_prefix(self, generation: Generation) -> None:
-        """Put the state after the tokens read so far into the prefix cache, unless it is there or is not finite."""
-        if self.prefixes is None or generation.slot is None or not generation.read or self.weights.changed:
-            return
+    def keep_prefix(self, generation: Generation, *, branch: bool = False, needed: bool = False) -> ModelState | None:
+        """Put the state after the tokens read so far into the prefix cache, unless it is there, has no room, or is not
+        finite or not exact. Returns the state if it was put there, or if it is `needed`."""
+        if self.prefixes is None or generation.slot is None or not generation.read:
+            return None
+        if not generation.exact or self.weights.changed:
+            return None
         tokens = generation.seen[: generation.read]
-        if not self.prefixes.has(tokens):
-            state = self.pool.copy(generation.slot)
-            if int(state.position) != generation.read:
-                raise RuntimeError(
-                    f"the state has read {int(state.position)} tokens, not the request's {generation.read}"
-                )
-            if state.is_finite:  # otherwise every prompt with this prefix would fail
-                self.prefixes.store(tokens, state)
+        self.prefixes.note(tokens)
+        size = self.pool.state.slot(generation.slot).trim().nbytes
+        if not needed and not self.prefixes.wants(tokens, size, branch=branch):
+            return None
+        state = self.pool.copy(generation.slot)
+        if int(state.position) != generation.read:
+            raise RuntimeError(f"the state has read {int(state.position)} tokens, not the request's {generation.read}")
+        if not state.is_finite:  # otherwise every prompt with this prefix would fail
+            return None
+        self.prefixes.store(tokens, state, branch=branch)
+        return state
 
-    def _chunk_end(self, generation: Generation) -> int:
-        boundary = (generation.read // self.chunk + 1) * self.chunk
-        if generation.read < generation.shared_end < boundary:
-            boundary = generation.shared_end
-        return min(boundary, len(generation.seen) - 1)
+    def _begin(self, generation: Generation, handed: tuple[int, ModelState] | None = None) -> None:
+        """Let a prompt in a slot continue from the longest prefix at hand: that of its snapshot, a cached one, or one
+        `handed` over. If a prompt that is being read will soon have a longer one, it waits for that instead."""
+        before = self.stages.in_doubt
+        self.stages.in_doubt = (*before, generation)
+        generation.awaited, found = None, None
+        if self.prefixes is not None and not self.weights.changed:
+            tokens = generation.seen[:-1]
+            at_hand = max(generation.read, self.prefixes.longest(tokens), 0 if handed is None else handed[0])
+            generation.awaited = self._longer_prefix(generation, at_hand)
+            if generation.awaited is None:
+                found = self.prefixes.find(tokens, generation.read, handed)
+        if generation.awaited is None:
+            self._continue_from(generation, found)
+        self.stages.in_doubt = before
 
-    def _read(self, generation: Generation, end: int) -> None:
+    def _continue_from(self, generation: Generation, found: tuple[int, ModelState] | None) -> None:
+        """Write a prefix's state, or that of the request's snapshot, into the slot."""
+        assert generation.slot is not None
+        state = None if generation.start is None else generation.start.state
+        if found is not None:
+            generation.cached = found[0] - generation.read
+            generation.read, state = found
+        self.pool.write(generation.slot, state)
+        generation.start = None
+
+    def _longer_prefix(self, generation: Generation, at_hand: int) -> tuple[Generation, int] | None:
+        """The prompt whose state will be kept after the most tokens in common with this one, and their number.
+
+        To wait for it is no slower than to read from `at_hand`: both would take turns, and it has come as far already.
+        """
+        tokens, longest = generation.seen[:-1], None
+        for other in self.stages.reading:
+            if other is generation or other.awaited is not None or not other.exact or other.read < at_hand:
+                continue
+            common = common_length(tokens, other.seen)
+            places = [place for place in self._places(other) if at_hand < place <= common]
+            if places and (longest is None or places[-1] > longest[1]):
+                longest = other, places[-1]
+        return longest
+
+    def _waits(self, generation: Generation) -> bool:
+        """Whether a prompt still waits for another; one whose wait was in vain begins."""
+        if generation.awaited is None:
+            return False
+        other, length = generation.awaited
+        if other.status is not Status.READING or other.read >= length:
+            self._begin(generation)
+        return generation.awaited is not None
+
+    def _hand_over(self, generation: Generation, state: ModelState) -> None:
+        """Let the prompts that waited for this state continue from it."""
+        place = generation.read
+        for other in list(self.stages.reading):
+            if other.awaited is not None and other.awaited == (generation, place):
+                self._begin(other, (place, state))
+
+    def _places(self, generation: Generation) -> list[int]:
+        """Where states are kept in the rest of a prompt: where it parts from others, and last before its last token."""
+        end = len(generation.seen) - 1
+        inside = {generation.shared_end}
+        if self.prefixes is not None:
+            inside.update(self.prefixes.cuts(generation.seen[:end]))
+        return [*sorted(place for place in inside if generation.read < place < end), end]
+
+    def _read(self, generation: Generation, end: int, place: int) -> ModelState | None:
+        """Read up to `end`. Returns the state there if it is `place` and prompts wait for it or the cache keeps it."""
         assert generation.slot is not None
         ids = torch.tensor([generation.seen[generation.read : end].tolist()], device=self.step.tokens.device)
         self.step.read(generation.slot, ids)  # raises ValueError for decays that are not finite
@@ -108,6 +176,10 @@ class Prefill:
         generation.read = end
         if self.drafter is not None:
             self.drafter.index(generation.slot, generation.seen, end)
-        inside = self.prefix_interval is not None and end % self.prefix_interval == 0
-        if inside or end in (generation.shared_end, len(generation.seen) - 1):
-            self.keep_prefix(generation)
+        if end == place:
+            branch = end == generation.shared_end or generation.unread > 0
+            needed = any(other.awaited == (generation, end) for other in self.stages.reading)
+            return self.keep_prefix(generation, branch=branch, needed=needed)
+        if self.prefix_interval is not None and end % self.prefix_interval == 0:
+            return self.keep_prefix(generation)
+        return None

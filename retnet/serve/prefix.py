@@ -1,119 +1,264 @@
 """The prefix cache: states after prefixes of prompts, so that a prompt with a cached prefix reads only its own part.
 
-A state is exact for one prefix and useless for any other, so an entry is found by the hash of all its tokens. Prefixes
-end at chunk boundaries, at the ends of prompts and of their shared parts, and at the ends of conversations. The longest
-match is used. When the memory budget is full, the least recently used entries are dropped first.
+A state serves only the exact tokens that it has read, and takes as much memory as thousands of tokens. Tokens are
+cheap, so a radix tree remembers all prompts, and it tells where they part. States are kept there, and at the ends of
+prompts and of conversations. The longest match is used.
+
+Order of eviction, when the memory budget is full:
+
+1. Branch points (where prompts part, or that hit twice) that no prompt used for a while.
+2. Ends: first those inside of a longer cached prefix (the last turn of a conversation replaces the turn before it),
+   then the least recently used.
+3. Other branch points that none of the last few prompts used: for a new branch point, or if they take most of the room.
 """
 
-import hashlib
 from array import array
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
+from weakref import WeakSet
 
 from retnet.models.states import ModelState
+from retnet.serve.radix import Node, RadixTree
 
-REMEMBERED = 4096  # keys of dropped states, to report why a prompt missed
+# Cuts inside a prompt, in tokens. The chunkwise form sums in chunks of 64, where a cut changes no bits on a CPU.
+COARSE, FINE, LEAST = 64, 16, 32
+TREE_BYTES = 2**25  # for tokens of earlier prompts, 4 bytes each
+# Lookups for each cached state: a branch point that none of them used is out of use, or may be replaced by another.
+OUT_OF_USE, RECENT = 8, 2
+MOST_BRANCHES = 3 / 4  # of the states; ends may replace those beyond it
 
 
 @dataclass
 class PrefixCounts:
-    """Counts of the cache. misses: by reason; tokens_saved: prompt tokens that were not read again."""
+    """Counts of the cache.
+
+    misses: by reason. declined: states without room, because those in use take it all. prompt_tokens: looked up;
+    tokens_saved of them were not read again. states, state_bytes: in the cache now.
+    """
 
     hits: int = 0
     misses: Counter[str] = field(default_factory=Counter)
     stored: int = 0
     evicted: int = 0
+    declined: int = 0
     too_large: int = 0
+    prompt_tokens: int = 0
     tokens_saved: int = 0
+    states: int = 0
+    state_bytes: int = 0
+
+    @property
+    def bytes_per_prompt_token(self) -> float:
+        """Bytes of states in the cache per prompt token that was looked up."""
+        return self.state_bytes / max(1, self.prompt_tokens)
+
+
+@dataclass
+class Cached:
+    """The state after one prefix. used: the lookup that used it last; hits: prompts that continued from it."""
+
+    state: ModelState
+    nbytes: int
+    used: int
+    hits: int = 0
 
 
 class PrefixCache:
-    """States of single sequences by the tokens that they have read, in at most `budget_bytes` of memory."""
+    """States of single sequences by the tokens that they have read, in at most `budget_bytes` of memory.
 
-    def __init__(self, budget_bytes: int):
+    chunk: tokens of a prompt chunk. Where prompts part, the length is rounded down to a multiple of 64 tokens, or of 16
+    where that would lose a fifth. The first state of a prompt has read at least 32 tokens, and the next are at least 64
+    apart. None of these numbers is above the chunk.
+    """
+
+    def __init__(self, budget_bytes: int, chunk: int = COARSE):
         if budget_bytes < 1:
             raise ValueError(f"the prefix cache has a budget of {budget_bytes} bytes; accepted: a positive number")
-        self.budget_bytes, self.nbytes = budget_bytes, 0
+        self.budget_bytes = budget_bytes
+        self.coarse, self.fine, self.least = (min(size, chunk) for size in (COARSE, FINE, LEAST))
         self.counts = PrefixCounts()
-        self._states: OrderedDict[tuple[int, bytes], ModelState] = OrderedDict()
-        self._lengths: Counter[int] = Counter()
-        self._dropped: OrderedDict[tuple[int, bytes], None] = OrderedDict()
+        self.tree = RadixTree[Cached]()
+        self._ends: OrderedDict[Node[Cached], Cached] = OrderedDict()  # in order of eviction
+        self._branches: OrderedDict[Node[Cached], Cached] = OrderedDict()
+        self._dropped: WeakSet[Node[Cached]] = WeakSet()  # to report why a prompt missed
+        self._num_lookups = 0
+        self._broken_off = False  # the last change, by an exception
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self._ends) + len(self._branches)
 
-    def find(self, tokens: array, read: int = 0) -> tuple[int, ModelState] | None:
+    @property
+    def nbytes(self) -> int:
+        return self.counts.state_bytes
+
+    def note(self, tokens: array) -> None:
+        """Remember a prompt or a conversation, so that a later one shows where the two part."""
+        with self._change():
+            self.tree.insert(tokens)
+            for node in (None, *self._ends, *self._branches):
+                if self.tree.nbytes <= TREE_BYTES:
+                    break
+                if node is not None:  # a prefix so long that its tokens take the room
+                    self._drop(node)
+                    self.counts.evicted += 1
+                self.tree.prune(TREE_BYTES // 4 * 3)
+
+    def cuts(self, tokens: array) -> list[int]:
+        """Where `tokens` part from other prompts and no state is near: after how many of them to keep one."""
+        cuts, last = [], 0
+        for node in self.tree.path(tokens):
+            cut = self._cut(node.end)
+            if node.value is not None:
+                last = node.end
+            elif len(node.children) > 1 and cut - last >= (self.coarse if last else self.least):
+                cuts.append(cut)
+                last = cut
+        return cuts
+
+    def longest(self, tokens: array) -> int:
+        """The length of the longest cached prefix of `tokens`; 0 without any. Not counted as a lookup."""
+        return max((node.end for node in self.tree.path(tokens) if node.value is not None), default=0)
+
+    def find(
+        self, tokens: array, read: int = 0, handed: tuple[int, ModelState] | None = None
+    ) -> tuple[int, ModelState] | None:
         """The longest cached prefix of `tokens` that is longer than `read`: its length and state, or None.
 
-        Counts a hit or a miss, unless no prefix can be longer.
+        handed: a prefix that was just read for another prompt; it is used if the cache has no longer one. Counts a hit
+        or a miss, unless no prefix can be longer than `read`.
         """
         if len(tokens) <= read:
             return None
-        lengths = {*self._lengths, *(length for length, _ in self._dropped)}
-        keys = _keys(tokens, [length for length in lengths if read < length <= len(tokens)])
-        for key in reversed(keys):
-            if key in self._states:
-                self._states.move_to_end(key)
-                self.counts.hits += 1
-                self.counts.tokens_saved += key[0] - read
-                return key[0], self._states[key]
-        if not self._states and not self._dropped:
-            reason = "the cache is empty"
-        elif any(key in self._dropped for key in keys):
-            reason = "the state was dropped to stay within the budget"
-        else:
-            reason = "no cached prompt begins with these tokens"
-        self.counts.misses[reason] += 1
-        return None
+        with self._change():
+            self._num_lookups += 1
+            self.counts.prompt_tokens += len(tokens) - read
+            path = [node for node in self.tree.path(tokens) if node.end > read]
+            found = next((node for node in reversed(path) if node.value is not None), None)
+            if handed is not None and handed[0] > max(read, 0 if found is None else found.end):
+                length, state = handed
+            elif found is not None and found.value is not None:
+                length, state = found.end, found.value.state
+                found.value.hits += 1
+                self._use(found)
+            else:
+                self.counts.misses[self._why_missed(path, read)] += 1
+                return None
+            self.counts.hits += 1
+            self.counts.tokens_saved += length - read
+            return length, state
 
-    def has(self, tokens: array) -> bool:
-        """Whether the state after exactly these tokens is cached; if so, it counts as used."""
-        key = _keys(tokens, [len(tokens)])[0]
-        if key in self._states:
-            self._states.move_to_end(key)
-        return key in self._states
+    def wants(self, tokens: array, nbytes: int, *, branch: bool = False) -> bool:
+        """Whether to store the state after `tokens`: it is not there, and there is room. One that is there counts as
+        used."""
+        with self._change():
+            path = self.tree.path(tokens)
+            node = path[-1] if path and path[-1].end == len(tokens) else None
+            if node is not None and node.value is not None:
+                self._use(node, branch)
+                return False
+            if nbytes > self.budget_bytes:
+                self.counts.too_large += 1
+                return False
+            room = self._room(nbytes, branch) is not None
+            self.counts.declined += not room
+            return room
 
-    def store(self, tokens: array, state: ModelState) -> None:
-        """Cache the state after `tokens`; the caller must not change it afterwards."""
-        key, size = _keys(tokens, [len(tokens)])[0], state.nbytes
-        if size > self.budget_bytes:
-            self.counts.too_large += 1
+    def store(self, tokens: array, state: ModelState, *, branch: bool = False) -> None:
+        """Cache the state after `tokens`; the caller must not change it afterwards. branch: other prompts begin with
+        these tokens too, so that ends are evicted first."""
+        if not self.wants(tokens, state.nbytes, branch=branch):
             return
-        if key in self._states:
-            self._drop(key)
-        while self.nbytes + size > self.budget_bytes:
-            oldest = next(iter(self._states))
-            self._drop(oldest)
-            self.counts.evicted += 1
-            self._dropped[oldest] = None
-            if len(self._dropped) > REMEMBERED:
-                self._dropped.popitem(last=False)
-        self._dropped.pop(key, None)
-        self._states[key] = state
-        self._lengths[key[0]] += 1
-        self.nbytes += size
-        self.counts.stored += 1
+        with self._change():
+            for node in self._room(state.nbytes, branch) or ():
+                self._drop(node)
+                self.counts.evicted += 1
+            for node in self.tree.path(tokens):
+                if node in self._ends and node.value is not None and node.value.hits < 2:
+                    self._ends.move_to_end(node, last=False)
+            node = self.tree.insert(tokens)
+            node.value = Cached(state, state.nbytes, self._num_lookups)
+            (self._branches if branch else self._ends)[node] = node.value
+            self._dropped.discard(node)
+            self.counts.stored += 1
+            self.counts.states += 1
+            self.counts.state_bytes += node.value.nbytes
 
     def clear(self) -> None:
-        """Forget all states; the counts stay."""
-        self._states.clear()
-        self._lengths.clear()
-        self._dropped.clear()
-        self.nbytes = 0
+        """Drop all states; the counts stay."""
+        with self._change():
+            for node in [*self._ends, *self._branches]:
+                self._drop(node)
+            self._dropped.clear()
 
-    def _drop(self, key: tuple[int, bytes]) -> None:
-        self.nbytes -= self._states.pop(key).nbytes
-        self._lengths[key[0]] -= 1
-        if not self._lengths[key[0]]:
-            del self._lengths[key[0]]
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """A change of the cache. One that an exception breaks off loses everything that is cached, and no more."""
+        if self._broken_off:
+            self.tree = RadixTree()
+            self._ends.clear()
+            self._branches.clear()
+            self.counts.states = self.counts.state_bytes = 0
+        self._broken_off = True
+        yield
+        self._broken_off = False
 
+    def _cut(self, end: int) -> int:
+        """Where to keep a state for prompts that part after `end` tokens."""
+        coarse = end // self.coarse * self.coarse
+        return coarse if coarse >= 0.8 * end else end // self.fine * self.fine
 
-def _keys(tokens: array, lengths: list[int]) -> list[tuple[int, bytes]]:
-    """(length, SHA-256 of the first `length` tokens) in rising order, in one pass over the tokens."""
-    digest, done, keys = hashlib.sha256(), 0, []
-    data = memoryview(tokens)
-    for length in sorted(lengths):
-        digest.update(data[done:length])
-        done = length
-        keys.append((length, digest.copy().digest()))
-    return keys
+    def _use(self, node: Node[Cached], branch: bool = False) -> None:
+        assert node.value is not None
+        node.value.used = self._num_lookups
+        if node in self._ends and (branch or node.value.hits > 1):
+            self._branches[node] = self._ends.pop(node)
+        (self._branches if node in self._branches else self._ends).move_to_end(node)
+
+    def _room(self, nbytes: int, branch: bool) -> list[Node[Cached]] | None:
+        """The states to drop so that one of `nbytes` fits; None if those that may be dropped are not enough."""
+        excess, dropped = self.nbytes + nbytes - self.budget_bytes, []
+        order = self._eviction_order(branch)
+        while excess > 0:
+            node = next(order, None)
+            if node is None or node.value is None:
+                return None
+            dropped.append(node)
+            excess -= node.value.nbytes
+        return dropped
+
+    def _eviction_order(self, branch: bool) -> Iterator[Node[Cached]]:
+        """The states that may be dropped for one more, a branch point or an end."""
+        limit, recent = OUT_OF_USE * len(self), RECENT * len(self)
+        yield from takewhile(lambda node: self._unused(node) > limit, self._branches)
+        yield from self._ends
+        if not branch:
+            recent = max(recent, OUT_OF_USE)
+        if branch or len(self._branches) > MOST_BRANCHES * len(self):
+            yield from (node for node in self._branches if recent <= self._unused(node) <= limit)
+
+    def _unused(self, node: Node[Cached]) -> int:
+        """Lookups since a branch point was used."""
+        return self._num_lookups - self._branches[node].used
+
+    def _drop(self, node: Node[Cached]) -> None:
+        assert node.value is not None
+        self.counts.states -= 1
+        self.counts.state_bytes -= node.value.nbytes
+        (self._branches if node in self._branches else self._ends).pop(node)
+        node.value = None
+        self._dropped.add(node)
+
+    def _why_missed(self, path: list[Node[Cached]], read: int) -> str:
+        """path: the ends of the prefixes, longer than `read`, that the prompt has in common with earlier ones."""
+        if not len(self) and not len(self._dropped):
+            return "the cache is empty"
+        if any(node in self._dropped for node in path):
+            return "the state was dropped to stay within the budget"
+        if not path:
+            return "no cached prompt begins with these tokens"
+        if self._cut(path[-1].end) - read >= self.least:
+            return "a prompt began alike, but no state was kept where they part"
+        return f"fewer than {self.least} tokens in common with another prompt"
