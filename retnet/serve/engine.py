@@ -223,8 +223,7 @@ class Engine:
         if not self._turns.inside_step:
             self._turns.work(lambda: self._tidy(uses_states=after is not None))
         generation = self._admission.admit(request, after, len(self._stages.waiting))
-        if self.prefixes is not None:
-            self.prefixes.note(generation.seen)
+        self._prefill.expect(generation)
         self._stages.waiting.append(generation)
         return generation
 

@@ -4,7 +4,7 @@ Chunks end at multiples of the chunk size, where the prefix cache keeps a state,
 prompt that begins like one that is being read waits until their common beginning is read, and continues from there.
 """
 
-from array import array
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -44,9 +44,17 @@ class Prefill:
         self.prefixes, self.weights = prefixes, weights
         self.chunk, self.budget, self.prefix_interval = chunk, budget, prefix_interval
         self.num_tokens = 0  # read so far
+        self._expected: deque[Generation] = deque()
+
+    def expect(self, generation: Generation) -> None:
+        """Let the prompts read from the next step on take account of one that waits for a slot."""
+        if self.prefixes is not None:
+            self._expected.append(generation)
 
     def enter(self, generation: Generation) -> None:
         """Give a waiting generation a slot."""
+        while self.prefixes is not None and self._expected:
+            self.prefixes.note(self._expected.popleft().seen)
         generation.slot = self.pool.take()
         if self.drafter is not None and generation.slot is not None:
             self.drafter.enter(generation.slot)

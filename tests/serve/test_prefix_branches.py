@@ -3,7 +3,6 @@
 import pytest
 
 from retnet.models.cost import model_cost
-from retnet.models.decode.sampling import Sampling
 from retnet.models.presets import preset
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
