@@ -47,14 +47,13 @@ class Prefill:
         self._expected: deque[Generation] = deque()
 
     def expect(self, generation: Generation) -> None:
-        """Let the prompts read from the next step on take account of one that waits for a slot."""
+        """Let the prompts that are read from the next step on take account of one that waits for a slot."""
         if self.prefixes is not None:
             self._expected.append(generation)
 
     def enter(self, generation: Generation) -> None:
         """Give a waiting generation a slot."""
-        while self.prefixes is not None and self._expected:
-            self.prefixes.note(self._expected.popleft().seen)
+        self._look_ahead()
         generation.slot = self.pool.take()
         if self.drafter is not None and generation.slot is not None:
             self.drafter.enter(generation.slot)
@@ -64,6 +63,7 @@ class Prefill:
 
     def run(self, start: Callable[[Generation], None], fail: Callable[[Generation, str], None]) -> None:
         """Read within the budget. start: called for each prompt that is read; fail: for one that cannot be read."""
+        self._look_ahead()
         left, stages = self.budget, self.stages
         while stages.reading:
             generation = stages.reading[0]
@@ -109,6 +109,10 @@ class Prefill:
             return None
         self.prefixes.store(tokens, state, branch=branch)
         return state
+
+    def _look_ahead(self) -> None:
+        while self.prefixes is not None and self._expected:
+            self.prefixes.note(self._expected.popleft().seen)
 
     def _begin(self, generation: Generation, handed: tuple[int, ModelState] | None = None) -> None:
         """Let a prompt in a slot continue from the longest prefix at hand: that of its snapshot, a cached one, or one
