@@ -150,7 +150,7 @@ class Engine:
             width = speculation.draft_tokens + 1
             self._step = VerifyStep(model, self.pool.state, self.table, captured, width)
         self.drafter = None if speculation is None else Drafter(speculation)
-        self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes, prompt_chunk)
+        self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes, chunk)
         self._weights = WeightsWatch(model, self._step)
         self._stages = Stages()
         self._turns = Turns()
