@@ -2,9 +2,9 @@
 
 Text is not additive over tokens: a character may take several of them, and a token may decode differently at the start
 of a text (a leading space is stripped) than inside one. So a short window of the latest tokens is decoded, and the
-new text is the part that has not been returned yet. The cost per token is bounded: the window is short, and
-tokens that never decode to anything (special tokens) are left out of it. `tokenizers.decoders.DecodeStream` has no such
-bound, and no way to get the last, unfinished character.
+new text is the part that has not been returned yet. The cost per token is bounded: a window that becomes long loses
+the tokens that have no text (special tokens), or else its oldest. `tokenizers.decoders.DecodeStream` has no such bound,
+and no way to get the last, unfinished character.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import codecs
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Characters that unfinished ones decode to: U+FFFD, and those of the error handler "surrogateescape".
+UNFINISHED = REPLACEMENT + "".join(map(chr, range(0xDC80, 0xDD00)))
 CHARACTER_BYTES = 4  # the longest character in UTF-8, and so the most tokens that it can take
-MAX_WINDOW = 32  # tokens; reached only while bytes that are no characters arrive
-KEPT = 16  # tokens of a window that has become too long; the last three unfinished characters take at most 9
+MAX_WINDOW = 32  # tokens; reached only while tokens without text, or bytes that are no characters, arrive
+KEPT = 16  # the latest tokens of a window that has become too long; the last three unfinished characters take at most 9
 REPEATS = 8  # of a token that is probed for never having text
 
 Decode = Callable[[Sequence[int]], str]
@@ -43,19 +45,14 @@ class StreamDecoder:
         self._num_context = 0  # tokens at the front of the window whose text has all been returned
         self._text = ""  # of the window
         self._shown = ""  # the part of it that has been returned
-        self._silent: set[int] = set()  # tokens that never have text
+        self._silent: dict[int, bool] = {}  # whether a token has no text, alone and repeated
 
     def push(self, token: int) -> str:
         """The text that this token settles; empty while a character is incomplete."""
-        if token in self._silent:
-            return ""
-        text = self._decode([*self._window, token])
-        if text == self._text and self._is_silent(token):
-            self._silent.add(token)
-            return ""
-        self._window.append(token)
-        self._text = text
-        held = self._unsettled(self._window, text)
+        window = [*self._window, token]
+        text = self._text_of(window)
+        held = self._unsettled(window, text)
+        self._window, self._text = window, text
         if held and not text.startswith(self._shown) and len(self._window) < MAX_WINDOW:
             return ""  # text before it has changed, and may change back
         end = max(len(self._shown), len(text) - held)
@@ -73,22 +70,48 @@ class StreamDecoder:
         self._shown = self._text
         return piece
 
+    def _text_of(self, tokens: Sequence[int]) -> str:
+        text = self._decode([*tokens])  # the function may change its list
+        if not isinstance(text, str):
+            raise TypeError(f"decode gave {text!r}; accepted: text")
+        return text
+
     def _begin_window(self) -> None:
         """Keep the tokens of the latest piece as context: after them, the next are not at the start of a text."""
-        self._window = self._window[self._num_context :]
-        self._num_context = len(self._window)
-        self._text = self._shown = self._decode([*self._window])
+        latest = self._window[self._num_context :]
+        text = self._text_of(latest)
+        if text or len(self._window) >= KEPT:  # spaces may be stripped there, and so may the next
+            self._window, self._text = latest, text
+        self._num_context, self._shown = len(self._window), self._text
 
     def _shorten_window(self) -> None:
-        """Drop the oldest tokens; the text that has not been returned comes from the last ones."""
-        unseen = len(self._text) - len(self._shown)
+        """Drop tokens that have no text, older ones first, as far as the text stays; otherwise the oldest tokens."""
+        if self._drop_silent(len(self._window) - KEPT) or self._drop_silent(len(self._window)):
+            return
+        unseen = len(self._text) - len(self._shown)  # comes from the last tokens
         self._num_context = max(0, self._num_context - (len(self._window) - KEPT))
         self._window = self._window[-KEPT:]
-        self._text = self._decode([*self._window])
+        self._text = self._text_of(self._window)
         self._shown = self._text[: max(0, len(self._text) - unseen)]
 
+    def _drop_silent(self, count: int) -> bool:
+        """Drop those of the first tokens that have no text; returns whether the window has become short."""
+        kept = [i >= count or not self._is_silent(token) for i, token in enumerate(self._window)]
+        window = [token for token, keep in zip(self._window, kept, strict=True) if keep]
+        if len(window) < len(self._window) and self._text_of(window) == self._text:
+            self._window, self._num_context = window, sum(kept[: self._num_context])
+        return len(self._window) <= (KEPT + MAX_WINDOW) // 2
+
     def _is_silent(self, token: int) -> bool:
-        return self._decode([token]) == "" and self._decode([token] * REPEATS) == ""
+        if token not in self._silent:
+            self._silent[token] = self._text_of([token]) == "" == self._text_of([token] * REPEATS)
+        return self._silent[token]
+
+
+def stream_decoder_of(decode: Decode) -> StreamDecoder:
+    """A decoder for a function; that of the tokenizer for a tokenizer's `decode`, which knows the bytes of tokens."""
+    make = getattr(getattr(decode, "__self__", None), "stream_decoder", None)
+    return StreamDecoder(decode) if make is None else make()
 
 
 def ends_inside_character(data: bytes) -> bool:
@@ -99,5 +122,5 @@ def ends_inside_character(data: bytes) -> bool:
 
 
 def _trailing_replacements(tokens: Sequence[int], text: str) -> int:
-    """U+FFFD at the end of a text, as many as the bytes of an unfinished character give."""
-    return min(CHARACTER_BYTES - 1, len(text) - len(text.rstrip(REPLACEMENT)))
+    """Characters at the end of a text that may be unfinished, at most as many as an unfinished one decodes to."""
+    return min(CHARACTER_BYTES - 1, len(text) - len(text.rstrip(UNFINISHED)))

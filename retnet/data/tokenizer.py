@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from retnet.data.stream_decoder import CHARACTER_BYTES, StreamDecoder, ends_inside_character
+from retnet.data.stream_decoder import REPLACEMENT, StreamDecoder, ends_inside_character
 
 BYTES = "bytes"
 DOCUMENT_START = 256
@@ -70,7 +70,9 @@ class Tokenizer(ABC):
         """A decoder for tokens that arrive one at a time: a character is returned with its last byte."""
 
         def unsettled(tokens: Sequence[int], text: str) -> int:
-            tail = b"".join(map(self.token_bytes, tokens[-CHARACTER_BYTES:]))
+            if not text.endswith(REPLACEMENT):
+                return 0
+            tail = b"".join(map(self.token_bytes, tokens))
             return int(ends_inside_character(tail))  # decoded to one U+FFFD
 
         return StreamDecoder(self.decode, unsettled)

@@ -99,7 +99,7 @@ class Engine:
         prefix_cache_bytes: memory for the states of prompts' prefixes; prefix_interval: also keep a state every so many
             tokens inside them.
         max_waiting: requests that may wait for a slot (any number if None).
-        decode: token ids to text; needed for stop strings.
+        decode: token ids to text; needed for stop strings. A tokenizer's own `decode` knows its unfinished characters.
         speculation: draft tokens from the context and check several per step (`serve/speculation.py`).
         deferred_writes: how many tokens retention states may lag behind; the last keys and values are read beside
             them. That nearly halves the memory traffic of states. 16, 32 or 64; 0 writes every token.
@@ -336,11 +336,8 @@ class Engine:
     def _finish(self, generation: Generation, reason: str) -> None:
         stages = self._stages
         stages.in_doubt = (generation,)
-        if generation.stops is not None and reason != "failed":
-            try:
-                generation.stops.flush()
-            except Exception as error:  # from the caller's `decode`
-                generation.error, reason = f"its text cannot be decoded: {error!r}", "failed"
+        if generation.stops is not None:
+            generation.stops.flush()
         if generation.status is Status.DECODING and reason != "failed":
             if generation.request.keep_state:
                 generation.snapshot = self._snapshot(generation)

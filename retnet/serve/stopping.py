@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from retnet.data.stream_decoder import Decode, StreamDecoder
+from retnet.data.stream_decoder import Decode, StreamDecoder, stream_decoder_of
+from retnet.serve.string_matcher import StringMatcher
 
 __all__ = ["Decode", "StopStrings"]
 
 
 class StopStrings:
-    """The text of one output, watched for strings that end it.
+    """The text of one output, watched for strings that end it. The cost per token depends on its own text alone.
 
     strings: those that end it; with none the text is only decoded. decode: token ids to text, or a decoder of them.
 
@@ -22,15 +23,20 @@ class StopStrings:
             raise ValueError("a stop string is empty; accepted: at least one character")
         self.strings = tuple(strings)
         self.matched: str | None = None
-        self._decoder = decode if isinstance(decode, StreamDecoder) else StreamDecoder(decode)
-        self._longest = max(map(len, strings), default=1)
-        self._pieces: list[str] = []  # the text but for `_tail`
-        self._tail = ""  # its end, in which a stop string may have begun
-        self._num_taken = 0  # pieces that `take` has returned
+        self._decoder = decode if isinstance(decode, StreamDecoder) else stream_decoder_of(decode)
+        self._matcher = StringMatcher(self.strings)
+        self._state = 0  # of the matcher: its characters, the last ones of the text, may begin a stop string
+        self._pieces: list[str] = []
+        self._length = 0  # characters of all pieces
+        self._num_taken = 0  # characters that `take` has returned
+        self._place = 0, 0  # the piece of the first other one, and its index there
 
     @property
     def text(self) -> str:
-        return "".join(self._pieces) + self._tail
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+            self._place = 0, self._num_taken
+        return self._pieces[0] if self._pieces else ""
 
     def push(self, token: int) -> str | None:
         """Read one more token; returns the stop string that it completes, the first to begin in the text."""
@@ -43,30 +49,33 @@ class StopStrings:
     def take(self, *, all: bool = False) -> str:
         """The text that no stop string can reach into, as far as it has not been returned before; all that is left of
         it if `all`, at the end of an output."""
-        if all or self.matched is not None:
-            self._settle(len(self._tail))
-        new = "".join(self._pieces[self._num_taken :])
-        self._num_taken = len(self._pieces)
-        return new
+        open_end = 0 if all or self.matched is not None else self._matcher.depth[self._state]
+        count = self._length - open_end - self._num_taken
+        self._num_taken += max(0, count)
+        piece, index = self._place
+        taken: list[str] = []
+        while count > 0:
+            taken.append(self._pieces[piece][index : index + count])
+            count -= len(taken[-1])
+            index += len(taken[-1])
+            if index == len(self._pieces[piece]):
+                piece, index = piece + 1, 0
+        self._place = piece, index
+        return "".join(taken)
 
     def _add(self, piece: str) -> str | None:
         if not piece:
             return None
-        self._tail += piece
-        found = [(self._tail.find(string), string) for string in self.strings if string in self._tail]
-        if found:
-            start, self.matched = min(found)
-            self._tail = self._tail[:start]
-            return self.matched
-        begun = (n for n in range(min(self._longest - 1, len(self._tail)), 0, -1) if self._may_begin(self._tail[-n:]))
-        self._settle(len(self._tail) - next(begun, 0))
-        return None
-
-    def _may_begin(self, ending: str) -> bool:
-        return any(string.startswith(ending) for string in self.strings)
-
-    def _settle(self, count: int) -> None:
-        """Move the first characters of the tail to the pieces."""
-        if count:
-            self._pieces.append(self._tail[:count])
-            self._tail = self._tail[count:]
+        begin, end, length = None, 0, self._length  # of the stop string that begins first, and of the text
+        for character in piece:
+            length += 1
+            self._state = self._matcher.after(self._state, character)
+            found = self._matcher.longest[self._state]
+            if found and (begin is None or length - found < begin):
+                begin, end = length - found, length
+        self._pieces.append(piece)
+        self._length = length
+        if begin is not None:
+            whole = self.text
+            self.matched, self._pieces, self._length = whole[begin:end], [whole[:begin]], begin
+        return self.matched

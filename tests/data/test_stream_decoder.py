@@ -180,6 +180,8 @@ def test_the_cost_is_a_few_decoded_tokens_per_token(tokenizer, known_bytes):
     special, padding = tokenizer.document_start, tokenizer.vocab_size
     ordinary = list(range(min(300, tokenizer.text_vocab_size)))
     runs = [
+        [0xE2, *[special] * 60],
+        list(range(padding, padding + length)),
         [special],
         [padding],
         [special, padding],
@@ -190,13 +192,32 @@ def test_the_cost_is_a_few_decoded_tokens_per_token(tokenizer, known_bytes):
         [0xE2, special, 0x80],
     ]
     for run in runs:
-        tokens = [token % (padding + 1) for token in run] * (length // len(run))
+        tokens = run * (length // len(run))
         counted = Counted(tokenizer.decode)
         decoder = tokenizer.stream_decoder() if known_bytes else StreamDecoder(counted)
         decoder._decode = counted
         assert streamed(decoder, tokens) == tokenizer.decode(tokens)
         assert counted.total < 60 * len(tokens) + 1000
         assert counted.most < 50
+
+
+@pytest.mark.parametrize("errors", ["replace", "ignore", "surrogateescape"])
+@settings(max_examples=60)
+@given(data=st.data())
+def test_functions_that_drop_or_mark_unfinished_characters_stream_the_whole_text(errors, data):
+    """Also with many tokens that have no text inside a character."""
+    characters = st.sampled_from(["a", " ", "é", "€", "😀", "\ufffd"])
+    whole = "".join(data.draw(st.lists(characters, min_size=1, max_size=20))).encode()
+    gap = data.draw(st.integers(0, 3 if errors == "ignore" else 40))
+    tokens = [token for byte in whole for token in (byte, *[256] * gap)]
+    decoder = StreamDecoder(lambda tokens: bytes(t for t in tokens if t < 256).decode(errors=errors))
+    assert streamed(decoder, tokens) == whole.decode()
+
+
+@given(text=st.text("ab \n"))
+def test_functions_that_strip_spaces_stream_the_whole_text(text):
+    for decode in (lambda t: bytes(t).decode().strip(), lambda t: " ".join(bytes(t).decode().split())):
+        assert streamed(StreamDecoder(decode), text[:12].encode()) == decode(text[:12].encode())
 
 
 def test_streaming_continues_after_text_that_is_rewritten():
@@ -215,3 +236,12 @@ def test_the_decoder_needs_the_standard_library_alone():
     code = "import sys, retnet.data.stream_decoder; print(json.dumps(sorted(m.split('.')[0] for m in sys.modules)))"
     done = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True)
     assert not {"numpy", "tokenizers", "torch", "transformers"} & set(json.loads(done.stdout))
+
+
+def test_a_function_that_gives_no_text_is_named_and_the_text_before_it_stays():
+    decoder = StreamDecoder(lambda tokens: None if 7 in tokens else "é" * len(tokens))
+    assert decoder.push(1) == "é"
+    with pytest.raises(TypeError, match="decode gave None; accepted: text"):
+        decoder.push(7)
+    assert decoder.flush() == ""
+    assert decoder.push(1) == "é"

@@ -1,7 +1,13 @@
 """Stop strings in text whose pieces do not follow token boundaries."""
 
-import pytest
+import time
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retnet.data.stream_decoder import ends_inside_character
+from retnet.data.tokenizer import ByteTokenizer
 from retnet.serve.stopping import StopStrings
 
 
@@ -107,3 +113,53 @@ def test_an_unfinished_character_joins_the_text_at_the_end():
 def test_without_stop_strings_the_text_is_only_decoded():
     stops = StopStrings([], utf8)
     assert [stops.push(byte) or stops.take() for byte in "aé".encode()] == ["a", "", "é"]
+
+
+@given(st.lists(st.sampled_from([*"\ufffd€😀a".encode(), 0x80, 256]), max_size=30))
+def test_the_text_of_a_tokenizers_tokens_lacks_the_unfinished_character_alone(tokens):
+    """A U+FFFD of the text itself is there at once, and at the end nothing is missing."""
+    decode = ByteTokenizer().decode
+    stops = StopStrings(["never"], decode)
+    for count, token in enumerate(tokens, 1):
+        stops.push(token)
+        unfinished = ends_inside_character(ByteTokenizer().decode_bytes(tokens[:count]))
+        assert stops.text == decode(tokens[:count])[: -1 if unfinished else None]
+    stops.flush()
+    assert stops.text == decode(tokens)
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=5), max_size=6), st.lists(st.text("abc", max_size=4), max_size=12))
+def test_the_string_that_begins_first_ends_the_text_at_once(strings, pieces):
+    stops, text, taken = StopStrings(strings, lambda tokens: "".join(pieces[token] for token in tokens)), "", ""
+    for token, piece in enumerate(pieces):
+        text += piece
+        found = min(((text.find(string), string) for string in strings if string in text), default=None)
+        assert stops.push(token) == (None if found is None else found[1])
+        taken += stops.take()
+        if found is not None:
+            assert stops.text == text[: found[0]] == taken
+            return
+        begun = (n for n in range(len(text), 0, -1) if any(string.startswith(text[-n:]) for string in strings))
+        assert stops.text == text
+        assert taken == text[: len(text) - next(begun, 0)]
+    assert taken + stops.take(all=True) == text
+
+
+STRINGS = {
+    "thousands": [f"stop{i}" for i in range(4000)],
+    "thousands that nearly match": ["a" * i + "b" for i in range(1, 400)],
+    "one that is very long and nearly matches": ["a" * 20_000 + "b"],
+}
+
+
+@pytest.mark.parametrize("kind", STRINGS)
+def test_the_time_per_token_does_not_depend_on_the_stop_strings(kind):
+    def milliseconds(strings: list[str], text: bytes = b"a" * 3000) -> float:
+        stops, begin = StopStrings(strings, utf8), time.process_time()
+        for byte in text:
+            stops.push(byte)
+            stops.take()
+        return 1e3 * (time.process_time() - begin)
+
+    one = min(milliseconds(["never"]) for _ in range(3))
+    assert min(milliseconds(STRINGS[kind]) for _ in range(3)) < 5 * one
