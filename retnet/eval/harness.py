@@ -2,13 +2,19 @@
 
 The context of a multiple-choice question is read once for all its answers, few-shot examples are read once for all
 questions that begin with them, and a document of any length is one context. Needs the extra `eval`.
+
+Texts have the tokens that `--model hf` gives them: those of the tokenizer beside the weights, as transformers reads it.
+One thing differs. Before a rolling document stands one document start; `--model hf` puts it before the one that the
+tokenizer adds.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, takewhile
+from pathlib import Path
 from typing import Any, cast
 
 import lm_eval
@@ -17,10 +23,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 from retnet.data import Tokenizer
+from retnet.data.tokenizer_json import TOKENIZER_FILE, JsonTokenizer
 from retnet.models.decode.generation import generate, prefill
+from retnet.models.hf.tokenizer import TransformersTokenizer, transformers_tokenizer
 from retnet.models.lm import LanguageModel
 from retnet.models.log_likelihood import score
 from retnet.models.states import ModelState
@@ -28,6 +37,13 @@ from retnet.ops.dtypes import resolve_dtype
 from retnet.stack.resolve import resolve_model, tokenizer_of
 
 MAX_GENERATED = 256  # tokens, if a task gives no limit
+_LIMITS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # names of the limit; the first wins
+_OPTIONS = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", *_LIMITS)
 ROWS = 64  # answers scored at a time
 
 
@@ -41,45 +57,67 @@ class _Read:
 
 
 class RetNetLM(TemplateLM):
-    """pretrained: a saved directory, preset or stack; or a model with its tokenizer.
+    """pretrained: a saved directory, preset or stack; or a model, which remembers its directory.
 
+    tokenizer: in place of the model's own; of transformers or ours.
+    add_bos_token: put the document start before contexts, or not; as the tokenizer does if None.
     tokens_read: tokens that went through the model as context; fewer than in the requests where prefixes are shared.
     """
+
+    tokenizer: Any  # of transformers
 
     def __init__(
         self,
         pretrained: str | LanguageModel,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | TransformersTokenizer | None = None,
         device: str = "auto",
         dtype: str | None = None,
+        add_bos_token: bool | None = None,
         **kwargs: Any,
     ):
         super().__init__()
         unknown = set(kwargs) - {"batch_size", "max_batch_size"}  # the harness always gives these
         if unknown:
-            raise ValueError(f"unknown model_args: {', '.join(sorted(unknown))}; accepted: pretrained, device, dtype")
+            accepted = "pretrained, device, dtype, add_bos_token"
+            raise ValueError(f"unknown model_args: {', '.join(sorted(unknown))}; accepted: {accepted}")
         if isinstance(pretrained, str):
-            model = resolve_model(pretrained, device=device, dtype=resolve_dtype(dtype))
-            tokenizer = tokenizer or tokenizer_of(model.config, model.directory)
-        else:
-            model = pretrained
-        if tokenizer is None:
-            raise ValueError("a model in memory has no tokenizer; accepted with it: tokenizer=...")
-        self.model, self._text, self.tokens_read = model.eval(), tokenizer, 0
+            pretrained = resolve_model(pretrained, device=device, dtype=resolve_dtype(dtype))
+        if tokenizer is None or isinstance(tokenizer, Tokenizer):
+            saved = None if tokenizer or not pretrained.directory else pretrained.directory / TOKENIZER_FILE
+            ours = tokenizer or tokenizer_of(pretrained.config, pretrained.directory)
+            file = ours.file if isinstance(ours, JsonTokenizer) else saved
+            file = file if file and file.is_file() else None
+            tokenizer = transformers_tokenizer(file, ours.document_start, ours.document_end, add_bos_token)
+        self.model, self.tokenizer, self.add_bos_token = pretrained.eval(), tokenizer, add_bos_token
+        self.tokens_read = 0
 
     @property
     def eot_token_id(self) -> int:
-        return self._text.document_start
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The document start: what stands before a text without context."""
+        bos = self.tokenizer.bos_token_id
+        start = self.tokenizer.eos_token_id if bos is None else bos
+        if start is None:
+            raise ValueError("the tokenizer has neither a bos nor an eos token, to stand before a text without context")
+        return start
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self._text.encode(string, start=add_special_tokens is not False)
+        """Tokens of a text. One that begins with the document start is not given another."""
+        if add_special_tokens is None:
+            spelt = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+            add_special_tokens = False if spelt else self.add_bos_token
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **options)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         by_context: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, _) in enumerate(requests):
-            by_context.setdefault(tuple(context), []).append(i)
+            by_context.setdefault(tuple(context) or (self.prefix_token_id,), []).append(i)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for context, read in self._read_all(sorted(by_context)):
             indices = by_context[context]
@@ -135,8 +173,8 @@ class RetNetLM(TemplateLM):
         """Log-likelihoods of whole documents, each one context of any length."""
         totals = []
         for request in requests:
-            text: str = request.args[0]
-            ids = torch.tensor([self.tok_encode(text)], device=self._place)
+            ids = [self.prefix_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
+            ids = torch.tensor([ids], device=self._place)
             totals.append(-score(self.model, ids)[0].double().sum().item())
         return totals
 
@@ -145,7 +183,7 @@ class RetNetLM(TemplateLM):
         results = [""] * len(requests)
         by_context: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for i, request in enumerate(requests):
-            *context, last = self.tok_encode(request.args[0])
+            *context, last = self.tok_encode(request.args[0]) or [self.prefix_token_id]
             by_context.setdefault(tuple(context), []).append((i, last))
         for context, read in self._read_all(sorted(by_context)):
             for i, last in by_context[context]:
@@ -153,38 +191,61 @@ class RetNetLM(TemplateLM):
         return results
 
     def _continue(self, read: _Read, last: int, options: dict[str, Any]) -> str:
-        """Text after a context and its last token, up to the first of the strings `until`, which is left out."""
-        until = options.get("until") or []
-        until = [until] if isinstance(until, str) else until
-        temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", True) else 0.0
-        longest = max(map(len, until), default=0)
-        decoder, text = self._text.stream_decoder(), ""
+        """Text after a context and its last token, up to the first of the strings `until`, which is left out.
+
+        The tokenizer's end of text, as token and as text, is one of them; the model's tokens of that kind end it too.
+        """
+        unknown = [name for name, value in options.items() if name not in _OPTIONS and value is not None]
+        if unknown:
+            raise ValueError(f"generation_kwargs has {', '.join(unknown)}; accepted: {', '.join(_OPTIONS)}")
+        stops, ends = self._stops(options.get("until") or []), {self.eot_token_id, *self.model.config.eos_token_ids}
+        limit = next((options[name] for name in _LIMITS if options.get(name) is not None), MAX_GENERATED)
         stream = generate(
             self.model,
             torch.tensor([[last]], device=self._place),
-            int(options.get("max_gen_toks", MAX_GENERATED)),
+            int(limit),
             state=read.state,
-            temperature=temperature,
+            temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") is not False else 0.0,
+            top_k=options.get("top_k"),
             top_p=options.get("top_p"),
+            min_p=options.get("min_p"),
         )
+        # A stop string is looked for in as many last tokens as it has, and two: it may be cut otherwise than alone.
+        window = 2 + max((len(self.tok_encode(stop, add_special_tokens=False)) for stop in stops), default=0)
+        tokens: list[int] = []
         for token in stream:
-            if int(token) == self._text.document_start:
+            tokens.append(int(token))
+            tail = self.tokenizer.decode(tokens[-window:]) if stops else ""
+            if tokens[-1] in ends or any(stop in tail for stop in stops):
                 break
-            before = max(0, len(text) - longest)  # where a string that ends in the new text may begin
-            text += decoder.push(int(token))
-            ends = [place for stop in until if stop and (place := text.find(stop, before)) >= 0]
-            if ends:
-                return text[: min(ends)]
-        return text + decoder.flush()
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        for stop in stops:
+            text = text.split(stop)[0]
+        return text
+
+    def _stops(self, until: str | list[str]) -> list[str]:
+        """The strings that end a text, the tokenizer's end of text among them."""
+        stops = [until] if isinstance(until, str) else list(until)
+        if self.eot_token_id is not None:
+            stops.append(self.tokenizer.decode([self.eot_token_id]))
+        return [stop for stop in dict.fromkeys(stops) if stop]
 
     @property
     def _place(self) -> torch.device:
         return self.model.embedding.weight.device
 
 
-def run_tasks(model: RetNetLM, tasks: Sequence[str | dict], **options: Any) -> dict[str, Any]:
-    """`lm_eval.simple_evaluate`; options are its own (num_fewshot, limit, task_manager)."""
-    return cast(Any, lm_eval.simple_evaluate)(model=model, tasks=list(tasks), **options)
+def run_tasks(
+    model: RetNetLM, tasks: Sequence[str | dict], task_manager: TaskManager | None = None, **options: Any
+) -> dict[str, Any]:
+    """`lm_eval.simple_evaluate`; options are its own (num_fewshot, limit). Raises ValueError for unknown tasks."""
+    manager = TaskManager() if task_manager is None else task_manager
+    for name in tasks:
+        if isinstance(name, str) and name not in manager.all_tasks and not Path(name).is_file():
+            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks))
+            accepted = "a task, group or tag of the harness or of the folder given, or a YAML file"
+            raise ValueError(f"no task {name!r}; accepted: {accepted}" + (f"; near ones: {near}" if near else ""))
+    return cast(Any, lm_eval.simple_evaluate)(model=model, tasks=list(tasks), task_manager=manager, **options)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -50,6 +51,19 @@ metric_list:
   - metric: byte_perplexity
 """
 
+TEXT = """
+task: retnet_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[answer]}}}}"
+generation_kwargs: {{until: ["e"], max_gen_toks: 8}}
+metric_list:
+  - metric: exact_match
+"""
+
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
@@ -59,7 +73,7 @@ def tasks(tmp_path, monkeypatch):
     data.write_text("\n".join(map(json.dumps, QUESTIONS)))
     folder = tmp_path / "tasks"
     folder.mkdir()
-    for name, text in (("choice", CHOICE), ("rolling", ROLLING)):
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("text", TEXT)):
         (folder / f"{name}.yaml").write_text(text.format(data=data))
     return folder
 
@@ -129,7 +143,7 @@ def test_tasks_run_and_agree_with_the_huggingface_backend(harness, model_directo
     from retnet.models.hf.tokenizer import byte_tokenizer
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    names = ["retnet_choice", "retnet_rolling"]
+    names = ["retnet_choice", "retnet_text", "retnet_rolling"]
     options = {"task_manager": manager, "bootstrap_iters": 0}
     ours = run_tasks(harness, names, **options)["results"]
     directory = tmp_path / "with-tokenizer"
@@ -138,13 +152,15 @@ def test_tasks_run_and_agree_with_the_huggingface_backend(harness, model_directo
     RetNetForCausalLM.from_pretrained(model_directory).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     theirs = {}
-    for name, add_start in zip(names, (True, False)):  # the harness starts rolling documents itself
-        arguments = f"pretrained={directory},trust_remote_code=True,add_bos_token={add_start},dtype=float32"
+    for name, add_start in zip(names, (None, None, False)):  # the harness starts rolling documents itself
+        start = "" if add_start is None else f",add_bos_token={add_start}"
+        arguments = f"pretrained={directory},trust_remote_code=True,dtype=float32{start}"
         result = lm_eval.simple_evaluate(
             model="hf", model_args=arguments, tasks=[name], batch_size=2, device="cpu", **options
         )
         theirs |= result["results"]
     assert ours["retnet_choice"]["acc,none"] == theirs["retnet_choice"]["acc,none"]
+    assert ours["retnet_text"] == theirs["retnet_text"]
     expected = theirs["retnet_rolling"]["byte_perplexity,none"]
     assert ours["retnet_rolling"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-3)
 
@@ -168,6 +184,18 @@ def test_the_command_runs_tasks(byte_model, tasks, capsys):
     assert not exit_.value.code
     results = json.loads(capsys.readouterr().out)
     assert 0 <= results["retnet_choice"]["acc,none"] <= 1
+
+
+@pytest.mark.parametrize("name", ["nope", "retnet_choise", "", "nope.yaml", "../x"])
+def test_the_command_names_a_task_that_does_not_exist(byte_model, tasks, capsys, name, monkeypatch):
+    managers = partial(TaskManager, include_defaults=False)  # the harness's own thousands of tasks take seconds to list
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", managers)
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", str(byte_model), "--tasks", f"retnet_choice,{name}", "--include-path", str(tasks)])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert f"no task {name!r}; accepted: a task, group or tag" in said
+    assert ("near ones: retnet_choice" in said) == (name == "retnet_choise")
 
 
 def test_unknown_model_arguments_are_refused(byte_model):

@@ -10,9 +10,9 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from retnet.models.config import MAX_LAYERS
+from retnet.models.config import MAX_LAYERS, Dtype
 from retnet.models.config_json import TOKEN_IDS, token_id
 
 LARGEST = 2**31 - 1
@@ -21,8 +21,8 @@ _REQUIRED, _DEFAULT = object(), object()
 
 # Keys that transformers writes into any config.json and that change no output.
 _BOOKKEEPING = {
-    "architectures", "auto_map", "dtype", "id2label", "is_decoder", "label2id", "model_type", "return_dict",
-    "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+    "architectures", "auto_map", "id2label", "is_decoder", "label2id", "model_type", "return_dict", "tokenizer_class",
+    "transformers_version", "use_cache",
 }  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def read(format: str, source: Mapping[str, Any], fields: Mapping[str, Field], *,
     """
     values: dict[str, Any] = {}
     problems: list[str] = []
+    fields = {**fields, **_WEIGHTS} if closed else fields
     for key, field in fields.items():
         try:
             values[key] = field.read(source, key)
@@ -71,6 +72,14 @@ def read(format: str, source: Mapping[str, Any], fields: Mapping[str, Field], *,
         listed = ", ".join(f"{key!r}: {shown(source[key])}" for key in unknown)
         warnings.warn(f"{format}: unknown keys are ignored: {{{listed}}}", stacklevel=4)
     return values
+
+
+# The dtype of transformers' weights, which is read from the weights.
+_DTYPES = {name for dtype in get_args(Dtype) for name in (dtype, f"torch.{dtype}")}
+_WEIGHTS = dict.fromkeys(
+    ("dtype", "torch_dtype"),
+    Field(", ".join(get_args(Dtype)), lambda x: str(x) in {*_DTYPES, "auto"}, None),
+)
 
 
 def token_ids(source: Mapping[str, Any], **defaults: int) -> dict[str, Any]:
@@ -105,7 +114,8 @@ def number(default: Any, accepted: str, check: Callable[[float], bool], *, null:
     return Field(accepted, lambda x: is_number(x) and check(x), default, null)
 
 
-def eps(default: float) -> Field:
+def unit_interval(default: float) -> Field:
+    """The eps of a norm, or a standard deviation of initial weights."""
     return number(default, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 

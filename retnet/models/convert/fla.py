@@ -19,10 +19,8 @@ from retnet.models.config import ModelConfig
 from retnet.models.config_json import token_fields
 from retnet.models.convert.fields import (
     Field,
-    at_least_zero,
     choice,
     depth,
-    eps,
     flag,
     ignored,
     is_integer,
@@ -35,6 +33,7 @@ from retnet.models.convert.fields import (
     size,
     times,
     token_ids,
+    unit_interval,
 )  # fmt: skip
 from retnet.models.convert.table import Format, Part, Table
 from retnet.ops.retention import Mode
@@ -80,9 +79,9 @@ _FIELDS = {
     "hidden_act": only("swish"),
     "hidden_ratio": times(2, null=4),
     "hidden_size": size(2048),
-    "initializer_range": at_least_zero(0.02),
+    "initializer_range": unit_interval(0.02),
     "intermediate_size": size(None),
-    "norm_eps": eps(1e-6),
+    "norm_eps": unit_interval(1e-6),
     "num_heads": size(8),
     "num_hidden_layers": depth(24),
     "num_kv_heads": size(None),

@@ -16,10 +16,8 @@ from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.models.config import ModelConfig
 from retnet.models.convert.fields import (
     Field,
-    at_least_zero,
     choice,
     depth,
-    eps,
     flag,
     is_number,
     mapping,
@@ -31,6 +29,7 @@ from retnet.models.convert.fields import (
     shown,
     size,
     token_ids,
+    unit_interval,
 )  # fmt: skip
 from retnet.models.convert.table import Format, Table
 from retnet.models.tensor_files import Tensors
@@ -65,7 +64,7 @@ _SHARED = {
     "head_dim": size(None),
     "hidden_act": only("silu", "swish"),
     "hidden_size": size(4096),
-    "initializer_range": at_least_zero(0.02),
+    "initializer_range": unit_interval(0.02),
     "intermediate_size": size(11008),
     "max_position_embeddings": size(2048),
     "num_attention_heads": size(32),
@@ -74,7 +73,7 @@ _SHARED = {
     "original_max_position_embeddings": size(None),
     "partial_rotary_factor": only(1, None),
     "pretraining_tp": size(1),
-    "rms_norm_eps": eps(1e-6),
+    "rms_norm_eps": unit_interval(1e-6),
     "rope_parameters": mapping(),
     "rope_scaling": mapping(),
     "rope_theta": positive(None),

@@ -16,9 +16,7 @@ from retnet.layers.mamba2 import Mamba2Config
 from retnet.models.config import ModelConfig
 from retnet.models.convert.fields import (
     Field,
-    at_least_zero,
     depth,
-    eps,
     flag,
     ignored,
     only,
@@ -28,6 +26,7 @@ from retnet.models.convert.fields import (
     size,
     times,
     token_ids,
+    unit_interval,
 )  # fmt: skip
 from retnet.models.convert.table import Format, Table
 
@@ -64,8 +63,8 @@ _FIELDS = {
     "conv_kernel": size(4),
     "expand": times(2),
     "hidden_size": size(768),
-    "initializer_range": at_least_zero(0.1),
-    "layer_norm_epsilon": eps(1e-5),
+    "initializer_range": unit_interval(0.1),
+    "layer_norm_epsilon": unit_interval(1e-5),
     "num_hidden_layers": depth(32),
     "state_size": size(16),
     "tie_word_embeddings": flag(True),
@@ -103,7 +102,7 @@ def mamba1_config_of(source: Mapping[str, Any]) -> ModelConfig:
     value = read("mamba", source, _FIELDS1)
     rank = value["time_step_rank"]
     mixer = Mamba1Config(
-        inner_dim=int(value["expand"] * value["hidden_size"]),
+        inner_dim=_inner_dim("mamba", value),
         time_step_rank=math.ceil(value["hidden_size"] / 16) if rank == "auto" else rank,
         time_step_scale=value["time_step_scale"],
         **_mixer_options(value),
@@ -116,7 +115,7 @@ def mamba2_config_of(source: Mapping[str, Any]) -> ModelConfig:
     value = read("mamba2", source, _FIELDS2)
     lowest, highest = (_number(x) for x in value["time_step_limit"])
     mixer = Mamba2Config(
-        inner_dim=int(value["expand"] * value["hidden_size"]),
+        inner_dim=_inner_dim("mamba2", value),
         head_dim=value["head_dim"],
         num_groups=value["n_groups"],
         norm_eps=value["layer_norm_epsilon"],
@@ -130,6 +129,14 @@ def mamba2_config_of(source: Mapping[str, Any]) -> ModelConfig:
             [f"num_heads is {value['num_heads']}; accepted: expand * hidden_size / head_dim = {mixer.num_heads}"],
         )
     return _model("mamba2", source, value, mixer)
+
+
+def _inner_dim(name: str, value: Mapping[str, Any]) -> int:
+    inner = int(value["expand"] * value["hidden_size"])
+    if value["intermediate_size"] not in (None, inner):
+        given = value["intermediate_size"]
+        refuse(name, [f"intermediate_size is {given}; accepted: expand * hidden_size = {inner}"])
+    return inner
 
 
 def _is_range(x: Any) -> bool:

@@ -12,7 +12,18 @@ from typing import Any
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.models.config import ModelConfig
 from retnet.models.convert import torchscale
-from retnet.models.convert.fields import at_least_zero, choice, flag, ignored, only, rate, read, size, token_ids
+from retnet.models.convert.fields import (
+    at_least_zero,
+    choice,
+    flag,
+    ignored,
+    only,
+    rate,
+    read,
+    size,
+    token_ids,
+    unit_interval,
+)  # fmt: skip
 from retnet.models.convert.table import Format, Table
 from retnet.models.tensor_files import Tensors
 
@@ -41,7 +52,7 @@ _FIELDS = {
     "use_lm_decay": flag(False),
     # that concern only training or the way to compute
     "activation_dropout": rate(0.0), "disable_fused_ops": flag(False), "drop_path_rate": rate(0.0),
-    "initializer_range": at_least_zero(0.02), "output_retentions": flag(False), "recurrent_chunk_size": size(None),
+    "initializer_range": unit_interval(0.02), "output_retentions": flag(False), "recurrent_chunk_size": size(None),
     "unk_token_id": ignored("an integer", int), "z_loss_coeff": at_least_zero(0.0),
 }  # fmt: skip
 

@@ -93,6 +93,11 @@ def in_our_names(format: Format, config: ModelConfig, theirs: Tensors) -> tuple[
         for part in sources.values()
         if str(theirs.specs[part.name].dtype).removeprefix("torch.") not in get_args(Dtype)
     ]
+    problems += [
+        f"{part.name} is {theirs.specs[part.name].layout}, not a dense tensor"
+        for part in sources.values()
+        if theirs.specs[part.name].layout is not torch.strided
+    ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"these are not the weights of the configuration, read as {format.name}: {shown}")

@@ -20,7 +20,7 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import ACTIVATIONS, FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
-from retnet.models.convert.fields import choice, depth, eps, flag, only, rate, read, size
+from retnet.models.convert.fields import choice, depth, flag, only, rate, read, size, unit_interval
 from retnet.models.convert.table import Format, Table
 from retnet.models.tensor_files import Tensors
 from retnet.ops.decay import SCHEDULES
@@ -55,7 +55,7 @@ DECODER_FIELDS = {
     "deepnorm": flag(False),
     "dropout": rate(0.0),
     "layernorm_embedding": flag(False),
-    "layernorm_eps": eps(1e-6),
+    "layernorm_eps": unit_interval(1e-6),
     "no_scale_embedding": flag(True),
     "vocab_size": size(),
 }

@@ -1,13 +1,17 @@
-"""The byte tokenizer as a transformers tokenizer, for pipelines, trainers and the evaluation harness."""
+"""Our tokenizers as transformers', for pipelines, trainers and the evaluation harness."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from retnet.data.tokenizer import DOCUMENT_START, byte_characters
 
+TransformersTokenizer = PreTrainedTokenizerBase
 DOCUMENT_START_TOKEN = "<|document|>"
+CONFIG_FILE = "tokenizer_config.json"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -33,3 +37,23 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def transformers_tokenizer(
+    file: Path | None, start: int, end: int | None = None, add_bos_token: bool | None = None
+) -> TransformersTokenizer:
+    """A `tokenizer.json` as transformers reads it, with the configuration beside it; the byte tokenizer without a file.
+
+    start, end: the tokens around documents, for a file without a configuration. add_bos_token: put the document start
+    before every text, or not; as the configuration says if None.
+    """
+    if file is None:
+        return byte_tokenizer()
+    options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+    if file.with_name(CONFIG_FILE).is_file():
+        return AutoTokenizer.from_pretrained(file.parent, **options)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **options)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(start)
+    if end is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer

@@ -101,6 +101,10 @@ def test_an_eps_that_is_none_is_refused(name, eps, weights, tmp_path):
         ("mamba", {"time_step_rank": "x"}, "time_step_rank is 'x'; accepted: an integer, or 'auto'"),
         ("mamba2", {"time_step_limit": [1, "x"]}, r"time_step_limit is \[1, 'x'\]; accepted: two numbers"),
         ("mamba2", {"time_step_limit": [2, 1]}, r"time_step_limit is \[2, 1\]; accepted: two numbers"),
+        ("mamba", {"intermediate_size": 7}, r"intermediate_size is 7; accepted: expand \* hidden_size = 32"),
+        ("llama", {"dtype": "int8"}, "dtype is 'int8'; accepted: float32, float16, bfloat16, float64"),
+        ("llama", {"torch_dtype": 5}, "torch_dtype is 5; accepted: float32"),
+        ("llama", {"initializer_range": 1e9}, "initializer_range is 1000000000.0; accepted: a number from 0 to 1"),
         ("llama", {"num_attention_heads": 3}, "num_attention_heads is 3; accepted: a divisor of hidden_size 16"),
         ("llama", {"rope_theta": -1}, "rope_theta is -1; accepted: a positive number"),
         ("llama", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; accepted: an object, or null"),
@@ -161,6 +165,22 @@ def test_an_index_that_names_a_missing_shard_says_so(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match=r"names the shard model-00003-of-00003\.safetensors, which is missing"):
         convert.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.Tensor.to_sparse, "is torch.sparse_coo, not a dense tensor"),
+        (lambda x: x.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, not a floating-point dtype"),
+        (lambda x: x.to(torch.complex64), "is torch.complex64, not a floating-point dtype"),
+    ],
+)
+def test_tensors_of_another_kind_are_named(change, message, tmp_path):
+    state = torchscale_state(TORCHSCALE_ARGS)
+    name = "layers.1.retention.k_proj.weight"
+    torch.save(state | {name: change(state[name])}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        convert.load(tmp_path / "model.pt", config=TORCHSCALE_ARGS)
 
 
 @pytest.mark.parametrize(
