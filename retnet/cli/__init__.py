@@ -6,13 +6,14 @@ error ends in one message and exit code 2; any other exception is a bug and show
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
 import typer
 
 from retnet import __version__
-from retnet.cli._common import Session, report_error
+from retnet.cli._common import Session, plain_warnings, report_error
 from retnet.cli.check import check
 from retnet.cli.convert import convert
 from retnet.cli.data import data_app
@@ -63,8 +64,11 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line and exit: 0 success, 1 a failed check or a bug, 2 wrong input, 130 interrupted."""
     session = Session()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may have no characters in this encoding
     try:
-        app(args=arguments, prog_name="retnet", obj=session)
+        with plain_warnings():
+            app(args=arguments, prog_name="retnet", obj=session)
     except (ValueError, OSError) as error:
         if session.debug:
             raise

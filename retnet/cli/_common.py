@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,6 +37,26 @@ def report_error(error: Exception) -> None:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     errors.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
     errors.print("[dim]`retnet --debug VERB ...` shows where it came from[/]")
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print warnings about sources as one line each, without the place in the code."""
+    from retnet.data.sources import SourceWarning
+
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, SourceWarning):
+            errors.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
+        else:
+            others(message, category, *place, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
 
 
 def read_text(text: str | None, file: Path | None) -> bytes | None:

@@ -46,8 +46,8 @@ def write(
         list[str],
         typer.Argument(
             metavar="SOURCE... OUT",
-            help="Files (text, jsonl, parquet; .gz and .xz too), folders, 'stdlib', folders of save_to_disk, hf:NAME "
-            "for a dataset of the Hugging Face hub; last, the folder to write.",
+            help="Files (text, jsonl, json, parquet; also .gz, .bz2, .xz and .zst), folders, 'stdlib', folders of "
+            "save_to_disk, hf:NAME for a dataset of the Hugging Face hub; last, the folder to write.",
         ),
     ],
     tokenizer: Annotated[
@@ -57,12 +57,15 @@ def write(
         str | None, typer.Option(help="Special token before documents; by default bos, otherwise eos.")
     ] = None,
     with_end: Annotated[bool, typer.Option("--with-end", help="Also put the eos token after documents.")] = False,
-    field: Annotated[str, typer.Option(help="Field with the text in jsonl, parquet and datasets.")] = "text",
+    field: Annotated[
+        str | None, typer.Option(help="Field with the text in jsonl, json, parquet and datasets; by default text.")
+    ] = None,
     separator: Annotated[
-        str | None, typer.Option(help=r"Text between documents of a text file, such as '\n\n\n' or '<|end|>'.")
+        str | None,
+        typer.Option(help=r"Text between documents of a text file, such as '\n\n\n' or '<|end|>'."),
     ] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Split of a dataset; by default train.")] = None,
     shard_size: Annotated[
         float | None,
         typer.Option(min=0.001, help="MiB of input per shard; by default a 256th of the total, 16 to 512."),
@@ -82,9 +85,8 @@ def write(
     if separator == "":
         raise ValueError("--separator is empty; accepted: at least one character")
 
-    from retnet.data.build import build_shards
+    from retnet.data.build import build_shards, partial_of
     from retnet.data.plan import Settings
-    from retnet.data.sources import describe_left_out
 
     *sources, out = paths
     began = time.perf_counter()
@@ -104,6 +106,11 @@ def write(
     except KeyboardInterrupt:
         errors.print("[dim]interrupted; the same command resumes from here[/]")
         raise
+    except OSError:
+        if (partial := partial_of(Path(out))).exists():
+            way_on = f"finished shards are kept in {escape(str(partial))}: once there is room, the same command resumes"
+            errors.print(f"[dim]{way_on}[/]", soft_wrap=True)
+        raise
     seconds = time.perf_counter() - began
     shards, documents, tokens = len(manifest["shards"]), manifest["documents"], manifest["tokens"]
     console.print(
@@ -112,8 +119,6 @@ def write(
         highlight=False,
         soft_wrap=True,
     )
-    if manifest["left_out"]:
-        console.print(f"[dim]left out: {describe_left_out(manifest['left_out'])}[/]", highlight=False, soft_wrap=True)
 
 
 @data_app.command()
@@ -179,10 +184,10 @@ def check(directory: Annotated[Path, typer.Argument(help="A folder that `retnet 
 
 def _draw(corpus: Corpus, source: str, plot: Path | None) -> Path | None:
     """Plot the lengths into `plot`, or into a folder of shards. A folder that cannot be written gets a note."""
+    from retnet.data.corpus import ByteCorpus
     from retnet.data.lengths_plot import save_lengths_plot
-    from retnet.data.shards import is_shard_folder
 
-    if plot is None and not is_shard_folder(Path(source)):
+    if plot is None and isinstance(corpus, ByteCorpus):
         return None
     path = Path(source) / PLOT if plot is None else plot
     try:

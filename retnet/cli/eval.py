@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, print_json
+from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, print_json
+
+VALID_FRACTION = 0.05
 
 
 class Part(StrEnum):
@@ -31,13 +36,19 @@ def evaluate(
     context: Annotated[
         int | None, typer.Option(min=1, help="With --file: also score it in windows of this many tokens.")
     ] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens scored per window; all by default.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="With --context: tokens scored per window; all by default.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Few-shot examples per context.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with your own tasks.")] = None,
-    part: Annotated[Part, typer.Option(help="The held-out documents, or all of them.")] = Part.valid,
-    valid_fraction: Annotated[float, typer.Option(help="Share that is held out, as in training.")] = 0.05,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="With --tasks: few-shot examples per context.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: documents per task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="With --tasks: folder with your own tasks.")] = None,
+    part: Annotated[
+        Part | None, typer.Option(help="With --data: the held-out documents (the default), or all of them.")
+    ] = None,
+    valid_fraction: Annotated[
+        float | None, typer.Option(help=f"Share that is held out, as in training; by default {VALID_FRACTION}.")
+    ] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -49,12 +60,25 @@ def evaluate(
     """
     if sum(option is not None for option in (data, file, tasks)) != 1:
         raise ValueError("accepted: one of --data, --file and --tasks")
+    _refuse_unused("--data", data, {"--part": part, "--valid-fraction": valid_fraction})
+    _refuse_unused("--file", file, {"--context": context, "--stride": stride})
+    _refuse_unused("--tasks", tasks, {"--num-fewshot": num_fewshot, "--limit": limit, "--include-path": include_path})
+    if part is Part.all and valid_fraction is not None:
+        raise ValueError("--valid-fraction is for --part valid; --part all holds nothing out")
     if tasks is not None:
         _run_tasks(model, tasks.split(","), device, num_fewshot, limit, include_path, as_json)
     elif file is not None:
         _perplexity(model, file, context, stride, device, as_json)
     elif data is not None:
-        _bits_per_byte(model, data, part, valid_fraction, device, as_json)
+        held_out = VALID_FRACTION if valid_fraction is None else valid_fraction
+        _bits_per_byte(model, data, part or Part.valid, held_out, device, as_json)
+
+
+def _refuse_unused(source: str, given: object, options: Mapping[str, object]) -> None:
+    """Raise ValueError for options that have no effect without `source`."""
+    unused = [name for name, value in options.items() if value is not None]
+    if given is None and unused:
+        raise ValueError(f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} for {source}, which is not given")
 
 
 def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, device: str, as_json: bool) -> None:
@@ -68,20 +92,21 @@ def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, dev
     tokenizer = load_tokenizer(network)
     corpus = open_corpus(data)
     train, scored = corpus.split(valid_fraction) if part is Part.valid else (None, corpus)
-    began = time.perf_counter()
     if isinstance(scored, ByteCorpus):  # files of text, in the tokens of any model
-        result = bits_per_byte(network, tokenizer, scored.documents)
+        result_of = partial(bits_per_byte, network, tokenizer, scored.documents)
     elif tokenizer.same_tokens(scored.tokenizer):
-        result = corpus_bits_per_byte(network, scored)
+        result_of = partial(corpus_bits_per_byte, network, scored)
     else:
         raise ValueError(
             f"{data} holds tokens of another tokenizer than that of {model}; accepted: text, or tokens that `retnet "
             "data` wrote with its tokenizer"
         )
-    seconds = time.perf_counter() - began
-    rows = compressor_table(None if train is None else texts_of(train), texts_of(scored)) | {
-        model: result.bits_per_byte
-    }
+    with _progress(scored.num_targets) as (on_tokens, on_method):
+        began = time.perf_counter()
+        result = result_of(on_tokens=on_tokens)
+        seconds = time.perf_counter() - began
+        rows = compressor_table(None if train is None else texts_of(train), texts_of(scored), on_method)
+    rows[model] = result.bits_per_byte
     if as_json:
         print_json({"documents": len(scored), "bytes": result.num_bytes, "seconds": seconds, "bits_per_byte": rows})
         return
@@ -103,7 +128,7 @@ def _perplexity(model: str, file: Path, context: int | None, stride: int | None,
     network = load(model, device)
     tokenizer = load_tokenizer(network)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = _bytes_of(file).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 at byte {error.start}; accepted: text in UTF-8") from error
     results = {"stateful": perplexity(network, tokenizer, text)}
@@ -130,6 +155,41 @@ def _perplexity(model: str, file: Path, context: int | None, stride: int | None,
         figures = (result.num_tokens, result.per_token, result.num_words, result.per_word, result.bits_per_byte)
         table.add_row(way, *(f"{x:,}" if isinstance(x, int) else f"{x:,.3f}" for x in figures))
     console.print(table)
+
+
+def _bytes_of(file: Path) -> bytes:
+    """The bytes of a file of plain text, as --data reads them; or of a pipe."""
+    from retnet.data import find_documents
+
+    if not file.is_file():
+        return file.read_bytes()
+    (document,) = find_documents(file.absolute())  # a file in this folder may be called stdlib
+    return document.read()
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
+    """A progress bar on a terminal, nothing elsewhere: one function to advance it, one to begin another method."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(
+        *columns, TextColumn("left"), TimeRemainingColumn(), console=errors, transient=True,
+        disable=not errors.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("scoring", total=total)
+
+        def begin(method: str) -> None:
+            bar.reset(task, description=method, total=None)
+
+        yield partial(bar.advance, task), begin
 
 
 def _run_tasks(

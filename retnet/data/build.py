@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from retnet.data.pool import write_here, write_in_parallel
 from retnet.data.readers import DataError
 from retnet.data.shard_writer import Counts
 from retnet.data.shards import FORMAT, MANIFEST, SUFFIXES, TOKENIZER, VERSION, hash_file, token_dtype
+from retnet.data.sources import PathsByKind
 from retnet.data.tokenizer import BYTES, Tokenizer
 from retnet.data.tokenizer_json import TOKENIZER_FILE, find_tokenizer
 from retnet.system.files import flush, read_json, write_json
@@ -63,11 +63,11 @@ def build_shards(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; accepted: a new or empty folder")
     for source in sources:
-        if out.resolve().is_relative_to(Path(source).resolve()):
+        if _real(out).is_relative_to(_real(source)):
             raise ValueError(f"{out} lies inside {source} and would be read as text; accepted: a folder outside it")
-    out = out.resolve()  # through links, so that OUT.partial is on the same disk
+    out = _real(out)  # through links, so that OUT.partial is on the same disk
     found = find_tokenizer(tokenizer, document_start, with_end=with_end)
-    left_out: Counter[str] = Counter()
+    left_out = PathsByKind()
     plan = make_plan(sources, settings, shard_size, left_out)
     run = {
         "sources": list(sources),
@@ -78,7 +78,7 @@ def build_shards(
     }
     if out.is_dir():
         _check_replaceable(out)
-    partial = out.with_name(out.name + PARTIAL)
+    partial = partial_of(out)
     _check_is_ours(partial)
     with locked(partial):
         _begin(partial, run, found)
@@ -94,6 +94,12 @@ def build_shards(
     return manifest
 
 
+def partial_of(out: Path) -> Path:
+    """The folder of an unfinished run into `out`."""
+    out = _real(out)
+    return out.with_name(out.name + PARTIAL)
+
+
 def _check_replaceable(out: Path) -> None:
     """Raise ValueError now if the empty folder `out` cannot be replaced by a rename later, as a mount point cannot."""
     aside = out.with_name(f".{out.name}.{os.getpid()}")
@@ -105,6 +111,11 @@ def _check_replaceable(out: Path) -> None:
             f"{out} exists and cannot be replaced ({error.strerror}); accepted: a folder that does not exist, "
             f"such as {out / _DATA}"
         ) from error
+
+
+def _real(path: str | Path) -> Path:
+    """The path through links, as far as they lead: a link to itself is left to the error of opening it."""
+    return Path(os.path.realpath(path))
 
 
 def _remove(partial: Path) -> None:
@@ -210,7 +221,7 @@ def _write_missing(
 
 
 def _finish(
-    data: Path, plan: list[list[Piece]], run: dict[str, Any], tokenizer: Tokenizer, left_out: Counter[str]
+    data: Path, plan: list[list[Piece]], run: dict[str, Any], tokenizer: Tokenizer, left_out: PathsByKind
 ) -> dict[str, Any]:
     """Write the manifest, which completes the folder."""
     _check_unchanged(plan, run["files"])
@@ -241,7 +252,7 @@ def _finish(
         "tokenizer": tokenizer.describe(),
         "sources": [Path(source).name for source in run["sources"]],
         "settings": run["settings"],
-        "left_out": dict(sorted(left_out.items())),
+        "left_out": dict(sorted(left_out.counts.items())),
         "shards": shards,
     }
     write_json(data / MANIFEST, manifest)

@@ -17,8 +17,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet.data.shards import TOKENIZER, Column, ShardFolder, is_shard_folder
-from retnet.data.sources import STDLIB, Document, find_documents, split_documents
+from retnet.data.kinds import Kind
+from retnet.data.shards import TOKENIZER, Column, ShardFolder
+from retnet.data.sources import Document, find_source, plain_documents, split_documents
 from retnet.data.tokenizer import BYTES, DOCUMENT_START, VOCAB_SIZE, ByteTokenizer, Tokenizer
 
 _HASH_BLOCK = 1 << 20
@@ -246,10 +247,12 @@ def token_kind(corpus: Corpus) -> tuple[str, int, int]:
 
 
 def open_corpus(source: str | os.PathLike[str]) -> Corpus:
-    """The documents of a source: a folder that `retnet data` wrote, or text read as bytes (see `find_documents`).
+    """The documents of a source: a folder that `retnet data` wrote, or plain text read as bytes (see `find_source`).
 
-    Raises FileNotFoundError if there is no such path, ValueError if it holds no text or its shards are incomplete.
+    Raises FileNotFoundError if there is no such path, ValueError if it holds anything else, no text, or incomplete
+    shards.
     """
-    if os.fspath(source) != STDLIB and is_shard_folder(Path(source)):
-        return ShardCorpus(ShardFolder(Path(source)), os.fspath(source))
-    return ByteCorpus(find_documents(source), os.fspath(source))
+    found = find_source(source)
+    if found.kind is Kind.SHARDS:
+        return ShardCorpus(ShardFolder(Path(source)), found.name)
+    return ByteCorpus(plain_documents(found), found.name)

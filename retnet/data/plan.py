@@ -7,41 +7,56 @@ files are cut between documents by reading a few bytes around each cut; compress
 
 from __future__ import annotations
 
-from collections import Counter
+import errno
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from retnet.data.shards import is_shard_folder, json_object
-from retnet.data.sources import STDLIB, find_documents, is_compressed, suffix_of
+from retnet.data.blocks import Separator
+from retnet.data.compression import is_compressed, unpacked
+from retnet.data.kinds import DEFAULT_FIELD, INFO, RECORDS, STATE, Kind, json_object, splits_of
+from retnet.data.sources import STDLIB, PathsByKind, Source, SourceFile, SourceWarning, by_kind, find_source
 
 HUB_PREFIX = "hf:"
+DEFAULT_SPLIT = "train"
 MIN_SHARD, MAX_SHARD, SHARDS = 1 << 24, 1 << 29, 256
 _LOOK = 1 << 16
+_LINE_BREAK = Separator("\n")
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of arrow
 
 
 @dataclass(frozen=True)
 class Settings:
     """How documents are found in files.
 
-    field: the field with the text in jsonl, parquet and datasets.
-    separator: the text between documents of a text file; if None, a file is one document.
-    config, split: of a dataset.
+    field: the field with the text in jsonl, json, parquet and datasets; if None, `text`.
+    separator: the text between documents of a text file (see `Separator`); if None, a file is one document.
+    config, split: of a dataset; if None, its default and `train`.
     """
 
-    field: str = "text"
+    field: str | None = None
     separator: str | None = None
     config: str | None = None
-    split: str = "train"
+    split: str | None = None
+
+    @property
+    def text_field(self) -> str:
+        return DEFAULT_FIELD if self.field is None else self.field
+
+    @property
+    def cut(self) -> Separator | None:
+        return None if self.separator is None else Separator(self.separator)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a file that begins and ends between documents: bytes [begin, end) of text or jsonl, row groups of
-    parquet, or rows of arrow.
+    """A part of a file that begins and ends between documents: bytes [begin, end) of text, jsonl or json, row groups
+    of parquet, or rows of arrow.
 
     name: the file's path relative to the source's parent folder, the same on every machine.
-    kind: text, jsonl, parquet or arrow.
+    kind: one of `kinds.READ`.
     size: bytes on disk or of the rows; the unit of progress.
     first_row: number of the first row, for parquet and arrow.
     """
@@ -56,26 +71,28 @@ class Piece:
 
 
 def make_plan(
-    sources: Sequence[str],
-    settings: Settings,
-    shard_size: int | None = None,
-    left_out: Counter[str] | None = None,
+    sources: Sequence[str], settings: Settings, shard_size: int | None = None, left_out: PathsByKind | None = None
 ) -> list[list[Piece]]:
     """The pieces of each shard.
 
-    sources: files, folders, `stdlib`, folders of `Dataset.save_to_disk`, or `hf:NAME` for a dataset of the hub.
+    sources: files, folders, `stdlib`, folders of `save_to_disk`, or `hf:NAME` for a dataset of the hub.
     shard_size: approximate bytes of input per shard; if None, a 256th of the total, between 16 MiB and 512 MiB.
-    left_out: a counter to which files left out are added (see `find_documents`).
+    left_out: to which paths left out are added (see `find_source`).
 
-    Raises FileNotFoundError if there is no such source, ValueError if there is no text in one.
+    Warns (`SourceWarning`) about paths left out, text files beside files of records, which are documents too, and text
+    without the separator.
+
+    Raises FileNotFoundError if there is no such source, ValueError if there is no text in one, and for settings that no
+    source uses.
     """
     files = [piece for source in sources for piece in _find_files(source, settings, left_out)]
+    _check_settings(files, sources, settings)
     if shard_size is None:
         shard_size = min(max(sum(file.size for file in files) // SHARDS, MIN_SHARD), MAX_SHARD)
     shards: list[list[Piece]] = []
     room = 0
     for file in files:
-        for piece in _cut(file, room if shards else shard_size, shard_size, settings.separator):
+        for piece in _cut(file, room if shards else shard_size, shard_size, settings.cut):
             if room <= 0:
                 shards.append([])
                 room = shard_size
@@ -84,156 +101,197 @@ def make_plan(
     return shards
 
 
+def _check_settings(files: Sequence[Piece], sources: Sequence[str], settings: Settings) -> None:
+    """Raise ValueError for settings that no source uses; warn about text files that the separator does not cut."""
+    found = PathsByKind()
+    for file in files:
+        found.add(f"{file.kind} file", file.name)
+    texts = [file for file in files if file.kind == Kind.TEXT]
+    from_hub = any(source.startswith(HUB_PREFIX) for source in sources)
+    for option, value, used, where in (
+        ("field", settings.field, len(texts) < len(files), "jsonl, json, parquet and datasets"),
+        ("separator", settings.separator, bool(texts), "text files"),
+        ("config", settings.config, from_hub, f"{HUB_PREFIX}NAME"),
+        ("split", settings.split, any(file.kind == Kind.ARROW for file in files), "datasets"),
+    ):
+        if value is not None and not used:
+            raise ValueError(f"{option} is {value!r}, and nothing here has one: {found}; accepted for: {where}")
+    if settings.cut is not None:
+        uncut = [file for file in texts if not _occurs(settings.cut, file)]
+        if uncut:
+            names = PathsByKind()
+            for file in uncut:
+                names.add("text file", file.name)
+            message = f"separator {settings.separator!r} is not in {names}: one document each"
+            warnings.warn(message, SourceWarning, stacklevel=3)
+
+
+def _occurs(separator: Separator, file: Piece) -> bool:
+    path, rest = Path(file.path), b""
+    with open(path, "rb") as raw, unpacked(raw, path) as text:
+        while chunk := text.read(_LOOK):
+            rest = rest[-separator.longest :] + chunk
+            if separator.pattern.search(rest):
+                return True
+    return False
+
+
 def describe_files(plan: Iterable[Iterable[Piece]]) -> dict[str, list[int]]:
     """Size and modification time of every file, which must not change between the parts of a resumed run."""
     paths = sorted({piece.path for pieces in plan for piece in pieces})
     return {path: [(stat := Path(path).stat()).st_size, stat.st_mtime_ns] for path in paths}
 
 
-def _find_files(source: str, settings: Settings, left_out: Counter[str] | None) -> Iterator[Piece]:
+def _find_files(source: str, settings: Settings, left_out: PathsByKind | None) -> Iterator[Piece]:
     if source.startswith(HUB_PREFIX):
         yield from _hub_files(source.removeprefix(HUB_PREFIX), settings)
         return
-    path = Path(source)
-    if source != STDLIB and not path.exists():
-        raise FileNotFoundError(
-            f"no such file or folder: {path} (accepted: files, folders, {STDLIB!r}, {HUB_PREFIX}NAME for a dataset)"
-        )
-    if is_shard_folder(path):
-        raise ValueError(f"{path} holds token shards already, which `retnet train` reads as they are")
-    if _is_saved_dataset(path) or _splits(path):
-        yield from _saved_dataset(path, settings.split)
+    found, path = find_source(source, settings.text_field), Path(source)
+    found.warn_of_left_out()
+    if left_out is not None:
+        left_out.update(found.left_out)
+    if found.kind is Kind.SHARDS:
+        found.refuse("text; `retnet train` and `retnet eval --data` read token shards as they are")
+    if found.kind is not Kind.TEXT:
+        yield from _saved_dataset(path, found.kind, settings.split)
         return
-    for document in find_documents(source, unpack=True, left_out=left_out):
-        base = path.name if path.is_dir() else ""
-        name = f"{base or STDLIB}/{document.name}" if source == STDLIB or path.is_dir() else document.name
-        yield from _whole_file(document.path, name, document.size)
+    _warn_of_text_beside_records(found)
+    folder = STDLIB if source == STDLIB else path.name if path.is_dir() else ""
+    for file in found.files:
+        yield from _whole_file(file, f"{folder}/{file.name}" if folder else file.name)
 
 
-def _whole_file(path: Path, name: str, size: int) -> Iterator[Piece]:
+def _warn_of_text_beside_records(found: Source) -> None:
+    texts = [file for file in found.files if file.kind is Kind.TEXT]
+    if texts and any(file.kind in RECORDS for file in found.files):
+        message = f"{found.name} holds {by_kind(found.files)}; each text file is a document too"
+        warnings.warn(message, SourceWarning, stacklevel=3)
+
+
+def _whole_file(file: SourceFile, name: str) -> Iterator[Piece]:
     """A file as one piece; parquet as one piece per row group."""
-    kind = file_kind(path)
-    if kind == "parquet":
-        from pyarrow import ArrowInvalid
+    if file.kind is Kind.ARROW:
+        yield from _arrow_file(file.path, name)
+    elif file.kind is Kind.PARQUET:
+        from pyarrow import ArrowException
         from pyarrow.parquet import read_metadata
 
         try:
-            metadata = read_metadata(path)
-        except (ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path} is not parquet: {error}") from error
+            with open(file.path, "rb") as raw:  # pyarrow takes no path that is not UTF-8
+                metadata = read_metadata(raw)
+        except (ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # of the disk, not of the data
+                raise
+            raise ValueError(f"{file.path} is not parquet: {error}") from error
         row = 0
         for group in range(metadata.num_row_groups):
             entry = metadata.row_group(group)
-            yield Piece(str(path), name, kind, group, group + 1, entry.total_byte_size, row)
+            yield Piece(str(file.path), name, file.kind, group, group + 1, entry.total_byte_size, row)
             row += entry.num_rows
-        return
-    yield Piece(str(path), name, kind, 0, size, size)
-
-
-def file_kind(path: Path) -> str:
-    """The kind of a file, by its name."""
-    plain = path.with_suffix("") if is_compressed(path) else path
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix_of(plain), "text")
+    else:
+        yield Piece(str(file.path), name, file.kind, 0, file.size, file.size)
 
 
 def _hub_files(name: str, settings: Settings) -> Iterator[Piece]:
     """The cached arrow files of a dataset of the hub, which is downloaded."""
     from datasets import load_dataset
 
+    split = DEFAULT_SPLIT if settings.split is None else settings.split
     try:
-        dataset = load_dataset(name, settings.config, split=settings.split)
+        dataset = load_dataset(name, settings.config, split=split)
     except Exception as error:  # datasets and the hub raise many kinds
-        raise FileNotFoundError(f"cannot load dataset {name}, split {settings.split}: {error}") from error
+        raise FileNotFoundError(f"cannot load dataset {name}, split {split}: {error}") from error
     files = [
         piece
         for number, file in enumerate(dataset.cache_files)
-        for piece in _arrow_file(Path(file["filename"]), f"{name}/{settings.split}-{number:05}")
+        for piece in _arrow_file(Path(file["filename"]), f"{name}/{split}-{number:05}")
     ]
     if (rows := sum(file.end for file in files)) != dataset.num_rows:
         raise ValueError(
-            f"split {settings.split!r} of {name} is {dataset.num_rows} of {rows} rows; accepted: a whole split, or a "
+            f"split {split!r} of {name} is {dataset.num_rows} of {rows} rows; accepted: a whole split, or a "
             "folder that `save_to_disk` wrote"
         )
     yield from files
 
 
-def _saved_dataset(path: Path, split: str) -> Iterator[Piece]:
+def _saved_dataset(path: Path, kind: Kind, split: str | None) -> Iterator[Piece]:
     """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
-    if splits := _splits(path):
+    if kind is Kind.DATASETS:
+        splits, split = splits_of(path), DEFAULT_SPLIT if split is None else split
         if split not in splits:
             raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(splits)} (choose one with --split)")
         path = path / split
-        if not _is_saved_dataset(path):
-            raise ValueError(f"{path} is incomplete; accepted: a split that `save_to_disk` wrote")
-    for file in json_object(path / "state.json")["_data_files"]:
-        yield from _arrow_file(path / file["filename"], f"{path.name}/{file['filename']}")
-
-
-def _is_saved_dataset(path: Path) -> bool:
-    return (path / "dataset_info.json").is_file() and "_data_files" in json_object(path / "state.json")
-
-
-def _splits(path: Path) -> list[str]:
-    """The splits of a folder that `DatasetDict.save_to_disk` wrote; empty for any other folder."""
-    splits = json_object(path / "dataset_dict.json").get("splits")
-    return splits if isinstance(splits, list) and all(isinstance(split, str) for split in splits) else []
+    elif split is not None:
+        raise ValueError(f"split is {split!r}, and {path} is one dataset without splits; accepted: no split")
+    files = json_object(path / STATE).get("_data_files")
+    names = [file.get("filename") if isinstance(file, dict) else None for file in files or []]
+    if not (path / INFO).is_file() or not isinstance(files, list) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{path} is incomplete; accepted: a dataset or a split that `save_to_disk` wrote")
+    for name in names:
+        yield from _arrow_file(path / str(name), f"{path.name}/{name}")
 
 
 def _arrow_file(path: Path, name: str) -> Iterator[Piece]:
-    from pyarrow import ArrowInvalid, ipc, memory_map
+    from pyarrow import ArrowException, ipc
 
     try:
-        with memory_map(str(path)) as file:
+        with open(path, "rb") as file:
             rows = sum(batch.num_rows for batch in ipc.open_stream(file))
-    except (ArrowInvalid, OSError) as error:
+            end = file.tell()
+            file.seek(-len(_END_OF_STREAM), 2)
+            whole = file.read() == _END_OF_STREAM and file.tell() == end
+    except (ArrowException, OSError) as error:
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):  # of the disk; EINVAL: shorter than its end
+            raise
         raise ValueError(f"{path} is not an arrow stream: {error}") from error
-    yield Piece(str(path), name, "arrow", 0, rows, path.stat().st_size)
+    if not whole:
+        raise ValueError(f"{path} is damaged or cut off: it does not end where its arrow stream ends")
+    yield Piece(str(path), name, Kind.ARROW, 0, rows, path.stat().st_size)
 
 
-def _cut(file: Piece, room: int, shard_size: int, separator: str | None) -> Iterator[Piece]:
+def _cut(file: Piece, room: int, shard_size: int, separator: Separator | None) -> Iterator[Piece]:
     """A file in pieces: the first fills up the current shard, the others are whole shards."""
     if (
         file.size <= room
         or is_compressed(Path(file.path))
-        or file.kind == "parquet"
-        or (file.kind == "text" and separator is None)
+        or file.kind in (Kind.PARQUET, Kind.JSON)
+        or (file.kind == Kind.TEXT and separator is None)
     ):
         yield file
         return
     begin, want = file.begin, room if room > 0 else shard_size
     while begin < file.end:
-        if file.kind == "arrow":
+        if file.kind == Kind.ARROW:
             rows = max(1, (file.end - file.begin) * want // file.size)
             end = min(file.end, begin + rows)
             size = file.size * (end - begin) // (file.end - file.begin)
         else:
-            mark = b"\n" if file.kind == "jsonl" else (separator or "").encode()
-            end = _after(Path(file.path), mark, begin, begin + want, file.end)
+            mark = _LINE_BREAK if separator is None or file.kind == Kind.JSONL else separator
+            end = _after(Path(file.path), mark.pattern, mark.longest, begin, begin + want, file.end)
             size = end - begin
-        yield replace(file, begin=begin, end=end, size=size, first_row=begin if file.kind == "arrow" else 0)
+        yield replace(file, begin=begin, end=end, size=size, first_row=begin if file.kind == Kind.ARROW else 0)
         begin, want = end, shard_size
 
 
-def _after(path: Path, mark: bytes, begin: int, at: int, end: int) -> int:
+def _after(path: Path, mark: re.Pattern[bytes], longest: int, begin: int, at: int, end: int) -> int:
     """The end of the first mark inside [begin, end) that ends at `at` or later; `end` if there is none.
 
-    A mark that overlaps the one before it (in a run of line breaks) is skipped: whether it separates documents depends
-    on the start of the run, and cuts must not change documents.
+    longest: bytes of the longest mark. A mark that overlaps one before it (in a run of line breaks) is skipped: whether
+    it separates documents depends on the start of the run, and cuts must not change documents.
     """
-    first = max(at - len(mark), begin)
-    position = max(first - len(mark) + 1, begin)
-    before = position - len(mark)  # start of the last mark
+    overlapping = re.compile(rb"(?=(" + mark.pattern + rb"))")
+    position = max(at - 2 * longest, begin)  # a mark that ends at `at` or later overlaps none from before here
+    before = position  # the end of the marks so far
     window = b""
     with open(path, "rb") as file:
         file.seek(position)
         while block := file.read(_LOOK):
             window += block
-            found = window.find(mark)
-            while found >= 0:
-                here = position + found
-                if here >= first and here - before >= len(mark):
-                    return min(here + len(mark), end)
-                before, found = here, window.find(mark, found + 1)
-            kept = min(len(mark) - 1, len(window))
+            for match in overlapping.finditer(window):
+                first, last = position + match.start(1), position + match.end(1)
+                if last >= at and first >= before:
+                    return min(last, end)
+                before = max(before, last)
+            kept = min(longest - 1, len(window))
             position, window = position + len(window) - kept, window[len(window) - kept :]
     return end

@@ -1,31 +1,29 @@
 """Readers: documents from pieces of files, in bounded memory.
 
 A document is read as one or more blocks of bytes, the last of them marked. Blocks have at most `BLOCK_BYTES` and end
-between characters; if possible after a line or before a space, where the usual tokenizers cut anyway. So documents may
-have any size, those of one block are tokenised whole, and block boundaries depend on the document alone.
+between characters, so documents may have any size, and block boundaries depend on the document alone.
 
 Every error in the data is a `DataError` whose message begins with the file and the line or row.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from retnet.data.blocks import BLOCK_BYTES, cut_blocks, cut_documents
+from retnet.data.compression import DamagedError, is_compressed, unpacked
+from retnet.data.kinds import LINE_BYTES, Kind
 from retnet.data.plan import Piece, Settings
-from retnet.data.sources import DAMAGED, is_compressed, unpacked
+from retnet.system.files import naming
 from retnet.system.sizes import format_bytes
 
-BLOCK_BYTES = 1 << 20
-LINE_BYTES = 1 << 26
-ROW_KINDS = ("parquet", "arrow")
+ROW_KINDS = (Kind.PARQUET, Kind.ARROW, Kind.JSON)
 _ROWS = 64
-_TAIL = 1 << 14
-_AFTER_LINE = re.compile(rb"\S\n(?=\S)")
-_BEFORE_SPACE = re.compile(rb"\S(?= \S)")
 
 
 class DataError(ValueError):
@@ -48,7 +46,7 @@ class Reading:
     """Reads one piece.
 
     utf8: whether text must be UTF-8.
-    lines: newlines read so far; 0 for parquet and arrow.
+    lines: newlines read so far; 0 for files of rows.
     progress: share of the piece that has been read, from 0 to 1.
     """
 
@@ -60,23 +58,25 @@ class Reading:
 
     def blocks(self) -> Iterator[Block]:
         """The documents, block by block, without empty ones. Raises DataError, OSError."""
-        if self.piece.kind in ROW_KINDS:
-            yield from self._from_rows()
-        else:
-            try:
-                with open(self._path, "rb") as raw, unpacked(raw, self._path) as file:
-                    raw.seek(self.piece.begin)
-                    yield from self._from_lines(raw, file) if self.piece.kind == "jsonl" else self._text(raw, file)
-            except DAMAGED as error:
-                raise DataError(f"{self._path} is damaged or cut off: {error}") from error
+        read = {Kind.TEXT: self._text, Kind.JSONL: self._from_lines, Kind.JSON: self._from_array}
+        with naming(self._path):
+            if self.piece.kind not in read:
+                yield from self._from_rows()
+            else:
+                try:
+                    with open(self._path, "rb") as raw, unpacked(raw, self._path) as file:
+                        raw.seek(self.piece.begin)
+                        yield from read[Kind(self.piece.kind)](raw, file)
+                except DamagedError as error:
+                    raise DataError(str(error)) from error
         self.progress = 1.0
 
     def _text(self, raw: BinaryIO, file: BinaryIO) -> Iterator[Block]:
-        separator = (self.settings.separator or "").encode()
+        separator = self.settings.cut
         began, documents, open_document = 0, 0, False
         for data, last in cut_documents(self._chunks(raw, file), separator):
             if not open_document:
-                self.lines += separator.count(b"\n") if documents else 0
+                self.lines += separator.text.count("\n") if separator and documents else 0
                 began = self.lines + 1 if separator else -1
                 documents += 1
             if self.utf8:
@@ -115,47 +115,77 @@ class Reading:
             self.lines += 1
 
     def _parse(self, line: bytes) -> bytes:
-        field = self.settings.field
         try:
-            record = json.loads(line.decode())
+            record = json.loads(line.decode(), object_pairs_hook=_Pairs)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self._place(1)}: not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{self._place(1)}: a JSON {type(record).__name__}; accepted: an object with {field!r}")
-        if field not in record:
-            raise DataError(f"{self._place(1)}: no field {field!r}; it has: {', '.join(record) or 'none'}")
-        return _encode(record[field], field, self._place)
+        return self._text_of(record, partial(self._place, 1))
+
+    def _text_of(self, record: Any, place: Callable[[], str]) -> bytes:
+        """The text of one JSON record. place: of the record, for messages."""
+        field = self.settings.text_field
+        if not isinstance(record, _Pairs):
+            raise DataError(f"{place()}: a JSON {type(record).__name__}; accepted: an object with {field!r}")
+        names = [name for name, _ in record]
+        if names.count(field) != 1:
+            if field in names:
+                raise DataError(f"{place()}: {names.count(field)} fields named {field!r}; accepted: one")
+            raise DataError(f"{place()}: no field {field!r}; it has: {', '.join(names) or 'none'}")
+        return _encode(record[names.index(field)][1], field, place)
+
+    def _from_array(self, raw: BinaryIO, file: BinaryIO) -> Iterator[Block]:
+        """json: an array of objects, the text in one field."""
+        row = 0
+
+        def place() -> str:
+            return place_of(self.piece, row)
+
+        window = _Window(file, place)
+        window.take("[")
+        while not window.begins("]"):
+            if row:
+                window.take(",")
+            yield from _blocks_of(row, self._text_of(window.value(), place))
+            row += 1
+            self._advance(raw)
+        window.take("]")
+        window.take("")
 
     def _from_rows(self) -> Iterator[Block]:
         """parquet and arrow: the text in one column."""
         import pyarrow as pa
 
-        row, field = self.piece.first_row, self.settings.field
+        row, field = self.piece.first_row, self.settings.text_field
+
+        def place() -> str:
+            return place_of(self.piece, row)
+
         try:
             for batch in self._batches():
                 self._check_column(batch.schema, field)
-                column = batch.column(field)
-                for i in range(len(column)):
-                    yield from _blocks_of(
-                        row, _encode(column[i].as_py(), field, lambda _, row=row: place_of(self.piece, row))
-                    )
+                for value in batch.column(field):
+                    yield from _blocks_of(row, _encode(value.as_py(), field, place))
                     row += 1
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place()}: {field!r} is not UTF-8: {error.reason} at byte {error.start}") from error
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{place_of(self.piece, row)} or after: {error}") from error
+            if getattr(error, "errno", None) is not None:  # of the disk, not of the data
+                raise
+            raise DataError(f"{place()} or after: {error}") from error
 
     def _batches(self) -> Iterator[Any]:
-        from pyarrow import ipc, memory_map, parquet
+        from pyarrow import ipc, parquet
 
-        piece = self.piece
-        if piece.kind == "parquet":
-            with parquet.ParquetFile(self._path, pre_buffer=False) as file:
-                self._check_column(file.schema_arrow, self.settings.field)
-                groups = list(range(piece.begin, piece.end))
-                yield from file.iter_batches(_ROWS, row_groups=groups, columns=[self.settings.field], use_threads=False)
-            return
-        with memory_map(piece.path) as file:
+        piece, field = self.piece, self.settings.text_field
+        with open(self._path, "rb") as raw:  # pyarrow takes no path that is not UTF-8
+            if piece.kind == Kind.PARQUET:
+                with parquet.ParquetFile(raw, pre_buffer=False, page_checksum_verification=True) as file:
+                    self._check_column(file.schema_arrow, field)
+                    groups = list(range(piece.begin, piece.end))
+                    yield from file.iter_batches(_ROWS, row_groups=groups, columns=[field], use_threads=False)
+                return
             row = 0
-            for batch in ipc.open_stream(file):
+            for batch in ipc.open_stream(raw):
                 begin, end = max(piece.begin - row, 0), min(piece.end - row, batch.num_rows)
                 if begin < end:
                     yield batch.slice(begin, end - begin)
@@ -165,8 +195,10 @@ class Reading:
     def _check_column(self, schema: Any, field: str) -> None:
         import pyarrow.types as kinds
 
-        if field not in schema.names:
-            raise DataError(f"{self._path}: no column {field!r}; it has: {', '.join(schema.names)}")
+        number = schema.names.count(field)
+        if number != 1:
+            found = f"{number} columns named {field!r}" if number else f"no column {field!r}"
+            raise DataError(f"{self._path}: {found}; it has: {', '.join(schema.names)}")
         kind = schema.field(field).type
         if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)):
             raise DataError(f"{self._path}: column {field!r} holds {kind}; accepted: strings")
@@ -205,57 +237,77 @@ def place_of(piece: Piece, number: int) -> str:
     return f"{piece.path}:{number}"
 
 
-def cut_documents(chunks: Iterable[bytes], separator: bytes) -> Iterator[tuple[bytes, bool]]:
-    """Documents between separators as (block, whether it is the document's last), empty ones too.
-
-    Without a separator everything is one document. No more than a chunk and two blocks are in memory.
-    """
-    rest = b""
-    for chunk in chunks:
-        rest += chunk
-        if separator:
-            *whole, rest = rest.split(separator)
-            for document in whole:
-                yield from _cut(document)
-        while len(rest) > BLOCK_BYTES + len(separator):  # a separator may have begun in the last bytes
-            cut = _between_tokens(rest)
-            yield rest[:cut], False
-            rest = rest[cut:]
-    yield from _cut(rest)
+class _Pairs(list[tuple[str, Any]]):
+    """The fields of a JSON object in their order; two may have one name."""
 
 
-def _cut(document: bytes) -> Iterator[tuple[bytes, bool]]:
-    while len(document) > BLOCK_BYTES:
-        cut = _between_tokens(document)
-        yield document[:cut], False
-        document = document[cut:]
-    yield document, True
+class _Window:
+    """Reads the values of a JSON array one after the other. place: where the reader is, for messages."""
 
+    def __init__(self, file: BinaryIO, place: Callable[[], str]):
+        self._file, self._place = file, place
+        self._decoder = json.JSONDecoder(object_pairs_hook=_Pairs)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._text, self._at = "", 0
 
-def _between_tokens(data: bytes) -> int:
-    """The end of the first block of data longer than `BLOCK_BYTES`."""
-    begin = BLOCK_BYTES - _TAIL
-    window = data[begin : BLOCK_BYTES + 1]
-    for pattern in (_AFTER_LINE, _BEFORE_SPACE):
-        ends = [match.end() for match in pattern.finditer(window)]
-        if ends:
-            return begin + ends[-1]
-    cut = BLOCK_BYTES
-    while cut > BLOCK_BYTES - 3 and data[cut] & 0xC0 == 0x80:  # inside a character of UTF-8
-        cut -= 1
-    return cut
+    def begins(self, mark: str) -> bool:
+        """Whether the next character is `mark`, or whether the file ends for an empty one."""
+        while not (rest := self._text[self._at : self._at + 1].strip()):
+            if self._at < len(self._text):
+                self._at += 1
+            elif not self._more(BLOCK_BYTES):
+                break
+        return rest == mark
+
+    def take(self, mark: str) -> None:
+        """Pass the next character, which must be `mark`, or the end of the file for an empty one."""
+        if not self.begins(mark):
+            found = repr(self._text[self._at]) if self._at < len(self._text) else "the end of the file"
+            raise DataError(f"{self._place()}: not JSON: {found}; accepted: {repr(mark) if mark else 'nothing more'}")
+        self._at += len(mark)
+
+    def value(self) -> Any:
+        """The next value of the array."""
+        self.begins("")
+        size = BLOCK_BYTES
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except (ValueError, RecursionError) as error:
+                if size > LINE_BYTES:
+                    message = (
+                        f"{self._place()}: an object of more than {format_bytes(LINE_BYTES)}, or not JSON: {error}"
+                    )
+                    raise DataError(message) from error
+                if not self._more(size):
+                    raise DataError(f"{self._place()}: not JSON: {error}") from error
+                size *= 2
+            else:
+                self._at = end
+                return value
+
+    def _more(self, size: int) -> bool:
+        """Read on; returns whether there was anything."""
+        data = self._file.read(size)
+        try:
+            text = self._utf8.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self._place()} or after: not UTF-8: {error.reason}") from error
+        self._text, self._at = self._text[self._at :] + text, 0
+        return bool(data)
 
 
 def _blocks_of(number: int, text: bytes) -> Iterator[Block]:
     if text:
-        yield from (Block(number, data, last) for data, last in _cut(text))
+        yield from (Block(number, data, last) for data, last in cut_blocks(text))
 
 
-def _encode(value: Any, field: str, place: Any) -> bytes:
+def _encode(value: Any, field: str, place: Callable[[], str]) -> bytes:
     """A field's text as UTF-8."""
     if not isinstance(value, str):
-        raise DataError(f"{place(1)}: {field!r} is {'null' if value is None else type(value).__name__}, not text")
+        name = {type(None): "null", _Pairs: "object"}.get(type(value), type(value).__name__)
+        raise DataError(f"{place()}: {field!r} is {name}, not text")
     try:
         return value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place(1)}: {field!r} holds half a surrogate pair, which is not text: {error}") from error
+        raise DataError(f"{place()}: {field!r} holds half a surrogate pair, which is not text: {error}") from error

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from retnet.data.plan import Piece, Settings
 from retnet.data.readers import ROW_KINDS, Block, DataError, Reading, place_of
 from retnet.data.shards import Column, token_dtype
+from retnet.data.stream_encoder import StreamEncoder
 from retnet.data.tokenizer import Tokenizer
 from retnet.system.files import write_json, written_whole
 
@@ -110,24 +111,33 @@ class _TokenWriter:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._batch: list[tuple[int, Block]] = []
         self._batch_bytes = 0
+        self._encoder: StreamEncoder | None = None  # of the open document
         self._text: Any = None  # hash of the open document
         self._text_bytes = 0
 
     def add(self, piece: int, block: Block) -> bool:
-        """Add a block; returns whether a batch was written."""
-        self._batch.append((piece, block))
-        self._batch_bytes += len(block.data)
-        if self._batch_bytes < BATCH_BYTES:
-            return False
-        self.flush()
+        """Add a block; returns whether anything was written."""
+        if block.last and self._encoder is None:
+            self._batch.append((piece, block))
+            self._batch_bytes += len(block.data)
+            if self._batch_bytes < BATCH_BYTES:
+                return False
+            self.flush()
+        else:  # of a document of several blocks
+            self.flush()
+            self._write([(piece, block)], [self._encode_part(piece, block)])
         return True
 
     def flush(self) -> None:
-        """Write the collected blocks."""
-        texts = self._encode()
+        """Write the collected documents of one block."""
+        if self._batch:
+            self._write(self._batch, self._encode())
+            self._batch, self._batch_bytes = [], 0
+
+    def _write(self, blocks: Sequence[tuple[int, Block]], texts: Sequence[NDArray[np.integer]]) -> None:
         runs: list[NDArray[np.integer]] = []
         ended: list[dict[Column, int]] = []
-        for (piece, block), tokens in zip(self._batch, texts, strict=True):
+        for (piece, block), tokens in zip(blocks, texts, strict=True):
             if self._text is None:
                 self._text, self._text_bytes = hashlib.sha256(), 0
                 runs.append(self._one(self._tokenizer.document_start))
@@ -137,12 +147,22 @@ class _TokenWriter:
             self._text_bytes += len(block.data)
             if block.last:
                 ended.append(self._end_document(piece, block.number, runs))
-        if runs:
-            data = np.concatenate(runs, dtype=self._dtype, casting="unsafe").tobytes()
-            self._file.write(data)
-            self.digest.update(data)
+        data = np.concatenate(runs, dtype=self._dtype, casting="unsafe").tobytes()
+        self._file.write(data)
+        self.digest.update(data)
         self._index.add(ended)
-        self._batch, self._batch_bytes = [], 0
+
+    def _encode_part(self, piece: int, block: Block) -> NDArray[np.integer]:
+        """The tokens that are certain with a block of a longer document. Raises DataError that names it."""
+        if self._encoder is None:
+            self._encoder = self._tokenizer.stream_encoder()
+        try:
+            tokens = self._encoder.push(block.data, block.last)
+        except ValueError as error:
+            raise DataError(f"{place_of(self._pieces[piece], block.number)}: {error}") from error
+        if block.last:
+            self._encoder = None
+        return self._array(tokens)
 
     def _encode(self) -> list[NDArray[np.integer]]:
         """The tokens of each block. Raises DataError that names the first text without tokens."""
@@ -155,10 +175,10 @@ class _TokenWriter:
                 except ValueError as error:
                     raise DataError(f"{place_of(self._pieces[piece], block.number)}: {error}") from error
             raise
-        return [
-            np.frombuffer(tokens, np.uint8) if isinstance(tokens, bytes) else np.array(tokens, self._dtype)
-            for tokens in texts
-        ]
+        return [self._array(tokens) for tokens in texts]
+
+    def _array(self, tokens: Sequence[int]) -> NDArray[np.integer]:
+        return np.frombuffer(tokens, np.uint8) if isinstance(tokens, bytes) else np.array(tokens, self._dtype)
 
     def _end_document(self, piece: int, number: int, runs: list[NDArray[np.integer]]) -> dict[Column, int]:
         """Close the open document; returns its entry in the index."""

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retnet.data.kinds import MANIFEST, SHARD_FORMAT
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.tokenizer_json import saved_tokenizer
 from retnet.system.files import read_json
 
-FORMAT = "retnet-tokens"
+FORMAT = SHARD_FORMAT
 VERSION = 1
-MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 SUFFIXES = ("tokens", "index", "json")
 _BLOCK = 1 << 22
@@ -136,23 +136,6 @@ class ShardFolder:
         if not path.stat().st_size:
             return np.zeros(0, dtype=dtype)
         return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
-
-
-def is_shard_folder(source: Path) -> bool:
-    """Whether `retnet data` wrote this folder: its manifest.json names our format or lies beside shards.
-
-    Shards with a damaged manifest count too: opening them raises an error, and they are not read as text.
-    """
-    path = source / MANIFEST
-    return json_object(path).get("format") == FORMAT or (path.is_file() and (source / "00000.tokens").is_file())
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} for no such file or other content."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -1,31 +1,33 @@
-"""Text files as documents: found in a fixed order, and split into training and validation.
+"""Sources of text: found in a fixed order, by what they hold, and split into training and validation.
 
-A document is a file. Only its path and size are kept; its bytes are read when a batch needs them, so a folder may be
-larger than memory. Nothing is decoded: any encoding is bytes. Formats with many documents per file (jsonl, parquet) are
-for `retnet data`, which writes them as shards.
+A document of plain text is a file. Only its path and size are kept; its bytes are read when a batch needs them, so a
+folder may be larger than memory. Nothing is decoded: any encoding is bytes. Files with many documents (jsonl, parquet)
+and compressed files are for `retnet data`, which writes them as shards.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import lzma
 import os
 import sysconfig
-import zlib
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import NoReturn
+
+from retnet.data.compression import is_compressed
+from retnet.data.kinds import DEFAULT_FIELD, READ, Kind, kind_of_file, kind_of_folder
 
 STDLIB = "stdlib"
-SNIFF_BYTES = 8192
-LINKED, DANGLING, SPECIAL, EMPTY, BINARY = "linked folder", "dangling link", "special file", "empty file", "binary file"
-DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_NAMES = 3
 # Installed packages and tests, which differ from one distribution to the next, and one generated 700 KB file of prose.
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
+
+
+class SourceWarning(UserWarning):
+    """Files of a source that are left out, or that are read as something unlikely."""
 
 
 @dataclass(frozen=True)
@@ -64,31 +66,143 @@ class Split:
     valid: tuple[Document, ...]
 
 
-def find_documents(
-    source: str | os.PathLike[str], *, unpack: bool = False, left_out: Counter[str] | None = None
-) -> tuple[Document, ...]:
-    """The documents of a source, sorted by name.
+@dataclass
+class PathsByKind:
+    """Paths counted by kind, and the names of the first few."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, name: str) -> None:
+        self.counts[kind] += 1
+        names = self.names.setdefault(kind, [])
+        if len(names) < _NAMES:
+            names.append(name)
+
+    def update(self, other: PathsByKind) -> None:
+        for kind, names in other.names.items():
+            self.names[kind] = [*self.names.get(kind, []), *names][:_NAMES]
+        self.counts.update(other.counts)
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        """Such as `2 binary files (a.png, b.png), 1 linked folder (c)`."""
+        return ", ".join(self._describe(kind, number) for kind, number in sorted(self.counts.items()))
+
+    def _describe(self, kind: str, number: int) -> str:
+        names = ", ".join(self.names[kind])
+        more = ", ..." if number > len(self.names[kind]) else ""
+        return f"{number:,} {kind}{'' if number == 1 else 's'} ({names}{more})"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file with documents. name: path relative to the source, with forward slashes. size: bytes on disk."""
+
+    name: str
+    path: Path
+    size: int
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a source holds.
+
+    kind: SHARDS, DATASET or DATASETS, which have no `files` here; TEXT for files of any kind.
+    left_out: the paths of a folder that are not read.
+    """
+
+    name: str
+    kind: Kind
+    files: tuple[SourceFile, ...]
+    left_out: PathsByKind
+
+    def refuse(self, accepted: str) -> NoReturn:
+        """Raise ValueError with what was found, for a reader that does not read it."""
+        raise ValueError(f"{self.name} holds {self._describe()}; accepted: {accepted}")
+
+    def warn_of_left_out(self) -> None:
+        """Warn about the paths that are not read."""
+        if self.left_out:
+            warnings.warn(f"{self.name}: left out {self.left_out}", SourceWarning, stacklevel=3)
+
+    def _describe(self) -> str:
+        if self.kind is not Kind.TEXT:
+            return "token shards" if self.kind is Kind.SHARDS else f"a {self.kind} of save_to_disk"
+        return str(by_kind(self.files))
+
+
+def by_kind(files: Iterable[SourceFile]) -> PathsByKind:
+    """Files by kind, as `compressed jsonl file`."""
+    found = PathsByKind()
+    for file in files:
+        found.add(f"{'compressed ' if is_compressed(file.path) else ''}{file.kind} file", file.name)
+    return found
+
+
+def find_source(source: str | os.PathLike[str], record_field: str = DEFAULT_FIELD) -> Source:
+    """What a source holds, decided in one place for every verb (see `kinds`).
 
     source: `stdlib` (the source of Python's standard library, found through sysconfig, without its tests, generated
         documentation and installed packages), a file, or a folder, searched to any depth.
-    unpack: include compressed text and parquet, for readers that can open them; sizes are those on disk.
-    left_out: a counter to which files left out are added, by kind (see `describe_left_out`).
 
-    In a folder, names that start with a dot and `__pycache__` are skipped, and links to folders are not followed. Empty
-    files are skipped, and so are binary ones: those with a zero byte in their first 8 KiB (git's rule; text in UTF-16
-    counts as binary).
+    Files are sorted by name. In a folder, names that start with a dot and `__pycache__`, links to folders, empty and
+    binary files are left out.
 
-    Raises FileNotFoundError if there is no such path, ValueError if it holds no text.
+    Raises FileNotFoundError if there is no such path, OSError for a folder or file that cannot be read, ValueError if
+    it holds nothing to read, and for shards or a dataset in a folder below it.
     """
-    if os.fspath(source) == STDLIB:
-        root = Path(sysconfig.get_path("stdlib"))
-        candidates = (path for path in _walk(root, _STDLIB_SKIPPED) if path.suffix == ".py")
+    name = os.fspath(source)
+    root = Path(sysconfig.get_path("stdlib")) if name == STDLIB else Path(source)
+    left_out = PathsByKind()
+    try:
+        root.stat()
+    except FileNotFoundError as error:
+        accepted = f"accepted: files, folders, {STDLIB!r}; for `retnet data` also hf:NAME, a dataset"
+        raise FileNotFoundError(f"no such file or folder: {root} ({accepted})") from error
+    if name == STDLIB:
+        paths: Iterable[Path] = (path for path in _walk(root, _STDLIB_SKIPPED, left_out) if path.suffix == ".py")
+    elif root.is_dir():
+        if kind := kind_of_folder(root):
+            return Source(name, kind, (), left_out)
+        paths = _walk(root, set(), left_out)
     else:
-        root = Path(source)
-        if not root.exists():
-            raise FileNotFoundError(f"no such file or folder: {root} (data is a file, a folder, or {STDLIB!r})")
-        candidates = _walk(root, set()) if root.is_dir() else iter([root])
-    return _keep_text(root, candidates, unpack, Counter() if left_out is None else left_out)
+        paths = [root]
+    files = []
+    for path in paths:
+        below = path.name if path == root else path.relative_to(root).as_posix()
+        kind = kind_of_file(path, record_field)
+        if kind in READ:
+            files.append(SourceFile(below, path, path.stat().st_size, kind))
+        else:
+            left_out.add(kind, below)
+    if not files:
+        raise ValueError(f"no text in {root}: {left_out or 'it has no files'}")
+    if name == STDLIB:
+        left_out = PathsByKind()  # of a fixed collection: nothing that a user meant to give
+    return Source(name, Kind.TEXT, tuple(sorted(files, key=lambda file: file.name)), left_out)
+
+
+def find_documents(source: str | os.PathLike[str]) -> tuple[Document, ...]:
+    """The documents of a source of plain text, sorted by name; a warning counts what is left out.
+
+    Raises as `find_source` does, and ValueError for a source that holds anything but plain text.
+    """
+    return plain_documents(find_source(source))
+
+
+def plain_documents(source: Source) -> tuple[Document, ...]:
+    """The documents of files of plain text; a warning counts what is left out.
+
+    Raises ValueError for any other file.
+    """
+    if source.kind is not Kind.TEXT or any(f.kind is not Kind.TEXT or is_compressed(f.path) for f in source.files):
+        source.refuse(f"token shards, or plain text only (`retnet data {source.name} OUT` writes shards of it)")
+    source.warn_of_left_out()
+    return tuple(Document(file.name, file.path, file.size) for file in source.files)
 
 
 def split_documents(documents: Sequence[Document], valid_fraction: float = 0.05) -> Split:
@@ -112,69 +226,26 @@ def split_documents(documents: Sequence[Document], valid_fraction: float = 0.05)
     return Split(tuple(head for head, _ in parts), tuple(tail for _, tail in parts))
 
 
-def _walk(root: Path, skipped: set[str]) -> Iterator[Path]:
-    """Files, and links to folders without following them."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in skipped and f != "__pycache__" and not f.startswith("."))
-        yield from (path for path in (Path(folder, name) for name in folders) if path.is_symlink())
-        yield from (Path(folder, file) for file in sorted(files) if not file.startswith("."))
+def _walk(root: Path, skipped: set[str], left_out: PathsByKind) -> Iterator[Path]:
+    """Files, and links to folders without following them. Raises OSError for a folder that cannot be read."""
+    for folder, folders, files in os.walk(root, onerror=_raise):
+        at = Path(folder)
+        if at != root and (kind := kind_of_folder(at)):
+            raise ValueError(f"{root} holds {kind} in {at}; accepted: {at} as a source of its own")
+        folders[:] = sorted(set(folders) - skipped)
+        for name in [name for name in folders if name.startswith(".") or name == "__pycache__"]:
+            left_out.add(Kind.HIDDEN_FOLDER, (at / name).relative_to(root).as_posix())
+            folders.remove(name)
+        yield from (path for path in (at / name for name in folders) if path.is_symlink())
+        for name in sorted(files):
+            if name.startswith("."):
+                left_out.add(Kind.HIDDEN, (at / name).relative_to(root).as_posix())
+            else:
+                yield at / name
 
 
-def _keep_text(root: Path, candidates: Iterable[Path], unpack: bool, left_out: Counter[str]) -> tuple[Document, ...]:
-    documents: list[Document] = []
-    here: Counter[str] = Counter()
-    for path in candidates:
-        if kind := _why_left_out(path, unpack):
-            here[kind] += 1
-            continue
-        name = path.name if path == root else path.relative_to(root).as_posix()
-        documents.append(Document(name, path, path.stat().st_size))
-    if not documents:
-        empty, binary = here.pop(EMPTY, 0), here.pop(BINARY, 0)
-        others = f", and {describe_left_out(here)}" if here else ""
-        raise ValueError(f"no text in {root}: {empty + binary} files seen, {empty} empty, {binary} binary{others}")
-    left_out.update(here)
-    return tuple(sorted(documents, key=lambda document: document.name))
-
-
-def describe_left_out(left_out: Mapping[str, int]) -> str:
-    """The files that a search left out, as text: `2 binary files, 1 linked folder`."""
-    return ", ".join(f"{number:,} {kind}{'' if number == 1 else 's'}" for kind, number in sorted(left_out.items()))
-
-
-def suffix_of(path: Path) -> str:
-    """The suffix of a file in lower case, which tells its format."""
-    return path.suffix.lower()
-
-
-def is_compressed(path: Path) -> bool:
-    """Whether `unpacked` decompresses this file."""
-    return suffix_of(path) in _OPENERS
-
-
-def unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
-    """The open file `path`, decompressed if it is compressed; reading damaged data raises one of `DAMAGED`."""
-    return cast(BinaryIO, _OPENERS[suffix_of(path)](raw)) if is_compressed(path) else raw
-
-
-def _why_left_out(path: Path, unpack: bool) -> str | None:
-    """The kind of a path that is not text; None for text."""
-    if path.is_dir():
-        return LINKED
-    if not path.is_file():
-        return DANGLING if path.is_symlink() else SPECIAL
-    if not path.stat().st_size:
-        return EMPTY
-    may_be_binary = unpack and suffix_of(path) == ".parquet"
-    return BINARY if not may_be_binary and _is_binary(path, unpack) else None
-
-
-def _is_binary(path: Path, unpack: bool) -> bool:
-    try:
-        with open(path, "rb") as raw, unpacked(raw, path) if unpack else raw as file:
-            return b"\0" in file.read(SNIFF_BYTES)
-    except DAMAGED as error:
-        raise ValueError(f"{path} is damaged or cut off: {error}") from error
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _hash_fraction(name: str) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet.data.stream_decoder import REPLACEMENT, StreamDecoder, ends_inside_character
+from retnet.data.stream_encoder import BytesEncoder, StreamEncoder
 
 BYTES = "bytes"
 DOCUMENT_START = 256
@@ -77,6 +78,10 @@ class Tokenizer(ABC):
 
         return StreamDecoder(self.decode, unsettled)
 
+    @abstractmethod
+    def stream_encoder(self) -> StreamEncoder:
+        """An encoder for a text that arrives in blocks: their tokens are those of the whole text."""
+
     def same_tokens(self, other: Tokenizer) -> bool:
         """Whether every token means the same to both: a tokenizer saved again has another identity."""
         return self.identity == other.identity
@@ -112,6 +117,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Sequence[int]]:
         return list(texts)
+
+    def stream_encoder(self) -> StreamEncoder:
+        return BytesEncoder()
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
         """The bytes of tokens; document starts and padding of the vocabulary are dropped."""

@@ -11,11 +11,13 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retnet.data.stream_decoder import REPLACEMENT
+from retnet.data.stream_encoder import StreamEncoder, WindowEncoder, utf8_text
 from retnet.data.tokenizer import (
     BYTES,
     DOCUMENT_START,
@@ -77,14 +79,17 @@ class JsonTokenizer(Tokenizer):
         return max(numbers - set(_special_tokens(self._tokenizer).values()), default=0) + 1
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Sequence[int]]:
-        words = [_utf8(text) for text in texts]
-        try:
+        words = [utf8_text(text) for text in texts]
+        with _refused_text():
             encodings = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
-        except Exception as error:  # the class that tokenizers raises
-            raise ValueError(
-                f"the tokenizer has no tokens for this text ({error}); accepted: one with an unknown token, or of bytes"
-            ) from error
         return [self._as_text(encoding.ids) for encoding in encodings]
+
+    def stream_encoder(self) -> StreamEncoder:
+        return WindowEncoder(self._encode_window, self._as_text)
+
+    def _encode_window(self, text: str) -> tokenizers.Encoding:
+        with _refused_text():
+            return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _as_text(self, tokens: list[int]) -> list[int]:
         """The tokens of a text, with special tokens replaced by those of their spelling.
@@ -254,9 +259,20 @@ def _load(file: Path) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Loaded
 
     try:
-        return Loaded.from_file(str(file))
+        return Loaded.from_buffer(file.read_bytes())  # from_file takes no path that is not UTF-8
     except Exception as error:  # the class that tokenizers raises
         raise ValueError(f"{file} is not a tokenizer: {error}") from error
+
+
+@contextmanager
+def _refused_text() -> Iterator[None]:
+    """Raise the exception of a text that has no tokens as a ValueError."""
+    try:
+        yield
+    except Exception as error:  # the class that tokenizers raises
+        raise ValueError(
+            f"the tokenizer has no tokens for this text ({error}); accepted: one with an unknown token, or of bytes"
+        ) from error
 
 
 def _special_tokens(tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
@@ -291,14 +307,6 @@ def _is_bytes(tokenizer: tokenizers.Tokenizer) -> bool:
     return list(_special_tokens(tokenizer).values()) == [DOCUMENT_START] and all(
         tokenizer.id_to_token(byte) == character for byte, character in byte_characters().items()
     )
-
-
-def _utf8(text: bytes) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        at = f"byte {error.start} (0x{text[error.start]:02x})"
-        raise ValueError(f"the text is not UTF-8 at {at}; accepted by this tokenizer: UTF-8") from error
 
 
 def _mend_bytes(pieces: list[str]) -> list[str]:

@@ -7,13 +7,13 @@ per byte are comparable between models with different tokenizers, and with compr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from retnet.data import Corpus, Document, Tokenizer
-from retnet.data.readers import cut_documents
+from retnet.data.blocks import cut_documents
 from retnet.models.lm import LanguageModel
 from retnet.models.log_likelihood import score
 
@@ -33,8 +33,15 @@ class BitsPerByte:
         return self.bits / self.num_bytes
 
 
-def bits_per_byte(model: LanguageModel, tokenizer: Tokenizer, documents: Iterable[Document]) -> BitsPerByte:
+def bits_per_byte(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    documents: Iterable[Document],
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> BitsPerByte:
     """-log2 p summed over every token of every document, each begun by the document start.
+
+    on_tokens: gets the number of tokens of every piece that has been scored.
 
     A document cut inside a character (`split_documents` of a single file) begins with its next one, where the tokenizer
     needs text.
@@ -45,16 +52,19 @@ def bits_per_byte(model: LanguageModel, tokenizer: Tokenizer, documents: Iterabl
     for document in documents:
         begin = _first_character(document) if tokenizer.reads_text else 0
         try:
-            bits += _bits(model, tokenizer.document_start, _pieces_of_text(tokenizer, document, begin))
+            bits += _bits(model, tokenizer.document_start, _pieces_of_text(tokenizer, document, begin), on_tokens)
         except ValueError as error:
             raise ValueError(f"{document.path}: {error}") from error
         num_bytes += document.size - begin
     return _total(bits, num_bytes)
 
 
-def corpus_bits_per_byte(model: LanguageModel, corpus: Corpus) -> BitsPerByte:
+def corpus_bits_per_byte(
+    model: LanguageModel, corpus: Corpus, on_tokens: Callable[[int], None] = lambda count: None
+) -> BitsPerByte:
     """The same of a corpus whose tokens are the model's: token shards are scored as they were trained on."""
-    bits = sum(_bits(model, corpus.document_start, _pieces_of_tokens(corpus, i)) for i in range(len(corpus)))
+    start = corpus.document_start
+    bits = sum(_bits(model, start, _pieces_of_tokens(corpus, i), on_tokens) for i in range(len(corpus)))
     return _total(bits, corpus.num_bytes)
 
 
@@ -64,7 +74,9 @@ def _total(bits: float, num_bytes: int) -> BitsPerByte:
     return BitsPerByte(bits, num_bytes)
 
 
-def _bits(model: LanguageModel, document_start: int, pieces: Iterable[Sequence[int]]) -> float:
+def _bits(
+    model: LanguageModel, document_start: int, pieces: Iterable[Sequence[int]], on_tokens: Callable[[int], None]
+) -> float:
     """-log2 p of the tokens in `pieces`, which follow one another after the document start."""
     device = model.embedding.weight.device
     bits, state, before = 0.0, None, document_start
@@ -74,17 +86,21 @@ def _bits(model: LanguageModel, document_start: int, pieces: Iterable[Sequence[i
             nats, state = score(model, ids, state)
             bits += nats.double().sum().item() / math.log(2)
             before = piece[-1]
+            on_tokens(len(piece))
     return bits
 
 
 def _pieces_of_text(tokenizer: Tokenizer, document: Document, begin: int) -> Iterator[Sequence[int]]:
-    """The tokens of a document in pieces; where text is needed, cut as `retnet data` cuts it."""
+    """The tokens of a document, in pieces."""
     chunks = (
         document.read(start, min(PIECE_BYTES, document.size - start))
         for start in range(begin, document.size, PIECE_BYTES)
     )
-    for piece in (block for block, _ in cut_documents(chunks, b"")) if tokenizer.reads_text else chunks:
-        yield tokenizer.encode_batch([piece])[0]
+    encoder = tokenizer.stream_encoder()
+    for block, last in cut_documents(chunks, None):
+        tokens = encoder.push(block, last)
+        for start in range(0, len(tokens), PIECE_TOKENS):
+            yield tokens[start : start + PIECE_TOKENS]
 
 
 def _pieces_of_tokens(corpus: Corpus, document: int) -> Iterator[Sequence[int]]:

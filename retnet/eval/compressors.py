@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,11 +113,23 @@ def texts_of(corpus: Corpus) -> Iterable[Text]:
     return corpus.documents if isinstance(corpus, ByteCorpus) else DecodedCorpus(corpus)
 
 
-def compressor_table(train: Iterable[Text] | None, valid: Iterable[Text]) -> dict[str, float]:
-    """Bits per byte of `valid`, by name of the method; the order-2 model only if there is something to train it on."""
-    table = {"gzip -9": gzip_bits_per_byte(valid), "xz -9": xz_bits_per_byte(valid)}
+def compressor_table(
+    train: Iterable[Text] | None, valid: Iterable[Text], on_method: Callable[[str], None] = lambda name: None
+) -> dict[str, float]:
+    """Bits per byte of `valid`, by name of the method; the order-2 model only if there is something to train it on.
+
+    on_method: gets the name of each method before it runs.
+    """
+    methods: dict[str, Callable[[], float]] = {
+        "gzip -9": lambda: gzip_bits_per_byte(valid),
+        "xz -9": lambda: xz_bits_per_byte(valid),
+    }
     if train is not None:
-        table["order-2 bytes"] = Order2Model(train).bits_per_byte(valid)
+        methods["order-2 bytes"] = lambda: Order2Model(train).bits_per_byte(valid)
+    table = {}
+    for name, bits_per_byte in methods.items():
+        on_method(name)
+        table[name] = bits_per_byte()
     return table
 
 

@@ -19,22 +19,37 @@ from typing import Any, BinaryIO
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write, which replaces `path` once all of it is on the disk.
 
-    After an exception the new file is removed and `path` is unchanged. Temporary names are random, so that processes
-    that write the same path at the same time do not share one.
+    After an exception the new file is removed and `path` is unchanged; an error of the disk names `path`. Temporary
+    names are random, so that processes that write the same path at the same time do not share one.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-        move_into_place(temporary, path)
+        with naming(path):
+            with open(temporary, "wb") as file:
+                yield file
+            move_into_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of the operating system that name no file, such as a full disk during a write, the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically. Equal data gives equal bytes."""
+    """Write JSON atomically. Equal data gives equal bytes.
+
+    A byte of a file name that is not UTF-8, half a surrogate pair to Python, is written as its escape in JSON.
+    """
     with written_whole(path) as file:
-        file.write(json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n")
+        file.write(json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,6 +77,7 @@ def flush(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -346,7 +346,7 @@ def test_eval_compares_the_model_with_compressors(capsys, byte_model, text_folde
 def test_eval_refuses_missing_and_empty_data(capsys, byte_model, tmp_path):
     assert "no such file or folder" in wrong_input(capsys, "eval", byte_model, "--data", tmp_path / "gone")
     (tmp_path / "empty.txt").touch()
-    assert "1 files seen, 1 empty" in wrong_input(capsys, "eval", byte_model, "--data", tmp_path)
+    assert "1 empty file" in wrong_input(capsys, "eval", byte_model, "--data", tmp_path)
 
 
 def test_train_goes_from_text_to_a_model_that_every_verb_takes(capsys, byte_model, text_folder, tmp_path):

@@ -83,11 +83,12 @@ def test_show_works_where_no_plot_can_be_written(capsys, tokens):
 
 def test_files_left_out_are_reported_in_one_line(capsys, tmp_path, text_folder):
     assert run(text_folder, tmp_path / "whole") == 0
-    assert "left out" not in capsys.readouterr().out
+    assert "left out" not in capsys.readouterr().err
     (text_folder / "image.png").write_bytes(b"\x89PNG\0\0")
     (text_folder / "linked").symlink_to(tmp_path)
     assert run(text_folder, tmp_path / "out") == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "left out: 1 binary file, 1 linked folder"
+    found = "left out 1 binary file (image.png), 1 linked folder (linked)"
+    assert capsys.readouterr().err.splitlines() == [f"warning: {text_folder}: {found}"]
 
 
 def test_show_reads_plain_text_and_plots_into_the_given_file(capsys, text_folder, tmp_path):

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from retnet.data import blocks, open_corpus, shard_writer, shards
 from retnet.data import build as build_module
-from retnet.data import open_corpus, readers, shard_writer, shards
 from retnet.data.build import build_shards
 from retnet.data.plan import Settings
 from retnet.data.readers import DataError
@@ -51,7 +51,9 @@ def source(tmp_path, articles):
 @pytest.fixture
 def build(source, tokenizer_file):
     def run(out, shard_size=4000, workers=1, sources=(str(source),), **options):
-        options = {"tokenizer": str(tokenizer_file), "settings": Settings(separator=SEPARATOR)} | options
+        has_text = not all(path.endswith(".jsonl") for path in sources)
+        how = Settings(separator=SEPARATOR if has_text else None)
+        options = {"tokenizer": str(tokenizer_file), "settings": how} | options
         return build_shards(sources, out, shard_size=shard_size, workers=workers, **options)
 
     return run
@@ -99,8 +101,7 @@ def test_documents_say_the_line_they_begin_at(build, tmp_path, source):
 
 
 def test_a_document_longer_than_a_shard_and_a_block_stays_whole(build, tmp_path, articles, monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(readers, "_TAIL", 300)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
     text = " ".join(articles)
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     build(tmp_path / "out", 1000, sources=[str(tmp_path / "long.txt")])
@@ -390,7 +391,7 @@ def test_the_output_is_never_read_as_a_source(build, tmp_path, source):
     with pytest.raises(ValueError, match=r"out lies inside .*source and would be read as text"):
         build(source / "sub/out")
     build(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"out holds token shards already"):
+    with pytest.raises(ValueError, match=r"out holds token shards; accepted: text; `retnet train`"):
         build(tmp_path / "again", sources=[str(tmp_path / "out")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 

@@ -4,22 +4,10 @@ import lzma
 import os
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from retnet.data import readers
 from retnet.data.plan import Piece, Settings
-from retnet.data.readers import DataError, Reading, cut_documents
-from retnet.data.tokenizer_json import find_tokenizer
-
-
-@pytest.fixture(scope="session")
-def small_blocks():
-    """Blocks of 32 bytes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BLOCK_BYTES", 32)
-        patch.setattr(readers, "_TAIL", 16)
-        yield
+from retnet.data.readers import DataError, Reading
 
 
 def piece_of(path, begin=0, end=None, kind=None):
@@ -40,34 +28,6 @@ def read(path, *, utf8=True, begin=0, end=None, **settings):
     assert open_text == b""
     assert reading.progress == 1.0
     return documents
-
-
-text_of_few_letters = st.text("ab é状 \n;", max_size=200)
-
-
-@given(text_of_few_letters, st.sampled_from(["", ";", ";\n", "ab"]), st.lists(st.integers(1, 40), min_size=1))
-def test_documents_end_at_separators_whatever_the_chunks(small_blocks, text, separator, sizes):
-    data = text.encode()
-    chunks, at = [], 0
-    while at < len(data):
-        chunks.append(data[at : at + sizes[len(chunks) % len(sizes)]])
-        at += len(chunks[-1])
-    blocks = list(cut_documents(chunks, separator.encode()))
-    documents = "".join(block.decode() + ("\1" if last else "") for block, last in blocks).split("\1")[:-1]
-    assert documents == (text.split(separator) if separator else [text])
-    assert blocks == list(cut_documents([data], separator.encode()))
-    assert max(len(block) for block, _ in blocks) <= 32
-
-
-def test_a_long_document_read_in_blocks_has_the_same_tokens(small_blocks, tokenizer_file, articles):
-    trained = find_tokenizer(str(tokenizer_file))
-    prose = [text for text in articles if not any(len(word.encode()) > 14 for word in text.split())]
-    assert len(prose) > 20
-    for text in prose:
-        blocks = [block for block, _ in cut_documents([text.encode()], b"")]
-        whole, *parts = trained.encode_batch([text.encode(), *blocks])
-        assert [token for part in parts for token in part] == whole
-    assert len(blocks) > 1
 
 
 def test_a_text_file_is_one_document_and_an_empty_file_is_none(tmp_path):

@@ -1,10 +1,13 @@
+import bz2
+import gzip
 import os
-from collections import Counter
+import re
+import shutil
 
 import pytest
 
 from retnet.data import find_documents, split_documents
-from retnet.data.sources import describe_left_out
+from retnet.data.sources import SourceWarning
 
 
 def write(root, files):
@@ -43,13 +46,15 @@ def test_a_single_file_is_a_source(tmp_path):
 
 
 def test_a_missing_path_is_named_with_what_is_accepted(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*nowhere.*a file, a folder, or 'stdlib'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no such file or folder: .*nowhere \(accepted: files, folders, 'stdlib'"
+    ):
         find_documents(tmp_path / "nowhere")
 
 
 def test_a_source_without_text_says_which_files_were_seen(tmp_path):
     write(tmp_path, {"image": b"\0\1", "empty": b""})
-    with pytest.raises(ValueError, match="2 files seen, 1 empty, 1 binary"):
+    with pytest.raises(ValueError, match=r"no text in .*: 1 binary file \(image\), 1 empty file \(empty\)"):
         find_documents(tmp_path)
 
 
@@ -64,14 +69,93 @@ def test_files_left_out_are_counted(tmp_path):
     os.symlink(tmp_path / "gone", tmp_path / "in/dangling")
     os.symlink(tmp_path / "other", tmp_path / "in/linked")
     os.mkfifo(tmp_path / "in/pipe")
-    left_out = Counter({"empty file": 1})
-    assert [d.name for d in find_documents(tmp_path / "in", left_out=left_out)] == ["a"]
-    assert describe_left_out(left_out) == (
-        "2 binary files, 1 dangling link, 2 empty files, 1 linked folder, 1 special file"
+    write(tmp_path, {"in/.git/a": b"text", "in/.hidden": b"text", "in/__pycache__/x.pyc": b"code"})
+    found = (
+        "2 binary files (b, c), 1 dangling link (dangling), 1 empty file (d), 1 hidden file (.hidden), "
+        "2 hidden folders (.git, __pycache__), 1 linked folder (linked), 1 special file (pipe)"
     )
+    with pytest.warns(SourceWarning, match=re.escape(f"in: left out {found}")):
+        assert [d.name for d in find_documents(tmp_path / "in")] == ["a"]
     (tmp_path / "in/a").unlink()
-    with pytest.raises(ValueError, match="3 files seen, 1 empty, 2 binary, and 1 dangling link, 1 linked folder, 1 sp"):
+    with pytest.raises(ValueError, match=re.escape(f"in: {found}")):
         find_documents(tmp_path / "in")
+
+
+def test_a_warning_names_the_first_files_of_many(tmp_path):
+    write(tmp_path, {"a": b"text", **{f"{i}.png": b"\0" for i in range(1200)}})
+    with pytest.warns(SourceWarning, match=r"left out 1,200 binary files \(0\.png, 1\.png, 10\.png, \.\.\.\)"):
+        find_documents(tmp_path)
+
+
+def test_a_folder_of_text_alone_gives_no_warning(tmp_path, recwarn):
+    write(tmp_path, {"a": b"text", "b/c": b"text"})
+    find_documents(tmp_path)
+    find_documents("stdlib")
+    assert not recwarn.list
+
+
+NOT_PLAIN = {
+    "a.jsonl": (b'{"text": "a"}\n', "1 jsonl file (a.jsonl)"),
+    "a.json": (b'{"text": "a"}\n{"text": "b"}\n', "1 jsonl file (a.json)"),
+    "a.ndjson": (b"not JSON", "1 jsonl file (a.ndjson)"),
+    "b.json": (b'[{"text": "a"}]', "1 json file (b.json)"),
+    "a.parquet": (b"PAR1", "1 parquet file (a.parquet)"),
+    "a.arrow": (b"\xff\xff\xff\xff", "1 arrow file (a.arrow)"),
+    "a.txt.gz": (gzip.compress(b"text"), "1 compressed text file (a.txt.gz)"),
+    "a.JSON.GZ": (gzip.compress(b'{"text": 1}\n{"text": 2}'), "1 compressed jsonl file (a.JSON.GZ)"),
+    "a.txt.bz2": (bz2.compress(b"text"), "1 compressed text file (a.txt.bz2)"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+@pytest.mark.parametrize("beside", [{}, {"README.md": b"text", "sub/x.py": b"code"}])
+def test_text_is_not_read_as_what_it_is_not_and_the_error_says_what_was_found(tmp_path, name, beside):
+    data, found = NOT_PLAIN[name]
+    write(tmp_path, {name: data, **beside})
+    found += ", 2 text files (README.md, sub/x.py)" if beside else ""
+    accepted = "accepted: token shards, or plain text only (`retnet data"
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} holds {found}; {accepted}")):
+        find_documents(tmp_path)
+    if not beside:
+        with pytest.raises(ValueError, match=re.escape(f"{name} holds {found}; {accepted}")):
+            find_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize("below", [".", "data", "data/more"])
+def test_a_saved_dataset_or_shards_are_found_at_any_depth_and_named(tmp_path, below):
+    write(tmp_path, {"a.txt": b"text"})
+    folder = tmp_path / below / "saved"
+    write(folder, {"state.json": b'{"_data_files": []}', "dataset_info.json": b"{}"})
+    for given in (folder, tmp_path):
+        with pytest.raises(ValueError, match=rf"holds a? ?dataset (of save_to_disk|in {folder})"):
+            find_documents(given)
+    shutil.rmtree(folder)
+    write(folder, {"00000.tokens": b"\0", "00000.index": b"\0"})  # an interrupted run
+    with pytest.raises(ValueError, match=f"holds token shards in {folder}; accepted: {folder} as a source of its own"):
+        find_documents(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_stops_the_search_as_a_file_does(tmp_path, monkeypatch):
+    write(tmp_path, {"a": b"text", "closed/b": b"text"})
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read every folder
+    with pytest.raises(PermissionError, match="closed"):
+        find_documents(tmp_path)
+
+
+def test_a_link_to_itself_is_named_alone_and_left_out_of_a_folder(tmp_path):
+    write(tmp_path, {"a": b"text"})
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop"):
+        find_documents(tmp_path / "loop")
+    with pytest.warns(SourceWarning, match=r"left out 1 dangling link \(loop\)"):
+        assert [d.name for d in find_documents(tmp_path)] == ["a"]
 
 
 def test_the_standard_library_is_a_source_without_tests_and_packages():
