@@ -60,7 +60,7 @@ def build_shards(
     FileNotFoundError for arguments that cannot be used, `out` that exists, or sources that have changed since an
     interrupted run; OSError for what cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if _exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; accepted: a new or empty folder")
     for source in sources:
         if _real(out).is_relative_to(_real(source)):
@@ -113,8 +113,17 @@ def _check_replaceable(out: Path) -> None:
         ) from error
 
 
+def _exists(path: Path) -> bool:
+    """Whether there is such a path. Raises OSError if that cannot be told, as for a link to itself."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _real(path: str | Path) -> Path:
-    """The path through links, as far as they lead: a link to itself is left to the error of opening it."""
+    """The path through links, as far as they lead."""
     return Path(os.path.realpath(path))
 
 

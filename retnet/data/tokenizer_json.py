@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from retnet.data.tokenizer import (
     byte_characters,
     check_token,
 )
-from retnet.system.files import flush, read_json, write_json
+from retnet.system.files import flush, read_json, write_json, written_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -141,7 +140,7 @@ class JsonTokenizer(Tokenizer):
 
     def save(self, directory: Path) -> None:
         directory.mkdir()
-        shutil.copyfile(self.file, directory / TOKENIZER_FILE)
+        _copy(self.file, directory / TOKENIZER_FILE)
         self._save_config(directory / CONFIG_FILE)
         for path in (*directory.iterdir(), directory):
             flush(path)
@@ -149,7 +148,7 @@ class JsonTokenizer(Tokenizer):
     def _save_config(self, path: Path) -> None:
         beside = self.file.with_name(CONFIG_FILE)
         if beside.is_file():
-            shutil.copyfile(beside, path)
+            _copy(beside, path)
             return
         end = self.document_start if self.document_end is None else self.document_end
         config = {
@@ -253,6 +252,13 @@ def tokenizer_of_model(
     if max(tokenizer.text_vocab_size, start + 1) > vocab_size:
         raise ValueError(f"{file} has {tokenizer.vocab_size} tokens; accepted: at most the {vocab_size} of {name}")
     return tokenizer
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Copy a file; an error of the disk names the target, which shutil's does not."""
+    data = file.read_bytes()
+    with written_whole(target) as copy:
+        copy.write(data)
 
 
 def _load(file: Path) -> tokenizers.Tokenizer:

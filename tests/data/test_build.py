@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
+import gzip
 import json
+import lzma
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +19,7 @@ import tracemalloc
 from functools import partial
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from retnet.data import blocks, open_corpus, shard_writer, shards
@@ -23,6 +28,8 @@ from retnet.data.build import build_shards
 from retnet.data.plan import Settings
 from retnet.data.readers import DataError
 from retnet.system.lock import Locked, locked
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*each text file is a document too:UserWarning")
 
 SEPARATOR = "\n--\n"
 SHARD_SIZE = 1 << 14
@@ -251,7 +258,9 @@ def test_after_a_full_disk_only_whole_shards_remain_and_the_run_resumes(start, b
     process = start("ulimit -f 5")
     _, message = process.communicate()
     assert process.returncode == 2
-    assert os.strerror(errno.EFBIG) in message
+    assert re.search(rf"{os.strerror(errno.EFBIG)}: \S*/out\.partial/data/\S+\n", message)
+    partial = tmp_path / "out.partial"
+    assert f"finished shards are kept in {partial}: once there is room, the same command resumes" in message
     assert not (tmp_path / "out").exists()
     left = [path.name for path in (tmp_path / "out.partial/data").iterdir() if path.name != "tokenizer"]
     assert all((tmp_path / "out.partial/data" / name).with_suffix(".json").exists() for name in left)
@@ -410,3 +419,100 @@ def test_unicode_survives_in_text_and_names(tmp_path):
     corpus = open_corpus(tmp_path / "out")
     assert texts_of(corpus) == ["naïve 状态 😀"]
     assert corpus.describe(0) == "日本語/ñ.txt"
+
+
+def byte_name(folder, name):
+    return Path(os.fsdecode(bytes(folder) + b"/" + name))
+
+
+def test_file_names_that_are_not_utf8_are_built_resumed_and_described(tmp_path):
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    source = byte_name(tmp_path, b"caf\xe9")
+    source.mkdir()
+    byte_name(source, b"a\xff.txt").write_text("text")
+    byte_name(source, b"b\xff.jsonl").write_text('{"text": "line"}\n')
+    byte_name(source, b"c\xff.txt.zst").write_bytes(pa.compress(b"packed", "zstd", asbytes=True))
+    with open(byte_name(source, b"d\xff.parquet"), "wb") as file:
+        parquet.write_table(pa.table({"text": ["row"]}), file)
+    table = pa.table({"text": ["last"]})
+    with open(byte_name(source, b"e\xff.arrow"), "wb") as file, ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    out = byte_name(tmp_path, b"out\xff")
+    with pytest.raises(KeyboardInterrupt):
+        build_shards([str(source)], out, workers=2, shard_size=1, on_progress=interrupt)
+    build_shards([str(source)], out, workers=2, shard_size=1)
+    corpus = open_corpus(out)
+    assert texts_of(corpus) == ["text", "line", "packed", "row", "last"]
+    assert corpus.describe(0) == os.fsdecode(b"caf\xe9/a\xff.txt")
+    assert [problem for _, problem in shards.check_shards(out)] == [None] * 5
+
+
+def test_a_tokenizer_is_read_from_a_folder_whose_name_is_not_utf8(build, tmp_path):
+    build(byte_name(tmp_path, b"out\xff"), workers=2)
+    assert len(texts_of(open_corpus(byte_name(tmp_path, b"out\xff")))) == 120
+
+
+def test_a_link_to_itself_is_an_error_that_names_it(build, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop"):
+        build(tmp_path / "out", sources=[str(tmp_path / "loop")])
+    with pytest.raises(OSError, match="loop"):
+        build(tmp_path / "loop")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loop", "source"]
+
+
+@pytest.mark.parametrize("line", [5, 5000])
+def test_a_zero_byte_in_a_line_of_jsonl_is_an_error_wherever_it_is(build, tmp_path, source, line):
+    lines = ['{"text": "some text"}\n'] * 6000
+    lines[line] = '{"text": "some\0text"}\n'
+    (source / "c.jsonl").write_text("".join(lines))
+    for sources in (source, source / "c.jsonl"):
+        with pytest.raises(DataError, match=rf"c\.jsonl:{line + 1}: not JSON: Invalid control character"):
+            build(tmp_path / "out", sources=[str(sources)])
+
+
+def test_a_table_that_cannot_be_read_leaves_nothing(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for name, table in {
+        "bad": pa.table({"text": pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())}),
+        "twice": pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]),
+    }.items():
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+        for workers in (1, 2):
+            with pytest.raises(DataError, match=rf"{name}\.parquet"):
+                build_shards([str(tmp_path / f"{name}.parquet")] * 2, tmp_path / "out", workers=workers, shard_size=1)
+            assert not list(tmp_path.glob("out*"))
+
+
+COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: pyarrow.compress(data, "zstd", asbytes=True),
+}
+C4, DOLMA, PILE = "c4-train.00000-of-01024.json.gz", "dolma.json.gz", "pile.jsonl.zst"
+
+
+@pytest.mark.parametrize("name", [C4, DOLMA, PILE, "a.json", "b.json.xz", "c.ndjson.bz2"])
+def test_json_lines_are_read_under_the_names_that_data_sets_use(tmp_path, name):
+    data = "".join(json.dumps({"text": f"text {i}", "url": "x"}) + "\n" for i in range(50)).encode()
+    (tmp_path / name).write_bytes(COMPRESS.get(name.split(".")[-1], bytes)(data))
+    build_shards([str(tmp_path / name)], tmp_path / "out", workers=1)
+    assert texts_of(open_corpus(tmp_path / "out")) == [f"text {i}" for i in range(50)]
+    with pytest.raises(DataError, match=r"1: no field 'body'; it has: text, url"):
+        build_shards([str(tmp_path / name)], tmp_path / "body", settings=Settings("body"), workers=1)
+
+
+def test_a_document_of_several_blocks_has_the_tokens_of_the_whole(build, tmp_path, articles, monkeypatch):
+    text = "\n\u2003odd".join(articles * 3)
+    (tmp_path / "a.txt").write_text(SEPARATOR.join(["short", text, "end"]), encoding="utf-8")
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    assert build(tmp_path / "out", sources=[str(tmp_path / "a.txt")])["documents"] == 3
+    corpus = open_corpus(tmp_path / "out")
+    assert len(text.encode()) > 40_000
+    assert corpus.tokens(1)[1:].tolist() == list(corpus.tokenizer.encode_batch([text.encode()])[0])
+    assert texts_of(corpus) == ["short", text, "end"]

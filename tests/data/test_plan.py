@@ -10,6 +10,8 @@ from retnet.data import plan as plan_module
 from retnet.data.plan import Piece, Settings, describe_files, make_plan
 from retnet.data.readers import Reading
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*(each text file is a document too|one document each):UserWarning")
+
 WHOLE_FILES = Settings()
 
 
@@ -177,3 +179,55 @@ def test_a_changed_file_changes_the_description_of_files(tmp_path):
     assert describe_files(plan) == before
     (tmp_path / "a.txt").write_text("bc")
     assert describe_files(plan) != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings("body"), r"field is 'body', and nothing here has one: 1 text file \(a\.txt\); accepted for: jsonl"),
+        (Settings(split="train"), "split is 'train', and nothing here has one"),
+        (Settings(config="en"), r"config is 'en', and nothing here has one: .*; accepted for: hf:NAME"),
+    ],
+)
+def test_a_setting_that_no_source_uses_is_refused(tmp_path, settings, message):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=message):
+        make_plan([str(tmp_path / "a.txt")], settings)
+
+
+def test_a_separator_without_text_files_is_refused_and_one_that_is_nowhere_makes_itself_heard(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="separator is ';', and nothing here has one: 1 jsonl file"):
+        make_plan([str(tmp_path / "a.jsonl")], Settings(separator=";"))
+    (tmp_path / "b.txt").write_text("a;b")
+    (tmp_path / "c.txt").write_text("c")
+    sources = [str(tmp_path / "b.txt"), str(tmp_path / "c.txt")]
+    with pytest.warns(UserWarning, match=r"separator ';' is not in 1 text file \(c\.txt\): one document each"):
+        plan = make_plan(sources, Settings(separator=";"))
+    assert read_plan(plan, Settings(separator=";")) == [["a", "b", "c"]]
+
+
+def test_a_damaged_arrow_file_of_a_dataset_is_named(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": [f"text {i}" for i in range(2000)]}).save_to_disk(tmp_path / "saved")
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    whole = path.read_bytes()
+    for data in (whole[:-8], whole[: len(whole) // 2], whole + b"\0" * 8, whole + b"x", b"", whole[:4]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{path.name} is (damaged or cut off|not an arrow stream)"):
+            make_plan([str(tmp_path / "saved")], Settings())
+    path.unlink()
+    with pytest.raises(OSError, match=path.name):
+        make_plan([str(tmp_path / "saved")], Settings())
+    (tmp_path / "saved/state.json").unlink()
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="saved is incomplete; accepted: a dataset or a split"):
+        make_plan([str(tmp_path / "saved")], Settings())
+
+
+def test_text_files_beside_records_are_documents_and_a_warning_says_so(tmp_path):
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.warns(UserWarning, match=r"1 jsonl file \(a\.jsonl\), 1 text file \(README\.md\); each text file is"):
+        assert read_plan(make_plan([str(tmp_path)], Settings())) == [["about", "a"]]

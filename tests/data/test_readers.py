@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import lzma
@@ -92,6 +93,9 @@ def test_jsonl_gives_the_text_field_and_number_of_each_line(tmp_path):
         (b'{"text": "cut', "not JSON: Invalid control character"),
         (b'{"body": "x", "id": 3}', "no field 'text'; it has: body, id"),
         (b'{"text": 7}', "'text' is int, not text"),
+        (b'{"text": {"a": 1}}', "'text' is object, not text"),
+        (b'{"text": "a", "id": 1, "text": "b"}', "2 fields named 'text'; accepted: one"),
+        (b'{"text": "a\\u0000b\0"}', "not JSON: Invalid control character"),
         (b'{"text": null}', "'text' is null, not text"),
         (b'["text"]', "a JSON list; accepted: an object with 'text'"),
         (b'{"text": "\xff"}', "not UTF-8: invalid start byte 0xff"),
@@ -144,3 +148,88 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"a\.parquet row 0 or after"):
         list(Reading(Piece(str(path), "a", "parquet", 0, 1, 1), Settings(), utf8=True).blocks())
+
+
+def piece_of_rows(path, kind="json"):
+    return Piece(str(path), path.name, kind, 0, path.stat().st_size, 1)
+
+
+def rows_of(path, kind="json", **settings):
+    reading = Reading(piece_of_rows(path, kind), Settings(**settings), utf8=True)
+    return [(block.number, block.data.decode()) for block in reading.blocks()]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("block_bytes", [1, 7, 1 << 20])
+def test_a_json_array_gives_the_text_field_of_each_object(tmp_path, monkeypatch, indent, block_bytes):
+    monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
+    path = tmp_path / "a.json"
+    records = [{"text": text, "n": [1, {"text": "no"}]} for text in ("first", "", 'línea "two"\n]', "状" * 50)]
+    path.write_text(json.dumps(records, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert rows_of(path) == [(0, "first"), (2, 'línea "two"\n]'), (3, "状" * 50)]
+    path.write_text("[]")
+    assert rows_of(path) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'[{"text": "a"}, {"text": "b"', r"a\.json row 1: not JSON: "),
+        (b'[{"text": "a"} {"text": "b"}]', r"a\.json row 1: not JSON: '{'; accepted: ','"),
+        (b'[{"text": "a"}', r"a\.json row 1: not JSON: the end of the file; accepted: ','"),
+        (b'[{"text": "a"}] []', r"a\.json row 1: not JSON: '\['; accepted: nothing more"),
+        (b'[{"text": "a"}, 3]', r"a\.json row 1: a JSON int; accepted: an object with 'text'"),
+        (b'[{"text": "a"}, {"body": "b"}]', r"a\.json row 1: no field 'text'; it has: body"),
+        (b'[{"text": "a"}, {"text": null}]', r"a\.json row 1: 'text' is null, not text"),
+        (b'[{"text": "a"}, {"text": "\xff"}]', r"a\.json row \d or after: not UTF-8: invalid start byte"),
+        (b'[{"text": "a"}, {"text": "b"},]', r"a\.json row 2: not JSON: "),
+        (b'[{"text": "a"}, {"text": "\0"}]', r"a\.json row 1: not JSON: Invalid control character"),
+        (b'[{"text": "a"}, ' + b"[" * 100_000, r"a\.json row 1: not JSON"),
+    ],
+)
+def test_a_bad_object_of_a_json_array_is_named(tmp_path, data, message):
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        rows_of(tmp_path / "a.json")
+
+
+def test_strings_of_a_table_that_are_not_utf8_are_named_by_row(tmp_path):
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    texts = pa.array([b"good"] * 70 + [b"b\xffd"]).view(pa.binary()).cast(pa.binary())
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), len(texts), texts.buffers())})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for piece in (
+        Piece(str(tmp_path / "a.parquet"), "a", "parquet", 0, 1, 1),
+        Piece(str(tmp_path / "a.arrow"), "a", "arrow", 0, 71, 1),
+    ):
+        with pytest.raises(DataError, match=rf"{piece.path} row 70: 'text' is not UTF-8: invalid start byte at byte 1"):
+            list(Reading(piece, Settings(), utf8=True).blocks())
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array([1])], names=["text", "text", "id"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for kind in ("parquet", "arrow"):
+        piece = Piece(str(tmp_path / f"a.{kind}"), "a", kind, 0, 1, 1)
+        with pytest.raises(DataError, match=rf"a\.{kind}: 2 columns named 'text'; it has: text, text, id"):
+            list(Reading(piece, Settings(), utf8=True).blocks())
+
+
+def test_an_error_of_the_disk_names_the_file_that_was_read(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+
+    def fail(self, raw):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Reading, "_advance", fail)
+    with pytest.raises(OSError, match=r"Input/output error: '.*a\.txt'"):
+        read(tmp_path / "a.txt")
