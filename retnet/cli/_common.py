@@ -44,19 +44,18 @@ def plain_warnings() -> Iterator[None]:
     """Print warnings about sources as one line each, without the place in the code."""
     from retnet.data.sources import SourceWarning
 
-    others = warnings.showwarning
+    with warnings.catch_warnings():
+        others = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
-        if issubclass(category, SourceWarning):
-            errors.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
-        else:
-            others(message, category, *place, **options)
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if issubclass(category, SourceWarning):
+                errors.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
+            else:
+                others(message, category, *place, **options)
 
-    warnings.showwarning = show
-    try:
+        warnings.simplefilter("always", SourceWarning)
+        warnings.showwarning = show
         yield
-    finally:
-        warnings.showwarning = others
 
 
 def read_text(text: str | None, file: Path | None) -> bytes | None:

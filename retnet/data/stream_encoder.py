@@ -8,7 +8,7 @@ of text overlap: both are tokenised, and joined between two tokens that are the 
 - both are inside a word, at least `MARGIN` characters into it (a tokenizer without words, a run of letters): no merge
   of byte-pair encoding crosses the join in either window, so none does in the whole text.
 
-Where there is no such place, the window grows, up to `WINDOW_BYTES` of text.
+Where there is no such place, the window grows, up to `WINDOW` characters.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
-from retnet.system.sizes import format_bytes
-
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
 OVERLAP = 1 << 13  # characters
 MARGIN = 1 << 10  # characters: an overlap's ends, where a window lacks context, and the least part of a long word
 SAME = 4  # tokens on each side of a join that are equal
-WINDOW_BYTES = 1 << 24
+WINDOW = 1 << 24  # characters
 
 
 class StreamEncoder(Protocol):
@@ -78,10 +76,10 @@ class WindowEncoder:
     def _grow(self, window: _Window, text: str) -> None:
         """Tokenise the window again, with the text that follows it."""
         whole = window.text + text
-        if len(whole) > WINDOW_BYTES:
+        if len(whole) > WINDOW:
             raise ValueError(
-                f"{format_bytes(WINDOW_BYTES)} of text without a place where this tokenizer can stop between two "
-                "tokens; accepted: text with such places, such as white space, or bytes (--tokenizer bytes)"
+                f"{WINDOW:,} characters without a place where this tokenizer can stop between two tokens; accepted: "
+                "text with such places, as at white space, or bytes (--tokenizer bytes)"
             )
         self._window = self._read(whole)
         if self._first:

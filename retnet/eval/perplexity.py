@@ -7,6 +7,7 @@ is usual for WikiText.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +29,11 @@ class Perplexity:
 
     @property
     def per_token(self) -> float:
-        return math.exp(self.nats / self.num_tokens)
+        return _exp(self.nats / self.num_tokens)
 
     @property
     def per_word(self) -> float:
-        return math.exp(self.nats / self.num_words)
+        return _exp(self.nats / self.num_words)
 
     @property
     def bits_per_byte(self) -> float:
@@ -61,6 +62,11 @@ def perplexity(
     else:
         nats = _strided_nats(model, ids, context, context if stride is None else stride)
     return Perplexity(nats, num_tokens, count_words(text), len(text.encode()))
+
+
+def _exp(nats: float) -> float:
+    """e to the power of nats; infinity beyond float64, as for a long text of few words."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
 @torch.no_grad()

@@ -378,4 +378,4 @@ def test_train_refuses_wrong_arguments(capsys, words, message):
 
 def test_train_refuses_a_folder_without_text(capsys, tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
-    assert "1 files seen, 0 empty, 1 binary" in wrong_input(capsys, "train", "model=retnet-tiny", f"data={tmp_path}")
+    assert "1 binary file (image.png)" in wrong_input(capsys, "train", "model=retnet-tiny", f"data={tmp_path}")

@@ -171,8 +171,8 @@ def test_a_window_grows_where_two_have_no_place_to_join(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
     text = "b" + "a" * 70_001 + " end"  # one word, whose tokens depend on where it begins
     assert encode(tokenizer, text)[0] == list(tokenizer.encode_batch([text.encode()])[0])
-    monkeypatch.setattr(stream_encoder, "WINDOW_BYTES", 50_000)
-    with pytest.raises(ValueError, match=r"48\.83 KiB of text without a place where this tokenizer can stop between"):
+    monkeypatch.setattr(stream_encoder, "WINDOW", 50_000)
+    with pytest.raises(ValueError, match=r"50,000 characters without a place where this tokenizer can stop between"):
         encode(tokenizer, text)
 
 

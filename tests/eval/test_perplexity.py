@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from retnet.api import load_tokenizer
 from retnet.cli import main
 from retnet.data import Tokenizer
-from retnet.eval.perplexity import count_words, perplexity
+from retnet.eval.perplexity import Perplexity, count_words, perplexity
 from retnet.models.directory import load_model
 from retnet.models.hf.tokenizer import byte_tokenizer
 from retnet.models.lm import LanguageModel
@@ -123,3 +123,9 @@ def test_a_directory_with_a_shim_is_read_without_executing_it(byte_model, tmp_pa
 def test_a_model_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"vocabulary of 61 and no tokenizer\.json beside its weights"):
         tokenizer_of(retnet_config("other", 1, 32, 2, vocab_size=61), tmp_path)
+
+
+def test_a_long_text_without_words_has_an_infinite_perplexity_per_word():
+    result = Perplexity(nats=50_000.0, num_tokens=9000, num_words=6, num_bytes=9000)
+    assert result.per_word == math.inf
+    assert result.per_token == pytest.approx(math.exp(50_000 / 9000))
