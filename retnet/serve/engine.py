@@ -141,7 +141,7 @@ class Engine:
             memory_bytes=memory_bytes,
             max_tokens=max_tokens,
             deferred_writes=deferred_writes,
-            draft_tokens=0 if speculation is None else speculation.draft_tokens,
+            speculation=speculation,
         )
         self.table = SamplingTable(self.pool.num_slots, model.config.vocab_size, device)
         if speculation is None:
@@ -149,7 +149,7 @@ class Engine:
         else:
             width = speculation.draft_tokens + 1
             self._step = VerifyStep(model, self.pool.state, self.table, captured, width)
-        self.drafter = None if speculation is None else Drafter(speculation)
+        self.drafter = None if speculation is None else Drafter(speculation, self.pool.num_slots, max_tokens)
         self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes, chunk)
         self._weights = WeightsWatch(model, self._step)
         self._stages = Stages()
@@ -346,8 +346,6 @@ class Engine:
         slot = generation.slot
         if slot is not None:
             self._decoding.remove(slot)
-            if self.drafter is not None:
-                self.drafter.leave(slot)
             self.pool.release(slot)
         generation.finish(reason)
         stages.in_doubt = ()
@@ -400,8 +398,6 @@ class Engine:
         sound = [generation.slot for generation in stages.in_slots if generation.slot is not None]
         self.pool.release_all_but(sound)
         self._decoding.keep_only(stages.decoding)
-        if self.drafter is not None:
-            self.drafter.keep_only(sound)
         stages.in_doubt = ()
 
     def _renew_if_changed(self) -> None:

@@ -17,6 +17,7 @@ from retnet.models.decode.fused import empty_deferred_writes
 from retnet.models.decode.sampling import SamplingTable
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.serve.speculation import Speculation
 from retnet.system.checks import is_integer, quoted
 from retnet.system.memory import total_bytes
 from retnet.system.sizes import format_bytes
@@ -25,24 +26,26 @@ from retnet.system.sizes import format_bytes
 @dataclass(frozen=True)
 class SlotCost:
     """Bytes per slot. state: with caches sized for max_tokens, and room for deferred writes or a draft. sampling: the
-    tables of sampling options."""
+    tables of sampling options. index: where drafts are looked up, on the host."""
 
     state: int
     sampling: int
+    index: int = 0
 
     @property
     def total(self) -> int:
-        return self.state + self.sampling
+        return self.state + self.sampling + self.index
 
     def __str__(self) -> str:
-        return f"{self.total:,} bytes per slot ({self.state:,} of state, {self.sampling:,} of sampling tables)"
+        index = f", {self.index:,} of the index for drafts" if self.index else ""
+        return f"{self.total:,} bytes per slot ({self.state:,} of state, {self.sampling:,} of sampling tables{index})"
 
 
 class SlotPool:
     """The slots of one engine, given by number or by a memory budget, for requests of up to max_tokens.
 
     deferred_writes: tokens that a retention state may lag behind; they are kept in `deferred` (0: none).
-    draft_tokens: how many a step drafts. The step keeps their updates, whose memory is counted here.
+    speculation: its draft updates and its index of n-grams, which others keep, are counted here.
     """
 
     def __init__(
@@ -53,16 +56,18 @@ class SlotPool:
         memory_bytes: int | None = None,
         max_tokens: int | None = None,
         deferred_writes: int = 0,
-        draft_tokens: int = 0,
+        speculation: Speculation | None = None,
     ):
         check_servable(model.config, max_tokens)
         if (num_slots is None) == (memory_bytes is None):
             raise ValueError(f"num_slots is {num_slots}, memory_bytes {memory_bytes}; accepted: one of the two")
         one = _empty_state(model, 1, max_tokens, torch.device("meta"))  # for its size
         beside = sum(ring.nbytes for ring in empty_deferred_writes(model, one, deferred_writes) if ring is not None)
-        if draft_tokens:
-            beside += _draft_bytes(model, draft_tokens + 1)
-        self.cost = SlotCost(one.nbytes + beside, SamplingTable.bytes_per_slot(model.config.vocab_size))
+        index = 0
+        if speculation is not None:
+            beside += _draft_bytes(model, speculation.draft_tokens + 1)
+            index = speculation.index_bytes(max_tokens)
+        self.cost = SlotCost(one.nbytes + beside, SamplingTable.bytes_per_slot(model.config.vocab_size), index)
         if memory_bytes is not None:
             affordable = memory_bytes // self.cost.total
             num_slots = min(1, affordable) if affordable < 4 else affordable // 4 * 4

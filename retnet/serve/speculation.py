@@ -11,8 +11,8 @@ The shapes do not depend on whether there is a draft, so a request keeps its bit
 """
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -21,9 +21,11 @@ from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
 from retnet.models.decode.step import DecodeStep
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelDraft, ModelState
+from retnet.serve.lookup import PromptLookup, table_entries
 from retnet.system.checks import is_integer, quoted
 
 LONGEST_DRAFT = 1023  # tokens; a step of more is a prompt
+LONGEST_LOOKUP = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,14 @@ class Speculation:
                 f"draft_tokens is {quoted(self.draft_tokens)}; accepted: 3, 7, 11, ... "
                 f"{LONGEST_DRAFT} (a multiple of 4, less 1)"
             )
-        if not is_integer(self.longest, 1):
-            raise ValueError(f"longest is {quoted(self.longest)}; accepted: a positive integer")
+        if not is_integer(self.longest, 1, LONGEST_LOOKUP):
+            raise ValueError(f"longest is {quoted(self.longest)}; accepted: an integer of 1 to {LONGEST_LOOKUP}")
         for name in ("draft_tokens", "longest"):
             object.__setattr__(self, name, int(getattr(self, name)))
+
+    def index_bytes(self, max_tokens: int | None) -> int:
+        """Memory of one slot's index of n-grams."""
+        return PromptLookup.bytes_of(self.longest, table_entries(max_tokens))
 
     def check(self, config: ModelConfig, max_tokens: int | None) -> None:
         """Raise ValueError for a model whose caches have no room for a draft."""
@@ -56,51 +62,16 @@ class Speculation:
                 )
 
 
-@dataclass
-class PromptLookup:
-    """The last place of each n-gram in one context; the cost per step depends on its new tokens alone."""
-
-    longest: int
-    _ends: dict[tuple[int, ...], int] = field(default_factory=dict)
-    _indexed: int = 0
-
-    def index(self, seen: Sequence[int], length: int) -> None:
-        """Index the first `length` tokens; done chunk by chunk, so that no step waits for a whole prompt."""
-        for end in range(self._indexed + 1, length):
-            for n in range(1, min(self.longest, end) + 1):
-                self._ends[tuple(seen[end - n : end])] = end
-        self._indexed = max(self._indexed, length - 1)
-
-    def draft(self, seen: Sequence[int], count: int) -> list[int]:
-        """The `count` tokens after the longest n-gram at the end of `seen` that occurred before; empty if none did.
-
-        Where they reach the end of `seen`, the draft repeats from their start.
-        """
-        self.index(seen, len(seen))
-        for n in range(min(self.longest, len(seen)), 0, -1):
-            end = self._ends.get(tuple(seen[-n:]))
-            if end is not None:
-                return [seen[end + i % (len(seen) - end)] for i in range(count)]
-        return []
-
-
 class Drafter:
     """Draft tokens for the requests in their slots; num_drafted counts them."""
 
-    def __init__(self, speculation: Speculation):
-        self.speculation = speculation
-        self.lookups: dict[int, PromptLookup] = {}
+    def __init__(self, speculation: Speculation, num_slots: int, max_tokens: int | None):
+        entries = table_entries(max_tokens)
+        self.lookups = [PromptLookup(speculation.longest, entries) for _ in range(num_slots)]
         self.num_drafted = 0
 
     def enter(self, slot: int) -> None:
-        self.lookups[slot] = PromptLookup(self.speculation.longest)
-
-    def leave(self, slot: int) -> None:
-        self.lookups.pop(slot, None)
-
-    def keep_only(self, slots: Collection[int]) -> None:
-        """Forget all slots but these."""
-        self.lookups = {slot: lookup for slot, lookup in self.lookups.items() if slot in slots}
+        self.lookups[slot].clear()
 
     def index(self, slot: int, seen: Sequence[int], length: int) -> None:
         """Index the first `length` tokens of a prompt."""
@@ -134,6 +105,8 @@ class VerifyStep(DecodeStep):
     def __call__(self, parts: SamplingParts) -> Sampled:
         """Tokens [S, W] on the host; each slot's are valid up to the first that differs from its draft."""
         self._last = parts
+        if not self.graphs:
+            self._updates.clear()  # those of other sampling parts
         return super().__call__(parts)
 
     @torch.no_grad()

@@ -1,12 +1,16 @@
 """Speculative decoding: draft tokens change the speed and not the output."""
 
+import tracemalloc
+from array import array
+
 import pytest
 import torch
 
 from retnet.models.decode.sampling import Sampling
+from retnet.serve.lookup import PromptLookup
 from retnet.serve.request import Request
-from retnet.serve.speculation import PromptLookup, Speculation
-from tests.small_models import prompt, small_model
+from retnet.serve.speculation import Speculation
+from tests.small_models import prompt, random_ids, small_model
 
 from .test_engine import alone, engine_of, facts, text_of
 
@@ -116,8 +120,47 @@ def test_a_long_prompt_is_indexed_as_it_is_read_and_forgotten_with_its_request(s
     indexed = []
     while not generation.tokens:
         engine.step()
-        indexed.append(engine.drafter.lookups[generation.slot]._indexed)
+        indexed.append(engine.drafter.lookups[generation.slot].num_indexed)
     assert indexed == sorted(indexed)
     assert max(after - before for before, after in zip([0, *indexed], indexed)) <= 9
     engine.run()
-    assert engine.drafter.lookups == {}
+    drafted = engine.stats().drafted
+    assert drafted > 0
+    engine.submit(Request([1], 1, Sampling(temperature=0)))
+    engine.step()
+    assert engine.drafter.lookups[0].num_indexed == 0
+
+
+def test_the_index_takes_fixed_memory_that_the_slot_cost_counts(small):
+    """Whatever the length of the context, and however many contexts a slot has had."""
+    plain, drafting = (engine_of(small, max_tokens=None, speculation=s) for s in (None, Speculation(3)))
+    assert plain.pool.cost.index == 0
+    assert drafting.pool.cost.index == drafting.drafter.lookups[0].nbytes
+    assert drafting.pool.cost.total == drafting.pool.cost.state + plain.pool.cost.sampling + drafting.pool.cost.index
+    seen = array("i", random_ids(4000, high=5000).tolist())
+    tracemalloc.start()
+    try:
+        for start in (0, 1, 2):
+            drafting.drafter.enter(0)
+            drafting.drafter.index(0, seen[start:], len(seen) - start)
+            if not start:
+                before = tracemalloc.get_traced_memory()[0]
+        assert tracemalloc.get_traced_memory()[0] - before < 4096
+    finally:
+        tracemalloc.stop()
+    assert engine_of(small, max_tokens=32, speculation=Speculation(3)).pool.cost.index < drafting.pool.cost.index / 100
+
+
+@pytest.mark.parametrize("entries", [8, 4096])
+def test_a_draft_follows_an_earlier_place_of_the_same_tokens_however_small_the_index(entries):
+    lookup, seen, found = PromptLookup(3, entries), random_ids(600, high=6).tolist(), 0
+    for length in range(1, len(seen)):
+        context = seen[:length]
+        draft = lookup.draft(context, 1)
+        places = [
+            end for n in (3, 2, 1) for end in range(length - 1, n - 1, -1) if context[end - n : end] == context[-n:]
+        ]
+        allowed = [context[end] for end in places]
+        assert draft[0] in allowed if draft else entries < 4096 or not places
+        found += bool(draft) and draft[0] == allowed[0]
+    assert found > (50 if entries < 4096 else 590)
