@@ -6,9 +6,10 @@ w are the chosen p divided by their sum (Mixtral, arXiv 2401.04088). With one ex
 arXiv 2101.03961): a weight of 1 would give the router no gradient. Tokens are sorted by expert, and each expert reads
 its own tokens alone.
 
-In training, each expert takes at most capacity_factor * top_k * tokens / num_experts tokens of a batch. First choices
-are served before second ones, and earlier tokens before later ones. In evaluation there is no limit: the result for a
-token depends on that token alone, up to the rounding of products whose sizes vary.
+In training, each expert takes at most capacity_factor * top_k * tokens / num_experts tokens, rounded up, of each
+document: a row, or a part of a packed row. First choices are served before second ones, and earlier tokens before later
+ones. So the result for a token depends on its document alone, whatever the batch and the number of processes. In
+evaluation there is no limit: it depends on the token alone, up to the rounding of products whose sizes vary.
 """
 
 import math
@@ -16,13 +17,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.feed_forward import ACTIVATIONS
 from retnet.layers.linear import WideLinear
-from retnet.layers.token_layout import TokenLayout
+from retnet.layers.token_layout import TokenLayout, documents_of
 from retnet.layers.weight_roles import WeightRoles
+from retnet.ops.derivatives import transforms_active
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.grouped_linear import grouped_linear
 
@@ -32,8 +33,8 @@ class MoEConfig:
     """hidden_dim: of each expert; gated and activation as for `FeedForwardConfig`.
 
     capacity_factor: None for no limit. capacity_policy, for tokens beyond an expert's capacity: "overflow" sends them
-    to the next-best expert with room, "drop" skips that expert, "pad" drops with shapes that depend on the number of
-    tokens alone.
+    to the next-best expert with room, "drop" skips that expert, "pad" drops with shapes that depend on the numbers of
+    tokens and documents alone.
     load_balance_coef: of num_experts * sum_e f_e p_e, f the share of choices and p the mean probability of expert e
     (1 at balance). z_loss_coef: of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906). router_jitter: the router's
     inputs are multiplied by 1 +- jitter in training. router_init_std: of its weights; as other projections if None.
@@ -125,21 +126,32 @@ class MoE(nn.Module):
         scores = logits.softmax(-1) if config.router == "softmax" else logits.sigmoid()
         if losses is not None and len(rows):
             losses.append(self.losses(logits, scores))
-        room, kept, seats = self._room(len(rows)), None, None
-        if room is None:
+        kept, seats, num_seats = None, None, 0
+        factor = config.capacity_factor if self.training else None
+        if factor is None:
             experts = scores.topk(config.top_k, -1).indices
         else:
-            experts, places = assign(scores, config.top_k, room, config.capacity_policy == "overflow")
-            kept = places < room
-            if config.capacity_policy == "pad":
-                seats = torch.where(kept, experts * room + places, config.num_experts * room).flatten()
+            bounds = _document_bounds(x, layout)
+            lengths = bounds.diff()
+            room = (factor * config.top_k * lengths.double() / config.num_experts).ceil().long().minimum(lengths)
+            experts, places, kept = assign(scores, config.top_k, room, bounds, config.capacity_policy == "overflow")
+            if config.capacity_policy == "pad" or transforms_active():  # which take no shapes that depend on values
+                even = factor * config.top_k * len(rows) / config.num_experts
+                num_seats = min(len(rows), math.ceil(even) + len(room))  # at least the sum of room
+                before = (room.cumsum(0) - room)[documents_of(bounds, len(rows))]
+                seats = torch.where(
+                    kept, experts * num_seats + before[:, None] + places, config.num_experts * num_seats
+                )
         weights = scores.gather(-1, experts)
         if config.top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         if kept is not None:
             weights = weights.masked_fill(~kept, 0)
         parts = rows[:, None].expand(-1, config.top_k, -1).flatten(0, 1)
-        out = self._sorted(parts, experts.flatten(), kept) if seats is None else self._seated(parts, seats, room)
+        if seats is None:
+            out = self._sorted(parts, experts.flatten(), kept)
+        else:
+            out = self._seated(parts, seats.flatten(), num_seats)
         out = out.unflatten(0, (-1, config.top_k))
         return (out * weights.to(out.dtype)[..., None]).sum(1).view(x.shape)
 
@@ -159,13 +171,6 @@ class MoE(nn.Module):
             wide = wide * (1 + self.config.router_jitter * (2 * torch.rand_like(wide) - 1))
         return self.router(wide)
 
-    def _room(self, num_tokens: int) -> int | None:
-        """Tokens that each expert may take; None for no limit."""
-        config = self.config
-        if not self.training or config.capacity_factor is None:
-            return None
-        return math.ceil(config.capacity_factor * config.top_k * num_tokens / config.num_experts)
-
     def _sorted(self, parts: Tensor, experts: Tensor, kept: Tensor | None) -> Tensor:
         """Each expert on its rows [P, D] of `parts`, in contiguous runs; 0 for those not kept."""
         pairs = torch.arange(len(parts), device=parts.device) if kept is None else kept.flatten().nonzero()[:, 0]
@@ -174,10 +179,10 @@ class MoE(nn.Module):
         # A permutation, not an index_add: sums in one order, whatever the device.
         return out.new_zeros(parts.shape).index_copy(0, order, out)
 
-    def _seated(self, parts: Tensor, seats: Tensor, room: int | None) -> Tensor:
-        """Each expert on `room` rows, whatever the router chooses; tokens without room share an extra row."""
+    def _seated(self, parts: Tensor, seats: Tensor, num_seats: int) -> Tensor:
+        """Each expert on `num_seats` rows, whatever the router chooses; tokens without room share an extra row."""
         E, D = self.config.num_experts, parts.shape[1]
-        rows = parts.new_zeros(E * (room or 0) + 1, D).index_copy(0, seats, parts)[:-1]
+        rows = parts.new_zeros(E * num_seats + 1, D).index_copy(0, seats, parts)[:-1]
         out = self._experts(rows.unflatten(0, (E, -1)), None).flatten(0, 1)
         return torch.cat([out, out.new_zeros(1, D)]).index_select(0, seats)
 
@@ -188,32 +193,47 @@ class MoE(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(x, counts)) * hidden, counts)
 
 
-def assign(scores: Tensor, top_k: int, room: int, overflow: bool) -> tuple[Tensor, Tensor]:
-    """Experts [R, top_k] of each token and its place in their queues; a place >= room means no room.
+def assign(scores: Tensor, top_k: int, room: Tensor, bounds: Tensor, overflow: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts [R, top_k] of each token, its place in their queues, and whether there is room for it.
 
-    scores [R, E]. Preferences are served rank by rank, and within a rank in the order of tokens. Without `overflow` a
-    token tries its top_k experts alone. With it, a token tries the experts in order of preference until top_k had room.
+    scores [R, E] of the tokens of N documents, laid end to end with bounds [N + 1]; every expert has a queue per
+    document, with room [N]. Preferences are served rank by rank, and within a rank in the order of tokens. Without
+    `overflow` a token tries its top_k experts alone. With it, a token tries the experts in order of preference until
+    top_k had room.
     """
     R, E = scores.shape
     ranked = scores.detach().sort(dim=-1, descending=True, stable=True).indices
-    taken = scores.new_zeros(E, dtype=torch.long)
+    document = documents_of(bounds, R)
+    room_left = room[:, None].expand(-1, E)  # [N, E]
     found = ranked.new_zeros(R)
-    experts = ranked[:, :top_k].clone()
-    places = torch.full_like(experts, room)
+    experts = ranked[:, :top_k]
+    places, kept = torch.zeros_like(experts), torch.zeros_like(experts, dtype=torch.bool)
     for rank in range(E if overflow else top_k):
         asking = found < top_k if overflow else torch.ones_like(found, dtype=torch.bool)
-        if not bool(asking.any()):
+        if not transforms_active() and not bool(asking.any()):
             break
-        asked = F.one_hot(ranked[:, rank], E) * asking[:, None]
-        place = ((asked.cumsum(0) - 1 + taken) * asked).sum(-1)
-        got = asking & (place < room)
-        column = found.clamp_max(top_k - 1) if overflow else torch.full_like(found, rank)
-        rows = got.nonzero()[:, 0]
-        experts[rows, column[rows]] = ranked[rows, rank]
-        places[rows, column[rows]] = place[rows]
+        asked = (ranked[:, rank, None] == torch.arange(E, device=scores.device)) & asking[:, None]
+        total = torch.cat([ranked.new_zeros(1, E), asked.cumsum(0)])
+        ahead = total[:-1] - total[bounds[:-1]][document]  # tokens of the document that ask before this one
+        left = room_left[document]
+        got = (asked & (ahead < left)).any(-1)
+        place = ((room[document, None] - left + ahead) * asked).sum(-1)
+        column = (found.clamp_max(top_k - 1) if overflow else torch.full_like(found, rank))[:, None]
+        experts, places, kept = (
+            whole.scatter(1, column, torch.where(got, new, whole.gather(1, column)[:, 0])[:, None])
+            for whole, new in ((experts, ranked[:, rank]), (places, place), (kept, got))
+        )
         found = found + got
-        taken = (taken + asked.sum(0)).clamp_max(room)
-    return experts, places
+        room_left = (room_left - (total[bounds[1:]] - total[bounds[:-1]])).clamp_min(0)
+    return experts, places, kept
+
+
+def _document_bounds(x: Tensor, layout: TokenLayout | None) -> Tensor:
+    """Bounds [N + 1] of the documents of x [B, T, D] (or [T, D]) in its rows laid end to end."""
+    if layout is not None and layout.cu_seqlens is not None:
+        return layout.cu_seqlens.long()
+    rows = x[None] if x.dim() == 2 else x.flatten(0, -3)
+    return torch.arange(len(rows) + 1, device=x.device) * rows.shape[1]
 
 
 def _count(experts: Tensor, num_experts: int) -> Tensor:

@@ -57,7 +57,7 @@ class TokenLayout:
             steps = torch.ones(B, T, dtype=torch.long, device=device) if mask is None else mask.long()
             before = torch.cat([steps.new_zeros(1), steps[0].cumsum(0)])
             edges = before[cu_seqlens.long()]
-            document = _documents(cu_seqlens, T)
+            document = documents_of(cu_seqlens, T)
             positions = (before[1:] - 1 - edges[document])[None]
             lengths = edges.diff()
             if start is not None:
@@ -92,7 +92,7 @@ class TokenLayout:
         B, T = self.positions.shape
         cu_seqlens = self.cu_seqlens
         if cu_seqlens is not None:
-            return self.shared("sequences", lambda: _documents(cu_seqlens, T)[None])
+            return self.shared("sequences", lambda: documents_of(cu_seqlens, T)[None])
         return torch.arange(B, device=self.positions.device)[:, None].expand(B, T)
 
     def first_seen(self, window: int | None) -> Tensor:
@@ -132,7 +132,7 @@ class TokenLayout:
         return self._shared[key]
 
 
-def _documents(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """The document of each token [T] of a packed row."""
+def documents_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The document of each token [T] of a packed row, from bounds [N + 1]."""
     tokens = torch.arange(num_tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)

@@ -1,5 +1,6 @@
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -91,9 +92,8 @@ def test_drop_and_pad_agree_and_give_zero_beyond_the_capacity():
     free, x = build().train(), tokens(1, 20)
     torch.testing.assert_close(drop(x), pad(x), rtol=1e-12, atol=1e-12)
     scores = drop._router_logits(x[0]).softmax(-1)
-    room = math.ceil(0.5 * 2 * 20 / E)
-    _, places = assign(scores, 2, room, overflow=False)
-    full, none = (places < room).all(-1), (places >= room).all(-1)
+    _, _, kept = assign(scores, 2, torch.tensor([math.ceil(0.5 * 2 * 20 / E)]), torch.tensor([0, 20]), overflow=False)
+    full, none = kept.all(-1), ~kept.any(-1)
     assert full.any()
     assert none.any()
     torch.testing.assert_close(drop(x)[0, full], free(x)[0, full], rtol=1e-12, atol=1e-12)
@@ -101,21 +101,58 @@ def test_drop_and_pad_agree_and_give_zero_beyond_the_capacity():
 
 
 @pytest.mark.parametrize("overflow", [False, True])
-@pytest.mark.parametrize("room", [1, 3, 100])
-def test_assignment_serves_ranks_then_tokens_in_order(overflow, room):
+@pytest.mark.parametrize("room", [[1], [3], [100], [2, 1, 0, 4]])
+def test_assignment_serves_ranks_then_tokens_in_order_in_every_document(overflow, room):
     scores = torch.rand(12, E, generator=torch.Generator().manual_seed(2))
-    experts, places = assign(scores, 2, room, overflow)
-    left, found = [room] * E, {i: [] for i in range(12)}
+    bounds = [0, 5, 6, 6, 12] if len(room) > 1 else [0, 12]
+    experts, places, kept = assign(scores, 2, torch.tensor(room), torch.tensor(bounds), overflow)
     ranked = scores.argsort(-1, descending=True).tolist()
-    for rank in range(E if overflow else 2):
-        for i in range(12):
-            if len(found[i]) < 2 and left[ranked[i][rank]]:
-                left[ranked[i][rank]] -= 1
-                found[i].append(ranked[i][rank])
-    kept = [[e for e, place in zip(*row) if place < room] for row in zip(experts.tolist(), places.tolist())]
-    assert kept == list(found.values())
-    seats = [(e, place) for row in zip(experts.tolist(), places.tolist()) for e, place in zip(*row) if place < room]
-    assert len(seats) == len(set(seats))
+    found = {i: [] for i in range(12)}
+    for n, (begin, end) in enumerate(pairwise(bounds)):
+        left = [room[n]] * E
+        for rank in range(E if overflow else 2):
+            for i in range(begin, end):
+                if len(found[i]) < 2 and left[ranked[i][rank]]:
+                    left[ranked[i][rank]] -= 1
+                    found[i].append(ranked[i][rank])
+        seats = [(e, p) for e, p in zip(experts[begin:end][kept[begin:end]], places[begin:end][kept[begin:end]])]
+        assert len({(int(e), int(p)) for e, p in seats}) == len(seats)
+        assert all(0 <= p < room[n] for _, p in seats)
+    assert [row[keep].tolist() for row, keep in zip(experts, kept)] == list(found.values())
+
+
+@pytest.mark.parametrize("policy", ["overflow", "drop", "pad"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_capacity_in_training_is_that_of_each_document_alone(kind, policy):
+    layer = build(capacity_factor=0.6, capacity_policy=policy, **KINDS[kind]).train()
+    bounds = [0, 1, 8, 8, 21, 30]
+    x = tokens(1, 30).requires_grad_()
+    packed = layer(x, TokenLayout.of((1, 30), x.device, cu_seqlens=torch.tensor(bounds)))
+    alone = torch.cat([layer(x[:, begin:end]) for begin, end in pairwise(bounds)], 1)
+    torch.testing.assert_close(packed, alone, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]) for out in (packed, alone)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("policy", ["overflow", "drop", "pad"])
+def test_rows_of_a_batch_share_no_capacity_and_padding_takes_none(policy):
+    layer, x = build(capacity_factor=0.6, capacity_policy=policy).train(), tokens(3, 10)
+    batch = layer(x, TokenLayout.of((3, 10), x.device))
+    torch.testing.assert_close(batch, torch.cat([layer(row[None]) for row in x]), rtol=1e-12, atol=1e-12)
+    mask = torch.ones(3, 10, dtype=torch.bool)
+    mask[0, :4] = mask[1, 7:] = False
+    masked = layer(x, TokenLayout.of((3, 10), x.device, mask=mask))
+    for row, real, out in zip(x, mask, masked):
+        torch.testing.assert_close(out[real], layer(row[real][None])[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", ["overflow", "drop"])
+def test_capacity_under_torch_func_is_the_same(policy):
+    layer, x = build(capacity_factor=0.6, capacity_policy=policy).train(), tokens(3, 10)
+    loss = lambda x: layer(x[None]).square().sum()  # noqa: E731
+    expected = torch.stack([torch.autograd.functional.jacobian(loss, row) for row in x])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_overflow_uses_room_that_drop_leaves_empty():
@@ -149,7 +186,7 @@ def test_padding_neither_counts_in_losses_nor_takes_capacity():
     for value in (x, x.masked_fill(~mask[..., None], 3.0)):
         layout = TokenLayout.of((2, 8), x.device, mask=mask, losses=[])
         results.append((layer(value, layout)[mask], layout.losses))
-    real = TokenLayout.of((1, int(mask.sum())), x.device, losses=[])
+    real = TokenLayout.of((1, 11), x.device, cu_seqlens=torch.tensor([0, 5, 11]), losses=[])
     results.append((layer(x[mask][None], real)[0], real.losses))
     for out, losses in results[1:]:
         torch.testing.assert_close(out, results[0][0], rtol=1e-12, atol=1e-12)
