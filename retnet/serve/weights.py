@@ -5,6 +5,7 @@ modules and places that were packed, the version counters that in-place operator
 every column of the weights, because changes through `.data` raise no version (adapters are merged like that).
 """
 
+import math
 from collections import defaultdict
 
 import torch
@@ -43,14 +44,21 @@ class WeightsWatch:
         """From here on, compare with the weights as they are."""
         weights = self.model.state_dict(keep_vars=True).values()
         self._tensors = [part for weight in weights for part in int8_parts(weight) or (weight,)]
+        self._look_at_places()
         self._versions = _versions(self._tensors)
-        self._samples = _samples(self._tensors)
+        self._samples = _joined(self._views)
         self._changed = False
+
+    def _look_at_places(self) -> None:
+        self._places = _places(self._tensors)
+        self._views = _diagonals(self._tensors)
 
     def _values_changed(self) -> bool:
         if _versions(self._tensors) != self._versions:
             return True
-        samples = _samples(self._tensors)
+        if _places(self._tensors) != self._places:
+            self._look_at_places()  # moved by packing, or replaced
+        samples = _joined(self._views)
         return not all(torch.equal(found, known) for found, known in zip(samples, self._samples, strict=True))
 
 
@@ -58,13 +66,26 @@ def _versions(tensors: list[Tensor]) -> list[int]:
     return [0 if x.is_inference() else x._version for x in tensors]
 
 
-def _samples(tensors: list[Tensor]) -> list[Tensor]:
-    """Diagonals of the matrices, which meet every row and every column, and whole vectors, per dtype and device."""
+def _places(tensors: list[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
+
+
+def _diagonals(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Views of values that meet every row and every column of each tensor, per dtype and device.
+
+    Every s-th value of rows of K values meets every row if s <= K, and every column if s and K have no common factor.
+    """
     groups: dict[tuple, list[Tensor]] = defaultdict(list)
     for x in tensors:
-        flat = x.detach().reshape(-1)
-        row = x.shape[-1] if x.dim() > 1 else 0
-        num_rows = flat.numel() // max(1, row)
-        starts = range(0, max(1, row), max(1, num_rows))
-        groups[x.dtype, x.device] += [flat[start :: row + 1] for start in starts]
-    return [torch.cat(parts).view(_INTEGERS[parts[0].element_size()]) for parts in groups.values()]
+        if not x.numel():
+            continue
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        memory = x.detach().as_strided((extent,), (1,))  # a view, whatever the strides
+        row = next((stride for stride in sorted(x.stride()) if stride > 1), extent)
+        step = next(s for s in range(min(row, max(1, extent // row)), 0, -1) if math.gcd(s, row) == 1)
+        groups[x.dtype, x.device].append(memory[::step])
+    return list(groups.values())
+
+
+def _joined(views: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.cat(parts).view(_INTEGERS[parts[0].element_size()]) for parts in views]
