@@ -131,7 +131,7 @@ def build_empty(config: ModelConfig) -> LanguageModel:
     try:
         with torch.device("meta"):
             return LanguageModel(config)
-    except (RuntimeError, OverflowError) as error:
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch's, for sizes that no integer of its own holds
         raise ValueError(f"no tensors have the sizes of this configuration: {error}") from error
 
 

@@ -60,9 +60,9 @@ def _convert_kind(classes: Mapping[str, type], value: Any, path: str) -> Any:
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"{path}: expected a mapping with a kind, got {_name(value)}")
-    kind = str(value.get("kind"))
-    if kind not in classes:
-        raise ValueError(f"{path}.kind: {kind!r} given; accepted: {', '.join(classes)}")
+    kind = value.get("kind")
+    if not isinstance(kind, str) or kind not in classes:
+        raise ValueError(f"{path}.kind: {_shown(kind)} given; accepted: {', '.join(classes)}")
     return from_dict(classes[kind], value, path)
 
 
@@ -72,7 +72,7 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
         return _convert_union(args, value, path)
     if origin is Literal:
         if isinstance(value, bool) or value not in args:
-            raise ValueError(f"{path}: {value!r} given; accepted: {', '.join(map(str, args))}")
+            raise ValueError(f"{path}: {_shown(value)} given; accepted: {', '.join(map(str, args))}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
@@ -110,4 +110,10 @@ def _convert_union(args: tuple, value: Any, path: str) -> Any:
 
 
 def _name(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}"[:80]
+    return f"{type(value).__name__} {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= 70 else text[:67] + "..."

@@ -156,6 +156,10 @@ def _source_config(path: Path | None, theirs: Tensors, config: Any, form: Format
     if isinstance(config, (str, os.PathLike)):
         where = f"{config}: "
         config = read_json(Path(config))
+    if not isinstance(config, Mapping) and callable(
+        getattr(config, "to_dict", None)
+    ):  # a configuration of transformers
+        config = config.to_dict()
     if not isinstance(config, Mapping) and hasattr(config, "__dict__"):  # a namespace, torchscale's RetNetConfig, ...
         config = vars(config)
     if not isinstance(config, Mapping):

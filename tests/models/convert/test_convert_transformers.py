@@ -270,3 +270,12 @@ def test_mistral_without_a_window_in_its_file_has_the_default_of_transformers():
     options = {key: value for key, value in CASES["mistral"].items() if key != "sliding_window"}
     assert load(state, config=options).config.layers[0].mixer.window == 4096
     assert load(state, config={**options, "sliding_window": None}).config.layers[0].mixer.window is None
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "mamba2"])
+def test_a_configuration_of_transformers_may_be_given_as_the_object(case):
+    theirs = peer(CASES[case], torch.float32)
+    state = theirs.state_dict()
+    if theirs.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    assert load(state, config=theirs.config).config.name == theirs.config.model_type
