@@ -161,7 +161,7 @@ class Generation:
 
     @property
     def text(self) -> str | None:
-        """The output up to a stop string, if the request has stop strings."""
+        """The output up to a stop string or a stop token, if the request has stop strings."""
         return None if self.stops is None else self.stops.text
 
     @property
