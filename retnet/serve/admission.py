@@ -66,7 +66,7 @@ class Admission:
             ends=self._ends(request),
             start=after,
             stops=stops,
-            exact=after is None or after.rounding_error == 0,
+            rounding_error=0.0 if after is None else after.rounding_error,
         )
 
     def forget_fingerprint(self) -> None:

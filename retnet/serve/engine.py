@@ -321,7 +321,8 @@ class Engine:
     def _snapshot(self, generation: Generation) -> Snapshot:
         assert generation.slot is not None
         state = self.pool.copy(generation.slot)
-        return Snapshot(state, generation.seen, self.fingerprint, output_start=generation.counted_from)
+        error, output_start = generation.rounding_error, generation.counted_from
+        return Snapshot(state, generation.seen, self.fingerprint, error, output_start)
 
     def _fail(self, generation: Generation, error: str) -> None:
         generation.error = error

@@ -95,7 +95,7 @@ class Prefill:
         finite or not exact. Returns the state if it was put there, or if it is `needed`."""
         if self.prefixes is None or generation.slot is None or not generation.read:
             return None
-        if not generation.exact or self.weights.changed:
+        if generation.rounding_error or self.weights.changed:
             return None
         tokens = generation.seen[: generation.read]
         self.prefixes.note(tokens)
@@ -135,7 +135,7 @@ class Prefill:
         assert generation.slot is not None
         state = None if generation.start is None else generation.start.state
         if found is not None:
-            generation.cached = found[0] - generation.read
+            generation.cached, generation.rounding_error = found[0] - generation.read, 0.0
             generation.read, state = found
         self.pool.write(generation.slot, state)
         generation.start = None
@@ -147,11 +147,11 @@ class Prefill:
         """
         tokens, longest = generation.seen[:-1], None
         for other in self.stages.reading:
-            if other is generation or other.awaited is not None or not other.exact or other.read < at_hand:
+            if other is generation or other.awaited is not None or other.rounding_error or other.read < at_hand:
                 continue
             common = common_length(tokens, other.seen)
-            places = [place for place in self._places(other) if at_hand < place <= common]
-            if places and (longest is None or places[-1] > longest[1]):
+            places = [place for place in self._places(other) if place <= common] if common > at_hand else []
+            if places and places[-1] > max(at_hand, 0 if longest is None else longest[1]):
                 longest = other, places[-1]
         return longest
 

@@ -144,7 +144,7 @@ class PrefixCache:
                 found.value.hits += 1
                 self._use(found)
             else:
-                self.counts.misses[self._why_missed(path, read)] += 1
+                self.counts.misses[self._why_missed(tokens, path, read)] += 1
                 return None
             self.counts.hits += 1
             self.counts.tokens_saved += length - read
@@ -251,14 +251,15 @@ class PrefixCache:
         node.value = None
         self._dropped.add(node)
 
-    def _why_missed(self, path: list[Node[Cached]], read: int) -> str:
-        """path: the ends of the prefixes, longer than `read`, that the prompt has in common with earlier ones."""
+    def _why_missed(self, tokens: array, path: list[Node[Cached]], read: int) -> str:
+        """path: the nodes that are longer than `read`."""
         if not len(self) and not len(self._dropped):
             return "the cache is empty"
         if any(node in self._dropped for node in path):
             return "the state was dropped to stay within the budget"
-        if not path:
+        shared = self.tree.shared(tokens)
+        if shared <= read:
             return "no cached prompt begins with these tokens"
-        if self._cut(path[-1].end) - read >= self.least:
+        if self._cut(shared) - read >= self.least:
             return "a prompt began alike, but no state was kept where they part"
         return f"fewer than {self.least} tokens in common with another prompt"

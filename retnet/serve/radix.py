@@ -56,6 +56,17 @@ class RadixTree(Generic[V]):
             node = child
         return found
 
+    def shared(self, tokens: array) -> int:
+        """How many first tokens another sequence has too, if `tokens` and one more token are a sequence of the tree."""
+        path = self.path(tokens)
+        node = path[-1] if path else self.root
+        if node.end < len(tokens):
+            child = node.children.get(tokens[node.end])
+            whole = child is not None and child.tokens[: len(tokens) - node.end] == tokens[node.end :]
+            if child is not None and whole and (child.children or child.end > len(tokens) + 1):
+                return len(tokens)
+        return node.end
+
     def prune(self, nbytes: int) -> None:
         """Forget the sequences that were used least recently, down to `nbytes` if the prefixes with values allow it."""
         for parent, node in sorted(self._edges(), key=lambda edge: (edge[1].used, -edge[1].end)):
@@ -95,10 +106,10 @@ class RadixTree(Generic[V]):
 
 
 def common_length(a: array, b: array) -> int:
-    """How many first tokens two sequences have in common."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
+    """How many first tokens two sequences have in common. Takes time in proportion to them."""
+    low, high, end = 0, 1, min(len(a), len(b))
+    while low < end and a[low:high] == b[low:high]:  # in pieces of twice the length each
+        low, high = min(high, end), min(2 * high, end)
     while high - low > 1:  # they differ inside [low, high) and agree before
         middle = (low + high) // 2
         if a[low:middle] == b[low:middle]:

@@ -118,7 +118,7 @@ class Generation:
     cached: how many of them came from the prefix cache instead of being read.
     counted_from: where the output begins for penalties; a continued output began earlier.
     shared_end: where the part of the prompt ends that other prompts share.
-    exact: whether the state is that of the tokens up to rounding; not if it comes from a snapshot stored in fewer bits.
+    rounding_error: that of the snapshot which the state comes from; the prefix cache keeps exact states only.
     awaited: another prompt that is being read, and how many first tokens of it this one will continue from.
     ends: tokens that end the output.
     owner: identifies the engine. It is not the engine itself, whose memory would then wait for the garbage collector.
@@ -140,7 +140,7 @@ class Generation:
     error: str | None = None
     slot: int | None = None
     cached: int = 0
-    exact: bool = True
+    rounding_error: float = 0.0
     awaited: "tuple[Generation, int] | None" = field(default=None, repr=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     snapshot: Snapshot | None = None

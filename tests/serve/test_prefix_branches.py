@@ -5,6 +5,7 @@ import pytest
 from retnet.models.cost import model_cost
 from retnet.models.presets import preset
 from retnet.serve.engine import Engine
+from retnet.serve.radix import RadixTree
 from retnet.serve.request import Request
 from retnet.serve.snapshot import Snapshot
 from tests.small_models import prompt, small_model
@@ -184,14 +185,53 @@ def test_forks_that_begin_alike_read_their_common_part_once(small):
 
 
 def test_a_snapshot_stored_in_fewer_bits_leaves_nothing_in_the_cache(small, tmp_path):
+    """Nor does a fork of what continues it, unless a longer prefix in the cache replaces its state."""
     engine = engine_of(small, prefix_cache_bytes=10**7)
     session = engine.submit(Request(prompt(37), 4, GREEDY, keep_state=True))
     engine.run()
     stored = engine.stats().prefix.stored
-    session.snapshot.save(tmp_path / "rounded", "bfloat16")
-    engine.submit(Request(prompt(20), 4, GREEDY), Snapshot.load(tmp_path / "rounded"))
+    error = session.snapshot.save(tmp_path / "rounded", "bfloat16")
+    rounded = engine.submit(Request(prompt(20), 4, GREEDY, keep_state=True), Snapshot.load(tmp_path / "rounded"))
     engine.run()
+    engine.submit(Request(prompt(9), 4, GREEDY), rounded.snapshot)
+    engine.run()
+    assert rounded.snapshot.rounding_error == error > 0
     assert engine.stats().prefix.stored == stored
+    engine.submit(Request([*prompt(37), *session.tokens, *prompt(20)], 4, GREEDY))
+    engine.run()
+    again = engine.submit(Request(prompt(20), 4, GREEDY, keep_state=True), Snapshot.load(tmp_path / "rounded"))
+    engine.run()
+    assert (again.cached, again.snapshot.rounding_error) == (20, 0)
+
+
+def test_a_prompt_inside_an_earlier_one_is_told_that_no_state_is_kept_where_it_ends(small):
+    engine = default_engine(small)
+    send(engine, [prompt(100), prompt(60), prompt(30), prompt(100, 1)])
+    assert engine.stats().prefix.misses == {
+        "the cache is empty": 1,
+        PARTED: 1,
+        "fewer than 32 tokens in common with another prompt": 1,
+        "no cached prompt begins with these tokens": 1,
+    }
+
+
+def test_a_change_of_the_cache_that_is_broken_off_drops_what_is_cached(small, monkeypatch):
+    engine, prompts = default_engine(small), group(5, 100, 130)
+    expected = [facts(g) for g in send(engine, prompts)]
+
+    def interrupted(self, tokens):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RadixTree, "insert", interrupted)
+    engine.submit(Request(prompts[0], 3, GREEDY))
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    engine.run()
+    generations = send(engine, prompts)
+    assert [facts(g) for g in generations] == expected
+    assert [g.cached for g in generations] == [0, 0, 96, 96, 96]
+    assert engine.prefixes.nbytes == len(engine.prefixes) * engine_of(small).pool.copy(0).nbytes
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])

@@ -47,6 +47,19 @@ def test_the_least_recently_used_sequences_are_forgotten_first_and_values_never(
     assert tree.nbytes == 2 * NODE_BYTES + 4 * 7
 
 
+@pytest.mark.parametrize("alphabet", ["a", "ab"])
+def test_what_a_sequence_shares_with_others_is_known_up_to_its_last_token(alphabet):
+    rng = random.Random(1)
+    for _ in range(200):
+        texts = list({"".join(rng.choices(alphabet, k=rng.randint(1, 9))) for _ in range(4)})
+        tree = RadixTree()
+        for text in texts:
+            tree.insert(tokens_of(text))
+        own = rng.choice(texts)
+        common = [common_length(tokens_of(own[:-1]), tokens_of(text)) for text in texts if text != own]
+        assert tree.shared(tokens_of(own[:-1])) == max(common, default=0), (own, texts)
+
+
 def test_the_common_length_of_two_sequences():
     rng = random.Random(0)
     for _ in range(300):
