@@ -75,10 +75,10 @@ class Vectors:
     flat [B heads, C, D] and its `transposed`, heads [B, heads, C, D], groups [B, G, heads of a group, C, D].
     """
 
-    def __init__(self, flat: Tensor, B: int, G: int):
+    def __init__(self, flat: Tensor, B: int, G: int, heads: int):
         self.flat, self.transposed = flat, flat.transpose(1, 2)
-        self.heads = flat.view(B, -1, *flat.shape[1:])
-        self.groups = flat.view(B, G, -1, *flat.shape[1:])
+        self.heads = flat.view(B, heads, *flat.shape[1:])
+        self.groups = flat.view(B, G, heads // G, *flat.shape[1:])
 
     def load(self, part: Tensor) -> "Vectors":
         self.heads.copy_(part)
@@ -98,7 +98,7 @@ class Scratch:
             size = B * heads * C * columns
             if name not in memory or memory[name].numel() < size:
                 memory[name] = torch.empty(size, dtype=dtype)
-            return Vectors(memory[name][:size].view(B * heads, C, columns), B, G)
+            return Vectors(memory[name][:size].view(B * heads, C, columns), B, G, heads)
 
         self.q, self.k, self.raw_scores = buffer("q", G, K), buffer("k", G, K), buffer("raw scores", G, C)
         self.q_decayed, self.k_decayed, self.across = (buffer(x, H, K) for x in ("q decayed", "k decayed", "across"))
@@ -129,7 +129,7 @@ class Scratch:
         """Add up the heads that share q and k: [B H, C, D] -> [B G, C, D]."""
         if self.G == self.H:
             return x
-        return x.view(self.B * self.G, -1, *x.shape[1:]).sum(1)
+        return x.view(self.B * self.G, self.H // self.G, *x.shape[1:]).sum(1)
 
     def read_state(self, x: Vectors, state: RunningState, decay: Tensor, factored: bool) -> None:
         """across = x state^T, and decayed unless factored: [B H, C, K]."""

@@ -14,7 +14,7 @@ from torch import Tensor
 def long_convolution(x: Tensor, filters: Tensor) -> Tensor:
     """x [B, T, D] convolved with filters [L, D], L >= T: y [B, T, D] in the filters' dtype (float32 or wider)."""
     num_tokens, x, filters = x.shape[1], x.to(filters.dtype), filters[: x.shape[1]]
-    if num_tokens <= 1:
+    if num_tokens <= 1 or len(x) == 0:  # libraries of Fourier transforms refuse to transform nothing
         return x * filters
     return _convolve(x, filters[None], num_tokens)
 
@@ -31,7 +31,7 @@ def past_convolution(past: Tensor, position: Tensor, filters: Tensor, num_tokens
     if num_tokens == 1:
         lags = (position[:, None] - slots).clamp_min(0)
         return torch.where(held, filters[lags] * past, 0).sum(1, keepdim=True)
-    if C == 0 or num_tokens == 0:
+    if 0 in (N, C, num_tokens):
         return filters.new_zeros(N, num_tokens, D)
     total = C + num_tokens
     whole = _convolve(torch.where(held, past.to(filters.dtype), 0), filters[None, :total], total)

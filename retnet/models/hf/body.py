@@ -160,7 +160,8 @@ class RetNetModel(RetNetPreTrainedModel):
         if inner is not None:
             if getattr(self.config, "tie_last_hidden_states", None) is not False:
                 inner[-1] = hidden
-            hidden_states = _selected([x.view_as(hidden) for x in inner], output_hidden_states)
+            rows = [x if x.shape == hidden.shape else x.view_as(hidden) for x in inner]  # the graph's own tensors
+            hidden_states = _selected(rows, output_hidden_states)
         return Body(hidden, cache if use_cache else None, hidden_states)
 
     def _returned(self, output: Output, return_dict: bool | None) -> Output | tuple:

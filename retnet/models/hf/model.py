@@ -147,7 +147,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         if shift_labels is None:
             if tokens.bounds is not None:
                 labels = without_first_labels(labels, tokens.bounds)
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         if ignore_index != IGNORED:
             shift_labels = shift_labels.masked_fill(shift_labels == ignore_index, IGNORED)
         share = 1.0 if num_items_in_batch is None else (shift_labels != IGNORED).sum() / num_items_in_batch
@@ -168,6 +168,16 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
             body = RetNetModel(cast(RetNetConfig, self.config), self.model)
             self.__dict__["_without_head"] = body  # beside the submodules, which it shares
         return body
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str, dict[str, Any]]:
+        """The hook where `generate` chooses its inputs. Raises ValueError where there is no token to continue."""
+        tensor, name, others = super()._prepare_model_inputs(*args, **kwargs)
+        if 0 in tensor.shape[:2]:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; accepted: at least one row and one token, or none at all for a "
+                "text that begins with bos_token_id"
+            )
+        return tensor, name, others
 
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any

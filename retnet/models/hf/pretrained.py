@@ -17,6 +17,7 @@ class RetNetPreTrainedModel(PreTrainedModel):
     config_class = RetNetConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True  # what attention layers use; other mixers have no choice of implementations
     _is_stateful = True  # no token can be removed, as assisted generation would need
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers types it so)
     _keep_in_fp32_modules_strict = float32_parameters()
