@@ -18,6 +18,7 @@ from retnet.data.stream_encoder import BytesEncoder, StreamEncoder
 BYTES = "bytes"
 DOCUMENT_START = 256
 VOCAB_SIZE = 257
+PAD = 0xFF  # no part of any UTF-8 text; a pad for libraries that need one
 
 
 class Tokenizer(ABC):

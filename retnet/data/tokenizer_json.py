@@ -20,6 +20,7 @@ from retnet.data.stream_encoder import StreamEncoder, WindowEncoder, utf8_text
 from retnet.data.tokenizer import (
     BYTES,
     DOCUMENT_START,
+    PAD,
     VOCAB_SIZE,
     ByteTokenizer,
     Tokenizer,
@@ -310,8 +311,9 @@ def _is_bytes(tokenizer: tokenizers.Tokenizer) -> bool:
     """Whether this is the byte tokenizer as transformers knows it (`models/hf/tokenizer.py`)."""
     if tokenizer.get_vocab_size() != VOCAB_SIZE or _decoder_steps(tokenizer) != {"ByteLevel"}:
         return False
-    return list(_special_tokens(tokenizer).values()) == [DOCUMENT_START] and all(
-        tokenizer.id_to_token(byte) == character for byte, character in byte_characters().items()
+    special = set(_special_tokens(tokenizer).values())
+    return special in ({DOCUMENT_START}, {DOCUMENT_START, PAD}) and all(
+        tokenizer.id_to_token(byte) == character for byte, character in byte_characters().items() if byte not in special
     )
 
 

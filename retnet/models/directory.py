@@ -181,7 +181,8 @@ def _model_config(directory: Path, data: dict[str, Any]) -> ModelConfig:
     model_type = data.get("model_type")
     if model_type != MODEL_TYPE or "model_config" not in data:
         raise ValueError(
-            f"{file} is of model_type {model_type!r}; this reads models that retnet saved ({MODEL_TYPE!r})"
+            f"{file} is of model_type {model_type!r}; this reads models that retnet saved ({MODEL_TYPE!r}, with a "
+            "model_config), and `retnet convert` converts those of other libraries"
         )
     generation = directory / GENERATION_FILE
     try:

@@ -100,12 +100,17 @@ def initial_model(recipe: Recipe, corpus: Corpus, seed: int) -> PackedForCausalL
 
 
 def transformers_tokenizer(corpus: Corpus) -> PreTrainedTokenizerBase:
-    """The tokenizer of a corpus, for transformers; its document start begins and ends texts."""
+    """The tokenizer of a corpus, for transformers; its document start begins and ends texts.
+
+    Its pad is a special token that calls itself one; without such a token it is the document start.
+    """
     if corpus.tokenizer_directory is None:
         return byte_tokenizer()
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(corpus.tokenizer_directory / TOKENIZER_FILE))
     start = tokenizer.convert_ids_to_tokens(corpus.document_start)
-    tokenizer.add_special_tokens({"bos_token": start, "eos_token": start, "pad_token": start})
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pad = next((token for token in special if "pad" in token.lower() and token != start), start)
+    tokenizer.add_special_tokens({"bos_token": start, "eos_token": start, "pad_token": pad})
     return tokenizer
 
 

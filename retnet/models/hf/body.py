@@ -140,7 +140,8 @@ class RetNetModel(RetNetPreTrainedModel):
             inputs_embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[None]
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        inner: list[Tensor] | None = None if output_hidden_states in (None, False) else []
+        asked = not (output_hidden_states is None or output_hidden_states is False)  # 0 is a place
+        inner: list[Tensor] | None = [] if asked else None
         hidden, state = self.model.hidden(
             input_ids,
             None if cache is None else cache.state,

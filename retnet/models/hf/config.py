@@ -56,6 +56,19 @@ class RetNetConfig(PreTrainedConfig):
         """The transformers config of a core configuration."""
         return cls(model_config=config.to_dict())
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, from what `to_dict` returns or config.json holds.
+
+        Raises ValueError for a configuration of another library's RetNet, which has the same model_type.
+        """
+        if "model_config" not in config_dict:
+            raise ValueError(
+                "this config.json has no model_config: its model was not saved by retnet. `retnet convert SOURCE OUT` "
+                "converts RetNets of flash-linear-attention, syncdoth and torchscale"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def core(self) -> ModelConfig:
         """The wrapped configuration, with what stands beside it.

@@ -83,7 +83,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
                 input_ids is not None
                 and labels is None
                 and use_cache is not False
-                and output_hidden_states in (None, False)
+                and (output_hidden_states is None or output_hidden_states is False)
                 and not isinstance(logits_to_keep, Tensor)
             ):
                 logits = self._decode_fused(input_ids, tokens, past_key_values)
@@ -147,7 +147,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         if shift_labels is None:
             if tokens.bounds is not None:
                 labels = without_first_labels(labels, tokens.bounds)
-            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
         if ignore_index != IGNORED:
             shift_labels = shift_labels.masked_fill(shift_labels == ignore_index, IGNORED)
         share = 1.0 if num_items_in_batch is None else (shift_labels != IGNORED).sum() / num_items_in_batch
@@ -171,10 +171,10 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
 
     def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str, dict[str, Any]]:
         """The hook where `generate` chooses its inputs. Raises ValueError where there is no token to continue."""
-        tensor, name, others = super()._prepare_model_inputs(*args, **kwargs)
+        tensor, name, others = super()._prepare_model_inputs(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if 0 in tensor.shape[:2]:
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; accepted: at least one row and one token, or none at all for a "
+                f"{name} has shape {list(tensor.shape)}; accepted: at least one row and one token, or no {name} for a "
                 "text that begins with bos_token_id"
             )
         return tensor, name, others

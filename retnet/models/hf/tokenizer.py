@@ -7,24 +7,26 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from retnet.data.tokenizer import DOCUMENT_START, byte_characters
+from retnet.data.tokenizer import DOCUMENT_START, PAD, byte_characters
 
 TransformersTokenizer = PreTrainedTokenizerBase
 DOCUMENT_START_TOKEN = "<|document|>"
 CONFIG_FILE = "tokenizer_config.json"
+PAD_TOKEN = "<|pad|>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token b is the byte b of UTF-8 text; 256 stands before a document and, where one is needed, for a pad.
+    """Token b is the byte b of UTF-8 text; 256 stands before a document and ends one; 255 is the pad.
 
-    The ids are those of `retnet.data.ByteTokenizer`. `save_pretrained` beside a model's weights makes the directory
-    whole.
+    255 (0xFF) is no part of any UTF-8 text. The pad is not the end, so that collators which ignore the labels of pads
+    keep those of ends. The ids are those of `retnet.data.ByteTokenizer`. `save_pretrained` beside a model's weights
+    makes the directory whole.
     """
-    vocabulary = {character: byte for byte, character in byte_characters().items()}
+    vocabulary = {character: byte for byte, character in byte_characters().items() if byte != PAD} | {PAD_TOKEN: PAD}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([DOCUMENT_START_TOKEN])
+    tokenizer.add_special_tokens([DOCUMENT_START_TOKEN, PAD_TOKEN])
     start = (DOCUMENT_START_TOKEN, DOCUMENT_START)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{DOCUMENT_START_TOKEN} $A", pair=f"{DOCUMENT_START_TOKEN} $A $B", special_tokens=[start]
@@ -33,7 +35,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         bos_token=DOCUMENT_START_TOKEN,
         eos_token=DOCUMENT_START_TOKEN,
-        pad_token=DOCUMENT_START_TOKEN,
+        pad_token=PAD_TOKEN,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
