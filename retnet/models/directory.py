@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from retnet.models.config import ModelConfig
-from retnet.models.config_json import merged, outer_fields
+from retnet.models.config_json import merged, outer_fields, token_fields
 from retnet.models.lm import LanguageModel
 from retnet.models.tensor_files import Tensors, open_tensors, read_all, write_tensors
-from retnet.system.files import read_json, written_whole
+from retnet.system.files import read_json, write_json, written_whole
 
 MODEL_TYPE = "retnet"
 CONFIG_FILE = "config.json"
@@ -69,6 +69,9 @@ def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors:
     }
     write_tensors(directory, tensors.renamed({PREFIX + name: name for name in tensors.specs}))
     write_config(directory, data)
+    generation = directory / GENERATION_FILE
+    if generation.is_file():  # of an earlier save: its token ids would take precedence
+        write_json(generation, read_json(generation) | token_fields(config))
     write_shim(directory)
 
 

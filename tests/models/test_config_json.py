@@ -105,6 +105,17 @@ def test_ids_beside_model_config_win_and_null_leaves_those_inside(tmp_path):
     assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (7, (8, 6), None)
 
 
+def test_saving_over_an_earlier_model_leaves_none_of_its_ends(tmp_path):
+    hf_model(eos_token_id=(5, 6)).save_pretrained(tmp_path)
+    change_json(tmp_path / "generation_config.json", temperature=0.7)
+    save_model(small_model("both decays", **BYTES, eos_token_id=9), tmp_path)
+    assert load_config(tmp_path).eos_token_ids == (9,)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == 9
+    save_model(small_model("both decays", **BYTES), tmp_path)
+    assert load_config(tmp_path).eos_token_ids == ()
+    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.7
+
+
 def test_several_ends_survive_saving(tmp_path):
     model = small_model(eos_token_id=(3, 4))
     save_model(model, tmp_path)

@@ -166,4 +166,4 @@ def is_integer(x: Any) -> bool:
 
 
 def is_number(x: Any) -> bool:
-    return (isinstance(x, float) and math.isfinite(x)) or (is_integer(x) and abs(x) <= LARGEST)
+    return (isinstance(x, float) and math.isfinite(x)) or (is_integer(x) and abs(x) < 2**53)
