@@ -86,11 +86,22 @@ def read_text(data: bytes, origin: str = "") -> str:
 
 
 def parse(text: str, origin: str = "") -> Document:
-    """Parse YAML text.
+    """A stack's YAML text.
 
     Raises StackError if it is not YAML, or not one document with a mapping at its root. Smaller faults (repeated keys,
     dates, numbers out of range) are collected in `faults`.
     """
+    document = compose(text, origin)
+    if not isinstance(document.root, dict):
+        mark = document.values.get((), Mark(1, 1))
+        what = f"a stack is a mapping, this file holds {show(document.root)}"
+        fix = "start the file with `schema_version: 1` and the sections model, tokenizer_contract, embedding, ..."
+        raise StackError([Fault((), what, fix, mark=mark)], origin)
+    return document
+
+
+def compose(text: str, origin: str = "") -> Document:
+    """Any YAML text. Raises StackError if it is not one YAML document; smaller faults are collected in `faults`."""
     loader: _BoundedLoader | None = None
     try:
         loader = _BoundedLoader(text)
@@ -103,11 +114,6 @@ def parse(text: str, origin: str = "") -> Document:
     reader = _NodeReader()
     if node is not None:
         reader.document.root = reader.read(node, ())
-    if not isinstance(reader.document.root, dict):
-        mark = reader.document.values.get((), Mark(1, 1))
-        what = f"a stack is a mapping, this file holds {show(reader.document.root)}"
-        fix = "start the file with `schema_version: 1` and the sections model, tokenizer_contract, embedding, ..."
-        raise StackError([Fault((), what, fix, mark=mark)], origin)
     return reader.document
 
 
@@ -120,9 +126,7 @@ def _yaml_fault(error: yaml.YAMLError, text: str) -> Fault:
         position = getattr(error, "position", 0)
         what = f"the character {text[position : position + 1]!a} is not allowed in YAML"
         mark = Mark(text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position))
-    return Fault(
-        (), f"this is not a YAML file that a stack can be read from: {plain(what, 200)}", "correct it here", mark=mark
-    )
+    return Fault((), f"this is not YAML that can be read: {plain(what, 200)}", "correct it here", mark=mark)
 
 
 class _NodeReader:
@@ -153,7 +157,7 @@ class _NodeReader:
                 return [self.read(item, (*path, i)) for i, item in enumerate(node.value)]
         finally:
             self._open.discard(id(node))
-        return self._refuse(path, f"the tag {plain(node.tag)} has no meaning in a stack", "remove the tag")
+        return self._refuse(path, f"the tag {plain(node.tag)} has no meaning here", "remove the tag")
 
     def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
         kind = node.tag.removeprefix(_TAG)

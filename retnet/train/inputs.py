@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +11,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Train
 
 from retnet.data import Corpus, Mixture, PackedDataset, Rows, open_corpus
 from retnet.data.corpus import token_kind
+from retnet.data.tokenizer import BYTES, DOCUMENT_START, VOCAB_SIZE
 from retnet.data.tokenizer_json import TOKENIZER_FILE
+from retnet.models.config import ModelConfig
 from retnet.models.hf.tokenizer import byte_tokenizer
 from retnet.models.lm import LanguageModel
 from retnet.stack.resolve import resolve_model, tokenizer_of
@@ -21,7 +21,6 @@ from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
 
 RECOMPILE_LIMIT = 64
-OPTIMIZER = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,7 @@ def initial_model(recipe: Recipe, corpus: Corpus, seed: int) -> PackedForCausalL
     """
     model = resolve_model(recipe.model, seed=seed)
     _check_tokenizer(model, corpus)
-    if model.config.vocab_size < corpus.vocab_size:
-        raise ValueError(
-            f"{recipe.model} has a vocabulary of {model.config.vocab_size}; the tokens of {corpus.name} need "
-            f"{corpus.vocab_size}"
-        )
+    _check_vocabulary(recipe.model, model.config, corpus)
     if recipe.compile_options is not None:
         # Blocks are compiled once per configuration, with and without gradients.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
@@ -128,23 +123,23 @@ def _check_tokenizer(model: LanguageModel, corpus: Corpus) -> None:
         )
 
 
-def run_identity(
-    recipe: Recipe, arguments: TrainingArguments, data: RunData, model: PackedForCausalLM
-) -> dict[str, Any]:
-    """The settings that a run must share with a checkpoint to resume from it: model, rows, their order, and batches."""
-    rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    settings = arguments.to_dict()
-    config = {k: v for k, v in model.model.config.to_dict().items() if k != "gradient_checkpointing"}
-    identity: dict[str, Any] = {
-        "model": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-        "data": {corpus.fingerprint: recipe.weights[name] for name, corpus in data.corpora.items()},
-        "length": recipe.length,
-        "rows_per_step": rows_per_step,
-        "data_seed": arguments.seed if arguments.data_seed is None else arguments.data_seed,
-        "carry_state": recipe.carry_state,
-        # The checkpoint's optimizer and schedule restore these: other values would have no effect.
-        **{name: settings[name] for name in OPTIMIZER},
-    }
-    if recipe.carry_state:  # each process keeps its lanes
-        identity["lanes"] = [arguments.train_batch_size] * arguments.world_size
-    return identity
+def _check_vocabulary(name: str, config: ModelConfig, corpus: Corpus) -> None:
+    """Raise ValueError for tokens outside the vocabulary, and if only one of the two is bytes.
+
+    Bytes are a vocabulary of 257, or one whose documents begin with token 256. Other tokens may be fewer than the
+    vocabulary, which is often padded.
+    """
+    size, is_bytes = config.vocab_size, corpus.tokenizer_id == BYTES
+    if size < corpus.vocab_size:
+        raise ValueError(f"{name} has a vocabulary of {size}; the tokens of {corpus.name} need {corpus.vocab_size}")
+    if is_bytes and size != VOCAB_SIZE and config.bos_token_id != DOCUMENT_START:
+        raise ValueError(
+            f"{name} has a vocabulary of {size}, and {corpus.name} is read as bytes, {VOCAB_SIZE} tokens; accepted: "
+            f"data in the tokens of that vocabulary (retnet data SOURCE OUT --tokenizer {TOKENIZER_FILE}, then "
+            f"data=OUT), or a model of bytes, such as retnet-tiny or a stack with vocab_size: {VOCAB_SIZE}"
+        )
+    if not is_bytes and config.bos_token_id == DOCUMENT_START != corpus.document_start:
+        raise ValueError(
+            f"{name} is a model of bytes, and {corpus.name} holds {corpus.vocab_size} tokens of a {TOKENIZER_FILE}; "
+            "accepted: text, or shards of bytes (retnet data without --tokenizer)"
+        )

@@ -1,11 +1,16 @@
-"""Parameter groups: which parameters have weight decay, and routers with a learning rate of their own."""
+"""Parameter groups (weight decay, routers with a learning rate of their own), and a check of schedules."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from retnet.layers.moe import ExpertLinear, MoE
+
+_PROBES = 100  # steps at which a schedule is tried
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:
@@ -26,3 +31,13 @@ def separate_routers(optimizer: torch.optim.Optimizer, model: nn.Module, lr_mult
         if moved:
             group["params"] = [p for p in group["params"] if id(p) not in routers]
             optimizer.add_param_group({**group, "params": moved, "lr": lr_multiplier * group["lr"]})
+
+
+def check_schedule(scheduler: LRScheduler, num_steps: int) -> None:
+    """Raise the error of a schedule that would fail in a later step, and ValueError for a rate that is no rate."""
+    if not isinstance(scheduler, LambdaLR):
+        return
+    for step in sorted({0, 1, num_steps - 1, num_steps, *(num_steps * part // _PROBES for part in range(_PROBES))}):
+        factor = scheduler.lr_lambdas[0](step)
+        if isinstance(factor, complex) or not 0 <= factor < math.inf:
+            raise ValueError(f"at step {step} the learning rate is multiplied by {factor}")

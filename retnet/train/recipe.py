@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
+from retnet.stack.document import MAX_BYTES, Document, compose
+from retnet.stack.errors import StackError
 from retnet.stack.resolve import STACK_SUFFIXES, resolve_stack
 from retnet.stack.training import router_lr_multiplier, training_defaults
 
@@ -48,7 +51,7 @@ _REQUIRED = {
     "data": "a folder written by `retnet data`, a file or folder of text, or stdlib; or several with their weights",
 }
 # Fields of TrainingArguments that would have no effect, because rows, their order and the loss are ours.
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "accelerator_config": "rows are assigned to processes by their number",
     "auto_find_batch_size": "the number of rows per step is part of a run's identity",
     "bf16_full_eval": "validation runs as training does",
@@ -59,6 +62,7 @@ _WITHOUT_EFFECT = {
     "ignore_data_skip": "a resumed run continues with the rows that come next",
     "label_smoothing_factor": "the loss is cross-entropy",
     "length_column_name": "all rows have the same length",
+    "liger_kernel_config": "the loss already avoids the logits of all tokens at once",
     "save_only_model": "a checkpoint must be complete to resume from it",
     "train_sampling_strategy": "data_seed determines the order of rows",
     "use_liger_kernel": "the loss already avoids the logits of all tokens at once",
@@ -69,11 +73,21 @@ _HINTS: dict[str, Any] = {"fsdp": _BOOL_OR_WORD, "resume_from_checkpoint": _BOOL
 _COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 # Minimums that TrainingArguments does not validate, and a value that means "no limit".
 _MINIMUMS: dict[str, tuple[float, float | None]] = {
+    "adam_epsilon": (0, None),
+    "dataloader_num_workers": (0, None),
+    "eval_delay": (0, None),
     "gradient_accumulation_steps": (1, None),
+    "learning_rate": (0, None),
+    "max_grad_norm": (0, None),
     "max_steps": (1, -1),
     "per_device_eval_batch_size": (1, None),
     "per_device_train_batch_size": (1, None),
+    "save_total_limit": (1, 0),
+    "warmup_steps": (0, None),
+    "weight_decay": (0, None),
 }
+_POSITIVE = ("eval_steps", "logging_steps", "num_train_epochs", "save_steps")
+_EXPONENT_FORM = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _METRICS = ("loss", "perplexity", "bits_per_byte")
 
 
@@ -95,7 +109,7 @@ class Recipe(BaseModel):
     training: fields of TrainingArguments, completed from the training_hints of a stack, then from `DEFAULTS`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str
     data: str | dict[str, Weight]
@@ -136,20 +150,18 @@ class Recipe(BaseModel):
 
 
 def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = (), **sugar: Any) -> Recipe:
-    """A recipe from a YAML file, `key=value` arguments, and keyword arguments that are not None; later ones override.
+    """A recipe from a YAML file, overridden by `key=value` arguments and keyword arguments that are not None.
 
     Raises FileNotFoundError if the file does not exist, and one ValueError that names everything not accepted.
     """
-    values = _read_yaml(Path(file)) if file is not None else {}
-    values |= dict(map(_parse_override, overrides))
-    values |= {key: value for key, value in sugar.items() if value is not None}
+    values = _read_recipe(Path(file)) if file is not None else {}
+    values |= _read_arguments(overrides, {key: value for key, value in sugar.items() if value is not None})
     own = set(Recipe.model_fields) - {"training"}
-    if isinstance(values.get("data"), str) and values["data"].lstrip().startswith("{"):
-        values["data"] = _from_yaml("data", values["data"])
-    hints = get_type_hints(TrainingArguments)
+    hints = get_type_hints(TrainingArguments) | _HINTS
+    values = {key: _parsed(key, value, hints.get(key)) for key, value in values.items()}
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     problems = [_unknown(key, own | fields) for key in values if key not in own | fields]
-    problems += [f"{key} is not accepted: {_WITHOUT_EFFECT[key]}" for key in values if key in _WITHOUT_EFFECT]
+    problems += [f"{key} is not accepted: {WITHOUT_EFFECT[key]}" for key in values if key in WITHOUT_EFFECT]
     problems += [f"{key} is missing: {meaning}" for key, meaning in _REQUIRED.items() if key not in values]
     stack = resolve_stack(str(values["model"])) if "model" in values else None
     training = dict(DEFAULTS)
@@ -158,7 +170,7 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
         values.setdefault("router_lr_multiplier", router_lr_multiplier(stack.spec))
     for key in sorted(values.keys() & fields):
         try:
-            training[key] = _coerce(key, _HINTS.get(key, hints[key]), values[key])
+            training[key] = _coerce(hints[key], values[key])
         except ValidationError as error:
             problems.append(f"{key} is {values[key]!r}: {error.errors()[0]['msg']}")
     problems += _unusable(training)
@@ -178,13 +190,17 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
 def _unusable(training: Mapping[str, Any]) -> list[str]:
     """Faults of settings that would otherwise fail late or have no effect."""
     problems = []
-    for key, (minimum, no_limit) in _MINIMUMS.items():
-        value = training.get(key, minimum)
-        if value < minimum and value != no_limit:
+    for key, value in training.items():
+        if not isinstance(value, int | float):
+            continue
+        minimum, no_limit = _MINIMUMS.get(key, (-math.inf, None))
+        if not math.isfinite(value):
+            problems.append(f"{key} is {value}; accepted: a finite number")
+        elif value < minimum and value != no_limit:
             also = "" if no_limit is None else f", or {no_limit:g} for no limit"
             problems.append(f"{key} is {value}; accepted: {minimum:g} or more{also}")
-    if training["num_train_epochs"] <= 0:
-        problems.append(f"num_train_epochs is {training['num_train_epochs']}; accepted: a number above 0")
+        elif key in _POSITIVE and value <= 0:
+            problems.append(f"{key} is {value}; accepted: a number above 0")
     best = training.get("metric_for_best_model")
     if best is not None and not best.endswith(_METRICS):
         problems.append(
@@ -200,42 +216,78 @@ def _unusable(training: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_recipe(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(
             f"no such recipe: {file} (arguments with '=' are settings, one without is a recipe file)"
         )
+    data = file.read_bytes()
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{file} has {len(data)} bytes; accepted: a recipe of at most {MAX_BYTES}")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
-    if not isinstance(values, Mapping):
+        values = _strict_yaml(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a recipe: {error}") from error
+    if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}; a recipe is a mapping of keys to values")
-    return {str(key): value for key, value in values.items()}
+    return values
 
 
-def _parse_override(word: str) -> tuple[str, str]:
-    key, equals, text = word.partition("=")
-    if not equals or not key:
-        raise ValueError(f"{word!r} is not key=value")
-    return key, text
+def _read_arguments(words: Iterable[str], sugar: dict[str, Any]) -> dict[str, Any]:
+    """Settings from `key=value` arguments and from options. Raises ValueError for a key that is given twice."""
+    values = dict(sugar)
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{word!r} is not key=value")
+        if key in values:
+            raise ValueError(f"{key} is given twice, as {values[key]!r} and {text!r}; accepted: once")
+        values[key] = text
+    return values
 
 
-def _from_yaml(key: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{key} is {text!r}, which starts like YAML but is not valid: {error}") from error
+def _strict_yaml(text: str) -> Any:
+    """The value of YAML text, by the rules of stack files: bounded, and without repeated keys. Raises ValueError.
 
-
-def _coerce(key: str, hint: Any, value: Any) -> Any:
-    """A value converted to its type in TrainingArguments. Text may be YAML, and YAML's `no` may mean the word "no".
-
-    Raises ValidationError, and ValueError for text that starts like YAML but is not valid.
+    In lists and mappings, text such as 1e-4 is a number; YAML 1.1 wants a point and a sign in it (1.0e-4).
     """
+    document = Document()
+    try:
+        document = compose(text)
+        faults = document.faults
+    except StackError as error:
+        faults = list(error.faults)
+    if faults:
+        places = (f" (line {f.mark.line}, column {f.mark.column})" if f.mark else "" for f in faults)
+        raise ValueError("; ".join(f"{f.what}{place}: {f.fix}" for f, place in zip(faults, places, strict=True)))
+    root = document.root
+    return {key: _with_numbers(value) for key, value in root.items()} if isinstance(root, dict) else root
+
+
+def _with_numbers(value: Any, *, nested: bool = False) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_numbers(part, nested=True) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(part, nested=True) for part in value]
+    return float(value) if nested and isinstance(value, str) and _EXPONENT_FORM.fullmatch(value) else value
+
+
+def _parsed(key: str, value: Any, hint: Any) -> Any:
+    """A setting; where a list or mapping is accepted, text that starts like one is read as one."""
+    kinds = get_args(hint) or (hint,)
+    is_collection = any((get_origin(kind) or kind) in (dict, list) for kind in kinds)
+    starts = ("[", "{") if is_collection else ("{",) if key == "data" else ()
+    if not isinstance(value, str) or not value.lstrip().startswith(starts):
+        return value
+    try:
+        return _with_numbers(_strict_yaml(value))
+    except ValueError as error:
+        raise ValueError(f"{key} is {value!r}, which starts like YAML but cannot be read: {error}") from error
+
+
+def _coerce(hint: Any, value: Any) -> Any:
+    """A value converted to its type in TrainingArguments; YAML's `no` may mean the word. Raises ValidationError."""
     adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        value = _from_yaml(key, value)
     try:
         return adapter.validate_python(value)
     except ValidationError:

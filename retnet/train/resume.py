@@ -1,4 +1,4 @@
-"""The files of a checkpoint that the Trainer does not write: unlogged losses, carried states, identity."""
+"""The files of a checkpoint that the Trainer does not write: unlogged losses, carried states, the run."""
 
 from __future__ import annotations
 
@@ -37,30 +37,14 @@ class ProcessState:
         return cls(**read_json(file), lanes=ModelState.load(lanes) if lanes.exists() else None)
 
 
-def save_run(
-    checkpoint: Path, identity: dict[str, Any], *, seconds: float, num_processes: int, validation_due: bool
-) -> None:
-    """Record the run that a checkpoint is of, how long it has trained, and whether a signal prevented a validation."""
-    run = {**identity, "seconds": seconds, "processes": num_processes, "validation_due": validation_due}
+def save_run(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Record the run that a checkpoint is of."""
     write_json(checkpoint / RUN_FILE, run)
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
     """What `save_run` recorded."""
     return read_json(checkpoint / RUN_FILE)
-
-
-def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raise ValueError for a checkpoint of another run: training would not continue with the rows that come next."""
-    saved = read_json(checkpoint / RUN_FILE)
-    differences = [
-        f"{key} was {saved.get(key)!r} and is {value!r}" for key, value in identity.items() if saved.get(key) != value
-    ]
-    if differences:
-        raise ValueError(
-            f"{checkpoint} is of another run: {'; '.join(differences)}. Accepted: the same, or model={checkpoint} "
-            "in another output_dir to start from its weights"
-        )
 
 
 def _progress_file(checkpoint: Path, process: int) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -15,17 +15,19 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import TrainingArguments
 
+from retnet.models.lm import LanguageModel
 from retnet.system.lock import locked
+from retnet.train.changes import check_changes, run_facts, said_settings
 from retnet.train.checkpoints import CheckpointError, choose, inspect, list_checkpoints
 from retnet.train.cpu_fsdp import sharding_on_cpus
 from retnet.train.finish import TrainingSummary, continuations, record, save_whole_model
-from retnet.train.inputs import RunData, initial_model, open_data, run_identity
+from retnet.train.inputs import RunData, initial_model, open_data
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.progress import ProgressCallback
 from retnet.train.recipe import Recipe
-from retnet.train.resume import check_identity
 from retnet.train.trainer import PackedTrainer, RunOptions
 
+PADDING = 1024  # tokens by which a vocabulary is commonly rounded up, for speed
 NEWEST = ("auto", "true")  # values of resume_from_checkpoint that select the newest checkpoint
 
 
@@ -58,7 +60,8 @@ def _train(
         carry_state=recipe.carry_state,
         router_lr_multiplier=recipe.router_lr_multiplier,
         max_minutes=recipe.max_minutes,
-        identity=run_identity(recipe, arguments, data, model),
+        facts=run_facts(recipe, arguments, data, model),
+        settings=said_settings(recipe, arguments),
     )
     resumed = _checkpoint(recipe, arguments, options, console)
     progress = ProgressCallback(console, recipe.max_minutes)
@@ -69,7 +72,7 @@ def _train(
             raise ValueError(f"the Trainer does not accept these settings: {error}") from error
     trainer.resumed = resumed
     parameters = sum(p.numel() for p in model.parameters())
-    _describe(console, recipe, parameters, data, trainer)
+    _describe(console, recipe, cast(LanguageModel, model.model), parameters, data, trainer)
     try:
         with trainer.signal:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -91,7 +94,7 @@ def _finish(
     save_whole_model(trainer, output, data.corpus)
     trainer.model_saved = True
     metrics = trainer.evaluate() if arguments.do_eval else {}
-    tokens = trainer.state.global_step * trainer.options.identity["rows_per_step"] * recipe.length
+    tokens = trainer.state.global_step * trainer.options.facts["rows_per_step"] * recipe.length
     summary = _summary(trainer, data, metrics, tokens=tokens, seconds=seconds, parameters=parameters)
     if trainer.is_world_process_zero():
         documents = next(iter(data.valid.values())).corpus
@@ -130,7 +133,9 @@ def _checkpoint(recipe: Recipe, arguments: TrainingArguments, options: RunOption
         broadcast_object_list(chosen)
     path: Path | None = chosen[0]
     if path is not None:
-        check_identity(path, options.identity)
+        changes = check_changes(path, options.facts, options.settings)
+        if changes:
+            console.print(f"changed: {'; '.join(changes)}", markup=False, highlight=False, soft_wrap=True)
     return path
 
 
@@ -161,7 +166,9 @@ def _choose_checkpoint(recipe: Recipe, output: Path, console: Console) -> Path |
     return newest.path
 
 
-def _describe(console: Console, recipe: Recipe, parameters: int, data: RunData, trainer: PackedTrainer) -> None:
+def _describe(
+    console: Console, recipe: Recipe, model: LanguageModel, parameters: int, data: RunData, trainer: PackedTrainer
+) -> None:
     arguments: TrainingArguments = trainer.args
     names = ", ".join(f"[bold]{escape(name)}[/]" for name in recipe.weights)
     documents = sum(len(corpus) for corpus in data.corpora.values())
@@ -172,9 +179,12 @@ def _describe(console: Console, recipe: Recipe, parameters: int, data: RunData, 
         f"validation {valid_bytes / 1e6:.2f} MB",
         soft_wrap=True,
     )
+    size, used = model.config.vocab_size, data.corpus.vocab_size
+    if size - used >= PADDING:
+        console.print(f"{size - used} of the model's {size} tokens are not in the data's tokenizer", highlight=False)
     where = f"{arguments.world_size} x {arguments.device.type}" if arguments.world_size > 1 else arguments.device.type
     console.print(
-        f"on {where}, {torch.get_num_threads()} threads, {trainer.options.identity['rows_per_step']} rows per step; "
+        f"on {where}, {torch.get_num_threads()} threads, {trainer.options.facts['rows_per_step']} rows per step; "
         f"MFU is relative to {trainer.meter.peak.source}",
         highlight=False,
         soft_wrap=True,

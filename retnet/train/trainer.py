@@ -30,7 +30,7 @@ from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainB
 from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged
 from retnet.train.hooks import TrainingHooks
 from retnet.train.losses import LossWatch, NonFiniteLoss, all_finite
-from retnet.train.optimizer import decayed_parameters, separate_routers
+from retnet.train.optimizer import check_schedule, decayed_parameters, separate_routers
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.resume import ProcessState, read_run, save_run
 from retnet.train.stopping import ProcessConsensus, RunClock, Terminated, TerminationSignal
@@ -43,13 +43,14 @@ STATE_FILE = "trainer_state.json"
 class RunOptions:
     """The settings of a run that are not in TrainingArguments.
 
-    identity: what a checkpoint must have in common with the run to be resumed.
+    facts, settings: what a checkpoint records of the run (`changes.py`).
     """
 
     carry_state: bool = False
     router_lr_multiplier: float = 1.0
     max_minutes: float | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 class PackedTrainer(Trainer):
@@ -212,7 +213,14 @@ class PackedTrainer(Trainer):
         return decayed_parameters(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        try:
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+            check_schedule(scheduler, num_training_steps)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            given, arguments = self.args.to_dict()["lr_scheduler_type"], self.args.lr_scheduler_kwargs
+            raise ValueError(
+                f"lr_scheduler_type is {given!r} with lr_scheduler_kwargs {arguments!r}, which cannot be made: {error}"
+            ) from error
         if self.options.max_minutes is not None:
             if not isinstance(scheduler, LambdaLR):
                 given = self.args.to_dict()["lr_scheduler_type"]
@@ -222,6 +230,15 @@ class PackedTrainer(Trainer):
                 )
             scheduler.lr_lambdas = [self.clock.schedule(f, num_training_steps) for f in scheduler.lr_lambdas]
         return scheduler
+
+    def _apply_schedule(self) -> None:
+        """Set the rates of the next step by a schedule that changed; the optimizer restored those of the checkpoint."""
+        scheduler = self.lr_scheduler
+        if isinstance(scheduler, LambdaLR):
+            rates = [b * f(scheduler.last_epoch) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
 
     # Validation and log
 
@@ -362,13 +379,8 @@ class PackedTrainer(Trainer):
         progress = ProcessState(float(self._tr_loss), self._globalstep_last_logged, self.lanes)
         progress.save(folder, self.args.process_index)
         if self.args.should_save:
-            save_run(
-                folder,
-                self.options.identity,
-                seconds=self.clock.seconds,
-                num_processes=self.args.world_size,
-                validation_due=self.validation_due,
-            )
+            progress = {"seconds": self.clock.seconds, "validation_due": self.validation_due}
+            save_run(folder, {"facts": self.options.facts, "settings": self.options.settings, **progress})
             if self.state.best_global_step:  # the Trainer recorded the path of the staging folder
                 self.state.best_model_checkpoint = str(output / f"checkpoint-{self.state.best_global_step}")
                 self.state.save_to_json(str(folder / STATE_FILE))
@@ -381,7 +393,10 @@ class PackedTrainer(Trainer):
         self._saved_step = self.state.global_step
         run = read_run(self.resumed)
         self.clock.start(run["seconds"])
-        self.validation_due = run.get("validation_due", False)
+        self.validation_due = run["validation_due"]
+        self.state.compute_steps(self.args, self.state.max_steps)  # the Trainer restored those of the checkpoint
+        if run["settings"] != self.options.settings:
+            self._apply_schedule()
         progress = ProcessState.load(self.resumed, self.args.process_index)
         if progress is not None:
             self._tr_loss.fill_(progress.loss)

@@ -53,7 +53,18 @@ def test_fields_of_recipes_are_validated(word):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a\n- b\n", "holds a list"), ("a: [1,\n", "is not YAML"), ("just text", "holds a str")],
+    [
+        ("- a\n- b\n", "holds a list"),
+        ("a: [1,\n", "is not a recipe: this is not YAML .* \\(line 2, column 1\\)"),
+        ("just text", "holds a str"),
+        ("length: 64\nmodel: m\nlength: 32\n", "the key 'length' is given twice \\(line 3, column 1\\)"),
+        ("model: m\ndata: {a: 1, b: 2, a: 3}\n", "the key 'a' is given twice \\(line 2"),
+        ("lr_scheduler_kwargs:\n  a: 1\n  a: 1\n", "the key 'a' is given twice \\(line 3"),
+        ("model: !!python/object/apply:os.system [ls]\n", "has no meaning here"),
+        ("2: 3\n", "the key '2' is not text"),
+        ("a: &a [1]\nb: [*a, *a, {c: *a, d: &d [*a, *d]}]\n", "an alias is inside the value that it repeats"),
+        ("a: " + "x" * 300_000, "has 300003 bytes; accepted: a recipe of at most"),
+    ],
 )
 def test_a_file_that_is_not_a_recipe_is_refused_with_the_reason(tmp_path, text, message):
     file = tmp_path / "recipe.yaml"
@@ -127,16 +138,48 @@ def test_a_setting_without_effect_is_refused_with_the_reason():
         ),
         ("torch_compile_mode=foo", "torch_compile_mode is 'foo'; accepted: default"),
         ("torch_compile_backend=foo", "torch_compile_backend is 'foo'; accepted: .*inductor"),
-        ("lr_scheduler_kwargs={a", "lr_scheduler_kwargs is '{a', which starts like YAML but is not valid"),
-        ("data={a: 1", "data is '{a: 1', which starts like YAML but is not valid"),
+        ("lr_scheduler_kwargs={a", "lr_scheduler_kwargs is '{a', which starts like YAML but cannot be read"),
+        ("lr_scheduler_kwargs={a: 1, a: 2}", "cannot be read: the key 'a' is given twice"),
+        ("data={a: 1", "data is '{a: 1', which starts like YAML but cannot be read"),
+        ("data={a: 1, a: 2}", "cannot be read: the key 'a' is given twice"),
+        ("num_train_epochs=nan", "num_train_epochs is nan; accepted: a finite number"),
+        ("learning_rate=inf", "learning_rate is inf; accepted: a finite number"),
+        ("max_minutes=inf", "max_minutes is 'inf': Input should be a finite number"),
+        ("learning_rate=-1", "learning_rate is -1.0; accepted: 0 or more"),
+        ("max_grad_norm=-1", "max_grad_norm is -1.0; accepted: 0 or more"),
+        ("save_total_limit=-1", "save_total_limit is -1; accepted: 1 or more, or 0 for no limit"),
+        ("eval_steps=0", "eval_steps is 0.0; accepted: a number above 0"),
         ("save_only_model=true", "save_only_model is not accepted: a checkpoint must be complete"),
         ("do_train=false", "do_train is not accepted: this command trains"),
         ("output_dir=m", "output_dir is m, the folder of the model; accepted: another"),
     ],
 )
 def test_settings_that_would_fail_late_or_have_no_effect_are_refused(word, message):
+    words = ["model=m", word] if word.startswith("data=") else ["model=m", "data=d", word]
     with pytest.raises(ValueError, match=message):
-        load_recipe(None, ["model=m", "data=d", word])
+        load_recipe(None, words)
+
+
+@pytest.mark.parametrize("words", [["length=3", "length=4"], ["length=3", "length=3"], ["data=d"]], ids=str)
+def test_a_setting_that_is_given_twice_is_refused(words):
+    with pytest.raises(ValueError, match=f"{words[0].split('=')[0]} is given twice"):
+        load_recipe(None, ["model=m", *words], data="d")
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.e-4", "+.1e-3", "0.1e-03", "1.0e-4"])
+def test_numbers_in_mappings_and_lists_of_a_recipe_are_numbers(tmp_path, number):
+    """YAML 1.1 reads most of these as text."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: m\ndata: {{a: {number}}}\nlr_scheduler_kwargs:\n  min_lr: {number}\n  b: [{number}]\n")
+    words = ["model=m", f"data={{a: {number}}}", f"lr_scheduler_kwargs={{min_lr: {number}, b: [{number}]}}"]
+    for recipe in (load_recipe(file), load_recipe(None, words)):
+        assert recipe.data == {"a": 1e-4}
+        assert recipe.training["lr_scheduler_kwargs"] == {"min_lr": 1e-4, "b": [1e-4]}
+
+
+def test_text_that_looks_like_yaml_is_text_where_no_list_or_mapping_is_accepted():
+    recipe = load_recipe(None, ["model=m", "data=[a].txt", "output_dir=[b]", "run_name={c", "valid={d}"])
+    assert (recipe.data, recipe.training["output_dir"], recipe.training["run_name"]) == ("[a].txt", "[b]", "{c")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -14,15 +15,19 @@ from transformers import Trainer
 
 from retnet.data import PackedDataset, open_corpus
 from retnet.models.directory import load_model, save_model
-from retnet.train.inputs import _check_same_tokens, initial_model
+from retnet.stack.resolve import resolve_config
+from retnet.train.inputs import _check_same_tokens, _check_vocabulary, initial_model
 from retnet.train.losses import NonFiniteLoss
+from retnet.train.recipe import load_recipe
 from retnet.train.run import train
 from retnet.train.throughput import Meter
 from retnet.train.trainer import PackedTrainer
+from tests.paths import ROOT
 from tests.small_models import PAPER, hf_model, small_model
 
 from .conftest import losses, recipe_for, weights
 
+STACK = str(ROOT / "recipes" / "llama-125m.yml")
 QUICK = {"max_steps": 8, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
 
 
@@ -298,6 +303,63 @@ def test_a_model_that_cannot_read_the_tokens_is_refused(text_folder, tmp_path, c
     save_model(small_model(vocab_size=100), tmp_path / "other")
     with pytest.raises(ValueError, match=r"vocabulary of 100; the tokens of .* need 257"):
         train(recipe_for(tmp_path / "other", text_folder, tmp_path / "out"), console)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens", "message"),
+    [
+        ({"vocab_size": 320}, None, "vocabulary of 320, and .* is read as bytes, 257 tokens; accepted: .*--tokenizer"),
+        ({"vocab_size": 257}, None, None),
+        ({"vocab_size": 320, "bos_token_id": 256}, None, None),
+        ({"vocab_size": 320}, 0, None),
+        ({"vocab_size": 320, "bos_token_id": 0}, 0, None),
+        ({"vocab_size": 320, "bos_token_id": 256}, 0, "is a model of bytes, and .* holds 300 tokens"),
+        ({"vocab_size": 299}, 0, "vocabulary of 299; the tokens of .* need 300"),
+    ],
+    ids=str,
+)
+def test_tokens_and_vocabulary_fit_or_are_refused_with_what_to_do(text_folder, tmp_path, vocabulary, tokens, message):
+    """tokens: None for bytes, otherwise the document start of a tokenizer with 300 tokens."""
+    save_model(small_model(**vocabulary), tmp_path / "model")
+    corpus = open_corpus(text_folder)
+    if tokens is not None:
+        corpus.tokenizer_id, corpus.vocab_size, corpus.document_start = "0123", 300, tokens
+    recipe = recipe_for(tmp_path / "model", text_folder, tmp_path / "out")
+    refused = nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    with refused:
+        initial_model(recipe, corpus, 0)
+
+
+@pytest.mark.parametrize("model", ["retnet-125m", STACK])
+def test_a_preset_or_stack_with_gpt2s_vocabulary_refuses_text(text_folder, model):
+    recipe, corpus = load_recipe(None, [f"model={model}", f"data={text_folder}"]), open_corpus(text_folder)
+    with pytest.raises(
+        ValueError, match=r"vocabulary of 50304, and .*such as retnet-tiny or a stack with vocab_size: 257"
+    ):
+        _check_vocabulary(recipe.model, resolve_config(recipe.model), corpus)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr_scheduler_type": "warmup_stable_decay"},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": "{num_decay_steps: many}"},
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": "{min_lr: low}"},
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": "{num_cycles: many}"},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": "{lr_end: 3, power: 2}"},
+        {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": "{unknown: 1}"},
+    ],
+    ids=str,
+)
+def test_a_schedule_that_cannot_be_made_is_refused_before_the_first_step(
+    byte_model, text_folder, tmp_path, console, settings
+):
+    with pytest.raises(
+        ValueError, match=f"lr_scheduler_type is '{settings['lr_scheduler_type']}' with .*cannot be made"
+    ):
+        train(recipe_for(byte_model, text_folder, tmp_path, **QUICK | settings), console)
+    assert "step 1/" not in console.file.getvalue()
 
 
 def test_weight_decay_leaves_norms_and_decays_alone():
