@@ -96,8 +96,8 @@ class Engine:
             engines that are to agree bit for bit need the same.
         prompt_budget: prompt tokens per step (at least one chunk is read), so that running requests keep their pace;
             one chunk if None.
-        prefix_cache_bytes: memory for the states of prompts' prefixes; prefix_interval: also keep a state every so many
-            tokens inside them.
+        prefix_cache_bytes: memory for states where prompts part, and at the ends of prompts and conversations, so that
+            common beginnings are read once; prefix_interval: also keep a state every so many tokens.
         max_waiting: requests that may wait for a slot (any number if None).
         decode: token ids to text; needed for stop strings. A tokenizer's own `decode` knows its unfinished characters.
         speculation: draft tokens from the context and check several per step (`serve/speculation.py`).

@@ -25,7 +25,7 @@ from retnet.serve.radix import Node, RadixTree
 
 # Cuts inside a prompt, in tokens. The chunkwise form sums in chunks of 64, where a cut changes no bits on a CPU.
 COARSE, FINE, LEAST = 64, 16, 32
-TREE_BYTES = 2**25  # for tokens of earlier prompts, 4 bytes each
+TREE_BYTES, TREE_SHARE = 2**25, 1 / 64  # for tokens of earlier prompts, 4 bytes each: or that share of the budget
 # Lookups for each cached state: a branch point that none of them used is out of use, or may be replaced by another.
 OUT_OF_USE, RECENT = 8, 2
 MOST_BRANCHES = 3 / 4  # of the states; ends may replace those beyond it
@@ -77,7 +77,7 @@ class PrefixCache:
     def __init__(self, budget_bytes: int, chunk: int = COARSE):
         if budget_bytes < 1:
             raise ValueError(f"the prefix cache has a budget of {budget_bytes} bytes; accepted: a positive number")
-        self.budget_bytes = budget_bytes
+        self.budget_bytes, self.tree_bytes = budget_bytes, int(max(TREE_BYTES, TREE_SHARE * budget_bytes))
         self.coarse, self.fine, self.least = (min(size, chunk) for size in (COARSE, FINE, LEAST))
         self.counts = PrefixCounts()
         self.tree = RadixTree[Cached]()
@@ -96,15 +96,17 @@ class PrefixCache:
 
     def note(self, tokens: array) -> None:
         """Remember a prompt or a conversation, so that a later one shows where the two part."""
+        if self._too_long(tokens):
+            return
         with self._change():
             self.tree.insert(tokens)
             for node in (None, *self._ends, *self._branches):
-                if self.tree.nbytes <= TREE_BYTES:
+                if self.tree.nbytes <= self.tree_bytes:
                     break
-                if node is not None:  # a prefix so long that its tokens take the room
+                if node is not None:  # prefixes so long that their tokens take the room
                     self._drop(node)
                     self.counts.evicted += 1
-                self.tree.prune(TREE_BYTES // 4 * 3)
+                self.tree.prune(self.tree_bytes // 4 * 3)
 
     def cuts(self, tokens: array) -> list[int]:
         """Where `tokens` part from other prompts and no state is near: after how many of them to keep one."""
@@ -159,7 +161,7 @@ class PrefixCache:
             if node is not None and node.value is not None:
                 self._use(node, branch)
                 return False
-            if nbytes > self.budget_bytes:
+            if nbytes > self.budget_bytes or self._too_long(tokens):
                 self.counts.too_large += 1
                 return False
             room = self._room(nbytes, branch) is not None
@@ -204,6 +206,10 @@ class PrefixCache:
         self._broken_off = True
         yield
         self._broken_off = False
+
+    def _too_long(self, tokens: array) -> bool:
+        """Whether the tokens would take the room of all others."""
+        return tokens.itemsize * len(tokens) > self.tree_bytes // 4
 
     def _cut(self, end: int) -> int:
         """Where to keep a state for prompts that part after `end` tokens."""

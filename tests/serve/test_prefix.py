@@ -5,6 +5,7 @@ from array import array
 import pytest
 
 from retnet.models.decode.sampling import Sampling
+from retnet.serve import prefix
 from retnet.serve.prefix import PrefixCache
 from retnet.serve.request import Request
 from tests.small_models import prompt
@@ -116,3 +117,25 @@ def test_tokens_of_a_snapshot_are_no_cache_hit_and_shared_counts_from_the_prompt
         engine.run()
     assert twin.cached == 11  # the snapshot's last token is still to be read
     assert engine.stats().prefix.tokens_saved == 1 + 11  # the first of the two found what [3] left after that token
+
+
+def test_the_tokens_that_are_remembered_stay_within_their_room(small, monkeypatch):
+    monkeypatch.setattr(prefix, "TREE_BYTES", 30_000)
+    state = engine_of(small).pool.copy(0)
+    cache = PrefixCache(200 * state.nbytes)
+    tokens = [array("i", [seed, *prompt(500, seed)]) for seed in range(40)]
+    for each in tokens:
+        cache.note(each)
+        assert cache.tree.nbytes <= cache.tree_bytes
+    cache.store(tokens[-1], state)
+    assert cache.find(tokens[-1]) is not None
+    for each in tokens:
+        cache.store(each, state)
+        cache.note(each)
+        assert cache.tree.nbytes <= cache.tree_bytes
+    assert cache.nbytes == len(cache) * state.nbytes
+    assert len(cache) == sum(cache.longest(each) == len(each) for each in tokens) > 3
+    long = array("i", prompt(2000))
+    cache.note(long)
+    cache.store(long, state)
+    assert (cache.longest(long), cache.counts.too_large) == (0, 1)
