@@ -88,7 +88,8 @@ def test_calls_of_many_threads_beside_stepping_threads_change_no_token(exact, op
     def keep_stepping() -> int:
         steps = 0
         while not stop.is_set():
-            steps += bool(engine.step())
+            engine.step()
+            steps += 1
         return steps
 
     with ThreadPoolExecutor(6) as threads:
@@ -107,6 +108,26 @@ def test_calls_of_many_threads_beside_stepping_threads_change_no_token(exact, op
     assert not wrong, f"{len(wrong)} of {len(users.asked)} requests got other tokens"
     if engine.prefixes is not None:
         assert engine.stats().prefix.hits > 0
+
+
+def test_a_call_waits_for_a_few_steps_at_most_though_a_thread_steps_in_a_loop(exact):
+    engine = engine_of(exact)
+    engine.submit(Request(prompt(5), 150, GREEDY))
+    stop, waited = threading.Event(), []
+
+    def keep_stepping() -> None:
+        while not stop.is_set():
+            engine.step()
+
+    with ThreadPoolExecutor(1) as threads:
+        stepping = threads.submit(keep_stepping)
+        for seed in range(30):
+            before = engine._num_steps
+            engine.cancel(engine.submit(Request(prompt(9, seed), 5, GREEDY)))
+            waited.append(engine._num_steps - before)
+        stop.set()
+        stepping.result(timeout=60)
+    assert sum(waited) / len(waited) < 10, waited
 
 
 def test_streams_of_several_threads_share_an_engine(exact):
@@ -170,8 +191,9 @@ def test_a_stream_dropped_before_its_first_token_gives_its_slot_back(small):
 
 def test_a_stream_dropped_during_a_step_ends_with_the_step(small):
     def decode(tokens) -> str:
-        streams.clear()
-        gc.collect()
+        if streams:
+            streams.clear()
+            gc.collect()
         return text_of(tokens)
 
     engine = engine_of(small, max_tokens=None, decode=decode)
