@@ -110,8 +110,9 @@ class StreamDecoder:
 
 def stream_decoder_of(decode: Decode) -> StreamDecoder:
     """A decoder for a function; that of the tokenizer for a tokenizer's `decode`, which knows the bytes of tokens."""
-    make = getattr(getattr(decode, "__self__", None), "stream_decoder", None)
-    return StreamDecoder(decode) if make is None else make()
+    owner = getattr(decode, "__self__", None)
+    make = getattr(owner, "stream_decoder", None)
+    return make() if make is not None and decode == getattr(owner, "decode", None) else StreamDecoder(decode)
 
 
 def ends_inside_character(data: bytes) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from retnet.data.stream_decoder import StreamDecoder, ends_inside_character
+from retnet.data.stream_decoder import StreamDecoder, ends_inside_character, stream_decoder_of
 from retnet.data.tokenizer import ByteTokenizer, byte_characters
 from retnet.data.tokenizer_json import JsonTokenizer
 
@@ -245,3 +245,12 @@ def test_a_function_that_gives_no_text_is_named_and_the_text_before_it_stays():
         decoder.push(7)
     assert decoder.flush() == ""
     assert decoder.push(1) == "é"
+
+
+def test_another_method_of_a_tokenizer_is_the_function_that_decodes():
+    class Loud(ByteTokenizer):
+        def loud(self, tokens) -> str:
+            return self.decode(tokens).upper()
+
+    assert streamed(stream_decoder_of(Loud().loud), b"ab") == "AB"
+    assert streamed(stream_decoder_of(Loud().decode), b"ab") == "ab"
