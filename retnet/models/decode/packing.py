@@ -14,6 +14,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from retnet.models.decode.int8 import int8_parts, move_int8_
 from retnet.ops.decode.linear import DecodeWeight
@@ -96,8 +97,9 @@ def _joined(pieces: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         return first.new_empty(0).set_(buffer, start, (rows, *first.shape[1:]), first.stride()), pieces
     whole = torch.cat(pieces)
     mark = ref(whole.untyped_storage())
-    # Through DLPack each part gets a storage of its own size, which keeps the whole memory alive.
-    parts = [torch.from_dlpack(part) for part in whole.split([len(piece) for piece in pieces])]
+    # Through DLPack each part gets a storage of its own size, which keeps the whole memory alive. By capsules, as
+    # `torch.from_dlpack` takes tensors of the current GPU alone.
+    parts = [from_dlpack(to_dlpack(part)) for part in whole.split([len(piece) for piece in pieces])]
     for part in [whole, *parts]:
         setattr(part.untyped_storage(), PACKED, mark)
     return whole, parts
