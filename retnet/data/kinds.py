@@ -52,10 +52,11 @@ RECORDS = (Kind.JSONL, Kind.JSON, Kind.PARQUET, Kind.ARROW)  # documents are in 
 READ = (Kind.TEXT, *RECORDS)
 
 
-def kind_of_file(path: Path, field: str = DEFAULT_FIELD) -> Kind:
+def kind_of_file(path: Path, field: str | None = None) -> Kind:
     """The kind of a path that is not a folder, or is a link to one.
 
-    field: the field with the text; a `.json` file of one object, or of an array of objects, is text without it.
+    field: the field with the text, if one was named; `text` otherwise. A `.json` file of one object is text without it,
+        and so is an array of objects, unless a field was named.
 
     Raises OSError for a path that cannot be read, DamagedError for a compressed file.
     """
@@ -111,19 +112,20 @@ def json_object(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _kind_of_json(path: Path, field: str) -> Kind | None:
+def _kind_of_json(path: Path, named: str | None) -> Kind | None:
     """The kind of a `.json` file with records; None if it is text.
 
     It has one object per line where a line of the first two is an object and there are two, as in JSON lines with a
     damaged line, or where its only line is an object with the field. It is an array of records where the first of them
-    is an object with the field.
+    is an object, with the field or with a field that was named: then the reader says what it lacks.
     """
+    field = DEFAULT_FIELD if named is None else named
     with open(path, "rb") as raw, unpacked(raw, path) as file:
         lines = filter(bytes.strip, iter(lambda: file.readline(LINE_BYTES), b""))
         first, second = next(lines, b"").removeprefix(_BOM), next(lines, b"")
     if first.lstrip().startswith(b"["):
         record = _first_record(path)
-        return Kind.JSON if record is not None and field in record else None
+        return Kind.JSON if record is not None and (field in record or named is not None) else None
     record = _object(first)
     if record is not None:
         return Kind.JSONL if second or field in record else None

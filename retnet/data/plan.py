@@ -146,7 +146,7 @@ def _find_files(source: str, settings: Settings, left_out: PathsByKind | None) -
     if source.startswith(HUB_PREFIX):
         yield from _hub_files(source.removeprefix(HUB_PREFIX), settings)
         return
-    found, path = find_source(source, settings.text_field), Path(source)
+    found, path = find_source(source, settings.field), Path(source)
     found.warn_of_left_out()
     if left_out is not None:
         left_out.update(found.left_out)

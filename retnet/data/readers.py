@@ -163,7 +163,9 @@ class Reading:
         try:
             for batch in self._batches():
                 self._check_column(batch.schema, field)
-                for value in batch.column(field):
+                column = batch.column(field)
+                _bytes_of(column).validate(full=True)  # offsets of a damaged file point anywhere
+                for value in column:
                     yield from _blocks_of(row, _encode(value.as_py(), field, place))
                     row += 1
         except UnicodeDecodeError as error:
@@ -300,6 +302,14 @@ class _Window:
 def _blocks_of(number: int, text: bytes) -> Iterator[Block]:
     if text:
         yield from (Block(number, data, last) for data, last in cut_blocks(text))
+
+
+def _bytes_of(column: Any) -> Any:
+    """A column of strings as one of bytes, over the same memory."""
+    import pyarrow as pa
+
+    views = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    return column.view(views[column.type])
 
 
 def _encode(value: Any, field: str, place: Callable[[], str]) -> bytes:

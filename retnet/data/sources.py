@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from retnet.data.compression import is_compressed
-from retnet.data.kinds import DEFAULT_FIELD, READ, Kind, kind_of_file, kind_of_folder
+from retnet.data.kinds import READ, Kind, kind_of_file, kind_of_folder
 
 STDLIB = "stdlib"
 _NAMES = 3
@@ -143,11 +143,13 @@ def by_kind(files: Iterable[SourceFile]) -> PathsByKind:
     return found
 
 
-def find_source(source: str | os.PathLike[str], record_field: str = DEFAULT_FIELD) -> Source:
+def find_source(source: str | os.PathLike[str], record_field: str | None = None) -> Source:
     """What a source holds, decided in one place for every verb (see `kinds`).
 
     source: `stdlib` (the source of Python's standard library, found through sysconfig, without its tests, generated
         documentation and installed packages), a file, or a folder, searched to any depth.
+
+    record_field: the field with the text, if one was named (see `kind_of_file`).
 
     Files are sorted by name. In a folder, names that start with a dot and `__pycache__`, links to folders, empty and
     binary files are left out.

@@ -13,10 +13,8 @@ Where there is no such place, the window grows, up to `WINDOW` characters.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -86,43 +84,45 @@ class WindowEncoder:
             self._first = self._window.index_of(window, self._first)
 
     def _read(self, text: str) -> _Window:
-        encoding = self._encode(text)
-        return _Window(text, encoding.ids, encoding.offsets, cast(list[int], encoding.word_ids))
+        return _Window(text, self._encode(text))
 
 
-@dataclass(frozen=True)
 class _Window:
-    """Tokens of a text: their ids, their characters as (begin, end), and the words that they are in."""
+    """The tokens of a text; of these, the characters and words are asked for near the ends alone."""
 
-    text: str
-    ids: list[int]
-    spans: list[tuple[int, int]]
-    words: list[int]
+    def __init__(self, text: str, encoding: Encoding):
+        self.text, self.ids = text, encoding.ids
+        self._encoding = encoding
+
+    def span(self, token: int) -> tuple[int, int]:
+        """The characters of a token, as (begin, end)."""
+        return self._encoding.token_to_chars(token) or (-1, -1)
 
     def around(self, token: int, shift: int = 0) -> list[tuple[int, int, int]] | None:
         """(begin, end, id) of the tokens beside the begin of `token`, `SAME` on each side; None near the ends."""
         if not SAME <= token <= len(self.ids) - SAME:
             return None
-        return [
-            (self.spans[i][0] + shift, self.spans[i][1] + shift, self.ids[i]) for i in range(token - SAME, token + SAME)
-        ]
+        spans = [(i, *self.span(i)) for i in range(token - SAME, token + SAME)]
+        return [(begin + shift, end + shift, self.ids[i]) for i, begin, end in spans]
 
     def begins_word(self, token: int) -> bool:
-        return self.words[token] != self.words[token - 1]
+        return self._encoding.token_to_word(token) != self._encoding.token_to_word(token - 1)
 
     def is_deep_in_word(self, token: int) -> bool:
         """Whether the token is at least `MARGIN` characters into its word."""
-        first = bisect_left(self.words, self.words[token])
-        return self.spans[token][0] - self.spans[first][0] >= MARGIN
+        word = self._encoding.token_to_word(token)
+        tokens = None if word is None else self._encoding.word_to_tokens(word)
+        return tokens is not None and self.span(token)[0] - self.span(tokens[0])[0] >= MARGIN
 
-    def between(self, begin: int, end: int) -> range:
-        """The tokens that begin in [begin, end), at a character."""
-        return range(*(bisect_left(self.spans, (at,)) for at in (begin, end)))
+    def at(self, character: int) -> int:
+        """The token of a character, or of the first after it that has one."""
+        tokens = map(self._encoding.char_to_token, range(character, len(self.text)))
+        return next((token for token in tokens if token is not None), len(self.ids))
 
     def index_of(self, other: _Window, token: int) -> int:
-        """The token of another window that begins where this one does."""
-        begin, wanted = other.spans[token][0], other.around(token)
-        return next(i for i in self.between(begin, begin + 1) if self.around(i) == wanted)
+        """The token that is `token` in another window of the same begin."""
+        wanted = other.around(token)
+        return next(i for i in range(self.at(other.span(token)[0]), len(self.ids)) if self.around(i) == wanted)
 
 
 def _join(left: _Window, right: _Window, shift: int) -> tuple[int, int] | None:
@@ -131,10 +131,12 @@ def _join(left: _Window, right: _Window, shift: int) -> tuple[int, int] | None:
     shift: characters of `left` before `right`.
     """
     begin, end = shift + MARGIN, len(left.text) - MARGIN
-    tokens = {right.spans[i][0] + shift: i for i in reversed(right.between(begin - shift, end - shift))}
-    for i in reversed(left.between(begin, end)):
-        at = left.spans[i][0]
-        if left.spans[i - 1][1] > at or (j := tokens.get(at)) is None:
+    if begin >= end:
+        return None
+    starts = {right.span(j)[0] + shift: j for j in reversed(range(right.at(begin - shift), right.at(end - shift)))}
+    for i in reversed(range(left.at(begin), left.at(end))):
+        start = left.span(i)[0]
+        if left.span(i - 1)[1] > start or (j := starts.get(start)) is None:
             continue
         both_begin = left.begins_word(i) and right.begins_word(j)
         if not both_begin and not (left.is_deep_in_word(i) and right.is_deep_in_word(j)):

@@ -43,7 +43,7 @@ def test_eval_refuses_options_that_have_no_effect(capsys, byte_model, words, mes
     assert message in wrong_input(capsys, "eval", byte_model, *words)
 
 
-@pytest.mark.parametrize("text", ["one\r\ntwo\r\n\r\nthree\r", "\ufeffone\ntwo", "a\x0b\x85\u2028b" + "x" * 9000])
+@pytest.mark.parametrize("text", ["one\r\ntwo\r\n\r\nthree\r", "\ufeffone\ntwo", "a\x0b\x85\u2028b" + "x" * 200])
 def test_eval_scores_the_same_text_from_a_file_and_from_data(capsys, byte_model, tmp_path, text):
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert run("eval", byte_model, "--file", tmp_path / "a.txt", "--json") == 0
@@ -54,7 +54,11 @@ def test_eval_scores_the_same_text_from_a_file_and_from_data(capsys, byte_model,
     assert of_file["bits_per_byte"] == pytest.approx(of_data["bits_per_byte"][str(byte_model)], rel=1e-5)
 
 
-def test_eval_scores_shards_as_the_text_that_they_were_written_from(capsys, byte_model, text_folder, tmp_path):
+def test_eval_scores_shards_as_the_text_that_they_were_written_from(capsys, byte_model, tmp_path):
+    text_folder = tmp_path / "texts"
+    text_folder.mkdir()
+    for name in "ab":
+        (text_folder / name).write_text(f"text of {name}\r\n" * 9)
     assert run("data", text_folder, tmp_path / "parent/tokens") == 0
     capsys.readouterr()
     bits = {}

@@ -44,8 +44,9 @@ def test_a_json_file_is_records_or_text_by_its_first_lines(tmp_path, name, suffi
 def test_the_field_decides_about_one_object(tmp_path):
     (tmp_path / "a.json").write_bytes(b'{"body": "x"}')
     (tmp_path / "b.json").write_bytes(b'[{"body": "x"}]')
-    kinds = [[kind_of_file(tmp_path / name, field) for field in ("text", "body")] for name in ("a.json", "b.json")]
-    assert kinds == [[Kind.TEXT, Kind.JSONL], [Kind.TEXT, Kind.JSON]]
+    for name, of_body, of_other in (("a.json", Kind.JSONL, Kind.TEXT), ("b.json", Kind.JSON, Kind.JSON)):
+        kinds = [kind_of_file(tmp_path / name, field) for field in (None, "body", "other")]
+        assert kinds == [Kind.TEXT, of_body, of_other]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.bz2"])

@@ -233,3 +233,21 @@ def test_an_error_of_the_disk_names_the_file_that_was_read(tmp_path, monkeypatch
     monkeypatch.setattr(Reading, "_advance", fail)
     with pytest.raises(OSError, match=r"Input/output error: '.*a\.txt'"):
         read(tmp_path / "a.txt")
+
+
+def test_damaged_offsets_of_an_arrow_file_are_an_error_and_end_no_process(tmp_path):
+    import pyarrow as pa
+    from pyarrow import ipc
+
+    path = tmp_path / "a.arrow"
+    table = pa.table({"text": ["six ab"] * 100})
+    with ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    data = path.read_bytes()
+    offsets = b"".join((6 * i).to_bytes(4, "little") for i in range(101))
+    assert data.count(offsets) == 1
+    for damaged in (1 << 30, (1 << 32) - 5, 3):
+        wrong = offsets[:200] + damaged.to_bytes(4, "little") + offsets[204:]
+        path.write_bytes(data.replace(offsets, wrong))
+        with pytest.raises(DataError, match=r"a\.arrow row 0 or after: "):
+            list(Reading(Piece(str(path), "a", "arrow", 0, 100, 1), Settings(), utf8=True).blocks())
