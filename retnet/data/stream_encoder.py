@@ -8,7 +8,8 @@ of text overlap: both are tokenised, and joined between two tokens that are the 
 - both are inside a word, at least `MARGIN` characters into it (a tokenizer without words, a run of letters): no merge
   of byte-pair encoding crosses the join in either window, so none does in the whole text.
 
-Where there is no such place, the window grows, up to `WINDOW` characters.
+The overlap is tokenised from two beginnings, to see that its tokens do not depend on where it begins. Where there is no
+such place, the window grows, up to `WINDOW` characters.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
 OVERLAP = 1 << 13  # characters
+BEFORE = 8191  # characters before an overlap; a prime, so that no group of digits has the same phase by chance
 MARGIN = 1 << 10  # characters: an overlap's ends, where a window lacks context, and the least part of a long word
 SAME = 4  # tokens on each side of a join that are equal
 WINDOW = 1 << 24  # characters
@@ -46,104 +48,87 @@ class BytesEncoder:
 class WindowEncoder:
     """Overlapping windows of text, tokenised and joined.
 
-    encode: text to an encoding with neither special tokens nor truncation. finish: applied to tokens in the end.
+    ids: text to tokens, with neither special tokens nor truncation. encode: the same with characters and words, which
+    takes longer: it reads the overlaps alone. finish: applied to tokens in the end.
     """
 
-    def __init__(self, encode: Callable[[str], Encoding], finish: Callable[[list[int]], list[int]]):
-        self._encode, self._finish = encode, finish
-        self._window: _Window | None = None
+    def __init__(
+        self,
+        ids: Callable[[str], list[int]],
+        encode: Callable[[str], Encoding],
+        finish: Callable[[list[int]], list[int]],
+    ):
+        self._ids_of, self._encode, self._finish = ids, encode, finish
+        self._text = ""  # of the window
+        self._ids: list[int] = []
         self._first = 0  # token of the window that is the first not returned
 
     def push(self, data: bytes, last: bool) -> Sequence[int]:
-        text, window = utf8_text(data), self._window
+        following = self._text[-OVERLAP:] + utf8_text(data)
+        ids = self._ids_of(following)
         ready: list[int] = []
-        if window is None:
-            self._window = self._read(text)
+        if not self._text:
+            self._text, self._ids = following, ids
+        elif join := self._join(ids):
+            ready = self._ids[self._first : join[0]]
+            self._text, self._ids, self._first = following, ids, join[1]
         else:
-            begin = max(0, len(window.text) - OVERLAP)
-            following = self._read(window.text[begin:] + text)
-            if join := _join(window, following, begin):
-                ready = window.ids[self._first : join[0]]
-                self._window, self._first = following, join[1]
-            else:
-                self._grow(window, text)
-        if last and self._window is not None:
-            ready += self._window.ids[self._first :]
+            self._grow(following[len(self._text[-OVERLAP:]) :])
+        if last:
+            ready += self._ids[self._first :]
         return self._finish(ready)
 
-    def _grow(self, window: _Window, text: str) -> None:
-        """Tokenise the window again, with the text that follows it."""
-        whole = window.text + text
-        if len(whole) > WINDOW:
+    def _grow(self, text: str) -> None:
+        """Tokenise the window again, with the text that follows it. Tokens far from its end stay as they were."""
+        self._text += text
+        before = self._ids[: self._first + SAME]
+        if len(self._text) <= WINDOW:
+            self._ids = self._ids_of(self._text)
+        if len(self._text) > WINDOW or self._ids[: len(before)] != before:
             raise ValueError(
                 f"{WINDOW:,} characters without a place where this tokenizer can stop between two tokens; accepted: "
                 "text with such places, as at white space, or bytes (--tokenizer bytes)"
             )
-        self._window = self._read(whole)
-        if self._first:
-            self._first = self._window.index_of(window, self._first)
 
-    def _read(self, text: str) -> _Window:
-        return _Window(text, self._encode(text))
+    def _join(self, following: list[int]) -> tuple[int, int] | None:
+        """A place where the window and the one that follows join, as the first token after it in each.
 
-
-class _Window:
-    """The tokens of a text; of these, the characters and words are asked for near the ends alone."""
-
-    def __init__(self, text: str, encoding: Encoding):
-        self.text, self.ids = text, encoding.ids
-        self._encoding = encoding
-
-    def span(self, token: int) -> tuple[int, int]:
-        """The characters of a token, as (begin, end)."""
-        return self._encoding.token_to_chars(token) or (-1, -1)
-
-    def around(self, token: int, shift: int = 0) -> list[tuple[int, int, int]] | None:
-        """(begin, end, id) of the tokens beside the begin of `token`, `SAME` on each side; None near the ends."""
-        if not SAME <= token <= len(self.ids) - SAME:
-            return None
-        spans = [(i, *self.span(i)) for i in range(token - SAME, token + SAME)]
-        return [(begin + shift, end + shift, self.ids[i]) for i, begin, end in spans]
-
-    def begins_word(self, token: int) -> bool:
-        return self._encoding.token_to_word(token) != self._encoding.token_to_word(token - 1)
-
-    def is_deep_in_word(self, token: int) -> bool:
-        """Whether the token is at least `MARGIN` characters into its word."""
-        word = self._encoding.token_to_word(token)
-        tokens = None if word is None else self._encoding.word_to_tokens(word)
-        return tokens is not None and self.span(token)[0] - self.span(tokens[0])[0] >= MARGIN
-
-    def at(self, character: int) -> int:
-        """The token of a character, or of the first after it that has one."""
-        tokens = map(self._encoding.char_to_token, range(character, len(self.text)))
-        return next((token for token in tokens if token is not None), len(self.ids))
-
-    def index_of(self, other: _Window, token: int) -> int:
-        """The token that is `token` in another window of the same begin."""
-        wanted = other.around(token)
-        return next(i for i in range(self.at(other.span(token)[0]), len(self.ids)) if self.around(i) == wanted)
-
-
-def _join(left: _Window, right: _Window, shift: int) -> tuple[int, int] | None:
-    """A place where two windows join, as the first token after it in each; None if there is none.
-
-    shift: characters of `left` before `right`.
-    """
-    begin, end = shift + MARGIN, len(left.text) - MARGIN
-    if begin >= end:
+        The overlap is tokenised alone, and once more with text before it. Both end where the window ends, and the first
+        begins where the following one does, so that equal tokens up to there are those of equal text.
+        """
+        overlap = self._encode(self._text[-OVERLAP:])
+        longer = self._encode(self._text[-OVERLAP - BEFORE :])
+        ids = overlap.ids
+        from_window = len(self._ids) - len(ids)
+        from_longer = len(longer.ids) - len(ids)
+        equal_end = min(_common(ids[::-1], other[: -len(ids) - 1 : -1]) for other in (self._ids, longer.ids))
+        equal_begin = _common(ids, following)
+        for token in reversed(range(max(len(ids) - equal_end + SAME, 1), min(equal_begin, len(ids)) - SAME)):
+            begin, end = overlap.token_to_chars(token - 1), overlap.token_to_chars(token)
+            if begin is None or end is None or begin[1] > end[0]:
+                continue  # inside a character
+            if not MARGIN <= end[0] <= OVERLAP - MARGIN:
+                continue
+            places = (overlap, token), (longer, token + from_longer)
+            if all(_begins_word(*place) for place in places) or all(_is_deep_in_word(*place) for place in places):
+                return token + from_window, token
         return None
-    starts = {right.span(j)[0] + shift: j for j in reversed(range(right.at(begin - shift), right.at(end - shift)))}
-    for i in reversed(range(left.at(begin), left.at(end))):
-        start = left.span(i)[0]
-        if left.span(i - 1)[1] > start or (j := starts.get(start)) is None:
-            continue
-        both_begin = left.begins_word(i) and right.begins_word(j)
-        if not both_begin and not (left.is_deep_in_word(i) and right.is_deep_in_word(j)):
-            continue
-        if (around := left.around(i)) is not None and around == right.around(j, shift):
-            return i, j
-    return None
+
+
+def _begins_word(encoding: Encoding, token: int) -> bool:
+    return encoding.token_to_word(token) != encoding.token_to_word(token - 1)
+
+
+def _is_deep_in_word(encoding: Encoding, token: int) -> bool:
+    """Whether a token is at least `MARGIN` characters into its word."""
+    word, span = encoding.token_to_word(token), encoding.token_to_chars(token)
+    first = None if word is None else encoding.word_to_chars(word)
+    return first is not None and span is not None and span[0] - first[0] >= MARGIN
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Tokens at the begin of both lists that are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def utf8_text(data: bytes) -> str:

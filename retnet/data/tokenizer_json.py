@@ -85,7 +85,11 @@ class JsonTokenizer(Tokenizer):
         return [self._as_text(encoding.ids) for encoding in encodings]
 
     def stream_encoder(self) -> StreamEncoder:
-        return WindowEncoder(self._encode_window, self._as_text)
+        return WindowEncoder(self._ids_of, self._encode_window, self._as_text)
+
+    def _ids_of(self, text: str) -> list[int]:
+        with _refused_text():
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _encode_window(self, text: str) -> tokenizers.Encoding:
         with _refused_text():
