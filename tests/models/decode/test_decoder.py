@@ -178,6 +178,17 @@ def test_a_model_packed_once_is_not_copied_again():
     assert check(model, decoder) == 2
 
 
+@torch.no_grad()
+def test_models_that_share_packed_weights_go_on_sharing_them():
+    one, other = decoded(small_model())[0], small_model()
+    other.load_state_dict(one.state_dict(), assign=True)
+    for model in (other, one):
+        assert check(model, FusedDecoder(model)) == 2
+    one.layers[0].mixer.v_proj.weight.zero_()
+    assert check(other, FusedDecoder(other)) == 2
+    assert torch.equal(one(IDS).logits, other(IDS).logits)
+
+
 def test_weights_made_in_inference_mode_decode():
     with torch.inference_mode():
         model = small_model((LEARNT,) * 2)
