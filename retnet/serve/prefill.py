@@ -6,6 +6,7 @@ prompt that begins like one that is being read waits until their common beginnin
 
 from collections import deque
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -45,6 +46,7 @@ class Prefill:
         self.chunk, self.budget, self.prefix_interval = chunk, budget, prefix_interval
         self.num_tokens = 0  # read so far
         self._expected: deque[Generation] = deque()
+        self._cuts: WeakKeyDictionary[Generation, tuple[int, list[int]]] = WeakKeyDictionary()  # of a cache's version
 
     def expect(self, generation: Generation) -> None:
         """Let the prompts that are read from the next step on take account of one that waits for a slot."""
@@ -176,7 +178,11 @@ class Prefill:
         end = len(generation.seen) - 1
         inside = {generation.shared_end}
         if self.prefixes is not None:
-            inside.update(self.prefixes.cuts(generation.seen[:end]))
+            version, cuts = self._cuts.get(generation, (-1, []))
+            if version != self.prefixes.version:
+                version, cuts = self.prefixes.version, self.prefixes.cuts(generation.seen[:end])
+                self._cuts[generation] = version, cuts
+            inside.update(cuts)
         return [*sorted(place for place in inside if generation.read < place < end), end]
 
     def _read(self, generation: Generation, end: int, place: int) -> ModelState | None:

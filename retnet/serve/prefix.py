@@ -85,6 +85,7 @@ class PrefixCache:
         self._branches: OrderedDict[Node[Cached], Cached] = OrderedDict()
         self._dropped: WeakSet[Node[Cached]] = WeakSet()  # to report why a prompt missed
         self._num_lookups = 0
+        self.version = 0  # counts changes
         self._broken_off = False  # the last change, by an exception
 
     def __len__(self) -> int:
@@ -204,6 +205,7 @@ class PrefixCache:
             self._branches.clear()
             self.counts.states = self.counts.state_bytes = 0
         self._broken_off = True
+        self.version += 1
         yield
         self._broken_off = False
 
