@@ -52,7 +52,8 @@ AUTO_MAP = {
 
 def save_model(model: LanguageModel, directory: str | os.PathLike[str]) -> None:
     """Write the model to a directory, which is created if missing. Each file is written atomically."""
-    write_model(directory, model.config, Tensors.of(stored_tensors(model)))
+    config = replace(model.config, tie_embeddings=_is_tied(model))
+    write_model(directory, config, Tensors.of(stored_tensors(model)))
 
 
 def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors: Tensors) -> None:
@@ -166,8 +167,13 @@ def fill(
 
 def stored_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """The model's state dict without a tied head, which is the embedding."""
-    absent = {"head.weight"} if model.config.tie_embeddings else set()
+    absent = {"head.weight"} if _is_tied(model) else set()
     return {name: x for name, x in model.state_dict().items() if name not in absent}
+
+
+def _is_tied(model: LanguageModel) -> bool:
+    """Whether the head is the embedding; adapters that were merged may have untied them."""
+    return model.config.tie_embeddings and model.head.weight is model.embedding.weight
 
 
 def _config_json(directory: Path) -> dict[str, Any]:

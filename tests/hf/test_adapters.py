@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from retnet.models.directory import load_model, save_model
+from retnet.models.hf import RetNetForCausalLM
 from tests.small_models import hf_model
 
 from .conftest import STACKS, random_ids
@@ -70,10 +72,33 @@ def test_lora_trains_is_saved_and_merged(tmp_path, stack, targets):
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_prompt_tuning_trains_in_front_of_the_text(stack):
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_prompt_tuning_reads_the_sizes_and_trains_in_front_of_the_text(stack, kind):
     base = hf_model(stack, init="normal", init_std=0.05)
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, token_dim=32, num_layers=2,
-                                     num_attention_heads=2)  # fmt: skip
-    model = peft.get_peft_model(base, config)
+    model = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    sizes = model.active_peft_config
+    assert (sizes.token_dim, sizes.num_layers, sizes.num_attention_heads) == (32, len(base.model.layers), 2)
     losses = train(model, steps=20)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{"trainable_token_indices": [5, 97, 98]}, {"modules_to_save": ["embedding"]}, {"modules_to_save": ["head"]}],
+    ids=["tokens", "embedding", "head"],
+)
+def test_trained_tokens_and_heads_are_merged_and_saved_by_every_writer(tmp_path, stack, tied, options):
+    """PEFT reads from the configuration whether the head is the embedding, and unties them there."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    model, ids = peft.get_peft_model(hf_model(stack, tie_embeddings=tied), config), random_ids(2, 7)
+    train(model, steps=3)
+    expected = model(input_ids=ids).logits
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "transformers")
+    save_model(merged.model, tmp_path / "native")
+    loaded = [load_model(tmp_path / "native"), load_model(tmp_path / "transformers")]
+    loaded += [RetNetForCausalLM.from_pretrained(tmp_path / name) for name in ("native", "transformers")]
+    for other in (merged, *loaded):
+        torch.testing.assert_close(other(ids).logits, expected, rtol=1e-3, atol=1e-3)

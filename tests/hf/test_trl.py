@@ -50,3 +50,25 @@ def test_the_loss_of_packs_is_that_of_padded_rows(saved, tmp_path):
         with torch.no_grad():
             losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_dpo_prefers_the_chosen_answers(saved, tmp_path, kind, checkpointing):
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", bf16=False,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    pairs = {"prompt": ["ab ", "cd "] * 8, "chosen": ["good", "fine"] * 8, "rejected": ["bad", "no"] * 8}
+    trainer = trl.DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(saved),
+        args=arguments,
+        train_dataset=Dataset.from_dict(pairs),
+        processing_class=AutoTokenizer.from_pretrained(saved),
+        peft_config=peft.LoraConfig(r=4, target_modules="all-linear") if kind == "lora" else None,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
