@@ -28,7 +28,9 @@ def fingerprint(model: LanguageModel) -> str:
         weights |= {name: weight} if int8 is None else {f"{name}.int8": int8[0], f"{name}.scale": int8[1]}
     for name, weight in sorted(weights.items()):
         flat = weight.detach().flatten()
-        places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64)
+        places = torch.linspace(
+            0, max(0, flat.numel() - 1), min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64, device="cpu"
+        )
         values = flat[places.round().long().to(flat.device)].cpu().contiguous()
         total = int(flat.view(_INTEGERS[weight.element_size()]).sum(dtype=torch.int64))
         digest.update(f"{name} {list(weight.shape)} {weight.dtype} {total}".encode())

@@ -1,6 +1,7 @@
 """Devices: the one that a user names, whether a tensor goes to kernels, and the GPU that Triton launches on."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ def current_device_of(x: Tensor) -> AbstractContextManager[None]:
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
+
+
+@contextmanager
+def own_modes(x: Tensor) -> Iterator[None]:
+    """The modes of torch for work whose results must not depend on the caller's: x's device is current, and autocast,
+    gradients and inference mode are off. Tensors made in inference mode could not be updated outside it."""
+    autocast = torch.autocast(x.device.type, enabled=False)
+    with current_device_of(x), torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
 
 
 def uses_kernels(x: Tensor) -> bool:

@@ -41,7 +41,7 @@ class Decoding:
         """Take all slots but these out of the steps."""
         self._parts = None
         self._without_draft.clear()
-        taking_part = torch.zeros(self.pool.num_slots, dtype=torch.bool)
+        taking_part = torch.zeros_like(self.step.active)
         taking_part[list(slots)] = True
         self.step.active.copy_(taking_part)
 

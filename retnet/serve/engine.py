@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
+import torch
+
 from retnet.models.decode.sampling import SamplingParts, SamplingTable
 from retnet.models.decode.step import DecodeStep
 from retnet.models.lm import LanguageModel
-from retnet.ops.device import current_device_of
+from retnet.ops.device import own_modes
 from retnet.serve.admission import Admission
 from retnet.serve.decoding import Decoding
 from retnet.serve.options import (
@@ -56,7 +58,7 @@ def _between_steps(call: "Callable[Concatenate[Engine, P], R]") -> "Callable[Con
 
     @wraps(call)
     def alone(engine: "Engine", *args: P.args, **kwargs: P.kwargs) -> R:
-        return engine._turns.take(lambda: engine._work(call.__name__, lambda: call(engine, *args, **kwargs)))
+        return engine._turns.take(lambda: engine._call(call.__name__, lambda: call(engine, *args, **kwargs)))
 
     return alone
 
@@ -107,6 +109,7 @@ class Engine:
             on their routing.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: LanguageModel,
@@ -205,12 +208,11 @@ class Engine:
                 raise ValueError(
                     f"samplings has {quoted(parts)} in it; accepted: SamplingParts, such as sampling.parts"
                 )
-        with current_device_of(self._step.tokens):
-            for parts in samplings or (SamplingParts(),):
-                if self._step.graphs:
-                    self._step.capture(parts)
-                elif not self._stages.decoding:
-                    self._step(parts)
+        for parts in samplings or (SamplingParts(),):
+            if self._step.graphs:
+                self._step.capture(parts)
+            elif not self._stages.decoding:
+                self._step(parts)
 
     def submit(self, request: Request, after: Snapshot | None = None) -> Generation:
         """Queue a request. It continues the snapshot `after`, if given, and its prompt may then be empty.
@@ -221,7 +223,7 @@ class Engine:
 
     def _submit(self, request: Request, after: Snapshot | None) -> Generation:
         if not self._turns.inside_step:
-            self._turns.work(lambda: self._tidy(uses_states=after is not None))
+            self._work(lambda: self._tidy(uses_states=after is not None))
         generation = self._admission.admit(request, after, len(self._stages.waiting))
         self._prefill.expect(generation)
         self._stages.waiting.append(generation)
@@ -244,12 +246,11 @@ class Engine:
         """Admit requests, read prompts, decode once. Returns each request that got new tokens, with these tokens."""
         check_in_evaluation_mode(self.model)
         self._num_steps += 1
-        with current_device_of(self._step.tokens):
-            self._admit()
-            self._prefill.run(self._start_decoding, self._fail)
-            new = self._decoding.run()
-            self._finish_ended()
-            return new
+        self._admit()
+        self._prefill.run(self._start_decoding, self._fail)
+        new = self._decoding.run()
+        self._finish_ended()
+        return new
 
     def run(self) -> None:
         """Step until every request has finished."""
@@ -351,14 +352,19 @@ class Engine:
         generation.finish(reason)
         stages.in_doubt = ()
 
-    def _work(self, name: str, call: Callable[[], R]) -> R:
+    def _call(self, name: str, call: Callable[[], R]) -> R:
         """Run a call on states whose turn it is."""
         if self._turns.inside_step:
             raise RuntimeError(
                 f"{name} was called by `decode`, inside a step, where states and tokens do not match; accepted there: "
                 "submit and cancel"
             )
-        return self._turns.work(lambda: self._tidied(call))
+        return self._work(lambda: self._tidied(call))
+
+    def _work(self, do: Callable[[], R]) -> R:
+        """Run `do`, which works on states, whatever modes of torch the caller has on."""
+        with own_modes(self._step.tokens):
+            return self._turns.work(do)
 
     def _tidied(self, call: Callable[[], R]) -> R:
         self._tidy()
@@ -372,7 +378,7 @@ class Engine:
 
     def _settle_between_steps(self) -> None:
         if not self._turns.inside_step:
-            self._turns.work(self._settle)
+            self._work(self._settle)
 
     def _settle(self) -> None:
         """Put in order what the last call left: requests in doubt, and ended or cancelled ones."""

@@ -98,9 +98,10 @@ class VerifyStep(DecodeStep):
         """Set the draft tokens of the next step, by slot. Behind them, the slot's last token is repeated."""
         num_slots, longest = self.drafts.shape
         padded = [(drafts.get(slot, []) + [-1] * longest)[:longest] for slot in range(num_slots)]
-        given = torch.tensor(padded).to(self.tokens.device)
+        given = torch.tensor(padded, device=self.tokens.device)
         self.drafts.copy_(torch.where(given < 0, self.tokens[:, None], given))
-        self.lengths.copy_(torch.tensor([len(drafts.get(slot, [])) for slot in range(num_slots)]))
+        lengths = [len(drafts.get(slot, [])) for slot in range(num_slots)]
+        self.lengths.copy_(torch.tensor(lengths, device=self.lengths.device))
 
     def __call__(self, parts: SamplingParts) -> Sampled:
         """Tokens [S, W] on the host; each slot's are valid up to the first that differs from its draft."""
