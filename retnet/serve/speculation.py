@@ -116,6 +116,8 @@ class VerifyStep(DecodeStep):
         self._updates[self._last].accept_(self.state, torch.tensor(counts, device=self.tokens.device))
 
     def _run(self, parts: SamplingParts) -> Sampled:
+        if not self.graphs:  # a graph writes into the updates of its capture
+            self._updates.clear()
         hidden, self._updates[parts] = self.model.draft(torch.cat([self.tokens[:, None], self.drafts], 1), self.state)
         position, accepted = self.state.position + 1, self.active
         columns = []

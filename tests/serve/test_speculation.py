@@ -164,3 +164,11 @@ def test_a_draft_follows_an_earlier_place_of_the_same_tokens_however_small_the_i
         assert draft[0] in allowed if draft else entries < 4096 or not places
         found += bool(draft) and draft[0] == allowed[0]
     assert found > (50 if entries < 4096 else 590)
+
+
+def test_updates_of_drafts_are_kept_for_the_last_step_alone(small):
+    engine = engine_of(small, speculation=Speculation(3))
+    for sampling in (GREEDY, Sampling(), Sampling(top_k=3), Sampling(logprobs=1), Sampling(presence_penalty=1.0)):
+        engine.submit(Request(prompt(5), 6, sampling))
+        engine.run()
+        assert len(engine._step._updates) == 1

@@ -176,8 +176,11 @@ class SamplingTable:
         if not sampling.parts.edits:
             return  # the penalties are neutral, whatever is counted
         device = self.bias.device
-        for token, bias in sampling.logit_bias.items():
-            self.bias[slot, token] = bias
+        if sampling.logit_bias:  # perhaps one for each token of the vocabulary
+            tokens, biases = zip(*sampling.logit_bias.items(), strict=True)
+            self.bias[slot, torch.tensor(tokens, device=device)] = torch.tensor(
+                biases, dtype=self.bias.dtype, device=device
+            )
         self.seen[slot].zero_()
         self.seen[slot, seen.to(device)] = True
         self.counts[slot] = torch.bincount(generated.cpu(), minlength=self.vocab_size).to(device)

@@ -82,7 +82,13 @@ class DecodeStep:
         if parts in self._captured:
             return
         active = self.active.clone()
-        self.active.zero_()
+        try:
+            self.active.zero_()
+            self._captured[parts] = self._capture(parts)
+        finally:  # otherwise the running requests would sample on and their states stand still
+            self.active.copy_(active)
+
+    def _capture(self, parts: SamplingParts) -> tuple[torch.cuda.CUDAGraph, Sampled]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -101,8 +107,7 @@ class DecodeStep:
             for here, there in zip(on_host, sampled, strict=True):
                 if here is not None and there is not None:
                     here.copy_(there, non_blocking=True)
-        self._captured[parts] = graph, on_host
-        self.active.copy_(active)
+        return graph, on_host
 
     def _run(self, parts: SamplingParts) -> Sampled:
         logits, _ = self._fused(self.tokens, self.state, self.active, self.deferred)

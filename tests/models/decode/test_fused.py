@@ -210,3 +210,20 @@ def test_a_prompt_that_cannot_be_read_fails_only_its_request():
     assert bad.error.startswith("its prompt cannot be read: log_decay reaches nan")
     assert running.tokens == run(engine_of(model), running.request)[0].tokens
     assert engine.pool.num_free == 4
+
+
+def test_a_capture_that_fails_leaves_the_running_requests_as_they_were(monkeypatch):
+    request = Request(prompt(6), 12, GREEDY)
+    expected = run(engine_of(small_model()), request)[0].tokens
+    engine = engine_of(small_model())
+    generation = engine.submit(request)
+    for _ in range(4):
+        engine.step()
+    monkeypatch.setattr(engine._step, "graphs", True)
+    monkeypatch.setattr(engine._step, "_run", lambda parts: 1 / 0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: 1 / 0)  # where there is a GPU and where there is none
+    with pytest.raises(ZeroDivisionError):
+        engine.warmup(Sampling().parts)
+    monkeypatch.undo()
+    engine.run()
+    assert generation.tokens == expected

@@ -129,3 +129,14 @@ def test_random_numbers_are_uniform_and_independent_of_seed_and_position():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_a_bias_for_every_token_is_set_by_a_few_operators():
+    vocab_size = 50_000
+    bias = {token: float(token % 7) for token in range(vocab_size)}
+    table, none = SamplingTable(2, vocab_size, torch.device("cpu")), torch.zeros(1, dtype=torch.long)
+    with torch.profiler.profile() as profile:
+        table.fill(1, Sampling(logit_bias=bias), 0, none, none)
+    assert table.bias[1].tolist() == list(bias.values())
+    assert not table.bias[0].any()
+    assert sum(event.count for event in profile.key_averages()) < 500
