@@ -26,7 +26,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, labels: Tensor, soft_cap: float | None, dtype: torch.dtype
     ) -> Tensor:
-        given = hidden, weight, labels  # what other graphs hold anyway; casts of them would be held for this one alone
+        given = hidden, weight, labels  # saved for second derivatives; saving casts would hold a copy of the weight
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         rows = max(1, (SLICE_BYTES_GPU if hidden.is_cuda else SLICE_BYTES) // (4 * weight.shape[0]))
         wide = wide_dtype(hidden.dtype)
