@@ -91,6 +91,7 @@ _EXPONENT_FORM = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _METRICS = ("loss", "perplexity", "bits_per_byte")
 
 
+Source = Annotated[str, Field(min_length=1)]  # an empty one, as from an unset variable, would be the current folder
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -111,9 +112,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: str
-    data: str | dict[str, Weight]
-    valid: str | None = None
+    model: Source
+    data: Source | dict[Source, Weight]
+    valid: Source | None = None
     length: int = Field(default=1024, ge=2)
     carry_state: bool = False
     valid_fraction: float = Field(default=0.05, gt=0, lt=1)
@@ -201,6 +202,8 @@ def _unusable(training: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} is {value}; accepted: {minimum:g} or more{also}")
         elif key in _POSITIVE and value <= 0:
             problems.append(f"{key} is {value}; accepted: a number above 0")
+    if training.get("output_dir") == "":
+        problems.append("output_dir is empty; accepted: a folder")
     best = training.get("metric_for_best_model")
     if best is not None and not best.endswith(_METRICS):
         problems.append(
