@@ -18,7 +18,7 @@ from retnet.models.lm import LanguageModel
 from retnet.models.log_likelihood import score
 
 PIECE_BYTES = 1 << 16
-PIECE_TOKENS = 1 << 16
+PIECE_TOKENS = 1 << 13  # few enough for progress to be seen on a CPU
 
 
 @dataclass(frozen=True)
