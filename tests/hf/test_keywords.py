@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from retnet.models.hf.inputs import Tokens, document_bounds
+from retnet.models.hf.tokenizer import byte_tokenizer
 from tests.small_models import hf_model
 
 from .conftest import random_ids
@@ -204,6 +205,23 @@ def test_everything_that_a_tokenizer_returns_is_taken(hybrid):
     output = hybrid(**batch)
     alone = hybrid(torch.tensor([[2]])).logits[0, 0]
     torch.testing.assert_close(output.logits[1, 0], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_weights_asked_for_by_the_configuration_are_refused():
+    model = hf_model()
+    model.config._output_attentions = True  # as from_pretrained(output_attentions=True) sets it
+    with pytest.raises(ValueError, match="output_attentions is True; accepted: False"):
+        model(IDS)
+    assert model(IDS, output_attentions=False).logits is not None
+
+
+def test_generate_stops_at_a_string():
+    model, tokenizer = hf_model(), byte_tokenizer()
+    options = {"max_new_tokens": 40, "do_sample": False}
+    free = model.generate(IDS[:1], **options)
+    at = next(i for i in range(6, 46) if 33 <= free[0, i] < 127)
+    stopped = model.generate(IDS[:1], stop_strings=[chr(free[0, at])], tokenizer=tokenizer, **options)
+    assert torch.equal(stopped, free[:, : at + 1])
 
 
 def test_a_misspelled_keyword_of_generate_is_refused(hybrid):

@@ -116,6 +116,8 @@ class RetNetModel(RetNetPreTrainedModel):
         self, given: dict[str, Any], tokens: Tokens, cache: StateCache | None, cu_seq_lens: Tensor | None
     ) -> dict[str, Any]:
         """The arguments of the loss among the keywords; raises for those that cannot be honoured."""
+        if self.config.output_attentions:
+            given = {"output_attentions": True, **given}
         return loss_keywords(self, given, tokens.shape[1], cache, cu_seq_lens) if given else {}
 
     def _body(

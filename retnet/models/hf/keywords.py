@@ -17,10 +17,10 @@ from retnet.models.hf.cache import StateCache
 
 # Arguments of transformers' loss.
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
-# Bounds that other kernels need, and a tokenizer's notes about the text.
+# Bounds that other kernels need, what `generate` needs itself, and a tokenizer's notes about the text.
 _IGNORED = (
-    "max_length_q", "max_length_k", "special_tokens_mask", "offset_mapping", "length", "num_truncated_tokens",
-    "overflowing_tokens", "overflow_to_sample_mapping",
+    "max_length_q", "max_length_k", "tokenizer", "assistant_tokenizer", "special_tokens_mask", "offset_mapping",
+    "length", "num_truncated_tokens", "overflowing_tokens", "overflow_to_sample_mapping",
 )  # fmt: skip
 _FALSE = ("output_attentions", "output_router_logits")
 _CHECKED = (*_FALSE, "is_causal", "token_type_ids", "cu_seq_lens_k", "cache_position")
