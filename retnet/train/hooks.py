@@ -37,7 +37,7 @@ class TrainingHooks(TrainerCallback):
         if state.global_step == state.max_steps:  # processes agree before each step, and no step follows
             trainer.terminated = trainer.consensus.any(trainer.signal.received)
         if trainer.terminated:
-            trainer.validation_due = control.should_evaluate or _epoch_validation_follows(trainer)
+            trainer.validation_due = control.should_evaluate or epoch_validation_follows(trainer)
             control.should_training_stop = control.should_save = control.should_log = True
             control.should_evaluate = False
         elif trainer.clock.fraction >= 1:
@@ -55,7 +55,7 @@ class TrainingHooks(TrainerCallback):
         self._trainer.stop_reading_ahead()
 
 
-def _epoch_validation_follows(trainer: PackedTrainer) -> bool:
+def epoch_validation_follows(trainer: PackedTrainer) -> bool:
     """Whether an epoch ends with this step, and a validation is due at its end."""
     args, state = trainer.args, trainer.state
     ends_epoch = state.global_step % trainer.steps_per_epoch == 0 or state.global_step == state.max_steps

@@ -28,7 +28,7 @@ from retnet.data import PackedDataset, Rows
 from retnet.models.states import ModelState
 from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainBatches, ValidBatches, collate, to_device
 from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged
-from retnet.train.hooks import TrainingHooks
+from retnet.train.hooks import TrainingHooks, epoch_validation_follows
 from retnet.train.losses import LossWatch, NonFiniteLoss, all_finite
 from retnet.train.optimizer import check_schedule, decayed_parameters, separate_routers
 from retnet.train.packed_model import PackedForCausalLM
@@ -379,7 +379,9 @@ class PackedTrainer(Trainer):
         progress = ProcessState(float(self._tr_loss), self._globalstep_last_logged, self.lanes)
         progress.save(folder, self.args.process_index)
         if self.args.should_save:
-            progress = {"seconds": self.clock.seconds, "validation_due": self.validation_due}
+            before_validation = epoch_validation_follows(self) and self.state.global_step not in self._validations
+            due = self.validation_due or before_validation
+            progress = {"seconds": self.clock.seconds, "validation_due": due}
             save_run(folder, {"facts": self.options.facts, "settings": self.options.settings, **progress})
             if self.state.best_global_step:  # the Trainer recorded the path of the staging folder
                 self.state.best_model_checkpoint = str(output / f"checkpoint-{self.state.best_global_step}")

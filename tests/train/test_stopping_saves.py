@@ -189,6 +189,19 @@ def test_the_exit_code_is_that_of_the_signal(dropout_model, text_folder, tmp_pat
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2"}
 
 
+def test_a_checkpoint_between_the_last_step_of_an_epoch_and_its_validation_resumes_with_it(
+    dropout_model, text_folder, tmp_path, console
+):
+    """Epochs have two steps here. A run that is killed there leaves such a checkpoint."""
+    settings = {"eval_strategy": "epoch", "do_eval": True, "length": 480, "max_steps": 4, "save_steps": 1}
+    settings |= {"save_strategy": "steps", "save_total_limit": 9}
+    train(recipe_for(dropout_model, text_folder, tmp_path / "whole", **settings), console)
+    settings |= {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-2"}
+    train(recipe_for(dropout_model, text_folder, tmp_path / "resumed", **settings), console)
+    assert [step for step, _ in validations(tmp_path / "whole")] == [2, 4]
+    assert validations(tmp_path / "resumed") == validations(tmp_path / "whole")
+
+
 def test_a_signal_during_the_samples_ends_them_and_the_run_is_complete(
     dropout_model, text_folder, tmp_path, console, monkeypatch
 ):
