@@ -15,12 +15,14 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from retnet.layers.mixers import float32_parameters
 from retnet.models.config import ModelConfig
 from retnet.models.config_json import merged, outer_fields, token_fields
 from retnet.models.lm import LanguageModel
@@ -56,11 +58,14 @@ def save_model(model: LanguageModel, directory: str | os.PathLike[str]) -> None:
     write_model(directory, config, Tensors.of(stored_tensors(model)))
 
 
-def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors: Tensors) -> None:
-    """As `save_model`, for weights that need not be in memory: `tensors` named as in LanguageModel, read one by one."""
+def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors: Tensors) -> ModelConfig:
+    """As `save_model`, for weights that need not be in memory: `tensors` named as in LanguageModel, read one by one.
+
+    Returns the configuration as written, with the dtype of the weights.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = replace(config, dtype=_dtype_of(tensors))
+    config = replace(config, dtype=dtype_of(tensors.specs))
     data = {
         "architectures": ["RetNetForCausalLM"],
         "auto_map": AUTO_MAP,
@@ -74,6 +79,7 @@ def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors:
     if generation.is_file():  # of an earlier save: its token ids would take precedence
         write_json(generation, read_json(generation) | token_fields(config))
     write_shim(directory)
+    return config
 
 
 def write_config(directory: Path, data: Mapping[str, Any]) -> None:
@@ -127,7 +133,7 @@ def open_model(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]
     held = {int(part[1]) for part in map(_LAYER.match, tensors.specs) if part}
     _refuse(directory, size_problems(config, "embedding.weight", tensors.specs.get("embedding.weight"), held))
     _check_tensors(directory, build_empty(config), tensors)
-    return replace(config, dtype=_dtype_of(tensors)), tensors
+    return replace(config, dtype=dtype_of(tensors.specs)), tensors
 
 
 def build_empty(config: ModelConfig) -> LanguageModel:
@@ -200,9 +206,14 @@ def _model_config(directory: Path, data: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _dtype_of(tensors: Tensors) -> Any:
-    """The dtype of a model's weights: that of the embedding, as norms and routers may be kept in float32."""
-    return str(tensors.specs["embedding.weight"].dtype).removeprefix("torch.")
+def dtype_of(weights: Mapping[str, Tensor]) -> Any:
+    """The dtype of a model with these weights: the narrowest that holds its matrices.
+
+    Vectors (norms, biases), routers and the parameters that mixers keep in float32 do not count.
+    """
+    wide = {*float32_parameters(), "router"}
+    matrices = [x.dtype for name, x in weights.items() if x.dim() > 1 and wide.isdisjoint(name.split("."))]
+    return str(reduce(torch.promote_types, matrices)).removeprefix("torch.")
 
 
 def _check_tensors(directory: Path, model: LanguageModel, tensors: Tensors) -> None:

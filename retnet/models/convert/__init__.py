@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from retnet.models.convert.table import Format, in_our_names, in_their_names
 from retnet.models.directory import (
     CONFIG_FILE,
     build_empty,
+    dtype_of,
     fill,
     open_model,
     stored_tensors,
@@ -88,7 +90,7 @@ def convert(
         raise FileExistsError(f"{out} exists already; accepted: a new or empty directory")
     ours, tensors = _open(source, format, config)
     if to == OURS:
-        write_model(out, ours, tensors)
+        ours = write_model(out, ours, tensors)
     else:
         data = writers[to](ours)  # may raise, so it runs before anything is written
         out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,8 @@ def _open(source: Source | LanguageModel, format: str | None, config: object) ->
     if format is not None and format not in (OURS, *FORMATS):
         raise ValueError(f"format is {format!r}; accepted: {', '.join((OURS, *FORMATS))}, or None to recognise it")
     if isinstance(source, LanguageModel):
-        return source.config, Tensors.of(stored_tensors(source))
+        tensors = Tensors.of(stored_tensors(source))
+        return replace(source.config, dtype=dtype_of(tensors.specs)), tensors
     is_state_dict = isinstance(source, Mapping)
     if not is_state_dict and (format == OURS or (format is None and _is_ours(Path(source)))):
         return open_model(source)

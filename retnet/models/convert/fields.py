@@ -25,6 +25,23 @@ _BOOKKEEPING = {
     "transformers_version", "use_cache",
 }  # fmt: skip
 
+# Keys by which libraries change what such a layer computes, each with the values that change nothing. Where a format
+# does not read one, null, false and zero change nothing either.
+_MATHEMATICS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys((
+        "add_cross_attention", "alibi", "attention_bias", "attention_chunk_size", "attention_multiplier",
+        "attention_sinks", "attn_logit_softcapping", "bias", "clip_qkv", "final_logit_softcapping",
+        "is_encoder_decoder", "lm_head_bias", "mlp_bias", "no_rope_layers", "parallel_attn", "qk_layernorm", "qk_norm",
+        "qkv_bias", "quantization_config", "query_pre_attn_scalar", "rope_interleaved", "scale_embedding",
+        "scale_embeddings", "sliding_window", "use_bias", "use_parallel_residual", "use_qk_norm",
+    ), ()),
+    **dict.fromkeys(("embedding_multiplier", "logit_scale", "logits_scaling", "residual_multiplier"), (1,)),
+    **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), (1,)),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), (1,)),
+    "hidden_activation": ("silu", "swish"),
+    "norm_type": ("rms", "rmsnorm"),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Field:
@@ -53,7 +70,8 @@ class Field:
 
 
 def read(format: str, source: Mapping[str, Any], fields: Mapping[str, Field], *, closed: bool = True) -> dict[str, Any]:
-    """The value of every field. Unknown keys that are set are warned about if `closed`.
+    """The value of every field. If `closed`, unknown keys that are set are warned about, or refused if they change the
+    mathematics.
 
     Raises ValueError that lists every value that is not accepted.
     """
@@ -65,10 +83,17 @@ def read(format: str, source: Mapping[str, Any], fields: Mapping[str, Field], *,
             values[key] = field.read(source, key)
         except ValueError as error:
             problems.append(str(error))
-    refuse(format, problems)
-    unknown = [k for k, v in source.items() if v and k not in fields and k not in _BOOKKEEPING]
+    unknown = [k for k, v in source.items() if v and k not in fields and k not in _BOOKKEEPING] if closed else []
     unknown = [k for k in unknown if k not in TOKEN_IDS and not str(k).startswith("_")]
-    if unknown and closed:
+    for key in _MATHEMATICS.keys() & unknown:
+        unknown.remove(key)
+        neutral = _MATHEMATICS[key]
+        if source[key] not in neutral:
+            accepted = ", ".join(map(repr, neutral)) or "null or false"
+            given = shown(source[key])
+            problems.append(f"{key} is {given}, which changes what the layers compute; accepted: {accepted}")
+    refuse(format, problems)
+    if unknown:
         listed = ", ".join(f"{key!r}: {shown(source[key])}" for key in unknown)
         warnings.warn(f"{format}: unknown keys are ignored: {{{listed}}}", stacklevel=4)
     return values

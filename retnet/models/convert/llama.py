@@ -66,6 +66,11 @@ _SHARED = {
     "hidden_size": size(4096),
     "initializer_range": unit_interval(0.02),
     "intermediate_size": size(11008),
+    "layer_types": Field(
+        f"a list of {' and '.join(_WINDOWS)}",
+        lambda x: isinstance(x, list) and all(isinstance(kind, str) and kind in _WINDOWS for kind in x),
+        None,
+    ),
     "max_position_embeddings": size(2048),
     "num_attention_heads": size(32),
     "num_hidden_layers": depth(32),
@@ -93,11 +98,6 @@ _FIELDS: dict[str, dict[str, Field]] = {
     "qwen2": {
         **_SHARED,
         "intermediate_size": size(22016),
-        "layer_types": Field(
-            f"a list of {' and '.join(_WINDOWS)}",
-            lambda x: isinstance(x, list) and all(isinstance(kind, str) and kind in _WINDOWS for kind in x),
-            None,
-        ),
         "max_position_embeddings": size(32768),
         "max_window_layers": size(28, least=0),
         "num_key_value_heads": size(32, null=None),
@@ -170,11 +170,14 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
 def _windows(family: str, value: Mapping[str, Any]) -> list[int | None]:
     """The tokens that each layer sees; None: all."""
     num_layers, window = value["num_hidden_layers"], value.get("sliding_window")
+    kinds = value["layer_types"]
     if family != "qwen2":
+        kind = "full_attention" if window is None else "sliding_attention"
+        if kinds and set(kinds) != {kind}:
+            refuse(family, [f"layer_types is {shown(kinds)}; accepted: {kind!r} for all, as its layers are alike"])
         return [window] * num_layers
     if not value["use_sliding_window"]:
         window = None
-    kinds = value["layer_types"]
     if kinds is None:
         first = value["max_window_layers"]
         return [window if i >= first else None for i in range(num_layers)]

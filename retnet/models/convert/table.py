@@ -11,14 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from retnet.models.config import Dtype, ModelConfig
-from retnet.models.directory import build_empty, size_problems, stored_tensors
+from retnet.models.directory import build_empty, dtype_of, size_problems, stored_tensors
 from retnet.models.tensor_files import Tensors
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
@@ -101,12 +100,9 @@ def in_our_names(format: Format, config: ModelConfig, theirs: Tensors) -> tuple[
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"these are not the weights of the configuration, read as {format.name}: {shown}")
-    held = [theirs.specs[part.name].dtype for part in sources.values()]
-    config = replace(config, dtype=str(reduce(torch.promote_types, held)).removeprefix("torch."))
-    return config, Tensors(
-        {name: wanted[name].to(theirs.specs[part.name].dtype) for name, part in sources.items()},
-        lambda name: _cut(theirs.read(sources[name].name), sources[name]),
-    )
+    specs = {name: wanted[name].to(theirs.specs[part.name].dtype) for name, part in sources.items()}
+    tensors = Tensors(specs, lambda name: _cut(theirs.read(sources[name].name), sources[name]))
+    return replace(config, dtype=dtype_of(specs)), tensors
 
 
 def in_their_names(format: Format, config: ModelConfig, ours: Tensors) -> Tensors:

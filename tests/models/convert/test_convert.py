@@ -81,10 +81,20 @@ def test_half_precision_checkpoints_keep_their_dtype_and_name_their_schedule(dty
     assert model.config.layers[0].mixer.decay == "paper"
 
 
-def test_mixed_dtypes_become_the_narrowest_that_holds_all():
+@pytest.mark.parametrize(
+    ("wide", "dtype"),
+    [("embed_tokens.weight", "float32"), ("fc1.weight", "float32"), ("norm.weight", "bfloat16"), ("none", "bfloat16")],
+)
+def test_the_dtype_of_a_mixed_checkpoint_is_one_wherever_it_is_said(wide, dtype, tmp_path):
     state = torchscale_state(TORCHSCALE_ARGS)
-    state = {name: x.bfloat16() if name.endswith("proj.weight") else x for name, x in state.items()}
-    assert convert.load(state, config=TORCHSCALE_ARGS).config.dtype == "float32"
+    state = {name: x if name.endswith(wide) else x.bfloat16() for name, x in state.items()}
+    returned = convert.convert(state, tmp_path / "ours", config=TORCHSCALE_ARGS)
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    loaded = convert.load(state, config=TORCHSCALE_ARGS)
+    again = convert.load(tmp_path / "ours").config
+    everywhere = [returned.dtype, written["dtype"], written["model_config"]["dtype"], loaded.config.dtype, again.dtype]
+    assert everywhere == [dtype] * 5
+    assert convert.convert(loaded, tmp_path / "twice") == returned
 
 
 def test_torchscale_shares_the_embedding_with_the_head():

@@ -111,6 +111,16 @@ def test_an_eps_that_is_none_is_refused(name, eps, weights, tmp_path):
         ("llama", {"rope_scaling": {"type": 4}}, "rope_scaling: type is 4; accepted: default"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0; accepted: an integer from 1"),
         ("qwen2", {"layer_types": "full_attention"}, "layer_types is 'full_attention'; accepted: a list"),
+        ("mistral", {"attention_bias": True}, "attention_bias is True, which changes what .*; accepted: null or false"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias is True, which changes"),
+        ("llama", {"sliding_window": 4}, "sliding_window is 4, which changes"),
+        ("llama", {"logits_scaling": 8.0}, "logits_scaling is 8.0, which changes what the layers compute; accepted: 1"),
+        ("llama", {"num_local_experts": 8}, "num_local_experts is 8, which changes"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is .*, which changes"),
+        ("llama", {"layer_types": ["sliding_attention"]}, "layer_types is .*; accepted: 'full_attention' for all"),
+        ("mistral", {"layer_types": ["full_attention"]}, "layer_types is .*; accepted: 'sliding_attention' for all"),
+        ("mamba", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, which changes"),
+        ("fla", {"qk_norm": True, "num_heads": "2"}, "num_heads is '2'.*; qk_norm is True"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_file_and_what_is_accepted(name, change, message, weights, tmp_path):
@@ -190,3 +200,12 @@ def test_stored_decays_of_another_shape_or_type_are_refused(decay):
     state = torchscale_state(TORCHSCALE_ARGS) | {"retnet_rel_pos.decay": decay}
     with pytest.raises(ValueError, match=r"retnet_rel_pos\.decay is .*; accepted: a log decay for each of 4 heads"):
         convert.load(state, config=TORCHSCALE_ARGS)
+
+
+def test_keys_that_change_the_mathematics_are_accepted_with_values_that_change_nothing(weights, tmp_path, recwarn):
+    neutral = {
+        "attention_bias": False, "logits_scaling": 1.0, "num_experts": 1, "hidden_activation": "silu", "qk_norm": None
+    }  # fmt: skip
+    for name in ("mistral", "qwen2", "mamba", "fla"):
+        convert.load(write(tmp_path / name, weights[name], {**CONFIGS[name], **neutral}))
+    assert not [w for w in recwarn if "unknown keys" in str(w.message)]
