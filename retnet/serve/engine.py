@@ -51,6 +51,7 @@ from retnet.system.checks import quoted
 
 P = ParamSpec("P")
 R = TypeVar("R")
+WEIGHTS_CHANGED = "the weights changed while it ran"
 
 
 def _between_steps(call: "Callable[Concatenate[Engine, P], R]") -> "Callable[Concatenate[Engine, P], R]":
@@ -340,8 +341,11 @@ class Engine:
         stages.in_doubt = (generation,)
         if generation.stops is not None:
             generation.stops.flush()
+        keeps_state = generation.status is Status.DECODING and generation.request.keep_state
+        if keeps_state and reason != "failed" and self._weights.changed:
+            reason, generation.error = "failed", WEIGHTS_CHANGED
         if generation.status is Status.DECODING and reason != "failed":
-            if generation.request.keep_state:
+            if keeps_state:
                 generation.snapshot = self._snapshot(generation)
             self._prefill.keep_prefix(generation)
         stages.remove(generation)
@@ -363,8 +367,13 @@ class Engine:
 
     def _work(self, do: Callable[[], R]) -> R:
         """Run `do`, which works on states, whatever modes of torch the caller has on."""
-        with own_modes(self._step.tokens):
-            return self._turns.work(do)
+        try:
+            with own_modes(self._step.tokens):
+                return self._turns.work(do)
+        finally:
+            while self._to_cancel:  # dropped streams whose finalizer found the call at work, after its last tidying
+                with own_modes(self._step.tokens):
+                    self._turns.work(self._settle)
 
     def _tidied(self, call: Callable[[], R]) -> R:
         self._tidy()
@@ -416,7 +425,7 @@ class Engine:
         self._step.check_fits()
         stages = self._stages
         stages.in_doubt = tuple(stages.in_slots)
-        self._drop_doubtful("the weights changed while it ran")
+        self._drop_doubtful(WEIGHTS_CHANGED)
         if self.prefixes is not None:
             self.prefixes.clear()
         self._admission.forget_fingerprint()

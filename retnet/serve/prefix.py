@@ -25,7 +25,7 @@ from retnet.serve.radix import Node, RadixTree
 
 # Cuts inside a prompt, in tokens. The chunkwise form sums in chunks of 64, where a cut changes no bits on a CPU.
 COARSE, FINE, LEAST = 64, 16, 32
-TREE_BYTES, TREE_SHARE = 2**25, 1 / 64  # for tokens of earlier prompts, 4 bytes each: or that share of the budget
+TREE_BYTES, TREE_SHARE = 2**25, 64  # for tokens of earlier prompts, 4 bytes each: or 1/64 of the budget
 # Lookups for each cached state: a branch point that none of them used is out of use, or may be replaced by another.
 OUT_OF_USE, RECENT = 8, 2
 MOST_BRANCHES = 3 / 4  # of the states; ends may replace those beyond it
@@ -77,7 +77,7 @@ class PrefixCache:
     def __init__(self, budget_bytes: int, chunk: int = COARSE):
         if budget_bytes < 1:
             raise ValueError(f"the prefix cache has a budget of {budget_bytes} bytes; accepted: a positive number")
-        self.budget_bytes, self.tree_bytes = budget_bytes, int(max(TREE_BYTES, TREE_SHARE * budget_bytes))
+        self.budget_bytes, self.tree_bytes = budget_bytes, max(TREE_BYTES, budget_bytes // TREE_SHARE)
         self.coarse, self.fine, self.least = (min(size, chunk) for size in (COARSE, FINE, LEAST))
         self.counts = PrefixCounts()
         self.tree = RadixTree[Cached]()

@@ -1,8 +1,9 @@
 """Changes of the weights under an engine that keeps states made with the old ones.
 
-Looked for whenever a stored state is used or kept, so it must cost less than a token. Three signs are compared: the
-modules and places that were packed, the version counters that in-place operators raise, and values of every row and
-every column of the weights, because changes through `.data` raise no version (adapters are merged like that).
+Looked for whenever a stored state is used or kept, so it must cost less than a token. Four signs are compared: the
+modules and places that were packed, the version counters that in-place operators raise, values of every row and every
+column of the weights, because changes through `.data` raise no version (adapters are merged like that), and settings
+of foreign modules (adapters are switched like that).
 """
 
 import math
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from retnet.models.decode.int8 import int8_parts
 from retnet.models.decode.step import DecodeStep
+from retnet.models.fingerprint import settings
 from retnet.models.lm import LanguageModel
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: NaN equals itself
@@ -32,7 +34,8 @@ class WeightsWatch:
     @property
     def changed(self) -> bool:
         if self._changed is None:
-            self._changed = not self.step.is_current or self._values_changed()
+            moved = not self.step.is_current
+            self._changed = moved or settings(self.model) != self._settings or self._values_changed()
         return self._changed
 
     @property
@@ -44,6 +47,7 @@ class WeightsWatch:
         """From here on, compare with the weights as they are."""
         weights = self.model.state_dict(keep_vars=True).values()
         self._tensors = [part for weight in weights for part in int8_parts(weight) or (weight,)]
+        self._settings = settings(self.model)
         self._look_at_places()
         self._versions = _versions(self._tensors)
         self._samples = _joined(self._views)

@@ -2,11 +2,14 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
+from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 
 LONGEST_QUOTE = 80  # characters of a wrong value in a message
+MOST_ITEMS = 2**28  # of a sequence that is copied
+MOST_ITEMS_OF_ITERATOR = 2**24  # it does not say its length, and may be endless
 
 
 def quoted(value: object) -> str:
@@ -36,15 +39,22 @@ def is_number(value: object, low: float, high: float) -> bool:
 def copied(name: str, values: object, accepted: str) -> list:
     """The items of an iterable, such as a generator, an array or a tensor, as a list of our own.
 
-    Raises ValueError, naming it, for text, bytes, mappings and single values, and for what cannot be read.
+    Raises ValueError, naming it, for text, bytes, mappings and single values, for what cannot be read, and for more than
+    MOST_ITEMS items, of an iterator MOST_ITEMS_OF_ITERATOR.
     """
+    limit = MOST_ITEMS if isinstance(values, Sized) else MOST_ITEMS_OF_ITERATOR
+    items = None
     try:
         if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
             raise TypeError
-        return list(values.tolist() if hasattr(values, "tolist") else values)  # pyright: ignore
+        if not isinstance(values, Sized) or len(values) <= limit:
+            items = list(islice(values.tolist() if hasattr(values, "tolist") else values, limit + 1))  # pyright: ignore
     except Exception as error:  # also from the caller's own iterator
         reason = "" if isinstance(error, TypeError) else f", which cannot be read ({error!r})"
         raise ValueError(f"{name} is {quoted(values)}{reason}; accepted: {accepted}") from error
+    if items is None or len(items) > limit:
+        raise ValueError(f"{name} is {quoted(values)}, of more than {limit:,} items; accepted: {accepted}, not as many")
+    return items
 
 
 def copied_integers(name: str, values: object, low: int, high: int, accepted: str) -> tuple[int, ...]:

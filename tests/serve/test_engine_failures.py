@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from retnet.models.decode.sampling import Sampling
 from retnet.serve.engine import Engine
@@ -173,10 +174,12 @@ def test_a_change_is_noticed_before_a_mixed_state_is_kept():
         engine.snapshot(running)
     assert running.finish_reason == "failed"
     running = engine.submit(Request(prompt(9), 12, GREEDY))
-    while len(running.tokens) < 3:
+    kept = engine.submit(Request(prompt(9), 12, GREEDY, keep_state=True))
+    while len(kept.tokens) < 3:
         engine.step()
     change_one_value(model)
     engine.run()
+    assert (kept.error, kept.snapshot) == ("the weights changed while it ran", None)
     follow_up = engine.submit(Request(prompt(9) + running.tokens + [5], 8, GREEDY))
     engine.run()
     assert follow_up.cached == 0
@@ -227,3 +230,48 @@ def test_a_merged_adapter_is_noticed(merging):
     engine.run()
     assert merged.cached == 0
     assert merged.tokens == attached.tokens != before.tokens
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, weight):
+        return weight * self.scale
+
+
+def switched(name: str):
+    """A model, and a function that changes what it computes and no weight of it."""
+    if name == "parametrization":
+        model, scaled = small_model("both decays"), Scaled()
+        parametrize.register_parametrization(model.layers[0].mixer.out_proj, "weight", scaled)
+        return model, lambda: setattr(scaled, "scale", -3.0)
+    peft = pytest.importorskip("peft")
+    model = hf_model("both decays")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    adapted.add_adapter("other", config)
+    adapted.eval()
+    layer = model.model.layers[0].mixer.v_proj
+    return model.model, {
+        "disabled adapter": adapted.base_model.disable_adapter_layers,
+        "other adapter": lambda: adapted.set_adapter("other"),
+        "scaled adapter": lambda: layer.set_scale("default", -20),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["disabled adapter", "other adapter", "scaled adapter", "parametrization"])
+def test_states_are_not_used_after_an_adapter_was_switched(name):
+    model, switch = switched(name)
+    engine = engine_of(model, prefix_cache_bytes=10**6, prefix_interval=8)
+    request = Request(prompt(25), 8, GREEDY, keep_state=True)
+    before = engine.submit(request)
+    engine.run()
+    switch()
+    with pytest.raises(Refused, match="another model"):
+        engine.submit(Request([1], 5, GREEDY), before.snapshot)
+    after = engine.submit(request)
+    engine.run()
+    assert after.cached == 0
+    assert after.tokens == fresh(model, request) != before.tokens

@@ -191,6 +191,22 @@ def test_a_stream_dropped_before_its_first_token_gives_its_slot_back(small):
     assert engine.pool.num_free == engine.pool.num_slots
 
 
+def test_a_stream_dropped_at_the_very_end_of_a_call_ends_with_it(small, monkeypatch):
+    engine = engine_of(small, max_tokens=None)
+    stream, settle = engine.stream(Request(prompt(5), None, GREEDY)), Engine._settle
+
+    def settle_and_drop(self) -> None:
+        nonlocal stream
+        settle(self)
+        stream = None
+
+    engine.step()
+    monkeypatch.setattr(Engine, "_settle", settle_and_drop)
+    engine.warmup()
+    assert engine.pool.num_free == engine.pool.num_slots
+    assert engine.idle
+
+
 def test_a_stream_dropped_during_a_step_ends_with_the_step(small):
     def decode(tokens) -> str:
         if streams:
