@@ -39,8 +39,8 @@ def is_number(value: object, low: float, high: float) -> bool:
 def copied(name: str, values: object, accepted: str) -> list:
     """The items of an iterable, such as a generator, an array or a tensor, as a list of our own.
 
-    Raises ValueError, naming it, for text, bytes, mappings and single values, for what cannot be read, and for more than
-    MOST_ITEMS items, of an iterator MOST_ITEMS_OF_ITERATOR.
+    Raises ValueError, naming it, for text, bytes, mappings and single values, for what cannot be read, and for more
+    than MOST_ITEMS items (MOST_ITEMS_OF_ITERATOR of an iterator).
     """
     limit = MOST_ITEMS if isinstance(values, Sized) else MOST_ITEMS_OF_ITERATOR
     items = None
