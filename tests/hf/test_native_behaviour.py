@@ -350,7 +350,7 @@ def test_everything_that_generate_can_return(model, beams):
         {"max_time": 100.0},
         {"use_cache": False},
     ],
-    ids=lambda switches: "-".join(map(str, switches)) if isinstance(switches, dict) else str(switches),
+    ids="-".join,
 )
 def test_ways_to_generate(model, options):
     result = generate(model, **options)
