@@ -1,7 +1,6 @@
 """Devices: the one that a user names, whether a tensor goes to kernels, and the GPU that Triton launches on."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -43,18 +42,26 @@ def _check_computes(device: torch.device) -> None:
 
 def current_device_of(x: Tensor) -> AbstractContextManager[None]:
     """Makes x's GPU the current one; does nothing where it is already, and on a CPU."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
+    return torch.cuda.device(x.device) if _is_elsewhere(x) else nullcontext()
 
 
-@contextmanager
-def own_modes(x: Tensor) -> Iterator[None]:
+def _is_elsewhere(x: Tensor) -> bool:
+    """Whether x is on a GPU that is not the current one."""
+    return x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
+
+
+def own_modes(x: Tensor) -> AbstractContextManager[object]:
     """The modes of torch for work whose results must not depend on the caller's: x's device is current, and autocast,
     gradients and inference mode are off. Tensors made in inference mode could not be updated outside it."""
-    autocast = torch.autocast(x.device.type, enabled=False)
-    with current_device_of(x), torch.inference_mode(False), torch.no_grad(), autocast:
-        yield
+    kind = x.device.type
+    if not (torch.is_autocast_enabled(kind) or torch.is_inference_mode_enabled() or _is_elsewhere(x)):
+        return torch.no_grad()  # usually; the others take as long as the host's part of a decode step
+    modes = ExitStack()
+    modes.enter_context(current_device_of(x))
+    modes.enter_context(torch.inference_mode(False))
+    modes.enter_context(torch.no_grad())
+    modes.enter_context(torch.autocast(kind, enabled=False))
+    return modes
 
 
 def uses_kernels(x: Tensor) -> bool:
