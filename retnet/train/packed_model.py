@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retnet.data import IGNORED
 from retnet.models.hf import RetNetForCausalLM, StateCache
+from retnet.models.hf.model import CausalOutput
 from retnet.models.states import ModelState
 
 
@@ -52,8 +53,8 @@ class PackedForCausalLM(RetNetForCausalLM):
         shift_labels: Tensor,
         cu_seq_lens_q: Tensor,
         num_items_in_batch: Tensor | int,
-    ) -> CausalLMOutputWithPast:
-        """The summed cross-entropy of the targets, divided by num_items_in_batch."""
+    ) -> CausalOutput:
+        """The summed cross-entropy of the targets, divided by num_items_in_batch; in training, plus aux_loss."""
         bounds, (B, T) = cu_seq_lens_q, input_ids.shape
         torch._dynamo.maybe_mark_dynamic(bounds, 0)  # one graph for any number of documents
         starts = torch.arange(0, B * T, T, device=bounds.device)
@@ -65,14 +66,15 @@ class PackedForCausalLM(RetNetForCausalLM):
         targets = shift_labels.flatten()
         share = (targets != IGNORED).sum() / num_items_in_batch
         loss = self.model.mean_nats(hidden[0], targets) * share
-        if self.training:
-            loss = sum((extra * share for extra in losses), loss)
+        extra = torch.stack(losses).sum() * share if self.training and losses else None
+        if extra is not None:
+            loss = loss + extra
         cache = None
         if after is not None:
             cache = StateCache()
             last = torch.searchsorted(bounds, starts + T) - 1  # the end of a row is always a boundary
             cache.update_state(detached(after.select(last)), T)
-        return CausalLMOutputWithPast(loss=loss, past_key_values=cache)  # type: ignore[arg-type]
+        return CausalOutput(loss=loss, past_key_values=cache, aux_loss=extra)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # pyright: ignore
         RetNetForCausalLM.wrap(self.model).save_pretrained(save_directory, **kwargs)

@@ -79,6 +79,8 @@ class ProgressCallback(TrainerCallback):
 
     def _show(self, state: TrainerState, logs: dict[str, float]) -> None:
         parts = [f"loss {logs['loss']:.3f} ({logs['bits_per_byte']:.3f} bits per byte)"]
+        if "router_loss" in logs:
+            parts.append(f"router loss {logs['router_loss']:.4f}")
         if "tokens_per_second" in logs:
             parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
             parts.append(f"MFU {logs['mfu']:.1%}")

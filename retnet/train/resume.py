@@ -16,15 +16,17 @@ RUN_FILE = "run.json"
 class ProcessState:
     """The state of one process between two steps that the Trainer does not save.
 
-    loss: the sum since step `last_logged`. lanes: the carried states, if states are carried.
+    loss, router_loss: the sums since step `last_logged`. lanes: the carried states, if states are carried.
     """
 
     loss: float
     last_logged: int
     lanes: ModelState | None = None
+    router_loss: float = 0.0
 
     def save(self, checkpoint: Path, process: int) -> None:
-        write_json(_progress_file(checkpoint, process), {"loss": self.loss, "last_logged": self.last_logged})
+        sums = {"loss": self.loss, "router_loss": self.router_loss, "last_logged": self.last_logged}
+        write_json(_progress_file(checkpoint, process), sums)
         if self.lanes is not None:
             self.lanes.trim().save(_lanes_file(checkpoint, process))
 

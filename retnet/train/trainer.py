@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from retnet.data import PackedDataset, Rows
+from retnet.layers.moe import MoE
 from retnet.models.states import ModelState
 from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainBatches, ValidBatches, collate, to_device
 from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged
@@ -81,6 +82,9 @@ class PackedTrainer(Trainer):
         self.meter = Meter(model.model.config, device_peak(args.device, dtype), args.world_size)
         self.terminated = self.validation_due = self.model_saved = False
         self.lanes: ModelState | None = None
+        self._has_routers = any(isinstance(module, MoE) for module in model.modules())
+        self._router_loss = torch.tensor(0.0, device=args.device)  # since step `_router_logged`, as `_tr_loss`
+        self._router_logged = 0
         self.resumed: Path | None = None
         self._ahead: ReadAhead | None = None
         self._source: Iterator[Any] | None = None
@@ -159,7 +163,18 @@ class PackedTrainer(Trainer):
             self.lanes = outputs.past_key_values.state
         self.meter.count(facts)
         self.watch.add(self.state.global_step + 1, facts.rows, loss.detach())
+        self._router_part = None if outputs.aux_loss is None else outputs.aux_loss.detach()
+        if self._router_part is not None and self.args.average_tokens_across_devices:
+            self._router_part = self._router_part * self.accelerator.num_processes  # as the Trainer scales the loss
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's; returns the cross-entropy alone, which is logged. Router losses are logged beside it."""
+        loss = super().training_step(*args, **kwargs)
+        if self._router_part is None:
+            return loss
+        self._router_loss += self._router_part
+        return loss - self._router_part
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
         facts: BatchFacts = inputs[FACTS]
@@ -323,6 +338,11 @@ class PackedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.check_losses()
+            if self._has_routers:
+                steps = self.state.global_step - self._router_logged
+                logs["router_loss"] = self.accelerator.gather(self._router_loss).mean().item() / steps
+                self._router_loss.zero_()
+                self._router_logged = self.state.global_step
             logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.rows.rows.bytes_per_target
             logs |= self.meter.read()
             logs["memory_gib"] = memory_gib(self.args.device)
@@ -376,7 +396,9 @@ class PackedTrainer(Trainer):
 
     def _save_progress(self, folder: Path, output: Path) -> None:
         """Save the files of `resume.py`."""
-        progress = ProcessState(float(self._tr_loss), self._globalstep_last_logged, self.lanes)
+        progress = ProcessState(
+            float(self._tr_loss), self._globalstep_last_logged, self.lanes, float(self._router_loss)
+        )
         progress.save(folder, self.args.process_index)
         if self.args.should_save:
             before_validation = epoch_validation_follows(self) and self.state.global_step not in self._validations
@@ -402,7 +424,8 @@ class PackedTrainer(Trainer):
         progress = ProcessState.load(self.resumed, self.args.process_index)
         if progress is not None:
             self._tr_loss.fill_(progress.loss)
-            self._globalstep_last_logged = progress.last_logged
+            self._router_loss.fill_(progress.router_loss)
+            self._globalstep_last_logged = self._router_logged = progress.last_logged
             if self.options.carry_state and progress.lanes is not None:
                 self.lanes = progress.lanes.to(self.args.device)
 

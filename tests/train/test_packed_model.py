@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -170,6 +171,36 @@ def test_router_losses_count_by_a_batchs_share_of_the_step(corpus):
         inputs = {name: x for name, x in batches[0].items() if name != FACTS}
         evaluated = model.eval()(**inputs, num_items_in_batch=batches[0][FACTS].num_targets).loss.item()
     assert extra[0][0] > evaluated  # validation has the nats alone
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_logged_loss_is_the_cross_entropy_with_the_losses_of_routers_beside_it(
+    byte_model, text_folder, tmp_path, accumulation
+):
+    """The first step's log equals the parts of its batches, computed from the weights before it."""
+    settings = {"max_steps": 1, "gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4}
+    recipe = recipe_for(byte_model, text_folder, tmp_path, **settings)
+    arguments = recipe.training_arguments()
+    data = open_data(recipe, arguments)
+    weighted = replace(EXPERTS, load_balance_coef=0.5, z_loss_coef=0.1)
+    model = make_model(stack=[replace(PAPER, feed_forward=weighted)] * 2).train()
+    trainer = PackedTrainer(model, arguments, data.train, data.valid, RunOptions())
+    batches = list(islice(trainer.get_train_dataloader(), accumulation))
+    total = sum(batch[FACTS].num_targets for batch in batches)
+    both = nats = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            inputs = {name: x for name, x in batch.items() if name != FACTS}
+            both += model(**inputs, num_items_in_batch=total).loss.item()
+            hidden, _ = model.model.hidden(inputs["input_ids"].view(1, -1), cu_seqlens=inputs["cu_seq_lens_q"])
+            targets = inputs["shift_labels"].flatten()
+            nats += model.model.mean_nats(hidden[0], targets).item() * (targets != -100).sum().item() / total
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert both - nats > 0.1
+    assert log["loss"] == pytest.approx(nats, rel=1e-5)
+    assert log["router_loss"] == pytest.approx(both - nats, rel=1e-4)
+    assert log["bits_per_byte"] == pytest.approx(log["loss"] / math.log(2) / trainer.rows.rows.bytes_per_target)
 
 
 def test_the_logits_of_all_tokens_are_never_computed(corpus, monkeypatch):

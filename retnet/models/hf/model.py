@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from retnet.layers.linear import is_plain_linear
 from retnet.models.decode.decoder import FusedDecoder, running
@@ -20,6 +21,19 @@ from retnet.models.hf.body import HiddenStates, RetNetModel
 from retnet.models.hf.cache import StateCache
 from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.inputs import IGNORED, Tokens, repeat_last_real, without_first_labels
+
+logger = logging.get_logger(__name__)
+_LEFT_OUT = (
+    "The loss is computed outside the model (label smoothing, or compute_loss_func), so it lacks the losses of routers "
+    "unless it adds the output's aux_loss."
+)
+
+
+@dataclass
+class CausalOutput(CausalLMOutputWithPast):
+    """aux_loss: the weighted losses of routers in training, None without routers; `loss` holds them already."""
+
+    aux_loss: Tensor | None = None
 
 
 class RetNetForCausalLM(RetNetModel, GenerationMixin):
@@ -77,7 +91,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
             use_cache = False
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        loss, logits, body = None, None, None
+        loss, logits, body, extra = None, None, None, None
         with nullcontext() if torch.compiler.is_compiling() else running(self.model):
             if (
                 input_ids is not None
@@ -88,22 +102,26 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
             ):
                 logits = self._decode_fused(input_ids, tokens, past_key_values)
             if logits is None:
-                losses: list[Tensor] | None = None if labels is None or not self.training else []
+                losses: list[Tensor] | None = [] if self.training else None
                 inputs = (input_ids, inputs_embeds, past_key_values)
                 body = self._body(tokens, *inputs, use_cache, output_hidden_states, losses)
+                extra = torch.stack(losses).sum() if losses else None
                 if labels is not None:
-                    loss, logits = self._loss_and_logits(
-                        body.hidden, labels, tokens, logits_to_keep, losses or (), **for_loss
+                    loss, logits, extra = self._loss_and_logits(
+                        body.hidden, labels, tokens, logits_to_keep, extra, **for_loss
                     )
                 else:
+                    if extra is not None and "num_items_in_batch" in for_loss:
+                        logger.warning_once(_LEFT_OUT)
                     hidden = body.hidden if tokens.mask is None else repeat_last_real(body.hidden, tokens.mask)
                     kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
                     logits = self.model.logits(hidden[:, kept])
-        output = CausalLMOutputWithPast(
+        output = CausalOutput(
             loss=loss,
             logits=logits,
             past_key_values=past_key_values if body is None else body.cache,
             hidden_states=None if body is None else body.hidden_states,  # type: ignore[arg-type]
+            aux_loss=extra,
         )
         return self._returned(output, return_dict)
 
@@ -131,16 +149,16 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         labels: Tensor,
         tokens: Tokens,
         logits_to_keep: int | Tensor | None,
-        router_losses: Sequence[Tensor],
+        router_loss: Tensor | None,
         *,
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
         ignore_index: int = IGNORED,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The loss, and the logits unless it is computed without them.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, the logits unless it is computed without them, and the router loss that it holds.
 
-        router_losses are means over the batch, as the cross-entropy is: both count by the batch's share of the targets
-        of its optimizer step, if their number is given.
+        router_loss is a mean over the batch, as the cross-entropy is: both count by the batch's share of the targets of
+        their optimizer step, if their number is given.
         """
         if logits_to_keep is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(f"logits_to_keep is {logits_to_keep} with labels; accepted with labels: None or 0")
@@ -151,14 +169,16 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         if ignore_index != IGNORED:
             shift_labels = shift_labels.masked_fill(shift_labels == ignore_index, IGNORED)
         share = 1.0 if num_items_in_batch is None else (shift_labels != IGNORED).sum() / num_items_in_batch
-        extra = sum(router_losses) * share
+        extra = None if router_loss is None else router_loss * share
         without = self.config.loss_without_logits and logits_to_keep is None
         if without and self.model.training and is_plain_linear(self.model.head):
-            return self.model.mean_nats(hidden, shift_labels) * share + extra, None
+            loss = self.model.mean_nats(hidden, shift_labels) * share
+            return loss if extra is None else loss + extra, None, extra
         logits = self.model.logits(hidden)
         options = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
         size = self.model.config.vocab_size
-        return self.loss_function(logits=logits, labels=labels, vocab_size=size, **options) + extra, logits
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **options)
+        return loss if extra is None else loss + extra, logits, extra
 
     @property
     def base_model(self) -> RetNetModel:
