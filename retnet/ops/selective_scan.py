@@ -12,8 +12,9 @@ kernel per token takes longer than its work, so a chunk is cut into blocks that 
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,21 @@ def selective_scan(
     return _per_sequence(lambda *tokens: _SelectiveScan.apply(*tokens, *plan), *given, cu_seqlens)
 
 
+def _float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function without autocast, whose first tensor is on the device: a scan is computed in float32 or wider."""
+
+    @wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        kind = next(x.device.type for x in args if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(kind):
+            return function(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@_float32
 def _per_sequence(
     scan: Callable[..., tuple[Tensor, Tensor]],
     x: Tensor,
@@ -89,6 +105,7 @@ def _per_sequence(
     return torch.cat(outs, 1).to(x.dtype), torch.cat(finals)
 
 
+@_float32
 def _plain_scan(
     x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -102,6 +119,7 @@ def _plain_scan(
     return torch.matmul(torch.stack(states, 1), read[..., None])[..., 0], state
 
 
+@_float32
 def selective_scan_step(
     x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -150,6 +168,7 @@ class _SelectiveScan(torch.autograd.Function):
         return torch.cat(outs, 1), starts[-1].clone()
 
     @staticmethod
+    @_float32
     def backward(ctx, dy, dfinal):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, step, rate, write, read, *starts = ctx.saved_tensors
         if torch.is_grad_enabled() or needs_plain_form(dy, dfinal):

@@ -11,10 +11,11 @@ from torch.utils.data import SequentialSampler
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from retnet.models.hf.inputs import document_bounds, last_columns, without_first_labels
-from tests.small_models import EXPERTS, PAPER, hf_model
+from tests.small_models import EXPERTS, GATED, HYENA, MAMBA1, MAMBA2, PAPER, WINDOW, hf_model
 
 from .conftest import STACKS, random_ids
 
+IDS = random_ids(2, 40)
 FEATURES = [{"input_ids": random_ids(1, length)[0].tolist()} for length in (9, 4, 12)]
 
 
@@ -189,3 +190,50 @@ def test_router_losses_count_by_tokens_under_accumulation_and_not_in_evaluation(
 
 def _stacked(features):
     return {name: torch.tensor([row[name] for row in features]) for name in features[0]}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("layer", [PAPER, GATED, WINDOW, MAMBA2, MAMBA1, HYENA, replace(PAPER, feed_forward=EXPERTS)])
+def test_every_mixer_trains_under_autocast(layer, inside):
+    """As `bf16=True` and `fp16=True` of the Trainer train: gradients differ by the rounding of the products alone."""
+    model = hf_model([layer]).train()
+
+    def gradients(autocast):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return {name: x.grad.clone() for name, x in model.named_parameters()}
+
+    wanted, held = gradients(False), gradients(True)
+    for name, x in wanted.items():
+        assert (held[name] - x).norm() <= 0.1 * x.norm(), name
+
+
+def test_a_loss_outside_the_model_finds_the_losses_of_routers_beside_the_logits():
+    model = hf_model("experts").train()
+    inside = model(input_ids=IDS, labels=IDS)
+    outside = model(input_ids=IDS)
+    nats = F.cross_entropy(outside.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    assert outside.aux_loss > 0
+    assert (nats + outside.aux_loss).item() == pytest.approx(inside.loss.item(), rel=1e-6)
+    assert inside.aux_loss.item() == pytest.approx(outside.aux_loss.item(), rel=1e-6)
+    shared = model(input_ids=IDS, labels=IDS, num_items_in_batch=4 * IDS[:, 1:].numel())
+    assert shared.aux_loss.item() == pytest.approx(inside.aux_loss.item() / 4, rel=1e-6)
+    assert model.eval()(input_ids=IDS).aux_loss is None
+    assert hf_model("hybrid").train()(input_ids=IDS, labels=IDS).aux_loss is None
+
+
+def test_label_smoothing_says_that_it_leaves_out_the_losses_of_routers(monkeypatch):
+    said = []
+    monkeypatch.setattr("retnet.models.hf.model.logger.warning_once", said.append)
+    hf_model("hybrid").train()(input_ids=IDS, num_items_in_batch=9)
+    hf_model("experts").eval()(input_ids=IDS, num_items_in_batch=9)
+    hf_model("experts").train()(input_ids=IDS, labels=IDS, num_items_in_batch=9)
+    assert not said
+    hf_model("experts").train()(input_ids=IDS, num_items_in_batch=9)
+    assert "lacks the losses of routers" in said[0]
+    assert "aux_loss" in said[0]
