@@ -340,7 +340,7 @@ class PackedTrainer(Trainer):
             self.check_losses()
             if self._has_routers:
                 steps = self.state.global_step - self._router_logged
-                logs["router_loss"] = self.accelerator.gather(self._router_loss).mean().item() / steps
+                logs["router_loss"] = cast(Tensor, self.accelerator.gather(self._router_loss)).mean().item() / steps
                 self._router_loss.zero_()
                 self._router_logged = self.state.global_step
             logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.rows.rows.bytes_per_target
