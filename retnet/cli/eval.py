@@ -161,6 +161,8 @@ def _bytes_of(file: Path) -> bytes:
     """The bytes of a file of plain text, as --data reads them; or of a pipe."""
     from retnet.data import find_documents
 
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; accepted: a file of text (--data reads folders)")
     if not file.is_file():
         return file.read_bytes()
     (document,) = find_documents(file.absolute())  # a file in this folder may be called stdlib

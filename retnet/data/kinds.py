@@ -1,14 +1,15 @@
 """Kinds of sources: the one place that decides what a file or a folder holds, for every verb.
 
 A name that tells a format (`.jsonl`, `.ndjson`, `.parquet`, `.arrow`) decides: the file is that, or is an error.
-A `.json` file is records or text, by its first lines. Any other file is text, or binary if it has a zero byte in its
-first 8 KiB (git's rule; text in UTF-16 counts as binary) or begins as a compressed file under another name.
+A `.json` file is records or text, by its first values. Any other file is text, or binary if it has a zero byte in its
+first 8 KiB (git's rule), or begins with the byte-order mark of UTF-16 or as a compressed file under another name.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from retnet.system.files import read_json
 DEFAULT_FIELD = "text"
 LINE_BYTES = 1 << 26
 SNIFF_BYTES = 8192
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_TABLES = (".csv", ".tsv")
+_JSON_BEGIN = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')  # an object, or an array of them
 # First bytes of files that are not text, though they may have no zero byte early on: compressed files under other
 # names, zip archives, PDF.
-_MAGIC = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh", b"PK\3\4", b"%PDF-")
+_MAGIC = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"PK\3\4", b"%PDF-")
+_BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")  # words may begin with BZh
 MANIFEST, SHARD_FORMAT = "manifest.json", "retnet-tokens"
 STATE, INFO = "state.json", "dataset_info.json"
 
@@ -32,7 +37,7 @@ class Kind(StrEnum):
 
     TEXT = "text"
     JSONL = "jsonl"  # one JSON object per line
-    JSON = "json"  # one JSON array of objects
+    JSON = "json"  # a JSON array of objects, or objects one after the other
     PARQUET = "parquet"
     ARROW = "arrow"
     SHARDS = "token shards"
@@ -43,6 +48,7 @@ class Kind(StrEnum):
     SPECIAL = "special file"
     EMPTY = "empty file"
     BINARY = "binary file"
+    UTF16 = "UTF-16 file"
     HIDDEN = "hidden file"
     HIDDEN_FOLDER = "hidden folder"
 
@@ -52,11 +58,12 @@ RECORDS = (Kind.JSONL, Kind.JSON, Kind.PARQUET, Kind.ARROW)  # documents are in 
 READ = (Kind.TEXT, *RECORDS)
 
 
-def kind_of_file(path: Path, field: str | None = None) -> Kind:
+def kind_of_file(path: Path, field: str | None = None, *, zeros: bool = False) -> Kind:
     """The kind of a path that is not a folder, or is a link to one.
 
     field: the field with the text, if one was named; `text` otherwise. A `.json` file of one object is text without it,
         and so is an array of objects, unless a field was named.
+    zeros: whether text may have zero bytes, as between documents.
 
     Raises OSError for a path that cannot be read, DamagedError for a compressed file.
     """
@@ -75,7 +82,19 @@ def kind_of_file(path: Path, field: str | None = None) -> Kind:
         named = _kind_of_json(path, field)
     if named is not None:
         return named
-    return Kind.BINARY if b"\0" in head or head.startswith(_MAGIC) else Kind.TEXT
+    if head.startswith(_UTF16):
+        return Kind.UTF16
+    is_binary = (b"\0" in head and not zeros) or head.startswith(_MAGIC) or _BZIP2.match(head)
+    return Kind.BINARY if is_binary else Kind.TEXT
+
+
+def syntax_of(path: Path) -> str | None:
+    """`table` or `JSON` for a file of text with the syntax of one, which becomes part of its document."""
+    suffix = suffix_of(plain_name(path))
+    if suffix in (".json", *_TABLES):
+        return "JSON" if suffix == ".json" else "table"
+    with open(path, "rb") as raw, unpacked(raw, path) as file:
+        return "JSON" if _JSON_BEGIN.match(file.read(SNIFF_BYTES).removeprefix(BOM)) else None
 
 
 def kind_of_folder(path: Path) -> Kind | None:
@@ -117,19 +136,25 @@ def _kind_of_json(path: Path, named: str | None) -> Kind | None:
 
     It has one object per line where a line of the first two is an object and there are two, as in JSON lines with a
     damaged line, or where its only line is an object with the field. It is an array of records where the first of them
-    is an object, with the field or with a field that was named: then the reader says what it lacks.
+    is an object, with the field or with a field that was named: then the reader says what it lacks. Objects in any
+    other layout are records where there are several, or where the only one has text in the field.
     """
     field = DEFAULT_FIELD if named is None else named
     with open(path, "rb") as raw, unpacked(raw, path) as file:
         lines = filter(bytes.strip, iter(lambda: file.readline(LINE_BYTES), b""))
-        first, second = next(lines, b"").removeprefix(_BOM), next(lines, b"")
+        first, second = next(lines, b"").removeprefix(BOM), next(lines, b"")
     if first.lstrip().startswith(b"["):
-        record = _first_record(path)
+        record, _ = _first_record(path)
         return Kind.JSON if record is not None and (field in record or named is not None) else None
     record = _object(first)
     if record is not None:
         return Kind.JSONL if second or field in record else None
-    return Kind.JSONL if first.startswith(b'{"') and _object(second) is not None else None
+    if first.startswith(b'{"') and _object(second) is not None:
+        return Kind.JSONL
+    record, following = _first_record(path)
+    if record is None:
+        return None
+    return Kind.JSON if following.startswith("{") or isinstance(record.get(field), str) else None
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
@@ -142,18 +167,19 @@ def _object(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _first_record(path: Path) -> dict[str, Any] | None:
-    """The first object of a JSON array of objects."""
+def _first_record(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """The first object of JSON, of an array or by itself, and what was read of the text after it."""
     size = SNIFF_BYTES
     while True:
         with open(path, "rb") as raw, unpacked(raw, path) as file:
             data = file.read(size)
-        text = data.removeprefix(_BOM).decode(errors="ignore").lstrip()[1:].lstrip()
+        text = data.removeprefix(BOM).decode(errors="ignore").lstrip().removeprefix("[").lstrip()
         if not text.startswith("{"):
-            return None
+            return None, ""
         try:
-            return json.JSONDecoder().raw_decode(text)[0]
+            record, end = json.JSONDecoder().raw_decode(text)
+            return record, text[end:].lstrip()
         except (ValueError, RecursionError):
             if len(data) < size or size >= LINE_BYTES:
-                return None
+                return None, ""
         size *= 8

@@ -146,8 +146,9 @@ def _find_files(source: str, settings: Settings, left_out: PathsByKind | None) -
     if source.startswith(HUB_PREFIX):
         yield from _hub_files(source.removeprefix(HUB_PREFIX), settings)
         return
-    found, path = find_source(source, settings.field), Path(source)
-    found.warn_of_left_out()
+    zeros = settings.separator is not None and "\0" in settings.separator
+    found, path = find_source(source, settings.field, zeros=zeros), Path(source)
+    found.warn()
     if left_out is not None:
         left_out.update(found.left_out)
     if found.kind is Kind.SHARDS:
@@ -243,7 +244,7 @@ def _arrow_file(path: Path, name: str) -> Iterator[Piece]:
     except (ArrowException, OSError) as error:
         if getattr(error, "errno", None) not in (None, errno.EINVAL):  # of the disk; EINVAL: shorter than its end
             raise
-        raise ValueError(f"{path} is not an arrow stream: {error}") from error
+        raise ValueError(f"{path} is not an arrow stream, as `save_to_disk` writes: {error}") from error
     if not whole:
         raise ValueError(f"{path} is damaged or cut off: it does not end where its arrow stream ends")
     yield Piece(str(path), name, Kind.ARROW, 0, rows, path.stat().st_size)

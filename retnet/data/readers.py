@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from retnet.data.blocks import BLOCK_BYTES, cut_blocks, cut_documents
 from retnet.data.compression import DamagedError, is_compressed, unpacked
-from retnet.data.kinds import LINE_BYTES, Kind
+from retnet.data.kinds import BOM, LINE_BYTES, Kind
 from retnet.data.plan import Piece, Settings
 from retnet.system.files import naming
 from retnet.system.sizes import format_bytes
@@ -109,6 +109,8 @@ class Reading:
             if not packed and at < self.piece.end and not line.endswith(b"\n"):
                 raise self._cut_short(at)
             self._check_utf8(line)
+            if at == len(line):  # the file's first
+                line = line.removeprefix(BOM)
             if line.strip():
                 self._advance(raw)
                 yield from _blocks_of(self.lines + 1, self._parse(line))
@@ -134,21 +136,24 @@ class Reading:
         return _encode(record[names.index(field)][1], field, place)
 
     def _from_array(self, raw: BinaryIO, file: BinaryIO) -> Iterator[Block]:
-        """json: an array of objects, the text in one field."""
+        """json: an array of objects, or objects one after the other, the text in one field."""
         row = 0
 
         def place() -> str:
             return place_of(self.piece, row)
 
         window = _Window(file, place)
-        window.take("[")
-        while not window.begins("]"):
-            if row:
+        is_array = window.begins("[")
+        if is_array:
+            window.take("[")
+        while not window.begins("]" if is_array else ""):
+            if row and is_array:
                 window.take(",")
             yield from _blocks_of(row, self._text_of(window.value(), place))
             row += 1
             self._advance(raw)
-        window.take("]")
+        if is_array:
+            window.take("]")
         window.take("")
 
     def _from_rows(self) -> Iterator[Block]:
@@ -244,13 +249,14 @@ class _Pairs(list[tuple[str, Any]]):
 
 
 class _Window:
-    """Reads the values of a JSON array one after the other. place: where the reader is, for messages."""
+    """Reads the values of JSON one after the other, in an array or by themselves. place: where the reader is, for messages."""
 
     def __init__(self, file: BinaryIO, place: Callable[[], str]):
         self._file, self._place = file, place
         self._decoder = json.JSONDecoder(object_pairs_hook=_Pairs)
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._text, self._at = "", 0
+        self._is_begin = True  # of the file, where a byte-order mark may stand
 
     def begins(self, mark: str) -> bool:
         """Whether the next character is `mark`, or whether the file ends for an empty one."""
@@ -295,6 +301,8 @@ class _Window:
             text = self._utf8.decode(data, final=not data)
         except UnicodeDecodeError as error:
             raise DataError(f"{self._place()} or after: not UTF-8: {error.reason}") from error
+        if self._is_begin and text:
+            text, self._is_begin = text.removeprefix("\ufeff"), False
         self._text, self._at = self._text[self._at :] + text, 0
         return bool(data)
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from retnet.data.compression import is_compressed
-from retnet.data.kinds import READ, Kind, kind_of_file, kind_of_folder
+from retnet.data.kinds import READ, Kind, kind_of_file, kind_of_folder, syntax_of
 
 STDLIB = "stdlib"
+_SHARD_SUFFIXES = (".json", ".tokens", ".index")
 _NAMES = 3
 # Installed packages and tests, which differ from one distribution to the next, and one generated 700 KB file of prose.
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
@@ -113,21 +114,27 @@ class Source:
 
     kind: SHARDS, DATASET or DATASETS, which have no `files` here; TEXT for files of any kind.
     left_out: the paths of a folder that are not read.
+    with_syntax: files of text that look like a table or JSON, and are read with the syntax of it.
     """
 
     name: str
     kind: Kind
     files: tuple[SourceFile, ...]
     left_out: PathsByKind
+    with_syntax: PathsByKind = field(default_factory=PathsByKind)
 
     def refuse(self, accepted: str) -> NoReturn:
         """Raise ValueError with what was found, for a reader that does not read it."""
         raise ValueError(f"{self.name} holds {self._describe()}; accepted: {accepted}")
 
-    def warn_of_left_out(self) -> None:
-        """Warn about the paths that are not read."""
+    def warn(self) -> None:
+        """Warn about the paths that are not read, and about those that are hardly meant as text."""
         if self.left_out:
             warnings.warn(f"{self.name}: left out {self.left_out}", SourceWarning, stacklevel=3)
+        if self.with_syntax:
+            records = "records are read from .jsonl, .json and .parquet"
+            message = f"{self.name}: read as plain text, syntax included: {self.with_syntax}; {records}"
+            warnings.warn(message, SourceWarning, stacklevel=3)
 
     def _describe(self) -> str:
         if self.kind is not Kind.TEXT:
@@ -143,7 +150,7 @@ def by_kind(files: Iterable[SourceFile]) -> PathsByKind:
     return found
 
 
-def find_source(source: str | os.PathLike[str], record_field: str | None = None) -> Source:
+def find_source(source: str | os.PathLike[str], record_field: str | None = None, *, zeros: bool = False) -> Source:
     """What a source holds, decided in one place for every verb (see `kinds`).
 
     source: `stdlib` (the source of Python's standard library, found through sysconfig, without its tests, generated
@@ -151,13 +158,17 @@ def find_source(source: str | os.PathLike[str], record_field: str | None = None)
 
     record_field: the field with the text, if one was named (see `kind_of_file`).
 
+    zeros: whether a file that is the source may have zero bytes in its text.
+
     Files are sorted by name. In a folder, names that start with a dot and `__pycache__`, links to folders, empty and
     binary files are left out.
 
     Raises FileNotFoundError if there is no such path, OSError for a folder or file that cannot be read, ValueError if
-    it holds nothing to read, and for shards or a dataset in a folder below it.
+    it holds nothing to read, for shards or a dataset in a folder below it, and for a file of shards.
     """
     name = os.fspath(source)
+    if not name:  # as from an unset variable; a path of it would be the current folder
+        raise ValueError("a source is empty text; accepted: a file, a folder ('.' for this one), or 'stdlib'")
     root = Path(sysconfig.get_path("stdlib")) if name == STDLIB else Path(source)
     left_out = PathsByKind()
     try:
@@ -172,20 +183,24 @@ def find_source(source: str | os.PathLike[str], record_field: str | None = None)
             return Source(name, kind, (), left_out)
         paths = _walk(root, set(), left_out)
     else:
+        if root.suffix in _SHARD_SUFFIXES and kind_of_folder(root.parent) is Kind.SHARDS:
+            raise ValueError(f"{root} is a part of token shards; accepted: the whole folder, {root.parent}")
         paths = [root]
-    files = []
+    files, with_syntax = [], PathsByKind()
     for path in paths:
         below = path.name if path == root else path.relative_to(root).as_posix()
-        kind = kind_of_file(path, record_field)
+        kind = kind_of_file(path, record_field, zeros=zeros and path == root)
         if kind in READ:
             files.append(SourceFile(below, path, path.stat().st_size, kind))
+            if kind is Kind.TEXT and (syntax := syntax_of(path)):
+                with_syntax.add(f"{syntax} file", below)
         else:
             left_out.add(kind, below)
     if not files:
         raise ValueError(f"no text in {root}: {left_out or 'it has no files'}")
     if name == STDLIB:
         left_out = PathsByKind()  # of a fixed collection: nothing that a user meant to give
-    return Source(name, Kind.TEXT, tuple(sorted(files, key=lambda file: file.name)), left_out)
+    return Source(name, Kind.TEXT, tuple(sorted(files, key=lambda file: file.name)), left_out, with_syntax)
 
 
 def find_documents(source: str | os.PathLike[str]) -> tuple[Document, ...]:
@@ -203,7 +218,7 @@ def plain_documents(source: Source) -> tuple[Document, ...]:
     """
     if source.kind is not Kind.TEXT or any(f.kind is not Kind.TEXT or is_compressed(f.path) for f in source.files):
         source.refuse(f"token shards, or plain text only (`retnet data {source.name} OUT` writes shards of it)")
-    source.warn_of_left_out()
+    source.warn()
     return tuple(Document(file.name, file.path, file.size) for file in source.files)
 
 

@@ -113,7 +113,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: Source
-    data: Source | dict[Source, Weight]
+    data: Source | Annotated[dict[Source, Weight], Field(min_length=1)]
     valid: Source | None = None
     length: int = Field(default=1024, ge=2)
     carry_state: bool = False
@@ -160,8 +160,8 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
     own = set(Recipe.model_fields) - {"training"}
     hints = get_type_hints(TrainingArguments) | _HINTS
     values = {key: _parsed(key, value, hints.get(key)) for key, value in values.items()}
-    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    problems = [_unknown(key, own | fields) for key in values if key not in own | fields]
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+    problems = [_unknown(key, own | fields.keys()) for key in values if key not in own | fields.keys()]
     problems += [f"{key} is not accepted: {WITHOUT_EFFECT[key]}" for key in values if key in WITHOUT_EFFECT]
     problems += [f"{key} is missing: {meaning}" for key, meaning in _REQUIRED.items() if key not in values]
     stack = resolve_stack(str(values["model"])) if "model" in values else None
@@ -169,11 +169,15 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
     if stack is not None:
         training |= training_defaults(stack.spec, values)
         values.setdefault("router_lr_multiplier", router_lr_multiplier(stack.spec))
-    for key in sorted(values.keys() & fields):
+    for key in sorted(values.keys() & fields.keys()):
         try:
             training[key] = _coerce(hints[key], values[key])
         except ValidationError as error:
             problems.append(f"{key} is {values[key]!r}: {error.errors()[0]['msg']}")
+            continue
+        choices = fields[key].metadata.get("choices")
+        if choices and training[key] is not None and training[key] not in choices:
+            problems.append(f"{key} is {training[key]!r}; accepted: {', '.join(choices)}")
     problems += _unusable(training)
     if not problems:
         model = Path(str(values["model"]))
@@ -185,6 +189,9 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
             return Recipe(training=training, **{key: values[key] for key in own & values.keys()})
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
+            if any(e["loc"][0] == "data" for e in error.errors()):  # one fault per type that data may have
+                problems = [problem for problem in problems if not problem.startswith("data.")]
+                problems.append(f"data is {values['data']!r}; accepted: a source, or sources with shares above 0")
     raise ValueError("; ".join(problems))
 
 

@@ -68,7 +68,10 @@ def _train(
     with sharding_on_cpus(arguments):
         try:
             trainer = PackedTrainer(model, arguments, data.train, data.valid, options, callbacks=[progress])
-        except (ImportError, KeyError, TypeError, RuntimeError) as error:
+        except Exception as error:
+            # For push_to_hub it creates a repository, where the hub's client raises many kinds.
+            if not (arguments.push_to_hub or isinstance(error, ImportError | KeyError | TypeError | RuntimeError)):
+                raise
             raise ValueError(f"the Trainer does not accept these settings: {error}") from error
     trainer.resumed = resumed
     parameters = sum(p.numel() for p in model.parameters())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from retnet.cli import main
+from retnet.data import open_corpus
 
 
 def run(*words: object) -> int:
@@ -102,6 +103,59 @@ def test_files_left_out_are_heard_from_every_verb(capsys, byte_model, tmp_path):
     ):
         assert run(*words) == 0
         assert line in capsys.readouterr().err.splitlines()
+
+
+def test_text_with_the_syntax_of_a_table_or_json_is_heard_from_every_verb(capsys, byte_model, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.csv").write_text("text,label\na word,1\n" * 9)
+    (folder / "b").write_text('{"text": "a"}\n' * 9)
+    line = f"warning: {folder}: read as plain text, syntax included: 1 JSON file (b), 1 table file (a.csv); records"
+    for words in (
+        ["eval", byte_model, "--data", folder, "--part", "all"],
+        ["data", "show", folder],
+        ["data", folder, tmp_path / "out"],
+    ):
+        assert run(*words) == 0
+        assert line in capsys.readouterr().err
+
+
+def test_a_file_of_shards_and_an_empty_source_are_refused(capsys, byte_model, tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    assert run("data", tmp_path / "a.txt", tmp_path / "tokens") == 0
+    for name in ("manifest.json", "00000.json", "00000.tokens", "00000.index"):
+        message = f"{name} is a part of token shards; accepted: the whole folder, {tmp_path / 'tokens'}"
+        assert message in wrong_input(capsys, "eval", byte_model, "--data", tmp_path / "tokens" / name)
+    for words in (["data", "", tmp_path / "out"], ["data", "show", ""], ["eval", byte_model, "--data", ""]):
+        assert "a source is empty text; accepted: a file, a folder" in wrong_input(capsys, *words)
+    assert "is a folder; accepted: a file of text" in wrong_input(capsys, "eval", byte_model, "--file", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b.json", "c.json", "d.json.gz"])
+def test_a_byte_order_mark_and_any_layout_of_objects_give_the_same_records(capsys, tmp_path, name):
+    record = json.dumps({"text": "one\r\n\ufefftwo"})
+    layouts = {
+        "a.jsonl": f"{record}\r\n{record}",
+        "a.json": f"{record}\n{record}\n",
+        "b.json": f"[{record},\n{record}]",
+    }
+    layouts |= {"c.json": f"\r{record}\r{record}", "d.json.gz": record.replace(" ", "\n") * 2}
+    data = f"\ufeff{layouts[name]}".encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert run("data", tmp_path / name, tmp_path / "out", "--field", "text") == 0
+    corpus = open_corpus(tmp_path / "out")
+    assert [bytes(corpus.tokens(i, 1).tolist()) for i in range(len(corpus))] == ["one\r\n\ufefftwo".encode()] * 2
+
+
+def test_a_separator_of_zero_bytes_cuts_a_file_that_has_them_early_on(capsys, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\0two\0three")
+    assert run("data", tmp_path / "a.txt", tmp_path / "out", "--separator", r"\0") == 0
+    assert len(open_corpus(tmp_path / "out")) == 3
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.txt").rename(tmp_path / "folder/a.txt")
+    assert "1 binary file (a.txt)" in wrong_input(
+        capsys, "data", tmp_path / "folder", tmp_path / "out2", "--separator", r"\0"
+    )
 
 
 def test_a_file_name_that_is_not_utf8_is_printed_with_an_escape(capsys, tmp_path):

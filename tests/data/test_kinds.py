@@ -6,7 +6,7 @@ import lzma
 import pytest
 
 from retnet.data.compression import DamagedError
-from retnet.data.kinds import Kind, kind_of_file, kind_of_folder
+from retnet.data.kinds import Kind, kind_of_file, kind_of_folder, syntax_of
 
 RECORD = b'{"text": "a", "id": 1}\n'
 JSON_FILES = {
@@ -26,9 +26,15 @@ JSON_FILES = {
     "settings on lines": (json.dumps({"name": "x", "list": [{"a": 1}]}, indent=1).encode(), Kind.TEXT),
     "an array of other objects": (b'[{"a": 1}, {"a": 2}]', Kind.TEXT),
     "an array of numbers": (b"[1, 2]", Kind.TEXT),
+    "objects on several lines": (json.dumps({"text": "a"}, indent=1).encode() * 2, Kind.JSON),
+    "objects on one line": (RECORD.strip() * 2, Kind.JSON),
+    "lines of old Macs": (RECORD.replace(b"\n", b"\r") * 2, Kind.JSON),
+    "indented lines": ((b" " + RECORD) * 2, Kind.JSON),
+    "one object on several lines": (json.dumps({"id": 1, "text": "a"}, indent=1).encode(), Kind.JSON),
+    "settings of a text": (json.dumps({"text": {"size": 1}}, indent=1).encode(), Kind.TEXT),
     "not JSON": (b"// settings\n{\n}\n", Kind.TEXT),
     "a number": (b"1", Kind.TEXT),
-    "UTF-16": (RECORD.decode().encode("utf-16"), Kind.BINARY),
+    "UTF-16": (RECORD.decode().encode("utf-16"), Kind.UTF16),
 }
 
 
@@ -39,6 +45,35 @@ def test_a_json_file_is_records_or_text_by_its_first_lines(tmp_path, name, suffi
     compress = {"gz": gzip.compress, "xz": lzma.compress}.get(suffix[-2:], bytes)
     (tmp_path / f"a{suffix}").write_bytes(compress(data))
     assert kind_of_file(tmp_path / f"a{suffix}") is kind
+
+
+def test_utf16_without_zero_bytes_and_words_that_begin_as_bzip2_are_told_apart(tmp_path):
+    for encoding, order in (("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")):
+        (tmp_path / "a.txt").write_bytes(order + ("\u4e2d\u6587" * 50).encode(encoding))
+        assert kind_of_file(tmp_path / "a.txt") is Kind.UTF16
+    (tmp_path / "a.txt").write_bytes(b"BZhang wrote this")
+    assert kind_of_file(tmp_path / "a.txt") is Kind.TEXT
+    (tmp_path / "a.txt").write_bytes(bz2.compress(b""))
+    assert kind_of_file(tmp_path / "a.txt") is Kind.BINARY
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "syntax"),
+    [
+        ("a.csv", b"text,label\n", "table"),
+        ("a.TSV.gz", gzip.compress(b"text\n"), "table"),
+        ("a.json", b"[null]", "JSON"),
+        ("part-00000", RECORD * 2, "JSON"),
+        ("a.txt.gz", gzip.compress(b"\xef\xbb\xbf" + RECORD), "JSON"),
+        ("a.txt", b' [{ "text" : 1}]', "JSON"),
+        ("a.txt", b"{}, a pair of braces", None),
+        ("a.c", b"{ int x; }", None),
+        ("a.txt", b'["quoted"] {', None),
+    ],
+)
+def test_the_syntax_of_a_file_of_text_is_known(tmp_path, name, data, syntax):
+    (tmp_path / name).write_bytes(data)
+    assert syntax_of(tmp_path / name) == syntax
 
 
 def test_the_field_decides_about_one_object(tmp_path):

@@ -71,7 +71,7 @@ def test_files_left_out_are_counted(tmp_path):
     os.mkfifo(tmp_path / "in/pipe")
     write(tmp_path, {"in/.git/a": b"text", "in/.hidden": b"text", "in/__pycache__/x.pyc": b"code"})
     found = (
-        "2 binary files (b, c), 1 dangling link (dangling), 1 empty file (d), 1 hidden file (.hidden), "
+        "1 UTF-16 file (c), 1 binary file (b), 1 dangling link (dangling), 1 empty file (d), 1 hidden file (.hidden), "
         "2 hidden folders (.git, __pycache__), 1 linked folder (linked), 1 special file (pipe)"
     )
     with pytest.warns(SourceWarning, match=re.escape(f"in: left out {found}")):

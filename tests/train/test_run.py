@@ -362,6 +362,20 @@ def test_a_schedule_that_cannot_be_made_is_refused_before_the_first_step(
     assert "step 1/" not in console.file.getvalue()
 
 
+def test_a_hub_that_cannot_be_reached_is_an_error_of_the_settings(
+    byte_model, text_folder, tmp_path, console, monkeypatch
+):
+    class ConnectError(Exception):
+        """Of the hub's HTTP client; no OSError."""
+
+    def create(trainer, *args, **kwargs):
+        raise ConnectError("name not known")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", create)
+    with pytest.raises(ValueError, match="the Trainer does not accept these settings: name not known"):
+        train(recipe_for(byte_model, text_folder, tmp_path, **QUICK, push_to_hub=True), console)
+
+
 def test_weight_decay_leaves_norms_and_decays_alone():
     layers = [
         replace(PAPER, mixer=replace(PAPER.mixer, head_norm_affine="per_head", **options))
