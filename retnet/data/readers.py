@@ -249,7 +249,10 @@ class _Pairs(list[tuple[str, Any]]):
 
 
 class _Window:
-    """Reads the values of JSON one after the other, in an array or by themselves. place: where the reader is, for messages."""
+    """Reads the values of JSON one after the other, in an array or by themselves.
+
+    place: where the reader is, for messages.
+    """
 
     def __init__(self, file: BinaryIO, place: Callable[[], str]):
         self._file, self._place = file, place

@@ -102,7 +102,8 @@ def inspect(path: Path, *, hashes: bool = True) -> Checkpoint:
         serial = int(marker["serial"])
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in marker["files"].items()}
     except FileNotFoundError:
-        return Checkpoint(path, step, problem=f"it has no {MARKER}: saving did not finish")
+        problem = f"it has no {MARKER}: saving did not finish" if path.is_dir() else "there is no such folder"
+        return Checkpoint(path, step, problem=problem)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return Checkpoint(path, step, problem=f"its {MARKER} cannot be read: {error}")
     for name, (expected_size, expected_hash) in files.items():

@@ -154,6 +154,11 @@ def _choose_checkpoint(recipe: Recipe, output: Path, console: Console) -> Path |
         return None
     if str(asked).lower() not in NEWEST:
         checkpoint = inspect(Path(str(asked)))
+        if within := list_checkpoints(checkpoint.path):
+            raise CheckpointError(
+                f"{asked} is the output folder of a run; accepted: one of its checkpoints, such as {within[-1].path}, or "
+                "resume_from_checkpoint=auto"
+            )
         if checkpoint.problem is not None:
             raise CheckpointError(f"{asked} is not a complete checkpoint: {checkpoint.problem}")
         return checkpoint.path

@@ -8,7 +8,7 @@ from retnet.data import blocks
 from retnet.data.blocks import Separator, cut_documents
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not for the session: other files would get these blocks too
 def small_blocks():
     """Blocks of 32 bytes."""
     with pytest.MonkeyPatch.context() as patch:

@@ -270,3 +270,10 @@ def test_resuming_from_a_damaged_checkpoint_by_path_is_an_error(dropout_model, t
     )
     with pytest.raises(CheckpointError, match=r"checkpoint-2 is not a complete checkpoint: optimizer.pt is missing"):
         train(recipe, console)
+    for path, message in (
+        (tmp_path, "is the output folder of a run; accepted: one of its checkpoints, such as .*checkpoint-4, or"),
+        (tmp_path / "checkpoint-9", "is not a complete checkpoint: there is no such folder"),
+    ):
+        recipe = recipe_for(dropout_model, text_folder, tmp_path, **SAVING, resume_from_checkpoint=path)
+        with pytest.raises(CheckpointError, match=message):
+            train(recipe, console)
