@@ -137,7 +137,8 @@ def _kind_of_json(path: Path, named: str | None) -> Kind | None:
     It has one object per line where a line of the first two is an object and there are two, as in JSON lines with a
     damaged line, or where its only line is an object with the field. It is an array of records where the first of them
     is an object, with the field or with a field that was named: then the reader says what it lacks. Objects in any
-    other layout are records where there are several, or where the only one has text in the field.
+    other layout are records where there are several, or where the only one has text in the field, and so are damaged
+    ones that begin with text in the field.
     """
     field = DEFAULT_FIELD if named is None else named
     with open(path, "rb") as raw, unpacked(raw, path) as file:
@@ -145,7 +146,9 @@ def _kind_of_json(path: Path, named: str | None) -> Kind | None:
         first, second = next(lines, b"").removeprefix(BOM), next(lines, b"")
     if first.lstrip().startswith(b"["):
         record, _ = _first_record(path)
-        return Kind.JSON if record is not None and (field in record or named is not None) else None
+        if record is None:
+            return _kind_of_damaged(path, field)
+        return Kind.JSON if field in record or named is not None else None
     record = _object(first)
     if record is not None:
         return Kind.JSONL if second or field in record else None
@@ -153,8 +156,16 @@ def _kind_of_json(path: Path, named: str | None) -> Kind | None:
         return Kind.JSONL
     record, following = _first_record(path)
     if record is None:
-        return None
+        return _kind_of_damaged(path, field)
     return Kind.JSON if following.startswith("{") or isinstance(record.get(field), str) else None
+
+
+def _kind_of_damaged(path: Path, field: str) -> Kind | None:
+    """The kind of a file whose first value is no object that can be read."""
+    with open(path, "rb") as raw, unpacked(raw, path) as file:
+        head = file.read(SNIFF_BYTES).removeprefix(BOM)
+    text_follows = re.escape(json.dumps(field, ensure_ascii=False).encode()) + rb'\s*:\s*"'
+    return Kind.JSON if _JSON_BEGIN.match(head) and re.search(text_follows, head) else None
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

@@ -146,8 +146,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = read_json(path)
         kind = manifest["format"], manifest["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest of token shards: {error!r}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a manifest of token shards: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a manifest of token shards: no format or no version") from error
     if kind != (FORMAT, VERSION):
         raise ValueError(f"{path} is {kind[0]} version {kind[1]}; accepted: {FORMAT} version {VERSION}")
     return manifest

@@ -161,7 +161,7 @@ def publish(staging: Path, output: Path) -> None:
         target = output / file.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         move_into_place(file, target)
-    shutil.rmtree(staging)
+    shutil.rmtree(staging.parent)
 
 
 def _discard(path: Path) -> None:

@@ -156,8 +156,8 @@ def _choose_checkpoint(recipe: Recipe, output: Path, console: Console) -> Path |
         checkpoint = inspect(Path(str(asked)))
         if within := list_checkpoints(checkpoint.path):
             raise CheckpointError(
-                f"{asked} is the output folder of a run; accepted: one of its checkpoints, such as {within[-1].path}, or "
-                "resume_from_checkpoint=auto"
+                f"{asked} is the output folder of a run; accepted: one of its checkpoints, such as {within[-1].path}, "
+                "or resume_from_checkpoint=auto"
             )
         if checkpoint.problem is not None:
             raise CheckpointError(f"{asked} is not a complete checkpoint: {checkpoint.problem}")
