@@ -33,10 +33,10 @@ def without_bad(length: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("place", ["first", "inside", "last"])
 def test_a_token_that_makes_nan_fails_its_request_alone(stack, options, place):
     model = poisoned(stack)
-    good = Request(without_bad(11, seed=1) * 2, 12, Sampling(temperature=0, logit_bias={BAD: -float("inf")}))
+    good = Request(without_bad(7, seed=1) * 2, 8, Sampling(temperature=0, logit_bias={BAD: -float("inf")}))
     expected = alone(model, good, **options)
     assert expected.finish_reason == "length"
-    ids = without_bad(20)
+    ids = without_bad(12)
     ids[{"first": 0, "inside": 9, "last": -1}[place]] = BAD
     engine = engine_of(model, **options)
     kept = engine.submit(good)

@@ -77,11 +77,11 @@ def check_each_alone(model, generations) -> None:
 @pytest.mark.parametrize(
     ("stack", "requests"),
     [
-        ("retention", 120),
+        ("retention", 70),
         pytest.param("retention", 2000, marks=pytest.mark.slow),
         pytest.param("hybrid", 400, marks=pytest.mark.slow),
     ],
-    ids=["120", "2000", "hybrid"],
+    ids=["70", "2000", "hybrid"],
 )
 def test_requests_in_a_batch_get_what_each_gets_alone(stack, requests):
     model = small_model(stack)

@@ -95,7 +95,7 @@ def test_calls_of_many_threads_beside_stepping_threads_change_no_token(exact, op
 
     with ThreadPoolExecutor(6) as threads:
         stepping = [threads.submit(keep_stepping) for _ in range(2)]
-        acting = [threads.submit(users.act, seed, 40) for seed in range(4)]
+        acting = [threads.submit(users.act, seed, 20) for seed in range(4)]
         try:
             for future in acting:
                 future.result(timeout=120)

@@ -19,6 +19,7 @@ from retnet.models.states import ModelState
 from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
 from retnet.serve.snapshot import Snapshot, _digest
+from retnet.system import files
 from tests.paths import ROOT
 from tests.small_models import prompt, small_model
 
@@ -155,19 +156,16 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_file_whole(small, tmp_path
     path = tmp_path / "session"
     engine.snapshot(generation).save(path)
     old = path.read_bytes()
-    code = textwrap.dedent(f"""
-        import os, signal
-        from retnet.serve import snapshot
-        from retnet.system import files
-        def killed(fd):
-            os.kill(os.getpid(), signal.SIGKILL)
-        files.os.fsync = killed
-        loaded = snapshot.Snapshot.load({str(path)!r})
-        loaded.tokens.append(1)
-        loaded.save({str(path)!r})
-    """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    writer = os.fork()
+    if not writer:
+        files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            loaded = Snapshot.load(path)
+            loaded.tokens.append(1)
+            loaded.save(path)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == -signal.SIGKILL
     assert path.read_bytes() == old
     assert len(os.listdir(tmp_path)) == 2, "the staged file is left beside it"
     engine.snapshot(generation).save(path)
