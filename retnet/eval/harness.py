@@ -198,7 +198,7 @@ class RetNetLM(TemplateLM):
         unknown = [name for name, value in options.items() if name not in _OPTIONS and value is not None]
         if unknown:
             raise ValueError(f"generation_kwargs has {', '.join(unknown)}; accepted: {', '.join(_OPTIONS)}")
-        stops, ends = self._stops(options.get("until") or []), {self.eot_token_id, *self.model.config.eos_token_ids}
+        stops, ends = self._stops(options.get("until") or []), {self.eot_token_id, *self.model.eos_token_ids}
         limit = next((options[name] for name in _LIMITS if options.get(name) is not None), MAX_GENERATED)
         stream = generate(
             self.model,

@@ -54,8 +54,7 @@ AUTO_MAP = {
 
 def save_model(model: LanguageModel, directory: str | os.PathLike[str]) -> None:
     """Write the model to a directory, which is created if missing. Each file is written atomically."""
-    config = replace(model.config, tie_embeddings=_is_tied(model))
-    write_model(directory, config, Tensors.of(stored_tensors(model)))
+    write_model(directory, stored_config(model), Tensors.of(stored_tensors(model)))
 
 
 def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors: Tensors) -> ModelConfig:
@@ -169,6 +168,14 @@ def fill(
     if model.config.tie_embeddings:
         model.head.weight = model.embedding.weight
     return model.eval()
+
+
+def stored_config(model: LanguageModel) -> ModelConfig:
+    """The model's configuration, with its own dtype, tied head and end tokens, which may have changed since."""
+    config, ids = model.config, model.eos_token_ids
+    if ids != config.eos_token_ids:
+        config = replace(config, eos_token_id=ids[0] if len(ids) == 1 else ids)
+    return replace(config, tie_embeddings=_is_tied(model), dtype=dtype_of(model.state_dict()))
 
 
 def stored_tensors(model: LanguageModel) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
 from retnet.models.config import ModelConfig
+from retnet.models.config_json import token_ids_in_vocabulary
 from retnet.models.init import initialize
 from retnet.models.loss import linear_cross_entropy
 from retnet.models.states import ModelDraft, ModelState
@@ -41,10 +42,12 @@ class LanguageModel(nn.Module):
     `torch.device("meta")` nothing is allocated.
 
     directory: where the weights were loaded from, if they were; a tokenizer may lie beside them.
+    generation_config: transformers', of a model with its interface; its `generate` reads the end tokens from there.
     """
 
     WEIGHT_ROLES: ClassVar[WeightRoles] = {"embedding": "embedding", "head": "embedding"}
     directory: Path | None = None
+    generation_config: Any = None
 
     def __init__(self, config: ModelConfig, *, seed: int | None = None):
         super().__init__()
@@ -70,6 +73,13 @@ class LanguageModel(nn.Module):
             for name, weight in self.named_parameters():
                 if name.endswith("norm_weight"):  # of norms inside mixers
                     weight.data = weight.data.float()
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text: those of `generation_config` where it has any, otherwise the configuration's."""
+        given = getattr(self.generation_config, "eos_token_id", None)
+        ids = token_ids_in_vocabulary("eos_token_id", given, self.config.vocab_size)
+        return self.config.eos_token_ids if ids is None else (ids,) if isinstance(ids, int) else ids
 
     def forward(
         self,

@@ -21,7 +21,7 @@ class Admission:
 
     def __init__(self, model: LanguageModel, pool: SlotPool, decode: Decode | None, max_waiting: int | None):
         self.model, self.pool, self.decode, self.max_waiting = model, pool, decode, max_waiting
-        self._eos_token_ids = model.config.eos_token_ids
+        self._eos_token_ids = model.eos_token_ids
         self._identity = object()
 
     @cached_property

@@ -9,12 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Trainer, TrainingArguments
 
 import retnet.hf  # noqa: F401 (registers)
+from retnet.models.decode.sampling import Sampling
 from retnet.models.directory import load_config, load_model, save_model
 from retnet.models.hf import RetNetConfig, RetNetForCausalLM
 from retnet.models.hf.tokenizer import byte_tokenizer
+from retnet.serve.engine import Engine
+from retnet.serve.request import Request
 from tests.small_models import ALIBI, MAMBA1, PAPER, hf_model, random_ids, small_config, small_model
 
 CHANGES = {
@@ -189,3 +192,46 @@ def test_the_ids_that_trainer_takes_from_the_tokenizer_are_those_of_the_saved_mo
     assert 126 in load_config(tmp_path / "model").eos_token_ids
     data = json.loads((tmp_path / "model" / "config.json").read_text())
     assert data["eos_token_id"] == data["model_config"]["eos_token_id"]
+
+
+def test_the_engine_and_every_writer_end_texts_where_generate_does(tmp_path):
+    """Ends that are only in the generation configuration: set, changed in place, or loaded from its file."""
+    model = hf_model()
+    prompt = [256, 97, 98]
+    free = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+    end = free[4]
+    expected = free[: free.index(end) + 1]
+
+    def generated(inner):
+        engine = Engine(inner, num_slots=1)
+        generation = engine.submit(Request(prompt, 12, Sampling(temperature=0)))
+        engine.run()
+        return list(generation.tokens)
+
+    assert generated(model.model) == free
+    model.generation_config.eos_token_id = [end]
+    assert model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, 3:].tolist() == expected
+    assert generated(model.model) == expected
+    save_model(model.model, tmp_path / "inner")
+    model.save_pretrained(tmp_path / "outer")
+    (tmp_path / "outer" / "config.json").write_text(RetNetConfig.of(model.model.config).to_json_string())
+    loaded = RetNetForCausalLM.from_pretrained(tmp_path / "outer")
+    assert generated(loaded.model) == generated(load_model(tmp_path / "inner")) == expected
+    again = RetNetForCausalLM.wrap(loaded.model)
+    assert again.generation_config.eos_token_id == [end]
+    assert generated(copy.deepcopy(again).model) == expected
+    loaded.generation_config = GenerationConfig(bos_token_id=256)
+    assert generated(loaded.model) == free
+
+
+def test_initialising_a_model_that_has_weights_changes_none():
+    model = hf_model()
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    model.init_weights()
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+
+
+@pytest.mark.parametrize("ids", [torch.arange(3), [[1, 2]], torch.zeros(1, 2, 3, dtype=torch.long)])
+def test_ids_that_are_no_rows_of_tokens_are_refused_with_what_is_accepted(ids):
+    with pytest.raises(ValueError, match=r"input_ids is of (shape|type) .*; accepted: a tensor \[B, T\]"):
+        hf_model()(input_ids=ids)

@@ -10,7 +10,6 @@ import argparse
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from retnet.models.convert.table import Format, in_our_names, in_their_names
 from retnet.models.directory import (
     CONFIG_FILE,
     build_empty,
-    dtype_of,
     fill,
     open_model,
+    stored_config,
     stored_tensors,
     write_config,
     write_model,
@@ -108,8 +107,7 @@ def _open(source: Source | LanguageModel, format: str | None, config: object) ->
     if format is not None and format not in (OURS, *FORMATS):
         raise ValueError(f"format is {format!r}; accepted: {', '.join((OURS, *FORMATS))}, or None to recognise it")
     if isinstance(source, LanguageModel):
-        tensors = Tensors.of(stored_tensors(source))
-        return replace(source.config, dtype=dtype_of(tensors.specs)), tensors
+        return stored_config(source), Tensors.of(stored_tensors(source))
     is_state_dict = isinstance(source, Mapping)
     if not is_state_dict and (format == OURS or (format is None and _is_ours(Path(source)))):
         return open_model(source)

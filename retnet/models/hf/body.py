@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from retnet.models.decode.decoder import running
+from retnet.models.directory import stored_config
 from retnet.models.hf.cache import StateCache
 from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.inputs import Tokens
@@ -61,8 +62,10 @@ class RetNetModel(RetNetPreTrainedModel):
     def wrap(cls, model: LanguageModel) -> Self:
         """A wrapper of an existing model; both share the weights."""
         with torch.device("meta"):
-            wrapper = cls(RetNetConfig.of(model.config))
+            wrapper = cls(RetNetConfig.of(stored_config(model)))
         wrapper.model = model
+        for module in model.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment] (`init_weights` leaves them as they are)
         return wrapper
 
     def forward(
@@ -108,6 +111,10 @@ class RetNetModel(RetNetPreTrainedModel):
             raise ValueError("accepted: one of input_ids and inputs_embeds")
         if cache is not None and not isinstance(cache, StateCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; accepted: retnet.hf.StateCache or None")
+        name, dims = ("input_ids", 2) if inputs_embeds is None else ("inputs_embeds", 3)
+        if not isinstance(given, Tensor) or given.dim() != dims:
+            found = f"shape {list(given.shape)}" if isinstance(given, Tensor) else f"type {type(given).__name__}"
+            raise ValueError(f"{name} is of {found}; accepted: a tensor {'[B, T]' if dims == 2 else '[B, T, D]'}")
         shape = (given.shape[0], given.shape[1])
         continued = cache is not None and cache.state is not None
         return Tokens.of(shape, attention_mask, position_ids, cu_seq_lens, seq_idx, continued)

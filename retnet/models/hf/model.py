@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from retnet.models.hf.body import HiddenStates, RetNetModel
 from retnet.models.hf.cache import StateCache
 from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.inputs import IGNORED, Tokens, repeat_last_real, without_first_labels
+from retnet.models.lm import LanguageModel
 
 logger = logging.get_logger(__name__)
 _LEFT_OUT = (
@@ -43,6 +44,29 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # transformers looks for it in the class's name, which a subclass may change
         register_causal(type(self))
+        self._share_generation_config()
+
+    @classmethod
+    def wrap(cls, model: LanguageModel) -> Self:
+        wrapper = super().wrap(model)
+        if model.generation_config is not None:
+            wrapper.generation_config = model.generation_config
+        wrapper._share_generation_config()
+        return wrapper
+
+    @property
+    def generation_config(self) -> Any:
+        """transformers' settings of `generate`, which the language model inside reads its end tokens from."""
+        return self.__dict__.get("_generation_config")
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.__dict__["_generation_config"] = value
+        self._share_generation_config()
+
+    def _share_generation_config(self) -> None:
+        if isinstance(inner := self._modules.get("model"), LanguageModel):
+            inner.generation_config = self.generation_config
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
