@@ -111,10 +111,8 @@ def kind_of_folder(path: Path) -> Kind | None:
     if "dataset_dict.json" in names and splits_of(path):
         return Kind.DATASETS
     state, info = STATE in names, INFO in names
-    if state and info and "_data_files" in json_object(path / STATE):
-        return Kind.DATASET
     has_arrow = any(name.endswith(".arrow") and not name.startswith(".") for name in names)
-    return Kind.DATASET if (state or info) and has_arrow else None
+    return Kind.DATASET if (state and info) or ((state or info) and has_arrow) else None
 
 
 def splits_of(path: Path) -> list[str]:

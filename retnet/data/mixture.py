@@ -107,7 +107,7 @@ def _check_corpora(corpora: Sequence[Corpus], weights: Sequence[float]) -> None:
         each = ", ".join(
             f"{c.name}: {c.tokenizer_id[:12]} of {c.vocab_size}, start {c.document_start}" for c in corpora
         )
-        raise ValueError(f"corpora of different tokenizers cannot be mixed ({each})")
+        raise ValueError(f"corpora of different tokenizers cannot be mixed ({each}); accepted: one tokenizer for all")
 
 
 def _table_counts(weights: Sequence[float]) -> NDArray[np.int64]:

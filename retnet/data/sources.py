@@ -21,7 +21,7 @@ from retnet.data.compression import is_compressed
 from retnet.data.kinds import READ, Kind, kind_of_file, kind_of_folder, syntax_of
 
 STDLIB = "stdlib"
-_SHARD_SUFFIXES = (".json", ".tokens", ".index")
+_PART_SUFFIXES = (".json", ".tokens", ".index")  # of files in shards and saved datasets that are no sources
 _NAMES = 3
 # Installed packages and tests, which differ from one distribution to the next, and one generated 700 KB file of prose.
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
@@ -164,7 +164,7 @@ def find_source(source: str | os.PathLike[str], record_field: str | None = None,
     binary files are left out.
 
     Raises FileNotFoundError if there is no such path, OSError for a folder or file that cannot be read, ValueError if
-    it holds nothing to read, for shards or a dataset in a folder below it, and for a file of shards.
+    it holds nothing to read, for shards or a dataset in a folder below it, and for a file of either.
     """
     name = os.fspath(source)
     if not name:  # as from an unset variable; a path of it would be the current folder
@@ -183,8 +183,9 @@ def find_source(source: str | os.PathLike[str], record_field: str | None = None,
             return Source(name, kind, (), left_out)
         paths = _walk(root, set(), left_out)
     else:
-        if root.suffix in _SHARD_SUFFIXES and kind_of_folder(root.parent) is Kind.SHARDS:
-            raise ValueError(f"{root} is a part of token shards; accepted: the whole folder, {root.parent}")
+        if root.suffix in _PART_SUFFIXES and (whole := kind_of_folder(root.parent)):
+            article = "" if whole is Kind.SHARDS else "a "
+            raise ValueError(f"{root} is a part of {article}{whole}; accepted: the whole folder, {root.parent}")
         paths = [root]
     files, with_syntax = [], PathsByKind()
     for path in paths:

@@ -131,7 +131,10 @@ def _check_vocabulary(name: str, config: ModelConfig, corpus: Corpus) -> None:
     """
     size, is_bytes = config.vocab_size, corpus.tokenizer_id == BYTES
     if size < corpus.vocab_size:
-        raise ValueError(f"{name} has a vocabulary of {size}; the tokens of {corpus.name} need {corpus.vocab_size}")
+        raise ValueError(
+            f"{name} has a vocabulary of {size}; the tokens of {corpus.name} need {corpus.vocab_size}; accepted: a "
+            f"model or stack with vocab_size {corpus.vocab_size} or more, or data in the model's tokens"
+        )
     if is_bytes and size != VOCAB_SIZE and config.bos_token_id != DOCUMENT_START:
         raise ValueError(
             f"{name} has a vocabulary of {size}, and {corpus.name} is read as bytes, {VOCAB_SIZE} tokens; accepted: "

@@ -239,7 +239,8 @@ def _read_recipe(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is not a recipe: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}; a recipe is a mapping of keys to values")
+        found = {"NoneType": "nothing", "str": "text", "list": "a list"}.get(type(values).__name__, repr(values))
+        raise ValueError(f"{file} holds {found}; accepted: a mapping of keys to values")
     return values
 
 

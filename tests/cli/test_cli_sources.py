@@ -126,6 +126,10 @@ def test_a_file_of_shards_and_an_empty_source_are_refused(capsys, byte_model, tm
     for name in ("manifest.json", "00000.json", "00000.tokens", "00000.index"):
         message = f"{name} is a part of token shards; accepted: the whole folder, {tmp_path / 'tokens'}"
         assert message in wrong_input(capsys, "eval", byte_model, "--data", tmp_path / "tokens" / name)
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{}")
+    message = f"state.json is a part of a dataset; accepted: the whole folder, {tmp_path}"
+    assert message in wrong_input(capsys, "data", tmp_path / "state.json", tmp_path / "out")
     for words in (["data", "", tmp_path / "out"], ["data", "show", ""], ["eval", byte_model, "--data", ""]):
         assert "a source is empty text; accepted: a file, a folder" in wrong_input(capsys, *words)
     assert "is a folder; accepted: a file of text" in wrong_input(capsys, "eval", byte_model, "--file", tmp_path)

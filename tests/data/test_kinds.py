@@ -117,6 +117,7 @@ def test_shards_and_datasets_are_known_when_they_are_incomplete(tmp_path):
         (["00000.tokens", "00000.index"], Kind.SHARDS),
         (["data-00000-of-00001.arrow", "dataset_info.json"], Kind.DATASET),
         (["data-00000-of-00001.arrow", "state.json"], Kind.DATASET),
+        (["dataset_info.json", "state.json"], Kind.DATASET),
         (["dataset_info.json"], None),
         (["manifest.json"], None),
         (["00000.tokens"], None),

@@ -56,7 +56,7 @@ def test_fields_of_recipes_are_validated(word):
     [
         ("- a\n- b\n", "holds a list"),
         ("a: [1,\n", "is not a recipe: this is not YAML .* \\(line 2, column 1\\)"),
-        ("just text", "holds a str"),
+        ("just text", "holds text; accepted: a mapping"),
         ("length: 64\nmodel: m\nlength: 32\n", "the key 'length' is given twice \\(line 3, column 1\\)"),
         ("model: m\ndata: {a: 1, b: 2, a: 3}\n", "the key 'a' is given twice \\(line 2"),
         ("lr_scheduler_kwargs:\n  a: 1\n  a: 1\n", "the key 'a' is given twice \\(line 3"),
