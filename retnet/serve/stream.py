@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from retnet.serve.request import Failed, Generation
@@ -54,6 +55,6 @@ class TokenStream(Iterator[int]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if not self._closed:
+    def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:  # globals may be gone by then
+        if not self._closed and not at_exit():
             self.engine.cancel_soon(self.generation)
