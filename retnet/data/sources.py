@@ -183,7 +183,7 @@ def find_source(source: str | os.PathLike[str], record_field: str | None = None,
             return Source(name, kind, (), left_out)
         paths = _walk(root, set(), left_out)
     else:
-        if root.suffix in _PART_SUFFIXES and (whole := kind_of_folder(root.parent)):
+        if root.suffix in _PART_SUFFIXES and (whole := _kind_of_parent(root)):
             article = "" if whole is Kind.SHARDS else "a "
             raise ValueError(f"{root} is a part of {article}{whole}; accepted: the whole folder, {root.parent}")
         paths = [root]
@@ -260,6 +260,14 @@ def _walk(root: Path, skipped: set[str], left_out: PathsByKind) -> Iterator[Path
                 left_out.add(Kind.HIDDEN, (at / name).relative_to(root).as_posix())
             else:
                 yield at / name
+
+
+def _kind_of_parent(path: Path) -> Kind | None:
+    """The kind of the folder that holds a file; None if it cannot be listed, which the file's readers need not do."""
+    try:
+        return kind_of_folder(path.parent)
+    except PermissionError:
+        return None
 
 
 def _raise(error: OSError) -> NoReturn:

@@ -81,6 +81,16 @@ def test_files_left_out_are_counted(tmp_path):
         find_documents(tmp_path / "in")
 
 
+def test_a_file_in_a_folder_that_cannot_be_listed_is_read(tmp_path, monkeypatch):
+    def listdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.json").write_text("[1]")
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.warns(SourceWarning, match="read as plain text, syntax included: 1 JSON file"):
+        assert [d.name for d in find_documents(tmp_path / "a.json")] == ["a.json"]
+
+
 def test_a_warning_names_the_first_files_of_many(tmp_path):
     write(tmp_path, {"a": b"text", **{f"{i}.png": b"\0" for i in range(1200)}})
     with pytest.warns(SourceWarning, match=r"left out 1,200 binary files \(0\.png, 1\.png, 10\.png, \.\.\.\)"):
