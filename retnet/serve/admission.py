@@ -69,6 +69,18 @@ class Admission:
             rounding_error=0.0 if after is None else after.rounding_error,
         )
 
+    def why_stale(self, snapshot: Snapshot | None) -> str | None:
+        """Why a snapshot that was accepted earlier can no longer be continued, if so."""
+        if snapshot is None:
+            return None
+        if snapshot.model != self.fingerprint:
+            return "the weights changed after its snapshot was taken"
+        try:
+            self._check_snapshot(snapshot)
+        except Refused as error:
+            return f"while it waited, {error}"
+        return None
+
     def forget_fingerprint(self) -> None:
         """Take the fingerprint anew when it is next needed: the weights have changed."""
         vars(self).pop("fingerprint", None)

@@ -310,10 +310,11 @@ class Engine:
                 self._renew_if_changed()
             stages.in_doubt = (generation,)
             stages.waiting.popleft()
-            if generation.start is not None and generation.start.model != self.fingerprint:
-                generation.fail("the weights changed after its snapshot was taken")
-            else:
+            stale = self._admission.why_stale(generation.start)
+            if stale is None:
                 self._prefill.enter(generation)
+            else:
+                generation.fail(stale)
             stages.in_doubt = ()
 
     def _start_decoding(self, generation: Generation) -> None:

@@ -246,3 +246,15 @@ def test_states_of_other_shapes_are_refused(small, tmp_path):
             engine.submit(Request([1], 5), replace(snapshot, state=state))
     with pytest.raises(FileNotFoundError, match="not a file"):
         Snapshot.load(tmp_path)
+
+
+def test_a_snapshot_that_changes_while_its_request_waits_fails_the_request(small):
+    snapshot = alone(small, Request(prompt(9), 4, Sampling(temperature=0), keep_state=True)).snapshot
+    engine = engine_of(small)
+    kept, waiting = engine.submit(Request(prompt(5), 4)), engine.submit(Request([1], 4), snapshot)
+    for layer in snapshot.state:
+        layer.position.fill_(50)
+    engine.run()
+    assert kept.finish_reason == "length"
+    assert waiting.finish_reason == "failed"
+    assert "while it waited, the snapshot was changed: state is at position [50]" in waiting.error
