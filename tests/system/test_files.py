@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from retnet.system import files
-from retnet.system.files import flush, move_into_place, write_json, written_whole
+from retnet.system.files import flush, move_into_place, read_json, write_json, written_whole
 
 
 def test_a_file_takes_its_name_only_when_it_is_complete(tmp_path):
@@ -65,8 +65,10 @@ def test_windows_flushes_files_and_skips_folders(tmp_path, monkeypatch):
 
 
 def test_json_keeps_names_that_are_not_unicode(tmp_path):
-    write_json(tmp_path / "a.json", {"name": "é" + b"\xff".decode("utf-8", "surrogateescape")})
-    assert b"\xc3\xa9\xff" in (tmp_path / "a.json").read_bytes()
+    name = "é" + b"\xff".decode("utf-8", "surrogateescape")
+    write_json(tmp_path / "a.json", {"name": name})
+    assert "é" in (tmp_path / "a.json").read_text("utf-8"), "valid UTF-8, and letters as they are"
+    assert read_json(tmp_path / "a.json") == {"name": name}
 
 
 @pytest.mark.parametrize(
