@@ -15,7 +15,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -59,7 +59,7 @@ def _between_steps(call: "Callable[Concatenate[Engine, P], R]") -> "Callable[Con
 
     @wraps(call)
     def alone(engine: "Engine", *args: P.args, **kwargs: P.kwargs) -> R:
-        return engine._turns.take(lambda: engine._call(call.__name__, lambda: call(engine, *args, **kwargs)))
+        return engine._turns.take(lambda: engine._call(call, args, kwargs))
 
     return alone
 
@@ -333,9 +333,9 @@ class Engine:
 
     def _finish_ended(self) -> None:
         """Take the requests whose output has ended out of their slots."""
-        for generation in list(self._stages.decoding.values()):
-            if generation.finish_reason is not None:
-                self._finish(generation, generation.finish_reason)
+        ended = [(g, reason) for g in self._stages.decoding.values() if (reason := g.finish_reason) is not None]
+        for generation, reason in ended:
+            self._finish(generation, reason)
 
     def _finish(self, generation: Generation, reason: str) -> None:
         stages = self._stages
@@ -357,14 +357,14 @@ class Engine:
         generation.finish(reason)
         stages.in_doubt = ()
 
-    def _call(self, name: str, call: Callable[[], R]) -> R:
-        """Run a call on states whose turn it is."""
+    def _call(self, call: Callable[..., R], args: tuple, kwargs: dict[str, Any]) -> R:
+        """Run a method that works on states and whose turn it is."""
         if self._turns.inside_step:
             raise RuntimeError(
-                f"{name} was called by `decode`, inside a step, where states and tokens do not match; accepted there: "
-                "submit and cancel"
+                f"{call.__name__} was called by `decode`, inside a step, where states and tokens do not match; "
+                "accepted there: submit and cancel"
             )
-        return self._work(lambda: self._tidied(call))
+        return self._work(lambda: self._tidied(call, args, kwargs))
 
     def _work(self, do: Callable[[], R]) -> R:
         """Run `do`, which works on states, whatever modes of torch the caller has on."""
@@ -376,10 +376,10 @@ class Engine:
                 with own_modes(self._step.tokens):
                     self._turns.work(self._settle)
 
-    def _tidied(self, call: Callable[[], R]) -> R:
+    def _tidied(self, call: Callable[..., R], args: tuple, kwargs: dict[str, Any]) -> R:
         self._tidy()
         try:
-            return call()
+            return call(self, *args, **kwargs)
         except BaseException as error:
             self._broken_off_by = repr(error)
             raise

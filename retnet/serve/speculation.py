@@ -115,6 +115,7 @@ class VerifyStep(DecodeStep):
         """Update each slot's state with the first counts [S] tokens of the last call."""
         self._updates[self._last].accept_(self.state, torch.tensor(counts, device=self.tokens.device))
 
+    @torch.no_grad()
     def _run(self, parts: SamplingParts) -> Sampled:
         if not self.graphs:  # a graph writes into the updates of its capture
             self._updates.clear()

@@ -64,7 +64,6 @@ class DecodeStep:
         self._captured.clear()
         self._fused = FusedModel(self.model)
 
-    @torch.no_grad()
     def __call__(self, parts: SamplingParts) -> Sampled:
         """One token [S, 1] per active slot, on the host; FAILED where there is none. Read it before the next call."""
         if not self.graphs:
@@ -109,6 +108,7 @@ class DecodeStep:
                     here.copy_(there, non_blocking=True)
         return graph, on_host
 
+    @torch.no_grad()
     def _run(self, parts: SamplingParts) -> Sampled:
         logits, _ = self._fused(self.tokens, self.state, self.active, self.deferred)
         return self._pick(logits, self.state.position, self.active, parts).each(lambda x: x[:, None])
