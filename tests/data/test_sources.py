@@ -111,8 +111,8 @@ NOT_PLAIN = {
     "b.json": (b'[{"text": "a"}]', "1 json file (b.json)"),
     "a.parquet": (b"PAR1", "1 parquet file (a.parquet)"),
     "a.arrow": (b"\xff\xff\xff\xff", "1 arrow file (a.arrow)"),
-    "a.txt.gz": (gzip.compress(b"text"), "1 compressed text file (a.txt.gz)"),
-    "a.JSON.GZ": (gzip.compress(b'{"text": 1}\n{"text": 2}'), "1 compressed jsonl file (a.JSON.GZ)"),
+    "a.txt.gz": (gzip.compress(b"text", mtime=0), "1 compressed text file (a.txt.gz)"),
+    "a.JSON.GZ": (gzip.compress(b'{"text": 1}\n{"text": 2}', mtime=0), "1 compressed jsonl file (a.JSON.GZ)"),
     "a.txt.bz2": (bz2.compress(b"text"), "1 compressed text file (a.txt.bz2)"),
 }
 
