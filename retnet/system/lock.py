@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 LOCK_FILE = ".lock"
+RELEASE_SECONDS = 2.0  # how long a lock may outlive its holder
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of file systems without locks
 _held: set[BinaryIO] = set()
 
@@ -45,6 +48,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _acquire(path: Path) -> BinaryIO:
     """The open lock file, locked."""
+    patience = time.monotonic() + RELEASE_SECONDS
     while True:
         file = path.open("a+b")
         try:
@@ -59,6 +63,9 @@ def _acquire(path: Path) -> BinaryIO:
             with file:
                 file.seek(0)
                 holder = file.read(200).decode(errors="replace").strip() or "another process"
+            if _has_ended(holder) and time.monotonic() < patience:
+                time.sleep(0.02)  # a process that it was forking when it ended is about to close the file
+                continue
             raise Locked(
                 f"{path.parent} is being written by {holder}; accepted: another folder, or this one when that process "
                 "has ended"
@@ -66,6 +73,20 @@ def _acquire(path: Path) -> BinaryIO:
         except BaseException:
             file.close()
             raise
+
+
+def _has_ended(holder: str) -> bool:
+    """Whether the holder that a lock file names was a process of this machine that has ended."""
+    named = re.fullmatch(r"process (\d+) on (.+)", holder)
+    if named is None or named[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(named[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 def _is_file(file: BinaryIO, path: Path) -> bool:
