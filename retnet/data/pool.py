@@ -70,7 +70,10 @@ def write_in_parallel(
                     report(*message)
                     continue
                 task = next(waiting, None)  # the worker is idle
-                connection.send(task)
+                try:
+                    connection.send(task)
+                except BrokenPipeError as error:  # it died after its last message
+                    raise _died(workers[connection]) from error
                 if task is None:
                     workers.pop(connection).join()
                     connection.close()
@@ -85,11 +88,15 @@ def _receive(connection: Any, process: Any) -> tuple[int, Counts] | BaseExceptio
     try:
         return connection.recv()
     except (EOFError, ConnectionResetError):
-        process.join()
-        return ChildProcessError(
-            f"a worker process died (exit code {process.exitcode}; perhaps out of memory: fewer --workers need less); "
-            "the same command resumes where it stopped"
-        )
+        return _died(process)
+
+
+def _died(process: Any) -> ChildProcessError:
+    process.join()
+    return ChildProcessError(
+        f"a worker process died (exit code {process.exitcode}; perhaps out of memory: fewer --workers need less); "
+        "the same command resumes where it stopped"
+    )
 
 
 def _send(connection: Connection, number: int, counts: Counts) -> None:
