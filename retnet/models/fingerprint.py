@@ -14,7 +14,7 @@ from retnet.models.lm import LanguageModel
 SAMPLED_VALUES = 1024  # per weight tensor
 _PLAIN_PACKAGES = ("torch.nn.modules.", "retnet.")  # their modules' settings are those of the configuration
 _SETTING = (bool, float, str)
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+INTEGERS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def fingerprint(model: LanguageModel) -> str:
@@ -38,7 +38,7 @@ def fingerprint(model: LanguageModel) -> str:
             0, max(0, flat.numel() - 1), min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64, device="cpu"
         )
         values = flat[places.round().long().to(flat.device)].cpu().contiguous()
-        total = int(flat.view(_INTEGERS[weight.element_size()]).sum(dtype=torch.int64))
+        total = int(flat.view(INTEGERS_OF_SIZE[weight.element_size()]).sum(dtype=torch.int64))
         digest.update(f"{name} {list(weight.shape)} {weight.dtype} {total}".encode())
         digest.update(bytes_of(values))
     return digest.hexdigest()

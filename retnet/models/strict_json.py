@@ -12,6 +12,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from retnet.system.checks import quoted
+
 T = TypeVar("T")
 
 
@@ -62,7 +64,7 @@ def _convert_kind(classes: Mapping[str, type], value: Any, path: str) -> Any:
         raise ValueError(f"{path}: expected a mapping with a kind, got {_name(value)}")
     kind = value.get("kind")
     if not isinstance(kind, str) or kind not in classes:
-        raise ValueError(f"{path}.kind: {_shown(kind)} given; accepted: {', '.join(classes)}")
+        raise ValueError(f"{path}.kind: {quoted(kind)} given; accepted: {', '.join(classes)}")
     return from_dict(classes[kind], value, path)
 
 
@@ -72,7 +74,7 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
         return _convert_union(args, value, path)
     if origin is Literal:
         if isinstance(value, bool) or value not in args:
-            raise ValueError(f"{path}: {_shown(value)} given; accepted: {', '.join(map(str, args))}")
+            raise ValueError(f"{path}: {quoted(value)} given; accepted: {', '.join(map(str, args))}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
@@ -110,10 +112,4 @@ def _convert_union(args: tuple, value: Any, path: str) -> Any:
 
 
 def _name(value: Any) -> str:
-    return f"{type(value).__name__} {_shown(value)}"
-
-
-def _shown(value: Any) -> str:
-    """A value for a message, cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= 70 else text[:67] + "..."
+    return f"{type(value).__name__} {quoted(value)}"

@@ -105,7 +105,6 @@ def _per_sequence(
     return torch.cat(outs, 1).to(x.dtype), torch.cat(finals)
 
 
-@_float32
 def _plain_scan(
     x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from retnet.models.decode.int8 import int8_parts
 from retnet.models.decode.step import DecodeStep
-from retnet.models.fingerprint import settings
+from retnet.models.fingerprint import INTEGERS_OF_SIZE, settings
 from retnet.models.lm import LanguageModel
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: NaN equals itself
 
 
 class WeightsWatch:
@@ -92,4 +90,5 @@ def _diagonals(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _joined(views: list[list[Tensor]]) -> list[Tensor]:
-    return [torch.cat(parts).view(_INTEGERS[parts[0].element_size()]) for parts in views]
+    """As integers, where NaN equals itself."""
+    return [torch.cat(parts).view(INTEGERS_OF_SIZE[parts[0].element_size()]) for parts in views]

@@ -19,22 +19,9 @@ import retnet.api
 from retnet.cli import main
 from retnet.models.directory import load_model, save_model
 from retnet.serve.engine import Engine
+from tests.cli.command import run, wrong_input
 from tests.paths import ROOT
 from tests.small_models import ALIBI, BYTES, small_model
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as done:
-        main([str(word) for word in words])
-    return int(done.value.code or 0)
-
-
-def wrong_input(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The message of a command line that has to be refused."""
-    assert run(*words) == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return " ".join(captured.err.split())
 
 
 def test_help_names_every_verb(capsys):

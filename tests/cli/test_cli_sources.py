@@ -9,22 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from retnet.cli import main
 from retnet.data import open_corpus
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as done:
-        main([str(word) for word in words])
-    return int(done.value.code or 0)
-
-
-def wrong_input(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The message of a command line that has to be refused."""
-    assert run(*words) == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return " ".join(captured.err.split())
+from tests.cli.command import run, wrong_input
 
 
 @pytest.mark.parametrize(

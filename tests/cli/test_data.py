@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
-from retnet.cli import main
 from retnet.data import open_corpus
+from tests.cli import command
 
-
-def run(*words):
-    with pytest.raises(SystemExit) as done:
-        main(["data", *map(str, words)])
-    return int(done.value.code or 0)
+run = partial(command.run, "data")
 
 
 def wrong_input(capsys, *words):
-    assert run(*words) == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return " ".join(error.split())
+    return command.wrong_input(capsys, "data", *words)
 
 
 @pytest.fixture

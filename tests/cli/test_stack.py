@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
-from retnet.cli import main
 from retnet.models.directory import load_model, save_model
 from retnet.stack.presets import preset_names, preset_text
+from tests.cli import command
 from tests.small_models import small_model
 
 MINI = "arch_intermediate_gemma2_mini"
 
 
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as done:
-        main(["stack", *(str(word) for word in words)])
-    return int(done.value.code or 0)
+run = partial(command.run, "stack")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
 from tests.small_models import prompt, small_model
 
-from .test_engine import alone
+from .test_engine import alone, text_of
 
 CODE = ("/retnet/serve/", "/retnet/models/decode/step.py")
 GREEDY = Sampling(temperature=0)
@@ -33,10 +33,6 @@ OPTIONS = {
     "speculation": {"prefix_cache_bytes": 10**6, "speculation": Speculation(3)},
     "deferred writes": {"deferred_writes": 16},
 }
-
-
-def text_of(tokens) -> str:
-    return "".join(chr(97 + t % 26) for t in tokens)
 
 
 def engine_of(model, **options) -> Engine:

@@ -15,6 +15,8 @@ from retnet.serve.request import Refused, Request
 from retnet.serve.speculation import Speculation
 from tests.small_models import prompt, small_model
 
+from .test_engine import text_of
+
 GREEDY = Sampling(temperature=0)
 OPTIONS = {
     "plain": {},
@@ -22,10 +24,6 @@ OPTIONS = {
     "speculation": {"speculation": Speculation(3), "prefix_cache_bytes": 10**6},
 }
 STACKS = ("retention", "hybrid")
-
-
-def text_of(tokens) -> str:
-    return "".join(chr(97 + t % 26) for t in tokens)
 
 
 def engine_of(model, **options) -> Engine:

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from retnet.models.config import MAX_LAYERS, Dtype
 from retnet.models.config_json import TOKEN_IDS, token_id
+from retnet.system.checks import is_integer, quoted
 
 LARGEST = 2**31 - 1
 MOST_TIMES = 1024  # the largest factor between two widths
@@ -65,7 +66,7 @@ class Field:
                 raise ValueError(f"{key} is {'null' if key in source else 'missing'}; accepted: {self.accepted}")
             return value
         if not self.check(given):
-            raise ValueError(f"{key} is {shown(given)}; accepted: {self.accepted}")
+            raise ValueError(f"{key} is {quoted(given)}; accepted: {self.accepted}")
         return given
 
 
@@ -90,11 +91,11 @@ def read(format: str, source: Mapping[str, Any], fields: Mapping[str, Field], *,
         neutral = _MATHEMATICS[key]
         if source[key] not in neutral:
             accepted = ", ".join(map(repr, neutral)) or "null or false"
-            given = shown(source[key])
+            given = quoted(source[key])
             problems.append(f"{key} is {given}, which changes what the layers compute; accepted: {accepted}")
     refuse(format, problems)
     if unknown:
-        listed = ", ".join(f"{key!r}: {shown(source[key])}" for key in unknown)
+        listed = ", ".join(f"{key!r}: {quoted(source[key])}" for key in unknown)
         warnings.warn(f"{format}: unknown keys are ignored: {{{listed}}}", stacklevel=4)
     return values
 
@@ -118,15 +119,9 @@ def refuse(format: str, problems: list[str]) -> None:
         raise ValueError(f"{format}: {'; '.join(problems)}")
 
 
-def shown(value: Any) -> str:
-    """A value for a message, cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def size(default: Any = _REQUIRED, *, least: int = 1, most: int = LARGEST, null: Any = _DEFAULT) -> Field:
     """An integer; never true or 2.0."""
-    return Field(f"an integer from {least} to {most}", lambda x: is_integer(x) and least <= x <= most, default, null)
+    return Field(f"an integer from {least} to {most}", lambda x: is_integer(x, least, most), default, null)
 
 
 def depth(default: int) -> Field:
@@ -186,9 +181,5 @@ def ignored(accepted: str, kind: type | tuple[type, ...]) -> Field:
     return Field(accepted, lambda x: isinstance(x, kind), None)
 
 
-def is_integer(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
 def is_number(x: Any) -> bool:
-    return (isinstance(x, float) and math.isfinite(x)) or (is_integer(x) and abs(x) < 2**53)
+    return (isinstance(x, float) and math.isfinite(x)) or is_integer(x, 1 - 2**53, 2**53 - 1)

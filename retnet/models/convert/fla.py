@@ -7,6 +7,7 @@ projections of the feed-forward as one tensor. `use_short_conv` has no effect, b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -23,13 +24,11 @@ from retnet.models.convert.fields import (
     depth,
     flag,
     ignored,
-    is_integer,
     mapping,
     only,
     positive,
     read,
     refuse,
-    shown,
     size,
     times,
     token_ids,
@@ -37,6 +36,7 @@ from retnet.models.convert.fields import (
 )  # fmt: skip
 from retnet.models.convert.table import Format, Part, Table
 from retnet.ops.retention import Mode
+from retnet.system.checks import is_integer, quoted
 
 _FUSED_NORM = "model.layers.{}.attn.g_norm_swish_gate.weight"
 _PLAIN_NORM = "model.layers.{}.attn.g_norm.weight"
@@ -94,7 +94,9 @@ _FIELDS = {
     "share_conv_kernel": flag(False), "use_l2warp": flag(False), "use_short_conv": ignored("true or false", bool),
 }  # fmt: skip
 _ATTENTION = {
-    "layers": Field("a list of layer numbers", lambda x: isinstance(x, list) and all(map(is_integer, x))),
+    "layers": Field(
+        "a list of layer numbers", lambda x: isinstance(x, list) and all(is_integer(i, -math.inf) for i in x)
+    ),
     "num_heads": size(),
     "num_kv_heads": size(None),
     "qkv_bias": flag(False),
@@ -149,7 +151,7 @@ def _intermediate_size(width: int, ratio: float) -> int:
 
 def _attention(attn: Mapping[str, Any], width: int, num_layers: int) -> dict[int, AttentionConfig]:
     """The layers that are softmax attention."""
-    unknown = [f"attn.{key} is {shown(attn[key])}" for key in attn if key not in _ATTENTION and attn[key]]
+    unknown = [f"attn.{key} is {quoted(attn[key])}" for key in attn if key not in _ATTENTION and attn[key]]
     refuse("fla", [f"{problem}; accepted: {', '.join(_ATTENTION)}" for problem in unknown])
     value = read("fla: attn", attn, _ATTENTION)
     heads, layers = value["num_heads"], value["layers"]

@@ -26,7 +26,6 @@ from retnet.models.convert.fields import (
     rate,
     read,
     refuse,
-    shown,
     size,
     token_ids,
     unit_interval,
@@ -34,6 +33,7 @@ from retnet.models.convert.fields import (
 from retnet.models.convert.table import Format, Table
 from retnet.models.tensor_files import Tensors
 from retnet.ops.rotary import Llama3, Yarn
+from retnet.system.checks import quoted
 
 EMBEDDING = "model.embed_tokens.weight"
 NAMES: Table = {
@@ -174,7 +174,7 @@ def _windows(family: str, value: Mapping[str, Any]) -> list[int | None]:
     if family != "qwen2":
         kind = "full_attention" if window is None else "sliding_attention"
         if kinds and set(kinds) != {kind}:
-            refuse(family, [f"layer_types is {shown(kinds)}; accepted: {kind!r} for all, as its layers are alike"])
+            refuse(family, [f"layer_types is {quoted(kinds)}; accepted: {kind!r} for all, as its layers are alike"])
         return [window] * num_layers
     if not value["use_sliding_window"]:
         window = None
@@ -193,7 +193,7 @@ def _rotary(family: str, value: Mapping[str, Any]) -> dict[str, Any]:
     name = "rope_scaling" if value["rope_scaling"] else "rope_parameters"
     given = value[name] or {}
     unknown = [key for key, x in given.items() if key not in _ROPE and x is not None]
-    refuse(family, [f"{name}.{key} is {shown(given[key])}; accepted: {', '.join(_ROPE)}" for key in unknown])
+    refuse(family, [f"{name}.{key} is {quoted(given[key])}; accepted: {', '.join(_ROPE)}" for key in unknown])
     kind = given.get("rope_type", given.get("type"))
     if kind in ("dynamic", "longrope"):
         refuse(family, [f"{name}.rope_type is {kind!r}, which changes with the length; accepted: {', '.join(_KINDS)}"])
