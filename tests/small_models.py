@@ -33,6 +33,7 @@ BYTES = {"vocab_size": 257, "bos_token_id": 256}  # options of a model that read
 GLU = FeedForwardConfig(WIDTH, gated=True, activation="swish")
 PAPER = BlockConfig(RetentionConfig(2, WIDTH, 2 * WIDTH), FeedForwardConfig(2 * WIDTH))
 GATED = BlockConfig(RetentionConfig(2, WIDTH, 2 * WIDTH, decay="gated"), GLU)
+CONV = replace(GATED, mixer=replace(GATED.mixer, conv_width=4, gated_start="experiment"))
 WINDOW = BlockConfig(AttentionConfig(4, 2, head_dim=8, window=9), GLU, norm="rms")
 MAMBA2 = BlockConfig(Mamba2Config(2 * WIDTH, head_dim=16, state_dim=8), None, norm="rms")
 MAMBA1 = BlockConfig(Mamba1Config(2 * WIDTH, time_step_rank=2), None)
@@ -44,9 +45,10 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
     "retention": (PAPER, PAPER),
     "gated": (GATED, GATED),
     "both decays": (PAPER, GATED),
+    "convolution": (CONV, replace(PAPER, mixer=replace(PAPER.mixer, conv_width=3, conv_on=("q", "v")))),
     "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=EXPERTS)),
     # Every mixer that the engine serves.
-    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI),
+    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV),
     # Every mixer, every place of norms and residuals, experts with their losses.
     "every mixer": (
         MAMBA2,
@@ -55,6 +57,7 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
         replace(MAMBA1, feed_forward=GLU, norm_position="post", residual_scale=0.7),
         HYENA,
         replace(ALIBI, feed_forward=None),
+        CONV,
     ),
 }
 Stack = str | Sequence[BlockConfig]

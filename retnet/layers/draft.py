@@ -17,7 +17,7 @@ class Draft:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in vars(self).values())
+        return sum(x.nbytes for x in vars(self).values() if x is not None)
 
     def accept_(self, state: Any, counts: Tensor) -> None:
         """Write the first counts[b] tokens of each sequence b into the state before them, in place."""

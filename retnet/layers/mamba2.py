@@ -20,7 +20,7 @@ from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workl
 from retnet.layers.norm import check_eps
 from retnet.layers.retention import RetentionDraft
 from retnet.layers.retention_call import RetentionCall
-from retnet.layers.short_convolution import ShortConvolution, advance_recent_
+from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
@@ -100,17 +100,6 @@ class Mamba2State(LayerState):
     recent: Tensor
 
 
-@dataclass
-class Mamba2Draft(RetentionDraft):
-    """The recurrence's updates, and inputs [B, T, C] of the short convolution."""
-
-    inputs: Tensor
-
-    def _write_(self, state: Mamba2State, counts: Tensor) -> None:
-        super()._write_(state, counts)
-        advance_recent_(state.recent, self.inputs, counts)
-
-
 class Mamba2(MixerModule):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
 
@@ -149,7 +138,7 @@ class Mamba2(MixerModule):
 
     def forward(
         self, x: Tensor, state: Mamba2State | None, layout: TokenLayout
-    ) -> tuple[Tensor, Mamba2State | Mamba2Draft | None]:
+    ) -> tuple[Tensor, Mamba2State | RetentionDraft | None]:
         if layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
         config, shared = self.config, self.config.num_groups * self.config.state_dim
@@ -170,7 +159,7 @@ class Mamba2(MixerModule):
         out = self._gated_norm(out, z)
         out = self.out_proj(out)
         if layout.deferred:
-            return out, Mamba2Draft(B, v, log_decay, inputs)
+            return out, RetentionDraft(B, v, log_decay, inputs)
         return out, Mamba2State.after(state, layout, memory=memory, recent=recent) if memory is not None else None
 
     def _gated_norm(self, out: Tensor, z: Tensor) -> Tensor:

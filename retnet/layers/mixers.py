@@ -12,7 +12,7 @@ from retnet.layers.attention import Attention, AttentionConfig, AttentionDraft, 
 from retnet.layers.draft import Draft
 from retnet.layers.hyena import Hyena, HyenaConfig, HyenaState, hyena_flops
 from retnet.layers.mamba1 import Mamba1, Mamba1Config, Mamba1Draft, Mamba1State, mamba1_flops
-from retnet.layers.mamba2 import Mamba2, Mamba2Config, Mamba2Draft, Mamba2State, mamba2_flops
+from retnet.layers.mamba2 import Mamba2, Mamba2Config, Mamba2State, mamba2_flops
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule
 from retnet.layers.retention import (
     MultiScaleRetention,
@@ -71,5 +71,5 @@ def float32_parameters() -> set[str]:
 register(Mixer("retention", RetentionConfig, MultiScaleRetention, RetentionState, RetentionDraft, retention_flops))
 register(Mixer("attention", AttentionConfig, Attention, AttentionState, AttentionDraft, attention_flops))
 register(Mixer("mamba1", Mamba1Config, Mamba1, Mamba1State, Mamba1Draft, mamba1_flops))
-register(Mixer("mamba2", Mamba2Config, Mamba2, Mamba2State, Mamba2Draft, mamba2_flops))
+register(Mixer("mamba2", Mamba2Config, Mamba2, Mamba2State, RetentionDraft, mamba2_flops))
 register(Mixer("hyena", HyenaConfig, Hyena, HyenaState, None, hyena_flops))

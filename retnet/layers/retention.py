@@ -3,7 +3,9 @@
     Q, K = rotary(X W_Q, X W_K)    V = X W_V    Y = head_norm(retention(Q, K, V))    out = (swish(X W_G) * Y) W_O
 
 The defaults are the paper's: value width 2 D, decays of Eq. 8, layer norm over each head, swish gate. Gated retention
-makes the decay a function of the token, `sigmoid(x W)^(1/16)` (YOCO, arXiv 2405.05254, Eq. 7).
+makes the decay a function of the token, `sigmoid(x W)^(1/16)` (YOCO, arXiv 2405.05254, Eq. 7). A short causal
+convolution on Q, K and V before the rotation, as in Mamba and H3 (arXiv 2212.14052), lets a head compare a token with
+its neighbours' predecessors, which recall needs.
 """
 
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workl
 from retnet.layers.norm import check_eps
 from retnet.layers.retention_call import RetentionCall
 from retnet.layers.rotary import check_rotary, prepare_rotation, rotate_heads
+from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
@@ -26,6 +29,9 @@ from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode, retention_step_
 from retnet.ops.rotary import Scaling, scaling
+from retnet.system.checks import is_integer
+
+GATES = {"swish": F.silu, "sigmoid": torch.sigmoid}
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,11 @@ class RetentionConfig(MixerConfig):
     decays stay their own.
     decay: "paper" (Eq. 8), "experiment" (section 3.1), "none" (gamma 1), "gated", one gamma for all heads, or a gamma
     for each head. learnable_decay: train the log decays as -exp(a), starting from `decay`. decay_norm: divide by the
-    norm of the decay mask's row, as torchscale does. rotary_yarn_length: stretch rotary positions by rotary_factor with
-    YaRN from this length, instead of dividing them.
+    norm of the decay mask's row, as torchscale does. gated_start: the schedule that the heads of a gated decay start
+    from, as a learnt bias; without one, all heads start near 0.96.
+    rotary_yarn_length: stretch rotary positions by rotary_factor with YaRN from this length, instead of dividing them.
+    conv_width: tokens that the short convolution on each of `conv_on` sees (None: no convolution); conv_activation
+    follows it. qk_norm: norm over each head of q and k before the rotation; "rms" has learnt weights, "l2" has none.
     """
 
     num_heads: int
@@ -45,12 +54,18 @@ class RetentionConfig(MixerConfig):
     value_dim: int
     decay: str | float | tuple[float, ...] = "paper"
     learnable_decay: bool = False
+    gated_start: str | None = None
     decay_norm: bool = False
     rotary: Literal["interleaved", "half", "none"] = "interleaved"
     rotary_base: float = 10000.0
     rotary_factor: float = 1.0
     rotary_yarn_length: int | None = None
-    gate: Literal["swish", "none"] = "swish"
+    conv_width: int | None = None
+    conv_on: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
+    conv_activation: Literal["silu", "none"] = "silu"
+    qk_norm: Literal["rms", "l2", "none"] = "none"
+    qk_norm_eps: float = 1e-6
+    gate: Literal["swish", "sigmoid", "none"] = "swish"
     head_norm: Literal["layer", "rms", "none"] = "layer"
     head_norm_affine: Literal["none", "shared", "per_head"] = "none"
     head_norm_eps: float = 1e-6
@@ -74,8 +89,11 @@ class RetentionConfig(MixerConfig):
             )
         check_rotary(self)
         check_eps(self, "head_norm_eps")
-        if isinstance(self.decay, list):
-            object.__setattr__(self, "decay", tuple(self.decay))
+        check_eps(self, "qk_norm_eps")
+        for name in ("decay", "conv_on"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_convolution()
         if isinstance(self.decay, str):
             accepted = (*SCHEDULES, "none", "gated")
             if self.decay not in accepted:
@@ -96,6 +114,30 @@ class RetentionConfig(MixerConfig):
             raise ValueError(
                 "decay_norm is defined for a decay fixed per head; accepted with decay 'gated': decay_norm false"
             )
+
+        if self.gated_start is not None and (self.decay != "gated" or self.gated_start not in SCHEDULES):
+            raise ValueError(
+                f"gated_start is {self.gated_start!r} with decay {self.decay!r}; accepted: None, or with decay 'gated' "
+                f"{', '.join(SCHEDULES)}"
+            )
+
+    def _check_convolution(self) -> None:
+        width, parts = self.conv_width, self.conv_on
+        if width is not None and not is_integer(width, 2, 8):
+            raise ValueError(f"conv_width is {width!r}; accepted: None, or 2 to 8 tokens")
+        if not parts or parts != tuple(part for part in "qkv" if part in parts):
+            raise ValueError(f"conv_on is {parts!r}; accepted: one or more of 'q', 'k', 'v', in this order")
+
+    @property
+    def projected(self) -> dict[str, int]:
+        """Widths of q, k and v, summed over their heads."""
+        shared = self.heads_per_kv_head
+        return {"q": self.key_dim, "k": self.key_dim // shared, "v": self.value_dim // shared}
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the short convolution; 0 without one."""
+        return 0 if self.conv_width is None else sum(self.projected[part] for part in self.conv_on)
 
     @property
     def position_scaling(self) -> Scaling:
@@ -140,22 +182,29 @@ class RetentionConfig(MixerConfig):
 
 @dataclass
 class RetentionState(LayerState):
-    """memory [N, H, K, V]: the sum of decayed k^T v over all tokens seen; float32 unless another was asked for."""
+    """memory [N, H, K, V]: the sum of decayed k^T v over all tokens seen; float32 unless another was asked for.
+
+    recent [N, W - 1, C]: inputs that the short convolution still reads; None without one.
+    """
 
     memory: Tensor
+    recent: Tensor | None = None
 
 
 @dataclass
 class RetentionDraft(Draft):
-    """k [B, T, G, K], v [B, T, H, V], log_decay [H] or [B, T, H] of T tokens."""
+    """k [B, T, G, K], v [B, T, H, V], log_decay [H] or [B, T, H] of T tokens; inputs [B, T, C] of the convolution."""
 
     k: Tensor
     v: Tensor
     log_decay: Tensor
+    inputs: Tensor | None = None
 
     def _write_(self, state: Any, counts: Tensor) -> None:
         mask = accepted(counts, self.k.shape[1])
         retention_step_(self.k, self.k, self.v, self.log_decay, state.memory, mask=mask)
+        if self.inputs is not None:
+            advance_recent_(state.recent, self.inputs, counts)
 
 
 class MultiScaleRetention(MixerModule):
@@ -177,11 +226,19 @@ class MultiScaleRetention(MixerModule):
         self.call_retention = config.call
         bias = config.bias
         self.q_proj = nn.Linear(d_model, config.key_dim, bias=bias)
-        self.k_proj = nn.Linear(d_model, config.key_dim // config.heads_per_kv_head, bias=bias)
-        self.v_proj = nn.Linear(d_model, config.value_dim // config.heads_per_kv_head, bias=bias)
-        self.gate_proj = nn.Linear(d_model, config.value_dim, bias=bias) if config.gate == "swish" else None
+        self.k_proj = nn.Linear(d_model, config.projected["k"], bias=bias)
+        self.v_proj = nn.Linear(d_model, config.projected["v"], bias=bias)
+        self.conv = None
+        if config.conv_width is not None:
+            self.conv = ShortConvolution(config.conv_dim, config.conv_width, False, config.conv_activation)
+        self.q_norm_weight = self.k_norm_weight = None
+        if config.qk_norm == "rms":
+            self.q_norm_weight, self.k_norm_weight = (nn.Parameter(torch.ones(config.head_key_dim)) for _ in range(2))
+        self.gate_proj = nn.Linear(d_model, config.value_dim, bias=bias) if config.gate != "none" else None
         self.out_proj = nn.Linear(config.value_dim, d_model, bias=bias)
-        self.decay_proj = nn.Linear(d_model, config.num_heads, bias=False) if config.decay == "gated" else None
+        self.decay_proj = None
+        if config.decay == "gated":
+            self.decay_proj = nn.Linear(d_model, config.num_heads, bias=config.gated_start is not None)
         affine = {
             "none": None,
             "shared": (config.head_value_dim,),
@@ -198,9 +255,13 @@ class MultiScaleRetention(MixerModule):
 
     def reset_own(self, generator: torch.Generator | None = None) -> None:
         """Start learnable decays from the schedule."""
-        if self.log_rate is not None:
-            with torch.no_grad():
-                self.log_rate.copy_((-cast(Tensor, self.config.log_decay)).log())
+        config = self.config
+        with torch.no_grad():
+            if self.log_rate is not None:
+                self.log_rate.copy_((-cast(Tensor, config.log_decay)).log())
+            if self.decay_proj is not None and config.gated_start is not None:
+                gamma = SCHEDULES[config.gated_start](config.num_heads, dtype=torch.float64).exp()
+                self.decay_proj.bias.copy_(torch.logit(gamma ** (1 / self.GATE_POWER)))
 
     def log_decay(self, x: Tensor) -> Tensor:
         """[H], or [B, T, H] if gated; float32 (float64 for float64)."""
@@ -232,20 +293,28 @@ class MultiScaleRetention(MixerModule):
         """The state of `batch` sequences before their first token."""
         config = self.config
         shape = (batch, config.num_heads, config.head_key_dim, config.head_value_dim)
-        return RetentionState(no_tokens(batch, device), torch.zeros(shape, device=device, dtype=wide_dtype(dtype)))
+        memory = torch.zeros(shape, device=device, dtype=wide_dtype(dtype))
+        recent = None if self.conv is None else self.conv.init_state(batch, device, dtype)
+        return RetentionState(no_tokens(batch, device), memory, recent)
 
     def forward(
         self, x: Tensor, state: RetentionState | None, layout: TokenLayout
     ) -> tuple[Tensor, RetentionState | RetentionDraft | None]:
+        if self.conv is not None and layout.must_pack(state):
+            return layout.on_real_tokens(self, x, state)
         config = self.config
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, width))
-            for proj, width in (
-                (self.q_proj, config.head_key_dim),
-                (self.k_proj, config.head_key_dim),
-                (self.v_proj, config.head_value_dim),
-            )
-        )
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        inputs = recent = None
+        if self.conv is not None:
+            parts = {"q": q, "k": k, "v": v}
+            convolved = [parts[part] for part in config.conv_on]
+            ys, recent = self.conv.of_parts(convolved, None if state is None else state.recent, layout)
+            q, k, v = (parts | dict(zip(config.conv_on, ys, strict=True))).values()
+            inputs = torch.cat(convolved, -1) if layout.deferred else None
+        q, k = (z.unflatten(-1, (-1, config.head_key_dim)) for z in (q, k))
+        v = v.unflatten(-1, (-1, config.head_value_dim))
+        if config.qk_norm != "none":
+            q, k = self._normed(q, self.q_norm_weight), self._normed(k, self.k_norm_weight)
         q, k = rotate_heads(config, layout, q, k)
         if config.heads_per_kv_head > 1:
             k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))
@@ -256,11 +325,21 @@ class MultiScaleRetention(MixerModule):
             out = out / decay_norm(log_decay, layout.positions)[..., None].to(out.dtype)
         out = self._head_norm(out).flatten(-2).to(x.dtype)
         if self.gate_proj is not None:
-            out = F.silu(self.gate_proj(x)) * out
+            out = GATES[config.gate](self.gate_proj(x)) * out
         out = self.out_proj(out)
         if layout.deferred:
-            return out, RetentionDraft(k, v, log_decay)
-        return out, None if memory is None else RetentionState.after(state, layout, memory=memory)
+            return out, RetentionDraft(k, v, log_decay, inputs)
+        if memory is None:
+            return out, None
+        return out, RetentionState.after(state, layout, memory=memory, recent=recent)
+
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Heads of q or k [..., K] with mean square 1 ("rms") or length 1 ("l2"), in x's dtype."""
+        config, K = self.config, x.shape[-1]
+        if config.qk_norm == "l2":
+            return (K**-0.5 * normalize(x, "rms", config.qk_norm_eps / K)).to(x.dtype)
+        y = normalize(x, "rms", config.qk_norm_eps)
+        return (y if weight is None else y * weight).to(x.dtype)
 
     def _head_norm(self, out: Tensor) -> Tensor:
         if self.config.head_norm != "none":
@@ -269,5 +348,6 @@ class MultiScaleRetention(MixerModule):
 
 
 def retention_flops(config: RetentionConfig, work: Workload) -> MixerFlops:
-    """The operation of all heads, without projections."""
-    return config.call.flops(work)
+    """The operation of all heads and the taps of the short convolution, without projections."""
+    flops, taps = config.call.flops(work), 2 * (config.conv_width or 0) * config.conv_dim
+    return MixerFlops(flops.forward + taps, flops.decode + taps)

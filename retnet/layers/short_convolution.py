@@ -1,6 +1,10 @@
 """Short causal convolution as a module: weights in the layout of `nn.Conv1d`, past inputs passed in and returned."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.token_layout import TokenLayout
@@ -10,8 +14,9 @@ from retnet.ops.short_convolution import short_convolution
 class ShortConvolution(nn.Module):
     """x [B, T, C], recent [N, W - 1, C] -> (y, recent)."""
 
-    def __init__(self, channels: int, width: int, bias: bool = True):
+    def __init__(self, channels: int, width: int, bias: bool = True, activation: Literal["none", "silu"] = "none"):
         super().__init__()
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_own()
@@ -30,14 +35,30 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, recent: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """A mask is supported for one token per row; longer masked calls come here packed."""
-        y, after = short_convolution(x, self.weight, self.bias, recent=recent, cu_seqlens=layout.cu_seqlens)
+        (y,), recent = self.of_parts((x,), recent, layout)
+        return y, recent
+
+    def of_parts(
+        self, parts: Sequence[Tensor], recent: Tensor | None, layout: TokenLayout
+    ) -> tuple[list[Tensor], Tensor]:
+        """`forward` of inputs [B, T, C_i] whose channels follow each other: they are read without being joined."""
+        widths = [x.shape[-1] for x in parts]
+        weights = self.weight.split(widths)
+        biases = [None] * len(parts) if self.bias is None else self.bias.split(widths)
+        pasts = [None] * len(parts) if recent is None else recent.split(widths, -1)
+        ys, afters = [], []
+        for x, weight, bias, past in zip(parts, weights, biases, pasts, strict=True):
+            y, after = short_convolution(x, weight, bias, recent=past, cu_seqlens=layout.cu_seqlens)
+            ys.append((F.silu(y) if self.activation == "silu" else y).to(x.dtype))
+            afters.append(after)
+        after = afters[0] if len(afters) == 1 else torch.cat(afters, -1)
         if recent is None:
-            return y, after
+            return ys, after
         if layout.mask is not None:
             after = torch.where(layout.mask[..., None], after, recent)
         if layout.in_place and layout.one_per_row:
-            return y, recent.copy_(after)
-        return y, after
+            return ys, recent.copy_(after)
+        return ys, after
 
 
 def advance_recent_(recent: Tensor, inputs: Tensor, counts: Tensor) -> None:

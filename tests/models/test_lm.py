@@ -31,6 +31,12 @@ VARIANTS = {
     "parallel": {"mode": "parallel"},
     "chunks of five": {"mode": "chunkwise", "chunk_size": 5},
     "recurrent": {"mode": "recurrent"},
+    "convolution": {"conv_width": 4},
+    "gated, convolution": {"decay": "gated", "conv_width": 4, "gated_start": "paper"},
+    "convolution on q and v": {"conv_width": 2, "conv_on": ("q", "v"), "conv_activation": "none"},
+    "wide convolution, shared keys": {"conv_width": 8, "num_kv_heads": 1, "bias": True},
+    "q and k normed by weights": {"qk_norm": "rms", "gate": "sigmoid"},
+    "q and k of length 1": {"qk_norm": "l2", "conv_width": 3, "conv_on": ("k",), "rotary": "none"},
 }
 
 

@@ -115,6 +115,8 @@ def _inputs(
         z = tl.load(gate + cell, mask=inside, other=0.0).to(tl.float32)
         if ACT == "swish":
             z = z / (1.0 + tl.exp(-z))
+        elif ACT == "sigmoid":
+            z = 1.0 / (1.0 + tl.exp(-z))
         elif ACT == "gelu":
             z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
         elif ACT == "relu":

@@ -104,7 +104,9 @@ class FusedBlock:
         if type(block) is not Block:
             return False
         config, mixer, feed_forward = block.config, block.mixer, block.feed_forward
-        if type(mixer) is not MultiScaleRetention or mixer.config.decay_norm:
+        if type(mixer) is not MultiScaleRetention or mixer.config.decay_norm or mixer.config.qk_norm != "none":
+            return False
+        if mixer.conv is not None:
             return False
         if config.norm_position != "pre" or config.residual != "sequential" or (block.training and config.dropout):
             return False
@@ -166,7 +168,7 @@ class FusedBlock:
             self.output,
             norm=self.head_norm,
             gate=gate,
-            activation="swish",
+            activation=self.config.gate,
             residual_=x,
             skip=self.skip,
             branch=self.branch,

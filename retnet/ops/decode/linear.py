@@ -27,7 +27,7 @@ ROW_BLOCKS = (32, 16, 8, 4, 2, 1)
 # For more rows one product is faster on one core (retnet-tiny, batch 64: 16.3 ms per step; 19.7 in blocks; 17.2 by the
 # modules) and no slower on two.
 BLOCK_PRODUCT_ROWS = 16
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu, "none": lambda x: x}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu, "sigmoid": torch.sigmoid, "none": lambda x: x}
 
 
 @dataclass(frozen=True)
