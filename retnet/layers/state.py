@@ -32,7 +32,7 @@ class LayerState:
     position: Tensor
 
     @classmethod
-    def after(cls, state: Self | None, layout: TokenLayout, **tensors: Tensor) -> Self:
+    def after(cls, state: Self | None, layout: TokenLayout, **tensors: Tensor | None) -> Self:
         """The state after this call's tokens: `state` itself if its tensors were overwritten in place."""
         if state is not None and all(getattr(state, name) is x for name, x in tensors.items()):
             state.position.add_(layout.lengths)
