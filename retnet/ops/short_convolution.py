@@ -9,6 +9,7 @@ without a loop over documents.
 """
 
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from retnet.ops.derivatives import has_tangent, needs_plain_form, plain_gradient
 from retnet.ops.device import current_device_of
 from retnet.ops.plan import is_exporting
 
+Activation = Literal["none", "silu"]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_WIDTHS = range(2, 9)
 

@@ -15,6 +15,7 @@ SLOW = ["retention/test_dispatch.py", "decode/test_recurrent.py", "decode/test_d
 MODULES = [
     *SLOW,
     "convolution/test_short.py",
+    "decode/test_short_convolution.py",
     "retention/test_dispatch_chunk_size.py",
     "retention/hopper/test_token_codes.py",
     "retention/hopper/test_dk_dv.py",
