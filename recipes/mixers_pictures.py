@@ -32,8 +32,8 @@ class Panel:
     limit: tuple[float, str] | None = None
 
 
-def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
-    """Write a PNG with one legend for all panels."""
+def draw(panels: Sequence[Panel], path: Path, title: str, style: Mapping[str, dict] = STYLE) -> None:
+    """Write a PNG with one legend for all panels. style: stack -> arguments of its lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +42,7 @@ def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
     width = 4.6 * len(panels) + 1.8
     figure, row = pyplot.subplots(1, len(panels), figsize=(width, 4.2), squeeze=False, layout="constrained")
     for axes, panel in zip(row[0], panels, strict=True):
-        _draw_lines(axes, panel)
+        _draw_lines(axes, panel, style)
         if panel.x_base:
             axes.set_xscale("log", base=panel.x_base)
             axes.xaxis.set_major_formatter("{x:.0f}")
@@ -69,10 +69,10 @@ def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def _draw_lines(axes, panel: Panel) -> None:
+def _draw_lines(axes, panel: Panel, styles: Mapping[str, dict]) -> None:
     for stack, points in panel.lines.items():
         x, y, *spread = zip(*points, strict=True)
-        style = STYLE[stack] if panel.markers else STYLE[stack] | {"marker": None}
+        style = styles[stack] if panel.markers else styles[stack] | {"marker": None}
         axes.plot(x, y, label=stack, markersize=5, **style)
         if spread:
             axes.fill_between(x, *spread, color=style["color"], alpha=0.12, linewidth=0)

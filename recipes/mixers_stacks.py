@@ -7,7 +7,10 @@ parameters equal, up to `STEP` columns.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, cast
+
+from equal_parameters import with_equal_parameters
 
 from retnet import ModelConfig
 from retnet.layers.block import BlockConfig
@@ -45,18 +48,11 @@ class Size:
 
 def equal_stacks(size: Size, names: tuple[str, ...] = tuple(PATTERNS), seed: int = 0) -> dict[str, ModelConfig]:
     """The named stacks, each with as many parameters as the tri-mixer (embeddings are equal in all)."""
-    target = parameter_counts(_stack(REFERENCE, size, size.feed_forward, seed))["total"]
-    return {name: _matched(name, size, target, seed) for name in names}
+    target = parameter_counts(_stack(size, seed, REFERENCE, size.feed_forward))["total"]
+    return {name: with_equal_parameters(partial(_stack, size, seed, name), target, STEP) for name in names}
 
 
-def _matched(name: str, size: Size, target: int, seed: int) -> ModelConfig:
-    """The parameter count is linear in the feed-forward width."""
-    one, two = (parameter_counts(_stack(name, size, width, seed))["total"] for width in (STEP, 2 * STEP))
-    steps = max(1, 1 + round((target - one) / (two - one)))
-    return _stack(name, size, steps * STEP, seed)
-
-
-def _stack(name: str, size: Size, feed_forward: int, seed: int) -> ModelConfig:
+def _stack(size: Size, seed: int, name: str, feed_forward: int) -> ModelConfig:
     preset = resolve_config("arch_expert_research_mini")
     blocks = _blocks(preset, size)
     pattern = PATTERNS[name]
