@@ -8,11 +8,11 @@ from mixers_stacks import PATTERNS
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito). Lines of hybrids are thicker. Where two lines may
 # coincide, the later one is dashed.
-_COLOURS = ("#000000", "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#D55E00")
-_DASHES = ("-", "-", "--", "-", "-", "--")
+_COLOURS = ("#000000", "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#D55E00", "#009E73", "#8C8C00", "#7F3C8D")
+_DASHES = ("-", "-", "--", "-", "-", "--", "-", "--", "-")
 STYLE = {
     name: {"color": colour, "linestyle": dash, "linewidth": 2.6 if len(pattern) > 1 else 1.7, "marker": marker}
-    for (name, pattern), colour, dash, marker in zip(PATTERNS.items(), _COLOURS, _DASHES, "osDv^P", strict=True)
+    for (name, pattern), colour, dash, marker in zip(PATTERNS.items(), _COLOURS, _DASHES, "osDv^P*Xh", strict=True)
 }
 
 

@@ -1,9 +1,9 @@
 """Stacks that differ only in their mixers, for `mqar.py` and `mixers.py`.
 
 The tri-mixer is the preset `arch_expert_research_mini` at a given width, depth and vocabulary; at its own size it is
-that preset. The other stacks repeat one of its three layers, or a gated retention layer. All have the same depth, the
-same width and, in every recurrent layer, the same number of floats of state. The feed-forward widths make the
-parameters equal, up to `STEP` columns.
+that preset. The other stacks repeat one of its three layers, or a retention layer that is gated or has a short
+convolution. All have the same depth, the same width and, in every recurrent layer, the same number of floats in the
+memory. The feed-forward widths make the parameters equal, up to `STEP` columns.
 """
 
 from dataclasses import dataclass, replace
@@ -19,9 +19,11 @@ from retnet.models.cost import parameter_counts
 from retnet.stack.resolve import resolve_config
 
 STEP = 4  # of feed-forward widths: makes layers equal within 2% at width 64
+CONV_WIDTH = 4
 REFERENCE = "tri-mixer"
 
-# stack -> the layers that it repeats: Attention, Retention, Gated retention, Mamba-2
+# stack -> the layers that it repeats: Attention, Retention, Gated retention, Mamba-2; small letters: retention with a
+# short convolution on q, k and v
 PATTERNS = {
     "attention": "A",
     "RetNet": "R",
@@ -29,7 +31,11 @@ PATTERNS = {
     "Mamba-2": "M",
     "RetNet + attention": "RRA",
     REFERENCE: "MRA",
+    "RetNet + conv": "r",
+    "gated RetNet + conv": "g",
+    "R R R A + conv": "gggA",
 }
+WITHOUT_CONVOLUTION = tuple(name for name, pattern in PATTERNS.items() if pattern.isupper())
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Size:
     init: Literal["paper", "torchscale", "normal"] = "normal"
 
 
-def equal_stacks(size: Size, names: tuple[str, ...] = tuple(PATTERNS), seed: int = 0) -> dict[str, ModelConfig]:
+def equal_stacks(size: Size, names: tuple[str, ...] = WITHOUT_CONVOLUTION, seed: int = 0) -> dict[str, ModelConfig]:
     """The named stacks, each with as many parameters as the tri-mixer (embeddings are equal in all)."""
     target = parameter_counts(_stack(size, seed, REFERENCE, size.feed_forward))["total"]
     return {name: with_equal_parameters(partial(_stack, size, seed, name), target, STEP) for name in names}
@@ -71,9 +77,12 @@ def _blocks(preset: ModelConfig, size: Size) -> dict[str, BlockConfig]:
     wide_retention = replace(retention.mixer, num_heads=H, key_dim=D, value_dim=2 * D)
     A = size.attention_heads
     wide_attention = replace(attention.mixer, num_heads=A, num_kv_heads=max(1, A // 2), head_dim=D // A)
+    gated = replace(wide_retention, decay="gated")
     return {
         "M": replace(mamba, mixer=wide_mamba),
         "R": replace(retention, mixer=wide_retention),
-        "G": replace(retention, mixer=replace(wide_retention, decay="gated")),
+        "G": replace(retention, mixer=gated),
+        "r": replace(retention, mixer=replace(wide_retention, conv_width=CONV_WIDTH)),
+        "g": replace(retention, mixer=replace(gated, conv_width=CONV_WIDTH)),
         "A": replace(attention, mixer=wide_attention),
     }

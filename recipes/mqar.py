@@ -2,7 +2,11 @@
 
     python recipes/mqar.py tiny --out out/mqar            CPU, about ten minutes
     python recipes/mqar.py full --out out/mqar            one GPU, about 4 minutes
+    python recipes/mqar.py conv --out out/mqar            short convolutions, 8 to 256 pairs; one GPU
     python recipes/mqar.py plot --out out/mqar            plot and table from saved rows
+
+    python recipes/mqar.py conv --widths 128 --seeds 0 --out out/mqar-128      one part; several run side by side
+    python recipes/mqar.py plot --from out/mqar-64 out/mqar-128 --out out/mqar    parts together
 
 Each stack (`mixers_stacks`) is trained from every seed at every learning rate, on one stream of fresh sequences
 (`mqar_task`). The numbers of pairs take turns, shortest sequences first. The results are those of the best learning
@@ -20,7 +24,7 @@ from pathlib import Path
 
 import torch
 from mixers_pictures import Panel, draw
-from mixers_stacks import PATTERNS, Size, equal_stacks
+from mixers_stacks import PATTERNS, WITHOUT_CONVOLUTION, Size, equal_stacks
 from mixers_train import Batch, Run, precision, train
 from mqar_task import Recall
 from torch import Tensor
@@ -35,12 +39,13 @@ TEST_SEED = 2**31
 
 @dataclass(frozen=True)
 class Setting:
-    """tasks: (length, pairs), trained in turn and tested; batch: sequences per step; tests: sequences per test."""
+    """tasks: (length, pairs), trained in turn and tested; batch: sequences per step of the shortest task; tests:
+    sequences per test. tokens: per step at most, which gives longer sequences smaller batches."""
 
     tasks: tuple[tuple[int, int], ...]
     widths: tuple[int, ...]
     rates: tuple[float, ...]
-    seeds: int
+    seeds: tuple[int, ...]
     steps: int
     batch: int
     tests: int
@@ -48,7 +53,12 @@ class Setting:
     heads: int = 4
     attention_heads: int = 1
     num_layers: int = 3
-    stacks: tuple[str, ...] = tuple(PATTERNS)
+    stacks: tuple[str, ...] = WITHOUT_CONVOLUTION
+    tokens: int | None = None
+
+    def sequences(self, length: int) -> int:
+        """Sequences of this length per step."""
+        return self.batch if self.tokens is None else max(1, min(self.batch, self.tokens // length))
 
     def size(self, width: int) -> Size:
         return Size(
@@ -63,8 +73,22 @@ class Setting:
 
 
 SETTINGS = {
-    "tiny": Setting(((32, 2), (32, 4), (32, 8)), (64,), (3e-3,), 1, 1500, 64, 256, vocab_size=64),
-    "full": Setting(((64, 4), (64, 8), (64, 16), (128, 32), (256, 64)), (64, 128), (1e-3, 3e-3), 2, 3000, 128, 512),
+    "tiny": Setting(((32, 2), (32, 4), (32, 8)), (64,), (3e-3,), (0,), 1500, 64, 256, vocab_size=64),
+    "full": Setting(
+        ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64)), (64, 128), (1e-3, 3e-3), (0, 1), 3000, 128, 512
+    ),
+    "conv": Setting(
+        ((64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)),
+        (64, 128, 256),
+        (1e-3, 3e-3),
+        (0, 1, 2),
+        3000,
+        128,
+        256,
+        num_layers=4,
+        tokens=32768,
+        stacks=("attention", "RetNet", "RetNet + conv", "gated RetNet + conv", "R R R A + conv"),
+    ),
 }
 
 
@@ -97,12 +121,12 @@ def batches(setting: Setting, seed: int, device: torch.device) -> Iterator[Batch
     tasks = [Recall(length, pairs, setting.vocab_size) for length, pairs in setting.tasks]
     while True:
         for task in tasks:
-            yield task.batch(setting.batch, generator)
+            yield task.batch(setting.sequences(task.length), generator)
 
 
 def measure(setting: Setting, device: torch.device, graphs: bool) -> Iterator[list[dict]]:
     """Rows per seed and width, whose runs train at once: one row per stack, learning rate and number of pairs."""
-    for seed in range(setting.seeds):
+    for seed in setting.seeds:
         for width in setting.widths:
             begin = time.perf_counter()
             configs = equal_stacks(setting.size(width), setting.stacks, seed)
@@ -138,6 +162,11 @@ def tested(run: Run, setting: Setting, width: int, seed: int) -> list[dict]:
     ]
 
 
+def read(path: Path) -> list[dict]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 def best(rows: list[dict]) -> dict[tuple[str, int], dict[int, list[float]]]:
     """(stack, width) -> pairs -> accuracies of all seeds, at the learning rate with the best mean accuracy."""
     groups: dict[tuple[str, int], dict[float, dict[int, list[float]]]] = {}
@@ -169,7 +198,8 @@ def picture(rows: list[dict], path: Path) -> None:
     """One panel per width. Lines are means over seeds, bands their range."""
     found, panels = best(rows), []
     for width in sorted({int(row["width"]) for row in rows}):
-        state = next(int(row["state_bytes"]) for row in rows if row["stack"] == "RetNet" and int(row["width"]) == width)
+        states = (row for row in rows if int(row["width"]) == width and "RetNet" in row["stack"])
+        state = next((f" (RetNet's state: {format_bytes(int(row['state_bytes']))})" for row in states), "")
         lines = {
             name: [
                 (pairs, 100 * statistics.mean(seen), 100 * min(seen), 100 * max(seen))
@@ -178,8 +208,9 @@ def picture(rows: list[dict], path: Path) -> None:
             for (name, of), accuracies in found.items()
             if of == width
         }
-        title = f"width {width} (RetNet's state: {format_bytes(state)})"
-        panels.append(Panel(title, "number of pairs", "accuracy, %", lines, x_base=2, y_range=(-3, 103)))
+        panels.append(
+            Panel(f"width {width}{state}", "number of pairs", "accuracy, %", lines, x_base=2, y_range=(-3, 103))
+        )
     draw(panels, path, "Multi-query associative recall, stacks of equal parameters")
 
 
@@ -188,15 +219,20 @@ def main() -> None:
     parser.add_argument("setting", choices=[*SETTINGS, "plot"])
     parser.add_argument("--out", type=Path, default=Path("out/mqar"))
     parser.add_argument("--steps", type=int, default=None, help="training steps (default: the setting's)")
+    parser.add_argument("--stacks", nargs="+", choices=PATTERNS, default=None)
+    for name, kind in (("widths", int), ("rates", float), ("seeds", int)):
+        parser.add_argument(f"--{name}", type=kind, nargs="+", default=None, help="(default: the setting's)")
+    parser.add_argument("--from", type=Path, nargs="+", default=None, dest="parts", help="folders to plot together")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     options = parser.parse_args()
     rows_path = options.out / "mqar.csv"
     if options.setting == "plot":
-        with rows_path.open() as file:
-            rows = list(csv.DictReader(file))
+        rows = [row for folder in options.parts or [options.out] for row in read(folder / "mqar.csv")]
     else:
         setting = SETTINGS[options.setting]
-        setting = replace(setting, steps=options.steps or setting.steps)
+        given = {name: getattr(options, name) for name in ("stacks", "widths", "rates", "seeds")}
+        chosen = {name: tuple(values) for name, values in given.items() if values is not None}
+        setting = replace(setting, steps=options.steps or setting.steps, **chosen)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rows = []
         options.out.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def parsed() -> argparse.Namespace:
                           help="from half of the steps on, end an arm whose validation loss is so far above the best "
                           "one's with the same optimizer")  # fmt: skip
         verb.add_argument("--eager", action="store_true", help="do not compile blocks")
-        verb.add_argument("--tiny", action="store_true", help="width 64, two layers, bytes: a trial on a CPU")
+        verb.add_argument("--tiny", action="store_true", help="width 64, four layers, bytes: a trial on a CPU")
         verb.add_argument("--commit", default=None, help="recorded in the rows (default: git's)")
     for name, what in (("table", "Markdown tables"), ("plot", "plots"), ("collect", "rows, one per line")):
         verb = verbs.add_parser(name, help=f"{what} from folders or collected files")

@@ -21,9 +21,10 @@ from quality_train import Arm, Blocks, train
 
 from retnet.models.cost import parameter_counts
 
+NEAR = 6  # arms of a queue among which the one with compiled blocks is chosen
 FULL = {"shape": Shape(), "sizes": Sizes(), "rows": 32, "steps": 480, "points": 8}
 TINY = {
-    "shape": Shape(64, 2, 2, 2, state_dim=16, head_dim=32, step=4, vocab_size=257),
+    "shape": Shape(64, 4, 2, 2, state_dim=16, head_dim=32, step=4, vocab_size=257),
     "sizes": Sizes(
         length=32, tokens=256, valid_rows=16, curve_rows=8, longest=128, windows=4, book_tokens=5000, passage=8,
         gaps=(8, 16), repeats=4, context=48,
@@ -60,8 +61,15 @@ class Session:
         print(f"{len(self.train_rows)} rows of {self.sizes.length} tokens, data {self.data}, {self.facts}", flush=True)
 
     def work_off(self, arms: list[tuple[Arm, bool]]) -> None:
-        """Run the arms that are not finished and that no other process runs."""
-        for arm, final in arms:
+        """Run the arms that are not finished and that no other process runs, about in their order.
+
+        Among the next few, those of the stack that ran last come first: its blocks are compiled.
+        """
+        waiting, last = list(arms), None
+        while waiting:
+            near = waiting[:NEAR]
+            arm, final = next((one for one in near if one[0].stack == last), near[0])
+            waiting.remove((arm, final))
             if is_finished(self.out, arm):
                 continue
             if self.left() < self._seconds_per_step * arm.steps:
@@ -70,6 +78,7 @@ class Session:
             with claimed(self.out, arm) as mine:
                 if mine and not is_finished(self.out, arm):
                     self.run(arm, final)
+                    last = arm.stack
 
     def left(self) -> float:
         """Seconds to the deadline."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import mixers
 import pytest
 import torch
-from mixers_stacks import PATTERNS
+from mixers_stacks import WITHOUT_CONVOLUTION
 from mixers_train import Run, learning_rate
 
 from retnet.data import DOCUMENT_START, find_documents
@@ -18,12 +18,12 @@ def test_a_micro_run_gives_measurements_a_plot_and_a_table(tmp_path):
         setting, size=replace(setting.size, d_model=16, feed_forward=16), length=16, batch=2, steps=2, tests=2, points=2
     )
     found = mixers.measure(setting, str(tmp_path / "text.txt"), torch.device("cpu"), graphs=False)
-    assert set(found["curves"]) == set(PATTERNS)
+    assert set(found["curves"]) == set(WITHOUT_CONVOLUTION)
     assert all([tokens for tokens, _ in line] == [32, 64] for line in found["curves"].values())
     assert all([last for last, _ in line] == [16, 32, 64] for line in found["positions"].values())
     recall = [{"stack": "attention", "width": 8, "rate": 1, "pairs": pairs, "accuracy": pairs / 8} for pairs in (2, 4)]
     text = mixers.table(found, recall)
-    assert text.count("\n") == 1 + len(PATTERNS)
+    assert text.count("\n") == 1 + len(WITHOUT_CONVOLUTION)
     assert "| 50 (4 pairs) |" in text
     mixers.picture(found, tmp_path / "mixers.png")
     assert (tmp_path / "mixers.png").stat().st_size > 10_000

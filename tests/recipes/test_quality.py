@@ -21,6 +21,7 @@ from quality_stacks import BASES, CHANGES, Shape, stack
 from retnet import LanguageModel
 from retnet.data import DOCUMENT_START
 from retnet.models.cost import parameter_counts
+from tests.paths import ROOT
 
 TINY_SHAPE, TINY_SIZES = TINY["shape"], TINY["sizes"]
 
@@ -55,7 +56,6 @@ def test_stacks_have_equal_parameters_within_one_percent(name):
 def test_the_paper_and_the_llama_are_those_of_the_presets():
     from retnet.models.presets import preset
     from retnet.stack.resolve import resolve_config
-    from tests.paths import ROOT
 
     assert stack("retnet", Shape()).layers == preset("retnet-125m").layers
     assert stack("gated", Shape()).layers == preset("retnet-125m-gated").layers
@@ -252,6 +252,21 @@ def test_a_queue_runs_each_arm_once_and_goes_on_after_a_failure(tmp_path, capsys
     session.work_off(arms)
     assert capsys.readouterr().out.count("in all") == 1  # the failed one again
     assert ran == 3
+
+
+def test_arms_of_the_stack_that_ran_last_come_first_among_the_next_few(tmp_path, monkeypatch):
+    session, order = Session(options(tmp_path / "rows"), 0.0), []
+    monkeypatch.setattr(session, "run", lambda one, final: order.append(one.name[0] + one.name.split(":")[3]))
+    names = ["a:adamw:1:0", "b:adamw:1:0", "a:adamw:1:1", *(f"c:adamw:1:{n}" for n in range(6)), "b:adamw:1:1"]
+    session.work_off([(arm(name), False) for name in names])
+    assert order == ["a0", "a1", "b0", "c0", "c1", "c2", "c3", "c4", "c5", "b1"]
+
+
+def test_the_arms_of_the_sweep_are_arms_of_known_stacks_each_once():
+    names = [one.name for one, _ in quality_rows.read_queue(ROOT / "recipes" / "quality_sweep.txt", 480)]
+    assert len(set(names)) == len(names) > 30
+    for stack_name in {name.split(":")[0] for name in names} - {"llama+qk-rms"}:
+        assert stack(stack_name, TINY_SHAPE).name == stack_name
 
 
 def test_a_line_that_is_no_arm_is_named(tmp_path):
