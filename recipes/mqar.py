@@ -86,7 +86,7 @@ SETTINGS = {
         128,
         256,
         num_layers=4,
-        tokens=32768,
+        tokens=16384,
         stacks=("attention", "RetNet", "RetNet + conv", "gated RetNet + conv", "R R R A + conv"),
     ),
 }

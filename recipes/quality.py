@@ -24,6 +24,7 @@ from pathlib import Path
 
 import quality_report
 from quality_rows import load_rows, read_queue
+from quality_stacks import SHAPES
 from quality_train import Arm
 
 
@@ -52,6 +53,7 @@ def parsed() -> argparse.Namespace:
         verb.add_argument("--abandon", type=float, default=None, metavar="NATS",
                           help="from half of the steps on, end an arm whose validation loss is so far above the best "
                           "one's with the same optimizer")  # fmt: skip
+        verb.add_argument("--shape", choices=SHAPES, default="125m", help="size of the stacks")
         verb.add_argument("--eager", action="store_true", help="do not compile blocks")
         verb.add_argument("--tiny", action="store_true", help="width 64, four layers, bytes: a trial on a CPU")
         verb.add_argument("--commit", default=None, help="recorded in the rows (default: git's)")

@@ -1,6 +1,7 @@
 """Tables and plots of `quality.py` from the rows of its arms.
 
-Rows are compared only if they were trained on the same tokens for as many steps: each such group has tables of its own.
+Rows are compared only if their stacks have one shape and were trained on the same tokens for as many steps: each such
+group has tables of its own.
 A stack's result under an optimizer is that of its best learning rate: the one with the lowest mean loss over seeds
 among those with the most seeds.
 """
@@ -14,7 +15,7 @@ from mixers_pictures import Panel, draw
 
 from retnet.system.sizes import format_bytes
 
-Group = tuple[str, int]  # data, steps
+Group = tuple[str, str, int]  # shape, data, steps
 REFERENCE = "llama"
 # Colours that colour-blind readers can tell apart (Okabe and Ito), in the order of the stacks.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
@@ -23,8 +24,8 @@ _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#
 def grouped(rows: list[dict]) -> dict[Group, list[dict]]:
     groups: dict[Group, list[dict]] = defaultdict(list)
     for row in rows:
-        groups[row["data"], row["steps"]].append(row)
-    return dict(sorted(groups.items(), key=lambda item: item[0][1]))
+        groups[row["shape"], row["data"], row["steps"]].append(row)
+    return dict(sorted(groups.items(), key=lambda item: item[0][2]))
 
 
 def by_rate(rows: list[dict]) -> dict[tuple[str, str], dict[float, list[dict]]]:
@@ -60,10 +61,10 @@ def at_an_edge(rates: dict[float, list[dict]]) -> bool:
 def tables(rows: list[dict]) -> str:
     """Markdown: per group the perplexity of every rate, and what the best rate of each stack gives."""
     parts = []
-    for (data, steps), group in grouped(rows).items():
+    for (shape, data, steps), group in grouped(rows).items():
         first = group[0]
         tokens = steps * first["length"] * first["rows_per_step"]
-        parts.append(f"### {tokens / 1e6:.1f} million tokens ({steps} steps), data {data}, {first['device']}")
+        parts.append(f"### {shape}, {tokens / 1e6:.1f} million tokens ({steps} steps), data {data}, {first['device']}")
         parts += [sweep_table(group), result_table(group)]
         if any(row.get("final") for row in group):
             parts.append(final_table(group))

@@ -37,7 +37,7 @@ def load_rows(places: list[Path]) -> list[dict]:
         for text in texts:
             if text.strip():
                 row = json.loads(text)
-                rows[row["arm"], row["data"]] = row
+                rows[row["arm"], row["shape"], row["data"]] = row
     return [rows[key] for key in sorted(rows)]
 
 
@@ -78,7 +78,7 @@ def best_loss_at(rows: list[dict], row: dict, step: int) -> float | None:
     """The lowest validation loss at a step, among other runs of as many steps with the same optimizer and data."""
     alike = [
         other for other in rows
-        if other["arm"] != row["arm"] and all(other[key] == row[key] for key in ("optimizer", "steps", "data"))
+        if other["arm"] != row["arm"] and all(other[key] == row[key] for key in ("optimizer", "steps", "shape", "data"))
     ]  # fmt: skip
     losses = [point["valid"] for other in alike for point in other["curve"] if point["step"] == step]
     return min(losses, default=None)

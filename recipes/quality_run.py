@@ -16,15 +16,14 @@ import torch
 from quality_data import batches, load, source_bytes
 from quality_measure import FINAL, Sizes, mean_loss
 from quality_rows import FINISHED, best_loss_at, claimed, is_finished, load_rows, save
-from quality_stacks import Shape, stack
+from quality_stacks import SHAPES, stack
 from quality_train import Arm, Blocks, train
 
 from retnet.models.cost import parameter_counts
 
 NEAR = 6  # arms of a queue among which the one with compiled blocks is chosen
-FULL = {"shape": Shape(), "sizes": Sizes(), "rows": 32, "steps": 480, "points": 8}
+FULL = {"sizes": Sizes(), "rows": 32, "steps": 480, "points": 8}
 TINY = {
-    "shape": Shape(64, 4, 2, 2, state_dim=16, head_dim=32, step=4, vocab_size=257),
     "sizes": Sizes(
         length=32, tokens=256, valid_rows=16, curve_rows=8, longest=128, windows=4, book_tokens=5000, passage=8,
         gaps=(8, 16), repeats=4, context=48,
@@ -41,7 +40,8 @@ class Session:
     def __init__(self, options: argparse.Namespace, begin: float):
         self.options, self.begin = options, begin
         setting = TINY if options.tiny else FULL
-        self.shape: Shape = setting["shape"]
+        self.shape_name = "tiny" if options.tiny else options.shape
+        self.shape = SHAPES[self.shape_name]
         self.sizes: Sizes = setting["sizes"]
         self.rows_per_step, self.points = setting["rows"], setting["points"]
         self.steps = options.steps or setting["steps"]
@@ -108,7 +108,12 @@ class Session:
         named = {"arm": arm.name} | {
             name: getattr(arm, name) for name in ("stack", "optimizer", "rate", "seed", "steps")
         }
-        sizes = {"length": self.sizes.length, "rows_per_step": self.rows_per_step, "train_rows": len(self.train_rows)}
+        sizes = {
+            "shape": self.shape_name,
+            "length": self.sizes.length,
+            "rows_per_step": self.rows_per_step,
+            "train_rows": len(self.train_rows),
+        }
         return named | sizes | self.facts | {"data": self.data, "status": "running", "note": "", "curve": []}
 
     def _run(self, arm: Arm, final: bool, row: dict) -> None:

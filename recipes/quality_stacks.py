@@ -19,6 +19,8 @@ from retnet import ModelConfig
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.hyena import HyenaConfig
+from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.mixer_base import MixerConfig
 from retnet.layers.retention import RetentionConfig
@@ -42,10 +44,19 @@ class Shape:
     vocab_size: int = 50304
 
 
+SHAPES = {
+    "125m": Shape(),
+    "40m": Shape(512, 6, heads=2, attention_heads=8),
+    "350m": Shape(1024, 24, heads=4, attention_heads=16),
+    "tiny": Shape(64, 4, heads=2, attention_heads=2, state_dim=16, head_dim=32, step=4, vocab_size=257),
+}
+
+
 @dataclass(frozen=True)
 class Base:
-    """pattern: mixers of the layers, repeated over the depth: Attention, paper's Retention, Gated retention, Mamba-2;
-    small letters: retention with a short convolution. modern: RMSNorm and SwiGLU in place of layer norm and gelu.
+    """pattern: mixers of the layers, repeated over the depth: Attention, paper's Retention, Gated retention, Mamba-2,
+    Selective state space of Mamba-1, Hyena; small letters: retention with a short convolution. modern: RMSNorm and
+    SwiGLU in place of layer norm and gelu.
     """
 
     pattern: str
@@ -64,6 +75,8 @@ BASES = {
     "hybrid-retnet-conv": Base("rrrA"),
     "hybrid-gated": Base("GGGA"),
     "hybrid-retnet": Base("RRRA"),
+    "mamba": Base("S"),
+    "hyena": Base("H"),
     "tri-mixer": Base("MRA", modern=True, init="normal"),
     "tri-mixer-conv": Base("MgA", modern=True, init="normal"),
 }
@@ -140,6 +153,10 @@ CHANGES: dict[str, Change] = {
     "sigmoid": _retention(gate="sigmoid"),
     "no-gate": _retention(gate="none"),
     "head-rms": _retention(head_norm="rms"),
+    "no-head-norm": _retention(head_norm="none"),
+    "no-decay": _retention(decay="none"),
+    "one-decay": _retention(decay=127 / 128),
+    "linear": _retention(decay="none", rotary="none", gate="none"),
     "qk-l2": _qk_norm("l2"),
     "qk-rms": _qk_norm("rms"),
     "start": _retention(gated_start="paper"),
@@ -199,5 +216,9 @@ def _mixer(letter: str, paper: ModelConfig, shape: Shape) -> MixerConfig:
         return AttentionConfig(num_heads=H, num_kv_heads=H // 2, head_dim=D // H)
     if letter == "M":
         return Mamba2Config(inner_dim=2 * D, head_dim=shape.head_dim, state_dim=shape.state_dim)
+    if letter == "S":
+        return Mamba1Config(inner_dim=2 * D, time_step_rank=D // 16)
+    if letter == "H":
+        return HyenaConfig()
     retention = replace(paper.layers[0].mixer, decay="gated" if letter in "gG" else "paper")
     return changed(retention, conv_width=CONV_WIDTH) if letter.islower() else retention

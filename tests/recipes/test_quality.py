@@ -16,14 +16,14 @@ import quality_rows
 import quality_train
 import torch
 from quality_run import TINY, Session
-from quality_stacks import BASES, CHANGES, Shape, stack
+from quality_stacks import BASES, CHANGES, SHAPES, Shape, stack
 
 from retnet import LanguageModel
 from retnet.data import DOCUMENT_START
 from retnet.models.cost import parameter_counts
 from tests.paths import ROOT
 
-TINY_SHAPE, TINY_SIZES = TINY["shape"], TINY["sizes"]
+TINY_SHAPE, TINY_SIZES = SHAPES["tiny"], TINY["sizes"]
 
 
 def options(out, **given) -> argparse.Namespace:
@@ -39,16 +39,24 @@ def row(name: str, loss: float | None, status: str = "done", **more) -> dict:
     one = arm(name)
     point = {"step": 4, "tokens": 512, "seconds": 1.0, "train": 2.0, "valid": loss or 9.0}
     found = {key: getattr(one, key) for key in ("stack", "optimizer", "rate", "seed", "steps")} | {"arm": one.name}
-    found |= {"status": status, "curve": [point], "data": "d", "length": 32, "rows_per_step": 4, "device": "cpu"}
+    found |= {
+        "status": status,
+        "curve": [point],
+        "data": "d",
+        "shape": "tiny",
+        "length": 32,
+        "rows_per_step": 4,
+        "device": "cpu",
+    }
     found |= {"parameters": 100, "tokens_per_second": 10.0}
     if loss is not None:
         found |= {"valid_loss": loss, "perplexity": 2.718281828459045**loss}
     return found | more
 
 
+@pytest.mark.parametrize("shape", [shape for name, shape in SHAPES.items() if name != "tiny"], ids=str)
 @pytest.mark.parametrize("name", BASES)
-def test_stacks_have_equal_parameters_within_one_percent(name):
-    shape = Shape()
+def test_stacks_have_equal_parameters_within_one_percent(name, shape):
     counts = [parameter_counts(stack(each, shape))["total"] for each in ("retnet", name)]
     assert max(counts) <= 1.01 * min(counts)
 
@@ -322,7 +330,8 @@ def test_results_are_means_over_seeds_of_the_best_rate_against_the_llama():
 
 def test_runs_on_other_tokens_or_of_other_lengths_are_not_compared():
     rows = [row("llama:adamw:1e-3:0", 3.0), row("retnet:adamw:1e-3:0", 2.0, data="other")]
-    assert quality_report.tables(rows).count("###") == 2
+    rows += [row("gated:adamw:1e-3:0:9", 2.0), row("mamba2:adamw:1e-3:0", 2.0, shape="40m")]
+    assert quality_report.tables(rows).count("###") == 4
 
 
 def test_the_command_line_trains_collects_and_prints(tmp_path, monkeypatch, capsys):
