@@ -140,13 +140,16 @@ def _feed_forwards(config: ModelConfig, **values: Any) -> ModelConfig:
 
 
 def _all_heads(config: ModelConfig) -> ModelConfig:
-    [heads] = {layer.mixer.num_heads for layer in config.layers if isinstance(layer.mixer, AttentionConfig)}
-    return _mixers(config, AttentionConfig, num_kv_heads=heads)
+    return _mixers(config, AttentionConfig, num_kv_heads=_num_heads(config, AttentionConfig))
 
 
 def _heads(config: ModelConfig, factor: int) -> ModelConfig:
-    [heads] = {layer.mixer.num_heads for layer in config.layers if isinstance(layer.mixer, RetentionConfig)}
-    return _mixers(config, RetentionConfig, num_heads=factor * heads)
+    return _mixers(config, RetentionConfig, num_heads=factor * _num_heads(config, RetentionConfig))
+
+
+def _num_heads(config: ModelConfig, kind: type[MixerConfig]) -> int:
+    """Of the first mixer of that kind; 0 without one."""
+    return next((layer.mixer.num_heads for layer in config.layers if isinstance(layer.mixer, kind)), 0)
 
 
 CHANGES: dict[str, Change] = {
