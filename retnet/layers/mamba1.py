@@ -94,7 +94,7 @@ class Mamba1(MixerModule):
         super().__init__()
         self.config = config
         self.in_proj = nn.Linear(d_model, 2 * config.inner_dim, bias=config.bias)
-        self.conv = ShortConvolution(config.inner_dim, config.conv_width, config.conv_bias)
+        self.conv = ShortConvolution(config.inner_dim, config.conv_width, config.conv_bias, "silu")
         self.x_proj = nn.Linear(config.inner_dim, config.time_step_rank + 2 * config.state_dim, bias=False)
         self.time_step_proj = WideBiasLinear(config.time_step_rank, config.inner_dim)
         self.log_rate = nn.Parameter(torch.empty(config.inner_dim, config.state_dim, dtype=torch.float32))
@@ -128,7 +128,6 @@ class Mamba1(MixerModule):
         config = self.config
         inputs, z = self.in_proj(x).chunk(2, -1)
         u, recent = self.conv(inputs, None if state is None else state.recent, layout)
-        u = F.silu(u)
         low, write, read = self.x_proj(u).split((config.time_step_rank, config.state_dim, config.state_dim), -1)
         wide = wide_dtype(x.dtype)
         # The bias is large and negative: adding it in half precision would round the step.

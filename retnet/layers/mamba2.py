@@ -111,7 +111,7 @@ class Mamba2(MixerModule):
         self.config = config
         self.call_retention = config.call
         self.in_proj = nn.Linear(d_model, config.inner_dim + config.conv_dim + config.num_heads, bias=config.bias)
-        self.conv = ShortConvolution(config.conv_dim, config.conv_width, config.conv_bias)
+        self.conv = ShortConvolution(config.conv_dim, config.conv_width, config.conv_bias, "silu")
         self.log_rate = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.time_step_bias = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.skip = nn.Parameter(torch.empty(config.num_heads))
@@ -144,7 +144,7 @@ class Mamba2(MixerModule):
         config, shared = self.config, self.config.num_groups * self.config.state_dim
         z, inputs, time_step = self.in_proj(x).split((config.inner_dim, config.conv_dim, config.num_heads), -1)
         u, recent = self.conv(inputs, None if state is None else state.recent, layout)
-        u, B, C = F.silu(u).split((config.inner_dim, shared, shared), -1)
+        u, B, C = u.split((config.inner_dim, shared, shared), -1)
         u, B, C = (
             part.unflatten(-1, (-1, n))
             for part, n in ((u, config.head_dim), (B, config.state_dim), (C, config.state_dim))

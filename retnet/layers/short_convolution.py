@@ -1,4 +1,5 @@
-"""Short causal convolution as a module: weights in the layout of `nn.Conv1d`, past inputs passed in and returned."""
+"""Short causal convolution and its activation as a module: weights in the layout of `nn.Conv1d`, past inputs passed in
+and returned."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.token_layout import TokenLayout
-from retnet.ops.short_convolution import short_convolution
+from retnet.ops.short_convolution import Activation, short_convolution
 
 
 class ShortConvolution(nn.Module):
@@ -17,6 +18,7 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, width: int, bias: bool = True, activation: Literal["none", "silu"] = "none"):
         super().__init__()
         self.activation = activation
+        self.activation: Activation = activation
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_own()

@@ -1,20 +1,22 @@
-"""Causal depthwise convolution over a few tokens, with the tokens before them as its state: part of Mamba and Hyena.
+"""Causal depthwise convolution over a few tokens, with the tokens before them as its state, and its activation.
 
-    y_t = bias + sum_i weight_i x_{t - (W - 1) + i}        i = 0 .. W - 1
+    y_t = activation(bias + sum_i weight_i x_{t - (W - 1) + i})        i = 0 .. W - 1
 
-On a GPU, `retnet/kernels/convolution` computes it. Elsewhere it is W multiply-adds over shifted views: for a width of 4
-on a CPU that is as fast as PyTorch's depthwise convolution forward, and two to three times as fast with its backward in
-float32 and bfloat16. There, a packed row is spread out so that the W - 1 inputs before each document precede it,
-without a loop over documents.
+Mamba, Hyena and retention use it. On a GPU, `retnet/kernels/convolution` computes it, and its backward computes the sum
+again: only x is kept. Elsewhere it is W multiply-adds over shifted views: for a width of 4 on a CPU that is as fast as
+PyTorch's depthwise convolution forward, and two to three times as fast with its backward in float32 and bfloat16.
+There, a packed row is spread out so that the W - 1 inputs before each document precede it, without a loop over
+documents.
 """
 
 from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from retnet.ops.derivatives import has_tangent, needs_plain_form, plain_gradients
+from retnet.ops.derivatives import has_tangent, needs_plain_form, plain_gradients, transforms_active
 from retnet.ops.device import current_device_of
 from retnet.ops.plan import is_exporting
 
@@ -28,27 +30,34 @@ def short_convolution(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    activation: Activation = "none",
     recent: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Convolve T tokens.
 
     Args:
-        x: [B, T, C].
+        x: [B, T, C]; a slice of a wider product is read in place.
         weight: [C, 1, W], in the layout of `torch.nn.Conv1d`; the last tap is the current token's.
         bias: [C].
+        activation: "silu", or "none".
         recent: [N, W - 1, C] the inputs before the first token (zeros if None); N = B, or the packed documents.
         cu_seqlens: [N + 1] bounds of documents packed into one row (B = 1).
 
     Returns y [B, T, C] and the inputs [N, W - 1, C] that a next call needs.
     """
     if _has_kernel(x, weight) and not needs_plain_form(x, weight, bias, recent):
-        return torch.ops.retnet.short_convolution(x, weight, bias, recent, cu_seqlens)
-    return _plain_convolution(x, weight, bias, recent, cu_seqlens)
+        return torch.ops.retnet.short_convolution(x, weight, bias, recent, cu_seqlens, activation)
+    return _plain_convolution(x, weight, bias, recent, cu_seqlens, activation)
 
 
 def _plain_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, recent: Tensor | None, cu_seqlens: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recent: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: Activation,
 ) -> tuple[Tensor, Tensor]:
     """The convolution as multiply-adds over shifted views."""
     past = weight.shape[-1] - 1
@@ -57,7 +66,7 @@ def _plain_convolution(
         recent = x.new_zeros(num_sequences, past, x.shape[-1])
     if cu_seqlens is None:
         spread = torch.cat([recent.to(x.dtype), x], 1)
-        return _taps(spread, weight, bias), spread[:, spread.shape[1] - past :]
+        return _taps(spread, weight, bias, activation), spread[:, spread.shape[1] - past :]
     bounds = cu_seqlens.long()
     tokens, sequences = torch.arange(x.shape[1], device=x.device), torch.arange(num_sequences, device=x.device)
     document = torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)
@@ -67,18 +76,41 @@ def _plain_convolution(
     spread = x.new_zeros(x.shape[1] + num_sequences * past, x.shape[2])
     spread = spread.index_copy(0, starts.flatten(), recent.flatten(0, 1).to(x.dtype))
     spread = spread.index_copy(0, tokens + (document + 1) * past, x[0])
-    y = _taps(spread[None], weight, bias)[0].index_select(0, tokens + document * past)
+    y = _taps(spread[None], weight, bias, activation)[0].index_select(0, tokens + document * past)
     return y[None], spread.index_select(0, ends.flatten()).unflatten(0, (num_sequences, past))
 
 
-def _taps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _taps(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     """[B, T + W - 1, C] -> [B, T, C]."""
     num_tokens = x.shape[1] - weight.shape[-1] + 1
     first, *others = weight[:, 0].unbind(-1)
     y = x[:, :num_tokens] * first if bias is None else torch.addcmul(bias, x[:, :num_tokens], first)
     for i, tap in enumerate(others, 1):
         y = torch.addcmul(y, x[:, i : i + num_tokens], tap)
-    return y
+    if activation == "none":
+        return y
+    if torch.compiler.is_compiling():
+        return F.silu(y)
+    if transforms_active():
+        return y * y.sigmoid()
+    return _Silu.apply(y) if y.requires_grad else F.silu(y, inplace=True)
+
+
+class _Silu(torch.autograd.Function):
+    """silu with every derivative of its gradient; that of torch has no tangents."""
+
+    @staticmethod
+    def forward(ctx, pre):
+        ctx.save_for_backward(pre)
+        return F.silu(pre)
+
+    @staticmethod
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (pre,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or has_tangent(dy):
+            gate = pre.sigmoid()
+            return dy * (gate * (1 + pre * (1 - gate)))
+        return torch.ops.aten.silu_backward(dy, pre)
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
@@ -89,56 +121,66 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
 
 @torch.library.custom_op("retnet::short_convolution", mutates_args=(), device_types="cuda")
 def _convolution_cuda(
-    x: Tensor, weight: Tensor, bias: Tensor | None, recent: Tensor | None, cu_seqlens: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, recent: Tensor | None, cu_seqlens: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
     from retnet.kernels.convolution.short import Convolution, convolution_forward
 
     with current_device_of(x):
-        return convolution_forward(Convolution.of(x, weight, recent, cu_seqlens), bias)
+        return convolution_forward(Convolution(x, weight, bias, recent, cu_seqlens, activation))
 
 
 @torch.library.custom_op("retnet::short_convolution_backward", mutates_args=(), device_types="cuda")
 def _convolution_backward_cuda(
-    dy: Tensor, dfinal: Tensor | None, x: Tensor, weight: Tensor, recent: Tensor | None, cu_seqlens: Tensor | None
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recent: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from retnet.kernels.convolution.short import Convolution, convolution_backward
 
     with current_device_of(x):
-        call = Convolution.of(x, weight, recent, cu_seqlens)
-        dx, dweight, dbias, drecent = convolution_backward(call, dy, dfinal)
-    return dx, dweight[:, None].to(weight.dtype), dbias, drecent
+        return convolution_backward(Convolution(x, weight, bias, recent, cu_seqlens, activation), dy, dfinal)
 
 
 @_convolution_cuda.register_fake
-def _(x, weight, bias, recent, cu_seqlens):
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _(x, weight, bias, recent, cu_seqlens, activation):
     y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
-    return y, x.new_empty(sequences, weight.shape[-1] - 1, x.shape[2])
+    return y, _state_like(x, weight, cu_seqlens)
 
 
 @_convolution_backward_cuda.register_fake
-def _(dy, dfinal, x, weight, recent, cu_seqlens):
+def _(dy, dfinal, x, weight, bias, recent, cu_seqlens, activation):
+    dbias = x.new_empty(x.shape[2], dtype=torch.float32 if bias is None else bias.dtype)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, _state_like(x, weight, cu_seqlens)
+
+
+def _state_like(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dweight, dbias = weight.new_empty(weight.shape), x.new_empty(x.shape[2], dtype=torch.float32)
-    return x.new_empty(x.shape), dweight, dbias, x.new_empty(sequences, weight.shape[-1] - 1, x.shape[2])
+    return x.new_empty(sequences, weight.shape[-1] - 1, x.shape[2])
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    x, weight, bias, recent, cu_seqlens = inputs
-    ctx.save_for_backward(x, weight, bias, recent, cu_seqlens)
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx, dy, dfinal):
     *inputs, cu_seqlens = ctx.saved_tensors
-    x, weight, bias, recent = inputs
+    x, _, bias, recent = inputs
     if torch.is_grad_enabled() or has_tangent(dy, dfinal):
-        plain = partial(_plain_convolution, cu_seqlens=cu_seqlens)
-        return *plain_gradients(plain, inputs, ctx.needs_input_grad[:4], (dy, dfinal)), None
+        plain = partial(_plain_convolution, cu_seqlens=cu_seqlens, activation=ctx.activation)
+        return *plain_gradients(plain, inputs, ctx.needs_input_grad[:4], (dy, dfinal)), None, None
     dy = x.new_zeros(x.shape) if dy is None else dy
-    dx, dweight, dbias, drecent = torch.ops.retnet.short_convolution_backward(dy, dfinal, x, weight, recent, cu_seqlens)
-    dbias = None if bias is None else dbias.to(bias.dtype)
-    return dx, dweight, dbias, None if recent is None else drecent.to(recent.dtype), None
+    dx, dweight, dbias, drecent = torch.ops.retnet.short_convolution_backward(
+        dy, dfinal, *inputs, cu_seqlens, ctx.activation
+    )
+    drecent = None if recent is None else drecent.to(recent.dtype)
+    return dx, dweight, None if bias is None else dbias, drecent, None, None
 
 
 _convolution_cuda.register_autograd(_gradients, setup_context=_save)

@@ -91,15 +91,19 @@ def _loss(soft_cap):
     return own, definition, _double(12)
 
 
-def _convolution():
+def _convolution(activation):
     weight = _double(2, 1, 3, seed=1)
 
     def own(x):
-        return _score(*short_convolution(x.view(1, 5, 2), weight * x.sum(), x[:2], recent=x[:4].view(1, 2, 2)))
+        recent = x[:4].view(1, 2, 2)
+        return _score(
+            *short_convolution(x.view(1, 5, 2), weight * x.sum(), x[:2], activation=activation, recent=recent)
+        )
 
     def definition(x):
         whole = torch.cat([x[:4].view(1, 2, 2), x.view(1, 5, 2)], 1).transpose(1, 2)
-        return _score(F.conv1d(whole, weight * x.sum(), x[:2], groups=2), whole[:, :, -2:])
+        pre = F.conv1d(whole, weight * x.sum(), x[:2], groups=2)
+        return _score(F.silu(pre) if activation == "silu" else pre, whole[:, :, -2:])
 
     return own, definition, _double(10)
 
@@ -127,7 +131,8 @@ OPERATORS = {
     "packed scan": lambda: _scan(packed=True),
     "loss": lambda: _loss(None),
     "soft-capped loss": lambda: _loss(2.0),
-    "short convolution": _convolution,
+    "short convolution": lambda: _convolution("none"),
+    "short convolution with silu": lambda: _convolution("silu"),
     "layer norm": _norm,
 }
 
@@ -232,12 +237,15 @@ def test_the_gradients_of_the_gpu_operators_can_be_differentiated_again():
     of_scan = x, x.exp(), -_double(3, 2).exp(), *_double(2, 1, 7, 2), _double(2, 3, 2)
     of_convolution = x, _double(3, 1, 4), _double(3), _double(2, 3, 3)
     bounds = torch.tensor([0, 4, 7])
-    for operator, plain, inputs, before in (
-        (torch.ops.retnet.selective_scan, selective_scan, of_scan, "state"),
-        (torch.ops.retnet.short_convolution, short_convolution, of_convolution, "recent"),
+    convolve = torch.ops.retnet.short_convolution, short_convolution, of_convolution, "recent"
+    for operator, plain, inputs, before, activation in (
+        (torch.ops.retnet.selective_scan, selective_scan, of_scan, "state", {}),
+        (*convolve, {"activation": "none"}),
+        (*convolve, {"activation": "silu"}),
     ):
         inputs = [z.clone().requires_grad_() for z in inputs]
-        results = operator(*inputs, bounds)[:2], plain(*inputs[:-1], **{before: inputs[-1]}, cu_seqlens=bounds)
+        options = {before: inputs[-1], "cu_seqlens": bounds, **activation}
+        results = operator(*inputs, bounds, *activation.values())[:2], plain(*inputs[:-1], **options)
         hessian_vector_products = []
         for result in results:
             first = torch.autograd.grad(_score(*result), inputs, create_graph=True)

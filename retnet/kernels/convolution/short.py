@@ -1,44 +1,52 @@
-"""Causal depthwise convolution over W tokens on a GPU, with the tokens before a sequence as its state.
+"""Causal depthwise convolution over W tokens with its activation on a GPU, forward and backward.
 
-    y_t = bias + sum_i weight_i x_{t - (W - 1) + i}                          i = 0 .. W - 1
-    dx_t = sum_i weight_i dy_{t + (W - 1) - i} (+ dfinal for the last W - 1 tokens)
-    dweight_i = sum_t dy_t x_{t - (W - 1) + i}        dbias = sum_t dy_t
+    pre_t = bias + sum_i weight_i x_{t - (W - 1) + i}        y_t = activation(pre_t)        i = 0 .. W - 1
+    dpre_t = activation'(pre_t) dy_t
+    dx_t = sum_i weight_i dpre_{t + (W - 1) - i} (+ dfinal for the last W - 1 tokens)
+    dweight_i = sum_t dpre_t x_{t - (W - 1) + i}        dbias = sum_t dpre_t
 
-A position below 0 is one of the `recent` inputs [N, W - 1, C] before the sequence, and its dx is drecent. A program
-owns one segment of a sequence and a block of channels; x is read in place, whatever the strides of its batch and
-tokens, and packed documents need no copies. One more program per sequence and block writes the inputs that the next
-call needs, or drecent. Sums are float32. Those over tokens are written per segment and added up by torch in a fixed
-order: no atomics. The kernels are bound by memory; of the W reads of a tile, all but one hit the cache.
+A position below 0 is one of the `recent` inputs [N, W - 1, C] before the sequence, and its dx is drecent. The backward
+computes pre again: nothing but x is kept for it.
+
+The kernels are bound by memory. A program owns a segment of one sequence and a block of channels, and walks the tokens
+in order with the last W - 1 inputs (and dpre) in registers: each row is read once, and each activation is computed
+once, but for those before the segment. Token t completes dx_{t - (W - 1)}, so the segment that starts at s writes the
+rows from s - (W - 1) on, and the last one of a sequence walks W - 1 tokens further. x and dy are read in place,
+whatever the strides of their batch and tokens, and packed documents need no copies. One more program per sequence and
+block writes the inputs that the next call needs, or drecent of a sequence without tokens. Sums over tokens are float32,
+written per segment and added up in a fixed order (`sums.py`): no atomics.
 """
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.convolution.activation import activated, activation_gradient
+from retnet.kernels.convolution.geometry import Geometry, geometry
+from retnet.kernels.convolution.sums import add_up
 from retnet.kernels.segments import Segments, segment_bounds, sequence_bounds, sequence_of
-
-SEGMENT = 64  # tokens per program
-CHANNELS = 64  # channels per program, at most
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """The inputs of one call as the kernels read them: x [B, T, C] with contiguous channels, weight [C, W]."""
+    """The inputs of one call as the kernels read them: x [B, T, C] with contiguous channels, weight [C, 1, W]."""
 
     x: Tensor
     weight: Tensor
+    bias: Tensor | None
     recent: Tensor | None
-    segments: Segments
+    cu_seqlens: Tensor | None
+    activation: str = "none"
 
-    @classmethod
-    def of(cls, x: Tensor, weight: Tensor, recent: Tensor | None, cu_seqlens: Tensor | None) -> "Convolution":
-        B, T, _ = x.shape
-        x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-        recent = None if recent is None else recent.to(x.dtype).contiguous()
-        return cls(x, weight[:, 0].contiguous(), recent, Segments.of(B, T, SEGMENT, cu_seqlens))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "x", _with_contiguous_channels(self.x))
+        object.__setattr__(self, "weight", self.weight.contiguous())
+        if self.recent is not None:
+            object.__setattr__(self, "recent", self.recent.to(self.x.dtype).contiguous())
 
     @property
     def num_channels(self) -> int:
@@ -46,181 +54,277 @@ class Convolution:
 
     @property
     def width(self) -> int:
-        return self.weight.shape[1]
+        return self.weight.shape[2]
 
-    def launch(self, kernel, *tensors: Tensor | None) -> None:
-        """Run a kernel over all segments and, after them, all sequences."""
-        segments, C, W = self.segments, self.num_channels, self.width
-        BC = min(CHANNELS, triton.next_power_of_2(C))
-        programs = (segments.num_slots + segments.num_sequences) * triton.cdiv(C, BC)
+    @property
+    def num_sequences(self) -> int:
+        return self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def tile(self, *, backward: bool) -> Geometry:
+        tokens = self.x.shape[0] * self.x.shape[1]
+        return geometry(self.x.dtype, self.width, tokens, self.num_channels, backward=backward)
+
+    def segments(self, tile: Geometry) -> Segments:
+        return Segments.of(*self.x.shape[:2], tile.segment, self.cu_seqlens)
+
+    def launch(self, kernel, tile: Geometry, segments: Segments, *tensors: Tensor | None, rows: list[Tensor]) -> None:
+        """Run a kernel over all segments and, after them, all sequences. rows: what is read in place by its strides."""
+        programs = (segments.num_slots + segments.num_sequences) * triton.cdiv(self.num_channels, tile.channels)
+        strides = [stride for x in rows for stride in x.stride()[:2]]
+        unit = gcd(8, *strides)  # tells the compiler how rows are aligned
         if programs:
             kernel[(programs,)](
-                self.x, self.weight, self.recent, *tensors, segments.table, segments.cu_seqlens, segments.first_slot,
-                segments.tokens_per_sequence, segments.num_slots, segments.num_sequences, *self.x.stride()[:2],
-                C=C, W=W, PAST=triton.next_power_of_2(W - 1), BC=BC, L=SEGMENT, PACKED=segments.packed, num_warps=4,
+                self.x, self.weight, self.bias, self.recent, *tensors, segments.table, segments.cu_seqlens,
+                segments.first_slot, segments.tokens_per_sequence, segments.num_slots, segments.num_sequences,
+                *(stride // unit for stride in strides), UNIT=unit, C=self.num_channels, W=self.width,
+                BC=tile.channels, L=tile.segment, ROWS=tile.rows, ACTIVATION=self.activation, PACKED=segments.packed,
+                num_warps=tile.warps,
             )  # fmt: skip
 
 
-def convolution_forward(call: Convolution, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def convolution_forward(call: Convolution, tile: Geometry | None = None) -> tuple[Tensor, Tensor]:
     """y [B, T, C], and the inputs [N, W - 1, C] that a next call needs."""
-    x = call.x
+    x, tile = call.x, tile or call.tile(backward=False)
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, call.weight.dtype), device=x.device)
-    final = torch.empty(call.segments.num_sequences, call.width - 1, call.num_channels, dtype=x.dtype, device=x.device)
-    call.launch(_forward_kernel, bias, y, final)
+    final = torch.empty(call.num_sequences, call.width - 1, call.num_channels, dtype=x.dtype, device=x.device)
+    call.launch(_forward_kernel, tile, call.segments(tile), y, final, rows=[x])
     return y, final
 
 
-def convolution_backward(call: Convolution, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx [B, T, C] and drecent [N, W - 1, C] in x's dtype, dweight [C, W] and dbias [C] in float32."""
-    x, segments, W = call.x, call.segments, call.width
+def convolution_backward(
+    call: Convolution, dy: Tensor, dfinal: Tensor | None, tile: Geometry | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx [B, T, C] and drecent [N, W - 1, C] in x's dtype; dweight [C, 1, W] and dbias [C] in their tensors' dtypes."""
+    x, W, tile = call.x, call.width, tile or call.tile(backward=True)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    drecent = torch.empty(segments.num_sequences, W - 1, call.num_channels, dtype=x.dtype, device=x.device)
+    drecent = torch.empty(call.num_sequences, W - 1, call.num_channels, dtype=x.dtype, device=x.device)
+    segments = call.segments(tile)
     sums = torch.empty(segments.num_slots, W + 1, call.num_channels, dtype=torch.float32, device=x.device)
-    dfinal = None if dfinal is None else dfinal.contiguous()
-    call.launch(_backward_kernel, dy.contiguous(), dfinal, dx, drecent, sums)
-    *dweight, dbias = sums.sum(0)
-    return dx, torch.stack(dweight, 1), dbias, drecent
+    dfinal, dy = None if dfinal is None else dfinal.contiguous(), _with_contiguous_channels(dy)
+    call.launch(_backward_kernel, tile, segments, dy, dfinal, dx, drecent, sums, rows=[x, dy])
+    dweight = torch.empty_like(call.weight)
+    dbias = torch.empty(
+        call.num_channels, dtype=torch.float32 if call.bias is None else call.bias.dtype, device=x.device
+    )
+    add_up(sums, dweight, dbias)
+    return dx, dweight, dbias, drecent
+
+
+def _with_contiguous_channels(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
 @triton.jit
 def _segment(slot, table, cu_seqlens, first_slot, T, num_sequences, L: tl.constexpr, PACKED: tl.constexpr):
-    """(sequence, its first token, its length, the segment's first position in it, the segment's length)."""
-    token, segment_length, _ = segment_bounds(slot, table, T, L, PACKED)
+    """(sequence, its first token and length, the segment's first position in it and length, whether it is the last)."""
+    token, count, is_last = segment_bounds(slot, table, T, L, PACKED)
     if PACKED:  # an unused slot is of the last sequence and has no tokens
         n = tl.minimum(sequence_of(slot, first_slot, num_sequences), num_sequences - 1)
     else:
         n = slot // tl.cdiv(T, L)
+    start, length = _sequence(n, cu_seqlens, first_slot, T, L, PACKED)
+    return n, start, length, (token - start).to(tl.int32), count, is_last
+
+
+@triton.jit
+def _sequence(n, cu_seqlens, first_slot, T, L: tl.constexpr, PACKED: tl.constexpr):
+    """The first token of a sequence, and its length."""
     start, length, _, _ = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
-    return n, start, length, token - start, segment_length
+    return start, length
 
 
 @triton.jit
-def _load_rows(pointer, position, stride, channel, ok, channel_ok):
-    """Rows [positions, BC] in float32, 0 where a position is not ok."""
-    at = pointer + position.to(tl.int64)[:, None] * stride + channel[None, :]
-    return tl.load(at, mask=ok[:, None] & channel_ok[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_rows(pointer, row, stride, channel, ok, channel_ok, value):
-    at = pointer + row.to(tl.int64)[:, None] * stride + channel[None, :]
-    tl.store(at, value.to(pointer.dtype.element_ty), mask=ok[:, None] & channel_ok[None, :])
-
-
-@triton.jit
-def _inputs(x, recent, n, position, length, x_token, channel, channel_ok, ok, C: tl.constexpr, W: tl.constexpr):
-    """The inputs [positions, BC] of sequence n, whose first token is at x; positions from -(W - 1) on."""
-    value = _load_rows(x, position, x_token, channel, ok & (position >= 0) & (position < length), channel_ok)
-    if recent is not None:
-        past = recent + n.to(tl.int64) * ((W - 1) * C)
-        value += _load_rows(past, position + W - 1, C, channel, ok & (position < 0), channel_ok)
-    return value
-
-
-@triton.jit
-def _sequence_pointer(x, n, start, x_batch, x_token, PACKED: tl.constexpr):
+def _sequence_pointer(x, n, start, batch, token, PACKED: tl.constexpr):
     """The first token of a sequence in x."""
-    return x + (start * x_token if PACKED else n.to(tl.int64) * x_batch)
+    return x + (start * token if PACKED else n.to(tl.int64) * batch)
+
+
+@triton.jit
+def _below(row, end, ok):
+    """`ok` [BC] where the row is below `end`."""
+    return ok & (tl.zeros(ok.shape, tl.int32) + row < end)
+
+
+@triton.jit
+def _within(row, end, ok):
+    """`ok` [BC] where the row is from 0 on and below `end`."""
+    return _below(row, end, ok) & (tl.zeros(ok.shape, tl.int32) + row >= 0)
+
+
+@triton.jit
+def _load_row(pointer, row, stride, channel, ok):
+    """Row [BC] of a matrix, 0 where it is not ok."""
+    return tl.load(pointer + tl.cast(row, tl.int64) * stride + channel, mask=ok, other=0.0)
+
+
+@triton.jit
+def _store_row(pointer, row, stride, channel, ok, value):
+    tl.store(pointer + tl.cast(row, tl.int64) * stride + channel, value.to(pointer.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _input_row(x, recent, position, length, x_token, channel, ok, C: tl.constexpr, W: tl.constexpr):
+    """The input of a sequence at a position from -(W - 1) on, 0 elsewhere; x and recent begin with that sequence."""
+    row = _load_row(x, position, x_token, channel, _within(position, length, ok))
+    if recent is not None:
+        past = position + (W - 1)
+        row += _load_row(recent, past, C, channel, _within(past, W - 1, ok))
+    return row
+
+
+@triton.jit
+def _taps(weight, bias, channel, ok, W: tl.constexpr):
+    """The W rows [BC] of the weight, and the bias, in float32."""
+    taps = ()
+    for i in tl.static_range(W):
+        taps = taps + (tl.load(weight + channel * W + i, mask=ok, other=0.0).to(tl.float32),)
+    constant = tl.zeros(channel.shape, tl.float32)
+    if bias is not None:
+        constant += tl.load(bias + channel, mask=ok, other=0.0).to(tl.float32)
+    return taps, constant
+
+
+@triton.jit
+def _convolved(constant, taps, rows, first: tl.constexpr, W: tl.constexpr):
+    """The convolution over W rows from rows[first] on."""
+    total = constant
+    for i in tl.static_range(W):
+        total += taps[i] * rows[first + i].to(tl.float32)
+    return total
 
 
 @triton.jit(do_not_specialize=["T", "num_slots", "num_sequences"])
 def _forward_kernel(
-    x, weight, recent, bias, y, final, table, cu_seqlens, first_slot, T, num_slots, num_sequences, x_batch, x_token,
-    C: tl.constexpr, W: tl.constexpr, PAST: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, PACKED: tl.constexpr,
+    x, weight, bias, recent, y, final, table, cu_seqlens, first_slot, T, num_slots, num_sequences, x_batch, x_token,
+    UNIT: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
     index = tl.program_id(0) // BLOCKS
     channel = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
+    ok = channel < C
+    x_batch, x_token = tl.cast(x_batch, tl.int64) * UNIT, tl.cast(x_token, tl.int64) * UNIT
     if index < num_slots:
-        n, start, length, first, count = _segment(
+        n, start, length, first, count, _is_last = _segment(
             index, table, cu_seqlens, first_slot, T, num_sequences, L, PACKED
         )  # fmt: skip
         x = _sequence_pointer(x, n, start, x_batch, x_token, PACKED)
-        _outputs(x, weight, recent, n, bias, y + start * C, length, first, count, x_token, channel, C, W, BC, L)
+        if recent is not None:
+            recent += n.to(tl.int64) * ((W - 1) * C)
+        taps, constant = _taps(weight, bias, channel, ok, W)
+        past = ()
+        for i in tl.static_range(W - 1):
+            past = past + (_input_row(x, recent, first - (W - 1) + i, length, x_token, channel, ok, C, W),)
+        x += first.to(tl.int64) * x_token
+        y += (start + first) * C
+        for t in range(0, count, ROWS):
+            rows = past
+            for u in tl.static_range(ROWS):
+                rows = rows + (_load_row(x, t + u, x_token, channel, _below(t + u, count, ok)),)
+            for u in tl.static_range(ROWS):
+                out = activated(_convolved(constant, taps, rows, u, W), ACTIVATION)
+                _store_row(y, t + u, C, channel, _below(t + u, count, ok), out)
+            past = rows[ROWS:]
     else:
         n = index - num_slots
-        start, length, _, _ = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
+        start, length = _sequence(n, cu_seqlens, first_slot, T, L, PACKED)
         x = _sequence_pointer(x, n, start, x_batch, x_token, PACKED)
-        _last_inputs(x, recent, n, final, length, x_token, channel, C, W, PAST)
-
-
-@triton.jit
-def _outputs(
-    x, weight, recent, n, bias, y, length, first, count, x_token, channel,
-    C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
-    place, channel_ok = tl.arange(0, L), channel < C
-    position, ok = first + place, place < count
-    total = tl.zeros([L, BC], tl.float32)
-    if bias is not None:
-        total += tl.load(bias + channel, mask=channel_ok, other=0.0).to(tl.float32)[None, :]
-    for i in tl.static_range(W):
-        tap = tl.load(weight + channel * W + i, mask=channel_ok, other=0.0).to(tl.float32)
-        read = position - (W - 1 - i)
-        total += tap[None, :] * _inputs(x, recent, n, read, length, x_token, channel, channel_ok, ok, C, W)
-    _store_rows(y, position, C, channel, ok, channel_ok, total)
-
-
-@triton.jit
-def _last_inputs(
-    x, recent, n, final, length, x_token, channel, C: tl.constexpr, W: tl.constexpr, PAST: tl.constexpr
-):  # fmt: skip
-    """The inputs that the next call needs."""
-    place, channel_ok = tl.arange(0, PAST), channel < C
-    ok = place < W - 1
-    last = _inputs(x, recent, n, length - (W - 1) + place, length, x_token, channel, channel_ok, ok, C, W)
-    _store_rows(final + n.to(tl.int64) * ((W - 1) * C), place, C, channel, ok, channel_ok, last)
+        if recent is not None:
+            recent += n.to(tl.int64) * ((W - 1) * C)
+        final += n.to(tl.int64) * ((W - 1) * C)
+        for i in tl.static_range(W - 1):
+            row = _input_row(x, recent, length - (W - 1) + i, length, x_token, channel, ok, C, W)
+            _store_row(final, i, C, channel, ok, row)
 
 
 @triton.jit(do_not_specialize=["T", "num_slots", "num_sequences"])
 def _backward_kernel(
-    x, weight, recent, dy, dfinal, dx, drecent, sums, table, cu_seqlens, first_slot, T, num_slots, num_sequences,
-    x_batch, x_token,
-    C: tl.constexpr, W: tl.constexpr, PAST: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, PACKED: tl.constexpr,
+    x, weight, bias, recent, dy, dfinal, dx, drecent, sums, table, cu_seqlens, first_slot, T, num_slots, num_sequences,
+    x_batch, x_token, dy_batch, dy_token,
+    UNIT: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
     index = tl.program_id(0) // BLOCKS
     channel = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
-    channel_ok = channel < C
+    ok = channel < C
+    x_batch, x_token = tl.cast(x_batch, tl.int64) * UNIT, tl.cast(x_token, tl.int64) * UNIT
+    dy_batch, dy_token = tl.cast(dy_batch, tl.int64) * UNIT, tl.cast(dy_token, tl.int64) * UNIT
     if index < num_slots:
-        n, start, length, first, count = _segment(
+        n, start, length, first, count, is_last = _segment(
             index, table, cu_seqlens, first_slot, T, num_sequences, L, PACKED
         )  # fmt: skip
-        x = _sequence_pointer(x, n, start, x_batch, x_token, PACKED)
-        place = tl.arange(0, L)
-        _store_input_gradients(
-            dy + start * C, dfinal, n, weight, dx + start * C, first + place, first + place, length, channel,
-            place < count, C, W, BC,
+        past = n.to(tl.int64) * ((W - 1) * C)
+        if recent is not None:
+            recent += past
+        if dfinal is not None:
+            dfinal += past
+        _segment_gradients(
+            _sequence_pointer(x, n, start, x_batch, x_token, PACKED), weight, bias, recent,
+            _sequence_pointer(dy, n, start, dy_batch, dy_token, PACKED), dfinal, dx + start * C, drecent + past,
+            sums + index.to(tl.int64) * ((W + 1) * C), length, first, count, is_last, x_token, dy_token, channel,
+            ok, C, W, ROWS, ACTIVATION,
         )  # fmt: skip
-        into = sums + index.to(tl.int64) * ((W + 1) * C) + channel
-        own = _load_rows(dy + start * C, first + place, C, channel, place < count, channel_ok)
-        tl.store(into + W * C, tl.sum(own, 0), mask=channel_ok)
-        for i in tl.static_range(W):
-            read = first + place - (W - 1 - i)
-            given = _inputs(x, recent, n, read, length, x_token, channel, channel_ok, place < count, C, W)
-            tl.store(into + i * C, tl.sum(own * given, 0), mask=channel_ok)
     else:
         n = index - num_slots
-        start, length, _, _ = sequence_bounds(n, cu_seqlens, first_slot, T, L, PACKED)
-        before = tl.arange(0, PAST)
-        _store_input_gradients(
-            dy + start * C, dfinal, n, weight, drecent + n.to(tl.int64) * ((W - 1) * C), before, before - (W - 1),
-            length, channel, before < W - 1, C, W, BC,
-        )  # fmt: skip
+        start, length = _sequence(n, cu_seqlens, first_slot, T, L, PACKED)
+        past = n.to(tl.int64) * ((W - 1) * C)
+        for i in tl.static_range(W - 1):
+            passed = tl.zeros(channel.shape, tl.float32)
+            if dfinal is not None:
+                passed += _load_row(dfinal + past, i, C, channel, ok).to(tl.float32)
+            _store_row(drecent + past, i, C, channel, _below(length, 1, ok), passed)
 
 
 @triton.jit
-def _store_input_gradients(
-    dy, dfinal, n, weight, out, row, position, length, channel, ok, C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr
+def _segment_gradients(
+    x, weight, bias, recent, dy, dfinal, dx, drecent, sums, length, first, count, is_last, x_token, dy_token, channel,
+    ok, C: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the inputs at these positions of a sequence, from -(W - 1) on, into rows of `out`."""
-    channel_ok = channel < C
-    total = tl.zeros([position.shape[0], BC], tl.float32)
+    """dx (and drecent) of the W - 1 tokens before the segment and all of it but its last W - 1; the sums over it."""
+    taps, constant = _taps(weight, bias, channel, ok, W)
+    before = ()
+    for i in tl.static_range(2 * (W - 1)):
+        before = before + (_input_row(x, recent, first - 2 * (W - 1) + i, length, x_token, channel, ok, C, W),)
+    last_dpre = ()
+    for i in tl.static_range(W - 1):
+        position = first - (W - 1) + i
+        given = _load_row(dy, position, dy_token, channel, _within(position, length, ok)).to(tl.float32)
+        last_dpre = last_dpre + (activation_gradient(given, _convolved(constant, taps, before, i, W), ACTIVATION),)
+    past = before[W - 1 :]
+    dweight = ()
+    for _ in tl.static_range(W):
+        dweight = dweight + (tl.zeros(channel.shape, tl.float32),)
+    dbias = tl.zeros(channel.shape, tl.float32)
+    x += first.to(tl.int64) * x_token
+    dy += first.to(tl.int64) * dy_token
+    steps = count + tl.where(is_last, W - 1, 0)
+    end = first + steps - (W - 1)
+    for t in range(0, steps, ROWS):
+        rows, given_rows = past, ()
+        for u in tl.static_range(ROWS):
+            rows = rows + (_load_row(x, t + u, x_token, channel, _below(t + u, count, ok)),)
+            given_rows = given_rows + (_load_row(dy, t + u, dy_token, channel, _below(t + u, count, ok)),)
+        dpre = last_dpre
+        for u in tl.static_range(ROWS):
+            own = activation_gradient(given_rows[u].to(tl.float32), _convolved(constant, taps, rows, u, W), ACTIVATION)
+            dpre = dpre + (own,)
+            dbias += own
+            added = ()
+            for i in tl.static_range(W):
+                added = added + (dweight[i] + own * rows[u + i].to(tl.float32),)
+            dweight = added
+            total = tl.zeros(channel.shape, tl.float32)
+            for i in tl.static_range(W):
+                total += taps[i] * dpre[u + (W - 1) - i]
+            position = first + t + u - (W - 1)
+            if dfinal is not None:
+                kept = position - length + (W - 1)
+                total += _load_row(dfinal, kept, C, channel, _within(kept, W - 1, ok)).to(tl.float32)
+            _store_row(dx, position, C, channel, _within(position, end, ok), total)
+            past_ok = _below(position, end, _within(position + (W - 1), W - 1, ok))
+            _store_row(drecent, position + (W - 1), C, channel, past_ok, total)
+        past, last_dpre = rows[ROWS:], dpre[ROWS:]
     for i in tl.static_range(W):
-        tap = tl.load(weight + channel * W + i, mask=channel_ok, other=0.0).to(tl.float32)
-        reader = position + (W - 1 - i)
-        total += tap[None, :] * _load_rows(dy, reader, C, channel, ok & (reader >= 0) & (reader < length), channel_ok)
-    if dfinal is not None:
-        kept, last = position - length + (W - 1), dfinal + n.to(tl.int64) * ((W - 1) * C)
-        total += _load_rows(last, kept, C, channel, ok & (kept >= 0) & (kept < W - 1), channel_ok)
-    _store_rows(out, row, C, channel, ok, channel_ok, total)
+        _store_row(sums, i, C, channel, ok, dweight[i])
+    _store_row(sums, W, C, channel, ok, dbias)

@@ -1,5 +1,6 @@
 """The short convolution's kernels against its definition in float64: outputs, states, gradients; packs, strides."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -10,24 +11,25 @@ from retnet.ops import short_convolution as ops
 
 pytest.importorskip("triton")
 
+from retnet.kernels.convolution.geometry import Geometry
 from retnet.kernels.convolution.short import Convolution, convolution_backward, convolution_forward
 
 NAMES = ("y", "final", "dx", "dweight", "dbias", "drecent")
 
 
-def by_definition(x: Tensor, weight: Tensor, bias: Tensor, recent: Tensor, bounds: list[int] | None):
+def by_definition(x: Tensor, weight: Tensor, bias: Tensor, recent: Tensor, bounds: list[int] | None, activation: str):
     """y [B, T, C] and the last inputs [N, W - 1, C], every sequence by itself through PyTorch's convolution."""
     past = weight.shape[-1] - 1
     parts = list(x) if bounds is None else [x[0, a:b] for a, b in pairwise(bounds)]
     outs, finals = [], []
     for part, before in zip(parts, recent, strict=True):
         inputs = torch.cat([before, part])
-        outs.append(part)  # of no token
+        outs.append(part)  # of no token, where silu(nothing) is nothing
         if len(part):
             outs[-1] = torch.nn.functional.conv1d(inputs.mT[None], weight, bias, groups=weight.shape[0])[0].mT
         finals.append(inputs[len(inputs) - past :])
     y = torch.stack(outs) if bounds is None else torch.cat(outs)[None]
-    return y, torch.stack(finals)
+    return torch.nn.functional.silu(y) if activation == "silu" else y, torch.stack(finals)
 
 
 def inputs(B: int, T: int, C: int, W: int, sequences: int, device: str) -> list[Tensor]:
@@ -38,37 +40,69 @@ def inputs(B: int, T: int, C: int, W: int, sequences: int, device: str) -> list[
     return [x, weight, bias, torch.randn(sequences, W - 1, C, device=device)]
 
 
-def by_kernels(tensors: list[Tensor], cu_seqlens: Tensor | None, dy: Tensor, dfinal: Tensor | None) -> list[Tensor]:
-    x, weight, bias, recent = tensors
-    call = Convolution.of(x, weight, recent, cu_seqlens)
-    y, final = convolution_forward(call, bias)
-    dx, dweight, dbias, drecent = convolution_backward(call, dy, dfinal)
-    return [y, final, dx, dweight[:, None], dbias, drecent]
+def by_kernels(
+    tensors: Sequence[Tensor | None],
+    cu_seqlens: Tensor | None,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    activation: str = "silu",
+    tile: Geometry | None = None,
+) -> list[Tensor]:
+    call = Convolution(*tensors, cu_seqlens, activation)
+    return [*convolution_forward(call, tile), *convolution_backward(call, dy, dfinal, tile)]
 
 
 CASES = [
-    pytest.param(2, 77, 5, 4, None, id="two segments"),
+    pytest.param(2, 77, 5, 4, None, id="several segments"),
     pytest.param(1, 1, 3, 8, None, id="one token"),
     pytest.param(3, 2, 3, 4, None, id="fewer tokens than the width"),
+    pytest.param(1, 33, 1, 6, None, id="one channel"),
+    pytest.param(1, 50, 260, 5, None, id="more channels than a program has"),
     pytest.param(1, 131, 70, 3, [0, 1, 1, 66, 131], id="packed with an empty document"),
+    pytest.param(1, 40, 4, 7, [0, 2, 5, 21, 40], id="packed with documents shorter than the width"),
     pytest.param(1, 9, 6, 2, [0, 0, 9, 9], id="packed with empty documents at both ends"),
     pytest.param(2, 0, 3, 4, None, id="no token"),
     pytest.param(1, 0, 3, 4, [0, 0, 0], id="no token, packed"),
 ]
 
 
+def agrees(name: str, ours: Tensor, right: Tensor) -> None:
+    assert ours.shape == right.shape, name
+    assert (ours.double() - right).norm() <= 2e-6 * right.norm(), name
+
+
+@pytest.mark.parametrize("activation", ["none", "silu"])
 @pytest.mark.parametrize(("B", "T", "C", "W", "bounds"), CASES)
-def test_kernels_agree_with_the_definition(B, T, C, W, bounds, device):
+def test_kernels_agree_with_the_definition(B, T, C, W, bounds, activation, device):
     tensors = inputs(B, T, C, W, B if bounds is None else len(bounds) - 1, device)
     cu_seqlens = None if bounds is None else torch.tensor(bounds, device=device)
     wide = [z.double().requires_grad_() for z in tensors]
-    expected = by_definition(*wide, bounds)
+    expected = by_definition(*wide, bounds, activation)
     dy, dfinal = (torch.randn_like(z) for z in expected)
     loss = (expected[0] * dy).sum() + (expected[1] * dfinal).sum()
     expected = [*expected, *torch.autograd.grad(loss, wide, materialize_grads=True)]
-    for name, a, b in zip(NAMES, by_kernels(tensors, cu_seqlens, dy.float(), dfinal.float()), expected, strict=True):
-        assert a.shape == b.shape, name
-        assert (a.double() - b).norm() <= 2e-6 * b.norm(), name
+    strided = torch.randn(*dy.shape[:2], C + 1, device=device)
+    strided[..., :C] = dy
+    found = by_kernels(tensors, cu_seqlens, strided[..., :C], dfinal.float(), activation)
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        agrees(name, a, b)
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [Geometry(16, 2, 1), Geometry(32, 4, 3), Geometry(64, 8, 16)],
+    ids=["a row at a time", "rows that do not divide the segment", "more rows than the width"],
+)
+def test_the_geometry_does_not_change_a_bit_of_the_rows(tile, device):
+    tensors, bounds = inputs(1, 75, 5, 4, 2, device), torch.tensor([0, 31, 75], device=device)
+    dy, dfinal = torch.randn(1, 75, 5, device=device), torch.randn(2, 3, 5, device=device)
+    for name, a, b in zip(
+        NAMES, by_kernels(tensors, bounds, dy, dfinal, tile=tile), by_kernels(tensors, bounds, dy, dfinal), strict=True
+    ):
+        if name in ("dweight", "dbias"):
+            agrees(name, a, b.double())
+        else:
+            assert torch.equal(a, b), name
 
 
 def test_without_recent_inputs_a_sequence_starts_from_zeros(device):
@@ -91,40 +125,47 @@ def test_a_packed_document_is_bit_identical_to_the_same_document_alone(device):
             assert torch.equal(a[:1], b), name
 
 
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=["", "float32 weight"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_rounded_once(dtype, device):
+def test_half_precision_is_rounded_once(dtype, weight_dtype, device):
     tensors = [z.to(dtype) for z in inputs(2, 70, 5, 4, 2, device)]
-    y, final = by_definition(*(z.double() for z in tensors), None)
-    found = by_kernels(tensors, None, y.to(dtype), None)
-    assert found[0].dtype == dtype
-    assert (found[0].double() - y).norm() <= torch.finfo(dtype).eps * y.norm()
+    tensors[1:3] = [z.to(weight_dtype or dtype) for z in tensors[1:3]]
+    wide = [z.double().requires_grad_() for z in tensors]
+    y, final = by_definition(*wide, None, "silu")
+    dy = torch.randn_like(y).to(tensors[1].dtype)
+    expected = [y, final, *torch.autograd.grad(y, wide, dy.double())]
+    found = by_kernels(tensors, None, dy, None)
+    dtypes = [tensors[1].dtype, dtype, dtype, tensors[1].dtype, tensors[2].dtype, dtype]
+    for name, a, b, kind in zip(NAMES, found, expected, dtypes, strict=True):
+        assert a.dtype == kind, name
+        assert (a.double() - b).norm() <= torch.finfo(kind).eps / 2 * b.norm() + 1e-6 * b.norm(), name
     assert torch.equal(found[1].double(), final)
 
 
-def test_the_operator_has_the_shapes_and_gradients_of_its_kernels(device):
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_the_operator_has_the_shapes_and_gradients_of_its_kernels(activation, device):
     """`torch.ops.retnet.short_convolution` and its autograd, on a CPU through kernels registered there."""
     if device == "cpu":
 
-        def forward(x, weight, bias, recent, cu_seqlens):
-            return convolution_forward(Convolution.of(x, weight, recent, cu_seqlens), bias)
+        def forward(*arguments):
+            return convolution_forward(Convolution(*arguments))
 
-        def backward(dy, dfinal, *rest):
-            dx, dweight, dbias, drecent = convolution_backward(Convolution.of(*rest), dy, dfinal)
-            return dx, dweight[:, None], dbias, drecent
+        def backward(dy, dfinal, *arguments):
+            return convolution_backward(Convolution(*arguments), dy, dfinal)
 
         ops._convolution_cuda.register_kernel("cpu")(forward)
         ops._convolution_backward_cuda.register_kernel("cpu")(backward)
     tensors = [z.requires_grad_() for z in inputs(1, 19, 5, 4, 2, device)]
     cu_seqlens = torch.tensor([0, 7, 19], device=device)
-    torch.library.opcheck(torch.ops.retnet.short_convolution, (*tensors, cu_seqlens))
-    y, final = torch.ops.retnet.short_convolution(*tensors, cu_seqlens)
+    torch.library.opcheck(torch.ops.retnet.short_convolution, (*tensors, cu_seqlens, activation))
+    y, final = torch.ops.retnet.short_convolution(*tensors, cu_seqlens, activation)
     dy = torch.randn_like(y)
     found = torch.autograd.grad((y * dy).sum() + final.square().sum(), tensors)
     wide = [z.detach().double().requires_grad_() for z in tensors]
-    y, final = by_definition(*wide, [0, 7, 19])
+    y, final = by_definition(*wide, [0, 7, 19], activation)
     expected = torch.autograd.grad((y * dy).sum() + final.square().sum(), wide)
-    for a, b in zip(found, expected, strict=True):
-        assert (a.double() - b).norm() <= 2e-6 * b.norm()
+    for name, a, b in zip(NAMES[2:], found, expected, strict=True):
+        agrees(name, a, b)
 
 
 @pytest.mark.gpu
@@ -134,7 +175,9 @@ def test_the_public_function_gives_the_same_with_kernels_and_without(device, mon
     cu_seqlens = torch.tensor([0, 300, 300, 1000], device=device)
 
     def results():
-        y, final = ops.short_convolution(x, weight, bias, recent=recent, cu_seqlens=cu_seqlens)
+        y, final = ops.short_convolution(
+            x, weight, bias, activation="silu", recent=recent, cu_seqlens=cu_seqlens
+        )  # fmt: skip
         return [y, final, *torch.autograd.grad(y.square().sum() + final.square().sum(), tensors)]
 
     one, two = results(), results()
