@@ -62,8 +62,11 @@ class Corpus:
     books: Stream
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the tokens trained on: results are comparable if they are equal."""
-        return hashlib.sha256(self.train.tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+        """16 hexadecimal digits of the tokens for training and validation: results are comparable if they are equal."""
+        digest = hashlib.sha256()
+        for stream in (self.train, self.valid):
+            digest.update(stream.tokens.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def pack(folders: dict[str, Path], out: Path, part_bytes: int) -> None:

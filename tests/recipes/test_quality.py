@@ -157,6 +157,19 @@ def test_packed_streams_are_the_tokens_of_the_folder(tmp_path):
         quality_data.load(out, torch.device("cpu"))
 
 
+def test_the_fingerprint_is_of_the_tokens_for_training_and_validation():
+    stream = quality_data.Stream(torch.arange(9, dtype=torch.int32), (9,), (8,))
+    other = replace(stream, tokens=stream.tokens + 1)
+    corpus = quality_data.Corpus(20, stream, stream, stream, stream)
+    assert corpus.fingerprint() == replace(corpus, books=other).fingerprint()
+    prints = {
+        corpus.fingerprint(),
+        replace(corpus, train=other).fingerprint(),
+        replace(corpus, valid=other).fingerprint(),
+    }
+    assert len(prints) == 3
+
+
 def test_rows_hold_consecutive_tokens_and_their_targets():
     stream = quality_data.Stream(torch.arange(10, dtype=torch.int32), (4, 10), (3, 5))
     assert stream.rows(3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
