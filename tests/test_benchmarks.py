@@ -13,7 +13,7 @@ from tests.paths import ROOT
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = ROOT / "benchmarks"
-GPU_ONLY = ("bench_decode", "bench_figure6", "bench_retention", "bench_train")
+GPU_ONLY = ("bench_convolution", "bench_decode", "bench_figure6", "bench_retention", "bench_train")
 
 
 def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
