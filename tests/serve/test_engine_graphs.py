@@ -26,7 +26,7 @@ def outputs(model, graphs: bool, device="cuda", **options) -> list:
     return [(g.tokens, g.logprobs, g.finish_reason) for g in generations]
 
 
-@pytest.mark.parametrize("stack", ["retention", "hybrid"])
+@pytest.mark.parametrize("stack", ["retention", "convolution", "hybrid"])
 @pytest.mark.parametrize("speculation", [None, Speculation(3)])
 def test_captured_steps_give_the_bits_of_plain_ones(stack, speculation):
     model = small_model(stack)

@@ -17,7 +17,7 @@ from tests.small_models import VOCAB, small_model
 
 from .naive import Case, check
 
-STACKS = ["hybrid", "experts", "gated", "both decays", "retention"]
+STACKS = ["hybrid", "experts", "gated", "both decays", "convolution", "retention"]
 EOS, ROOM = 7, 120
 KNOWN = {
     "length", "stop_token", "stop_string", "cancelled", "accepted", "hits", "forks", "continued", "refused",

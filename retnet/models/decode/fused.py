@@ -3,6 +3,7 @@
 A block of the paper takes about forty operators. Here it takes five (`ops/decode/`):
 
     q, k, v, g = norm(x) W_qkvg      one product of four packed weights
+    q, k, v   <- convolution         in layers that have one
     y, S      <- rotation, retention
     x         <- x + (swish(g) * head_norm(y)) W_O
     u          = norm(x) W_up        both halves of a gated feed-forward in one product
@@ -26,8 +27,10 @@ from retnet.layers.feed_forward import FeedForward
 from retnet.layers.linear import has_hooks, is_unhooked
 from retnet.layers.norm import LayerNorm, RMSNorm
 from retnet.layers.retention import MultiScaleRetention, RetentionState
+from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
+from retnet.models.decode.convolution import FusedConvolution
 from retnet.models.decode.int8 import int8_parts
 from retnet.models.decode.packing import is_packable, pack, shared_weights
 from retnet.models.lm import LanguageModel
@@ -70,6 +73,7 @@ class FusedBlock:
             inputs.append(mixer.gate_proj)
             self.widths.append(mixer.gate_proj.out_features)
         self.inputs, self.output = pack(inputs), pack([mixer.out_proj])
+        self.convolution = FusedConvolution(mixer)
         self.decay_input = None if mixer.decay_proj is None else pack([mixer.decay_proj])
         head = self.config
         self.head_norm = InputNorm(head.head_norm, head.num_heads, head.head_norm_eps, _data(mixer.head_norm_weight))
@@ -106,7 +110,7 @@ class FusedBlock:
         config, mixer, feed_forward = block.config, block.mixer, block.feed_forward
         if type(mixer) is not MultiScaleRetention or mixer.config.decay_norm or mixer.config.qk_norm != "none":
             return False
-        if mixer.conv is not None:
+        if mixer.conv is not None and type(mixer.conv) is not ShortConvolution:
             return False
         if config.norm_position != "pre" or config.residual != "sequential" or (block.training and config.dropout):
             return False
@@ -116,7 +120,7 @@ class FusedBlock:
             return False
         norms = [block.mixer_norm] if feed_forward is None else [block.mixer_norm, block.feed_forward_norm]
         children = [*mixer.children(), *([] if feed_forward is None else feed_forward.children())]
-        linears = [child for child in children if not isinstance(child, nn.Identity)]
+        linears = [child for child in children if not isinstance(child, (nn.Identity, ShortConvolution))]
         return is_unhooked(block) and all(map(_is_plain_norm, norms)) and all(map(is_packable, linears))
 
     def __call__(
@@ -124,7 +128,9 @@ class FusedBlock:
     ) -> Tensor:
         """active [S] bool: sequences that take part; None if all do. The position is not counted."""
         config = self.config
-        projected = decode_linear(x, self.inputs, norm=self.mixer_norm).split_with_sizes(self.widths, -1)
+        product = decode_linear(x, self.inputs, norm=self.mixer_norm)
+        self.convolution.step_(product, state, active)
+        projected = product.split_with_sizes(self.widths, -1)
         q, k = (z.view(x.shape[0], -1, config.head_key_dim) for z in projected[:2])
         v = projected[2].view(x.shape[0], -1, config.head_value_dim)
         decay = self.decay
@@ -139,7 +145,9 @@ class FusedBlock:
     def read(self, x: Tensor, state: RetentionState, rotation: Rotation) -> Tensor:
         """The next tokens x [T, D] of one sequence, overwritten; rotation [T, K / 2]. The position is not counted."""
         config = self.config
-        projected = decode_linear(x, self.inputs, norm=self.mixer_norm).split_with_sizes(self.widths, -1)
+        product = decode_linear(x, self.inputs, norm=self.mixer_norm)
+        self.convolution.read_(product, state)
+        projected = product.split_with_sizes(self.widths, -1)
         q, k = (z.unflatten(-1, (-1, config.head_key_dim))[None] for z in projected[:2])
         v = projected[2].unflatten(-1, (-1, config.head_value_dim))[None]
         if rotation is not None and config.rotary != "none":

@@ -29,6 +29,12 @@ SHAPES = {
     "learnt": BlockConfig(
         RetentionConfig(2, 16, 32, learnable_decay=True, head_norm_affine="per_head", gate="none", rotary="none"), None
     ),
+    "convolution": BlockConfig(
+        RetentionConfig(2, 16, 32, decay="gated", gated_start="paper", conv_width=4, gate="sigmoid"), GLU, norm="rms"
+    ),
+    "convolution of q and v": BlockConfig(
+        RetentionConfig(4, 32, 64, conv_width=3, conv_on=("q", "v"), conv_activation="none", num_kv_heads=2), MLP
+    ),
     "yarn": BlockConfig(RetentionConfig(2, 16, 32, decay=(0.3, 0.99), rotary_factor=4.0, rotary_yarn_length=32), MLP),
 }
 
@@ -69,7 +75,8 @@ def test_fused_blocks_compute_what_their_modules_do(shape):
     for mine, theirs in zip(state, expected, strict=True):
         assert torch.equal(mine.position, theirs.position)
         # Relative to the norm: a value near 0 has the rounding error of its neighbours.
-        assert (mine.memory - theirs.memory).norm() <= 1e-5 * theirs.memory.norm()
+        for name, x in theirs.tensors().items():
+            assert (getattr(mine, name) - x).double().norm() <= 1e-5 * x.double().norm(), name
 
 
 def test_packing_moves_weights_and_copies_none(tmp_path):
@@ -107,7 +114,7 @@ def test_a_wrapped_projection_runs_as_its_own_module():
     assert changed.logprobs != plain.logprobs
 
 
-@pytest.mark.parametrize("stack", ["retention", "gated", "hybrid"])
+@pytest.mark.parametrize("stack", ["retention", "gated", "convolution", "hybrid"])
 def test_deferred_writes_change_only_the_rounding(stack):
     model = small_model(stack)
     requests = [Request(prompt(5 + 8 * n, n), 40, Sampling(temperature=0, logprobs=0)) for n in range(4)]

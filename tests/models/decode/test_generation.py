@@ -63,7 +63,7 @@ def test_a_long_generation_keeps_its_memory_flat(tokens):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 7}, {"top_p": 0.8, "min_p": 0.05}], ids=str)
-@pytest.mark.parametrize("stack", ["retention", "hybrid"])
+@pytest.mark.parametrize("stack", ["retention", "convolution", "hybrid"])
 def test_the_same_seed_gives_the_tokens_of_the_engine(stack, options):
     model = small_model(stack)
     seed = int(torch.randint(2**63 - 1, (1,), generator=torch.Generator().manual_seed(4)))

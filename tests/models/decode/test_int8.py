@@ -21,7 +21,7 @@ def quantized():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("stack", ["retention", "gated"])
+@pytest.mark.parametrize("stack", ["retention", "gated", "convolution"])
 def test_an_engine_reads_int8_weights_as_their_modules_do(stack, device):
     model = quantize_int8_(small_model(stack).to(device))
     assert int8_parts(model.layers[0].mixer.q_proj.weight) is not None
