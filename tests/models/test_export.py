@@ -16,8 +16,12 @@ LENGTHS = (200, 1, 3, 1, 2, 512)  # tokens of one call after another
 
 
 def make_model() -> LanguageModel:
-    """Fixed and gated decay, with and without rotary."""
-    options = ({"decay_norm": True}, {"decay": "gated", "rotary": "none"})
+    """Fixed and gated decay, with and without rotary, convolution and norms of q and k."""
+    options = (
+        {"decay_norm": True},
+        {"decay": "gated", "rotary": "none", "gate": "sigmoid"},
+        {"conv_width": 4, "qk_norm": "rms"},
+    )
     return small_model([replace(PAPER, mixer=replace(PAPER.mixer, **option)) for option in options])
 
 
