@@ -2,10 +2,8 @@
 and returned."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.token_layout import TokenLayout
@@ -15,9 +13,8 @@ from retnet.ops.short_convolution import Activation, short_convolution
 class ShortConvolution(nn.Module):
     """x [B, T, C], recent [N, W - 1, C] -> (y, recent)."""
 
-    def __init__(self, channels: int, width: int, bias: bool = True, activation: Literal["none", "silu"] = "none"):
+    def __init__(self, channels: int, width: int, bias: bool = True, activation: Activation = "none"):
         super().__init__()
-        self.activation = activation
         self.activation: Activation = activation
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
@@ -50,8 +47,10 @@ class ShortConvolution(nn.Module):
         pasts = [None] * len(parts) if recent is None else recent.split(widths, -1)
         ys, afters = [], []
         for x, weight, bias, past in zip(parts, weights, biases, pasts, strict=True):
-            y, after = short_convolution(x, weight, bias, recent=past, cu_seqlens=layout.cu_seqlens)
-            ys.append((F.silu(y) if self.activation == "silu" else y).to(x.dtype))
+            y, after = short_convolution(
+                x, weight, bias, activation=self.activation, recent=past, cu_seqlens=layout.cu_seqlens
+            )
+            ys.append(y)
             afters.append(after)
         after = afters[0] if len(afters) == 1 else torch.cat(afters, -1)
         if recent is None:

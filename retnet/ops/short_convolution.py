@@ -44,7 +44,7 @@ def short_convolution(
         recent: [N, W - 1, C] the inputs before the first token (zeros if None); N = B, or the packed documents.
         cu_seqlens: [N + 1] bounds of documents packed into one row (B = 1).
 
-    Returns y [B, T, C] and the inputs [N, W - 1, C] that a next call needs.
+    Returns y [B, T, C] in x's dtype, and the inputs [N, W - 1, C] that a next call needs.
     """
     if _has_kernel(x, weight) and not needs_plain_form(x, weight, bias, recent):
         return torch.ops.retnet.short_convolution(x, weight, bias, recent, cu_seqlens, activation)
@@ -87,6 +87,7 @@ def _taps(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
     y = x[:, :num_tokens] * first if bias is None else torch.addcmul(bias, x[:, :num_tokens], first)
     for i, tap in enumerate(others, 1):
         y = torch.addcmul(y, x[:, i : i + num_tokens], tap)
+    y = y.to(x.dtype)
     if activation == "none":
         return y
     if torch.compiler.is_compiling():
@@ -148,7 +149,7 @@ def _convolution_backward_cuda(
 
 @_convolution_cuda.register_fake
 def _(x, weight, bias, recent, cu_seqlens, activation):
-    y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    y = x.new_empty(x.shape)
     return y, _state_like(x, weight, cu_seqlens)
 
 

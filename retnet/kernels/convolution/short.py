@@ -83,9 +83,9 @@ class Convolution:
 
 
 def convolution_forward(call: Convolution, tile: Geometry | None = None) -> tuple[Tensor, Tensor]:
-    """y [B, T, C], and the inputs [N, W - 1, C] that a next call needs."""
+    """y [B, T, C] in x's dtype, and the inputs [N, W - 1, C] that a next call needs."""
     x, tile = call.x, tile or call.tile(backward=False)
-    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, call.weight.dtype), device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(call.num_sequences, call.width - 1, call.num_channels, dtype=x.dtype, device=x.device)
     call.launch(_forward_kernel, tile, call.segments(tile), y, final, rows=[x])
     return y, final
