@@ -87,7 +87,8 @@ def test_a_token_id_that_is_taken_away_stays_away(tmp_path):
 def test_the_fields_that_libraries_read_are_in_to_dict():
     data = RetNetConfig.of(small_config("hybrid", tie_embeddings=True, eos_token_id=(3, 4))).to_dict()
     expected = {
-        "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": len(STACKS["hybrid"]), "num_attention_heads": 2, "eos_token_id": [3, 4],
+        "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": len(STACKS["hybrid"]), "num_attention_heads": 2,
+        "eos_token_id": [3, 4],
         "tie_word_embeddings": True, "use_cache": True, "initializer_range": 0.02, "model_type": "retnet",
     }  # fmt: skip
     assert {name: data.get(name) for name in expected} == expected
