@@ -39,6 +39,7 @@ MAMBA2 = BlockConfig(Mamba2Config(2 * WIDTH, head_dim=16, state_dim=8), None, no
 MAMBA1 = BlockConfig(Mamba1Config(2 * WIDTH, time_step_rank=2), None)
 HYENA = BlockConfig(HyenaConfig(filter_hidden=8, filter_decay=0.05), GLU, residual="parallel")
 ALIBI = BlockConfig(AttentionConfig(4, 1, head_dim=8, rotary="none", alibi=True), GLU)
+NOPE = BlockConfig(AttentionConfig(2, 1, head_dim=16, rotary="none", qk_norm="rms", gate="sigmoid"), GLU)
 EXPERTS = MoEConfig(num_experts=4, top_k=2, hidden_dim=16)
 
 STACKS: dict[str, tuple[BlockConfig, ...]] = {
@@ -48,7 +49,7 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
     "convolution": (CONV, replace(PAPER, mixer=replace(PAPER.mixer, conv_width=3, conv_on=("q", "v")))),
     "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=EXPERTS)),
     # Every mixer that the engine serves.
-    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV),
+    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE),
     # Every mixer, every place of norms and residuals, experts with their losses.
     "every mixer": (
         MAMBA2,
@@ -58,6 +59,7 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
         HYENA,
         replace(ALIBI, feed_forward=None),
         CONV,
+        replace(NOPE, mixer=replace(NOPE.mixer, rotary="half", qk_norm="l2", window=5)),
     ),
 }
 Stack = str | Sequence[BlockConfig]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.norm import HeadNorm, check_eps, head_norm_weight, normed_heads
 from retnet.layers.rotary import check_rotary, prepare_rotation, rotate_heads
 from retnet.layers.state import TokenCache, no_tokens
 from retnet.layers.token_layout import TokenLayout
@@ -37,8 +38,10 @@ class AttentionConfig(MixerConfig):
 
     head_dim: width of a head. rotary: convention of `retnet.ops.rotary`, its frequencies from rotary_base, positions
     divided by rotary_factor, or stretched by it with YaRN from rotary_yarn_length tokens; rotary_scaling, in their
-    place, scales frequencies. alibi: a penalty linear in the distance. window: tokens that a query sees, itself
-    included (None: all). dropout: of attention weights, in training.
+    place, scales frequencies. qk_norm: norm over each head of q and k before the rotation; "rms" has learnt weights,
+    "l2" has none. gate: "sigmoid" multiplies the heads' outputs by sigmoid(x W) (arXiv 2505.06708). alibi: a penalty
+    linear in the distance. window: tokens that a query sees, itself included (None: all). dropout: of attention
+    weights, in training.
     """
 
     num_heads: int
@@ -49,6 +52,9 @@ class AttentionConfig(MixerConfig):
     rotary_factor: float = 1.0
     rotary_yarn_length: int | None = None
     rotary_scaling: Yarn | Llama3 | None = None
+    qk_norm: HeadNorm = "none"
+    qk_norm_eps: float = 1e-6
+    gate: Literal["sigmoid", "none"] = "none"
     alibi: bool = False
     window: int | None = None
     qkv_bias: bool = False
@@ -68,6 +74,7 @@ class AttentionConfig(MixerConfig):
         if self.rotary != "none" and self.head_dim % 2:
             raise ValueError(f"rotary turns pairs, but head_dim is {self.head_dim}; accepted: an even number")
         check_rotary(self)
+        check_eps(self, "qk_norm_eps")
         if self.rotary_scaling is not None and (self.rotary_factor != 1.0 or self.rotary_yarn_length is not None):
             raise ValueError("rotary_scaling is given with rotary_factor or rotary_yarn_length; accepted: one of them")
         if self.rotary != "none" and self.alibi:
@@ -86,7 +93,10 @@ class AttentionConfig(MixerConfig):
 
 @dataclass
 class AttentionState(TokenCache):
-    """keys, values [N, capacity, G, K] of the real tokens seen (with a window, the last ones); keys are rotated."""
+    """keys, values [N, capacity, G, K] of the real tokens seen (with a window, the last ones).
+
+    Keys are normed and rotated.
+    """
 
     PER_TOKEN = ("keys", "values")
 
@@ -118,6 +128,7 @@ class Attention(MixerModule):
         "q_proj": "query_key",
         "k_proj": "query_key",
         "v_proj": "value",
+        "gate_proj": "value",
         "out_proj": "output",
     }
     FLEX_DEVICES = ("cuda",)
@@ -131,6 +142,9 @@ class Attention(MixerModule):
         self.q_proj = nn.Linear(d_model, queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(d_model, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(d_model, keys, bias=config.qkv_bias)
+        self.q_norm_weight = head_norm_weight(config.qk_norm, config.head_dim)
+        self.k_norm_weight = head_norm_weight(config.qk_norm, config.head_dim)
+        self.gate_proj = nn.Linear(d_model, queries, bias=False) if config.gate == "sigmoid" else None
         self.out_proj = nn.Linear(queries, d_model, bias=config.out_bias)
 
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
@@ -154,6 +168,8 @@ class Attention(MixerModule):
             return layout.on_real_tokens(self, x, state)
         config = self.config
         q, k, v = (proj(x).unflatten(-1, (-1, config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = normed_heads(q, config.qk_norm, config.qk_norm_eps, self.q_norm_weight)
+        k = normed_heads(k, config.qk_norm, config.qk_norm_eps, self.k_norm_weight)
         q, k = rotate_heads(config, layout, q, k)
         if state is not None and layout.one_per_row and not layout.deferred:
             state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
@@ -166,7 +182,10 @@ class Attention(MixerModule):
             out = self._fresh(q, k, v, layout) if state is None else self._continued(q, k, v, state, layout)
             if layout.carry:
                 state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
-        out = self.out_proj(out.flatten(-2))
+        out = out.flatten(-2)
+        if self.gate_proj is not None:
+            out = torch.sigmoid(self.gate_proj(x)) * out
+        out = self.out_proj(out)
         if layout.deferred:
             return out, AttentionDraft(k, v)
         return out, state if layout.carry else None

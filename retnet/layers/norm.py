@@ -7,9 +7,12 @@ and return the dtype of the activations.
 import math
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from retnet.ops.norms import Norm, layer_norm
+from retnet.ops.norms import Norm, layer_norm, normalize
+
+HeadNorm = Literal["rms", "l2", "none"]  # of q and k: mean square 1 and learnt weights; length 1; none
 
 
 class LayerNorm(nn.LayerNorm):
@@ -38,3 +41,19 @@ def make_norm(kind: Norm | Literal["none"], width: int, eps: float) -> nn.Module
     if kind == "none":
         return nn.Identity()
     return LayerNorm(width, eps=eps) if kind == "layer" else RMSNorm(width, eps=eps)
+
+
+def head_norm_weight(kind: HeadNorm, width: int) -> nn.Parameter | None:
+    """The weights [K] of `normed_heads`, which all heads share; None where the norm has none."""
+    return nn.Parameter(torch.ones(width)) if kind == "rms" else None
+
+
+def normed_heads(x: Tensor, kind: HeadNorm, eps: float, weight: Tensor | None) -> Tensor:
+    """Heads of q or k [..., K] before their rotation, in x's dtype."""
+    if kind == "none":
+        return x
+    if kind == "l2":
+        width = x.shape[-1]
+        return (width**-0.5 * normalize(x, "rms", eps / width)).to(x.dtype)
+    y = normalize(x, "rms", eps)
+    return (y if weight is None else y * weight).to(x.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
-from retnet.layers.norm import check_eps
+from retnet.layers.norm import HeadNorm, check_eps, head_norm_weight, normed_heads
 from retnet.layers.retention_call import RetentionCall
 from retnet.layers.rotary import check_rotary, prepare_rotation, rotate_heads
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
@@ -63,7 +63,7 @@ class RetentionConfig(MixerConfig):
     conv_width: int | None = None
     conv_on: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
     conv_activation: Literal["silu", "none"] = "silu"
-    qk_norm: Literal["rms", "l2", "none"] = "none"
+    qk_norm: HeadNorm = "none"
     qk_norm_eps: float = 1e-6
     gate: Literal["swish", "sigmoid", "none"] = "swish"
     head_norm: Literal["layer", "rms", "none"] = "layer"
@@ -231,9 +231,8 @@ class MultiScaleRetention(MixerModule):
         self.conv = None
         if config.conv_width is not None:
             self.conv = ShortConvolution(config.conv_dim, config.conv_width, False, config.conv_activation)
-        self.q_norm_weight = self.k_norm_weight = None
-        if config.qk_norm == "rms":
-            self.q_norm_weight, self.k_norm_weight = (nn.Parameter(torch.ones(config.head_key_dim)) for _ in range(2))
+        self.q_norm_weight = head_norm_weight(config.qk_norm, config.head_key_dim)
+        self.k_norm_weight = head_norm_weight(config.qk_norm, config.head_key_dim)
         self.gate_proj = nn.Linear(d_model, config.value_dim, bias=bias) if config.gate != "none" else None
         self.out_proj = nn.Linear(config.value_dim, d_model, bias=bias)
         self.decay_proj = None
@@ -313,8 +312,8 @@ class MultiScaleRetention(MixerModule):
             inputs = torch.cat(convolved, -1) if layout.deferred else None
         q, k = (z.unflatten(-1, (-1, config.head_key_dim)) for z in (q, k))
         v = v.unflatten(-1, (-1, config.head_value_dim))
-        if config.qk_norm != "none":
-            q, k = self._normed(q, self.q_norm_weight), self._normed(k, self.k_norm_weight)
+        q = normed_heads(q, config.qk_norm, config.qk_norm_eps, self.q_norm_weight)
+        k = normed_heads(k, config.qk_norm, config.qk_norm_eps, self.k_norm_weight)
         q, k = rotate_heads(config, layout, q, k)
         if config.heads_per_kv_head > 1:
             k, v = (z.repeat_interleave(config.heads_per_kv_head, 2) for z in (k, v))
@@ -332,14 +331,6 @@ class MultiScaleRetention(MixerModule):
         if memory is None:
             return out, None
         return out, RetentionState.after(state, layout, memory=memory, recent=recent)
-
-    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Heads of q or k [..., K] with mean square 1 ("rms") or length 1 ("l2"), in x's dtype."""
-        config, K = self.config, x.shape[-1]
-        if config.qk_norm == "l2":
-            return (K**-0.5 * normalize(x, "rms", config.qk_norm_eps / K)).to(x.dtype)
-        y = normalize(x, "rms", config.qk_norm_eps)
-        return (y if weight is None else y * weight).to(x.dtype)
 
     def _head_norm(self, out: Tensor) -> Tensor:
         if self.config.head_norm != "none":

@@ -90,6 +90,18 @@ CHANGES = {
     ("Attention", "qkv_bias"): ([(ATTENTION, "attention: {qkv_bias: true}")], "layers.2.mixer.qkv_bias", True),
     ("Attention", "attn_drop"): ([(ATTENTION, "attention: {attn_drop: 0.3}")], "layers.2.mixer.dropout", 0.3),
     ("Attention", "window"): ([(ATTENTION, "attention: {window: 8}")], "layers.2.mixer.window", 8),
+    ("Attention", "vendor.retnet.rope"): (
+        [(ATTENTION, "attention: {vendor.retnet.rope: false}")], "layers.2.mixer.rotary", "none"),
+    ("Attention", "vendor.retnet.qk_norm"): (
+        [(ATTENTION, "attention: {vendor.retnet.qk_norm: rms}")], "layers.2.mixer.qk_norm", "rms"),
+    ("Attention", "vendor.retnet.gate"): (
+        [(ATTENTION, "attention: {vendor.retnet.gate: sigmoid}")], "layers.2.mixer.gate", "sigmoid"),
+    ("Retnet", "vendor.retnet.gated_start"): (
+        [(RETNET, "retnet: {vendor.retnet.decay: gated, vendor.retnet.gated_start: paper}")],
+        "layers.0.mixer.gated_start", "paper"),
+    ("Retnet", "vendor.retnet.conv_on"): (
+        [(RETNET, "retnet: {vendor.retnet.conv_width: 4, vendor.retnet.conv_on: qv}")],
+        "layers.0.mixer.conv_on", ("q", "v")),
     ("Retnet", "chunkwise"): ([(RETNET, "retnet: {chunkwise: false}")], "layers.0.mixer.mode", "parallel"),
     ("Retnet", "chunk_size"): ([(RETNET, "retnet: {chunk_size: 16}")], "layers.0.mixer.chunk_size", 16),
     ("Retnet", "rope"): ([(RETNET, "retnet: {rope: false}")], "layers.0.mixer.rotary", "none"),
@@ -139,6 +151,7 @@ HINTS = {
 }
 OPTIONS = {
     "key_dim": "32", "value_dim": "64", "decay": "gated", "learnable_decay": "true", "decay_norm": "true",
+    "conv_width": "4", "conv_activation": "none", "qk_norm": "l2",
     "rotary": "half", "gate": "none", "head_norm": "rms", "head_norm_affine": "shared", "head_norm_eps": "1.0e-3",
 }  # fmt: skip
 
@@ -172,7 +185,8 @@ def test_a_training_hint_reaches_the_model(hint):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_vendor_option_reaches_the_retention_field_of_the_same_name(option):
-    mixer = built((RETNET, f"retnet: {{vendor.retnet.{option}: {OPTIONS[option]}}}")).layers[0].mixer
+    others = "vendor.retnet.conv_width: 4, " if option == "conv_activation" else ""
+    mixer = built((RETNET, f"retnet: {{{others}vendor.retnet.{option}: {OPTIONS[option]}}}")).layers[0].mixer
     assert getattr(mixer, option) != getattr(built().layers[0].mixer, option)
 
 

@@ -35,6 +35,11 @@ def test_parameters_are_those_of_the_built_block():
         ("type: mamba\n      mamba: {variant: mamba1, d_state: 16}", "mamba1, state 16", None),
         ("type: hyena\n      hyena: {depth: 3}", "hyena, order 3", None),
         ("type: retnet\n      retnet: {vendor.retnet.decay: gated}", "retnet, gated decay", None),
+        (
+            "type: retnet\n      retnet: {vendor.retnet.decay: gated, vendor.retnet.conv_width: 4}",
+            "retnet, gated decay, convolution of 4",
+            None,
+        ),
         ("type: retnet\n      retnet: {vendor.retnet.decay: 0.5}", "retnet, custom decay", (7,) * 4),  # 0.5 ** 7 < 1%
     ],
 )

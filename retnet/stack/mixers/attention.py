@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+from pydantic import Field
+
 from .. import unsupported
 from ..errors import Category, Fault
 from ..scalars import ONE_OF, Flag, PositiveInt, PositiveIntOrNull, Probability
+from ..section import OURS
 from .settings import MixerSettings
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ class Attention(MixerSettings):
     window: PositiveIntOrNull = None
     window_mode: Annotated[Literal["standard", "sliding"], ONE_OF] = "standard"
     window_dilation: PositiveInt = 1
+    rope: Flag = Field(default=True, alias=OURS + "rope")  # false: no positions in this layer (NoPE)
+    qk_norm: Annotated[Literal["rms", "l2", "none"], ONE_OF] = Field(default="none", alias=OURS + "qk_norm")
+    gate: Annotated[Literal["sigmoid", "none"], ONE_OF] = Field(default="none", alias=OURS + "gate")
 
     def config(self, spec: Spec) -> AttentionConfig:
         """Rotary positions pair the halves of a head."""
@@ -38,7 +44,9 @@ class Attention(MixerSettings):
             num_heads=spec.model.n_heads,
             num_kv_heads=spec.model.kv_heads,
             head_dim=spec.model.head_dim,
-            rotary="half" if spec.embedding.positional == "rope" else "none",
+            rotary="half" if spec.embedding.positional == "rope" and self.rope else "none",
+            qk_norm=self.qk_norm,
+            gate=self.gate,
             alibi=spec.embedding.positional == "alibi",
             window=self.window,
             qkv_bias=self.qkv_bias,
@@ -56,7 +64,7 @@ class Attention(MixerSettings):
 
     @property
     def rotates_heads(self) -> bool:
-        return True
+        return self.rope
 
     def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
         return None if self.window is None else (float(self.window),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -36,7 +36,16 @@ class Retnet(MixerSettings):
     learnable_decay: Flag = Field(default=False, alias=OURS + "learnable_decay")
     decay_norm: Flag = Field(default=False, alias=OURS + "decay_norm")
     rotary: Annotated[Literal["interleaved", "half"], ONE_OF] = Field(default="interleaved", alias=OURS + "rotary")
-    gate: Annotated[Literal["swish", "none"], ONE_OF] = Field(default="swish", alias=OURS + "gate")
+    conv_width: MaybePositiveInt = Field(default=None, alias=OURS + "conv_width")
+    conv_on: Annotated[Literal["qkv", "qk", "qv", "kv", "q", "k", "v"], ONE_OF] = Field(
+        default="qkv", alias=OURS + "conv_on"
+    )
+    conv_activation: Annotated[Literal["silu", "none"], ONE_OF] = Field(default="silu", alias=OURS + "conv_activation")
+    qk_norm: Annotated[Literal["rms", "l2", "none"], ONE_OF] = Field(default="none", alias=OURS + "qk_norm")
+    gated_start: Annotated[Literal["paper", "experiment", "none"], ONE_OF] = Field(
+        default="none", alias=OURS + "gated_start"
+    )
+    gate: Annotated[Literal["swish", "sigmoid", "none"], ONE_OF] = Field(default="swish", alias=OURS + "gate")
     head_norm: Annotated[Literal["layer", "rms", "none"], ONE_OF] = Field(default="layer", alias=OURS + "head_norm")
     head_norm_affine: Annotated[Literal["none", "shared", "per_head"], ONE_OF] = Field(
         default="none", alias=OURS + "head_norm_affine"
@@ -54,6 +63,11 @@ class Retnet(MixerSettings):
             learnable_decay=self.learnable_decay,
             decay_norm=self.decay_norm,
             rotary=self.rotary if self.rope else "none",
+            conv_width=self.conv_width,
+            conv_on=cast(Any, tuple(self.conv_on)),
+            conv_activation=self.conv_activation,
+            qk_norm=self.qk_norm,
+            gated_start=None if self.gated_start == "none" else self.gated_start,
             gate=self.gate,
             head_norm=self.head_norm,
             head_norm_affine=self.head_norm_affine,
@@ -65,7 +79,8 @@ class Retnet(MixerSettings):
 
     def words(self, name: str) -> str:
         decay = self.decay if isinstance(self.decay, str) else "custom"
-        return name if decay == "paper" else f"{name}, {decay} decay"
+        name = name if decay == "paper" else f"{name}, {decay} decay"
+        return name if self.conv_width is None else f"{name}, convolution of {self.conv_width}"
 
     def faults(self, model: Model | None, embedding: Embedding | None) -> Iterator[Fault]:
         if self.rope and embedding is not None and embedding.positional != "rope":
@@ -81,6 +96,12 @@ class Retnet(MixerSettings):
             what = f"a learnable decay cannot start from decay {show(self.decay)}"
             fix = "write learnable_decay: false, or start from paper, experiment, or gammas between 0 and 1"
             yield Fault((OURS + "learnable_decay",), what, fix)
+        if self.conv_width is not None and not 2 <= self.conv_width <= 8:
+            fix = f"write {min(max(self.conv_width, 2), 8)}"
+            yield Fault((OURS + "conv_width",), f"expected 2 to 8 tokens, got {self.conv_width}", fix)
+        if self.gated_start != "none" and self.decay != "gated":
+            what = f"gated_start is the start of a decay that depends on the token, not of decay {show(self.decay)}"
+            yield Fault((OURS + "gated_start",), what, f"remove it, or write {OURS}decay: gated")
         if self.decay_norm and self.decay == "gated":
             what = "decay_norm is defined for a decay that is fixed per head, not for decay: gated"
             yield Fault((OURS + "decay_norm",), what, "write false, or another decay")
