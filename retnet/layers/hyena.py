@@ -23,7 +23,7 @@ from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workl
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import TokenCache, no_tokens
 from retnet.layers.token_layout import TokenLayout
-from retnet.layers.weight_roles import WeightRoles
+from retnet.layers.weight_roles import WeightParts, WeightRoles
 from retnet.ops.derivatives import transforms_active
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.long_convolution import long_convolution, past_convolution
@@ -136,6 +136,9 @@ class Hyena(MixerModule):
     def reset_own(self, generator: torch.Generator | None = None) -> None:
         """Skips of 1."""
         nn.init.ones_(self.skip)
+
+    def weight_parts(self) -> WeightParts:
+        return {"in_proj": (self.out_proj.in_features,) * (self.config.order + 1)}
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> HyenaState:
         """The state of `batch` sequences before their first token, with room for `num_tokens` each."""

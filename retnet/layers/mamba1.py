@@ -20,7 +20,7 @@ from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
-from retnet.layers.weight_roles import WeightRoles
+from retnet.layers.weight_roles import WeightParts, WeightRoles
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -87,7 +87,7 @@ class Mamba1Draft(Draft):
 class Mamba1(MixerModule):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
 
-    WEIGHT_ROLES: ClassVar[WeightRoles] = {"in_proj": "value", "out_proj": "output"}
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {"in_proj": "value", "x_proj": "other", "out_proj": "output"}
     FLOAT32_PARAMETERS = ("log_rate",)
 
     def __init__(self, config: Mamba1Config, d_model: int):
@@ -113,6 +113,11 @@ class Mamba1(MixerModule):
             self.time_step_proj.bias, config.time_step_min, config.time_step_max, config.time_step_floor, generator
         )
         nn.init.ones_(self.skip)
+
+    def weight_parts(self) -> WeightParts:
+        config = self.config
+        inputs = (config.inner_dim,) * 2
+        return {"in_proj": inputs, "x_proj": (config.time_step_rank, config.state_dim, config.state_dim)}
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> Mamba1State:
         """The state of `batch` sequences before their first token."""

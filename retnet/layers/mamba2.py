@@ -24,7 +24,7 @@ from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
-from retnet.layers.weight_roles import WeightRoles
+from retnet.layers.weight_roles import WeightParts, WeightRoles
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode
@@ -128,6 +128,10 @@ class Mamba2(MixerModule):
             self.time_step_bias, config.time_step_min, config.time_step_max, config.time_step_floor, generator
         )
         nn.init.ones_(self.skip)
+
+    def weight_parts(self) -> WeightParts:
+        config, shared = self.config, self.config.num_groups * self.config.state_dim
+        return {"in_proj": (config.inner_dim, config.inner_dim, shared, shared, config.num_heads)}
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> Mamba2State:
         """The state of `batch` sequences before their first token."""

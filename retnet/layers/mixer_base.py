@@ -12,7 +12,7 @@ import torch
 from retnet.layers.float32_parameters import Float32Parameters
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
-from retnet.layers.weight_roles import WeightRoles
+from retnet.layers.weight_roles import WeightParts, WeightRoles
 
 
 class MixerConfig:
@@ -42,7 +42,7 @@ class MixerModule(Float32Parameters):
     """Base of mixers: `forward(x [B, T, D], state, layout) -> (y [B, T, D], state)`.
 
     The returned state is None unless `layout.carry`; with `layout.deferred` it is the draft of these tokens.
-    WEIGHT_ROLES: as in `retnet.layers.weight_roles`.
+    WEIGHT_ROLES, weight_parts: as in `retnet.layers.weight_roles`.
     """
 
     WEIGHT_ROLES: ClassVar[WeightRoles] = {}
@@ -59,6 +59,10 @@ class MixerModule(Float32Parameters):
 
     def reset_own(self, generator: torch.Generator | None = None) -> None:
         """Draw the parameters that are not linear maps."""
+
+    def weight_parts(self) -> WeightParts:
+        """The rows of each map in projections that are several, by the submodule's name."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from retnet.layers.moe import ExpertLinear
-from retnet.layers.weight_roles import WeightRole
+from retnet.layers.weight_roles import WeightRole, named_roles
 from retnet.models.config import ModelConfig
 
 # role -> gain of a Xavier-uniform weight, as a function of the number of layers L
@@ -47,7 +47,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Draw every weight of `model` anew from `seed`, whatever torch's global generator holds."""
     device = next(model.parameters()).device
     generator = torch.Generator(device if device.type != "meta" else "cpu").manual_seed(seed)
-    roles = _roles(model)
+    roles = named_roles(model)
     for module in model.modules():
         role = roles.get(module, "other")
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -62,13 +62,6 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
             reset = getattr(module, "reset_own", None)  # what has a rule of its own: decays, convolutions
             if reset is not None:
                 reset(generator)
-
-
-def _roles(model: nn.Module) -> dict[nn.Module, WeightRole]:
-    """The role of each submodule that its owner's WEIGHT_ROLES names."""
-    owned = [(module, getattr(module, "WEIGHT_ROLES", {})) for module in model.modules()]
-    children = [(getattr(module, name), role) for module, roles in owned for name, role in roles.items()]
-    return {child: role for child, role in children if child is not None}
 
 
 def _initialize_weight(weight: Tensor, role: WeightRole, config: ModelConfig, generator: torch.Generator) -> None:
