@@ -16,6 +16,7 @@ from mixers_train import precision
 from torch import Tensor, nn
 
 from retnet import LanguageModel, ModelConfig
+from retnet.train.muon import Muon, muon_groups
 from retnet.train.optimizer import decayed_parameters
 
 BETAS, MOMENTUM, WEIGHT_DECAY, CLIP, WARM_UP = (0.9, 0.95), 0.95, 0.1, 1.0, 0.05
@@ -60,24 +61,17 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (steps - step) / max(1, steps - first)
 
 
-def optimizers(model: LanguageModel, kind: str) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the matrices of layers and AdamW for the rest.
-
-    Matrices have weight decay, those that compute decays excepted.
-    """
+def optimizer_of(model: LanguageModel, kind: str) -> torch.optim.Optimizer:
+    """AdamW for all parameters, or Muon as in `retnet train`; matrices have weight decay, as there."""
+    if kind == "muon":
+        return Muon(muon_groups(model, lr=0.0, weight_decay=WEIGHT_DECAY), momentum=MOMENTUM, betas=BETAS)
     decayed = set(decayed_parameters(model))
     named = dict(model.named_parameters())
-    hidden = {name for name in decayed if kind == "muon" and name.startswith("layers.") and named[name].dim() == 2}
     groups = [
-        {"params": [p for name, p in named.items() if name in decayed - hidden], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for name, p in named.items() if name in decayed], "weight_decay": WEIGHT_DECAY},
         {"params": [p for name, p in named.items() if name not in decayed], "weight_decay": 0.0},
     ]
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=BETAS, fused=True)]
-    if hidden:
-        matrices = [named[name] for name in named if name in hidden]
-        options = {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "adjust_lr_fn": "match_rms_adamw"}
-        found.append(torch.optim.Muon(matrices, **options))
-    return found
+    return torch.optim.AdamW(groups, betas=BETAS, fused=True)
 
 
 class Blocks:
@@ -111,7 +105,7 @@ def train(
         model = LanguageModel(config)
     model.train()
     blocks.compile(model)
-    chosen = optimizers(model, arm.optimizer)
+    optimizer = optimizer_of(model, arm.optimizer)
     first = next(batches)
     batches = chain([first], batches)
     _backward(model, first)  # compiles; its gradients are not used
@@ -121,10 +115,9 @@ def train(
         rate = learning_rate(step, arm.steps, arm.rate)
         loss = _backward(model, next(batches))
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for optimizer in chosen:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
         model.zero_grad(set_to_none=True)
         losses.append(loss)
         done = step + 1
