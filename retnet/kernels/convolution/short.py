@@ -140,47 +140,39 @@ def _sequence_pointer(x, n, start, batch, token, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _below(row, end, ok):
-    """`ok` [BC] where the row is below `end`."""
-    return ok & (tl.zeros(ok.shape, tl.int32) + row < end)
-
-
-@triton.jit
-def _within(row, end, ok):
-    """`ok` [BC] where the row is from 0 on and below `end`."""
-    return _below(row, end, ok) & (tl.zeros(ok.shape, tl.int32) + row >= 0)
-
-
-@triton.jit
-def _load_row(pointer, row, stride, channel, ok):
-    """Row [BC] of a matrix, 0 where it is not ok."""
+def _load_row(pointer, row, end, stride, channel, channel_ok):
+    """Row [BC] of a matrix, 0 where it is not in [0, end)."""
+    rows = tl.zeros(channel.shape, tl.int32) + row
+    ok = channel_ok & (rows >= 0) & (rows < end)
     return tl.load(pointer + tl.cast(row, tl.int64) * stride + channel, mask=ok, other=0.0)
 
 
 @triton.jit
-def _store_row(pointer, row, stride, channel, ok, value):
+def _store_row(pointer, row, end, stride, channel, channel_ok, value):
+    """Write a row if it is in [0, end)."""
+    rows = tl.zeros(channel.shape, tl.int32) + row
+    ok = channel_ok & (rows >= 0) & (rows < end)
     tl.store(pointer + tl.cast(row, tl.int64) * stride + channel, value.to(pointer.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _input_row(x, recent, position, length, x_token, channel, ok, C: tl.constexpr, W: tl.constexpr):
+def _input_row(x, recent, position, length, x_token, channel, channel_ok, C: tl.constexpr, W: tl.constexpr):
     """The input of a sequence at a position from -(W - 1) on, 0 elsewhere; x and recent begin with that sequence."""
-    row = _load_row(x, position, x_token, channel, _within(position, length, ok))
+    row = _load_row(x, position, length, x_token, channel, channel_ok)
     if recent is not None:
-        past = position + (W - 1)
-        row += _load_row(recent, past, C, channel, _within(past, W - 1, ok))
+        row += _load_row(recent, position + (W - 1), W - 1, C, channel, channel_ok)
     return row
 
 
 @triton.jit
-def _taps(weight, bias, channel, ok, W: tl.constexpr):
+def _taps(weight, bias, channel, channel_ok, W: tl.constexpr):
     """The W rows [BC] of the weight, and the bias, in float32."""
     taps = ()
     for i in tl.static_range(W):
-        taps = taps + (tl.load(weight + channel * W + i, mask=ok, other=0.0).to(tl.float32),)
+        taps = taps + (tl.load(weight + channel * W + i, mask=channel_ok, other=0.0).to(tl.float32),)
     constant = tl.zeros(channel.shape, tl.float32)
     if bias is not None:
-        constant += tl.load(bias + channel, mask=ok, other=0.0).to(tl.float32)
+        constant += tl.load(bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
     return taps, constant
 
 
@@ -202,7 +194,7 @@ def _forward_kernel(
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
     index = tl.program_id(0) // BLOCKS
     channel = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
-    ok = channel < C
+    channel_ok = channel < C
     x_batch, x_token = tl.cast(x_batch, tl.int64) * UNIT, tl.cast(x_token, tl.int64) * UNIT
     if index < num_slots:
         n, start, length, first, count, _is_last = _segment(
@@ -211,19 +203,19 @@ def _forward_kernel(
         x = _sequence_pointer(x, n, start, x_batch, x_token, PACKED)
         if recent is not None:
             recent += n.to(tl.int64) * ((W - 1) * C)
-        taps, constant = _taps(weight, bias, channel, ok, W)
+        taps, constant = _taps(weight, bias, channel, channel_ok, W)
         past = ()
         for i in tl.static_range(W - 1):
-            past = past + (_input_row(x, recent, first - (W - 1) + i, length, x_token, channel, ok, C, W),)
+            past = past + (_input_row(x, recent, first - (W - 1) + i, length, x_token, channel, channel_ok, C, W),)
         x += first.to(tl.int64) * x_token
         y += (start + first) * C
         for t in range(0, count, ROWS):
             rows = past
             for u in tl.static_range(ROWS):
-                rows = rows + (_load_row(x, t + u, x_token, channel, _below(t + u, count, ok)),)
+                rows = rows + (_load_row(x, t + u, count, x_token, channel, channel_ok),)
             for u in tl.static_range(ROWS):
                 out = activated(_convolved(constant, taps, rows, u, W), ACTIVATION)
-                _store_row(y, t + u, C, channel, _below(t + u, count, ok), out)
+                _store_row(y, t + u, count, C, channel, channel_ok, out)
             past = rows[ROWS:]
     else:
         n = index - num_slots
@@ -233,8 +225,8 @@ def _forward_kernel(
             recent += n.to(tl.int64) * ((W - 1) * C)
         final += n.to(tl.int64) * ((W - 1) * C)
         for i in tl.static_range(W - 1):
-            row = _input_row(x, recent, length - (W - 1) + i, length, x_token, channel, ok, C, W)
-            _store_row(final, i, C, channel, ok, row)
+            row = _input_row(x, recent, length - (W - 1) + i, length, x_token, channel, channel_ok, C, W)
+            _store_row(final, i, W - 1, C, channel, channel_ok, row)
 
 
 @triton.jit(do_not_specialize=["T", "num_slots", "num_sequences"])
@@ -247,7 +239,7 @@ def _backward_kernel(
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
     index = tl.program_id(0) // BLOCKS
     channel = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
-    ok = channel < C
+    channel_ok = channel < C
     x_batch, x_token = tl.cast(x_batch, tl.int64) * UNIT, tl.cast(x_token, tl.int64) * UNIT
     dy_batch, dy_token = tl.cast(dy_batch, tl.int64) * UNIT, tl.cast(dy_token, tl.int64) * UNIT
     if index < num_slots:
@@ -263,7 +255,7 @@ def _backward_kernel(
             _sequence_pointer(x, n, start, x_batch, x_token, PACKED), weight, bias, recent,
             _sequence_pointer(dy, n, start, dy_batch, dy_token, PACKED), dfinal, dx + start * C, drecent + past,
             sums + index.to(tl.int64) * ((W + 1) * C), length, first, count, is_last, x_token, dy_token, channel,
-            ok, C, W, ROWS, ACTIVATION,
+            channel_ok, C, W, ROWS, ACTIVATION,
         )  # fmt: skip
     else:
         n = index - num_slots
@@ -272,24 +264,24 @@ def _backward_kernel(
         for i in tl.static_range(W - 1):
             passed = tl.zeros(channel.shape, tl.float32)
             if dfinal is not None:
-                passed += _load_row(dfinal + past, i, C, channel, ok).to(tl.float32)
-            _store_row(drecent + past, i, C, channel, _below(length, 1, ok), passed)
+                passed += _load_row(dfinal + past, i, W - 1, C, channel, channel_ok).to(tl.float32)
+            _store_row(drecent + past, i, tl.where(length == 0, W - 1, 0), C, channel, channel_ok, passed)
 
 
 @triton.jit
 def _segment_gradients(
     x, weight, bias, recent, dy, dfinal, dx, drecent, sums, length, first, count, is_last, x_token, dy_token, channel,
-    ok, C: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    channel_ok, C: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """dx (and drecent) of the W - 1 tokens before the segment and all of it but its last W - 1; the sums over it."""
-    taps, constant = _taps(weight, bias, channel, ok, W)
+    taps, constant = _taps(weight, bias, channel, channel_ok, W)
     before = ()
     for i in tl.static_range(2 * (W - 1)):
-        before = before + (_input_row(x, recent, first - 2 * (W - 1) + i, length, x_token, channel, ok, C, W),)
+        before = before + (_input_row(x, recent, first - 2 * (W - 1) + i, length, x_token, channel, channel_ok, C, W),)
     last_dpre = ()
     for i in tl.static_range(W - 1):
         position = first - (W - 1) + i
-        given = _load_row(dy, position, dy_token, channel, _within(position, length, ok)).to(tl.float32)
+        given = _load_row(dy, position, length, dy_token, channel, channel_ok).to(tl.float32)
         last_dpre = last_dpre + (activation_gradient(given, _convolved(constant, taps, before, i, W), ACTIVATION),)
     past = before[W - 1 :]
     dweight = ()
@@ -300,11 +292,12 @@ def _segment_gradients(
     dy += first.to(tl.int64) * dy_token
     steps = count + tl.where(is_last, W - 1, 0)
     end = first + steps - (W - 1)
+    past_end = tl.minimum(end + (W - 1), W - 1)
     for t in range(0, steps, ROWS):
         rows, given_rows = past, ()
         for u in tl.static_range(ROWS):
-            rows = rows + (_load_row(x, t + u, x_token, channel, _below(t + u, count, ok)),)
-            given_rows = given_rows + (_load_row(dy, t + u, dy_token, channel, _below(t + u, count, ok)),)
+            rows = rows + (_load_row(x, t + u, count, x_token, channel, channel_ok),)
+            given_rows = given_rows + (_load_row(dy, t + u, count, dy_token, channel, channel_ok),)
         dpre = last_dpre
         for u in tl.static_range(ROWS):
             own = activation_gradient(given_rows[u].to(tl.float32), _convolved(constant, taps, rows, u, W), ACTIVATION)
@@ -320,11 +313,10 @@ def _segment_gradients(
             position = first + t + u - (W - 1)
             if dfinal is not None:
                 kept = position - length + (W - 1)
-                total += _load_row(dfinal, kept, C, channel, _within(kept, W - 1, ok)).to(tl.float32)
-            _store_row(dx, position, C, channel, _within(position, end, ok), total)
-            past_ok = _below(position, end, _within(position + (W - 1), W - 1, ok))
-            _store_row(drecent, position + (W - 1), C, channel, past_ok, total)
+                total += _load_row(dfinal, kept, W - 1, C, channel, channel_ok).to(tl.float32)
+            _store_row(dx, position, end, C, channel, channel_ok, total)
+            _store_row(drecent, position + (W - 1), past_end, C, channel, channel_ok, total)
         past, last_dpre = rows[ROWS:], dpre[ROWS:]
     for i in tl.static_range(W):
-        _store_row(sums, i, C, channel, ok, dweight[i])
-    _store_row(sums, W, C, channel, ok, dbias)
+        _store_row(sums, i, W, C, channel, channel_ok, dweight[i])
+    _store_row(sums, W, W + 1, C, channel, channel_ok, dbias)
