@@ -140,17 +140,18 @@ def result_table(rows: list[dict]) -> str:
 
 
 def final_table(rows: list[dict]) -> str:
-    """The other measurements of finalists, means over seeds."""
+    """The other measurements of finalists, at every rate that has one, means over seeds."""
     lines = [
-        "| stack | optimizer | test perplexity | bits per byte of books, rows of | loss at position "
+        "| stack | optimizer | rate | test perplexity | bits per byte of books, rows of | loss at position "
         "| repeat, nats (first time) after | decode, ms per token | state |",
-        "|---|---|---:|---|---|---|---:|---:|",
+        "|---|---|---:|---:|---|---|---|---:|---:|",
     ]
-    for (stack, optimizer), runs in chosen(rows).items():
-        finals = [row["final"] for row in runs if row.get("final")]
-        if finals:
-            cells = " | ".join(_final_cells(finals))
-            lines.append(f"| {stack} | {optimizer} | {cells} |")
+    for (stack, optimizer), rates in by_rate(rows).items():
+        for rate, runs in rates.items():
+            finals = [row["final"] for row in runs if row.get("final")]
+            if finals:
+                cells = " | ".join(_final_cells(finals))
+                lines.append(f"| {stack} | {optimizer} | {rate:g} | {cells} |")
     return "\n".join(lines)
 
 
@@ -212,7 +213,7 @@ def picture(rows: list[dict], path: Path, stacks: list[str] | None = None) -> No
         )  # fmt: skip
     if repeats:
         panels.append(
-            Panel("a passage repeated", "tokens between", "nats gained per token", repeats, x_base=2,
+            Panel("a passage repeated", "tokens between", "nats per token less the first time's", repeats, x_base=2,
                   limit=(group[0]["length"], "training length"))
         )  # fmt: skip
     count = statistics.mean(row["parameters"] for found in runs.values() for row in found)
