@@ -1,7 +1,8 @@
-"""transformers' Llama, Mistral and Qwen2: grouped-query attention, half rotary positions, SwiGLU, RMS pre-norms.
+"""transformers' Llama, Mistral, Qwen2 and Qwen3: grouped-query attention, half rotary positions, SwiGLU, RMS pre-norms.
 
-The three share their tensors' names. Mistral has a sliding window, Qwen2 biases of q, k and v and a window in some
-layers. Of the ways to extend a trained context, those that are fixed when the model is built are read.
+The four share their tensors' names. Mistral has a sliding window. Qwen2 has biases of q, k and v, Qwen3 RMS norms over
+each head of q and k, and both may have a window in some layers. Of the ways to extend a trained context, those that are
+fixed when the model is built are read.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ NAMES: Table = {
     "layers.{}.mixer.k_proj.weight": "model.layers.{}.self_attn.k_proj.weight",
     "layers.{}.mixer.v_proj.weight": "model.layers.{}.self_attn.v_proj.weight",
     "layers.{}.mixer.out_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.mixer.q_norm_weight": "model.layers.{}.self_attn.q_norm.weight",
+    "layers.{}.mixer.k_norm_weight": "model.layers.{}.self_attn.k_norm.weight",
     "layers.{}.mixer.q_proj.bias": "model.layers.{}.self_attn.q_proj.bias",
     "layers.{}.mixer.k_proj.bias": "model.layers.{}.self_attn.k_proj.bias",
     "layers.{}.mixer.v_proj.bias": "model.layers.{}.self_attn.v_proj.bias",
@@ -85,6 +88,15 @@ _SHARED = {
     "tie_word_embeddings": flag(False),
     "vocab_size": size(),
 }
+_QWEN = {
+    **_SHARED,
+    "intermediate_size": size(22016),
+    "max_position_embeddings": size(32768),
+    "max_window_layers": size(28, least=0),
+    "num_key_value_heads": size(32, null=None),
+    "sliding_window": size(4096, null=None),
+    "use_sliding_window": flag(False),
+}
 # The fields of each model_type.
 _FIELDS: dict[str, dict[str, Field]] = {
     "llama": {**_SHARED, "attention_bias": flag(False), "mlp_bias": flag(False)},
@@ -95,17 +107,10 @@ _FIELDS: dict[str, dict[str, Field]] = {
         "num_key_value_heads": size(8, null=None),
         "sliding_window": size(4096, null=None),
     },
-    "qwen2": {
-        **_SHARED,
-        "intermediate_size": size(22016),
-        "max_position_embeddings": size(32768),
-        "max_window_layers": size(28, least=0),
-        "num_key_value_heads": size(32, null=None),
-        "sliding_window": size(4096, null=None),
-        "use_sliding_window": flag(False),
-    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "attention_bias": flag(False), "head_dim": size(128)},
 }
-_TOKENS = {"llama": (1, 2), "mistral": (1, 2), "qwen2": (None, None)}  # bos and eos by default
+_TOKENS = {"llama": (1, 2), "mistral": (1, 2), "qwen2": (None, None), "qwen3": (None, None)}  # bos and eos by default
 _KINDS = ("default", "linear", "llama3", "yarn")
 _NEEDED = {"linear": ("factor",), "yarn": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 _ROPE = {
@@ -139,6 +144,8 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
         "num_kv_heads": value["num_key_value_heads"] or heads,
         "head_dim": value["head_dim"] or width // heads,
         "rotary": "half",
+        "qk_norm": "rms" if family == "qwen3" else "none",
+        "qk_norm_eps": norm_eps,
         "qkv_bias": biases or family == "qwen2",
         "out_bias": biases,
         "dropout": value["attention_dropout"],
@@ -171,7 +178,7 @@ def _windows(family: str, value: Mapping[str, Any]) -> list[int | None]:
     """The tokens that each layer sees; None: all."""
     num_layers, window = value["num_hidden_layers"], value.get("sliding_window")
     kinds = value["layer_types"]
-    if family != "qwen2":
+    if "use_sliding_window" not in value:
         kind = "full_attention" if window is None else "sliding_attention"
         if kinds and set(kinds) != {kind}:
             refuse(family, [f"layer_types is {quoted(kinds)}; accepted: {kind!r} for all, as its layers are alike"])

@@ -29,6 +29,7 @@ CONFIGS = {
     "llama": {**_ATTENTION, "model_type": "llama"},
     "mistral": {**_ATTENTION, "model_type": "mistral"},
     "qwen2": {**_ATTENTION, "model_type": "qwen2"},
+    "qwen3": {**_ATTENTION, "model_type": "qwen3", "head_dim": 8},
 }
 DEPTH = {"torchscale": "decoder_layers", "syncdoth": "decoder_layers"}
 EPS = {
@@ -44,7 +45,7 @@ def weights() -> dict[str, dict[str, torch.Tensor]]:
         "torchscale": torchscale_state(TORCHSCALE_ARGS),
         "syncdoth": torchscale_state(TORCHSCALE_ARGS, prefix="model.", head="lm_head.weight"),
     }
-    for name in ("mamba", "mamba2", "llama", "mistral", "qwen2"):
+    for name in ("mamba", "mamba2", "llama", "mistral", "qwen2", "qwen3"):
         config = transformers.AutoConfig.for_model(**CONFIGS[name])
         state = transformers.AutoModelForCausalLM.from_config(config).state_dict()
         if config.tie_word_embeddings:
@@ -206,6 +207,6 @@ def test_keys_that_change_the_mathematics_are_accepted_with_values_that_change_n
     neutral = {
         "attention_bias": False, "logits_scaling": 1.0, "num_experts": 1, "hidden_activation": "silu", "qk_norm": None
     }  # fmt: skip
-    for name in ("mistral", "qwen2", "mamba", "fla"):
+    for name in ("mistral", "qwen2", "qwen3", "mamba", "fla"):
         convert.load(write(tmp_path / name, weights[name], {**CONFIGS[name], **neutral}))
     assert not [w for w in recwarn if "unknown keys" in str(w.message)]

@@ -1,4 +1,4 @@
-"""Mamba, Mamba-2, Llama, Mistral and Qwen2 of transformers: the same weights give the same logits, token by token too.
+"""Mamba, Mamba-2, Llama, Mistral, Qwen2 and Qwen3 of transformers: equal weights give equal logits, stepwise too.
 
 Models are random, at unit gain, and saved and read as directories. transformers casts norms, rotary angles and the scan
 to float32 whatever the model's dtype; `float64_inside` widens these casts, so that float64 means it on both sides.
@@ -18,6 +18,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 import retnet.hf  # registers the classes  # noqa: F401
 from retnet.models.config import ModelConfig
@@ -74,6 +75,11 @@ CASES = {
             "attention_factor": 1.4,
         },
     },
+    "qwen3, windows": {
+        **_LLAMA, "model_type": "qwen3", "num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 10,
+        "attention_bias": True, "sliding_window": 3, "use_sliding_window": True, "rms_norm_eps": 1e-2,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }  # fmt: skip
 
 
@@ -88,8 +94,8 @@ class _Widened(SimpleNamespace):
 
 @pytest.fixture
 def float64_inside(monkeypatch):
-    peers = (modeling_llama, modeling_mistral, modeling_qwen2, modeling_mamba, modeling_mamba2)
-    for module in (*peers, modeling_rope_utils):
+    attention = (modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3)
+    for module in (*attention, modeling_mamba, modeling_mamba2, modeling_rope_utils):
         monkeypatch.setattr(module, "torch", _Widened())
     monkeypatch.setattr(Tensor, "float", Tensor.double)
 
@@ -211,7 +217,7 @@ def test_left_padded_prompts_give_the_logits_of_transformers(case, tmp_path):
             r"rope_parameters.mrope_section is \[2, 2\]; accepted",
         ),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; accepted: 1"),
-        ("llama", {"model_type": "gemma"}, "model_type is 'gemma'; accepted: llama, mistral, qwen2"),
+        ("llama", {"model_type": "gemma"}, "model_type is 'gemma'; accepted: llama, mistral, qwen2, qwen3"),
         ("qwen2, windows", {"layer_types": ["full_attention"]}, "layer_types has 1 entries; accepted: num_hidden_la"),
         ("qwen2, windows", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 4}, "without a window"),
     ],
@@ -230,7 +236,7 @@ def test_rotary_settings_of_transformers_4_are_read():
     assert (mixer.rotary_base, mixer.rotary_factor) == (500.0, 4.0)
 
 
-@pytest.mark.parametrize("case", ["llama, llama3", "llama, yarn", "mistral", "qwen2, windows"])
+@pytest.mark.parametrize("case", ["llama, llama3", "llama, yarn", "mistral", "qwen2, windows", "qwen3, windows"])
 def test_a_converted_directory_generates_as_transformers_does_through_every_interface(case, tmp_path):
     options = {**CASES[case], "eos_token_id": [2, 7]}
     theirs = peer(options, torch.float32)
@@ -272,7 +278,7 @@ def test_mistral_without_a_window_in_its_file_has_the_default_of_transformers():
     assert load(state, config={**options, "sliding_window": None}).config.layers[0].mixer.window is None
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "mamba2"])
+@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3, windows", "mamba2"])
 def test_a_configuration_of_transformers_may_be_given_as_the_object(case):
     theirs = peer(CASES[case], torch.float32)
     state = theirs.state_dict()
