@@ -30,7 +30,7 @@ def geometry(dtype: torch.dtype, width: int, tokens: int, channels: int, *, back
     per_thread = 16 // dtype.itemsize  # loads of 16 bytes
     if backward or width > 4:
         per_thread = min(per_thread, 4)
-    chosen = Geometry(segment=128, channels=per_thread * LANES, rows=4 if backward else 8)
+    chosen = Geometry(segment=128, channels=per_thread * LANES, rows=4 if backward and width > 4 else 8)
     return shortened(chosen, tokens, channels)
 
 
