@@ -24,6 +24,6 @@ def activation_gradient(dy, pre, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + exp(-x)) within 3e-7. exp2 is one instruction, exp is four; a squared root is two, a division is eight."""
+    """1 / (1 + exp(-x)) within 3e-7. exp2 is one instruction, exp four; a squared root two, a division eight."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
     return root * root
