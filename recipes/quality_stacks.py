@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from equal_parameters import with_equal_parameters
+from variants import with_decay_list, with_variant
 
 from retnet import ModelConfig
 from retnet.layers.attention import AttentionConfig
@@ -170,6 +171,13 @@ CHANGES: dict[str, Change] = {
     "conv2": _retention(conv_width=2),
     "conv3": _retention(conv_width=3),
     "no-rotary": _retention(rotary="none"),
+    "signed": partial(with_variant, signed=True),
+    "rotated": partial(with_variant, rotated=True),
+    "two-tap": partial(with_variant, two_tap=True),
+    "canon": partial(with_variant, canon=CONV_WIDTH),
+    "canon-silu": partial(with_variant, canon=CONV_WIDTH, canon_activation="silu"),
+    "alibi": partial(with_decay_list, by_layer=False),
+    "layer-decay": partial(with_decay_list, by_layer=True),
     "rms": partial(_norms, norm="rms"),
     "swiglu": partial(_feed_forwards, gated=True, activation="swish"),
     "heads6": partial(_heads, factor=2),
