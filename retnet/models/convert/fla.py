@@ -2,14 +2,18 @@
 
 Its rotary embedding has the "half" convention, its head norm is RMS with one weight shared by the heads, and it has no
 decay normalisation. Some of its layers may be softmax attention (`attn`). Early versions stored the gate and up
-projections of the feed-forward as one tensor. `use_short_conv` has no effect, because FLA's block does not pass it on.
+projections of the feed-forward as one tensor.
+
+`use_short_conv` has an effect only with the convolutions' tensors: FLA's block does not pass it on to its layer, but
+models with a block that does have them. Such models are read, and not written, as FLA would not build them.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from retnet.layers.attention import AttentionConfig
@@ -23,7 +27,6 @@ from retnet.models.convert.fields import (
     choice,
     depth,
     flag,
-    ignored,
     mapping,
     only,
     positive,
@@ -34,13 +37,15 @@ from retnet.models.convert.fields import (
     token_ids,
     unit_interval,
 )  # fmt: skip
-from retnet.models.convert.table import Format, Part, Table
+from retnet.models.convert.table import Format, Joined, Part, Table
+from retnet.models.tensor_files import Tensors
 from retnet.ops.retention import Mode
 from retnet.system.checks import is_integer, quoted
 
 _FUSED_NORM = "model.layers.{}.attn.g_norm_swish_gate.weight"
 _PLAIN_NORM = "model.layers.{}.attn.g_norm.weight"
 _GATE, _UP = "model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.mlp.up_proj.weight"
+_CONVOLUTIONS = "model.layers.{}.attn.[qkv]_conv1d.weight"
 NAMES: Table = {
     "embedding.weight": "model.embeddings.weight",
     "layers.{}.mixer_norm.weight": "model.layers.{}.attn_norm.weight",
@@ -51,6 +56,7 @@ NAMES: Table = {
     "layers.{}.mixer.k_proj.bias": "model.layers.{}.attn.k_proj.bias",
     "layers.{}.mixer.v_proj.bias": "model.layers.{}.attn.v_proj.bias",
     "layers.{}.mixer.gate_proj.weight": "model.layers.{}.attn.g_proj.weight",
+    "layers.{}.mixer.conv.weight": _CONVOLUTIONS,
     "layers.{}.mixer.head_norm_weight": (_FUSED_NORM, _PLAIN_NORM),
     "layers.{}.mixer.out_proj.weight": "model.layers.{}.attn.o_proj.weight",
     "layers.{}.feed_forward_norm.weight": "model.layers.{}.mlp_norm.weight",
@@ -72,6 +78,7 @@ _FIELDS = {
     "attn": mapping(),
     "attn_mode": choice("chunk", *_MODES),
     "attnres_block_size": only(None),
+    "conv_size": size(4),
     "elementwise_affine": flag(True),
     "expand_k": times(1.0),
     "expand_v": times(2.0),
@@ -88,10 +95,11 @@ _FIELDS = {
     "tie_word_embeddings": flag(False),
     "use_output_gate": flag(True),
     "vocab_size": size(),
-    # without effect on outputs: training, kernels, and a convolution that its block does not build
-    "conv_size": size(None), "fuse_cross_entropy": flag(False), "fuse_linear_cross_entropy": flag(False),
+    "use_short_conv": flag(False),
+    # without effect on outputs: training and kernels
+    "fuse_cross_entropy": flag(False), "fuse_linear_cross_entropy": flag(False),
     "fuse_norm": flag(False), "fuse_swiglu": flag(False), "max_position_embeddings": size(None),
-    "share_conv_kernel": flag(False), "use_l2warp": flag(False), "use_short_conv": ignored("true or false", bool),
+    "share_conv_kernel": flag(False), "use_l2warp": flag(False),
 }  # fmt: skip
 _ATTENTION = {
     "layers": Field(
@@ -111,12 +119,16 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
     """Their config.json as our configuration."""
     value = read("fla", source, _FIELDS)
     width, heads, norm_eps = value["hidden_size"], value["num_heads"], value["norm_eps"]
+    conv_width = value["conv_size"] if value["use_short_conv"] else None
+    if conv_width is not None and not 2 <= conv_width <= 8:
+        refuse("fla", [f"conv_size is {conv_width} with use_short_conv; accepted: 2 to 8"])
     retention = RetentionConfig(
         num_heads=heads,
         num_kv_heads=value["num_kv_heads"],
         key_dim=round(width * value["expand_k"]),
         value_dim=round(width * value["expand_v"]),
         rotary="half",
+        conv_width=conv_width,
         gate="swish" if value["use_output_gate"] else "none",
         head_norm="rms",
         head_norm_affine="shared" if value["elementwise_affine"] else "none",
@@ -266,11 +278,33 @@ def names(config: ModelConfig) -> Table:
     return NAMES if gated else {**NAMES, "layers.{}.mixer.head_norm_weight": _PLAIN_NORM}
 
 
+def joined(config: ModelConfig) -> Joined:
+    """The convolutions of q, k and v."""
+    mixer = next((x.mixer for x in config.layers if isinstance(x.mixer, RetentionConfig)), None)
+    if mixer is None or mixer.conv_width is None:
+        return {}
+    return {_CONVOLUTIONS: {_CONVOLUTIONS.replace("[qkv]", part): mixer.projected[part] for part in mixer.conv_on}}
+
+
+def settle(config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, set[str]]:
+    """The configuration, without convolutions if there are no tensors of any."""
+    if not joined(config) or any(name.endswith("_conv1d.weight") for name in tensors.specs):
+        return config, set()
+    warnings.warn("fla: use_short_conv has no effect: the weights include no convolution", stacklevel=5)
+    layers = tuple(
+        replace(x, mixer=replace(x.mixer, conv_width=None)) if isinstance(x.mixer, RetentionConfig) else x
+        for x in config.layers
+    )
+    return replace(config, layers=layers), set()
+
+
 FORMAT = Format(
     name="fla",
     names=names,
     config_of=config_of,
     marker="model.layers.0.attn_norm.weight",
     embedding="model.embeddings.weight",
+    joined=joined,
+    settle=settle,
     config_to=config_to,
 )

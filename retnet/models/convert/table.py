@@ -2,7 +2,8 @@
 
 A format is a table from our parameter names to theirs, and a function from their configuration to ours. Differences of
 convention (rotary frequencies, which half of a GLU takes the activation, norms, decay) are values of our configuration.
-So tensors are copied unchanged: a table only renames them, and cuts a fused tensor into its parts.
+So tensors are copied unchanged: a table only renames them, cuts a fused tensor into its parts, and joins parts that are
+one tensor here.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Part:
 # Our name ({} is the layer) -> theirs. Of several alternatives, the first that exists in the right shape is taken.
 Entry = str | Part | tuple[str | Part, ...]
 Table = Mapping[str, Entry]
+# The table's name of a joined tensor -> the names of its parts and the rows of each, in order.
+Joined = Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Format:
     names: the table for a configuration of ours.
     config_of: their configuration -> ours; raises ValueError for features that our models lack.
     marker: a tensor that only this format has. embedding: the tensor with one row per token of the vocabulary.
+    joined: their tensors that are one of ours together, for a configuration of ours; None: there are none.
     prefix: a prefix that complete checkpoints may put before every name.
     settle: reads the tensors that are not parameters; returns the configuration completed from them, and their names.
     config_to: our configuration -> theirs; raises ValueError for features that their models lack. None: only read.
@@ -56,6 +60,7 @@ class Format:
     config_of: Callable[[Mapping[str, Any]], ModelConfig]
     marker: str
     embedding: str
+    joined: Callable[[ModelConfig], Joined] | None = None
     prefix: str = ""
     settle: Callable[[ModelConfig, Tensors], tuple[ModelConfig, set[str]]] | None = None
     config_to: Callable[[ModelConfig], dict[str, Any]] | None = None
@@ -76,6 +81,7 @@ def in_our_names(format: Format, config: ModelConfig, theirs: Tensors) -> tuple[
         raise ValueError(
             f"these are not the weights of the configuration, read as {format.name}: {'; '.join(problems)}"
         )
+    theirs = _join(theirs, format.joined(config) if format.joined else {}, held_layers)
     config, consumed = format.settle(config, theirs) if format.settle else (config, set())
     wanted = stored_tensors(build_empty(config))
     consumed |= _tied_head(config, table, theirs)
@@ -113,6 +119,30 @@ def in_their_names(format: Format, config: ModelConfig, ours: Tensors) -> Tensor
         entry = _alternatives(name, table)[0]
         names[entry.name] = name
     return ours.renamed(names)
+
+
+def _join(theirs: Tensors, joined: Joined, layers: Collection[int]) -> Tensors:
+    """Their tensors, with each complete group of `joined` under one name. Other groups stay as they are."""
+    groups: dict[str, list[str]] = {}
+    specs = dict(theirs.specs)
+    for name, rows in joined.items():
+        for layer in layers:
+            whole, group = name.format(layer), {part.format(layer): count for part, count in rows.items()}
+            held = [specs[part] for part, count in group.items() if part in specs and specs[part].shape[:1] == (count,)]
+            kinds = {(x.dtype, x.layout, x.shape[1:]) for x in held}
+            if len(held) < len(group) or len(kinds) != 1 or held[0].layout is not torch.strided or whole in specs:
+                continue
+            groups[whole] = list(group)
+            for part in group:
+                del specs[part]
+            specs[whole] = held[0].new_empty(sum(group.values()), *held[0].shape[1:])
+    if not groups:
+        return theirs
+
+    def read(name: str) -> Tensor:
+        return torch.cat([theirs.read(part) for part in groups[name]]) if name in groups else theirs.read(name)
+
+    return Tensors(specs, read, theirs.extra)
 
 
 def _alternatives(name: str, table: Table) -> list[Part]:

@@ -151,7 +151,7 @@ def torchscale_logits(
 
 
 def fla_state(config: dict) -> dict[str, Tensor]:
-    """A random state dict of FLA's RetNetForCausalLM."""
+    """A random state dict of FLA's RetNetForCausalLM, with convolutions if its blocks pass `use_short_conv` on."""
     D, H, ffn = config["hidden_size"], config["num_heads"], config["intermediate_size"]
     K, V = int(D * config.get("expand_k", 1)), int(D * config.get("expand_v", 2))
     share = H // (config.get("num_kv_heads") or H)
@@ -172,6 +172,9 @@ def fla_state(config: dict) -> dict[str, Tensor]:
         else:
             widths = {"q": K, "k": K // share, "v": V // share} | ({"g": V} if gate else {})
             shapes[p + "attn.o_proj.weight"] = (D, V)
+            if config.get("use_short_conv"):
+                taps = (1, config.get("conv_size", 4))
+                shapes |= {f"{p}attn.{name}_conv1d.weight": (widths[name], *taps) for name in "qkv"}
             if affine:
                 shapes[f"{p}attn.{norm}.weight"] = (V // H,)
         shapes |= {f"{p}attn.{name}_proj.weight": (width, D) for name, width in widths.items()}
@@ -201,6 +204,10 @@ def fla_logits(state: dict[str, Tensor], config: dict, ids: Tensor) -> Tensor:
 
     def heads(x: Tensor, name: str, dim: int, count: int) -> Tensor:
         y = x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+        taps = w.get(name.replace("_proj", "_conv1d.weight"))
+        if taps is not None:  # the last tap is of the token itself
+            late = F.pad(y, (0, 0, taps.shape[-1] - 1, 0))
+            y = F.silu(sum(taps[:, 0, i] * late[:, i : i + T] for i in range(taps.shape[-1])))
         return y.unflatten(-1, (-1, dim)).transpose(1, 2).repeat_interleave(count // (y.shape[-1] // dim), 1)
 
     def retention(x: Tensor, p: str) -> Tensor:

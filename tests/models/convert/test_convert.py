@@ -202,6 +202,46 @@ def test_fla_round_trip_is_bit_identical(tmp_path, options):
         assert all(torch.equal(original[name], written[name]) for name in original)
 
 
+CONVOLUTIONS = {
+    "plain": {},
+    "shared keys": {"num_kv_heads": 2, "conv_size": 3, "expand_k": 0.5},
+    "hybrid": {"attn": ATTENTION},
+}
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_fla_convolutions_of_q_k_and_v_become_one(tmp_path, options):
+    wanted = write_fla(tmp_path / "theirs", use_short_conv=True, **options)
+    model = convert.load(tmp_path / "theirs")
+    assert model.config.layers[0].mixer.conv_width == options.get("conv_size", 4)
+    assert_equal_logits(model, wanted)
+
+
+def test_fla_models_whose_blocks_build_no_convolution_have_none():
+    with pytest.warns(UserWarning, match="use_short_conv has no effect: the weights include no convolution"):
+        model = convert.load(fla_state(FLA_CONFIG), config=FLA_CONFIG | {"use_short_conv": True})
+    assert model.config == convert.load(fla_state(FLA_CONFIG), config=FLA_CONFIG).config
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        ({"k": None}, "q_conv1d"),
+        ({"k": torch.zeros(32, 1, 3)}, "k_conv1d"),
+        ({"k": torch.zeros(33, 1, 4), "q": torch.zeros(31, 1, 4)}, "k_conv1d"),
+        ({"q": torch.zeros(())}, "q_conv1d"),
+        ({"v": torch.zeros(64, 1, 4, dtype=torch.float64)}, "v_conv1d"),
+    ],
+    ids=["missing", "other width", "other channels", "scalar", "other dtype"],
+)
+def test_fla_convolutions_that_do_not_fit_are_named(change, left):
+    config = FLA_CONFIG | {"use_short_conv": True}
+    state = fla_state(config) | {f"model.layers.0.attn.{part}_conv1d.weight": x for part, x in change.items()}
+    message = rf"0.attn.\[qkv\]_conv1d.weight is missing; .*0.attn.{left}.weight is left over"
+    with pytest.raises(ValueError, match=message):
+        convert.load({name: x for name, x in state.items() if x is not None}, config=config)
+
+
 def test_fla_early_checkpoints_store_gate_and_up_as_one(tmp_path):
     state = fla_state(FLA_CONFIG)
     for i in range(3):
@@ -222,6 +262,7 @@ def test_fla_intermediate_size_follows_from_the_ratio():
     [
         ({"feature_map": "elu"}, "feature_map is 'elu'; accepted: None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; accepted: 'swish'"),
+        ({"use_short_conv": True, "conv_size": 9}, "conv_size is 9 with use_short_conv; accepted: 2 to 8"),
         ({"attn_mode": "triton"}, "attn_mode is 'triton'; accepted: chunk"),
         ({"model_type": "gla"}, "model_type is 'gla'; accepted: 'retnet'"),
         ({"attn": {"num_heads": 4}}, "attn: layers is missing; accepted: a list of layer numbers"),
@@ -299,6 +340,9 @@ def change(config: ModelConfig, **changes) -> ModelConfig:
         {"decay": "gated"},
         {"learnable_decay": True},
         {"decay_norm": True},
+        {"conv_width": 4},
+        {"qk_norm": "rms"},
+        {"gate": "sigmoid"},
         {"head_norm": "layer"},
         {"head_norm_affine": "per_head"},
         {"head_norm_affine": "none"},
