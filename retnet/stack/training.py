@@ -33,9 +33,12 @@ def training_defaults(spec: Spec, given: Collection[str] = ()) -> dict[str, Any]
     if "lr_floor_ratio" in known and "lr_scheduler_type" not in given:
         values["lr_scheduler_type"] = "cosine_with_min_lr"
         values["lr_scheduler_kwargs"] = {"min_lr_rate": hints.lr_floor_ratio}
-    if hints.optimizer != "adamw" and "optim" not in given:
+    if hints.optimizer == "muon":
+        values["optim"] = "muon"
+    elif hints.optimizer != "adamw" and "optim" not in given:
         raise ValueError(
-            f"training_hints.optimizer is {hints.optimizer}; `retnet train` accepts adamw there (optim=... overrides)"
+            f"training_hints.optimizer is {hints.optimizer}; `retnet train` accepts adamw and muon there "
+            "(optim=... overrides)"
         )
     return {field: value for field, value in values.items() if field not in given}
 

@@ -32,6 +32,7 @@ from retnet.train.optimizer import decayed_parameters
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon: the slope at 0 is as large as it can be
 NORM_EPS = 1e-7
+_STEP = ("lr", "weight_decay", "ns_steps")  # options of a group that differ between batches
 _BATCH_ELEMENTS = 2**27  # of the matrices that are orthogonalised together: bounds the memory for copies
 
 
@@ -87,9 +88,8 @@ class Muon(Optimizer):
                 self._adamw(group, params)
                 continue
             for change in self._changes(group, params):
-                key = _Kind(
-                    tuple(change.whole.shape[1:]), change.weight.device, change.weight.dtype, *_step_sizes(group)
-                )
+                size, weight = tuple(change.whole.shape[1:]), change.weight
+                key = _Kind(size, weight.device, weight.dtype, change.is_shared, *(group[name] for name in _STEP))
                 batches[key].append(change)
         for kind, changes in batches.items():
             for batch in _bounded(changes):
@@ -144,7 +144,7 @@ class Muon(Optimizer):
     def _apply(self, kind: _Kind, changes: list[_Change]) -> None:
         wholes = torch.cat([change.whole for change in changes]).to(self._dtype(changes[0].whole))
         ns_steps = kind.ns_steps
-        if self.process_group is None:
+        if self.process_group is None or not kind.is_shared:
             directions = orthogonalize(wholes, ns_steps)
         else:
             directions = _shared(wholes, ns_steps, self.process_group)
@@ -172,22 +172,23 @@ class _Kind(NamedTuple):
     shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
+    is_shared: bool
     lr: float
     weight_decay: float
     ns_steps: int
 
 
-def _step_sizes(group: dict[str, Any]) -> tuple[float, float, int]:
-    return float(group["lr"]), float(group["weight_decay"]), group["ns_steps"]
-
-
 @dataclass
 class _Change:
-    """whole [n, A, B]: matrices to orthogonalise. weight: the view of a parameter that whole[region] changes."""
+    """whole [n, A, B]: matrices to orthogonalise. weight: the view of a parameter that whole[region] changes.
+
+    is_shared: all processes of the group have these matrices; not if each holds experts of its own.
+    """
 
     whole: Tensor
     weight: Tensor
     region: tuple[slice, ...]
+    is_shared: bool
 
 
 def _local(x: Tensor) -> Tensor:
@@ -196,11 +197,13 @@ def _local(x: Tensor) -> Tensor:
 
 def _matrices(p: Tensor, update: Tensor, parts: tuple[int, ...] | None, dtype: torch.dtype) -> Iterator[_Change]:
     """update: what this process holds of p's. A sharded matrix is gathered, in the dtype of the iteration."""
-    weight, starts = _local(p), (0,) * p.ndim
+    weight, starts, is_shared = _local(p), (0,) * p.ndim, True
     if isinstance(p, DTensor):
         placements = p.placements
         whole_experts = p.ndim == 3 and all(x.is_replicate() or x.is_shard(0) for x in placements)
-        if not whole_experts:
+        if whole_experts:
+            is_shared = False
+        else:
             _, starts = compute_local_shape_and_global_offset(p.shape, p.device_mesh, placements)
             shape = {"shape": p.shape, "stride": p.stride()}
             update = DTensor.from_local(update.to(dtype), p.device_mesh, placements, **shape).full_tensor()
@@ -215,7 +218,9 @@ def _matrices(p: Tensor, update: Tensor, parts: tuple[int, ...] | None, dtype: t
             slice(top - first, bottom - first),
             slice(starts[2], starts[2] + weight.shape[2]),
         )
-        yield _Change(update[:, first : first + rows], weight[:, top - starts[1] : bottom - starts[1]], region)
+        yield _Change(
+            update[:, first : first + rows], weight[:, top - starts[1] : bottom - starts[1]], region, is_shared
+        )
         first += rows
 
 
@@ -256,7 +261,7 @@ def _shared(x: Tensor, steps: int, processes: dist.ProcessGroup) -> Tensor:
     done = x.new_zeros(share, *x.shape[1:])
     done[: len(own)] = orthogonalize(own, steps)
     out = x.new_empty(world * share, *x.shape[1:])
-    dist.all_gather_into_tensor(out, done, group=processes)
+    dist.all_gather(list(out.split(share)), done, group=processes)
     return out[: len(x)]
 
 

@@ -1,8 +1,9 @@
-"""Parameter groups (weight decay, routers with a learning rate of their own), and a check of schedules."""
+"""Parameter groups (weight decay, routers with a learning rate of their own), and schedules: defaults and a check."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from retnet.layers.moe import ExpertLinear, MoE
 
+DECAY_SHARE = 0.2  # of the steps, in the decay of `warmup_stable_decay`
 _PROBES = 100  # steps at which a schedule is tried
 
 
@@ -31,6 +33,25 @@ def separate_routers(optimizer: torch.optim.Optimizer, model: nn.Module, lr_mult
         if moved:
             group["params"] = [p for p in group["params"] if id(p) not in routers]
             optimizer.add_param_group({**group, "params": moved, "lr": lr_multiplier * group["lr"]})
+
+
+def complete_schedule(
+    kind: str, arguments: dict[str, Any] | None, warmup_steps: int, num_steps: int
+) -> dict[str, Any] | None:
+    """The arguments of a schedule: `warmup_stable_decay` falls linearly to 0 in the last fifth unless they say else.
+
+    Its num_decay_steps below 1 is a share of the run, as for warmup_steps. Raises ValueError if the run is too short.
+    """
+    if kind != "warmup_stable_decay":
+        return arguments
+    values = {"num_decay_steps": DECAY_SHARE, "decay_type": "linear"} | (arguments or {})
+    decay = values["num_decay_steps"]
+    if not isinstance(decay, int | float) or not 0 <= decay < math.inf or (decay > 1 and decay != int(decay)):
+        raise ValueError(f"num_decay_steps is {decay!r}; accepted: a share of the run below 1, or a number of steps")
+    steps = math.ceil(decay * num_steps) if decay < 1 else int(decay)
+    if warmup_steps + steps > num_steps:
+        raise ValueError(f"{warmup_steps} steps of warm-up and {steps} of decay are more than the run's {num_steps}")
+    return values | {"num_decay_steps": steps}
 
 
 def check_schedule(scheduler: LRScheduler, num_steps: int) -> None:

@@ -23,6 +23,7 @@ from retnet.stack.document import MAX_BYTES, Document, compose
 from retnet.stack.errors import StackError
 from retnet.stack.resolve import STACK_SUFFIXES, resolve_stack
 from retnet.stack.training import router_lr_multiplier, training_defaults
+from retnet.train.muon_recipe import MUON, MuonArgs
 
 # The optimizer's values are the paper's (section 3.1 and its table of hyperparameters: betas, weight decay, clipping,
 # linear decay). The others make sure that a run keeps its work and reports its failures.
@@ -131,10 +132,15 @@ class Recipe(BaseModel):
         # Without an accelerator, pinning memory only causes a warning, and bf16 and gloo need an explicit use_cpu.
         device = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
         values: dict[str, Any] = {**device, **self.training}
+        is_muon = values.get("optim") == MUON
+        left_out = (*_COMPILE, "optim") if is_muon else _COMPILE
         try:
-            return TrainingArguments(**{key: value for key, value in values.items() if key not in _COMPILE})
+            arguments = TrainingArguments(**{key: value for key, value in values.items() if key not in left_out})
         except (ImportError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"TrainingArguments does not accept these values: {error}") from error
+        if is_muon:  # a name that transformers does not have
+            arguments.optim = MUON
+        return arguments
 
     @property
     def compile_options(self) -> dict[str, str] | None:
@@ -209,6 +215,11 @@ def _unusable(training: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} is {value}; accepted: {minimum:g} or more{also}")
         elif key in _POSITIVE and value <= 0:
             problems.append(f"{key} is {value}; accepted: a number above 0")
+    if training.get("optim") == MUON:
+        try:
+            MuonArgs.parse(training.get("optim_args"))
+        except ValueError as error:
+            problems.append(str(error))
     if training.get("output_dir") == "":
         problems.append("output_dir is empty; accepted: a folder")
     best = training.get("metric_for_best_model")

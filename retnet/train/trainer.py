@@ -31,7 +31,8 @@ from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainB
 from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged
 from retnet.train.hooks import TrainingHooks, epoch_validation_follows
 from retnet.train.losses import LossWatch, NonFiniteLoss, all_finite
-from retnet.train.optimizer import check_schedule, decayed_parameters, separate_routers
+from retnet.train.muon_recipe import muon_cls_and_kwargs
+from retnet.train.optimizer import check_schedule, complete_schedule, decayed_parameters, separate_routers
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.resume import ProcessState, read_run, save_run
 from retnet.train.stopping import ProcessConsensus, RunClock, Terminated, TerminationSignal
@@ -72,7 +73,14 @@ class PackedTrainer(Trainer):
         self.rows, self.valid_rows, self.options = RowStream(train_rows), valid_rows, options
         # The Trainer requires a validation set; `evaluate` uses `valid_rows`.
         valid = RowStream(next(iter(valid_rows.values())))
-        super().__init__(model=model, args=args, train_dataset=self.rows, eval_dataset=valid, callbacks=callbacks)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self.rows,
+            eval_dataset=valid,
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=muon_cls_and_kwargs(args),  # type: ignore[arg-type]
+        )
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingHooks(self))
         self.consensus, self.signal = ProcessConsensus(), TerminationSignal(announces=args.process_index == 0)
@@ -228,17 +236,20 @@ class PackedTrainer(Trainer):
         return decayed_parameters(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        args, arguments = self.args, cast(dict[str, Any] | None, self.args.lr_scheduler_kwargs)
+        given, warmup = args.to_dict()["lr_scheduler_type"], args.get_warmup_steps(num_training_steps)
         try:
+            args.lr_scheduler_kwargs = complete_schedule(given, arguments, warmup, num_training_steps)
             scheduler = super().create_scheduler(num_training_steps, optimizer)
             check_schedule(scheduler, num_training_steps)
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            given, arguments = self.args.to_dict()["lr_scheduler_type"], self.args.lr_scheduler_kwargs
             raise ValueError(
                 f"lr_scheduler_type is {given!r} with lr_scheduler_kwargs {arguments!r}, which cannot be made: {error}"
             ) from error
+        finally:
+            args.lr_scheduler_kwargs = arguments
         if self.options.max_minutes is not None:
             if not isinstance(scheduler, LambdaLR):
-                given = self.args.to_dict()["lr_scheduler_type"]
                 raise ValueError(
                     f"lr_scheduler_type is {given} with max_minutes; accepted there: a schedule that is a function of "
                     "the step, such as linear or cosine"

@@ -51,8 +51,16 @@ def test_hints_become_fields_of_training_arguments(tmp_path):
 
 
 def test_an_unsupported_optimizer_is_refused():
-    with pytest.raises(ValueError, match="optimizer is muon"):
-        training_defaults(stack(more="training_hints: {optimizer: muon}\n").spec)
+    with pytest.raises(ValueError, match="optimizer is hybrid; `retnet train` accepts adamw and muon"):
+        training_defaults(stack(more="training_hints: {optimizer: hybrid}\n").spec)
+
+
+def test_the_optimizer_of_a_stack_is_that_of_its_recipe(tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_text(changed(more="training_hints: {optimizer: muon}\n"))
+    assert load_recipe(None, [f"model={path}", "data=stdlib"]).training_arguments().optim == "muon"
+    given = load_recipe(None, [f"model={path}", "data=stdlib", "optim=adamw_torch"])
+    assert given.training_arguments().optim == "adamw_torch"
 
 
 def test_values_from_the_user_override_hints():

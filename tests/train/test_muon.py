@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,3 +236,19 @@ def test_numbers_out_of_range_are_refused(options, message):
 def test_groups_that_cannot_be_trained_are_refused(group, message):
     with pytest.raises(ValueError, match=message):
         Muon([group])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_three_processes_train_as_one(kind):
+    """Parts across shards, experts of which a process has none, vectors: three is odd for all of them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", f"--master_port={port}"]
+    script = Path(__file__).with_name("muon_processes.py")
+    places = os.pathsep.join([str(script.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
+    done = subprocess.run([*launch, str(script), kind], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "equal"

@@ -1,0 +1,100 @@
+"""`optim=muon` of a recipe: its `optim_args`, and the factory that makes the optimizer for the Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import TrainingArguments
+
+from retnet.train.muon import Muon, muon_groups
+
+MUON = "muon"  # value of `optim`
+NS_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonArgs:
+    """The keys of `optim_args`.
+
+    adamw_lr_multiplier: the rate of AdamW's parameters, relative to Muon's. ns_dtype: of the Newton-Schulz iteration;
+    "auto" is bfloat16 on a GPU and float32 on a CPU.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    ns_dtype: str = "auto"
+    adamw_lr_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; accepted: 0 or more, and below 1")
+        if not 1 <= self.ns_steps < 100:
+            raise ValueError(f"ns_steps is {self.ns_steps}; accepted: 1 to 99")
+        if self.ns_dtype not in NS_DTYPES:
+            raise ValueError(f"ns_dtype is {self.ns_dtype!r}; accepted: {', '.join(NS_DTYPES)}")
+        if not 0 <= self.adamw_lr_multiplier < math.inf:
+            raise ValueError(f"adamw_lr_multiplier is {self.adamw_lr_multiplier}; accepted: 0 or more")
+
+    @classmethod
+    def parse(cls, text: str | None) -> MuonArgs:
+        """From "momentum=0.9, ns_steps=6"; ValueError names what is not accepted."""
+        values: dict[str, Any] = {}
+        known = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        for setting in (text or "").replace(" ", "").split(",") if text else ():
+            key, equals, value = setting.partition("=")
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+                hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(known)}"
+                raise ValueError(f"unknown key {key!r} in optim_args of muon, {hint}")
+            if key in values:
+                raise ValueError(f"{key} is given twice in optim_args; accepted: once")
+            values[key] = _value(known[key], key, value if equals else "")
+        return cls(**values)
+
+
+def _value(kind: type, key: str, text: str) -> Any:
+    if kind is str:
+        return text
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError) as error:
+        accepted = {bool: "true or false", int: "an integer", float: "a number"}[kind]
+        raise ValueError(f"{key} is {text!r} in optim_args of muon; accepted: {accepted}") from error
+
+
+class MuonFactory:
+    """An optimizer factory of transformers: called with the model and the second value of `muon_cls_and_kwargs`."""
+
+    def __call__(self, model: nn.Module, settings: MuonArgs, lr: float, weight_decay: float, **options: Any) -> Muon:
+        groups = muon_groups(model, lr, weight_decay, settings.adamw_lr_multiplier)
+        return Muon(
+            groups,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            ns_steps=settings.ns_steps,
+            ns_dtype=NS_DTYPES[settings.ns_dtype],
+            **options,
+        )
+
+
+def muon_cls_and_kwargs(args: TrainingArguments) -> tuple[type[MuonFactory], dict[str, Any]] | None:
+    """The Trainer's `optimizer_cls_and_kwargs`; None for another optimizer. Raises ValueError as `MuonArgs.parse`."""
+    if args.optim != MUON:
+        return None
+    return MuonFactory, {
+        "settings": MuonArgs.parse(args.optim_args),
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "process_group": dist.group.WORLD if args.world_size > 1 else None,
+    }
