@@ -58,9 +58,38 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(layer(x, None, layout)[0], layer(x, None, layout)[0])
 
 
+@pytest.mark.parametrize("gate", ["sigmoid", "none"])
+@pytest.mark.parametrize("qk_norm", ["rms", "l2"])
+@torch.no_grad()
+def test_norms_of_q_and_k_and_the_gate_are_their_formulas(qk_norm, gate):
+    K, eps = 6, 0.03
+    config = AttentionConfig(4, 2, head_dim=K, rotary="none", qk_norm=qk_norm, qk_norm_eps=eps, gate=gate)
+    layer, x = Attention(config, 8).double(), torch.randn(2, 9, 8, dtype=torch.float64)
+    if qk_norm == "rms":
+        for weight in (layer.q_norm_weight, layer.k_norm_weight):
+            weight.normal_()
+    q, k, v = ((x @ p.weight.T).unflatten(-1, (-1, K)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    if qk_norm == "rms":
+        q, k = (
+            y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * w
+            for y, w in ((q, layer.q_norm_weight), (k, layer.k_norm_weight))
+        )
+    else:
+        q, k = (y / (y.square().sum(-1, keepdim=True) + eps).sqrt() for y in (q, k))
+    k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) / K**0.5
+    scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
+    out = torch.einsum("bhij,bjhk->bihk", scores.softmax(-1), v).flatten(-2)
+    if gate == "sigmoid":
+        out = out * torch.sigmoid(x @ layer.gate_proj.weight.T)
+    y = layer(x, None, TokenLayout.of((2, 9), x.device))[0]
+    torch.testing.assert_close(y, out @ layer.out_proj.weight.T, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"qk_norm_eps": -1e-6}, "qk_norm_eps is -1e-06; accepted: a number of at least 0"),
         ({"num_kv_heads": 3}, "num_kv_heads is 3; accepted: a divisor of num_heads"),
         ({"head_dim": 5}, "head_dim is 5; accepted: an even number"),
         ({"window": 0}, "window is 0"),

@@ -24,7 +24,14 @@ TOLERANCE = 1e-10
 CASES: dict[str, MixerConfig] = {
     "retention": RetentionConfig(2, key_dim=8, value_dim=12),
     "gated retention": RetentionConfig(2, key_dim=8, value_dim=12, decay="gated"),
+    "retention, convolution, unit q and k": RetentionConfig(2, 8, 12, conv_width=4, qk_norm="l2"),
+    "retention, convolution of q and v, normed q and k": RetentionConfig(
+        2, 8, 12, decay="gated", gated_start="paper", conv_width=3, conv_on=("q", "v"), qk_norm="rms", gate="sigmoid"
+    ),
     "attention": AttentionConfig(4, 4, head_dim=6),
+    "attention, normed q and k, gate": AttentionConfig(4, 2, head_dim=6, qk_norm="rms", gate="sigmoid"),
+    "attention, unit q and k in a window": AttentionConfig(4, 2, head_dim=6, qk_norm="l2", window=4),
+    "attention without positions": AttentionConfig(2, 1, head_dim=5, rotary="none", qk_norm="rms", gate="sigmoid"),
     "grouped attention with bias": AttentionConfig(
         4, 2, head_dim=6, rotary="interleaved", qkv_bias=True, out_bias=True
     ),
@@ -66,6 +73,9 @@ def unit_gain(config: MixerConfig) -> nn.Module:
                 module.weight.normal_(std=module.in_features**-0.5, generator=generator)
                 if module.bias is not None and module.bias.abs().sum() == 0:
                     module.bias.normal_(generator=generator)
+        for name, weight in layer.named_parameters():
+            if name in ("q_norm_weight", "k_norm_weight"):
+                weight.normal_(generator=generator)
     return layer.eval()
 
 
