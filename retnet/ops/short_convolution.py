@@ -3,10 +3,9 @@
     y_t = activation(bias + sum_i weight_i x_{t - (W - 1) + i})        i = 0 .. W - 1
 
 Mamba, Hyena and retention use it. On a GPU, `retnet/kernels/convolution` computes it, and its backward computes the sum
-again: only x is kept. Elsewhere it is W multiply-adds over shifted views: for a width of 4 on a CPU that is as fast as
-PyTorch's depthwise convolution forward, and two to three times as fast with its backward in float32 and bfloat16.
-There, a packed row is spread out so that the W - 1 inputs before each document precede it, without a loop over
-documents.
+again: only x is kept. Elsewhere it is W multiply-adds over shifted views: for a width of 4 on one core that is as fast
+as PyTorch's depthwise convolution forward, and 1.6 to 2 times as fast with its backward in float32. There, a packed row
+is spread out so that the W - 1 inputs before each document precede it, without a loop over documents.
 """
 
 from functools import partial
@@ -62,10 +61,9 @@ def _plain_convolution(
     """The convolution as multiply-adds over shifted views."""
     past = weight.shape[-1] - 1
     num_sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    if recent is None:
-        recent = x.new_zeros(num_sequences, past, x.shape[-1])
+    recent = x.new_zeros(num_sequences, past, x.shape[-1]) if recent is None else recent.to(x.dtype)
     if cu_seqlens is None:
-        spread = torch.cat([recent.to(x.dtype), x], 1)
+        spread = torch.cat([recent, x], 1)
         return _taps(spread, weight, bias, activation), spread[:, spread.shape[1] - past :]
     bounds = cu_seqlens.long()
     tokens, sequences = torch.arange(x.shape[1], device=x.device), torch.arange(num_sequences, device=x.device)
@@ -74,7 +72,7 @@ def _plain_convolution(
     starts = (bounds[:-1] + sequences * past)[:, None] + torch.arange(past, device=x.device)
     ends = starts + bounds.diff()[:, None]
     spread = x.new_zeros(x.shape[1] + num_sequences * past, x.shape[2])
-    spread = spread.index_copy(0, starts.flatten(), recent.flatten(0, 1).to(x.dtype))
+    spread = spread.index_copy(0, starts.flatten(), recent.flatten(0, 1))
     spread = spread.index_copy(0, tokens + (document + 1) * past, x[0])
     y = _taps(spread[None], weight, bias, activation)[0].index_select(0, tokens + document * past)
     return y[None], spread.index_select(0, ends.flatten()).unflatten(0, (num_sequences, past))
@@ -82,36 +80,63 @@ def _plain_convolution(
 
 def _taps(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     """[B, T + W - 1, C] -> [B, T, C]."""
+    if torch.compiler.is_compiling() or transforms_active():
+        return _plain_taps(x, weight, bias, activation)
+    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, weight, bias)):
+        return _Taps.apply(x, weight, bias, activation)
+    pre = _multiply_add(x, weight, bias)
+    y = F.silu(pre, inplace=True) if activation == "silu" else pre
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _plain_taps(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    """In operators that have every derivative, which torch's silu has not."""
+    pre = _multiply_add(x, weight, bias)
+    if activation == "silu":
+        pre = F.silu(pre) if torch.compiler.is_compiling() else pre * pre.sigmoid()
+    return pre.to(x.dtype)
+
+
+def _multiply_add(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     num_tokens = x.shape[1] - weight.shape[-1] + 1
     first, *others = weight[:, 0].unbind(-1)
-    y = x[:, :num_tokens] * first if bias is None else torch.addcmul(bias, x[:, :num_tokens], first)
+    total = x[:, :num_tokens] * first if bias is None else torch.addcmul(bias, x[:, :num_tokens], first)
     for i, tap in enumerate(others, 1):
-        y = torch.addcmul(y, x[:, i : i + num_tokens], tap)
-    y = y.to(x.dtype)
-    if activation == "none":
-        return y
-    if torch.compiler.is_compiling():
-        return F.silu(y)
-    if transforms_active():
-        return y * y.sigmoid()
-    return _Silu.apply(y) if y.requires_grad else F.silu(y, inplace=True)
+        total = torch.addcmul(total, x[:, i : i + num_tokens], tap)
+    return total
 
 
-class _Silu(torch.autograd.Function):
-    """silu with every derivative of its gradient; that of torch has no tangents."""
+class _Taps(torch.autograd.Function):
+    """`_plain_taps` whose gradient is a few sums in place: autograd's has a zeroed copy of x per tap."""
 
     @staticmethod
-    def forward(ctx, pre):
-        ctx.save_for_backward(pre)
-        return F.silu(pre)
+    def forward(ctx, x, weight, bias, activation):
+        pre = _multiply_add(x, weight, bias)
+        silu = activation == "silu"
+        ctx.save_for_backward(x, weight, bias, pre if silu else None)
+        ctx.activation = activation
+        return (F.silu(pre) if silu else pre).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (pre,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or has_tangent(dy):
-            gate = pre.sigmoid()
-            return dy * (gate * (1 + pre * (1 - gate)))
-        return torch.ops.aten.silu_backward(dy, pre)
+        x, weight, bias, pre = ctx.saved_tensors
+        if torch.is_grad_enabled() or needs_plain_form(dy):
+
+            def plain(x, weight, bias):
+                return [_plain_taps(x, weight, bias, ctx.activation)]
+
+            return *plain_gradients(plain, (x, weight, bias), ctx.needs_input_grad[:3], (dy,)), None
+        need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
+        dpre = dy if pre is None else torch.ops.aten.silu_backward(dy.to(pre.dtype), pre)
+        num_tokens, dx, dtaps = dy.shape[1], x.new_zeros(x.shape) if need_dx else None, []
+        buffer = torch.empty_like(dpre)
+        for i, tap in enumerate(weight[:, 0].unbind(-1)):
+            if dx is not None:
+                dx[:, i : i + num_tokens].addcmul_(dpre, tap)
+            if need_dweight:
+                dtaps.append(torch.mul(dpre, x[:, i : i + num_tokens], out=buffer).sum((0, 1)))
+        dweight = torch.stack(dtaps, 1)[:, None].to(weight.dtype) if need_dweight else None
+        return dx, dweight, dpre.sum((0, 1)).to(bias.dtype) if need_dbias else None, None
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
