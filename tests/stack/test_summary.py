@@ -31,6 +31,12 @@ def test_parameters_are_those_of_the_built_block():
     [
         ("type: attention", "attention", None),
         ("type: attention\n      attention: {window: 16}", "attention, window 16", (16.0,)),
+        (
+            "type: attention\n      attention: {vendor.retnet.rope: false, vendor.retnet.qk_norm: rms, "
+            "vendor.retnet.gate: sigmoid}",
+            "attention, no rotation, rms norm of q and k, sigmoid gate",
+            None,
+        ),
         ("type: mamba", "mamba2, state 64", None),
         ("type: mamba\n      mamba: {variant: mamba1, d_state: 16}", "mamba1, state 16", None),
         ("type: hyena\n      hyena: {depth: 3}", "hyena, order 3", None),

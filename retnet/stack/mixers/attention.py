@@ -55,7 +55,13 @@ class Attention(MixerSettings):
         )
 
     def words(self, name: str) -> str:
-        return name if self.window is None else f"{name}, window {self.window}"
+        parts = {
+            f"window {self.window}": self.window is not None,
+            "no rotation": not self.rope,
+            f"{self.qk_norm} norm of q and k": self.qk_norm != "none",
+            f"{self.gate} gate": self.gate != "none",
+        }
+        return ", ".join([name, *(part for part, given in parts.items() if given)])
 
     def faults(self, model: Model | None, embedding: Embedding | None) -> Iterator[Fault]:
         if self.window_dilation > 1:
