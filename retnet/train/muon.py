@@ -32,7 +32,6 @@ from retnet.train.optimizer import decayed_parameters
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon: the slope at 0 is as large as it can be
 NORM_EPS = 1e-7
-_STEP = ("lr", "weight_decay", "ns_steps")  # options of a group that differ between batches
 _BATCH_ELEMENTS = 2**27  # of the matrices that are orthogonalised together: bounds the memory for copies
 
 
@@ -88,9 +87,7 @@ class Muon(Optimizer):
                 self._adamw(group, params)
                 continue
             for change in self._changes(group, params):
-                size, weight = tuple(change.whole.shape[1:]), change.weight
-                key = _Kind(size, weight.device, weight.dtype, change.is_shared, *(group[name] for name in _STEP))
-                batches[key].append(change)
+                batches[_kind(group, change)].append(change)
         for kind, changes in batches.items():
             for batch in _bounded(changes):
                 self._apply(kind, batch)
@@ -176,6 +173,12 @@ class _Kind(NamedTuple):
     lr: float
     weight_decay: float
     ns_steps: int
+
+
+def _kind(group: dict[str, Any], change: _Change) -> _Kind:
+    shape, weight = tuple(change.whole.shape[1:]), change.weight
+    options = float(group["lr"]), group["weight_decay"], group["ns_steps"]
+    return _Kind(shape, weight.device, weight.dtype, change.is_shared, *options)
 
 
 @dataclass
