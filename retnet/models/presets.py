@@ -1,11 +1,18 @@
-"""Presets: the model sizes of the paper (Table 2 of arXiv 2307.08621) and smaller ones, by name.
+"""Presets: the model sizes of the paper (Table 2 of arXiv 2307.08621) and smaller ones, by name, each in several forms.
 
-Every layer has 12 D^2 weights: retention 8 D^2 with values of width 2 D, feed-forward 4 D^2 with hidden width 2 D. Each
-name also exists with `-gated` (data-dependent decay).
+    retnet-125m          the paper's form: decays fixed per head
+    retnet-125m-gated    decays that depend on the token
+    retnet-125m-conv     the same with a short convolution on q, k and v: the best retention without attention
+    retnet-125m-hybrid   the same with attention in every fourth layer: the best of all at equal parameters
+
+A layer of the paper has 12 D^2 weights: retention 8 D^2 with values of width 2 D, feed-forward 4 D^2 with hidden width
+2 D. The other forms have as many in total.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
@@ -21,6 +28,24 @@ SIZES = {
     "retnet-13b": (40, 5120, 20),
 }
 GPT2_VOCAB_SIZE = 50304  # GPT-2's 50257, rounded up to a multiple of 64
+ATTENTION_EVERY = 4  # layers; the last layer of a hybrid is attention
+
+
+@dataclass(frozen=True)
+class Form:
+    """The values in which a form differs from the paper's."""
+
+    gated: bool = False
+    conv_width: int | None = None
+    hybrid: bool = False
+
+
+FORMS = {
+    "": Form(),
+    "-gated": Form(gated=True),
+    "-conv": Form(gated=True, conv_width=4),
+    "-hybrid": Form(gated=True, conv_width=4, hybrid=True),
+}
 
 
 def retnet_config(
@@ -29,31 +54,40 @@ def retnet_config(
     d_model: int,
     num_heads: int,
     *,
-    gated: bool = False,
+    form: Form = FORMS[""],
     vocab_size: int = GPT2_VOCAB_SIZE,
     **options,
 ) -> ModelConfig:
-    """The paper's architecture at any size; `options` are fields of ModelConfig."""
-    mixer = RetentionConfig(num_heads, key_dim=d_model, value_dim=2 * d_model, decay="gated" if gated else "paper")
-    layer = BlockConfig(mixer, FeedForwardConfig(2 * d_model))
-    return ModelConfig(vocab_size, d_model, (layer,) * num_layers, name=name, **options)
+    """The paper's architecture or another form of it at any size; `options` are fields of ModelConfig."""
+    D, decay = d_model, "gated" if form.gated else "paper"
+    retention = RetentionConfig(num_heads, key_dim=D, value_dim=2 * D, decay=decay, conv_width=form.conv_width)
+    if not form.hybrid:
+        layers = (BlockConfig(retention, FeedForwardConfig(2 * D)),) * num_layers
+        return ModelConfig(vocab_size, D, layers, name=name, **options)
+    # A quarter of a retention head's width, in groups of two: 3 D^2 weights per layer for retention's 8.
+    attention = AttentionConfig(4 * num_heads, 2 * num_heads, head_dim=D // (4 * num_heads))
+    mixers = [attention if _is_attention(i, num_layers) else retention for i in range(num_layers)]
+    saved = 5 * D * mixers.count(attention) / (2 * num_layers)
+    feed_forward = FeedForwardConfig(round((2 * D + saved) / 32) * 32)
+    layers = tuple(BlockConfig(mixer, feed_forward) for mixer in mixers)
+    return ModelConfig(vocab_size, D, layers, name=name, **options)
 
 
-def _tiny(gated: bool) -> ModelConfig:
-    name = "retnet-tiny-gated" if gated else "retnet-tiny"
-    return retnet_config(name, 3, 288, 3, gated=gated, vocab_size=257, bos_token_id=256)
+def _is_attention(layer: int, num_layers: int) -> bool:
+    return layer % ATTENTION_EVERY == ATTENTION_EVERY - 1 or layer == num_layers - 1
+
+
+def _tiny(suffix: str) -> ModelConfig:
+    return retnet_config("retnet-tiny" + suffix, 3, 288, 3, form=FORMS[suffix], vocab_size=257, bos_token_id=256)
+
+
+def _full(name: str, suffix: str) -> ModelConfig:
+    return retnet_config(name + suffix, *SIZES[name], form=FORMS[suffix])
 
 
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
-    "retnet-tiny": lambda: _tiny(False),
-    "retnet-tiny-gated": lambda: _tiny(True),
-    **{
-        name + suffix: lambda name=name, size=size, suffix=suffix: retnet_config(
-            name + suffix, *size, gated=bool(suffix)
-        )
-        for name, size in SIZES.items()
-        for suffix in ("", "-gated")
-    },
+    **{"retnet-tiny" + suffix: lambda suffix=suffix: _tiny(suffix) for suffix in FORMS},
+    **{name + suffix: lambda name=name, suffix=suffix: _full(name, suffix) for name in SIZES for suffix in FORMS},
 }
 
 

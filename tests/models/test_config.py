@@ -8,7 +8,7 @@ import torch
 from retnet import LanguageModel, ModelConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.cost import head_windows, model_cost, parameter_counts, transformer_cache_bytes
-from retnet.models.presets import PRESETS, SIZES, preset, retnet_config
+from retnet.models.presets import FORMS, PRESETS, SIZES, preset, retnet_config
 from tests.small_models import small_model
 
 
@@ -25,12 +25,24 @@ def test_parameter_counts_follow_from_the_widths(name):
     expected = 50304 * width + layers * 12 * width**2 + norms
     assert parameter_counts(preset(name))["total"] == expected
     assert parameter_counts(preset(name + "-gated"))["total"] == expected + layers * width * heads
+    convolved = layers * (width * heads + 4 * 4 * width)
+    assert parameter_counts(preset(name + "-conv"))["total"] == expected + convolved
+    assert parameter_counts(preset(name + "-hybrid"))["total"] == pytest.approx(expected, rel=0.003)
     mixer = preset(name).layers[0].mixer
     assert (mixer.head_key_dim, mixer.head_value_dim) == (256, 512)
 
 
-def test_tiny_is_about_three_million():
-    assert 2.5e6 < parameter_counts(preset("retnet-tiny"))["total"] < 3.5e6
+@pytest.mark.parametrize("suffix", FORMS)
+def test_tiny_is_about_three_million(suffix):
+    assert parameter_counts(preset("retnet-tiny" + suffix))["total"] == pytest.approx(3.07e6, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["retnet-tiny", *SIZES])
+def test_every_fourth_layer_of_a_hybrid_is_attention_and_so_is_its_last(name):
+    layers = preset(name + "-hybrid").layers
+    assert [i for i, layer in enumerate(layers) if layer.mixer.kind == "attention"] == (
+        [2] if name == "retnet-tiny" else list(range(3, len(layers), 4))
+    )
 
 
 def test_a_counted_forward_agrees_with_the_cost_of_projections():

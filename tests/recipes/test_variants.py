@@ -11,7 +11,7 @@ from retnet import Engine, LanguageModel, Request, Sampling
 from retnet.layers.rotary import rotate_heads
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.cost import model_cost, parameter_counts
-from retnet.models.presets import retnet_config
+from retnet.models.presets import FORMS, retnet_config
 from retnet.ops.rotary import frequencies
 
 D, H, K, V = 12, 3, 4, 5
@@ -166,7 +166,7 @@ def test_decay_lists_are_slopes_of_alibi_that_shrink_over_the_layers():
     for layer, scale in zip(scaled.layers, (1, 0.5, 0), strict=True):
         close(-layer.mixer.log_decay, slopes * (scale + 1e-5))
     with pytest.raises(ValueError, match="gated"):
-        variants.with_decay_list(retnet_config("tiny", 1, 32, 4, vocab_size=16, gated=True), by_layer=False)
+        variants.with_decay_list(retnet_config("tiny", 1, 32, 4, vocab_size=16, form=FORMS["-gated"]), by_layer=False)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
