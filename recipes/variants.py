@@ -1,7 +1,7 @@
 """Experimental forms of retention, each as other inputs of the same operator: a mixer named "retention-variant".
 
     signed     S_t = s_t a_t S_{t-1} + k_t^T v_t                                        s_t = tanh(x W + b)
-    rotated    S_t = a_t U(step_t f) S_{t-1} + k_t^T v_t                                step_t = x W
+    rotated    S_t = a_t U(step_t f) S_{t-1} + k_t^T v_t                                step_t = pi tanh(x W + b)
     two_tap    S_t = a_t (S_{t-1} + (1 - l_t) k_{t-1}^T v_{t-1}) + l_t k_t^T v_t         l_t = sigmoid(x W + b)
     canon      x <- x + convolution(x) on the mixer's input
 
@@ -151,7 +151,8 @@ class VariantRetention(MultiScaleRetention):
             q, k, shrunk, after["flips"] = fold_signs(q, k, self.sign(x), before.get("flips"), layout)
             log_decay = log_decay + shrunk
         if self.step is not None:
-            q, k, after["angle"] = self._fold_rotation(q, k, self.step(x), before.get("angle"), layout)
+            step = torch.pi * self.step(x).tanh()
+            q, k, after["angle"] = self._fold_rotation(q, k, step, before.get("angle"), layout)
         k_written, own = k, None
         if self.tap is not None:
             weight = self.tap(x).sigmoid()

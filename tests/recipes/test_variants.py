@@ -72,7 +72,7 @@ def loop(mixer: VariantRetention, x):
             weight = torch.sigmoid(x[0, t] @ mixer.tap.weight.T + mixer.tap.bias)[:, None, None]
             S = S + (1 - weight) * previous
         if mixer.step is not None:
-            step = x[0, t] @ mixer.step.weight.T + mixer.step.bias
+            step = torch.pi * torch.tanh(x[0, t] @ mixer.step.weight.T + mixer.step.bias)
             # q U(now) U(then)^T k^T: the memory turns backwards, as q and k turn forwards.
             cos, sin = (step[:, None] * turns).cos()[..., None], (step[:, None] * turns).sin()[..., None]
             even, odd = S[:, 0::2], S[:, 1::2]
