@@ -27,16 +27,8 @@ def test_accuracy_is_that_of_the_second_half():
 
 def test_a_micro_run_measures_every_stack():
     stacks = tuple(state_tracking.STACKS)
-    setting = replace(
-        state_tracking.SETTINGS["quick"],
-        steps=8,
-        stacks=stacks,
-        moduli=(3,),
-        width=8,
-        lengths=(8, 16),
-        digits=40,
-        tests=4,
-    )
+    small = {"steps": 8, "width": 8, "lengths": (8, 16), "digits": 40, "tests": 4}
+    setting = replace(state_tracking.SETTINGS["quick"], stacks=stacks, moduli=(3,), **small)
     [rows] = state_tracking.measure(setting, CPU, graphs=False)
     assert len(rows) == 2 * len(stacks)
     assert state_tracking.table(rows).count("\n") == 1 + len(stacks)
