@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from quality_data import batches, load, source_bytes
 from quality_measure import FINAL, Sizes, mean_loss
-from quality_rows import FINISHED, best_loss_at, claimed, is_finished, load_rows, save
+from quality_rows import FINISHED, adopt, best_loss_at, claimed, is_finished, load_rows, save
 from quality_stacks import SHAPES, stack
 from quality_train import Arm, Blocks, train
 
@@ -56,6 +56,7 @@ class Session:
         self.train_rows = self.corpus.train.rows(self.sizes.length)
         self.out: Path = options.out
         self.out.mkdir(parents=True, exist_ok=True)
+        adopt(self.out, options.done, self.data, self.shape_name)
         self.facts = facts(self.device, options.commit)
         self._seconds_per_step = 0.0
         print(f"{len(self.train_rows)} rows of {self.sizes.length} tokens, data {self.data}, {self.facts}", flush=True)

@@ -34,7 +34,7 @@ def test_a_recipe_name_has_model_data_and_hardware():
 
 
 def test_the_wikipedia_recipes_have_equal_parameters_and_settings():
-    compared = [load_recipe(file) for file in RECIPES if "enwiki2015" in file.stem]
+    compared = [load_recipe(file) for file in RECIPES if "_enwiki2015_" in file.stem]
     counts = [parameter_counts(resolve_config(recipe.model))["total"] for recipe in compared]
     assert len(counts) == 3
     assert max(counts) / min(counts) < 1.001

@@ -27,7 +27,8 @@ TINY_SHAPE, TINY_SIZES = SHAPES["tiny"], TINY["sizes"]
 
 
 def options(out, **given) -> argparse.Namespace:
-    common = {"tiny": True, "eager": True, "steps": 4, "out": out, "commit": "test", "deadline": None, "abandon": None}
+    common = {"tiny": True, "eager": True, "steps": 4, "out": out, "commit": "test", "deadline": None, "abandon": None,
+              "done": []}  # fmt: skip
     return argparse.Namespace(**common | given)
 
 
@@ -74,7 +75,8 @@ def test_the_paper_and_the_llama_are_those_of_the_presets():
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_keeps_the_parameters_and_changes_the_layers(change):
     base = {"nope": "llama", "mha": "llama", "attention-gate": "llama"}.get(change, "gated")
-    base = {"init-normal": "retnet", "init-paper": "llama"}.get(change, base)
+    base = {"init-paper": "llama"}.get(change, base)
+    base = "retnet" if change in ("init-normal", "alibi", "layer-decay") else base
     before = stack(base, TINY_SHAPE)
     after = stack(f"{base}+{change}", TINY_SHAPE)
     assert replace(after, name=before.name) != before
@@ -278,6 +280,27 @@ def test_a_queue_runs_each_arm_once_and_goes_on_after_a_failure(tmp_path, capsys
     session.work_off(arms)
     assert capsys.readouterr().out.count("in all") == 1  # the failed one again
     assert ran == 3
+
+
+def test_arms_that_an_earlier_run_finished_on_the_same_data_are_not_run_again(tmp_path, monkeypatch):
+    first = Session(options(tmp_path / "first"), 0.0)
+    found = first.run(arm("retnet:adamw:3e-3:0", 2), final=False)
+    collected = tmp_path / "rows.jsonl"
+    others = (
+        {"arm": "llama:adamw:0.001:0:2", "data": "of another corpus"},
+        {"arm": "gated:adamw:0.001:0:2", "status": "stopped"},
+    )
+    collected.write_text("\n".join(json.dumps(found | other) for other in ({}, *others)))
+    second, order = Session(options(tmp_path / "second", done=[collected]), 0.0), []
+    monkeypatch.setattr(second, "run", lambda one, final: order.append(one.stack))
+    second.work_off(
+        [
+            (arm(f"{name}:adamw:{rate}:0", 2), False)
+            for name, rate in (("retnet", 3e-3), ("llama", 1e-3), ("gated", 1e-3))
+        ]
+    )
+    assert order == ["llama", "gated"]
+    assert quality_rows.load_rows([second.out]) == [found]
 
 
 def test_arms_of_the_stack_that_ran_last_come_first_among_the_next_few(tmp_path, monkeypatch):
