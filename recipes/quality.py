@@ -55,7 +55,7 @@ def parsed() -> argparse.Namespace:
                           "one's with the same optimizer")  # fmt: skip
         verb.add_argument("--shape", choices=SHAPES, default="125m", help="size of the stacks")
         verb.add_argument("--done", type=Path, nargs="+", default=[], metavar="PLACE",
-                          help="folders or collected files of earlier runs, whose finished arms are not run again")  # fmt: skip
+                          help="folders or collected files whose finished arms are not run again")  # fmt: skip
         verb.add_argument("--eager", action="store_true", help="do not compile blocks")
         verb.add_argument("--tiny", action="store_true", help="width 64, four layers, bytes: a trial on a CPU")
         verb.add_argument("--commit", default=None, help="recorded in the rows (default: git's)")
