@@ -29,7 +29,7 @@ from variants import with_variant
 from retnet import LanguageModel, ModelConfig
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.retention import RetentionConfig
-from retnet.models.presets import retnet_config
+from retnet.models.presets import FORMS, retnet_config
 
 CONV_WIDTH, TEST_SEED = 4, 2**31
 
@@ -89,7 +89,7 @@ SETTINGS = {
 
 def stack(name: str, setting: Setting, modulus: int, seed: int) -> ModelConfig:
     config = retnet_config(
-        name, setting.num_layers, setting.width, setting.heads, gated=True, vocab_size=modulus, seed=seed
+        name, setting.num_layers, setting.width, setting.heads, form=FORMS["-gated"], vocab_size=modulus, seed=seed
     )
     return STACKS[name](_retention(replace(config, tie_embeddings=False), rotary="none"))
 
