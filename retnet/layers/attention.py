@@ -30,6 +30,7 @@ from retnet.ops.attention import (
 )
 from retnet.ops.ragged import equal_blocks
 from retnet.ops.rotary import Llama3, Scaling, Yarn, scaling
+from retnet.system.choices import check_choices
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class AttentionConfig(MixerConfig):
     kind: Literal["attention"] = "attention"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_yarn_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -75,6 +77,8 @@ class AttentionConfig(MixerConfig):
             raise ValueError(f"rotary turns pairs, but head_dim is {self.head_dim}; accepted: an even number")
         check_rotary(self)
         check_eps(self, "qk_norm_eps")
+        if self.rotary_scaling is not None:
+            check_choices(self.rotary_scaling)
         if self.rotary_scaling is not None and (self.rotary_factor != 1.0 or self.rotary_yarn_length is not None):
             raise ValueError("rotary_scaling is given with rotary_factor or rotary_yarn_length; accepted: one of them")
         if self.rotary != "none" and self.alibi:

@@ -22,6 +22,7 @@ from retnet.layers.norm import check_eps, make_norm
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.norms import Norm
+from retnet.system.choices import check_choices
 
 # Each feed-forward: its config class, its module `(x, layout) -> y`.
 FEED_FORWARDS = {FeedForwardConfig: FeedForward, MoEConfig: MoE}
@@ -47,6 +48,8 @@ class BlockConfig:
     keeps_state: bool = True
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        check_choices(self.mixer)  # one from outside the package may check nothing itself
         check_eps(self, "norm_eps")
         if self.norm_position == "post" and self.residual == "parallel":
             raise ValueError("norm_position is 'post' with residual 'parallel'; accepted with parallel: 'pre'")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from retnet.layers.norm import check_eps, make_norm
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
+from retnet.system.choices import check_choices
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 
@@ -34,6 +35,7 @@ class FeedForwardConfig:
     kind: Literal["feed_forward"] = "feed_forward"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_eps(self, "inner_norm_eps")
         if self.hidden_dim < 1:
             raise ValueError(f"hidden_dim is {self.hidden_dim}; accepted: a positive integer")

@@ -45,6 +45,7 @@ class HyenaConfig(MixerConfig):
     kind: Literal["hyena"] = "hyena"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("order", "filter_hidden", "conv_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")

@@ -47,6 +47,7 @@ class Mamba1Config(MixerConfig):
     kind: Literal["mamba1"] = "mamba1"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("inner_dim", "time_step_rank", "state_dim", "conv_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")

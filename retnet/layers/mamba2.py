@@ -57,6 +57,7 @@ class Mamba2Config(MixerConfig):
     kind: Literal["mamba2"] = "mamba2"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("inner_dim", "head_dim", "state_dim", "num_groups", "conv_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")

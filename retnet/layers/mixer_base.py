@@ -13,6 +13,7 @@ from retnet.layers.float32_parameters import Float32Parameters
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightParts, WeightRoles
+from retnet.system.choices import check_choices
 
 
 class MixerConfig:
@@ -23,6 +24,9 @@ class MixerConfig:
 
     kind: Any  # the last field of every subclass, a Literal
     refused_by_engine: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     @property
     def kept_tokens(self) -> float:

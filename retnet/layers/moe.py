@@ -26,6 +26,7 @@ from retnet.layers.weight_roles import WeightRoles
 from retnet.ops.derivatives import transforms_active
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.grouped_linear import grouped_linear
+from retnet.system.choices import check_choices
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class MoEConfig:
     kind: Literal["moe"] = "moe"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.hidden_dim < 1 or self.num_experts < 1:
             raise ValueError(
                 f"hidden_dim is {self.hidden_dim}, num_experts {self.num_experts}; accepted: positive integers"

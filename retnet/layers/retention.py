@@ -76,6 +76,10 @@ class RetentionConfig(MixerConfig):
     kind: Literal["retention"] = "retention"
 
     def __post_init__(self) -> None:
+        for name in ("decay", "conv_on"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
         for name, width in (("key_dim", self.key_dim), ("value_dim", self.value_dim)):
             if self.num_heads < 1 or width < 1 or width % self.num_heads:
                 raise ValueError(
@@ -90,9 +94,6 @@ class RetentionConfig(MixerConfig):
         check_rotary(self)
         check_eps(self, "head_norm_eps")
         check_eps(self, "qk_norm_eps")
-        for name in ("decay", "conv_on"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_convolution()
         if isinstance(self.decay, str):
             accepted = (*SCHEDULES, "none", "gated")

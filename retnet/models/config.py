@@ -10,6 +10,7 @@ import torch
 from retnet.layers.block import BlockConfig
 from retnet.layers.norm import check_eps
 from retnet.models.strict_json import from_dict, to_dict
+from retnet.system.choices import check_choices
 
 MAX_LAYERS = 10_000
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
@@ -49,6 +50,7 @@ class ModelConfig:
     source: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("vocab_size", "d_model"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from retnet.system.checks import quoted
+from retnet.system.choices import is_choice
 
 T = TypeVar("T")
 
@@ -73,7 +74,7 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, path)
     if origin is Literal:
-        if isinstance(value, bool) or value not in args:
+        if not is_choice(value, args):
             raise ValueError(f"{path}: {quoted(value)} given; accepted: {', '.join(map(str, args))}")
         return value
     if origin is tuple:
