@@ -46,6 +46,17 @@ def test_parameters_are_those_of_the_built_block():
             "retnet, gated decay, convolution of 4",
             None,
         ),
+        (
+            "type: retnet\n      retnet: {vendor.retnet.decay: gated, vendor.retnet.gated_start: experiment, "
+            "vendor.retnet.qk_norm: l2, vendor.retnet.gate: sigmoid}",
+            "retnet, gated decay from experiment, l2 norm of q and k, sigmoid gate",
+            None,
+        ),
+        (
+            "type: retnet\n      retnet: {vendor.retnet.decay: 0.5, vendor.retnet.gate: none}",
+            "retnet, custom decay, no gate",
+            (7,) * 4,
+        ),
         ("type: retnet\n      retnet: {vendor.retnet.decay: 0.5}", "retnet, custom decay", (7,) * 4),  # 0.5 ** 7 < 1%
     ],
 )

@@ -79,8 +79,14 @@ class Retnet(MixerSettings):
 
     def words(self, name: str) -> str:
         decay = self.decay if isinstance(self.decay, str) else "custom"
-        name = name if decay == "paper" else f"{name}, {decay} decay"
-        return name if self.conv_width is None else f"{name}, convolution of {self.conv_width}"
+        start = "" if self.gated_start == "none" else f" from {self.gated_start}"
+        parts = {
+            f"{decay} decay{start}": decay != "paper",
+            f"convolution of {self.conv_width}": self.conv_width is not None,
+            f"{self.qk_norm} norm of q and k": self.qk_norm != "none",
+            "no gate" if self.gate == "none" else f"{self.gate} gate": self.gate != "swish",
+        }
+        return ", ".join([name, *(part for part, given in parts.items() if given)])
 
     def faults(self, model: Model | None, embedding: Embedding | None) -> Iterator[Fault]:
         if self.rope and embedding is not None and embedding.positional != "rope":
