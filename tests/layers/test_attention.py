@@ -104,7 +104,17 @@ def test_invalid_configurations_are_refused_with_a_reason(options, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"window": 40}, {"rotary": "none", "alibi": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 40},
+        {"rotary": "none", "alibi": True},
+        {"qk_norm": "rms", "gate": "sigmoid"},
+        {"qk_norm": "l2", "window": 40},
+        {"rotary": "none", "qk_norm": "rms", "gate": "sigmoid"},
+    ],
+)
 def test_cuda_equals_cpu_for_packs_pads_and_decoding(options):
     torch.manual_seed(0)
     layer = Attention(AttentionConfig(4, 2, head_dim=32, **options), 64)
