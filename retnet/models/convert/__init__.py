@@ -122,6 +122,7 @@ def _open(source: Source | LanguageModel, format: str | None, config: object) ->
             config = ModelConfig.from_dict(config.to_dict())  # checks every value's type
         except ValueError as error:
             raise ValueError(f"{where}{error}") from error
+        config = form.effective(config, theirs) if form.effective else config
     return in_our_names(form, config, theirs)
 
 

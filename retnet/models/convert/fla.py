@@ -286,16 +286,31 @@ def joined(config: ModelConfig) -> Joined:
     return {_CONVOLUTIONS: {_CONVOLUTIONS.replace("[qkv]", part): mixer.projected[part] for part in mixer.conv_on}}
 
 
-def settle(config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, set[str]]:
+def effective(config: ModelConfig, tensors: Tensors) -> ModelConfig:
     """The configuration, without convolutions if there are no tensors of any."""
-    if not joined(config) or any(name.endswith("_conv1d.weight") for name in tensors.specs):
-        return config, set()
-    warnings.warn("fla: use_short_conv has no effect: the weights include no convolution", stacklevel=5)
+    if not _lacks_convolutions(config, tensors):
+        return config
+    warnings.warn("fla: use_short_conv has no effect: the weights include no convolution", stacklevel=4)
     layers = tuple(
         replace(x, mixer=replace(x.mixer, conv_width=None)) if isinstance(x.mixer, RetentionConfig) else x
         for x in config.layers
     )
-    return replace(config, layers=layers), set()
+    return replace(config, layers=layers)
+
+
+def settle(config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, set[str]]:
+    """The configuration. Raises ValueError if it has convolutions and the weights have none."""
+    if _lacks_convolutions(config, tensors):
+        width = next(x.mixer.conv_width for x in config.layers if isinstance(x.mixer, RetentionConfig))
+        raise ValueError(
+            f"conv_width is {width}, but the weights, read as fla, include no convolution (tensors *_conv1d.weight); "
+            "accepted for these weights: conv_width None"
+        )
+    return config, set()
+
+
+def _lacks_convolutions(config: ModelConfig, tensors: Tensors) -> bool:
+    return bool(joined(config)) and not any(name.endswith("_conv1d.weight") for name in tensors.specs)
 
 
 FORMAT = Format(
@@ -305,6 +320,7 @@ FORMAT = Format(
     marker="model.layers.0.attn_norm.weight",
     embedding="model.embeddings.weight",
     joined=joined,
+    effective=effective,
     settle=settle,
     config_to=config_to,
 )

@@ -50,6 +50,7 @@ class Format:
     config_of: their configuration -> ours; raises ValueError for features that our models lack.
     marker: a tensor that only this format has. embedding: the tensor with one row per token of the vocabulary.
     joined: their tensors that are one of ours together, for a configuration of ours; None: there are none.
+    effective: a configuration read from theirs, without the features that have no tensors; None: it is taken as it is.
     prefix: a prefix that complete checkpoints may put before every name.
     settle: reads the tensors that are not parameters; returns the configuration completed from them, and their names.
     config_to: our configuration -> theirs; raises ValueError for features that their models lack. None: only read.
@@ -61,6 +62,7 @@ class Format:
     marker: str
     embedding: str
     joined: Callable[[ModelConfig], Joined] | None = None
+    effective: Callable[[ModelConfig, Tensors], ModelConfig] | None = None
     prefix: str = ""
     settle: Callable[[ModelConfig, Tensors], tuple[ModelConfig, set[str]]] | None = None
     config_to: Callable[[ModelConfig], dict[str, Any]] | None = None

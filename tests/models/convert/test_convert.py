@@ -223,6 +223,13 @@ def test_fla_models_whose_blocks_build_no_convolution_have_none():
     assert model.config == convert.load(fla_state(FLA_CONFIG), config=FLA_CONFIG).config
 
 
+def test_a_given_configuration_with_a_convolution_is_refused_for_fla_weights_without_one():
+    config = convert.load(fla_state(FLA_CONFIG), config=FLA_CONFIG).config
+    convolved = [replace(x, mixer=replace(x.mixer, conv_width=3)) for x in config.layers]
+    with pytest.raises(ValueError, match=r"conv_width is 3, but the weights, read as fla, include no convolution"):
+        convert.load(fla_state(FLA_CONFIG), config=replace(config, layers=tuple(convolved)))
+
+
 @pytest.mark.parametrize(
     ("change", "left"),
     [
