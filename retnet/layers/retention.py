@@ -303,14 +303,7 @@ class MultiScaleRetention(MixerModule):
         if self.conv is not None and layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
         config = self.config
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        inputs = recent = None
-        if self.conv is not None:
-            parts = {"q": q, "k": k, "v": v}
-            convolved = [parts[part] for part in config.conv_on]
-            ys, recent = self.conv.of_parts(convolved, None if state is None else state.recent, layout)
-            q, k, v = (parts | dict(zip(config.conv_on, ys, strict=True))).values()
-            inputs = torch.cat(convolved, -1) if layout.deferred else None
+        (q, k, v), recent, inputs = self._convolved((self.q_proj(x), self.k_proj(x), self.v_proj(x)), state, layout)
         q, k = (z.unflatten(-1, (-1, config.head_key_dim)) for z in (q, k))
         v = v.unflatten(-1, (-1, config.head_value_dim))
         q = normed_heads(q, config.qk_norm, config.qk_norm_eps, self.q_norm_weight)
@@ -332,6 +325,18 @@ class MultiScaleRetention(MixerModule):
         if memory is None:
             return out, None
         return out, RetentionState.after(state, layout, memory=memory, recent=recent)
+
+    def _convolved(
+        self, projected: tuple[Tensor, Tensor, Tensor], state: RetentionState | None, layout: TokenLayout
+    ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
+        """q, k and v after the short convolution; what the next call reads; the inputs of a draft."""
+        if self.conv is None:
+            return projected, None, None
+        parts, names = dict(zip("qkv", projected, strict=True)), self.config.conv_on
+        inputs = [parts[name] for name in names]
+        ys, recent = self.conv.of_parts(inputs, None if state is None else state.recent, layout)
+        parts |= zip(names, ys, strict=True)
+        return tuple(parts.values()), recent, torch.cat(inputs, -1) if layout.deferred else None
 
     def _head_norm(self, out: Tensor) -> Tensor:
         if self.config.head_norm != "none":
