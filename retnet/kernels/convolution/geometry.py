@@ -11,7 +11,7 @@ import torch
 import triton
 
 LANES = 32  # threads per warp
-LEAST_SEGMENT = 16  # at least 2 (W - 1) tokens: what a backward reads before its segment is then in the same sequence
+LEAST_SEGMENT = 16  # a shorter one would read mostly its neighbours' tokens
 ENOUGH_WARPS = 2048  # more do not run faster on a GPU of 132 multiprocessors
 
 
@@ -27,10 +27,14 @@ class Geometry:
 
 def geometry(dtype: torch.dtype, width: int, tokens: int, channels: int, *, backward: bool) -> Geometry:
     """The geometry for [tokens, channels] in total; small calls have short segments, to occupy the whole GPU."""
-    per_thread = 16 // dtype.itemsize  # loads of 16 bytes
-    if backward or width > 4:
-        per_thread = min(per_thread, 4)
-    chosen = Geometry(segment=128, channels=per_thread * LANES, rows=4 if backward and width > 4 else 8)
+    wide = 16 // dtype.itemsize * LANES  # loads of 16 bytes
+    narrow = min(wide, 4 * LANES)
+    if width > 4:
+        chosen = Geometry(segment=128, channels=narrow, rows=4 if backward else 8)
+    elif backward:
+        chosen = Geometry(segment=128, channels=wide, rows=4)
+    else:
+        chosen = Geometry(segment=64, channels=narrow, rows=4)
     return shortened(chosen, tokens, channels)
 
 

@@ -10,11 +10,11 @@ computes pre again: nothing but x is kept for it.
 
 The kernels are bound by memory. A program owns a segment of one sequence and a block of channels, and walks the tokens
 in order with the last W - 1 inputs (and dpre) in registers: each row is read once, and each activation is computed
-once, but for those before the segment. Token t completes dx_{t - (W - 1)}, so the segment that starts at s writes the
-rows from s - (W - 1) on, and the last one of a sequence walks W - 1 tokens further. x and dy are read in place,
-whatever the strides of their batch and tokens, and packed documents need no copies. One more program per sequence and
-block writes the inputs that the next call needs, or drecent of a sequence without tokens. Sums over tokens are float32,
-written per segment and added up in a fixed order (`sums.py`): no atomics.
+once, but for those beside the segment. Token t completes dx_{t - (W - 1)}, so the backward walks W - 1 tokens further.
+Most steps touch only rows that exist, and check nothing; the steps at the end check each row. x and dy are read in
+place, whatever the strides of their batch and tokens, and packed documents need no copies. One more program per
+sequence and block writes the inputs that the next call needs, or drecent of a sequence without tokens. Sums over tokens
+are float32, written per segment and added up in a fixed order (`sums.py`): no atomics.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retnet.kernels.convolution.activation import activated, activation_gradient
+from retnet.kernels.convolution.activation import activated, activation_gradient, per_unit
 from retnet.kernels.convolution.geometry import Geometry, geometry
 from retnet.kernels.convolution.sums import add_up
 from retnet.kernels.segments import Segments, segment_bounds, sequence_bounds, sequence_of
@@ -116,14 +116,14 @@ def _with_contiguous_channels(x: Tensor) -> Tensor:
 
 @triton.jit
 def _segment(slot, table, cu_seqlens, first_slot, T, num_sequences, L: tl.constexpr, PACKED: tl.constexpr):
-    """(sequence, its first token and length, the segment's first position in it and length, whether it is the last)."""
-    token, count, is_last = segment_bounds(slot, table, T, L, PACKED)
+    """(sequence, its first token and length, the segment's first position in it and length)."""
+    token, count, _is_last = segment_bounds(slot, table, T, L, PACKED)
     if PACKED:  # an unused slot is of the last sequence and has no tokens
         n = tl.minimum(sequence_of(slot, first_slot, num_sequences), num_sequences - 1)
     else:
         n = slot // tl.cdiv(T, L)
     start, length = _sequence(n, cu_seqlens, first_slot, T, L, PACKED)
-    return n, start, length, (token - start).to(tl.int32), count, is_last
+    return n, start, length, (token - start).to(tl.int32), count
 
 
 @triton.jit
@@ -140,19 +140,54 @@ def _sequence_pointer(x, n, start, batch, token, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _channels(C: tl.constexpr, BC: tl.constexpr):
+    """The channels of a program, and which of them exist. A whole block needs no mask."""
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    channel = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
+    if C % BC == 0:
+        return channel, tl.full([BC], True, tl.int1)
+    return channel, channel < C
+
+
+@triton.jit
+def _widened(row):
+    """float32. A bfloat16 is its upper half: one instruction on a word of two, where a conversion takes two."""
+    if row.dtype == tl.bfloat16:
+        return (row.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return row.to(tl.float32)
+
+
+@triton.jit
+def _in_range(row, end, channel, channel_ok):
+    rows = tl.zeros(channel.shape, tl.int32) + row
+    return channel_ok & (rows >= 0) & (rows < end)
+
+
+@triton.jit
 def _load_row(pointer, row, end, stride, channel, channel_ok):
     """Row [BC] of a matrix, 0 where it is not in [0, end)."""
-    rows = tl.zeros(channel.shape, tl.int32) + row
-    ok = channel_ok & (rows >= 0) & (rows < end)
+    ok = _in_range(row, end, channel, channel_ok)
     return tl.load(pointer + tl.cast(row, tl.int64) * stride + channel, mask=ok, other=0.0)
 
 
 @triton.jit
 def _store_row(pointer, row, end, stride, channel, channel_ok, value):
     """Write a row if it is in [0, end)."""
-    rows = tl.zeros(channel.shape, tl.int32) + row
-    ok = channel_ok & (rows >= 0) & (rows < end)
+    ok = _in_range(row, end, channel, channel_ok)
     tl.store(pointer + tl.cast(row, tl.int64) * stride + channel, value.to(pointer.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _load_rows(pointer, row, end, stride, channel, channel_ok, ROWS: tl.constexpr, CHECKED: tl.constexpr):
+    """ROWS rows from a row on; those that are not checked are all there."""
+    rows = ()
+    pointer += tl.cast(row, tl.int64) * stride
+    for u in tl.static_range(ROWS):
+        if CHECKED:
+            rows = rows + (_load_row(pointer, u, end - row, stride, channel, channel_ok),)
+        else:
+            rows = rows + (tl.load(pointer + tl.cast(u, tl.int64) * stride + channel, mask=channel_ok, other=0.0),)
+    return rows
 
 
 @triton.jit
@@ -165,15 +200,26 @@ def _input_row(x, recent, position, length, x_token, channel, channel_ok, C: tl.
 
 
 @triton.jit
-def _taps(weight, bias, channel, channel_ok, W: tl.constexpr):
-    """The W rows [BC] of the weight, and the bias, in float32."""
+def _past(x, recent, first, length, x_token, channel, channel_ok, C: tl.constexpr, W: tl.constexpr):
+    """The W - 1 inputs before a position, in float32."""
+    rows = ()
+    for i in tl.static_range(W - 1):
+        row = _input_row(x, recent, first - (W - 1) + i, length, x_token, channel, channel_ok, C, W)
+        rows = rows + (_widened(row),)
+    return rows
+
+
+@triton.jit
+def _taps(weight, bias, channel, channel_ok, W: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The W rows [BC] of the weight, and the bias, in float32 and in the activation's units."""
     taps = ()
     for i in tl.static_range(W):
-        taps = taps + (tl.load(weight + channel * W + i, mask=channel_ok, other=0.0).to(tl.float32),)
+        tap = tl.load(weight + channel * W + i, mask=channel_ok, other=0.0).to(tl.float32)
+        taps = taps + (per_unit(tap, ACTIVATION),)
     constant = tl.zeros(channel.shape, tl.float32)
     if bias is not None:
         constant += tl.load(bias + channel, mask=channel_ok, other=0.0).to(tl.float32)
-    return taps, constant
+    return taps, per_unit(constant, ACTIVATION)
 
 
 @triton.jit
@@ -181,7 +227,7 @@ def _convolved(constant, taps, rows, first: tl.constexpr, W: tl.constexpr):
     """The convolution over W rows from rows[first] on."""
     total = constant
     for i in tl.static_range(W):
-        total += taps[i] * rows[first + i].to(tl.float32)
+        total += taps[i] * rows[first + i]
     return total
 
 
@@ -191,32 +237,27 @@ def _forward_kernel(
     UNIT: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    BLOCKS: tl.constexpr = (C + BC - 1) // BC
-    index = tl.program_id(0) // BLOCKS
-    channel = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
-    channel_ok = channel < C
+    index = tl.program_id(0) // ((C + BC - 1) // BC)
+    channel, channel_ok = _channels(C, BC)
     x_batch, x_token = tl.cast(x_batch, tl.int64) * UNIT, tl.cast(x_token, tl.int64) * UNIT
     if index < num_slots:
-        n, start, length, first, count, _is_last = _segment(
-            index, table, cu_seqlens, first_slot, T, num_sequences, L, PACKED
-        )  # fmt: skip
+        n, start, length, first, count = _segment(index, table, cu_seqlens, first_slot, T, num_sequences, L, PACKED)
         x = _sequence_pointer(x, n, start, x_batch, x_token, PACKED)
         if recent is not None:
             recent += n.to(tl.int64) * ((W - 1) * C)
-        taps, constant = _taps(weight, bias, channel, channel_ok, W)
-        past = ()
-        for i in tl.static_range(W - 1):
-            past = past + (_input_row(x, recent, first - (W - 1) + i, length, x_token, channel, channel_ok, C, W),)
+        taps, constant = _taps(weight, bias, channel, channel_ok, W, ACTIVATION)
+        past = _past(x, recent, first, length, x_token, channel, channel_ok, C, W)
         x += first.to(tl.int64) * x_token
         y += (start + first) * C
-        for t in range(0, count, ROWS):
-            rows = past
-            for u in tl.static_range(ROWS):
-                rows = rows + (_load_row(x, t + u, count, x_token, channel, channel_ok),)
-            for u in tl.static_range(ROWS):
-                out = activated(_convolved(constant, taps, rows, u, W), ACTIVATION)
-                _store_row(y, t + u, count, C, channel, channel_ok, out)
-            past = rows[ROWS:]
+        whole = count // ROWS * ROWS
+        for t in range(0, whole, ROWS):
+            past = _outputs(
+                x, y, past, taps, constant, t, count, x_token, channel, channel_ok, C, W, ROWS, ACTIVATION, False
+            )  # fmt: skip
+        if whole < count:
+            _outputs(
+                x, y, past, taps, constant, whole, count, x_token, channel, channel_ok, C, W, ROWS, ACTIVATION, True
+            )  # fmt: skip
     else:
         n = index - num_slots
         start, length = _sequence(n, cu_seqlens, first_slot, T, L, PACKED)
@@ -229,6 +270,30 @@ def _forward_kernel(
             _store_row(final, i, W - 1, C, channel, channel_ok, row)
 
 
+@triton.jit
+def _outputs(
+    x, y, past, taps, constant, t, count, x_token, channel, channel_ok, C: tl.constexpr, W: tl.constexpr,
+    ROWS: tl.constexpr, ACTIVATION: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Write ROWS rows of y from t on; the W - 1 inputs before the next ones."""
+    rows, loaded = past, _load_rows(x, t, count, x_token, channel, channel_ok, ROWS, CHECKED)
+    y += tl.cast(t, tl.int64) * C
+    for u in tl.static_range(ROWS):
+        rows = rows + (_widened(loaded[u]),)
+        out = activated(_convolved(constant, taps, rows, u, W), ACTIVATION)
+        _write(y, u, count - t, C, channel, channel_ok, out, CHECKED)
+    return rows[ROWS:]
+
+
+@triton.jit
+def _write(pointer, row, end, stride, channel, channel_ok, value, CHECKED: tl.constexpr):
+    """Write a row, if it is before the end; one that is not checked is."""
+    if CHECKED:
+        _store_row(pointer, row, end, stride, channel, channel_ok, value)
+    else:
+        tl.store(pointer + row * stride + channel, value.to(pointer.dtype.element_ty), mask=channel_ok)
+
+
 @triton.jit(do_not_specialize=["T", "num_slots", "num_sequences"])
 def _backward_kernel(
     x, weight, bias, recent, dy, dfinal, dx, drecent, sums, table, cu_seqlens, first_slot, T, num_slots, num_sequences,
@@ -236,16 +301,12 @@ def _backward_kernel(
     UNIT: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    BLOCKS: tl.constexpr = (C + BC - 1) // BC
-    index = tl.program_id(0) // BLOCKS
-    channel = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
-    channel_ok = channel < C
+    index = tl.program_id(0) // ((C + BC - 1) // BC)
+    channel, channel_ok = _channels(C, BC)
     x_batch, x_token = tl.cast(x_batch, tl.int64) * UNIT, tl.cast(x_token, tl.int64) * UNIT
     dy_batch, dy_token = tl.cast(dy_batch, tl.int64) * UNIT, tl.cast(dy_token, tl.int64) * UNIT
     if index < num_slots:
-        n, start, length, first, count, is_last = _segment(
-            index, table, cu_seqlens, first_slot, T, num_sequences, L, PACKED
-        )  # fmt: skip
+        n, start, length, first, count = _segment(index, table, cu_seqlens, first_slot, T, num_sequences, L, PACKED)
         past = n.to(tl.int64) * ((W - 1) * C)
         if recent is not None:
             recent += past
@@ -254,7 +315,7 @@ def _backward_kernel(
         _segment_gradients(
             _sequence_pointer(x, n, start, x_batch, x_token, PACKED), weight, bias, recent,
             _sequence_pointer(dy, n, start, dy_batch, dy_token, PACKED), dfinal, dx + start * C, drecent + past,
-            sums + index.to(tl.int64) * ((W + 1) * C), length, first, count, is_last, x_token, dy_token, channel,
+            sums + index.to(tl.int64) * ((W + 1) * C), length, first, count, x_token, dy_token, channel,
             channel_ok, C, W, ROWS, ACTIVATION,
         )  # fmt: skip
     else:
@@ -270,53 +331,93 @@ def _backward_kernel(
 
 @triton.jit
 def _segment_gradients(
-    x, weight, bias, recent, dy, dfinal, dx, drecent, sums, length, first, count, is_last, x_token, dy_token, channel,
+    x, weight, bias, recent, dy, dfinal, dx, drecent, sums, length, first, count, x_token, dy_token, channel,
     channel_ok, C: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """dx (and drecent) of the W - 1 tokens before the segment and all of it but its last W - 1; the sums over it."""
-    taps, constant = _taps(weight, bias, channel, channel_ok, W)
-    before = ()
-    for i in tl.static_range(2 * (W - 1)):
-        before = before + (_input_row(x, recent, first - 2 * (W - 1) + i, length, x_token, channel, channel_ok, C, W),)
-    last_dpre = ()
-    for i in tl.static_range(W - 1):
-        position = first - (W - 1) + i
-        given = _load_row(dy, position, length, dy_token, channel, channel_ok).to(tl.float32)
-        last_dpre = last_dpre + (activation_gradient(given, _convolved(constant, taps, before, i, W), ACTIVATION),)
-    past = before[W - 1 :]
-    dweight = ()
-    for _ in tl.static_range(W):
-        dweight = dweight + (tl.zeros(channel.shape, tl.float32),)
-    dbias = tl.zeros(channel.shape, tl.float32)
+    """dx of a segment, drecent of the sequence that starts with it, and the sums over it."""
+    taps, constant = _taps(weight, bias, channel, channel_ok, W, ACTIVATION)
+    past = _past(x, recent, first, length, x_token, channel, channel_ok, C, W)
+    sums_of = ()
+    for _ in tl.static_range(W + 1):
+        sums_of = sums_of + (tl.zeros(channel.shape, tl.float32),)
     x += first.to(tl.int64) * x_token
     dy += first.to(tl.int64) * dy_token
-    steps = count + tl.where(is_last, W - 1, 0)
-    end = first + steps - (W - 1)
-    past_end = tl.minimum(end + (W - 1), W - 1)
-    for t in range(0, steps, ROWS):
-        rows, given_rows = past, ()
-        for u in tl.static_range(ROWS):
-            rows = rows + (_load_row(x, t + u, count, x_token, channel, channel_ok),)
-            given_rows = given_rows + (_load_row(dy, t + u, count, dy_token, channel, channel_ok),)
-        dpre = last_dpre
-        for u in tl.static_range(ROWS):
-            own = activation_gradient(given_rows[u].to(tl.float32), _convolved(constant, taps, rows, u, W), ACTIVATION)
-            dpre = dpre + (own,)
-            dbias += own
-            added = ()
-            for i in tl.static_range(W):
-                added = added + (dweight[i] + own * rows[u + i].to(tl.float32),)
-            dweight = added
-            total = tl.zeros(channel.shape, tl.float32)
-            for i in tl.static_range(W):
-                total += taps[i] * dpre[u + (W - 1) - i]
-            position = first + t + u - (W - 1)
-            if dfinal is not None:
-                kept = position - length + (W - 1)
-                total += _load_row(dfinal, kept, W - 1, C, channel, channel_ok).to(tl.float32)
-            _store_row(dx, position, end, C, channel, channel_ok, total)
-            _store_row(drecent, position + (W - 1), past_end, C, channel, channel_ok, total)
-        past, last_dpre = rows[ROWS:], dpre[ROWS:]
+    dx += first.to(tl.int64) * C
+    left = length - first  # tokens of the sequence from the segment's first on
+    rows, given = past, _load_rows(dy, 0, left, dy_token, channel, channel_ok, W - 1, True)
+    loaded = _load_rows(x, 0, left, x_token, channel, channel_ok, W - 1, True)
+    dpre = ()
+    for u in tl.static_range(W - 1):
+        rows = rows + (_widened(loaded[u]),)
+        own = activation_gradient(_widened(given[u]), _convolved(constant, taps, rows, u, W), ACTIVATION)
+        dpre = dpre + (own,)
+        sums_of = _added(sums_of, tl.where(u < count, own, 0.0), rows, u, W)
+    rows = rows[W - 1 :]
+    _past_gradients(drecent, dfinal, dpre, taps, length, first, count, channel, channel_ok, C, W)
+    whole = tl.maximum(count - (W - 1), 0) // ROWS * ROWS
+    for t in range(0, whole, ROWS):
+        rows, dpre, sums_of = _row_gradients(
+            x, dy, dfinal, dx, rows, dpre, sums_of, taps, constant, t, count, left, x_token, dy_token, channel,
+            channel_ok, C, W, ROWS, ACTIVATION, False,
+        )  # fmt: skip
+    for t in range(whole, count, ROWS):
+        rows, dpre, sums_of = _row_gradients(
+            x, dy, dfinal, dx, rows, dpre, sums_of, taps, constant, t, count, left, x_token, dy_token, channel,
+            channel_ok, C, W, ROWS, ACTIVATION, True,
+        )  # fmt: skip
+    for i in tl.static_range(W + 1):
+        _store_row(sums, i, W + 1, C, channel, channel_ok, per_unit(sums_of[i], ACTIVATION))
+
+
+@triton.jit
+def _added(sums_of, dpre, rows, first: tl.constexpr, W: tl.constexpr):
+    """The sums for the taps and, last, the bias, with those of one token, whose first input is rows[first]."""
+    added = ()
     for i in tl.static_range(W):
-        _store_row(sums, i, W, C, channel, channel_ok, dweight[i])
-    _store_row(sums, W, W + 1, C, channel, channel_ok, dbias)
+        added = added + (sums_of[i] + dpre * rows[first + i],)
+    return added + (sums_of[W] + dpre,)
+
+
+@triton.jit
+def _past_gradients(
+    drecent, dfinal, dpre, taps, length, first, count, channel, channel_ok, C: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """Write drecent if the segment is the first of its sequence. dpre: of the segment's first W - 1 tokens."""
+    end = tl.where((first == 0) & (count > 0), W - 1, 0)
+    for j in tl.static_range(W - 1):
+        total = tl.zeros(channel.shape, tl.float32)
+        for i in tl.static_range(j + 1):
+            total += taps[i] * dpre[j - i]
+        if dfinal is not None:  # of a sequence of fewer tokens than that
+            total += _load_row(dfinal, j - length, tl.where(end > 0, W - 1, 0), C, channel, channel_ok).to(tl.float32)
+        _store_row(drecent, j, end, C, channel, channel_ok, total)
+
+
+@triton.jit
+def _row_gradients(
+    x, dy, dfinal, dx, rows, dpre, sums_of, taps, constant, t, count, left, x_token, dy_token, channel, channel_ok,
+    C: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Write dx of ROWS rows from t on, which end with the dpre of the tokens W - 1 further, and add to the sums.
+
+    rows, dpre: inputs and dpre of the W - 1 tokens from t on; returns those of the next step. CHECKED: some rows may be
+    past the end, or among the last W - 1, which take dfinal and whose windows reach tokens that are not the segment's.
+    """
+    loaded = _load_rows(x, t + (W - 1), left, x_token, channel, channel_ok, ROWS, CHECKED)
+    given = _load_rows(dy, t + (W - 1), left, dy_token, channel, channel_ok, ROWS, CHECKED)
+    dx += tl.cast(t, tl.int64) * C
+    for u in tl.static_range(ROWS):
+        rows = rows + (_widened(loaded[u]),)
+        own = activation_gradient(_widened(given[u]), _convolved(constant, taps, rows, u, W), ACTIVATION)
+        dpre = dpre + (own,)
+        if CHECKED:
+            own = tl.where(t + u + (W - 1) < count, own, 0.0)
+        sums_of = _added(sums_of, own, rows, u, W)
+        total = tl.zeros(channel.shape, tl.float32)
+        for i in tl.static_range(W):
+            total += taps[i] * dpre[u + (W - 1) - i]
+        if CHECKED and dfinal is not None:
+            kept = t + u - left + (W - 1)
+            total += _load_row(dfinal, kept, W - 1, C, channel, channel_ok).to(tl.float32)
+        _write(dx, u, count - t, C, channel, channel_ok, total, CHECKED)
+    return rows[ROWS:], dpre[ROWS:], sums_of

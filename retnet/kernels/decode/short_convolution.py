@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retnet.kernels.convolution.activation import activated
+from retnet.kernels.convolution.activation import activated, per_unit
 from retnet.kernels.dependent_launch import await_previous, dependent_launch, start_next
 
 CHANNELS = 128  # channels per program, at most: few, so that one sequence occupies many processors
@@ -60,7 +60,7 @@ def _step_kernel(
     if active is not None:
         advances = channel < tl.where(tl.load(active + row) != 0, C, 0)
     tl.debug_barrier()  # a load and a store of one row may give its channels to different threads
-    tl.store(x, activated(total, ACTIVATION).to(x.dtype.element_ty), mask=ok)
+    tl.store(x, activated(per_unit(total, ACTIVATION), ACTIVATION).to(x.dtype.element_ty), mask=ok)
     for i in tl.static_range(W - 2):
         tl.store(recent + i * recent_tap, past[i + 1], mask=advances)
     tl.store(recent + (W - 2) * recent_tap, given.to(recent.dtype.element_ty), mask=advances)
