@@ -46,7 +46,11 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
     "retention": (PAPER, PAPER),
     "gated": (GATED, GATED),
     "both decays": (PAPER, GATED),
-    "convolution": (CONV, replace(PAPER, mixer=replace(PAPER.mixer, conv_width=3, conv_on=("q", "v")))),
+    "convolution": (
+        CONV,
+        replace(PAPER, mixer=replace(PAPER.mixer, conv_width=3, conv_on=("q", "v"))),
+        replace(CONV, mixer=replace(CONV.mixer, qk_norm="rms", gate="sigmoid")),
+    ),
     "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=EXPERTS)),
     # Every mixer that the engine serves.
     "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE),
