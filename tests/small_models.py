@@ -19,6 +19,7 @@ from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
+from retnet.layers.mixers import MIXERS, Mixer
 from retnet.layers.moe import MoEConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
@@ -103,6 +104,11 @@ def unit_gain_(model: LanguageModel, seed: int = 0) -> LanguageModel:
         elif name.endswith("weight") and weight.dim() > 1:
             weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
     return model
+
+
+def own_mixers() -> dict[str, Mixer]:
+    """The mixers of the package by name: others (recipes, users) may register theirs in the same process."""
+    return {name: mixer for name, mixer in MIXERS.items() if mixer.config.__module__.startswith("retnet.")}
 
 
 def random_ids(*shape: int, low: int = 0, high: int = VOCAB, seed: int = 0) -> Tensor:

@@ -14,13 +14,12 @@ from retnet.layers.hyena import HyenaConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.mixer_base import MixerConfig
-from retnet.layers.mixers import mixer_configs
 from retnet.layers.moe import MoEConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.ops.rotary import Llama3, Yarn
 from retnet.system.choices import check_choices
-from tests.small_models import small_config
+from tests.small_models import own_mixers, small_config
 
 RETENTION = RetentionConfig(2, 8, 12, conv_width=4)
 BLOCK = BlockConfig(RETENTION, FeedForwardConfig(8))
@@ -57,7 +56,7 @@ IDS = [f"{type(example).__name__}.{name}" for example, name in CHOICES]
 
 
 def test_every_configuration_class_has_an_example():
-    found, queue = set(), [ModelConfig, *mixer_configs().values(), *FEED_FORWARDS]
+    found, queue = set(), [ModelConfig, *(mixer.config for mixer in own_mixers().values()), *FEED_FORWARDS]
     while queue:
         cls = queue.pop()
         if cls not in found:

@@ -12,13 +12,12 @@ from torch.nn.attention.flex_attention import flex_attention
 from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
-from retnet.layers.mixers import MIXERS
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.ops import attention
-from tests.small_models import MAMBA2, STACKS, WIDTH, random_ids, small_model
+from tests.small_models import MAMBA2, STACKS, WIDTH, own_mixers, random_ids, small_model
 
 LAYERS = STACKS["every mixer"]
 hybrid = partial(small_model, "every mixer", dtype="float64")
@@ -31,9 +30,9 @@ def test_the_configuration_survives_json():
 
 
 def test_every_mixer_is_in_the_hybrid_and_has_a_state_to_save():
-    assert {layer.mixer.kind for layer in LAYERS} == set(MIXERS)
+    assert {layer.mixer.kind for layer in LAYERS} == set(own_mixers())
     _, state = hybrid().hidden(ids(), carry=True)
-    assert {type(layer) for layer in state.layers} == {mixer.state for mixer in MIXERS.values()}
+    assert {type(layer) for layer in state.layers} == {mixer.state for mixer in own_mixers().values()}
 
 
 def test_a_saved_state_continues_where_it_stopped(tmp_path):

@@ -10,15 +10,16 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
-from retnet.layers.mixers import MIXERS
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from tests.small_models import own_mixers
 
 MIXER_CASES = {
     "retention": RetentionConfig(2, 8, 12),
     "gated retention with grouped keys": RetentionConfig(2, 8, 12, decay="gated", num_kv_heads=1),
+    "convolution of q and v": RetentionConfig(2, 8, 12, conv_width=3, conv_on=("q", "v")),
     "attention": AttentionConfig(4, 2, head_dim=6),
     "sliding window": AttentionConfig(4, 1, head_dim=6, window=3),
     "mamba1": Mamba1Config(14, time_step_rank=2, state_dim=3),
@@ -39,7 +40,7 @@ def facts(state: ModelState) -> list:
 
 
 def test_every_mixer_is_among_the_cases():
-    assert {mixer.kind for mixer in MIXER_CASES.values()} == set(MIXERS)
+    assert {mixer.kind for mixer in MIXER_CASES.values()} == set(own_mixers())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

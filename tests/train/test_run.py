@@ -342,7 +342,6 @@ def test_a_preset_or_stack_with_gpt2s_vocabulary_refuses_text(text_folder, model
 @pytest.mark.parametrize(
     "settings",
     [
-        {"lr_scheduler_type": "warmup_stable_decay"},
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": "{num_decay_steps: many}"},
         {"lr_scheduler_type": "cosine_with_min_lr"},
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": "{min_lr: low}"},
