@@ -1,6 +1,6 @@
 # A machine needs Python 3.11 or newer and make. Every target creates .venv and installs into it first.
 #
-#   make demo      train retnet-tiny on the standard library's source, score it and sample from it
+#   make demo      train retnet-tiny-conv on the standard library's source, score it beside gzip and sample from it
 #   make test      tests that a small CPU machine runs in minutes
 #   make test-all  every test that this machine can run; reports what was skipped and why
 #   make lint      ruff, basedpyright, import contracts
