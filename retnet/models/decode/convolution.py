@@ -6,33 +6,30 @@ from torch import Tensor
 
 from retnet.layers.retention import MultiScaleRetention, RetentionConfig, RetentionState
 from retnet.ops.decode.short_convolution import short_convolution_step_
-from retnet.ops.short_convolution import short_convolution
+from retnet.ops.short_convolution import Activation, short_convolution
 
 
 class FusedConvolution:
     """The convolution of those of q, k and v that have one. Columns that follow each other are one launch."""
 
     def __init__(self, mixer: MultiScaleRetention):
-        self.conv, self.runs = mixer.conv, _runs(mixer.config) if mixer.conv is not None else []
+        self.conv = mixer.conv
+        self.activation: Activation = mixer.config.conv_activation
+        self.runs = [] if mixer.conv is None else _runs(mixer.config)
 
     def step_(self, product: Tensor, state: RetentionState, active: Tensor | None) -> None:
         """One token per sequence: product [S, q | k | v | g] and the state's last inputs are overwritten."""
         for columns, weight, recent in self._parts(state):
             x = product[:, columns]
-            short_convolution_step_(x, weight, None, recent, active, activation=self._activation)
+            short_convolution_step_(x, weight, None, recent, active, activation=self.activation)
 
     def read_(self, product: Tensor, state: RetentionState) -> None:
         """The next tokens of one sequence: product [T, q | k | v | g] and the state's last inputs are overwritten."""
         for columns, weight, recent in self._parts(state):
             x = product[None, :, columns]
-            y, after = short_convolution(x, weight, activation=self._activation, recent=recent)
+            y, after = short_convolution(x, weight, activation=self.activation, recent=recent)
             x.copy_(y)
             recent.copy_(after)
-
-    @property
-    def _activation(self):
-        assert self.conv is not None
-        return self.conv.activation
 
     def _parts(self, state: RetentionState) -> list[tuple[slice, Tensor, Tensor]]:
         """(columns of the product, weight, last inputs) of each run."""
