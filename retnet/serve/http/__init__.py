@@ -1,0 +1,1 @@
+"""The HTTP server over one engine: OpenAI's API, sessions and a page."""

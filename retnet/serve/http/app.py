@@ -1,0 +1,40 @@
+"""The web application: the routes of the API over one service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import import_module
+from importlib.util import find_spec
+
+from fastapi import FastAPI
+
+from retnet import __version__
+from retnet.serve.http.errors import add_error_handlers
+from retnet.serve.http.guard import Guard
+from retnet.serve.http.service import Service
+from retnet.serve.http.settings import Settings
+
+ROUTERS = ("health", "completions", "chat", "sessions", "page")
+
+
+def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
+    """The application. Its lifespan starts the service and stops it."""
+    settings = settings or service.settings
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            service.stop()
+
+    app = FastAPI(title="retnet serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service, app.state.settings = service, settings
+    add_error_handlers(app)
+    app.add_middleware(Guard, settings=settings)
+    for name in ROUTERS:
+        if find_spec(f"retnet.serve.http.{name}") is not None:
+            app.include_router(import_module(f"retnet.serve.http.{name}").router)
+    return app

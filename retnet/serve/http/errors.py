@@ -1,0 +1,92 @@
+"""Errors of the API, in the form that OpenAI's clients read: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from retnet.system.checks import quoted
+
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "method_not_allowed",
+    408: "timeout_error",
+    429: "rate_limit_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is refused, or that failed.
+
+    status: of the HTTP response. type: by default the one of the status. param: the field at fault. code: for programs,
+    such as "context_length_exceeded". headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.type = type or TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The body of the response, and of an error event in a stream."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def validation_error(errors: list[dict[str, Any]]) -> ApiError:
+    """The first of pydantic's errors as a 400 that names the field."""
+    first = errors[0]
+    place = [part for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    param = ".".join(map(str, place)) or None
+    if first["type"] == "extra_forbidden":
+        message = f"{param} is not a field that this server honours"
+    elif first["type"] == "missing":
+        message = f"{param or 'the body'} is missing"
+    elif first["type"] == "json_invalid":
+        message, param = f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", None
+    else:
+        message = f"{param or 'the body'} is {quoted(first.get('input'))}: {first['msg']}"
+    return ApiError(400, message, param=param)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make every error of the application an ApiError's response."""
+
+    async def own(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return validation_error(list(error.errors())).response()
+
+    async def routing(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return ApiError(500, "the server failed on this request").response()
+
+    app.add_exception_handler(ApiError, own)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, routing)
+    app.add_exception_handler(Exception, unexpected)

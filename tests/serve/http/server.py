@@ -1,0 +1,33 @@
+"""A server over a tiny byte model, in the process of the test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from starlette.testclient import TestClient
+
+from retnet.data.tokenizer import ByteTokenizer
+from retnet.serve.engine import Engine
+from retnet.serve.http.app import create_app
+from retnet.serve.http.service import Service
+from retnet.serve.http.settings import Settings
+from tests.small_models import BYTES, small_model
+
+MODEL_NAME = "tiny"
+
+
+def tiny_service(settings: Settings | None = None, stack: str = "retention", **engine_options: Any) -> Service:
+    """A service over a byte model with 4 slots; `engine_options` are those of Engine."""
+    tokenizer = ByteTokenizer()
+    options = {"num_slots": 4, "max_tokens": 512, "decode": tokenizer.decode} | engine_options
+    return Service(Engine(small_model(stack, **BYTES), **options), tokenizer, MODEL_NAME, settings)
+
+
+@contextmanager
+def tiny_server(settings: Settings | None = None, **options: Any) -> Iterator[TestClient]:
+    """A client of a server whose engine's thread runs; options as for `tiny_service`."""
+    app = create_app(tiny_service(settings, **options))
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        yield client
