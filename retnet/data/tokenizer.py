@@ -17,6 +17,7 @@ from retnet.data.stream_encoder import BytesEncoder, StreamEncoder
 
 BYTES = "bytes"
 DOCUMENT_START = 256
+DOCUMENT_START_TOKEN = "<|document|>"  # its spelling, for libraries whose special tokens have one
 VOCAB_SIZE = 257
 PAD = 0xFF  # no part of any UTF-8 text; a pad for libraries that need one
 
@@ -36,6 +37,11 @@ class Tokenizer(ABC):
     document_start: int
     document_end: int | None = None
     reads_text: bool
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that are no part of a text, by their spelling, those around documents among them."""
 
     def encode(self, text: str | bytes, *, start: bool = False) -> list[int]:
         """The tokens of a text, with the document start first if `start`. Special tokens spelled in a text are text.
@@ -115,6 +121,10 @@ class ByteTokenizer(Tokenizer):
     vocab_size = VOCAB_SIZE
     document_start = DOCUMENT_START
     reads_text = False
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {DOCUMENT_START_TOKEN: DOCUMENT_START}
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Sequence[int]]:
         return list(texts)

@@ -73,6 +73,11 @@ class JsonTokenizer(Tokenizer):
         self._bytes: dict[int, bytes] = {}
 
     @property
+    def special_tokens(self) -> dict[str, int]:
+        spelt = {token: self._tokenizer.id_to_token(token) for token in sorted(self._never_text)}
+        return {spelling: token for token, spelling in spelt.items() if spelling}
+
+    @property
     def text_vocab_size(self) -> int:
         """Tokens that a text can have are below it: special tokens beyond them never come from `encode`."""
         numbers = set(self._tokenizer.get_vocab(with_added_tokens=True).values())

@@ -47,3 +47,7 @@ def test_padding_of_the_vocabulary_decodes_to_nothing_and_negative_tokens_are_re
     assert tokenizer.decode([97, 257, 50303, 98]) == "ab"
     with pytest.raises(ValueError, match="a token is -1; accepted: 0 or more"):
         tokenizer.decode([-1])
+
+
+def test_special_tokens_are_named_by_their_spelling():
+    assert ByteTokenizer().special_tokens == {"<|document|>": DOCUMENT_START}

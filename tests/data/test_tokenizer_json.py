@@ -35,6 +35,12 @@ def test_special_tokens_spelled_in_a_text_are_text(trained):
     assert trained.decode(tokens) == "a <|endoftext|> b"
 
 
+def test_special_tokens_are_named_by_their_spelling(trained, tokenizer_file):
+    assert trained.special_tokens == {"<|endoftext|>": trained.document_start}
+    word = JsonTokenizer(tokenizer_file, 0, 300)  # an end that is no special token of the file
+    assert word.special_tokens == {"<|endoftext|>": 0, trained._tokenizer.id_to_token(300): 300}
+
+
 def test_starts_and_ends_are_dropped_when_decoding(tokenizer_file):
     trained = find_tokenizer(str(tokenizer_file), with_end=True)
     tokens = trained.encode(b"naive")

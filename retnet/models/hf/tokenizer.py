@@ -7,10 +7,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from retnet.data.tokenizer import DOCUMENT_START, PAD, byte_characters
+from retnet.data.tokenizer import DOCUMENT_START, DOCUMENT_START_TOKEN, PAD, byte_characters
 
 TransformersTokenizer = PreTrainedTokenizerBase
-DOCUMENT_START_TOKEN = "<|document|>"
 CONFIG_FILE = "tokenizer_config.json"
 PAD_TOKEN = "<|pad|>"
 
