@@ -2,33 +2,37 @@
 
     <i>.<kind>.<tensor>   the state of layer i; wider floating point is stored as float32 or bfloat16
     tokens                int32 [n]: all tokens seen; the state has read the first n - 1
+    attachment            uint8 [n]: bytes kept with the state; absent if there are none
     metadata              format, model (fingerprint), position, tokens (SHA-256), content (SHA-256 of all tensors), ...
+                          extra.<name>: texts kept with the state
 
 A file is written beside its target, flushed to the disk and renamed, so that a crash leaves the old file intact. A file
 that is truncated, changed, or of another model is refused: continuing a wrong state gives fluent nonsense.
 """
 
-import hashlib
 import json
 import math
 from array import array
-from collections.abc import Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from retnet.models.fingerprint import bytes_of
 from retnet.models.states import ModelState
 from retnet.ops.device import resolve_device
+from retnet.serve.snapshot_file import StoredTensors, digest, pieces
 from retnet.system.checks import as_path, copied_integers, is_integer, is_number, quoted
 from retnet.system.files import written_whole
 
 FORMAT = "retnet-snapshot"
+EXTRA = "extra."  # before the names of `extra` in the metadata
+ATTACHMENT = "attachment"
+StoredDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,34 +83,54 @@ class Snapshot:
     def nbytes(self) -> int:
         return self.state.nbytes + self.tokens.itemsize * len(self.tokens)
 
-    def save(self, path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> float:
-        """Write a file that `load` reads; return the rounding error. An old file stays until the new one is whole."""
+    def save(
+        self,
+        path: str | Path,
+        dtype: StoredDtype = "float32",
+        *,
+        extra: Mapping[str, str] | None = None,
+        attachment: bytes = b"",
+    ) -> float:
+        """Write a file that `load` reads; return the rounding error. An old file stays until the new one is whole.
+
+        extra, attachment: texts by name and bytes to keep with the state, which `SnapshotFile.load` gives back.
+        """
         path = as_path("path", path)
+        tensors, metadata = self._stored(dtype, extra, attachment)
+        with written_whole(path) as file:
+            for piece in pieces(tensors, metadata):
+                file.write(piece)
+        return float(metadata["rounding_error"])
+
+    def pieces(
+        self, dtype: StoredDtype = "float32", *, extra: Mapping[str, str] | None = None, attachment: bytes = b""
+    ) -> Iterator[bytes | memoryview]:
+        """The bytes of the file that `save` writes, one tensor at a time; each piece is valid until the next."""
+        return pieces(*self._stored(dtype, extra, attachment))
+
+    def _stored(
+        self, dtype: str, extra: Mapping[str, str] | None, attachment: bytes
+    ) -> tuple[StoredTensors, dict[str, str]]:
+        """The tensors and the metadata of the file."""
         if not isinstance(dtype, str) or dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {quoted(dtype)}; accepted: float32, bfloat16")
-        target = getattr(torch, dtype)
-        tensors, error = {}, self.rounding_error
-        for name, x in self.state.named_tensors().items():
-            narrow = x.is_floating_point() and x.element_size() > target.itemsize
-            stored = x.to("cpu", target if narrow else x.dtype).contiguous()
-            if narrow:
-                exact, off = x.double().norm(), (x.double() - stored.to(x.device).double()).norm()
-                error = max(error, float(off / exact.clamp_min(torch.finfo(torch.float64).tiny)))
-            tensors[name] = stored
-        tensors["tokens"] = torch.frombuffer(self.tokens, dtype=torch.int32)
+        state = self.state.named_tensors()
+        beside = {"tokens": torch.frombuffer(self.tokens, dtype=torch.int32)}
         metadata = {
             "format": FORMAT,
             "model": self.model,
             "position": str(len(self.tokens) - 1),
-            "tokens": _digest({"tokens": tensors["tokens"]}, {}),
-            "rounding_error": repr(error),
+            "tokens": digest(beside, {}),
             "output_start": str(len(self.tokens) if self.output_start is None else self.output_start),
-            "dtypes": json.dumps({name: str(x.dtype)[6:] for name, x in self.state.named_tensors().items()}),
+            "dtypes": json.dumps({name: str(x.dtype)[6:] for name, x in state.items()}),
         }
-        metadata["content"] = _digest(tensors, metadata)
-        with written_whole(path) as file:
-            file.write(save(tensors, metadata))
-        return error
+        if attachment:
+            beside[ATTACHMENT] = torch.frombuffer(bytearray(attachment), dtype=torch.uint8)
+        metadata |= {EXTRA + name: text for name, text in (extra or {}).items()}
+        tensors = StoredTensors(state | beside, getattr(torch, dtype))
+        metadata["rounding_error"] = repr(max(self.rounding_error, tensors.rounding_error()))
+        metadata["content"] = digest(tensors, metadata)
+        return tensors, metadata
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Snapshot":
@@ -115,6 +139,20 @@ class Snapshot:
         Raises ValueError for a file that is something else, truncated, or changed since it was written, and
         FileNotFoundError if there is no file.
         """
+        return SnapshotFile.load(path, device).snapshot
+
+
+@dataclass(frozen=True, eq=False)
+class SnapshotFile:
+    """A snapshot and what was kept with it in its file. `extra`: texts by name; `attachment`: bytes."""
+
+    snapshot: Snapshot
+    extra: dict[str, str]
+    attachment: bytes
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "SnapshotFile":
+        """Read a file that `Snapshot.save` wrote. Raises as `Snapshot.load` does."""
         path, device = as_path("path", path), resolve_device(device)
         if not path.is_file():
             raise FileNotFoundError(f"no snapshot at {path}: {'not a file' if path.exists() else 'no such file'}")
@@ -128,27 +166,27 @@ class Snapshot:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is not a snapshot (format {metadata.get('format')!r}); accepted: {FORMAT!r}")
         content = metadata.pop("content", None)
-        if content != _digest(tensors, metadata):
+        if content != digest(tensors, metadata):
             raise ValueError(f"{path} was changed since it was written: its SHA-256 is not the one it names")
         try:
-            dtypes, seen = json.loads(metadata["dtypes"]), tensors.pop("tokens")
-            if seen.dtype != torch.int32 or metadata["tokens"] != _digest({"tokens": seen}, {}):
-                raise ValueError("its tokens are not those that it names")
-            if int(metadata["position"]) != len(seen) - 1:
-                raise ValueError(f"it has {len(seen)} tokens for position {metadata['position']}")
-            tokens = array("i")
-            tokens.frombytes(bytes_of(seen.contiguous()))
-            named = {name: x.to(device, getattr(torch, dtypes[name])) for name, x in tensors.items()}
-            facts = metadata["model"], float(metadata["rounding_error"]), int(metadata["output_start"])
-            return cls(ModelState.from_named(named), tokens, *facts)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            attached = tensors.pop(ATTACHMENT, None)
+            snapshot = _snapshot(tensors, metadata, device)
+            if attached is not None and (attached.dtype != torch.uint8 or attached.dim() != 1):
+                raise ValueError(f"its attachment is {list(attached.shape)} of {attached.dtype}")
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} is not a whole snapshot: {error}") from error
+        extra = {name[len(EXTRA) :]: text for name, text in metadata.items() if name.startswith(EXTRA)}
+        return cls(snapshot, extra, b"" if attached is None else bytes(bytes_of(attached)))
 
 
-def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        x = tensors[name]
-        digest.update(f"{name} {list(x.shape)} {x.dtype}".encode())
-        digest.update(bytes_of(x.contiguous()))
-    return digest.hexdigest()
+def _snapshot(tensors: dict[str, Tensor], metadata: dict[str, str], device: torch.device) -> Snapshot:
+    dtypes, seen = json.loads(metadata["dtypes"]), tensors.pop("tokens")
+    if seen.dtype != torch.int32 or metadata["tokens"] != digest({"tokens": seen}, {}):
+        raise ValueError("its tokens are not those that it names")
+    if int(metadata["position"]) != len(seen) - 1:
+        raise ValueError(f"it has {len(seen)} tokens for position {metadata['position']}")
+    tokens = array("i")
+    tokens.frombytes(bytes_of(seen.contiguous()))
+    named = {name: x.to(device, getattr(torch, dtypes[name])) for name, x in tensors.items()}
+    facts = metadata["model"], float(metadata["rounding_error"]), int(metadata["output_start"])
+    return Snapshot(ModelState.from_named(named), tokens, *facts)

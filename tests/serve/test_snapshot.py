@@ -18,7 +18,8 @@ from retnet.models.fingerprint import fingerprint
 from retnet.models.states import ModelState
 from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
-from retnet.serve.snapshot import Snapshot, _digest
+from retnet.serve.snapshot import Snapshot, SnapshotFile
+from retnet.serve.snapshot_file import digest
 from retnet.system import files
 from tests.paths import ROOT
 from tests.small_models import prompt, small_model
@@ -106,6 +107,38 @@ def test_bfloat16_files_are_smaller_and_name_their_error(small, tmp_path):
         assert float((a.memory - b.memory).norm() / b.memory.norm()) <= 1.0001 * error
     with pytest.raises(ValueError, match="dtype is 'float16'; accepted: float32, bfloat16"):
         snapshot.save(tmp_path / "other", "float16")
+
+
+def test_texts_and_bytes_are_kept_with_a_snapshot_and_covered_by_its_digest(small, tmp_path):
+    engine, generation = session(small)
+    snapshot, path = engine.snapshot(generation), tmp_path / "session"
+    extra, attachment = {"owner": "Zoë", "model": "of extra"}, b"\x00any bytes"
+    snapshot.save(path, extra=extra, attachment=attachment)
+    loaded = SnapshotFile.load(path)
+    assert (loaded.extra, loaded.attachment) == (extra, attachment)
+    assert loaded.snapshot.tokens == generation.seen
+    assert loaded.snapshot.model == engine.fingerprint
+    assert Snapshot.load(path).tokens == generation.seen
+    data = path.read_bytes()
+    for old, new in ((b"of extra", b"of Extra"), (attachment, b"\x00Any bytes")):
+        assert old in data
+        path.write_bytes(data.replace(old, new))
+        with pytest.raises(ValueError, match="was changed since it was written"):
+            SnapshotFile.load(path)
+    snapshot.save(path)
+    assert (SnapshotFile.load(path).extra, SnapshotFile.load(path).attachment) == ({}, b"")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_pieces_of_a_snapshot_are_the_bytes_of_its_file(any_model, tmp_path, dtype):
+    engine, generation = session(any_model)
+    snapshot = engine.snapshot(generation)
+    snapshot.save(tmp_path / "session", dtype, attachment=b"12345")
+    pieces = [bytes(piece) for piece in snapshot.pieces(dtype, attachment=b"12345")]
+    assert b"".join(pieces) == (tmp_path / "session").read_bytes()
+    assert len(pieces) > len(list(snapshot.state))
+    with safe_open(tmp_path / "session", "pt") as file:
+        assert set(file.keys()) == {*snapshot.state.named_tensors(), "tokens", "attachment"}
 
 
 def test_a_snapshot_of_another_model_is_refused(small):
@@ -232,7 +265,7 @@ def test_a_file_without_an_entry_in_its_metadata_is_refused_even_if_its_hashes_m
             continue
         facts_ = {name: value for name, value in metadata.items() if name != fact} | changed
         tensors = load_file(path)
-        save_file(tensors, tmp_path / "forged", {**facts_, "content": _digest(tensors, facts_)})
+        save_file(tensors, tmp_path / "forged", {**facts_, "content": digest(tensors, facts_)})
         with pytest.raises(ValueError, match="not a whole snapshot"):
             Snapshot.load(tmp_path / "forged")
 
