@@ -29,4 +29,5 @@ def sharding_on_cpus(arguments: TrainingArguments) -> Iterator[None]:
     try:
         yield
     finally:
-        state.distributed_type = kind
+        if state.distributed_type != DistributedType.FSDP:  # what accelerate makes of it, and reads whenever it saves
+            state.distributed_type = kind

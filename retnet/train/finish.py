@@ -78,11 +78,12 @@ def _save_sharded(trainer: PackedTrainer, directory: Path) -> None:
     model = cast(PackedForCausalLM, trainer.model)
     gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if trainer.args.should_save:
-        tensors = {name.removeprefix(PREFIX): x for name, x in gathered.items() if isinstance(x, torch.Tensor)}
-        config = model.model.config
-        if config.tie_embeddings:
-            tensors.pop("head.weight", None)
-        write_model(directory, config, Tensors.of(tensors))
+        tensors = {
+            name.removeprefix(PREFIX): x
+            for name, x in gathered.items()
+            if isinstance(x, torch.Tensor) and name not in model.tied_names
+        }
+        write_model(directory, model.model.config, Tensors.of(tensors))
 
 
 def continuations(

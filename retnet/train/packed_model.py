@@ -10,6 +10,7 @@ empty state. The rows are laid end to end, so the core model gets one state per 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,8 +77,18 @@ class PackedForCausalLM(RetNetForCausalLM):
             cache.update_state(detached(after.select(last)), T)
         return CausalOutput(loss=loss, past_key_values=cache, aux_loss=extra)  # type: ignore[arg-type]
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # pyright: ignore
-        RetNetForCausalLM.wrap(self.model).save_pretrained(save_directory, **kwargs)
+    @property
+    def tied_names(self) -> set[str]:
+        """Names of weights that are another's too, and are saved under that name only."""
+        return {"model.head.weight"} if self.model.config.tie_embeddings else set()
+
+    def save_pretrained(  # pyright: ignore
+        self, save_directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        if state_dict is not None:
+            # Gathered from shards, tied weights are two tensors, and transformers would save both.
+            state_dict = {name: x for name, x in state_dict.items() if name not in self.tied_names}
+        RetNetForCausalLM.wrap(self.model).save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
 
 def detached(state: ModelState) -> ModelState:

@@ -442,7 +442,7 @@ class PackedTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Raise CheckpointError for weights of another model; the Trainer warns. (A tied head is not stored.)"""
-        tied = {"model.head.weight"} if self.model.model.config.tie_embeddings else set()  # type: ignore[union-attr]
+        tied = cast(PackedForCausalLM, self.model).tied_names
         wrong = sorted((set(load_result.missing_keys) - tied) | set(load_result.unexpected_keys))
         if wrong:
             raise CheckpointError(f"the weights of {self.resumed} are not those of the model: {', '.join(wrong[:5])}")

@@ -82,6 +82,20 @@ def test_sharded_checkpoints_resume_with_any_number_of_processes(byte_model, tex
 
 
 @pytest.mark.slow
+def test_whole_checkpoints_of_sharded_runs_resume(byte_model, text_folder, tmp_path, one_process):
+    sharded = SETTINGS | {"fsdp": "true", "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
+    first, resumed = tmp_path / "first", tmp_path / "resumed"
+    torchrun(2, words_for(byte_model, text_folder, first, **sharded))
+    assert_same_run(first, one_process)
+    checkpoint = first / "checkpoint-2"
+    assert load_model(checkpoint).state_dict().keys() == load_model(first).state_dict().keys()
+    shown = torchrun(2, words_for(byte_model, text_folder, resumed, **sharded, resume_from_checkpoint=checkpoint))
+    assert "step 3/4" in shown
+    assert "step 2/4" not in shown
+    assert_same_run(resumed, one_process)
+
+
+@pytest.mark.slow
 def test_lanes_stay_with_their_process(byte_model, text_folder, tmp_path, console):
     settings = SETTINGS | {"carry_state": True, "gradient_accumulation_steps": 1}
     one, two = tmp_path / "one", tmp_path / "two"
