@@ -94,8 +94,9 @@ class TokenValue(nn.Module):
         nn.init.constant_(self.bias, self.start)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
-        return y.to(wide_dtype(y.dtype)) + self.bias
+        with torch.autocast(x.device.type, enabled=False):  # a rounded angle adds up over the tokens
+            wide = wide_dtype(x.dtype)
+            return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
 class VariantRetention(MultiScaleRetention):
