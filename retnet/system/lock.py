@@ -1,7 +1,7 @@
-"""A lock on a folder that one run at a time may write.
+"""Locks between processes: of a folder that one run at a time may write, and of a file for a moment.
 
-It is a `flock` on a file in the folder, which the operating system releases however the process ends. The file names
-the holder for the error message of the others, and is removed at the end.
+The lock is a `flock`, which the operating system releases however the process ends. That of a folder is on a file in
+it. The file names the holder for the error message of the others, and is removed at the end.
 """
 
 from __future__ import annotations
@@ -44,6 +44,21 @@ def locked(folder: Path) -> Iterator[None]:
             path.unlink()
         _held.discard(file)
         file.close()
+
+
+@contextmanager
+def waiting_for_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, made if missing, for a moment; waits for other processes and threads. The file stays.
+
+    Warns and continues where the file system has no locks.
+    """
+    with path.open("ab") as file:
+        _held.add(file)
+        try:
+            _lock(file, wait=True)
+            yield
+        finally:
+            _held.discard(file)
 
 
 def _acquire(path: Path) -> BinaryIO:
@@ -97,15 +112,15 @@ def _is_file(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-def _lock(file: BinaryIO) -> None:
-    """Raises BlockingIOError if the lock is held."""
+def _lock(file: BinaryIO, wait: bool = False) -> None:
+    """Raises BlockingIOError if the lock is held, unless it is to wait."""
     try:
         import fcntl
     except ImportError:  # Windows
         warnings.warn(f"{file.name} cannot be locked on this system: do not write this folder twice", stacklevel=4)
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

@@ -13,6 +13,7 @@ from retnet import __version__
 from retnet.serve.http.errors import add_error_handlers
 from retnet.serve.http.guard import Guard
 from retnet.serve.http.service import Service
+from retnet.serve.http.session_store import SessionStore
 from retnet.serve.http.settings import Settings
 
 ROUTERS = ("health", "completions", "chat", "sessions", "page")
@@ -21,17 +22,20 @@ ROUTERS = ("health", "completions", "chat", "sessions", "page")
 def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     """The application. Its lifespan starts the service and stops it."""
     settings = settings or service.settings
+    sessions = SessionStore(settings, service.engine.fingerprint)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
+        await sessions.start()
         try:
             yield
         finally:
             service.stop()
+            await sessions.close()
 
     app = FastAPI(title="retnet serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.service, app.state.settings = service, settings
+    app.state.service, app.state.settings, app.state.sessions = service, settings, sessions
     add_error_handlers(app)
     app.add_middleware(Guard, settings=settings)
     for name in ROUTERS:

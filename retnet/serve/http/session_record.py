@@ -1,0 +1,75 @@
+"""Records of sessions: the facts beside the state, which their files carry."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from retnet.serve.snapshot import Snapshot
+
+ID_PATTERN = re.compile(r"sess_[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Facts of one revision of a session.
+
+    owner: a keyed hash of the id of the API key that made the session. model: fingerprint of its model.
+    created: of the session, in seconds since the epoch. foreign: whether its state, or that of an ancestor, was
+    uploaded. parent: the session that it was forked from. bytes: of state, tokens and messages.
+    """
+
+    id: str
+    owner: str
+    model: str
+    revision: int
+    created: float
+    foreign: bool
+    parent: str | None
+    tokens: int
+    bytes: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """Raises ValueError for text that `to_json` did not make."""
+        try:
+            data = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("its record is not that of a session") from error
+        kinds = {"revision": int, "created": (int, float), "foreign": bool, "tokens": int, "bytes": int}
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            raise ValueError(f"its record is not that of a session; accepted: {', '.join(sorted(names))}")
+        for name, value in data.items():
+            kind = kinds.get(name, (str, type(None)) if name == "parent" else str)
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} of its record is of type {type(value).__name__}")
+        ids = [data["id"], data["parent"]] if data["parent"] is not None else [data["id"]]
+        if not all(ID_PATTERN.fullmatch(value) for value in ids):
+            raise ValueError("its record names no session's id")
+        return cls(**data)
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """One revision of a session: a state, the messages of the conversation (None if it has none), and its record.
+
+    Nothing in it changes. Its snapshot is on the CPU.
+    """
+
+    record: Record
+    snapshot: Snapshot
+    messages: list[dict[str, Any]] | None = None
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def foreign(self) -> bool:
+        return self.record.foreign

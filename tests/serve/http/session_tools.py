@@ -1,0 +1,43 @@
+"""Snapshots and stores for the tests of sessions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from retnet.models.decode.sampling import Sampling
+from retnet.serve.engine import Engine
+from retnet.serve.http.session_store import SessionStore
+from retnet.serve.http.settings import Settings
+from retnet.serve.request import Request
+from retnet.serve.snapshot import Snapshot
+from tests.small_models import BYTES, prompt, small_model
+
+GREEDY = Sampling(temperature=0)
+
+
+def engine_of(stack: str = "retention", **options: Any) -> Engine:
+    return Engine(small_model(stack, **BYTES), **{"num_slots": 4, "max_tokens": 512, **options})
+
+
+def snapshot_of(engine: Engine, length: int = 9, seed: int = 0) -> Snapshot:
+    """A state after a prompt of this length and one token of output."""
+    generation = engine.submit(Request(prompt(length, seed), 1, GREEDY, keep_state=True))
+    engine.run()
+    assert generation.snapshot is not None
+    return generation.snapshot
+
+
+class Clock:
+    """A clock that tests set."""
+
+    def __init__(self, now: float = 1e9):
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def store_of(engine: Engine, folder: Path | None = None, clock: Clock | None = None, **settings: Any) -> SessionStore:
+    """A store of sessions of this engine's model, in memory or in a folder."""
+    return SessionStore(Settings(state_dir=folder, **settings), engine.fingerprint, clock=clock or Clock())
