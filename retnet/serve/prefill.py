@@ -2,6 +2,7 @@
 
 Chunks end at multiples of the chunk size, where the prefix cache keeps a state, and before a prompt's last token. A
 prompt that begins like one that is being read waits until their common beginning is read, and continues from there.
+Only prompts of the same group share states.
 """
 
 from collections import deque
@@ -50,7 +51,7 @@ class Prefill:
 
     def expect(self, generation: Generation) -> None:
         """Let the prompts that are read from the next step on take account of one that waits for a slot."""
-        if self.prefixes is not None:
+        if self.prefixes is not None and generation.request.prefix_group is not None:
             self._expected.append(generation)
 
     def enter(self, generation: Generation) -> None:
@@ -95,26 +96,28 @@ class Prefill:
     def keep_prefix(self, generation: Generation, *, branch: bool = False, needed: bool = False) -> ModelState | None:
         """Put the state after the tokens read so far into the prefix cache, unless it is there, has no room, or is not
         finite or not exact. Returns the state if it was put there, or if it is `needed`."""
-        if self.prefixes is None or generation.slot is None or not generation.read:
+        group = generation.request.prefix_group
+        if self.prefixes is None or group is None or generation.slot is None or not generation.read:
             return None
         if generation.rounding_error or self.weights.changed:
             return None
         tokens = generation.seen[: generation.read]
-        self.prefixes.note(tokens)
+        self.prefixes.note(tokens, group)
         size = self.pool.state.slot(generation.slot).trim().nbytes
-        if not needed and not self.prefixes.wants(tokens, size, branch=branch):
+        if not needed and not self.prefixes.wants(tokens, size, branch=branch, group=group):
             return None
         state = self.pool.copy(generation.slot)
         if int(state.position) != generation.read:
             raise RuntimeError(f"the state has read {int(state.position)} tokens, not the request's {generation.read}")
         if not state.is_finite:  # otherwise every prompt with this prefix would fail
             return None
-        self.prefixes.store(tokens, state, branch=branch)
+        self.prefixes.store(tokens, state, branch=branch, group=group)
         return state
 
     def _look_ahead(self) -> None:
         while self.prefixes is not None and self._expected:
-            self.prefixes.note(self._expected.popleft().seen)
+            generation = self._expected.popleft()
+            self.prefixes.note(generation.seen, generation.request.prefix_group or "")
 
     def _begin(self, generation: Generation, handed: tuple[int, ModelState] | None = None) -> None:
         """Let a prompt in a slot continue from the longest prefix at hand: that of its snapshot, a cached one, or one
@@ -122,15 +125,28 @@ class Prefill:
         before = self.stages.in_doubt
         self.stages.in_doubt = (*before, generation)
         generation.awaited, found = None, None
-        if self.prefixes is not None and not self.weights.changed:
-            tokens = generation.seen[:-1]
-            at_hand = max(generation.read, self.prefixes.longest(tokens), 0 if handed is None else handed[0])
+        generation.prefix_miss = self._why_not_looked_up(generation)
+        if self.prefixes is not None and generation.prefix_miss is None:
+            tokens, group = generation.seen[:-1], generation.request.prefix_group or ""
+            at_hand = max(generation.read, self.prefixes.longest(tokens, group), 0 if handed is None else handed[0])
             generation.awaited = self._longer_prefix(generation, at_hand)
             if generation.awaited is None:
-                found = self.prefixes.find(tokens, generation.read, handed)
+                found = self.prefixes.find(tokens, generation.read, handed, group=group)
+                length = generation.read if found is None else found[0]
+                generation.prefix_miss = self.prefixes.why_not_longer(tokens, length, group)
         if generation.awaited is None:
             self._continue_from(generation, found)
         self.stages.in_doubt = before
+
+    def _why_not_looked_up(self, generation: Generation) -> str | None:
+        """Why a prompt is read without looking at the cache; None if it is looked up, or has nothing to read."""
+        if not generation.unread:
+            return None
+        if self.prefixes is None:
+            return "the engine has no prefix cache"
+        if generation.request.prefix_group is None:
+            return "the request has no prefix group"
+        return "the weights changed" if self.weights.changed else None
 
     def _continue_from(self, generation: Generation, found: tuple[int, ModelState] | None) -> None:
         """Write a prefix's state, or that of the request's snapshot, into the slot."""
@@ -147,9 +163,11 @@ class Prefill:
 
         To wait for it is no slower than to read from `at_hand`: both would take turns, and it has come as far already.
         """
-        tokens, longest = generation.seen[:-1], None
+        tokens, longest, group = generation.seen[:-1], None, generation.request.prefix_group
         for other in self.stages.reading:
-            if other is generation or other.awaited is not None or other.rounding_error or other.read < at_hand:
+            if other is generation or other.request.prefix_group != group or other.awaited is not None:
+                continue
+            if other.rounding_error or other.read < at_hand:
                 continue
             common = common_length(tokens, other.seen)
             places = [place for place in self._places(other) if place <= common] if common > at_hand else []
@@ -176,11 +194,11 @@ class Prefill:
     def _places(self, generation: Generation) -> list[int]:
         """Where states are kept in the rest of a prompt: where it parts from others, and last before its last token."""
         end = len(generation.seen) - 1
-        inside = {generation.shared_end}
-        if self.prefixes is not None:
+        inside, group = {generation.shared_end}, generation.request.prefix_group
+        if self.prefixes is not None and group is not None:
             version, cuts = self._cuts.get(generation, (-1, []))
             if version != self.prefixes.version:
-                version, cuts = self.prefixes.version, self.prefixes.cuts(generation.seen[:end])
+                version, cuts = self.prefixes.version, self.prefixes.cuts(generation.seen[:end], group)
                 self._cuts[generation] = version, cuts
             inside.update(cuts)
         return [*sorted(place for place in inside if generation.read < place < end), end]

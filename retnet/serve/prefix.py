@@ -4,6 +4,9 @@ A state serves only the exact tokens that it has read, and takes as much memory 
 cheap, so a radix tree remembers all prompts, and it tells where they part. States are kept there, and at the ends of
 prompts and of conversations. The longest match is used.
 
+Prompts belong to groups (of one API key, for example). A prompt finds states of its own group only, and learns nothing
+of other groups but what the common budget leaves it. The budget and the order of eviction are common to all groups.
+
 Order of eviction, when the memory budget is full:
 
 1. Branch points (where prompts part, or that hit twice) that no prompt used for a while.
@@ -36,7 +39,8 @@ class PrefixCounts:
     """Counts of the cache.
 
     misses: by reason. declined: states without room, because those in use take it all. prompt_tokens: looked up;
-    tokens_saved of them were not read again. states, state_bytes: in the cache now.
+    tokens_saved of them were not read again. states, state_bytes: in the cache now. groups, token_bytes: those with
+    remembered tokens, and the memory of these tokens.
     """
 
     hits: int = 0
@@ -49,6 +53,8 @@ class PrefixCounts:
     tokens_saved: int = 0
     states: int = 0
     state_bytes: int = 0
+    groups: int = 0
+    token_bytes: int = 0
 
     @property
     def bytes_per_prompt_token(self) -> float:
@@ -84,6 +90,7 @@ class PrefixCache:
         self._ends: OrderedDict[Node[Cached], Cached] = OrderedDict()  # in order of eviction
         self._branches: OrderedDict[Node[Cached], Cached] = OrderedDict()
         self._dropped: WeakSet[Node[Cached]] = WeakSet()  # to report why a prompt missed
+        self._groups: set[str] = set()  # that had a state; as long as their tokens are remembered
         self._num_lookups = 0
         self.version = 0  # counts changes
         self._broken_off = False  # the last change, by an exception
@@ -95,12 +102,12 @@ class PrefixCache:
     def nbytes(self) -> int:
         return self.counts.state_bytes
 
-    def note(self, tokens: array) -> None:
+    def note(self, tokens: array, group: str = "") -> None:
         """Remember a prompt or a conversation, so that a later one shows where the two part."""
         if self._too_long(tokens):
             return
         with self._change():
-            self.tree.insert(tokens)
+            self.tree.insert(tokens, group)
             for node in (None, *self._ends, *self._branches):
                 if self.tree.nbytes <= self.tree_bytes:
                     break
@@ -108,11 +115,12 @@ class PrefixCache:
                     self._drop(node)
                     self.counts.evicted += 1
                 self.tree.prune(self.tree_bytes // 4 * 3)
+                self._groups &= self.tree.roots.keys()
 
-    def cuts(self, tokens: array) -> list[int]:
+    def cuts(self, tokens: array, group: str = "") -> list[int]:
         """Where `tokens` part from other prompts and no state is near: after how many of them to keep one."""
         cuts, last = [], 0
-        for node in self.tree.path(tokens):
+        for node in self.tree.path(tokens, group):
             cut = self._cut(node.end)
             if node.value is not None:
                 last = node.end
@@ -121,12 +129,12 @@ class PrefixCache:
                 last = cut
         return cuts
 
-    def longest(self, tokens: array) -> int:
+    def longest(self, tokens: array, group: str = "") -> int:
         """The length of the longest cached prefix of `tokens`; 0 without any. Not counted as a lookup."""
-        return max((node.end for node in self.tree.path(tokens) if node.value is not None), default=0)
+        return max((node.end for node in self.tree.path(tokens, group) if node.value is not None), default=0)
 
     def find(
-        self, tokens: array, read: int = 0, handed: tuple[int, ModelState] | None = None
+        self, tokens: array, read: int = 0, handed: tuple[int, ModelState] | None = None, *, group: str = ""
     ) -> tuple[int, ModelState] | None:
         """The longest cached prefix of `tokens` that is longer than `read`: its length and state, or None.
 
@@ -138,7 +146,7 @@ class PrefixCache:
         with self._change():
             self._num_lookups += 1
             self.counts.prompt_tokens += len(tokens) - read
-            path = [node for node in self.tree.path(tokens) if node.end > read]
+            path = [node for node in self.tree.path(tokens, group) if node.end > read]
             found = next((node for node in reversed(path) if node.value is not None), None)
             if handed is not None and handed[0] > max(read, 0 if found is None else found.end):
                 length, state = handed
@@ -147,17 +155,21 @@ class PrefixCache:
                 found.value.hits += 1
                 self._use(found)
             else:
-                self.counts.misses[self._why_missed(tokens, path, read)] += 1
+                self.counts.misses[self._why_missed(tokens, read, group)] += 1
                 return None
             self.counts.hits += 1
             self.counts.tokens_saved += length - read
             return length, state
 
-    def wants(self, tokens: array, nbytes: int, *, branch: bool = False) -> bool:
+    def why_not_longer(self, tokens: array, read: int = 0, group: str = "") -> str | None:
+        """Why no cached prefix of `tokens` is longer than `read`; None if `read` is all of them."""
+        return None if len(tokens) <= read else self._why_missed(tokens, read, group)
+
+    def wants(self, tokens: array, nbytes: int, *, branch: bool = False, group: str = "") -> bool:
         """Whether to store the state after `tokens`: it is not there, and there is room. One that is there counts as
         used."""
         with self._change():
-            path = self.tree.path(tokens)
+            path = self.tree.path(tokens, group)
             node = path[-1] if path and path[-1].end == len(tokens) else None
             if node is not None and node.value is not None:
                 self._use(node, branch)
@@ -169,22 +181,23 @@ class PrefixCache:
             self.counts.declined += not room
             return room
 
-    def store(self, tokens: array, state: ModelState, *, branch: bool = False) -> None:
+    def store(self, tokens: array, state: ModelState, *, branch: bool = False, group: str = "") -> None:
         """Cache the state after `tokens`; the caller must not change it afterwards. branch: other prompts begin with
         these tokens too, so that ends are evicted first."""
-        if not self.wants(tokens, state.nbytes, branch=branch):
+        if not self.wants(tokens, state.nbytes, branch=branch, group=group):
             return
         with self._change():
             for node in self._room(state.nbytes, branch) or ():
                 self._drop(node)
                 self.counts.evicted += 1
-            for node in self.tree.path(tokens):
+            for node in self.tree.path(tokens, group):
                 if node in self._ends and node.value is not None and node.value.hits < 2:
                     self._ends.move_to_end(node, last=False)
-            node = self.tree.insert(tokens)
+            node = self.tree.insert(tokens, group)
             node.value = Cached(state, state.nbytes, self._num_lookups)
             (self._branches if branch else self._ends)[node] = node.value
             self._dropped.discard(node)
+            self._groups.add(group)
             self.counts.stored += 1
             self.counts.states += 1
             self.counts.state_bytes += node.value.nbytes
@@ -195,6 +208,7 @@ class PrefixCache:
             for node in [*self._ends, *self._branches]:
                 self._drop(node)
             self._dropped.clear()
+            self._groups.clear()
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -203,10 +217,12 @@ class PrefixCache:
             self.tree = RadixTree()
             self._ends.clear()
             self._branches.clear()
+            self._groups.clear()
             self.counts.states = self.counts.state_bytes = 0
         self._broken_off = True
         self.version += 1
         yield
+        self.counts.groups, self.counts.token_bytes = len(self.tree.roots), self.tree.nbytes
         self._broken_off = False
 
     def _too_long(self, tokens: array) -> bool:
@@ -259,15 +275,14 @@ class PrefixCache:
         node.value = None
         self._dropped.add(node)
 
-    def _why_missed(self, tokens: array, path: list[Node[Cached]], read: int) -> str:
-        """path: the nodes that are longer than `read`."""
-        if not len(self) and not len(self._dropped):
+    def _why_missed(self, tokens: array, read: int, group: str) -> str:
+        if group not in self._groups:
             return "the cache is empty"
-        if any(node in self._dropped for node in path):
+        if any(node in self._dropped for node in self.tree.path(tokens, group) if node.end > read):
             return "the state was dropped to stay within the budget"
-        shared = self.tree.shared(tokens)
+        shared = self.tree.shared(tokens, group)
         if shared <= read:
-            return "no cached prompt begins with these tokens"
+            return "no cached prompt has more of these tokens" if read else "no cached prompt begins with these tokens"
         if self._cut(shared) - read >= self.least:
             return "a prompt began alike, but no state was kept where they part"
-        return f"fewer than {self.least} tokens in common with another prompt"
+        return f"fewer than {self.least} {'more ' if read else ''}tokens in common with another prompt"

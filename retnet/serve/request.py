@@ -13,6 +13,7 @@ from retnet.serve.stopping import StopStrings
 from retnet.system.checks import copied, copied_integers, is_integer, quoted
 
 LARGEST_TOKEN = 2**31 - 1
+LONGEST_GROUP = 256  # characters
 
 
 class Refused(ValueError):
@@ -40,6 +41,8 @@ class Request:
     stop_strings: each ends the output as soon as it is complete, also across token boundaries.
     shared: how many first tokens the prompt shares with other prompts; the prefix cache keeps the state after them.
     keep_state: take a snapshot when the request ends.
+    prefix_group: cached prefixes are shared among requests of the same group only; None neither uses nor fills the
+    cache.
 
     Raises Refused, a ValueError, that says what was given and what is accepted.
     """
@@ -52,6 +55,7 @@ class Request:
     ignore_eos: bool = False
     shared: int = 0
     keep_state: bool = False
+    prefix_group: str | None = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, Set):
@@ -75,6 +79,7 @@ class Request:
         if not is_integer(self.shared, 0, len(own["prompt"])):
             raise Refused(f"shared is {quoted(self.shared)}; accepted: 0 to {len(own['prompt'])}, the prompt's tokens")
         own["shared"] = int(self.shared)
+        own["prefix_group"] = _own_group(self.prefix_group)
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
@@ -85,6 +90,16 @@ def _own_tokens(name: str, values: object) -> tuple[int, ...]:
         return copied_integers(name, values, 0, LARGEST_TOKEN, accepted)
     except ValueError as error:
         raise Refused(str(error)) from error
+
+
+def _own_group(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > LONGEST_GROUP:
+        raise Refused(
+            f"prefix_group is {quoted(value)}; accepted: text of at most {LONGEST_GROUP} characters, or None for none"
+        )
+    return str(value)
 
 
 def _own_strings(values: object) -> tuple[str, ...]:
@@ -115,7 +130,7 @@ class Generation:
     `finished`, while the engine takes the request out of its slot.
     tokens: the output so far.
     seen: all tokens of the context, with those of a snapshot (4 bytes each); the state has read the first `read`.
-    cached: how many of them came from the prefix cache instead of being read.
+    cached: how many of them came from the prefix cache instead of being read. prefix_miss: why not more of the prompt.
     counted_from: where the output begins for penalties; a continued output began earlier.
     shared_end: where the part of the prompt ends that other prompts share.
     rounding_error: that of the snapshot which the state comes from; the prefix cache keeps exact states only.
@@ -140,6 +155,7 @@ class Generation:
     error: str | None = None
     slot: int | None = None
     cached: int = 0
+    prefix_miss: str | None = None
     rounding_error: float = 0.0
     awaited: "tuple[Generation, int] | None" = field(default=None, repr=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)

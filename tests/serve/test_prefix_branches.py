@@ -216,7 +216,7 @@ def test_a_change_of_the_cache_that_is_broken_off_drops_what_is_cached(small, mo
     engine, prompts = default_engine(small), group(5, 100, 130)
     expected = [facts(g) for g in send(engine, prompts)]
 
-    def interrupted(self, tokens):
+    def interrupted(self, *_):
         monkeypatch.undo()
         raise KeyboardInterrupt
 

@@ -37,14 +37,14 @@ def test_the_least_recently_used_sequences_are_forgotten_first_and_values_never(
     tree.insert(tokens_of("common0")).value = "kept"
     tree.insert(tokens_of("common1"))
     full = tree.nbytes
-    assert full == 11 * NODE_BYTES + 4 * (6 + 10)
+    assert full == 12 * NODE_BYTES + 4 * (6 + 10)
     tree.prune(full - 1)
     assert [len(tree.path(tokens_of(f"common{n}"))) for n in range(10)] == [2, 2, 1, 2, 2, 2, 2, 2, 2, 2]
-    tree.prune(3 * (NODE_BYTES + 40))
+    tree.prune(NODE_BYTES + 3 * (NODE_BYTES + 40))
     assert [len(tree.path(tokens_of(f"common{n}"))) for n in range(3)] == [2, 2, 1]
     tree.prune(0)
     assert [node.value for node in tree.path(tokens_of("common0"))] == [None, "kept"]
-    assert tree.nbytes == 2 * NODE_BYTES + 4 * 7
+    assert tree.nbytes == 3 * NODE_BYTES + 4 * 7
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab"])

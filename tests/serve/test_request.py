@@ -76,6 +76,7 @@ NONE, ZERO = {"NoneType None": None}, {"int 0": 0}
         ("ignore_eos", {"bool True": True, "bool False": False}),
         ("shared", {name: n for name, n in SMALL.items() if n <= 3} | ZERO),
         ("keep_state", {"bool True": True, "bool False": False}),
+        ("prefix_group", {n: v for n, v in odd_values().items() if v is None or (isinstance(v, str) and len(v) < 257)}),
     ],
 )  # fmt: skip
 def test_a_request_takes_each_field_as_what_it_is_or_names_it(field, expected):
