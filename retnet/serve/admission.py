@@ -9,6 +9,7 @@ from functools import cached_property
 from retnet.models.fingerprint import fingerprint
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.serve.logprobs import PromptLogprobs
 from retnet.serve.pool import SlotPool
 from retnet.serve.request import Generation, Refused, Request
 from retnet.serve.snapshot import Snapshot
@@ -66,6 +67,7 @@ class Admission:
             ends=self._ends(request),
             start=after,
             stops=stops,
+            scores=None if request.prompt_logprobs is None else PromptLogprobs(request.prompt_logprobs),
             rounding_error=0.0 if after is None else after.rounding_error,
         )
 
@@ -108,8 +110,8 @@ class Admission:
         limit, new = self.pool.max_tokens, request.max_new_tokens
         if num_tokens == 0:
             raise Refused("the prompt is empty; accepted: at least one token, or a snapshot to continue")
-        if new is not None and new < 1:
-            raise Refused(f"max_new_tokens is {quoted(new)}; accepted: 1 or more, or None for no end")
+        if new is not None and new < 0:
+            raise Refused(f"max_new_tokens is {quoted(new)}; accepted: 0 or more, or None for no end")
         if limit is not None and (new is None or num_tokens + new > limit):
             more = "an endless output" if new is None else f"max_new_tokens {quoted(new)}"
             raise Refused(f"{num_tokens} tokens and {more} need more room than a slot has; accepted: {limit} together")

@@ -318,8 +318,21 @@ class Engine:
             stages.in_doubt = ()
 
     def _start_decoding(self, generation: Generation) -> None:
+        if generation.request.max_new_tokens == 0:
+            self._end_without_output(generation)
+            return
         self._decoding.start(generation)
         generation.status = Status.DECODING
+
+    def _end_without_output(self, generation: Generation) -> None:
+        """End a request after its prompt. No logits tell whether its state is finite, so the state itself must."""
+        assert generation.slot is not None
+        self._stages.decoding[generation.slot] = generation
+        generation.status = Status.DECODING
+        if self.pool.state.slot(generation.slot).trim().is_finite:
+            self._finish(generation, "length")
+        else:
+            self._fail(generation, "its state is not finite after the prompt")
 
     def _snapshot(self, generation: Generation) -> Snapshot:
         assert generation.slot is not None

@@ -146,6 +146,8 @@ class Prefill:
             return "the engine has no prefix cache"
         if generation.request.prefix_group is None:
             return "the request has no prefix group"
+        if generation.scores is not None:
+            return "log-probabilities of the prompt are asked for, so every token of it is read"
         return "the weights changed" if self.weights.changed else None
 
     def _continue_from(self, generation: Generation, found: tuple[int, ModelState] | None) -> None:
@@ -206,8 +208,10 @@ class Prefill:
     def _read(self, generation: Generation, end: int, place: int) -> ModelState | None:
         """Read up to `end`. Returns the state there if it is `place` and prompts wait for it or the cache keeps it."""
         assert generation.slot is not None
-        ids = torch.tensor([generation.seen[generation.read : end].tolist()], device=self.step.tokens.device)
-        self.step.read(generation.slot, ids)  # raises ValueError for decays that are not finite
+        ids = torch.tensor(generation.seen[generation.read : end + 1].tolist(), device=self.step.tokens.device)
+        hidden = self.step.read(generation.slot, ids[None, :-1])  # raises ValueError for decays that are not finite
+        if generation.scores is not None:
+            generation.scores.add(self.step.model, hidden, ids[1:])
         self.num_tokens += end - generation.read
         generation.read = end
         if self.drafter is not None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from retnet.models.decode.sampling import Sampling
+from retnet.models.decode.sampling import TOP_LOGPROBS, Sampling
+from retnet.serve.logprobs import PromptLogprobs, TokenLogprobs
 from retnet.serve.snapshot import Snapshot
 from retnet.serve.stopping import StopStrings
 from retnet.system.checks import copied, copied_integers, is_integer, quoted
@@ -36,13 +37,15 @@ class Request:
     """One prompt and the options of its output. It is checked and copied when it is made, and does not change.
 
     prompt: token ids, from any iterable of integers.
-    max_new_tokens: None continues until stopped or cancelled.
+    max_new_tokens: None continues until stopped or cancelled; with 0 the request ends after its prompt.
     stop_tokens: each ends the output and is its last token. So do the model's end-of-text tokens, unless ignore_eos.
     stop_strings: each ends the output as soon as it is complete, also across token boundaries.
     shared: how many first tokens the prompt shares with other prompts; the prefix cache keeps the state after them.
     keep_state: take a snapshot when the request ends.
     prefix_group: cached prefixes are shared among requests of the same group only; None neither uses nor fills the
     cache.
+    prompt_logprobs: how many of the likeliest tokens to report beside each token of the prompt; None reports nothing.
+    The prompt is then read whole, whatever is cached.
 
     Raises Refused, a ValueError, that says what was given and what is accepted.
     """
@@ -56,6 +59,7 @@ class Request:
     shared: int = 0
     keep_state: bool = False
     prefix_group: str | None = ""
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, Set):
@@ -80,6 +84,13 @@ class Request:
             raise Refused(f"shared is {quoted(self.shared)}; accepted: 0 to {len(own['prompt'])}, the prompt's tokens")
         own["shared"] = int(self.shared)
         own["prefix_group"] = _own_group(self.prefix_group)
+        if self.prompt_logprobs is not None:
+            if not is_integer(self.prompt_logprobs, 0, TOP_LOGPROBS):
+                raise Refused(
+                    f"prompt_logprobs is {quoted(self.prompt_logprobs)}; accepted: None, or an integer of 0 to "
+                    f"{TOP_LOGPROBS}"
+                )
+            own["prompt_logprobs"] = int(self.prompt_logprobs)
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
@@ -112,14 +123,6 @@ def _own_strings(values: object) -> tuple[str, ...]:
         if not isinstance(string, str) or not string:
             raise Refused(f"stop_strings is a sequence with {quoted(string)} in it; accepted: {accepted}")
     return tuple(map(str, strings))
-
-
-@dataclass
-class TokenLogprobs:
-    """Natural log of the model's probability of a token, and of the likeliest tokens in falling order."""
-
-    logprob: float
-    top: dict[int, float]
 
 
 @dataclass(eq=False)
@@ -159,11 +162,20 @@ class Generation:
     rounding_error: float = 0.0
     awaited: "tuple[Generation, int] | None" = field(default=None, repr=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    scores: PromptLogprobs | None = field(default=None, repr=False)
     snapshot: Snapshot | None = None
 
     @property
     def tokens(self) -> list[int]:
         return self.seen[self.output_start :].tolist()
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None]:
+        """One per token of the prompt that is read, if they were asked for. The first token of a context has none."""
+        if self.scores is None:
+            return []
+        first_of_context = len(self.request.prompt) == self.output_start
+        return [*([None] if first_of_context else []), *self.scores.tolist()]
 
     @property
     def num_new(self) -> int:

@@ -238,7 +238,7 @@ def test_the_pool_neither_moves_nor_grows(any_model):
         (Request([]), "the prompt is empty"),
         (Request([1, VOCAB]), f"token {VOCAB} is not in the vocabulary"),
         (Request([1], sampling=Sampling(logit_bias={-1: 1.0})), "token -1 is not in the vocabulary"),
-        (Request([1], 0), "max_new_tokens is 0"),
+        (Request([1], -1), "max_new_tokens is -1"),
         (Request([1] * 100, 101), "100 tokens and max_new_tokens 101 need more room than a slot has"),
         (Request([1], None), "an endless output need more room"),
         (Request([1], 9, stop_strings=["x"]), "stop_strings need text"),

@@ -33,6 +33,18 @@ def test_captured_steps_give_the_bits_of_plain_ones(stack, speculation):
     assert outputs(model, True, speculation=speculation) == outputs(model, False, speculation=speculation)
 
 
+@pytest.mark.parametrize("stack", ["retention", "hybrid"])
+def test_log_probabilities_of_a_prompt_are_those_of_a_full_forward(stack):
+    model = small_model(stack).cuda()
+    engine = Engine(model, num_slots=4, max_tokens=128, prompt_chunk=16)
+    generation = engine.submit(Request(prompt(50), 0, prompt_logprobs=2))
+    engine.run()
+    with torch.no_grad():
+        rows = model(torch.tensor([prompt(50)], device="cuda")).logits[0, :-1].log_softmax(-1)
+    own = rows.gather(-1, torch.tensor(prompt(50)[1:], device="cuda")[:, None])[:, 0].tolist()
+    assert [found.logprob for found in generation.prompt_logprobs[1:]] == pytest.approx(own, abs=1e-4)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("speculation", [None, Speculation(3)])
 def test_a_model_on_a_second_gpu_is_served_there(speculation):

@@ -261,16 +261,17 @@ class FusedModel:
         return self._logits(x), ModelState(tuple(after))
 
     @torch.no_grad()
-    def read(self, ids: Tensor, state: ModelState) -> ModelState:
-        """Read a chunk of a prompt [1, T] and return the state after it; the given one may be overwritten.
+    def read(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Read a chunk of a prompt [1, T]. Returns the final hidden states [T, D], ready for the model's `logits`, and
+        the state after the chunk; the given one may be overwritten.
 
         On a GPU the fused blocks read it in as few launches as they decode with, because up to thousands of tokens the
         launches take the time. On a CPU the products take the time, and the modules run.
         """
         if not device.uses_kernels(ids) or any(block is None for block in self.blocks):
-            _, after = self.model.hidden(ids, state, carry=True, in_place=True)
+            hidden, after = self.model.hidden(ids, state, carry=True, in_place=True)
             assert after is not None
-            return after
+            return hidden[0], after
         position = state.position + torch.arange(ids.shape[1], device=ids.device)
         rotations = self._rotations(position[:, None])
         x = self._embed(ids[0])
@@ -279,7 +280,7 @@ class FusedModel:
             assert isinstance(layer, RetentionState)
             x = block.read(x, layer, rotations[block.rotary_key])
         torch._foreach_add_([layer.position for layer in state], ids.shape[1])
-        return state
+        return self.model.final_norm(x), state
 
     def _embed(self, tokens: Tensor) -> Tensor:
         model = self.model

@@ -122,13 +122,14 @@ class DecodeStep:
         largest = logits.amax(-1)  # NaN if any logit is
         return sampled._replace(tokens=sampled.tokens.masked_fill(~largest.isfinite(), FAILED))
 
-    def read(self, slot: int, ids: Tensor) -> None:
-        """Let a slot read a chunk of a prompt [1, T]."""
+    def read(self, slot: int, ids: Tensor) -> Tensor:
+        """Let a slot read a chunk of a prompt [1, T]. Returns the final hidden states [T, D]."""
         before = self.state.slot(slot)
-        after = self._fused.read(ids, before)
+        hidden, after = self._fused.read(ids, before)
         for layer, view, new in zip(self.state, before, after, strict=True):
             if new is not view:
                 layer.write_(slot, new)
+        return hidden
 
     def settle(self, counts: list[int]) -> None:
         """Write what the first counts [S] tokens of the last call add to the states. Here they are written already."""
