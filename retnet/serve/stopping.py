@@ -38,6 +38,11 @@ class StopStrings:
             self._place = 0, self._num_taken
         return self._pieces[0] if self._pieces else ""
 
+    @property
+    def length(self) -> int:
+        """Characters of `text`."""
+        return self._length
+
     def push(self, token: int) -> str | None:
         """Read one more token; returns the stop string that it completes, the first to begin in the text."""
         return self._add(self._decoder.push(token)) if self.matched is None else self.matched
@@ -65,6 +70,10 @@ class StopStrings:
 
     def _add(self, piece: str) -> str | None:
         if not piece:
+            return None
+        if not self.strings:
+            self._pieces.append(piece)
+            self._length += len(piece)
             return None
         begin, end, length = None, 0, self._length  # of the stop string that begins first, and of the text
         for character in piece:
