@@ -1,0 +1,199 @@
+// Completion with the probability of every token, and its alternatives.
+
+import { events } from "./api.js";
+import { $, announce, button, growing, h } from "./dom.js";
+import { percent, seconds, tokens as tokensOf, visible } from "./format.js";
+import { modelName } from "./model.js";
+import { errorBox } from "./notice.js";
+import * as settings from "./settings.js";
+
+const ALTERNATIVES = 5;
+let controller = null;
+let shown = []; // { text, logprob, top: [[text, logprob], ...], given, element }
+let active = -1;
+
+export function start() {
+  growing($("prompt"));
+  $("completion-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    complete();
+  });
+  $("stop-completion").addEventListener("click", stop);
+  $("prompt").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      complete();
+    }
+  });
+  const list = $("tokens");
+  list.addEventListener("keydown", move);
+  list.addEventListener("focus", () => activate(active < 0 ? 0 : active));
+  list.addEventListener("pointerover", (event) => pointed(event.target));
+  list.addEventListener("click", (event) => pointed(event.target));
+}
+
+export const running = () => controller !== null;
+
+export function stop() {
+  controller?.abort();
+}
+
+async function complete() {
+  if (controller) return;
+  const sampling = settings.values();
+  if (!sampling) return;
+  const prompt = $("prompt").value;
+  const echo = $("echo").checked && prompt !== "";
+  const body = { model: modelName(), prompt, ...sampling, echo, logprobs: ALTERNATIVES, stream: true, stream_options: { include_usage: true } };
+  const mine = (controller = new AbortController());
+  const began = performance.now();
+  const seen = { usage: null, finish: null, first: null };
+  clear();
+  setBusy(true);
+  announce("Continuing the text");
+  try {
+    for await (const chunk of events("v1/completions", body, mine.signal)) {
+      const [choice] = chunk.choices ?? [];
+      if (choice) {
+        seen.first ??= performance.now();
+        seen.finish = choice.finish_reason ?? seen.finish;
+        add(choice.logprobs, Array.from(prompt).length, echo);
+      }
+      seen.usage = chunk.usage ?? seen.usage;
+      tell(seen, began);
+    }
+    announce(`Done, ${tokensOf(shown.filter((token) => !token.given).length)}`);
+  } catch (error) {
+    seen.finish = "stopped";
+    if (error.name === "AbortError") announce("Stopped");
+    else if (!settings.explain(error)) $("completion-error").replaceChildren(errorBox(error, complete));
+  } finally {
+    tell(seen, began);
+    controller = null;
+    setBusy(false);
+  }
+}
+
+function setBusy(busy) {
+  $("complete").hidden = busy;
+  $("stop-completion").hidden = !busy;
+  $("tokens").setAttribute("aria-busy", busy);
+  if (busy) $("stop-completion").focus();
+  else if (document.activeElement === $("stop-completion") || document.activeElement === document.body) $("complete").focus();
+}
+
+function clear() {
+  shown = [];
+  active = -1;
+  $("tokens").replaceChildren();
+  $("tokens").removeAttribute("aria-activedescendant");
+  $("completion-error").replaceChildren();
+  $("completion-stats").textContent = "Waiting for the first token …";
+  $("token-detail").hidden = true;
+  $("completion-result").hidden = false;
+}
+
+/** Adds the tokens of a chunk. With echo, those that begin inside the prompt (in characters) are the prompt's own. */
+function add(logprobs, promptLength, echo) {
+  const texts = logprobs?.tokens ?? [];
+  const list = $("tokens");
+  texts.forEach((text, i) => {
+    const logprob = logprobs.token_logprobs[i];
+    const top = Object.entries(logprobs.top_logprobs?.[i] ?? {}).sort((a, b) => b[1] - a[1]);
+    const given = echo && logprobs.text_offset[i] < promptLength;
+    const element = h(
+      "span",
+      { role: "option", id: `token-${shown.length}`, class: `token ${bin(logprob)}${given ? " given" : ""}`, "aria-label": told(text, logprob) },
+      text,
+    );
+    element.dataset.index = shown.length;
+    shown.push({ text, logprob, top, given, element });
+    list.append(element);
+  });
+}
+
+function tell({ usage, finish, first }, began) {
+  if (first === null) {
+    if (finish) $("completion-stats").textContent = "";
+    return;
+  }
+  const made = shown.filter((token) => !token.given);
+  const rated = shown.filter((token) => token.logprob !== null && token.logprob !== undefined);
+  const mean = rated.reduce((sum, token) => sum + token.logprob, 0) / (rated.length || 1);
+  const cached = usage?.prompt_tokens_details?.cached_tokens;
+  const parts = [
+    tokensOf(made.length),
+    `first after ${seconds(first - began)}`,
+    rated.length ? `perplexity ${Math.exp(-mean).toFixed(2)} over ${tokensOf(rated.length)}` : "",
+    cached ? `${tokensOf(cached)} of the text reused` : "",
+    { length: "ended at the most new tokens", stopped: "stopped" }[finish] ?? "",
+  ];
+  $("completion-stats").textContent = parts.filter(Boolean).join(" · ");
+}
+
+function bin(logprob) {
+  if (logprob === null || logprob === undefined) return "unrated";
+  const p = Math.exp(logprob);
+  return `p${[0.05, 0.2, 0.5, 0.9].filter((limit) => p >= limit).length}`;
+}
+
+function told(text, logprob) {
+  const name = text.trim() ? text : visible(text);
+  return logprob === null || logprob === undefined ? `${name}, not rated` : `${name}, ${percent(Math.exp(logprob))}`;
+}
+
+function pointed(target) {
+  const index = target.closest?.("[data-index]")?.dataset.index;
+  if (index !== undefined) activate(Number(index), false);
+}
+
+function move(event) {
+  const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, PageDown: 20, PageUp: -20, Home: -1e9, End: 1e9 };
+  const step = steps[event.key];
+  if (!step || !shown.length || event.ctrlKey || event.metaKey || event.altKey) return;
+  event.preventDefault();
+  activate(Math.max(0, Math.min(shown.length - 1, Math.max(active, 0) + step)));
+}
+
+function activate(index, scroll = true) {
+  const token = shown[index];
+  if (!token) return;
+  shown[active]?.element.classList.remove("active");
+  shown[active]?.element.setAttribute("aria-selected", "false");
+  active = index;
+  token.element.classList.add("active");
+  token.element.setAttribute("aria-selected", "true");
+  $("tokens").setAttribute("aria-activedescendant", token.element.id);
+  if (scroll) token.element.scrollIntoView({ block: "nearest" });
+  detail(token, index);
+}
+
+/** The card of a token: its alternatives as bars, each with a way to continue with it instead. */
+function detail(token, index) {
+  const among = token.top.some(([text]) => text === token.text);
+  const rows = among || token.logprob == null ? token.top : [...token.top, [token.text, token.logprob]];
+  const card = $("token-detail");
+  card.hidden = false;
+  card.replaceChildren(
+    h("h3", {}, h("code", {}, visible(token.text)), ` token ${index + 1}`, token.given ? " of your text" : ""),
+    rows.length
+      ? h("ul", { class: "plain alternatives" }, rows.map(([text, logprob]) => alternative(text, logprob, token, index)))
+      : h("p", { class: "hint" }, "Nothing comes before it, so that it has no probability."),
+  );
+}
+
+function alternative(text, logprob, token, index) {
+  const p = Math.exp(logprob);
+  const bar = h("meter", { min: 0, max: 1, value: p, "aria-label": `Probability of ${visible(text)}` }, percent(p));
+  const usable = text !== token.text && !/[\ufffd]/.test(text);
+  const go = usable && button("Use this instead", () => instead(text, index), { "aria-label": `Continue with ${visible(text)} instead` });
+  const name = h("code", { class: text === token.text ? "chosen" : "" }, visible(text));
+  return h("li", {}, name, bar, h("span", { class: "number" }, percent(p)), go);
+}
+
+function instead(text, index) {
+  const before = shown.slice(0, index).map((token) => token.text).join("");
+  $("prompt").value = ($("echo").checked ? before : $("prompt").value + before) + text;
+  $("prompt").dispatchEvent(new Event("input"));
+  complete();
+}

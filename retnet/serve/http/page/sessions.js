@@ -1,0 +1,33 @@
+// Sessions of the server: stored states, each with the tokens that it has read.
+
+import { getJson, request } from "./api.js";
+
+const path = (id, rest = "") => `v1/sessions/${encodeURIComponent(id)}${rest}`;
+
+export async function list() {
+  return (await getJson("v1/sessions")).data;
+}
+
+export const get = (id) => getJson(path(id));
+
+/** A new session with the same state. */
+export const fork = (id) => getJson(path(id, "/fork"), { method: "POST", json: {} });
+
+/** Deletes sessions that may be gone already; what cannot be deleted expires on the server. */
+export function forget(...ids) {
+  for (const id of ids.filter(Boolean)) request(path(id), { method: "DELETE" }).catch(() => {});
+}
+
+export async function download(id, name) {
+  const blob = await (await request(path(id, "/state"))).blob();
+  const url = URL.createObjectURL(blob);
+  const link = document.createElement("a");
+  link.href = url;
+  link.download = `${name.replace(/[^\p{L}\p{N} ._-]+/gu, "").trim() || "conversation"}.safetensors`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
+  return blob.size;
+}
+
+export const upload = (file) =>
+  getJson("v1/sessions", { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } });
