@@ -67,7 +67,7 @@ class SessionFiles:
         with waiting_for_lock(self._lock):
             if not path.exists():
                 staged = self.folder / f".secret.{secrets.token_hex(4)}.part"
-                with _private(staged) as file:
+                with private_file(staged) as file:
                     file.write(secrets.token_bytes(32))
                 flush(staged)
                 os.replace(staged, path)
@@ -134,7 +134,7 @@ class SessionFiles:
         staged = path.with_name(f".{session.id}.{secrets.token_hex(4)}.part")
         attachment = b"" if session.messages is None else json.dumps(session.messages).encode()
         try:
-            with _private(staged) as file:
+            with private_file(staged) as file:
                 for piece in session.snapshot.pieces(extra={RECORD: session.record.to_json()}, attachment=attachment):
                     file.write(piece)
             os.utime(staged, (used, used))
@@ -207,6 +207,6 @@ class SessionFiles:
         return self.folder / f"{session_id}{SUFFIX}"
 
 
-def _private(path: Path) -> Any:
+def private_file(path: Path) -> Any:
     """A new file to write, which its owner alone may read."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")

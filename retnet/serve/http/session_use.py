@@ -1,0 +1,158 @@
+"""What one request takes from a session, and what it leaves in one."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from retnet.serve.http.errors import ApiError
+from retnet.serve.http.service import Service
+from retnet.serve.http.session_record import Session
+from retnet.serve.http.session_store import SessionStore
+from retnet.serve.request import Generation
+from retnet.serve.snapshot import Snapshot
+
+
+class SessionFields(Protocol):
+    """The fields of a request that name a session."""
+
+    session_id: str | None
+    keep_session: bool | None
+
+
+@dataclass
+class SessionUse:
+    """The session of one request: `open` it, choose the prompt by `go_on` or `go_on_with`, submit, then `keep`.
+
+    after, prompt: what `Service.submit` gets: a state to continue, if any, and the tokens to read after it.
+    not_reused: why the request does not continue the session's state, if it names one.
+    """
+
+    store: SessionStore
+    service: Service
+    key: str
+    session: Session | None
+    keeps: bool
+    after: Snapshot | None = None
+    prompt: Sequence[int] = ()
+    not_reused: str | None = None
+
+    @classmethod
+    async def open(
+        cls, store: SessionStore, service: Service, key: str, fields: SessionFields, *, outputs: int = 1
+    ) -> SessionUse:
+        """The session that a request names, if it names one; outputs: of the request, prompts times n.
+
+        Raises ApiError: 404 for a session that the key does not have, 400 for keep_session with several outputs.
+        """
+        keeps = bool(fields.keep_session)
+        if keeps and outputs != 1:
+            raise ApiError(
+                400,
+                f"keep_session is true and the request has {outputs} outputs; accepted: one prompt and n 1, because a "
+                "session has one state",
+                param="keep_session",
+            )
+        session = None if fields.session_id is None else await store.open(fields.session_id, key)
+        return cls(store, service, key, session, keeps)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation so far."""
+        return list(self.session.messages or ()) if self.session is not None else []
+
+    @property
+    def prefix_group(self) -> str | None:
+        """The group of the prefix cache. None if the session was uploaded: its state must not reach other requests."""
+        foreign = self.session is not None and self.session.foreign
+        return None if foreign else self.service.prefix_group(self.key)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole context before the output, for limits."""
+        return len(self.prompt) + (0 if self.after is None else len(self.after.tokens))
+
+    @property
+    def reused(self) -> int:
+        """Tokens that the session's state has read, so that the request does not."""
+        return 0 if self.after is None else len(self.after.tokens) - 1
+
+    async def go_on(self, text: Sequence[int], ends: Collection[int] = ()) -> None:
+        """Continue with the tokens of new text.
+
+        ends: tokens that end an output and have no text. One at the end of the session gives way to the new text.
+        """
+        if self.session is None:
+            self.prompt = text
+            return
+        snapshot = self.session.snapshot
+        if text and snapshot.tokens[-1] in ends:
+            await self._continue(snapshot, text[0], text[1:])
+        else:
+            await self._continue(snapshot, snapshot.tokens[-1], text)
+
+    async def go_on_with(self, context: Sequence[int]) -> None:
+        """Continue with the tokens of the whole conversation: from the session's state if that begins in the same way.
+
+        The last token of a session is not in its state yet, so it may differ.
+        """
+        self.prompt = context
+        if self.session is None:
+            return
+        snapshot = self.session.snapshot
+        read = len(snapshot.tokens) - 1
+        begins = array("i", context[:read])
+        if begins == snapshot.tokens[:read] and len(context) > read:
+            await self._continue(snapshot, context[read], context[read + 1 :])
+            return
+        common = next((i for i, (a, b) in enumerate(zip(begins, snapshot.tokens)) if a != b), len(begins))
+        self.not_reused = f"only the first {common} of the session's {read + 1} tokens begin the conversation"
+
+    async def keep(self, generation: Generation, messages: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
+        """Keep the state of a finished generation if that was asked for; return the response's `session`.
+
+        messages: the conversation with the new answer. A request that was cancelled or has failed changes no session.
+        """
+        if self.session is None and not self.keeps:
+            return None
+        session, not_kept = self.session, None
+        if self.keeps:
+            snapshot = generation.snapshot
+            if snapshot is None or generation.finish_reason in ("cancelled", "failed"):
+                not_kept = f"the request was {generation.finish_reason}"
+            else:
+                try:
+                    snapshot = await on_host(self.service, snapshot)
+                    session = await self.store.keep(self.session, snapshot, key=self.key, messages=messages)
+                except ApiError as error:
+                    session, not_kept = None, error.message
+        return {
+            "id": None if session is None else session.id,
+            "tokens": None if session is None else len(session.snapshot.tokens),
+            "reused_tokens": self.reused,
+            "not_reused": self.not_reused,
+            "not_kept": not_kept,
+        }
+
+    async def _continue(self, snapshot: Snapshot, last: int, text: Sequence[int]) -> None:
+        if last != snapshot.tokens[-1]:
+            snapshot = replace(snapshot, tokens=array("i", [*snapshot.tokens[:-1], last]), output_start=None)
+        self.after, self.prompt = await on_device(self.service, snapshot), text
+
+
+async def on_host(service: Service, snapshot: Snapshot) -> Snapshot:
+    """The snapshot in the host's memory. The engine's thread copies, because a CUDA graph may be captured there."""
+    return await _moved(service, snapshot, "cpu")
+
+
+async def on_device(service: Service, snapshot: Snapshot) -> Snapshot:
+    """The snapshot in the memory of the model's device."""
+    return await _moved(service, snapshot, str(service.engine.pool.state.position.device))
+
+
+async def _moved(service: Service, snapshot: Snapshot, device: str) -> Snapshot:
+    if str(snapshot.state.position.device) == device:
+        return snapshot
+    return await service.call(lambda _: replace(snapshot, state=snapshot.state.to(device)))
