@@ -10,17 +10,23 @@ from importlib.util import find_spec
 from fastapi import FastAPI
 
 from retnet import __version__
+from retnet.serve.http import health, metrics
 from retnet.serve.http.errors import add_error_handlers
 from retnet.serve.http.guard import Guard
+from retnet.serve.http.keys import ApiKeys
+from retnet.serve.http.metrics import Metrics
 from retnet.serve.http.service import Service
 from retnet.serve.http.session_store import SessionStore
 from retnet.serve.http.settings import Settings
 
-ROUTERS = ("health", "completions", "chat", "sessions", "page")
+ROUTERS = ("completions", "chat", "sessions", "page")
 
 
 def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
-    """The application. Its lifespan starts the service and stops it."""
+    """The application. Its lifespan starts the service and stops it.
+
+    Raises ValueError and OSError for an API key file that cannot be used.
+    """
     settings = settings or service.settings
     sessions = SessionStore(settings, service.engine.fingerprint)
 
@@ -35,9 +41,13 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
             await sessions.close()
 
     app = FastAPI(title="retnet serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.service, app.state.settings, app.state.sessions = service, settings, sessions
+    app.state.service, app.state.settings = service, settings
+    app.state.sessions, app.state.metrics = sessions, Metrics(service)
     add_error_handlers(app)
-    app.add_middleware(Guard, settings=settings)
+    keys = None if settings.api_key_file is None else ApiKeys.read(settings.api_key_file)
+    app.add_middleware(Guard, service=service, settings=settings, keys=keys, metrics=app.state.metrics)
+    app.include_router(health.router)
+    app.include_router(metrics.router)
     for name in ROUTERS:
         if find_spec(f"retnet.serve.http.{name}") is not None:
             app.include_router(import_module(f"retnet.serve.http.{name}").router)

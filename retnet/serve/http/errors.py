@@ -7,11 +7,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from retnet.system.checks import quoted
 
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -79,14 +81,28 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return validation_error(list(error.errors())).response()
 
-    async def routing(_: Request, error: Exception) -> JSONResponse:
+    async def routing(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
-
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "the server failed on this request").response()
+        if error.status_code == 405:
+            return _not_allowed(request)
+        message = "there is no such path here" if error.status_code == 404 else str(error.detail)
+        return ApiError(error.status_code, message, headers=error.headers).response()
 
     app.add_exception_handler(ApiError, own)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, routing)
-    app.add_exception_handler(Exception, unexpected)
+
+
+def _not_allowed(request: Request) -> Response:
+    """405 with the methods that the path has; for OPTIONS, these alone."""
+    allowed = [method for method in METHODS if _has(request, method)]
+    headers = {"Allow": ", ".join([*allowed, "OPTIONS"] + (["HEAD"] if "GET" in allowed else []))}
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers=headers)
+    message = f"{request.method} is not a method of this path; accepted: {', '.join(allowed)}"
+    return ApiError(405, message, headers=headers).response()
+
+
+def _has(request: Request, method: str) -> bool:
+    scope = {**request.scope, "method": method}
+    return any(route.matches(dict(scope))[0] is Match.FULL for route in request.app.router.routes)
