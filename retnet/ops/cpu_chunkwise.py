@@ -23,7 +23,6 @@ widened chunk by chunk; all sums are float32 (float64 for float64).
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -47,8 +46,8 @@ class _Chunks:
         self.num_chunks = -(-self.T // self.chunk_size)
         # A decay per chunk, or one for all whole chunks and one for the shorter last chunk.
         self.log_decays = self.split(block.log_decay) if block.per_token else None
-        self.scratch_of = cache(self._scratch_of)
-        self.fixed_decay = cache(self._decay)
+        self._scratch: dict[int, Scratch] = {}  # by chunk size
+        self._fixed_decays: dict[int, ChunkDecay] = {}
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Views [B, C, ...] of x [B, T, ...] for each chunk; none for T = 0."""
@@ -61,14 +60,15 @@ class _Chunks:
     def at(self, n: int) -> tuple[Scratch, ChunkDecay]:
         """Buffers and decays of chunk n."""
         C = min(self.chunk_size, self.T - n * self.chunk_size)
-        decay = self.fixed_decay(C) if self.log_decays is None else self._decay(C, self.log_decays[n])
-        return self.scratch_of(C), decay
+        if C not in self._scratch:
+            self._scratch[C] = Scratch(self.B, self.G, self.H, C, self.K, self.V, self.dtype, self.memory)
+        if self.log_decays is not None:
+            return self._scratch[C], self._decay(C, self.log_decays[n])
+        if C not in self._fixed_decays:
+            self._fixed_decays[C] = self._decay(C, self.block.log_decay)
+        return self._scratch[C], self._fixed_decays[C]
 
-    def _scratch_of(self, C: int) -> Scratch:
-        return Scratch(self.B, self.G, self.H, C, self.K, self.V, self.dtype, self.memory)
-
-    def _decay(self, C: int, log_decay: Tensor | None = None) -> ChunkDecay:
-        log_decay = self.block.log_decay if log_decay is None else log_decay
+    def _decay(self, C: int, log_decay: Tensor) -> ChunkDecay:
         return ChunkDecay(log_decay, C, self.G, self.block.scale, self.dtype, self.may_factor)
 
     def running_state(self, state: Tensor | None) -> RunningState:
