@@ -40,5 +40,5 @@ def usage_of(firsts: Iterable[Generation], completion: int, reused: int = 0) -> 
     for generation in firsts:
         usage.prompt += generation.output_start
         usage.cached += generation.cached
-        usage.miss = usage.miss or getattr(generation, "prefix_miss", None)
+        usage.miss = usage.miss or generation.prefix_miss
     return usage

@@ -1,0 +1,164 @@
+"""Responses of `/v1/completions`: whole, or as events that carry the text as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from retnet.serve.http.logprobs import TokenNames, completion_logprobs, joined, prompt_logprobs
+from retnet.serve.http.output import Delta, Output
+from retnet.serve.http.service import Service
+from retnet.serve.http.sse import DONE, event
+from retnet.serve.http.usage import Usage, usage_of
+
+
+@dataclass
+class Prompt:
+    """A prompt as tokens. text: as the client wrote it, None for token ids. begin: where in tokens it begins."""
+
+    tokens: Sequence[int]
+    text: str | None
+    begin: int
+
+
+@dataclass
+class Choice:
+    """One completion of one prompt."""
+
+    index: int
+    prompt: Prompt
+    output: Output
+
+
+@dataclass
+class Answer:
+    """The response to one request. Its choices are ordered by prompt.
+
+    echo: repeat the prompt before the completion. logprobs: report them. include_usage, continuous_usage: in the last
+    event, and in all of them.
+    """
+
+    service: Service
+    choices: list[Choice]
+    num_prompts: int
+    echo: bool
+    logprobs: bool
+    include_usage: bool
+    continuous_usage: bool
+
+    def __post_init__(self) -> None:
+        self._names = TokenNames(self.service.tokenizer)
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.service.model_name,
+        }
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens so far."""
+        firsts = self.choices[:: len(self.choices) // self.num_prompts]
+        completion = sum(choice.output.num_tokens for choice in self.choices)
+        return usage_of([choice.output.stream.generation for choice in firsts], completion)
+
+    async def whole(self) -> dict[str, Any]:
+        """The response without a stream."""
+        entries = []
+        for choice in self.choices:
+            entry = self._entry(choice, await choice.output.whole())
+            if self.echo:
+                prompt = self._prompt_entry(choice)
+                entry["text"] = prompt["text"] + entry["text"]
+                if self.logprobs:
+                    entry["logprobs"] = joined(prompt["logprobs"], entry["logprobs"])
+            entries.append(entry)
+        return self._head | {"choices": entries, "usage": self.usage.body()}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The events of a stream."""
+        around = [self._around_text(choice) for choice in self.choices]
+        unheard = {choice.index for choice in self.choices} if self.echo else set()
+        async with aclosing(merged(self.choices)) as deltas:
+            async for choice, delta in deltas:
+                if choice.index in unheard:
+                    unheard.remove(choice.index)
+                    yield self._event(self._prompt_entry(choice))
+                if self.continuous_usage or delta.tokens or delta.finish_reason is not None:
+                    yield self._event(self._entry(choice, delta))
+                else:
+                    before, after = around[choice.index]
+                    yield before + json.dumps(delta.text).encode() + after
+        if self.include_usage:
+            yield event(self._head | {"choices": [], "usage": self.usage.body()})
+        yield DONE
+
+    def _event(self, entry: dict[str, Any]) -> bytes:
+        data = self._head | {"choices": [entry]}
+        if self.include_usage:
+            data["usage"] = self.usage.body() if self.continuous_usage else None
+        return event(data)
+
+    def _around_text(self, choice: Choice) -> tuple[bytes, bytes]:
+        """The bytes before and after the text of an event that has nothing else to say."""
+        mark = secrets.token_hex(16)
+        before, _, after = self._event(self._entry(choice, Delta(mark, [], 0))).partition(json.dumps(mark).encode())
+        return before, after
+
+    def _entry(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        """New text of a choice, as an entry of `choices`."""
+        entry = {"index": choice.index, "text": delta.text, "logprobs": None, "finish_reason": delta.finish_reason}
+        if delta.finish_reason is not None:
+            entry["stop_reason"] = delta.stop_reason
+        if self.logprobs and (delta.tokens or delta.finish_reason is not None):
+            before = len(self._shown(choice.prompt)) if self.echo else 0
+            entry["logprobs"] = completion_logprobs(delta.tokens, self._names, before)
+        return entry
+
+    def _prompt_entry(self, choice: Choice) -> dict[str, Any]:
+        """The prompt of a choice, as an entry of `choices`."""
+        prompt, logprobs = choice.prompt, None
+        if self.logprobs:
+            reported = choice.output.stream.generation.prompt_logprobs[prompt.begin :]
+            tokens = prompt.tokens[prompt.begin :]
+            logprobs = prompt_logprobs(tokens, reported, self.service.tokenizer, self._names)
+        return {"index": choice.index, "text": self._shown(prompt), "logprobs": logprobs, "finish_reason": None}
+
+    def _shown(self, prompt: Prompt) -> str:
+        return self.service.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
+
+
+async def merged(choices: list[Choice]) -> AsyncGenerator[tuple[Choice, Delta], None]:
+    """The deltas of all choices as they come. A choice whose delta is not taken yet collects its tokens."""
+    if len(choices) == 1:
+        async for delta in choices[0].output:
+            yield choices[0], delta
+        return
+    ready: asyncio.Queue[tuple[Choice, Delta | BaseException]] = asyncio.Queue(1)
+
+    async def watch(choice: Choice) -> None:
+        try:
+            async for delta in choice.output:
+                await ready.put((choice, delta))
+        except Exception as error:
+            await ready.put((choice, error))
+
+    tasks = [asyncio.ensure_future(watch(choice)) for choice in choices]
+    try:
+        running = len(choices)
+        while running:
+            choice, delta = await ready.get()
+            if isinstance(delta, BaseException):
+                raise delta
+            running -= delta.finish_reason is not None
+            yield choice, delta
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,159 @@
+"""`/v1/completions`: prompts as text or token ids, several at once, with several choices each.
+
+An empty prompt ("", [] and [""]) is the document start alone. A text is read after a document start; token ids are read
+as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field, PlainValidator
+
+from retnet.models.decode.sampling import TOP_LOGPROBS
+from retnet.serve.http.completion_answer import Answer, Choice, Prompt
+from retnet.serve.http.errors import ApiError
+from retnet.serve.http.fields import MAX_CHOICES, SamplingFields, check_tokens, wrong
+from retnet.serve.http.json_body import JsonRoute
+from retnet.serve.http.output import Output
+from retnet.serve.http.refused import REFUSED, Refusals
+from retnet.serve.http.service import Service
+from retnet.serve.http.sse import EventStream, unless_left
+
+DEFAULT_MAX_TOKENS = 16  # as OpenAI's
+LONG_TEXT = 20_000  # characters, from which tokenising would hold up the event loop for milliseconds
+PROMPT_TYPES = str | list[str] | list[int] | list[list[int]]
+
+router = APIRouter(route_class=JsonRoute, tags=["completions"])
+
+
+def _prompts(given: Any) -> list[Any]:
+    prompts = given or [""] if isinstance(given, list) else [given]
+    kinds = set(map(type, prompts))
+    if isinstance(given, list) and kinds == {int}:
+        prompts, kinds = [prompts], {list}
+    ids_alone = kinds == {list} and all(set(map(type, ids)) <= {int} for ids in prompts)
+    if not (ids_alone or kinds == {str}) or len(prompts) > MAX_CHOICES:
+        raise wrong(
+            f"a string, token ids (a list of integers), or a list of at most {MAX_CHOICES} strings or lists of token "
+            "ids"
+        )
+    return prompts
+
+
+class CompletionBody(SamplingFields):
+    """A request to continue one or more prompts."""
+
+    refused: ClassVar[Refusals] = REFUSED | {
+        "messages": ((), "use /v1/chat/completions"),
+        "suffix": (("",), "the models continue a text and do not fill gaps"),
+        "tools": (([],), "use /v1/chat/completions"),
+        "top_logprobs": ((), "use logprobs, a number"),
+    }
+
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts, json_schema_input_type=PROMPT_TYPES)] = Field(
+        description=f"A text, token ids, or a list of at most {MAX_CHOICES} of either. A text is read after a document "
+        'start, token ids are read as they are. "", [] and [""] are the document start alone.',
+        examples=["The river"],
+    )
+    echo: bool | None = Field(None, description="Return the prompt before the completion, in text and logprobs.")
+    logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = Field(
+        None,
+        description=f"Report the log-probability of every token, and this many of the likeliest, 0 to {TOP_LOGPROBS}. "
+        "They are the model's own, before penalties, bias and temperature; -9999 stands for minus infinity.",
+    )
+    best_of: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Accepted where it changes nothing: 1, or equal to n."
+    )
+
+    def check(self, service: Service) -> None:
+        """Raise ApiError for values that do not go together, or not with this server."""
+        self.check_model(service)
+        if self.best_of not in (None, 1, self.choices):
+            raise ApiError(
+                400,
+                f"best_of is {self.best_of} and n is {self.choices}; accepted: null, 1, or n, as every choice is "
+                "returned",
+                param="best_of",
+            )
+        if len(self.prompt) * self.choices > MAX_CHOICES:
+            raise ApiError(
+                400,
+                f"{len(self.prompt)} prompts with n {self.choices} are {len(self.prompt) * self.choices} choices; "
+                f"accepted: {MAX_CHOICES} in one request",
+                param="n",
+            )
+
+
+async def read_prompt(given: str | list[int], service: Service) -> Prompt:
+    """The tokens of a prompt. Raises ApiError for a text without tokens, and for ids outside the vocabulary."""
+    tokenizer = service.tokenizer
+    if isinstance(given, list):
+        check_tokens(given, service.vocab_size, "prompt")
+        return Prompt(given, None, 0) if given else Prompt([tokenizer.document_start], "", 1)
+    return Prompt([tokenizer.document_start, *await encoded(given, service)], given, 1)
+
+
+async def encoded(text: str, service: Service) -> Sequence[int]:
+    """The tokens of a text; of a long one in another thread."""
+    encode = service.tokenizer.encode
+    try:
+        return encode(text) if len(text) < LONG_TEXT else await asyncio.to_thread(encode, text)
+    except ValueError as error:
+        raise ApiError(400, f"prompt: {error}", param="prompt") from error
+
+
+@router.post("/v1/completions", summary="Continue a text")
+async def completions(body: CompletionBody, request: Request) -> Response:
+    """Continue a text, or several. With `stream`, the response is a stream of server-sent events."""
+    service: Service = request.app.state.service
+    body.check(service)
+    choices = await submit(body, service, request.state.key)
+    answer = Answer(
+        service,
+        choices,
+        num_prompts=len(body.prompt),
+        echo=bool(body.echo),
+        logprobs=body.logprobs is not None,
+        include_usage=body.include_usage,
+        continuous_usage=body.continuous_usage,
+    )
+    streams = [choice.output.stream for choice in choices]
+    if body.stream:
+        return EventStream(answer.events(), streams)
+    try:
+        result = await unless_left(request, answer.whole())
+    finally:
+        for stream in streams:
+            stream.cancel()
+    return JSONResponse(result)
+
+
+async def submit(body: CompletionBody, service: Service, key: str) -> list[Choice]:
+    """Queue the requests of all choices, or none. Choice i of prompt p has the index p n + i."""
+    stops = body.stops(service)
+    logprobs = body.logprobs
+    options: dict[str, Any] = {"prefix_group": service.prefix_group(key)}
+    if body.echo and logprobs is not None:
+        options["prompt_logprobs"] = logprobs
+    requests = []
+    for given in body.prompt:
+        prompt = await read_prompt(given, service)
+        most = body.new_tokens(len(prompt.tokens), service, DEFAULT_MAX_TOKENS)
+        for i in range(body.choices):
+            made = body.to_request(prompt.tokens, most, service, stops, choice=i, logprobs=logprobs, **options)
+            requests.append((prompt, made))
+    choices: list[Choice] = []
+    try:
+        for prompt, made in requests:
+            output = Output(await service.submit(made), service.tokenizer, stops, logprobs=logprobs is not None)
+            choices.append(Choice(len(choices), prompt, output))
+    except BaseException:
+        for choice in choices:
+            choice.output.stream.cancel()
+        raise
+    return choices
