@@ -59,6 +59,14 @@ class Tokenizer(ABC):
         return [self.document_start, *tokens] if start else list(tokens)
 
     @abstractmethod
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """The tokens of a text in which special tokens stand, given by their ids between the parts of the text.
+
+        It is tokenised as a whole, as transformers tokenises a text with these tokens spelled in it; what is spelled in
+        the parts stays text. Nothing is put before it. Raises ValueError as `encode`.
+        """
+
+    @abstractmethod
     def encode_batch(self, texts: Sequence[bytes]) -> list[Sequence[int]]:
         """The tokens of each text, nothing around them; bytes come back as bytes. Raises ValueError as `encode`."""
 
@@ -128,6 +136,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Sequence[int]]:
         return list(texts)
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        return [token for part in parts for token in ([part] if isinstance(part, int) else self.encode(part))]
 
     def stream_encoder(self) -> StreamEncoder:
         return BytesEncoder()

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retnet.data.parts_encoder import PartsEncoder
 from retnet.data.stream_decoder import REPLACEMENT
 from retnet.data.stream_encoder import StreamEncoder, WindowEncoder, utf8_text
 from retnet.data.tokenizer import (
@@ -70,6 +71,7 @@ class JsonTokenizer(Tokenizer):
         }
         self._dropped = special | {start} | ({end} if end is not None else set())
         self._never_text = self._dropped - {self._unknown}
+        self._parts_encoder: PartsEncoder | None = None  # made on first use: it is a second copy of the vocabulary
         self._bytes: dict[int, bytes] = {}
 
     @property
@@ -88,6 +90,13 @@ class JsonTokenizer(Tokenizer):
         with _refused_text():
             encodings = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
         return [self._as_text(encoding.ids) for encoding in encodings]
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        if self._parts_encoder is None:
+            self._parts_encoder = PartsEncoder(_load(self.file), self.special_tokens)
+        with _refused_text():
+            runs = self._parts_encoder.encode(parts)
+        return [token for run in runs for token in ([run] if isinstance(run, int) else self._as_text(run))]
 
     def stream_encoder(self) -> StreamEncoder:
         return WindowEncoder(self._ids_of, self._encode_window, self._as_text)
