@@ -52,7 +52,7 @@ def waiting_for_lock(path: Path) -> Iterator[None]:
 
     Warns and continues where the file system has no locks.
     """
-    with path.open("ab") as file:
+    with open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         _held.add(file)
         try:
             _lock(file, wait=True)

@@ -59,6 +59,7 @@ class SessionFiles:
     def __init__(self, folder: Path):
         self.folder, self.aside, self._lock = folder, folder / "damaged", folder / ".lock"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.now = time.time
         self._known: dict[str, tuple[tuple[int, ...], Record]] = {}  # by id: what identifies a file, and its record
 
     def secret(self) -> bytes:
@@ -198,7 +199,7 @@ class SessionFiles:
     def _remove_if_abandoned(self, item: os.DirEntry[str]) -> None:
         """Remove an unfinished file that a server left when it was killed."""
         with suppress(FileNotFoundError):
-            if item.name.endswith(".part") and time.time() - item.stat().st_ctime > ABANDONED_SECONDS:
+            if item.name.endswith(".part") and self.now() - item.stat().st_ctime > ABANDONED_SECONDS:
                 os.unlink(item.path)
 
     def _path(self, session_id: str) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from retnet.serve.snapshot import Snapshot
+from retnet.system.checks import is_integer, is_number
 
 ID_PATTERN = re.compile(r"sess_[0-9a-f]{40}")
 
@@ -41,14 +43,15 @@ class Record:
             data = json.loads(text)
         except RecursionError as error:
             raise ValueError("its record is not that of a session") from error
-        kinds = {"revision": int, "created": (int, float), "foreign": bool, "tokens": int, "bytes": int}
         names = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != names:
             raise ValueError(f"its record is not that of a session; accepted: {', '.join(sorted(names))}")
-        for name, value in data.items():
-            kind = kinds.get(name, (str, type(None)) if name == "parent" else str)
-            if not isinstance(value, kind):
-                raise ValueError(f"{name} of its record is of type {type(value).__name__}")
+        counts = all(is_integer(data[name], 0) for name in ("revision", "tokens", "bytes"))
+        texts = all(isinstance(data[name], str) for name in ("id", "owner", "model"))
+        parent = data["parent"] is None or isinstance(data["parent"], str)
+        created = is_number(data["created"], 0, math.inf)
+        if not (counts and texts and parent and created and isinstance(data["foreign"], bool)):
+            raise ValueError("its record has a value of another type")
         ids = [data["id"], data["parent"]] if data["parent"] is not None else [data["id"]]
         if not all(ID_PATTERN.fullmatch(value) for value in ids):
             raise ValueError("its record names no session's id")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from retnet.models.decode.sampling import Sampling
 from retnet.serve.engine import Engine
+from retnet.serve.http.errors import ApiError
 from retnet.serve.http.session_store import SessionStore
 from retnet.serve.http.settings import Settings
 from retnet.serve.request import Request
@@ -41,3 +45,16 @@ class Clock:
 def store_of(engine: Engine, folder: Path | None = None, clock: Clock | None = None, **settings: Any) -> SessionStore:
     """A store of sessions of this engine's model, in memory or in a folder."""
     return SessionStore(Settings(state_dir=folder, **settings), engine.fingerprint, clock=clock or Clock())
+
+
+def same(a: Snapshot, b: Snapshot) -> bool:
+    """Whether two snapshots have the same tokens and the same bits."""
+    pairs = zip(a.state.named_tensors().items(), b.state.named_tensors().items(), strict=True)
+    return a.tokens == b.tokens and all(m == n and bool((x == y).all()) for (m, x), (n, y) in pairs)
+
+
+async def refusal(work: Coroutine[Any, Any, Any]) -> ApiError:
+    """The error that ends `work`."""
+    with pytest.raises(ApiError) as caught:
+        await work
+    return caught.value

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 
-from retnet.serve.http.errors import ApiError
 from retnet.serve.http.session_store import SessionStore
-from retnet.serve.snapshot import Snapshot
 
-from .session_tools import Clock, engine_of, snapshot_of, store_of
+from .session_tools import Clock, engine_of, refusal, same, snapshot_of, store_of
 
 UNKNOWN = "sess_" + 40 * "0"
 
@@ -37,17 +35,6 @@ def engine():
 @pytest.fixture(params=["memory", "folder"])
 def folder(request, tmp_path):
     return None if request.param == "memory" else tmp_path
-
-
-def same(a: Snapshot, b: Snapshot) -> bool:
-    pairs = zip(a.state.named_tensors().items(), b.state.named_tensors().items(), strict=True)
-    return a.tokens == b.tokens and all(m == n and bool((x == y).all()) for (m, x), (n, y) in pairs)
-
-
-async def refusal(work: Coroutine[Any, Any, Any]) -> ApiError:
-    with pytest.raises(ApiError) as caught:
-        await work
-    return caught.value
 
 
 @in_a_loop
