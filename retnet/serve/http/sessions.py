@@ -61,10 +61,17 @@ async def list_sessions(
 
 
 @router.get("/{session_id}")
-async def get_session(request: Request, session_id: str) -> dict[str, Any]:
+async def get_session(
+    request: Request,
+    session_id: str,
+    messages: Annotated[bool, Query(description="Add the messages of a chat; null for a session without.")] = False,
+) -> dict[str, Any]:
     """Facts of a session: tokens, bytes, times, where its state lies."""
     store: SessionStore = request.app.state.sessions
-    return describe(store, await store.look(session_id, request.state.key))
+    facts = describe(store, await store.look(session_id, request.state.key))
+    if messages:
+        facts["messages"] = (await store.open(session_id, request.state.key)).messages
+    return facts
 
 
 @router.delete("/{session_id}")

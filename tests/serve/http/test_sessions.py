@@ -57,6 +57,15 @@ def test_a_session_says_what_it_is_and_where_it_lies(tmp_path):
         assert client.delete(f"/v1/sessions/{session_id}").status_code == 404
 
 
+def test_a_session_tells_its_messages_where_they_are_asked_for():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with server() as client:
+        session_id, silent = kept(client, messages=messages), kept(client, seed=1)
+        assert "messages" not in client.get(f"/v1/sessions/{session_id}").json()
+        assert client.get(f"/v1/sessions/{session_id}?messages=true").json()["messages"] == messages
+        assert client.get(f"/v1/sessions/{silent}?messages=true").json()["messages"] is None
+
+
 def test_sessions_are_listed_in_pages():
     with server() as client:
         ids = {kept(client) for _ in range(3)}

@@ -96,13 +96,15 @@ async function errorOf(response) {
 /** The JSON objects of a stream of events, until [DONE]. Raises ApiError for an error event and for a broken stream. */
 export async function* events(path, json, signal) {
   const response = await request(path, { method: "POST", json, signal });
+  let done = false;
   for await (const data of eventData(response.body)) {
-    if (data === "[DONE]") return;
+    done ||= data === "[DONE]";
+    if (done) continue; // up to the end of the response, so that its connection can be used again
     const value = JSON.parse(data);
     if (value.error) throw new ApiError(value.error.message, { status: 500, ...value.error });
     yield value;
   }
-  throw new ApiError("The connection ended before the answer did.");
+  if (!done) throw new ApiError("The connection ended before the answer did.");
 }
 
 /** The data of each event of a text/event-stream. Comments, such as those that keep a connection alive, are skipped. */

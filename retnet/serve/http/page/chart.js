@@ -38,8 +38,9 @@ function picture(width, { lines, x, y, marks = [] }) {
       svg("text", { x: MARGIN.left - 8, y: py(tick) + 4, "text-anchor": "end" }, y.format(tick)),
     );
   }
-  x.ticks.forEach((tick, i) => {
-    const anchor = i === 0 ? "start" : i === x.ticks.length - 1 ? "end" : "middle";
+  const apart = Math.ceil((x.ticks.length * 64) / inner.width);
+  x.ticks.filter((_, i) => i % apart === 0 || apart > 2).forEach((tick, i, ticks) => {
+    const anchor = i === 0 ? "start" : i === ticks.length - 1 && tick === x.max ? "end" : "middle";
     root.append(svg("text", { x: px(tick), y: HEIGHT - 8, "text-anchor": anchor }, x.format(tick)));
   });
   for (const { points, name, area } of lines) {

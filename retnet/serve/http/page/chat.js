@@ -72,7 +72,9 @@ function refresh() {
   $("view-chat").setAttribute("aria-busy", busy);
   welcome();
   for (const message of messages) actions(message);
-  engine.setContextLength(messages.findLast((message) => message.tokens)?.tokens ?? 0);
+  const length = messages.findLast((message) => message.tokens)?.tokens ?? 0;
+  engine.setContextLength(length);
+  $("length-note").textContent = engine.memoryOf(length);
   conversations.render(conversation.id);
 }
 
@@ -184,12 +186,10 @@ function draw(message) {
   if (message.role === "state") {
     body.textContent = `${tokens(message.tokens ?? 0)} were read before this conversation. Their text is not shown.`;
   } else if (message.role === "assistant") {
-    if (message.content) show(body, message.content);
-    else {
-      body.blocks = undefined;
-      body.replaceChildren(writing ? h("p", { class: "hint pulse" }, "Waiting for the first token …") : h("p", { class: "hint" }, message.error ? "" : "No text."));
-    }
-    if (message.content && body.firstChild?.classList?.contains("hint")) body.firstChild.remove();
+    if (!body.blocks) body.replaceChildren();
+    if (message.content.trim()) show(body, message.content);
+    else if (writing) body.replaceChildren(h("p", { class: "hint pulse" }, "Waiting for the first token …"));
+    else if (!message.error) body.replaceChildren(h("p", { class: "hint" }, message.content ? "White space only." : "No text."));
   } else {
     body.textContent = message.content;
   }
@@ -228,6 +228,7 @@ function figuresOf({ stats, finish, role }) {
     stats.first === null ? "" : `first after ${seconds(stats.first)}`,
     reuse + (stats.why ? ` (${stats.why})` : ""),
     ended,
+    stats.notKept ? `the state was not kept: ${stats.notKept}` : "",
   ];
   return parts.filter(Boolean).join(" · ");
 }

@@ -101,9 +101,10 @@ function add(logprobs, promptLength, echo) {
     const logprob = logprobs.token_logprobs[i];
     const top = Object.entries(logprobs.top_logprobs?.[i] ?? {}).sort((a, b) => b[1] - a[1]);
     const given = echo && logprobs.text_offset[i] < promptLength;
+    const begins = echo && !given && shown.at(-1)?.given;
     const element = h(
       "span",
-      { role: "option", id: `token-${shown.length}`, class: `token ${bin(logprob)}${given ? " given" : ""}`, "aria-label": told(text, logprob) },
+      { role: "option", id: `token-${shown.length}`, class: `token ${bin(logprob)}${begins ? " begins" : ""}`, "aria-label": told(text, logprob) },
       text,
     );
     element.dataset.index = shown.length;

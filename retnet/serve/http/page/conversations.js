@@ -48,7 +48,7 @@ export async function refreshOthers() {
 export const statesOf = (conversation) => conversation.messages.map((message) => message.session).filter(Boolean);
 
 function firstWords(conversation) {
-  const first = conversation.messages.find((message) => message.role === "user")?.content.trim() ?? "";
+  const first = conversation.messages.find((message) => message.role === "user")?.content.replace(/\s+/g, " ").trim() ?? "";
   return first.length > 60 ? `${first.slice(0, 57)}…` : first;
 }
 
@@ -89,7 +89,7 @@ async function adopt(session) {
   note("");
   try {
     const copy = await sessions.fork(session.id);
-    openState(copy, (await sessions.get(copy.id)).messages, `State ${session.id.slice(-6)}`);
+    openState(copy, (await sessions.look(copy.id)).messages, `State ${session.id.slice(-6)}`);
   } catch (error) {
     note(error.message);
   }
@@ -111,7 +111,7 @@ async function upload() {
   note(`Uploading ${bytes(file.size)} …`);
   try {
     const session = await sessions.upload(file);
-    openState(session, (await sessions.get(session.id)).messages, file.name.replace(/\.safetensors$/, ""));
+    openState(session, (await sessions.look(session.id)).messages, file.name.replace(/\.safetensors$/, ""));
     note("");
     announce(`Uploaded a state of ${tokens(session.tokens)}`);
   } catch (error) {

@@ -22,6 +22,13 @@ export function watch(call) {
 
 export const current = () => latest;
 
+/** The memory of a conversation of this length, in words; "" before the server is known. */
+export function memoryOf(length) {
+  if (!latest || !length) return "";
+  const { state_bytes_per_stream: state, kv_cache_bytes_per_token: perToken } = latest.memory;
+  return `${tokens(length)} in a state of ${bytes(state)}; a KV cache would hold ${bytes(length * perToken)}`;
+}
+
 /** The length of the conversation that is shown, which the memory chart marks. */
 export function setContextLength(n) {
   contextLength = n;
@@ -76,7 +83,6 @@ function render() {
   const { slots, memory, prefix, model } = latest;
   const generated = rates("generated");
   const rate = generated.at(-1)?.[1] ?? 0;
-  $("engine-lead").textContent = facts(latest);
   parts.rate.textContent = digits(rate >= 10 ? Math.round(rate) : rate);
   parts.prompt.textContent = `${digits(Math.round(rates("prompt").at(-1)?.[1] ?? 0))} prompt tokens/s read`;
   parts.running.textContent = `${count(slots.running)} of ${count(slots.total)}`;

@@ -36,6 +36,7 @@ export function seconds(ms) {
 export function percent(p) {
   const value = p * 100;
   if (value >= 10) return `${Math.round(value)}%`;
+  if (value === 0) return "0%";
   if (value >= 0.01) return `${Number(value.toPrecision(2))}%`;
   return "<0.01%";
 }

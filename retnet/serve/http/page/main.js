@@ -73,7 +73,7 @@ function startTheme() {
   const apply = (theme) => {
     if (theme === "system") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = theme;
-    $("theme").textContent = `Theme: ${theme}`;
+    $("theme-name").textContent = `Theme: ${theme}`;
   };
   let theme = document.documentElement.dataset.theme ?? "system";
   apply(theme);

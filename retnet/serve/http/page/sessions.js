@@ -5,10 +5,11 @@ import { getJson, request } from "./api.js";
 const path = (id, rest = "") => `v1/sessions/${encodeURIComponent(id)}${rest}`;
 
 export async function list() {
-  return (await getJson("v1/sessions")).data;
+  return (await getJson("v1/sessions?limit=100")).data;
 }
 
-export const get = (id) => getJson(path(id));
+/** A session with its messages, if it has any. */
+export const look = (id) => getJson(path(id, "?messages=true"));
 
 /** A new session with the same state. */
 export const fork = (id) => getJson(path(id, "/fork"), { method: "POST", json: {} });

@@ -37,8 +37,8 @@ export async function write(conversation, reply, sampling, signal, progress) {
   } finally {
     if (session && session !== kept?.id) sessions.forget(session);
   }
-  if (kept) Object.assign(reply, { session: kept.id, tokens: kept.tokens });
-  else reply.tokens = usage?.total_tokens;
+  reply.tokens = kept?.tokens ?? usage?.total_tokens;
+  if (kept?.id) reply.session = kept.id;
   reply.stats = statistics(timing, usage, kept, gone);
   prune(conversation);
 }
@@ -69,8 +69,9 @@ function statistics({ began, first, last }, usage, kept, gone) {
   return {
     made,
     prompt: usage?.prompt_tokens ?? 0,
-    reused: kept?.reused_tokens ?? usage?.prompt_tokens_details?.cached_tokens ?? 0,
+    reused: Math.max(kept?.reused_tokens ?? 0, usage?.prompt_tokens_details?.cached_tokens ?? 0),
     why: gone ? "the stored state had expired" : kept?.not_reused ?? null,
+    notKept: kept?.not_kept ?? null,
     first: first === null ? null : first - began,
     rate: made > 1 && last > first ? ((made - 1) / (last - first)) * 1000 : null,
   };
