@@ -20,6 +20,7 @@ from retnet.cli.data import data_app
 from retnet.cli.eval import evaluate
 from retnet.cli.generate import generate
 from retnet.cli.info import info
+from retnet.cli.serve import serve
 from retnet.cli.stack import stack_app
 from retnet.cli.train import train
 from retnet.cli.tune import tune
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 app.command()(train)
 app.command()(generate)
+app.command()(serve)
 app.command()(check)
 app.command()(info)
 app.command("eval")(evaluate)

@@ -1,4 +1,7 @@
-"""Byte counts in words, in binary units."""
+"""Byte counts in words, in binary units, and read from words."""
+
+import math
+import re
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -11,3 +14,13 @@ def format_bytes(count: float, digits: int = 4) -> str:
             break
         size, unit = size / 1024, larger
     return f"{size:.{max(digits, 4) if abs(size) >= 1000 else digits}g} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """'8GiB' -> 8589934592. Units are binary (KiB, MiB, GiB, TiB) or decimal (KB, MB, GB, TB), in any case; none is
+    bytes. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"the size is {text[:80]!r}; accepted: bytes, or a number with a unit, such as 8GiB or 500MB")
+    power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
+    return math.floor(float(match[1]) * (1024 if match[3] else 1000) ** power)

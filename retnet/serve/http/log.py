@@ -66,16 +66,20 @@ def log_request(record: Record) -> None:
         "route": record.route,
         "status": record.status,
         "error": record.error,
-        "prompt_tokens": record.prompt_tokens,
-        "cached_tokens": record.cached_tokens,
-        "new_tokens": record.new_tokens,
-        "finish": record.finish_reasons,
-        "queue_ms": _milliseconds(record.queue_seconds),
-        "first_token_ms": _milliseconds(record.first_token_seconds),
         "total_ms": _milliseconds(record.seconds),
-        "prompts": record.prompts,
     }
-    known = {name: value for name, value in fields.items() if value is not None and value != []}
+    if record.finish_reasons:
+        fields |= {
+            "prompt_tokens": record.prompt_tokens,
+            "cached_tokens": record.cached_tokens,
+            "new_tokens": record.new_tokens,
+            "finish": record.finish_reasons,
+            "queue_ms": _milliseconds(record.queue_seconds),
+            "first_token_ms": _milliseconds(record.first_token_seconds),
+        }
+    if record.prompts:
+        fields["prompts"] = record.prompts
+    known = {name: value for name, value in fields.items() if value is not None}
     _log.log(level, "request", extra={"fields": known})
 
 

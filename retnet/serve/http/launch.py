@@ -1,0 +1,63 @@
+"""Launching a server: an engine with defaults for its device, and the service around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retnet.data.tokenizer import Tokenizer
+from retnet.models.decode.sampling import SamplingParts
+from retnet.models.lm import LanguageModel
+from retnet.serve.engine import Engine
+from retnet.serve.http.service import Service
+from retnet.serve.http.settings import GIB, Settings
+from retnet.serve.pool import growing_layer
+from retnet.serve.speculation import Speculation
+
+SLOTS = {"cpu": 4, "cuda": 16}  # a step computes all slots, which a CPU feels
+CONTEXT = 8192  # of models whose cache grows, in tokens
+WARM = (SamplingParts(), SamplingParts(draws=True), SamplingParts(draws=True, filters=True))
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The engine of a server; see `Engine`.
+
+    slots, memory: how many requests run at a time, or the bytes that they may take; neither: the default of the device.
+    max_tokens: the longest context; None for 8,192 where a layer's cache grows with it, and any length elsewhere.
+    speculate: draft tokens per step, 0 for none. prefix_cache: its budget in bytes, 0 for none.
+    """
+
+    slots: int | None = None
+    memory: int | None = None
+    max_tokens: int | None = None
+    speculate: int = 0
+    deferred_writes: int = 0
+    prefix_cache: int = GIB
+
+
+def make_service(
+    model: LanguageModel, tokenizer: Tokenizer, name: str, options: EngineOptions, settings: Settings
+) -> Service:
+    """A service over a new engine, with its kernels compiled and its graphs captured where it runs on a GPU.
+
+    Raises ValueError for options that the engine refuses.
+    """
+    on = model.embedding.weight.device.type
+    slots, max_tokens = options.slots, options.max_tokens
+    if slots is None and options.memory is None:
+        slots = SLOTS.get(on, SLOTS["cpu"])
+    if max_tokens is None and growing_layer(model.config) is not None:
+        max_tokens = CONTEXT
+    engine = Engine(
+        model,
+        num_slots=slots,
+        memory_bytes=options.memory,
+        max_tokens=max_tokens,
+        prefix_cache_bytes=options.prefix_cache or None,
+        decode=tokenizer.decode,
+        speculation=Speculation(options.speculate) if options.speculate else None,
+        deferred_writes=options.deferred_writes,
+    )
+    if on == "cuda":
+        engine.warmup(*WARM)
+    return Service(engine, tokenizer, name, settings)
