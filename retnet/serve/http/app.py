@@ -19,7 +19,7 @@ from retnet.serve.http.service import Service
 from retnet.serve.http.session_store import SessionStore
 from retnet.serve.http.settings import Settings
 
-ROUTERS = ("completions", "chat", "sessions", "page")
+ROUTERS = ("completions", "chat", "sessions", "left_out", "page")
 
 
 def create_app(service: Service, settings: Settings | None = None) -> FastAPI:

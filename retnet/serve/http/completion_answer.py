@@ -14,6 +14,7 @@ from typing import Any
 from retnet.serve.http.logprobs import TokenNames, completion_logprobs, joined, prompt_logprobs
 from retnet.serve.http.output import Delta, Output
 from retnet.serve.http.service import Service
+from retnet.serve.http.session_use import SessionUse
 from retnet.serve.http.sse import DONE, event
 from retnet.serve.http.usage import Usage, usage_of
 
@@ -46,6 +47,7 @@ class Answer:
 
     service: Service
     choices: list[Choice]
+    use: SessionUse
     num_prompts: int
     echo: bool
     logprobs: bool
@@ -66,7 +68,7 @@ class Answer:
         """The tokens so far."""
         firsts = self.choices[:: len(self.choices) // self.num_prompts]
         completion = sum(choice.output.num_tokens for choice in self.choices)
-        return usage_of([choice.output.stream.generation for choice in firsts], completion)
+        return usage_of([choice.output.stream.generation for choice in firsts], completion, self.use.reused)
 
     async def whole(self) -> dict[str, Any]:
         """The response without a stream."""
@@ -79,7 +81,8 @@ class Answer:
                 if self.logprobs:
                     entry["logprobs"] = joined(prompt["logprobs"], entry["logprobs"])
             entries.append(entry)
-        return self._head | {"choices": entries, "usage": self.usage.body()}
+        session = await self._kept(self.choices[0])
+        return self._head | {"choices": entries, "usage": self.usage.body()} | session
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The events of a stream."""
@@ -90,7 +93,9 @@ class Answer:
                 if choice.index in unheard:
                     unheard.remove(choice.index)
                     yield self._event(self._prompt_entry(choice))
-                if self.continuous_usage or delta.tokens or delta.finish_reason is not None:
+                if delta.finish_reason is not None:
+                    yield self._event(self._entry(choice, delta), await self._kept(choice))
+                elif delta.tokens or self.continuous_usage:
                     yield self._event(self._entry(choice, delta))
                 else:
                     before, after = around[choice.index]
@@ -99,8 +104,13 @@ class Answer:
             yield event(self._head | {"choices": [], "usage": self.usage.body()})
         yield DONE
 
-    def _event(self, entry: dict[str, Any]) -> bytes:
-        data = self._head | {"choices": [entry]}
+    async def _kept(self, choice: Choice) -> dict[str, Any]:
+        """The response's `session`, after a choice has ended, if the request has a session."""
+        session = await self.use.keep(choice.output.stream.generation)
+        return {} if session is None else {"session": session}
+
+    def _event(self, entry: dict[str, Any], more: dict[str, Any] | None = None) -> bytes:
+        data = self._head | {"choices": [entry]} | (more or {})
         if self.include_usage:
             data["usage"] = self.usage.body() if self.continuous_usage else None
         return event(data)

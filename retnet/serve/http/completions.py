@@ -17,12 +17,14 @@ from pydantic import Field, PlainValidator
 from retnet.models.decode.sampling import TOP_LOGPROBS
 from retnet.serve.http.completion_answer import Answer, Choice, Prompt
 from retnet.serve.http.errors import ApiError
-from retnet.serve.http.fields import MAX_CHOICES, SamplingFields, check_tokens, wrong
+from retnet.serve.http.fields import MAX_CHOICES, SamplingFields, check_tokens, end_tokens, wrong
 from retnet.serve.http.json_body import JsonRoute
 from retnet.serve.http.output import Output
 from retnet.serve.http.refused import REFUSED, Refusals
 from retnet.serve.http.service import Service
-from retnet.serve.http.sse import EventStream, unless_left
+from retnet.serve.http.session_use import SessionUse
+from retnet.serve.http.sse import EventStream
+from retnet.serve.request import Request as EngineRequest
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI's
 LONG_TEXT = 20_000  # characters, from which tokenising would hold up the event loop for milliseconds
@@ -80,31 +82,18 @@ class CompletionBody(SamplingFields):
                 "returned",
                 param="best_of",
             )
-        if len(self.prompt) * self.choices > MAX_CHOICES:
+        most = min(MAX_CHOICES, service.most_streams)
+        if len(self.prompt) * self.choices > most:
             raise ApiError(
                 400,
                 f"{len(self.prompt)} prompts with n {self.choices} are {len(self.prompt) * self.choices} choices; "
-                f"accepted: {MAX_CHOICES} in one request",
-                param="n",
+                f"accepted: {most} in one request",
+                param="n" if len(self.prompt) <= most else "prompt",
             )
-
-
-async def read_prompt(given: str | list[int], service: Service) -> Prompt:
-    """The tokens of a prompt. Raises ApiError for a text without tokens, and for ids outside the vocabulary."""
-    tokenizer = service.tokenizer
-    if isinstance(given, list):
-        check_tokens(given, service.vocab_size, "prompt")
-        return Prompt(given, None, 0) if given else Prompt([tokenizer.document_start], "", 1)
-    return Prompt([tokenizer.document_start, *await encoded(given, service)], given, 1)
-
-
-async def encoded(text: str, service: Service) -> Sequence[int]:
-    """The tokens of a text; of a long one in another thread."""
-    encode = service.tokenizer.encode
-    try:
-        return encode(text) if len(text) < LONG_TEXT else await asyncio.to_thread(encode, text)
-    except ValueError as error:
-        raise ApiError(400, f"prompt: {error}", param="prompt") from error
+        if self.session_id is not None and len(self.prompt) > 1:
+            raise ApiError(
+                400, f"session_id with {len(self.prompt)} prompts; accepted: one prompt, its new text", param="prompt"
+            )
 
 
 @router.post("/v1/completions", summary="Continue a text")
@@ -112,10 +101,13 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue a text, or several. With `stream`, the response is a stream of server-sent events."""
     service: Service = request.app.state.service
     body.check(service)
-    choices = await submit(body, service, request.state.key)
+    outputs = len(body.prompt) * body.choices
+    use = await SessionUse.open(request.app.state.sessions, service, request.state.key, body, outputs=outputs)
+    choices = await submit(body, service, use)
     answer = Answer(
         service,
         choices,
+        use,
         num_prompts=len(body.prompt),
         echo=bool(body.echo),
         logprobs=body.logprobs is not None,
@@ -126,34 +118,58 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     if body.stream:
         return EventStream(answer.events(), streams)
     try:
-        result = await unless_left(request, answer.whole())
+        return JSONResponse(await answer.whole())
     finally:
         for stream in streams:
             stream.cancel()
-    return JSONResponse(result)
 
 
-async def submit(body: CompletionBody, service: Service, key: str) -> list[Choice]:
+async def submit(body: CompletionBody, service: Service, use: SessionUse) -> list[Choice]:
     """Queue the requests of all choices, or none. Choice i of prompt p has the index p n + i."""
-    stops = body.stops(service)
-    logprobs = body.logprobs
-    options: dict[str, Any] = {"prefix_group": service.prefix_group(key)}
-    if body.echo and logprobs is not None:
-        options["prompt_logprobs"] = logprobs
-    requests = []
+    stops, wanted = body.stops(service), body.logprobs
+    options: dict[str, Any] = {"prefix_group": use.prefix_group, "keep_state": use.keeps}
+    if body.echo and wanted is not None:
+        options["prompt_logprobs"] = wanted
+    requests: list[tuple[Prompt, EngineRequest]] = []
     for given in body.prompt:
-        prompt = await read_prompt(given, service)
-        most = body.new_tokens(len(prompt.tokens), service, DEFAULT_MAX_TOKENS)
+        prompt = await read_prompt(given, service, use)
+        most = body.new_tokens(use.num_tokens, service, DEFAULT_MAX_TOKENS)
         for i in range(body.choices):
-            made = body.to_request(prompt.tokens, most, service, stops, choice=i, logprobs=logprobs, **options)
+            made = body.to_request(prompt.tokens, most, service, stops, choice=i, logprobs=wanted, **options)
             requests.append((prompt, made))
     choices: list[Choice] = []
     try:
         for prompt, made in requests:
-            output = Output(await service.submit(made), service.tokenizer, stops, logprobs=logprobs is not None)
-            choices.append(Choice(len(choices), prompt, output))
+            stream = await service.submit(made, use.after)
+            choices.append(
+                Choice(len(choices), prompt, Output(stream, service.tokenizer, stops, logprobs=wanted is not None))
+            )
     except BaseException:
         for choice in choices:
             choice.output.stream.cancel()
         raise
     return choices
+
+
+async def read_prompt(given: str | list[int], service: Service, use: SessionUse) -> Prompt:
+    """The tokens of a prompt: of a new context, or those that continue a session.
+
+    Raises ApiError for a text without tokens, and for ids outside the vocabulary.
+    """
+    text = given if isinstance(given, str) else None
+    tokens = given if isinstance(given, list) else await encoded(given, service)
+    check_tokens(tokens, service.vocab_size, "prompt")
+    begin = 0
+    if use.session is None and (text is not None or not tokens):
+        tokens, text, begin = [service.tokenizer.document_start, *tokens], text or "", 1
+    await use.go_on(tokens, end_tokens(service))
+    return Prompt(use.prompt, text, begin)
+
+
+async def encoded(text: str, service: Service) -> Sequence[int]:
+    """The tokens of a text; of a long one in another thread."""
+    encode = service.tokenizer.encode
+    try:
+        return encode(text) if len(text) < LONG_TEXT else await asyncio.to_thread(encode, text)
+    except ValueError as error:
+        raise ApiError(400, f"prompt: {error}", param="prompt") from error
