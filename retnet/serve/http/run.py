@@ -174,11 +174,15 @@ def _stuck_in(connection: Any) -> str | None:
 
 def serve(app: FastAPI, settings: Settings, listener: socket.socket, on_started: Callable[[], None]) -> int:
     """Serve until a signal or a failure; returns the exit code."""
-    sys.setswitchinterval(SWITCH_SECONDS)
     _allow_many_files()
     server = Server(app, settings)
     server.on_started = on_started
-    server.run(sockets=[listener])
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        sys.setswitchinterval(before)
     return server.exit_code
 
 

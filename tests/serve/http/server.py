@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def live_server(settings: Settings | None = None, **options: Any) -> Iterator[Li
     settings = settings or Settings()
     service = tiny_service(settings, **options)
     listener = bound_socket("127.0.0.1", 0)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that a client that does not read is noticed
     server = Server(create_app(service), settings)
     started = Event()
     server.on_started = started.set
