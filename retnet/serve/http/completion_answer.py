@@ -135,7 +135,9 @@ class Answer:
         """The prompt of a choice, as an entry of `choices`."""
         prompt, logprobs = choice.prompt, None
         if self.logprobs:
-            reported = choice.output.stream.generation.prompt_logprobs[prompt.begin :]
+            reported = choice.output.stream.generation.prompt_logprobs
+            unread = len(prompt.tokens) - len(reported)  # 1 where the first token replaced the last of a session
+            reported = [*[None] * unread, *reported][prompt.begin :]
             tokens = prompt.tokens[prompt.begin :]
             logprobs = prompt_logprobs(tokens, reported, self.service.tokenizer, self._names)
         return {"index": choice.index, "text": self._shown(prompt), "logprobs": logprobs, "finish_reason": None}

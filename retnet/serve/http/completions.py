@@ -17,7 +17,7 @@ from pydantic import Field, PlainValidator
 from retnet.models.decode.sampling import TOP_LOGPROBS
 from retnet.serve.http.completion_answer import Answer, Choice, Prompt
 from retnet.serve.http.errors import ApiError
-from retnet.serve.http.fields import MAX_CHOICES, SamplingFields, check_tokens, end_tokens, wrong
+from retnet.serve.http.fields import MAX_CHOICES, SamplingFields, check_tokens, wrong
 from retnet.serve.http.json_body import JsonRoute
 from retnet.serve.http.output import Output
 from retnet.serve.http.refused import REFUSED, Refusals
@@ -135,7 +135,7 @@ async def submit(body: CompletionBody, service: Service, use: SessionUse) -> lis
         prompt = await read_prompt(given, service, use)
         most = body.new_tokens(use.num_tokens, service, DEFAULT_MAX_TOKENS)
         for i in range(body.choices):
-            made = body.to_request(prompt.tokens, most, service, stops, choice=i, logprobs=wanted, **options)
+            made = body.to_request(use.prompt, most, service, stops, choice=i, logprobs=wanted, **options)
             requests.append((prompt, made))
     choices: list[Choice] = []
     try:
@@ -162,8 +162,8 @@ async def read_prompt(given: str | list[int], service: Service, use: SessionUse)
     begin = 0
     if use.session is None and (text is not None or not tokens):
         tokens, text, begin = [service.tokenizer.document_start, *tokens], text or "", 1
-    await use.go_on(tokens, end_tokens(service))
-    return Prompt(use.prompt, text, begin)
+    await use.go_on(tokens)
+    return Prompt(tokens, text, begin)
 
 
 async def encoded(text: str, service: Service) -> Sequence[int]:

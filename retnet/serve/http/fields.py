@@ -344,12 +344,6 @@ def check_tokens(tokens: Sequence[int], vocab_size: int, field: str) -> None:
         check_token(next(token for token in tokens if not 0 <= token < vocab_size), vocab_size, field)
 
 
-def end_tokens(service: Service) -> frozenset[int]:
-    """The tokens that end an output without being asked to: those of the model and the tokenizer."""
-    end = service.tokenizer.document_end
-    return frozenset(service.engine.model.eos_token_ids) | (frozenset() if end is None else {end})
-
-
 def _token_of(key: str, vocab_size: int) -> int:
     if not _TOKEN_ID.fullmatch(key):
         raise ApiError(

@@ -20,7 +20,8 @@ class Record:
 
     owner: a keyed hash of the id of the API key that made the session. model: fingerprint of its model.
     created: of the session, in seconds since the epoch. foreign: whether its state, or that of an ancestor, was
-    uploaded. parent: the session that it was forked from. bytes: of state, tokens and messages.
+    uploaded. parent: the session that it was forked from. bytes: of state, tokens and messages. ended: whether its last
+    token ended the output, and so is no part of the text that the client got.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Record:
     parent: str | None
     tokens: int
     bytes: int
+    ended: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -50,7 +52,8 @@ class Record:
         texts = all(isinstance(data[name], str) for name in ("id", "owner", "model"))
         parent = data["parent"] is None or isinstance(data["parent"], str)
         created = is_number(data["created"], 0, math.inf)
-        if not (counts and texts and parent and created and isinstance(data["foreign"], bool)):
+        flags = all(isinstance(data[name], bool) for name in ("foreign", "ended"))
+        if not (counts and texts and parent and created and flags):
             raise ValueError("its record has a value of another type")
         ids = [data["id"], data["parent"]] if data["parent"] is not None else [data["id"]]
         if not all(ID_PATTERN.fullmatch(value) for value in ids):

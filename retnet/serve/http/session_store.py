@@ -122,8 +122,9 @@ class SessionStore:
         key: str,
         messages: list[dict[str, Any]] | None = None,
         foreign: bool = False,
+        ended: bool = False,
     ) -> Session:
-        """Keep a state: the next revision of `session`, or a new session if it is None.
+        """Keep a state: the next revision of `session`, or a new session if it is None. ended: see Record.
 
         If the session got another revision since it was opened, both are kept: this one becomes a session of its own,
         whose `parent` is the id of the other. Raises ApiError 404 if it was deleted meanwhile, and 507 if the state is
@@ -150,6 +151,7 @@ class SessionStore:
             parent=parent,
             tokens=len(snapshot.tokens),
             bytes=snapshot.nbytes + (0 if messages is None else len(json.dumps(messages))),
+            ended=ended,
         )
         return await self._add(Session(record, snapshot, messages), now)
 
@@ -372,8 +374,8 @@ class SessionStore:
     async def _end(self, entry: Entry) -> None:
         self._deleted.append(entry.record.id)
         self._forget(entry)
-        if self.files is not None:
-            await self._in_worker(self.files.delete, entry.record.id)
+        if self.files is not None:  # to its end, also if the request that deletes is cancelled
+            await asyncio.shield(self._task(self._in_worker(self.files.delete, entry.record.id)))
 
     async def _expire(self, entry: Entry, now: float) -> None:
         """End a session that nothing used, unless another process that shares the folder used it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -79,16 +79,13 @@ class SessionUse:
         """Tokens that the session's state has read, so that the request does not."""
         return 0 if self.after is None else len(self.after.tokens) - 1
 
-    async def go_on(self, text: Sequence[int], ends: Collection[int] = ()) -> None:
-        """Continue with the tokens of new text.
-
-        ends: tokens that end an output and have no text. One at the end of the session gives way to the new text.
-        """
+    async def go_on(self, text: Sequence[int]) -> None:
+        """Continue with the tokens of new text. A token that ended the session's last output gives way to it."""
         if self.session is None:
             self.prompt = text
             return
         snapshot = self.session.snapshot
-        if text and snapshot.tokens[-1] in ends:
+        if text and self.session.record.ended:
             await self._continue(snapshot, text[0], text[1:])
         else:
             await self._continue(snapshot, snapshot.tokens[-1], text)
@@ -119,18 +116,23 @@ class SessionUse:
             return None
         session, not_kept = self.session, None
         if self.keeps:
-            snapshot = generation.snapshot
-            if snapshot is None or generation.finish_reason in ("cancelled", "failed"):
-                not_kept = f"the request was {generation.finish_reason}"
+            snapshot, reason = generation.snapshot, generation.finish_reason
+            if snapshot is None or reason in ("cancelled", "failed"):
+                not_kept = f"the request was {reason}"
             else:
                 try:
-                    snapshot = await on_host(self.service, snapshot)
-                    session = await self.store.keep(self.session, snapshot, key=self.key, messages=messages)
+                    session = await self.store.keep(
+                        self.session,
+                        await on_host(self.service, snapshot),
+                        key=self.key,
+                        messages=messages,
+                        ended=reason == "stop_token",
+                    )
                 except ApiError as error:
                     session, not_kept = None, error.message
         return {
             "id": None if session is None else session.id,
-            "tokens": None if session is None else len(session.snapshot.tokens),
+            "tokens": None if session is None else session.record.tokens,
             "reused_tokens": self.reused,
             "not_reused": self.not_reused,
             "not_kept": not_kept,
