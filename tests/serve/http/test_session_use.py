@@ -167,13 +167,13 @@ def test_a_foreign_session_and_its_descendants_leave_the_prefix_cache_alone(clie
     counts = lambda: client.portal.call(client.app.state.service.call, lambda e: e.stats().prefix)  # noqa: E731
     before = counts()
     for _ in range(2):
-        answer = complete(client, " and more of it" * 9, session_id=foreign, keep_session=True)
+        answer = complete(client, " and more of it" * 5, session_id=foreign, keep_session=True)
         assert answer["session"]["id"] == foreign
         fork = client.post(f"/v1/sessions/{foreign}/fork").json()["id"]
-        complete(client, " and more of it" * 9, session_id=fork, keep_session=True)
+        complete(client, " and more of it" * 5, session_id=fork, keep_session=True)
     after = counts()
     assert (after.stored, after.hits, after.tokens_saved) == (before.stored, before.hits, before.tokens_saved)
-    complete(client, " and more of it" * 9, session_id=original, keep_session=True)
+    complete(client, " and more of it" * 5, session_id=original, keep_session=True)
     assert counts().stored > before.stored, "the same request of a session of our own does feed it"
 
 
