@@ -9,6 +9,8 @@ from functools import cached_property
 from retnet.models.fingerprint import fingerprint
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.serve.constrained import ConstrainedOutput
+from retnet.serve.grammar import Grammar
 from retnet.serve.logprobs import PromptLogprobs
 from retnet.serve.pool import SlotPool
 from retnet.serve.request import Generation, Refused, Request
@@ -53,6 +55,7 @@ class Admission:
             if self.decode is None:
                 raise Refused("stop_strings need text; accepted: an engine made with `decode`")
             stops = StopStrings(request.stop_strings, self.decode)
+        constraint = None if request.grammar is None else self._constraint(request.grammar, request.sampling.logit_bias)
         seed = request.sampling.seed
         earlier_output = after.output_start if after is not None and not len(request.prompt) else None
         return Generation(
@@ -67,9 +70,17 @@ class Admission:
             ends=self._ends(request),
             start=after,
             stops=stops,
+            constraint=constraint,
             scores=None if request.prompt_logprobs is None else PromptLogprobs(request.prompt_logprobs),
             rounding_error=0.0 if after is None else after.rounding_error,
         )
+
+    def _constraint(self, grammar: Grammar, logit_bias: Mapping[int, float]) -> ConstrainedOutput:
+        banned = [token for token, bias in logit_bias.items() if bias == -math.inf]
+        try:
+            return ConstrainedOutput(grammar, self.model.config.vocab_size, banned)
+        except Exception as error:  # from the caller's grammar
+            raise Refused(f"the grammar has no matcher ({error!r}); accepted: a Grammar that has one") from error
 
     def why_stale(self, snapshot: Snapshot | None) -> str | None:
         """Why a snapshot that was accepted earlier can no longer be continued, if so."""

@@ -6,6 +6,7 @@ import torch
 
 from retnet.models.decode.sampling import Sampled, SamplingParts
 from retnet.models.decode.step import FAILED, DecodeStep
+from retnet.serve.constrained import GrammarFailed
 from retnet.serve.pool import SlotPool
 from retnet.serve.request import Generation, TokenLogprobs
 from retnet.serve.speculation import Drafter, VerifyStep
@@ -19,7 +20,7 @@ class Decoding:
 
     def __init__(self, step: DecodeStep, pool: SlotPool, stages: Stages, drafter: Drafter | None):
         self.step, self.pool, self.stages, self.drafter = step, pool, stages, drafter
-        self.num_new = self.num_accepted = 0  # tokens of outputs so far; those of them that were drafted
+        self.num_new = self.num_drafted = self.num_accepted = 0  # tokens of outputs, drafts, and both
         self._parts: SamplingParts | None = None  # needed by the running requests; None: to be determined
         self._without_draft: set[int] = set()  # slots whose last draft gave no finite logits
 
@@ -51,11 +52,18 @@ class Decoding:
         if not running:
             return results
         self.stages.in_doubt = tuple(running.values())
-        drafts = self._draft()
-        sampled = self.step(self._needed_parts())
+        parts, drafts = self._needed_parts(), self._draft()
+        if parts.masks:
+            self._mask(drafts)
+        if isinstance(self.step, VerifyStep):
+            self.step.set_drafts(drafts)
+            self.num_drafted += sum(map(len, drafts.values()))
+        sampled = self.step(parts)
         tokens = sampled.tokens.tolist()
         counts = [0] * self.pool.num_slots
         for slot, generation in running.items():
+            if generation.finish_reason is not None:
+                continue  # its grammar failed before the step
             first = len(generation.seen)
             self._accept_all(generation, slot, tokens[slot], drafts.get(slot, []), sampled)
             new = generation.seen[first:].tolist()
@@ -81,7 +89,7 @@ class Decoding:
 
     def _needed_parts(self) -> SamplingParts:
         if self._parts is None:
-            self._parts = SamplingParts.union(g.request.sampling.parts for g in self.stages.decoding.values())
+            self._parts = SamplingParts.union(g.request.parts for g in self.stages.decoding.values())
         return self._parts
 
     def _draft(self) -> dict[int, list[int]]:
@@ -95,8 +103,22 @@ class Decoding:
             count = 0 if slot in self._without_draft else count
             drafts[slot] = self.drafter.draft(slot, generation.seen, count)
         self._without_draft.clear()
-        self.step.set_drafts(drafts)
         return drafts
+
+    def _mask(self, drafts: dict[int, list[int]]) -> None:
+        """Fill the masks of all requests with a grammar, and cut their drafts where it refuses a token."""
+        masked = []
+        for slot, generation in self.stages.decoding.items():
+            if generation.constraint is None:
+                continue
+            masked.append(slot)
+            try:
+                draft = generation.constraint.fill(self.step.table.host_masks(slot), drafts.get(slot, []))
+            except GrammarFailed as error:
+                generation.error, generation.finish_reason, draft = str(error), "failed", []
+            if drafts:
+                drafts[slot] = draft
+        self.step.table.upload_masks(masked)
 
     def _accept_all(
         self, generation: Generation, slot: int, tokens: list[int], draft: list[int], sampled: Sampled
@@ -106,16 +128,22 @@ class Decoding:
             if token == FAILED and draft:  # a drafted token may be at fault, even one after the last that is right
                 self._without_draft.add(slot)
                 return
-            generation.finish_reason = self._accept(generation, token, sampled, (slot, t))
+            try:
+                generation.finish_reason = self._accept(generation, token, sampled, (slot, t))
+            except GrammarFailed as error:
+                generation.error, generation.finish_reason = str(error), "failed"
             if generation.finish_reason is not None or token != drafted:
                 return
 
     def _accept(self, generation: Generation, token: int, sampled: Sampled, place: tuple[int, int]) -> str | None:
-        """Add the token at `place` [slot, t] to a request; returns why the output ends, if it does."""
+        """Add the token at `place` [slot, t] to a request; returns why the output ends, if it does. Raises
+        GrammarFailed."""
         if token == FAILED:
             generation.error = NOT_FINITE.format(len(generation.seen))
             return "failed"
         request = generation.request
+        if generation.constraint is not None and token not in generation.ends:
+            generation.constraint.push(token)
         generation.add(token)
         self.num_new += 1
         _report_logprobs(generation, sampled, place)
@@ -129,6 +157,8 @@ class Decoding:
                 return "failed"
             if matched is not None:
                 return "stop_string"
+        if generation.constraint is not None and generation.constraint.ended:
+            return "grammar_end"
         if request.max_new_tokens is not None and generation.num_new >= request.max_new_tokens:
             return "length"
         return None

@@ -24,6 +24,7 @@ from retnet.models.decode.step import DecodeStep
 from retnet.models.lm import LanguageModel
 from retnet.ops.device import own_modes
 from retnet.serve.admission import Admission
+from retnet.serve.constrained import GrammarFailed
 from retnet.serve.decoding import Decoding
 from retnet.serve.options import (
     MOST,
@@ -147,11 +148,11 @@ class Engine:
             deferred_writes=deferred_writes,
             speculation=speculation,
         )
-        self.table = SamplingTable(self.pool.num_slots, model.config.vocab_size, device)
+        width = 1 if speculation is None else speculation.draft_tokens + 1
+        self.table = SamplingTable(self.pool.num_slots, model.config.vocab_size, device, width)
         if speculation is None:
             self._step = DecodeStep(model, self.pool.state, self.table, captured, self.pool.deferred)
         else:
-            width = speculation.draft_tokens + 1
             self._step = VerifyStep(model, self.pool.state, self.table, captured, width)
         self.drafter = None if speculation is None else Drafter(speculation, self.pool.num_slots, max_tokens)
         self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes, chunk)
@@ -196,7 +197,7 @@ class Engine:
             self._num_steps,
             self._prefill.num_tokens,
             self._decoding.num_new,
-            0 if self.drafter is None else self.drafter.num_drafted,
+            self._decoding.num_drafted,
             self._decoding.num_accepted,
             None if self.prefixes is None else deepcopy(self.prefixes.counts),
         )
@@ -318,19 +319,21 @@ class Engine:
             stages.in_doubt = ()
 
     def _start_decoding(self, generation: Generation) -> None:
-        if generation.request.max_new_tokens == 0:
-            self._end_without_output(generation)
-            return
+        assert generation.slot is not None
         self._decoding.start(generation)
         generation.status = Status.DECODING
-
-    def _end_without_output(self, generation: Generation) -> None:
-        """End a request after its prompt. No logits tell whether its state is finite, so the state itself must."""
-        assert generation.slot is not None
-        self._stages.decoding[generation.slot] = generation
-        generation.status = Status.DECODING
-        if self.pool.state.slot(generation.slot).trim().is_finite:
-            self._finish(generation, "length")
+        try:
+            if generation.constraint is not None and generation.constraint.ended:
+                reason = "grammar_end"
+            elif generation.request.max_new_tokens == 0:
+                reason = "length"
+            else:
+                return
+        except GrammarFailed as error:
+            self._fail(generation, str(error))
+            return
+        if self.pool.state.slot(generation.slot).trim().is_finite:  # no logits will tell
+            self._finish(generation, reason)
         else:
             self._fail(generation, "its state is not finite after the prompt")
 

@@ -63,11 +63,12 @@ class SlotPool:
             raise ValueError(f"num_slots is {num_slots}, memory_bytes {memory_bytes}; accepted: one of the two")
         one = _empty_state(model, 1, max_tokens, torch.device("meta"))  # for its size
         beside = sum(ring.nbytes for ring in empty_deferred_writes(model, one, deferred_writes) if ring is not None)
-        index = 0
+        index, width = 0, 1
         if speculation is not None:
-            beside += _draft_bytes(model, speculation.draft_tokens + 1)
+            width = speculation.draft_tokens + 1
+            beside += _draft_bytes(model, width)
             index = speculation.index_bytes(max_tokens)
-        self.cost = SlotCost(one.nbytes + beside, SamplingTable.bytes_per_slot(model.config.vocab_size), index)
+        self.cost = SlotCost(one.nbytes + beside, SamplingTable.bytes_per_slot(model.config.vocab_size, width), index)
         if memory_bytes is not None:
             affordable = memory_bytes // self.cost.total
             num_slots = min(1, affordable) if affordable < 4 else affordable // 4 * 4

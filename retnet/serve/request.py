@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from retnet.models.decode.sampling import TOP_LOGPROBS, Sampling
+from retnet.models.decode.sampling import TOP_LOGPROBS, Sampling, SamplingParts
+from retnet.serve.constrained import ConstrainedOutput
+from retnet.serve.grammar import Grammar
 from retnet.serve.logprobs import PromptLogprobs, TokenLogprobs
 from retnet.serve.snapshot import Snapshot
 from retnet.serve.stopping import StopStrings
@@ -46,6 +48,8 @@ class Request:
     cache.
     prompt_logprobs: how many of the likeliest tokens to report beside each token of the prompt; None reports nothing.
     The prompt is then read whole, whatever is cached.
+    grammar: what the output may be. It begins with the output, also after a snapshot, and ends the output where nothing
+    may follow.
 
     Raises Refused, a ValueError, that says what was given and what is accepted.
     """
@@ -60,6 +64,7 @@ class Request:
     keep_state: bool = False
     prefix_group: str | None = ""
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, Set):
@@ -91,8 +96,15 @@ class Request:
                     f"{TOP_LOGPROBS}"
                 )
             own["prompt_logprobs"] = int(self.prompt_logprobs)
+        if self.grammar is not None and not callable(getattr(self.grammar, "matcher", None)):
+            raise Refused(f"grammar is {quoted(self.grammar)}; accepted: a Grammar, or None")
         for name, value in own.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def parts(self) -> SamplingParts:
+        """The parts of sampling that its steps need."""
+        return self.sampling.parts._replace(masks=self.grammar is not None)
 
 
 def _own_tokens(name: str, values: object) -> tuple[int, ...]:
@@ -129,8 +141,8 @@ def _own_strings(values: object) -> tuple[str, ...]:
 class Generation:
     """A submitted request and its output so far.
 
-    finish_reason: length, stop_token, stop_string, cancelled, or failed (`error` says why). Set a moment before
-    `finished`, while the engine takes the request out of its slot.
+    finish_reason: length, stop_token, stop_string, grammar_end, cancelled, or failed (`error` says why). Set a moment
+    before `finished`, while the engine takes the request out of its slot.
     tokens: the output so far.
     seen: all tokens of the context, with those of a snapshot (4 bytes each); the state has read the first `read`.
     cached: how many of them came from the prefix cache instead of being read. prefix_miss: why not more of the prompt.
@@ -153,6 +165,7 @@ class Generation:
     ends: frozenset[int] = field(repr=False)
     start: Snapshot | None = field(default=None, repr=False)
     stops: StopStrings | None = None
+    constraint: ConstrainedOutput | None = field(default=None, repr=False)
     status: Status = Status.WAITING
     finish_reason: str | None = None
     error: str | None = None

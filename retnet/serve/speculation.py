@@ -63,12 +63,11 @@ class Speculation:
 
 
 class Drafter:
-    """Draft tokens for the requests in their slots; num_drafted counts them."""
+    """Draft tokens for the requests in their slots."""
 
     def __init__(self, speculation: Speculation, num_slots: int, max_tokens: int | None):
         entries = table_entries(max_tokens)
         self.lookups = [PromptLookup(speculation.longest, entries) for _ in range(num_slots)]
-        self.num_drafted = 0
 
     def enter(self, slot: int) -> None:
         self.lookups[slot].clear()
@@ -79,9 +78,7 @@ class Drafter:
 
     def draft(self, slot: int, seen: Sequence[int], count: int) -> list[int]:
         """At most `count` draft tokens after those seen."""
-        draft = self.lookups[slot].draft(seen, count) if count > 0 else []
-        self.num_drafted += len(draft)
-        return draft
+        return self.lookups[slot].draft(seen, count) if count > 0 else []
 
 
 class VerifyStep(DecodeStep):
@@ -123,7 +120,7 @@ class VerifyStep(DecodeStep):
         position, accepted = self.state.position + 1, self.active
         columns = []
         for t, logits in enumerate(self.model.logits(hidden).unbind(1)):
-            columns.append(self._pick(logits, position + t, accepted, parts))
+            columns.append(self._pick(logits, position + t, accepted, parts, t))
             if t < self.drafts.shape[1]:
                 accepted = accepted & (columns[t].tokens == self.drafts[:, t]) & (t < self.lengths)
         tokens, *others = zip(*columns, strict=True)

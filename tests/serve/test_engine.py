@@ -9,7 +9,7 @@ import torch
 
 from retnet.layers.attention import AttentionState
 from retnet.layers.retention import RetentionState
-from retnet.models.decode.sampling import Sampling
+from retnet.models.decode.sampling import Sampling, mask_words
 from retnet.serve.engine import Engine
 from retnet.serve.request import Failed, Refused, Request
 from retnet.serve.speculation import Speculation
@@ -202,7 +202,7 @@ def test_a_memory_budget_counts_the_draft_updates():
     plain, drafting = (engine_of(model, speculation=s).pool.cost for s in (None, Speculation(width - 1)))
     own = {RetentionState: 2 * (32 + 64), AttentionState: 2 * 2 * 8}  # floats of k and v per token; one rate per head
     rows = [own.get(type(layer), 0) for layer in engine_of(model).pool.state]
-    assert drafting.sampling == plain.sampling
+    assert drafting.sampling == plain.sampling + 4 * mask_words(VOCAB) * (width - 1)
     assert drafting.state - plain.state > 4 * width * sum(rows)
     with pytest.raises(ValueError, match="at least"):
         engine_of(model, num_slots=None, memory_bytes=plain.total, speculation=Speculation(width - 1))

@@ -6,11 +6,11 @@ from array import array
 import pytest
 import torch
 
-from retnet.models.decode.sampling import Sampling
+from retnet.models.decode.sampling import Sampling, mask_words
 from retnet.serve.lookup import PromptLookup
 from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
-from tests.small_models import prompt, random_ids, small_model
+from tests.small_models import VOCAB, prompt, random_ids, small_model
 
 from .test_engine import alone, engine_of, facts, text_of
 
@@ -137,7 +137,9 @@ def test_the_index_takes_fixed_memory_that_the_slot_cost_counts(small):
     plain, drafting = (engine_of(small, max_tokens=None, speculation=s) for s in (None, Speculation(3)))
     assert plain.pool.cost.index == 0
     assert drafting.pool.cost.index == drafting.drafter.lookups[0].nbytes
-    assert drafting.pool.cost.total == drafting.pool.cost.state + plain.pool.cost.sampling + drafting.pool.cost.index
+    masks = 3 * 4 * mask_words(VOCAB)  # one for each draft token
+    sampling = plain.pool.cost.sampling + masks
+    assert drafting.pool.cost.total == drafting.pool.cost.state + sampling + drafting.pool.cost.index
     seen = array("i", random_ids(4000, high=5000).tolist())
     tracemalloc.start()
     try:

@@ -9,7 +9,7 @@ Those parts change no bit of the results of other rows, so a request cannot tell
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple, NoReturn
@@ -52,7 +52,8 @@ def _own_bias(given: Mapping[Any, Any]) -> FrozenDict:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling options of one request, applied in this order: penalties, bias, temperature, top-k, top-p, min-p.
+    """Sampling options of one request, applied in this order: penalties, bias, temperature, top-k, top-p, min-p. A
+    grammar's mask comes before them all.
 
     Everything is checked and copied here: what the caller does with a mapping afterwards changes nothing.
 
@@ -123,12 +124,13 @@ class Sampling:
 
 
 class SamplingParts(NamedTuple):
-    """The parts of sampling that a step needs: those that any of its requests needs."""
+    """The parts of sampling that a step needs: those that any of its requests needs. masks: those of grammars."""
 
     draws: bool = False
     filters: bool = False
     edits: bool = False
     logprobs: bool = False
+    masks: bool = False
 
     @classmethod
     def union(cls, parts: "Iterable[SamplingParts]") -> "SamplingParts":
@@ -149,9 +151,13 @@ class Sampled(NamedTuple):
 
 
 class SamplingTable:
-    """The sampling options of the requests in R slots, on the device; captured graphs read the tables in place."""
+    """The sampling options of the requests in R slots, on the device; captured graphs read the tables in place.
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device):
+    width: tokens that one step samples per slot. masks: int32 [R, width, words], the tokens that each of them may be:
+    token t is bit t % 32 of word t // 32. On a GPU they are filled in pinned memory and copied before a step.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device, width: int = 1):
         def column(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.full((num_slots,), value, dtype=dtype, device=device)
 
@@ -163,16 +169,26 @@ class SamplingTable:
         self.bias = torch.zeros(num_slots, vocab_size, device=device)
         self.seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
         self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
+        self.masks = torch.full((num_slots, width, mask_words(vocab_size)), -1, dtype=torch.int32, device=device)
+        self._pinned = None
+        if device.type == "cuda":
+            self._pinned = torch.full(self.masks.shape, -1, dtype=torch.int32, pin_memory=True)
+        self._masked: set[int] = set()  # slots whose masks may exclude tokens
 
     @classmethod
-    def bytes_per_slot(cls, vocab_size: int) -> int:
-        tensors = [x for x in vars(cls(1, vocab_size, torch.device("meta"))).values() if isinstance(x, Tensor)]
-        return sum(x.numel() * x.element_size() for x in tensors)
+    def bytes_per_slot(cls, vocab_size: int, width: int = 1) -> int:
+        """Memory on the device."""
+        table = cls(1, vocab_size, torch.device("meta"), width)
+        return sum(x.numel() * x.element_size() for x in vars(table).values() if isinstance(x, Tensor))
 
     def fill(self, slot: int, sampling: Sampling, seed: int, seen: Tensor, generated: Tensor) -> None:
         """Set the options of one slot; seen and generated are its token ids so far, with and without the prompt."""
         self._set(slot, sampling, seed)
         self.bias[slot].zero_()  # always: the step of another request may add it
+        if slot in self._masked:
+            self.host_masks(slot).fill_(-1)
+            self.upload_masks([slot])
+            self._masked.discard(slot)
         if not sampling.parts.edits:
             return  # the penalties are neutral, whatever is counted
         device = self.bias.device
@@ -201,21 +217,43 @@ class SamplingTable:
         self.frequency[slots] = sampling.frequency_penalty
         self.seed[slots] = seed
 
+    def host_masks(self, slot: int) -> Tensor:
+        """The masks [width, words] of one slot on the host, to be filled and then uploaded."""
+        self._masked.add(slot)
+        return (self.masks if self._pinned is None else self._pinned)[slot]
+
+    def upload_masks(self, slots: Collection[int]) -> None:
+        """Copy the masks of these slots to the device, and those between them, in one transfer. The caller waits for a
+        step before it fills them again."""
+        if self._pinned is not None and slots:
+            rows = slice(min(slots), max(slots) + 1)
+            self.masks[rows].copy_(self._pinned[rows], non_blocking=True)
+
     def record(self, tokens: Tensor, written: Tensor) -> None:
         """Count tokens [R] where written [R] is True."""
         slots = torch.arange(len(tokens), device=tokens.device)
         self.seen[slots, tokens] |= written
         self.counts[slots, tokens] += written.int()
 
-    def sample(self, logits: Tensor, position: Tensor, parts: SamplingParts) -> Sampled:
-        """One token per slot from logits [R, vocab]; position [R] is the position that the new token will have."""
-        logits = logits.float() if any(parts) else logits  # the likeliest token is the same in either precision
-        chosen = self._choose(self._edited(logits) if parts.edits else logits, position, parts)
+    def sample(self, logits: Tensor, position: Tensor, parts: SamplingParts, place: int = 0) -> Sampled:
+        """One token per slot from logits [R, vocab]; position [R] is the position that the new token will have.
+
+        place: which of the tokens that the step samples, for the masks.
+        """
+        if parts.draws or parts.filters or parts.edits or parts.logprobs:
+            logits = logits.float()  # the likeliest token is the same in either precision
+        scores = self._masked_by_grammar(logits, place) if parts.masks else logits
+        chosen = self._choose(self._edited(scores) if parts.edits else scores, position, parts)
         if not parts.logprobs:
             return Sampled(chosen)
         logprobs = logits.log_softmax(-1)
         top = logprobs.topk(min(TOP_LOGPROBS, self.vocab_size), -1)
         return Sampled(chosen, logprobs.gather(-1, chosen[:, None])[:, 0], top.indices, top.values)
+
+    def _masked_by_grammar(self, logits: Tensor, place: int) -> Tensor:
+        bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+        allowed = (self.masks[:, place, :, None] >> bits & 1).flatten(1)[:, : self.vocab_size]
+        return logits.masked_fill(allowed == 0, -torch.inf)
 
     def _edited(self, logits: Tensor) -> Tensor:
         repetition = self.repetition[:, None]
@@ -236,6 +274,11 @@ class SamplingTable:
         drawn = uniform(self.seed, position)[:, None] * mass[:, -1:]
         sampled = torch.searchsorted(mass, drawn, right=True)[:, 0].clamp_max(self.vocab_size - 1)
         return torch.where(greedy, logits.argmax(-1), sampled)
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of 32 bits in a mask of the vocabulary."""
+    return -(-vocab_size // 32)
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, largest_k: int | None = None) -> Tensor:

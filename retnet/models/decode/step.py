@@ -113,9 +113,12 @@ class DecodeStep:
         logits, _ = self._fused(self.tokens, self.state, self.active, self.deferred)
         return self._pick(logits, self.state.position, self.active, parts).each(lambda x: x[:, None])
 
-    def _pick(self, logits: Tensor, position: Tensor, taking_part: Tensor, parts: SamplingParts) -> Sampled:
-        """A token from logits [S, vocab]; it becomes the last one of the slots that are taking_part [S]."""
-        sampled = self.table.sample(logits, position, parts)
+    def _pick(
+        self, logits: Tensor, position: Tensor, taking_part: Tensor, parts: SamplingParts, place: int = 0
+    ) -> Sampled:
+        """A token from logits [S, vocab]; it becomes the last one of the slots that are taking_part [S]. place: which
+        of the step's tokens it is."""
+        sampled = self.table.sample(logits, position, parts, place)
         if parts.edits:
             self.table.record(sampled.tokens, taking_part)
         self.tokens.copy_(torch.where(taking_part, sampled.tokens, self.tokens))
