@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from retnet import __version__
 from retnet.serve.http import health, metrics
+from retnet.serve.http.constraints import Constraints
 from retnet.serve.http.errors import add_error_handlers
 from retnet.serve.http.guard import Guard
 from retnet.serve.http.keys import ApiKeys
@@ -29,6 +30,7 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     """
     settings = settings or service.settings
     sessions = SessionStore(settings, service.engine.fingerprint)
+    constraints = Constraints.of(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -39,10 +41,11 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
         finally:
             service.stop()
             await sessions.close()
+            constraints.close()
 
     app = FastAPI(title="retnet serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service, app.state.settings = service, settings
-    app.state.sessions, app.state.metrics = sessions, Metrics(service)
+    app.state.sessions, app.state.metrics, app.state.constraints = sessions, Metrics(service), constraints
     add_error_handlers(app)
     keys = None if settings.api_key_file is None else ApiKeys.read(settings.api_key_file)
     app.add_middleware(Guard, service=service, settings=settings, keys=keys, metrics=app.state.metrics)

@@ -16,6 +16,7 @@ from pydantic import Field, PlainValidator
 
 from retnet.models.decode.sampling import TOP_LOGPROBS
 from retnet.serve.http.completion_answer import Answer, Choice, Prompt
+from retnet.serve.http.constraints import Constraints, constraint_of
 from retnet.serve.http.errors import ApiError
 from retnet.serve.http.fields import MAX_CHOICES, SamplingFields, check_tokens, wrong
 from retnet.serve.http.json_body import JsonRoute
@@ -103,7 +104,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     body.check(service)
     outputs = len(body.prompt) * body.choices
     use = await SessionUse.open(request.app.state.sessions, service, request.state.key, body, outputs=outputs)
-    choices = await submit(body, service, use)
+    choices = await submit(body, service, use, request.app.state.constraints)
     answer = Answer(
         service,
         choices,
@@ -124,12 +125,15 @@ async def completions(body: CompletionBody, request: Request) -> Response:
             stream.cancel()
 
 
-async def submit(body: CompletionBody, service: Service, use: SessionUse) -> list[Choice]:
+async def submit(body: CompletionBody, service: Service, use: SessionUse, constraints: Constraints) -> list[Choice]:
     """Queue the requests of all choices, or none. Choice i of prompt p has the index p n + i."""
     stops, wanted = body.stops(service), body.logprobs
     options: dict[str, Any] = {"prefix_group": use.prefix_group, "keep_state": use.keeps}
     if body.echo and wanted is not None:
         options["prompt_logprobs"] = wanted
+    constraint = constraint_of(body.response_format, body.structured_outputs)
+    if constraint is not None:
+        options["grammar"] = await constraints.compile(constraint)
     requests: list[tuple[Prompt, EngineRequest]] = []
     for given in body.prompt:
         prompt = await read_prompt(given, service, use)

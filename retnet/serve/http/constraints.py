@@ -26,6 +26,7 @@ from retnet.serve.grammar import Grammar
 from retnet.serve.http.errors import ApiError
 from retnet.serve.http.grammar_probe import COMPILE_STACK, Probe, compiled, short_error, tokenizer_of
 from retnet.serve.http.matcher import GuidedGrammar, MaskThreads, packed
+from retnet.serve.http.service import Service
 from retnet.serve.http.vocabulary import text_of_tokens
 from retnet.system.checks import quoted
 
@@ -35,9 +36,6 @@ WHITE_SPACE = r"[ ]|\r?\n[ \t]{0,32}"
 JSON_OPTIONS = {"whitespace_pattern": WHITE_SPACE}
 ANY_OBJECT = '{"type": "object"}'
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
-OLD_NAMES = {
-    f"guided_{kind}": f'structured_outputs: {{"{kind}": ...}}' for kind in ("json", "regex", "choice", "grammar")
-}
 MAX_CHOICES = 10_000
 MAX_SIZE = {"json": 128 * 2**10, "regex": 16 * 2**10, "choice": 256 * 2**10, "grammar": 64 * 2**10}  # characters
 MAX_DEPTH = 64  # of a schema
@@ -244,6 +242,13 @@ class Constraints:
         self._waiting = 0
         self._vocabulary: _Vocabulary | None = None
         self._compilers: ThreadPoolExecutor | None = None
+
+    @classmethod
+    def of(cls, service: Service, ends: Sequence[int] = ()) -> Constraints:
+        """Constraints of a service's model. ends: tokens that end an output beside those of the model and tokenizer."""
+        end = service.tokenizer.document_end
+        own = (*ends, *service.engine.model.eos_token_ids, *(() if end is None else (end,)))
+        return cls(service.tokenizer, service.vocab_size, [token for token in own if token < service.vocab_size])
 
     async def compile(self, constraint: Constraint) -> Grammar:
         """The grammar of a constraint.

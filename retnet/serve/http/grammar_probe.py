@@ -27,7 +27,8 @@ MEMORY = 2**30  # bytes that a trial may allocate
 PROBE_STACK, COMPILE_STACK = 8 * 2**20, 64 * 2**20  # bytes: the server's own threads have more than the trial's
 WALK = 48  # tokens of a trial
 SLOWEST_STEP = 0.25  # seconds of CPU time for the mask of one token
-START = 10.0  # seconds until a child has to have started
+WALL = 5  # wall time of a trial, in multiples of its CPU time: other processes may take the CPU
+START = 30.0  # seconds until a child has to have started
 # llguidance's own limits. The first two bound the work for one mask, the others a compilation and its memory.
 LIMITS = {
     "step_lexer_fuel": 200_000,
@@ -98,7 +99,10 @@ def short_error(error: str) -> str:
 
 
 class Probe:
-    """A child process that tries grammars, one after another. It starts with the first, and again after a failure."""
+    """A child process that tries grammars, one after another. It starts with the first, and again after a failure.
+
+    seconds: of CPU time for one grammar.
+    """
 
     def __init__(self, texts: list[bytes], ends: Sequence[int], seconds: float):
         self._hello = {"texts": [base64.b64encode(text).decode() for text in texts], "ends": list(ends)}
@@ -109,11 +113,11 @@ class Probe:
         """Why a grammar is refused, or None."""
         if self._child is None:
             self._child = self._start()
-        answer = self._ask({"grammar": grammar, "seconds": self._seconds}, self._seconds + 1)
+        answer = self._ask({"grammar": grammar, "seconds": self._seconds}, WALL * self._seconds)
         if answer is not None:
             return answer["error"]
         status = self.close()
-        if status == -signal.SIGALRM or status == -signal.SIGKILL:
+        if status in (-signal.SIGPROF, -signal.SIGKILL):
             return f"its compilation takes longer than {self._seconds:g} s"
         return "its compilation takes too much memory, or its rules refer to each other too deeply"
 
@@ -228,9 +232,9 @@ def main() -> None:
         if not line:
             return
         question = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, question["seconds"])  # its SIGALRM ends this process
+        signal.setitimer(signal.ITIMER_PROF, question["seconds"])  # its SIGPROF ends this process
         answer = {"error": _try(tokenizer, texts, question["grammar"])}
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 if __name__ == "__main__":
