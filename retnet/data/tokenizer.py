@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from retnet.data.stream_decoder import REPLACEMENT, StreamDecoder, ends_inside_character
+from retnet.data.stream_decoder import REPLACEMENT, BytesDecoder, StreamDecoder, ends_inside_character
 from retnet.data.stream_encoder import BytesEncoder, StreamEncoder
 
 BYTES = "bytes"
@@ -149,6 +149,9 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self.decode_bytes(tokens).decode(errors="replace")
+
+    def stream_decoder(self) -> StreamDecoder:
+        return BytesDecoder(self.token_bytes)
 
     def token_bytes(self, token: int) -> bytes:
         check_token(token)

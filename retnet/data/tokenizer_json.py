@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retnet.data.parts_encoder import PartsEncoder
-from retnet.data.stream_decoder import REPLACEMENT
+from retnet.data.stream_decoder import REPLACEMENT, BytesDecoder, StreamDecoder
 from retnet.data.stream_encoder import StreamEncoder, WindowEncoder, utf8_text
 from retnet.data.tokenizer import (
     BYTES,
@@ -38,6 +38,12 @@ CONFIG_FILE = "tokenizer_config.json"
 _HUB_FILES = [TOKENIZER_FILE, CONFIG_FILE]
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_LLAMA = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+_STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 _BYTES_BY_CHARACTER = {character: byte for byte, character in byte_characters().items()}
 
 
@@ -60,8 +66,12 @@ class JsonTokenizer(Tokenizer):
         self.identity = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.document_start, self.document_end = start, end
-        steps = _decoder_steps(self._tokenizer)
+        decoders = _decoders(self._tokenizer)
+        steps = {step["type"] for step in decoders}
         self._byte_level, self._byte_fallback = "ByteLevel" in steps, "ByteFallback" in steps
+        self._joins_bytes = steps == {"ByteLevel"}  # the text of tokens is that of their bytes joined
+        self._joins_pieces = decoders[:3] == _LLAMA and decoders[3:] in ([], [_STRIP])  # with spaces for U+2581
+        self._strips = decoders[3:] == [_STRIP]
         self._unknown = _unknown_token(self._tokenizer)
         # The unknown token stands for text, and so do the tokens of byte fallback.
         special = {
@@ -136,6 +146,16 @@ class JsonTokenizer(Tokenizer):
             return self._tokenizer.decode(kept, skip_special_tokens=False)
         pieces = [piece for token in kept if (piece := self._tokenizer.id_to_token(token)) is not None]
         return self._tokenizer.decoder.decode(_mend_bytes(pieces))
+
+    def stream_decoder(self) -> StreamDecoder:
+        if self._joins_bytes:
+            return BytesDecoder(self.token_bytes)
+        return BytesDecoder(self._spaced_bytes, self._strips) if self._joins_pieces else super().stream_decoder()
+
+    def _spaced_bytes(self, token: int) -> bytes:
+        """The bytes of a token in a text of Llama's decoder: a piece with its spaces, or one byte."""
+        data = self.token_bytes(token)
+        return data if len(data) == 1 else data.replace("▁".encode(), b" ")
 
     def token_bytes(self, token: int) -> bytes:
         if token not in self._bytes:
@@ -313,21 +333,24 @@ def _unknown_token(tokenizer: tokenizers.Tokenizer) -> int | None:
     return json.loads(tokenizer.to_str())["model"]["unk_id"] if is_unigram else None
 
 
-def _decoder_steps(tokenizer: tokenizers.Tokenizer) -> set[str]:
-    """The types of the decoders that run one after the other."""
+def _decoders(tokenizer: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    """The decoders that run one after the other, as in the JSON."""
     if tokenizer.decoder is None:
-        return set()
-    steps, waiting = set(), [json.loads(tokenizer.decoder.__getstate__())]  # the decoder's part of the JSON
+        return []
+    found: list[dict[str, Any]] = []
+    waiting = [json.loads(tokenizer.decoder.__getstate__())]  # the decoder's part of the JSON
     while waiting:
-        step = waiting.pop()
-        steps.add(step["type"])
-        waiting += step.get("decoders", [])
-    return steps
+        step = waiting.pop(0)
+        if "decoders" in step:
+            waiting = [*step["decoders"], *waiting]
+        else:
+            found.append(step)
+    return found
 
 
 def _is_bytes(tokenizer: tokenizers.Tokenizer) -> bool:
     """Whether this is the byte tokenizer as transformers knows it (`models/hf/tokenizer.py`)."""
-    if tokenizer.get_vocab_size() != VOCAB_SIZE or _decoder_steps(tokenizer) != {"ByteLevel"}:
+    if tokenizer.get_vocab_size() != VOCAB_SIZE or {step["type"] for step in _decoders(tokenizer)} != {"ByteLevel"}:
         return False
     special = set(_special_tokens(tokenizer).values())
     return special in ({DOCUMENT_START}, {DOCUMENT_START, PAD}) and all(
