@@ -41,7 +41,7 @@ class Admission:
         seen = array("i", after.tokens if after is not None else ())
         num_earlier = len(seen)
         seen.extend(request.prompt)
-        self._check_tokens(seen, request.sampling.logit_bias)
+        self._check_tokens(seen, request)
         self._check_length(request, len(seen))
         if self.max_waiting is not None and num_waiting >= self.max_waiting + self.pool.num_free:
             raise Refused(
@@ -108,9 +108,9 @@ class Admission:
         if generation.owner is not self._identity:
             raise ValueError("the request was submitted to another engine; accepted: one of this engine's")
 
-    def _check_tokens(self, seen: array, logit_bias: Mapping[int, float]) -> None:
-        vocab_size = self.model.config.vocab_size
-        for tokens in (seen, logit_bias):
+    def _check_tokens(self, seen: array, request: Request) -> None:
+        vocab_size, logit_bias = self.model.config.vocab_size, request.sampling.logit_bias
+        for tokens in (seen, logit_bias, request.counted or ()):
             if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
                 wrong = next(token for token in tokens if not 0 <= token < vocab_size)
                 raise Refused(f"token {quoted(wrong)} is not in the vocabulary; accepted: 0 to {vocab_size - 1}")

@@ -80,10 +80,12 @@ class Decoding:
 
     def _fill(self, generation: Generation) -> None:
         """Set a slot's sampling options and counts, and its last token."""
-        slot = generation.slot
+        slot, counted = generation.slot, generation.request.counted
         assert slot is not None
         seen = torch.frombuffer(generation.seen, dtype=torch.int32).long()
         output = seen[generation.counted_from :]
+        if counted is not None:
+            seen = torch.cat([torch.tensor(counted, dtype=torch.long), output])
         self.step.table.fill(slot, generation.request.sampling, generation.seed, seen, output)
         self.step.tokens[slot] = generation.seen[-1]
 

@@ -67,12 +67,19 @@ def _between_steps(call: "Callable[Concatenate[Engine, P], R]") -> "Callable[Con
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts of an engine. drafted, accepted: draft tokens, and those that were right. prefix: None without a cache."""
+    """Counts of an engine.
+
+    running: requests in slots; reading of them are still in prefill. waiting: requests without a slot. unread_tokens:
+    prompt tokens that running and waiting requests have yet to read. prompt_tokens, new_tokens: read in prefill, and
+    decoded, so far. drafted, accepted: draft tokens, and those that were right. prefix: None without a cache.
+    """
 
     num_slots: int
     bytes_per_slot: SlotCost
     running: int
+    reading: int
     waiting: int
+    unread_tokens: int
     steps: int
     prompt_tokens: int
     new_tokens: int
@@ -183,17 +190,25 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return self._turns.take(lambda: self._stages.empty)
+        return self._turns.take(self._is_idle)
+
+    def _is_idle(self) -> bool:
+        self._end_cancelled()
+        return self._stages.empty
 
     def stats(self) -> EngineStats:
         return self._turns.take(self._stats)
 
     def _stats(self) -> EngineStats:
+        self._end_cancelled()
+        stages = self._stages
         return EngineStats(
             self.pool.num_slots,
             self.pool.cost,
-            len(self._stages.in_slots),
-            len(self._stages.waiting),
+            len(stages.in_slots),
+            len(stages.reading),
+            len(stages.waiting),
+            sum(generation.unread for generation in (*stages.reading, *stages.waiting)),
             self._num_steps,
             self._prefill.num_tokens,
             self._decoding.num_new,
@@ -238,10 +253,10 @@ class Engine:
         self._turns.take(self._settle_between_steps)
 
     def cancel_soon(self, generation: Generation) -> None:
-        """`cancel` that does not wait for a step: for finalizers, which may run anywhere. The step ends the request."""
+        """`cancel` that never waits and takes no lock, for event loops and finalizers. The step that runs ends the
+        request, or the next call of the engine does."""
+        self._admission.check_owner(generation)
         self._to_cancel.append(generation)
-        if not self._turns.inside_step:
-            self._turns.take(self._settle_between_steps)
 
     @_between_steps
     def step(self) -> list[tuple[Generation, list[int]]]:
@@ -401,6 +416,10 @@ class Engine:
             raise
         finally:
             self._tidy()
+
+    def _end_cancelled(self) -> None:
+        if self._to_cancel:
+            self._settle_between_steps()
 
     def _settle_between_steps(self) -> None:
         if not self._turns.inside_step:

@@ -51,6 +51,9 @@ class Request:
     grammar: what the output may be. It begins with the output, also after a snapshot, and ends the output where nothing
     may follow.
 
+    counted: tokens of the context that the repetition penalty counts, beside those of the output; None counts all of
+    the context. A server leaves out padding and the tokens of a chat template, for example.
+
     Raises Refused, a ValueError, that says what was given and what is accepted.
     """
 
@@ -65,6 +68,7 @@ class Request:
     prefix_group: str | None = ""
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    counted: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, Set):
@@ -73,6 +77,7 @@ class Request:
             "prompt": _own_tokens("prompt", self.prompt),
             "stop_tokens": _own_tokens("stop_tokens", self.stop_tokens),
             "stop_strings": _own_strings(self.stop_strings),
+            "counted": None if self.counted is None else _own_tokens("counted", self.counted),
         }
         if self.max_new_tokens is not None:
             if not is_integer(self.max_new_tokens, -math.inf):

@@ -249,6 +249,48 @@ def test_requests_that_can_never_run_are_refused_with_the_reason(hybrid, request
         engine_of(hybrid).submit(request_)
 
 
+def test_the_stats_tell_the_queue_from_the_prompts_that_are_read_and_from_decoding(small):
+    engine = engine_of(small, num_slots=1)
+    running = engine.submit(Request(prompt(20), 5, GREEDY))
+    engine.submit(Request(prompt(9), 5, GREEDY))
+    stats = engine.stats()
+    assert (stats.running, stats.reading, stats.waiting, stats.unread_tokens) == (0, 0, 2, 19 + 8)
+    engine.step()
+    stats = engine.stats()
+    assert (stats.running, stats.reading, stats.waiting, stats.unread_tokens) == (1, 1, 1, 11 + 8)
+    assert (stats.prompt_tokens, stats.new_tokens) == (8, 0)
+    while not running.tokens:
+        engine.step()
+    stats = engine.stats()
+    assert (stats.running, stats.reading, stats.waiting, stats.unread_tokens) == (1, 0, 1, 8)
+    assert (stats.prompt_tokens, stats.new_tokens) == (19, 1)
+    engine.run()
+    stats = engine.stats()
+    assert (stats.running, stats.reading, stats.waiting, stats.unread_tokens, stats.new_tokens) == (0, 0, 0, 0, 10)
+
+
+def test_the_repetition_penalty_counts_the_tokens_that_a_request_names(any_model):
+    ids, never = prompt(12), Sampling(temperature=0, repetition_penalty=1e6)
+    for counted in (None, [], ids[:4], [*ids[:4]] * 2, range(40)):
+        engine = engine_of(any_model)
+        first = engine.submit(Request(ids, 8, never, counted=counted, keep_state=True))
+        engine.run()
+        seen, logits = (
+            set(ids if counted is None else counted),
+            any_model(torch.tensor([[*ids, *first.tokens]])).logits[0, len(ids) - 1 : -1],
+        )
+        for token, row in zip(first.tokens, logits.tolist(), strict=True):
+            penalised = [z / 1e6 if t in seen and z > 0 else z * 1e6 if t in seen else z for t, z in enumerate(row)]
+            assert penalised[token] == pytest.approx(max(penalised), abs=1e-4)
+            seen.add(token)
+        longer = alone(any_model, Request(ids, 14, never, counted=counted))
+        after = engine.submit(Request([], 6, never, counted=counted), first.snapshot)
+        engine.run()
+        assert [*first.tokens, *after.tokens] == longer.tokens, "the same output goes on"
+    with pytest.raises(Refused, match=f"token {VOCAB} is not in the vocabulary"):
+        engine_of(any_model).submit(Request([1], counted=[VOCAB]))
+
+
 def test_a_full_queue_refuses_requests_and_reports_the_memory_per_slot(small):
     engine = engine_of(small, num_slots=1, max_waiting=1)
     engine.submit(Request([1], 5))

@@ -130,6 +130,53 @@ def test_a_call_waits_for_a_few_steps_at_most_though_a_thread_steps_in_a_loop(ex
     assert sum(waited) / len(waited) < 10, waited
 
 
+def test_cancel_soon_waits_for_no_step(small):
+    """It returns while a step runs, and while another thread has the turn without a step."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def decode(tokens) -> str:
+        entered.set()
+        assert go_on.wait(60)
+        return text_of(tokens)
+
+    engine = engine_of(small, num_slots=1, decode=decode)
+    running = engine.submit(Request(prompt(5), 50, GREEDY, stop_strings=["zzzz"]))
+    waiting = engine.submit(Request(prompt(6), 50, GREEDY))
+    with ThreadPoolExecutor(1) as threads:
+        stepping = threads.submit(engine.step)
+        assert entered.wait(60)
+        try:
+            engine.cancel_soon(waiting)
+            engine.cancel_soon(running)
+            assert not running.finished
+        finally:
+            go_on.set()
+        stepping.result(timeout=60)
+        assert (running.finish_reason, waiting.finish_reason) == ("cancelled", "cancelled")
+        assert running.tokens, "the step was not broken off"
+        queued = engine.submit(Request(prompt(6), 50, GREEDY))
+        holding, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            holding.set()
+            assert release.wait(60)
+
+        held = threads.submit(engine._turns.take, hold)
+        assert holding.wait(60)
+        try:
+            engine.cancel_soon(queued)
+        finally:
+            release.set()
+        held.result(timeout=60)
+    engine.cancel_soon(queued)  # twice is once
+    assert engine.stats().waiting == 0
+    assert engine.idle
+    assert queued.finish_reason == "cancelled"
+    assert engine.pool.num_free == 1
+    with pytest.raises(ValueError, match="another engine"):
+        engine_of(small).cancel_soon(queued)
+
+
 def test_streams_of_several_threads_share_an_engine(exact):
     engine = engine_of(exact)
     prompts = [prompt(5 + n, seed=n) for n in range(8)]

@@ -78,6 +78,7 @@ NONE, ZERO = {"NoneType None": None}, {"int 0": 0}
         ("keep_state", {"bool True": True, "bool False": False}),
         ("prompt_logprobs", {name: n for name, n in SMALL.items() if n <= 20} | ZERO | NONE),
         ("grammar", NONE),
+        ("counted", TOKENS | SETS | NONE),
         ("prefix_group", {n: v for n, v in odd_values().items() if v is None or (isinstance(v, str) and len(v) < 257)}),
     ],
 )  # fmt: skip
