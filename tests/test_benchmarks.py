@@ -41,6 +41,13 @@ def test_the_generation_benchmark_writes_rows_and_plots_them(tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_benchmark_of_sessions_continues_them_from_disk_and_from_memory(tmp_path):
+    file = tmp_path / "points.csv"
+    done = run("bench_sessions", "--model", "retnet-tiny", "--context", 40, "--repeats", 1, "--csv", file)
+    assert done.returncode == 0, done.stderr
+    assert {row["what"] for row in rows(file)} == {"whole prompt", "from disk", "from memory", "message alone"}
+
+
 def test_the_loss_benchmark_writes_a_row_per_implementation(tmp_path):
     file = tmp_path / "points.csv"
     done = run("bench_loss", "--tokens", 64, "--width", 32, "--vocab", 300, "--dtype", "float32", "--csv", file)

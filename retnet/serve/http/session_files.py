@@ -141,9 +141,9 @@ class SessionFiles:
             os.utime(staged, (used, used))
             flush(staged)
             with waiting_for_lock(self._lock):
-                there = self.look(session.id)
-                if there is None and was_there:
+                if was_there and not path.exists():
                     raise Deleted
+                there = self.look(session.id)  # None for a damaged file, which is then set aside
                 if there is not None and there[0].revision > session.record.revision:
                     raise Replaced(there[0])
                 os.replace(staged, path)

@@ -18,7 +18,7 @@ import json
 import logging
 import secrets
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,7 +35,8 @@ from retnet.system.sizes import format_bytes
 
 R = TypeVar("R")
 WORKERS = 4  # threads that read and write files
-MOST_REMEMBERED = 100_000  # ids of deleted sessions
+MOST_SESSIONS = 10_000  # beyond which the least recently used end, however small they are
+MOST_REMEMBERED = 100_000  # ids of sessions that ended
 log = logging.getLogger("retnet.serve")
 
 
@@ -71,7 +72,7 @@ class SessionStore:
         self.files = None if settings.state_dir is None else SessionFiles(settings.state_dir)
         self._secret = secrets.token_bytes(32) if self.files is None else self.files.secret()
         self._entries: dict[str, Entry] = {}
-        self._deleted: deque[str] = deque(maxlen=MOST_REMEMBERED)
+        self._deleted: dict[str, None] = {}  # ids, the oldest first
         self._workers = ThreadPoolExecutor(WORKERS, "retnet sessions")
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sweeping: asyncio.Task[None] | None = None
@@ -233,8 +234,7 @@ class SessionStore:
         if found is not None:
             self._update([found])
         elif entry is not None and entry.stored is not None and entry.writing is None:
-            self._deleted.append(session_id)
-            self._forget(entry)
+            self._forget(entry, for_good=True)
         return None if session_id in self._deleted else self._entries.get(session_id)
 
     async def _scan(self) -> None:
@@ -244,11 +244,10 @@ class SessionStore:
         on_disk = [entry for entry in self._entries.values() if entry.stored is not None and entry.writing is None]
         found = await self._in_worker(self.files.scan)
         names = {record.id for record, _ in found}
-        for entry in on_disk:
-            if entry.record.id not in names and entry.writing is None:
-                self._deleted.append(entry.record.id)
-                self._forget(entry)
         self._update(found)
+        for entry in on_disk:
+            if entry.record.id not in names:
+                await self._compare_with_file(entry.record.id)
 
     def _update(self, found: Iterable[tuple[Record, float]]) -> None:
         """Take over what the folder holds and is newer: records and times of last use."""
@@ -299,6 +298,10 @@ class SessionStore:
         if entry is None:
             entry = self._entries[record.id] = Entry(record, now)
         entry.record, entry.session, entry.used = record, session, now
+        while len(self._entries) > MOST_SESSIONS:
+            least = self._least_used([other for other in self._entries.values() if other is not entry])
+            assert least is not None
+            await self._end(least)
         self._write_soon(entry)
         await self._make_room(entry)
         if entry.error is not None and not self._is_here(entry):
@@ -348,7 +351,7 @@ class SessionStore:
                 await self._in_worker(self.files.write, session, entry.used, entry.stored is not None)
                 entry.stored, entry.error = session.record.revision, None
         except Deleted:
-            self._forget(entry)
+            self._forget(entry, for_good=True)
         except Replaced as newer:
             entry.stored = newer.record.revision
             entry.record, entry.session = newer.record, None
@@ -372,8 +375,7 @@ class SessionStore:
             await self._end(entry)
 
     async def _end(self, entry: Entry) -> None:
-        self._deleted.append(entry.record.id)
-        self._forget(entry)
+        self._forget(entry, for_good=True)
         if self.files is not None:  # to its end, also if the request that deletes is cancelled
             await asyncio.shield(self._task(self._in_worker(self.files.delete, entry.record.id)))
 
@@ -392,9 +394,14 @@ class SessionStore:
     def _is_here(self, entry: Entry) -> bool:
         return self._entries.get(entry.record.id) is entry
 
-    def _forget(self, entry: Entry) -> None:
+    def _forget(self, entry: Entry, *, for_good: bool = False) -> None:
+        """Drop an entry. for_good: the session was deleted, so a request that runs must not bring it back."""
         if self._is_here(entry):
             del self._entries[entry.record.id]
+        if for_good:
+            self._deleted[entry.record.id] = None
+            if len(self._deleted) > MOST_REMEMBERED:
+                del self._deleted[next(iter(self._deleted))]
 
     def _touch(self, entry: Entry) -> None:
         entry.used = self.clock()

@@ -173,6 +173,8 @@ class Uploads:
                     await self._write(body, file, self._form)
                 async with self._reading:
                     return await run_in_threadpool(_read, path, self._form)
+            except OSError as error:
+                raise ApiError(507, f"the upload could not be stored: {error.strerror}") from error
             finally:
                 path.unlink(missing_ok=True)
         finally:

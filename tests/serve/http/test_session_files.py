@@ -177,6 +177,40 @@ def test_a_file_whose_values_were_changed_is_set_aside_when_it_is_opened(engine,
     assert (tmp_path / "damaged" / path.name).read_bytes() == data
 
 
+def test_a_newer_revision_in_memory_replaces_a_damaged_file(engine, tmp_path):
+    async def used():
+        store = store_of(engine, tmp_path)
+        kept = await store.keep(None, snapshot_of(engine), key="a")
+        await store.flush()
+        opened = await store.open(kept.id, "a")
+        path = tmp_path / f"{kept.id}.safetensors"
+        path.write_bytes(b"damaged")
+        later = await store.keep(opened, snapshot_of(engine, 20), key="a")
+        await store.flush()
+        assert (await store.open(kept.id, "a")).record == later.record
+        assert Snapshot.load(path).tokens == later.snapshot.tokens
+        await store.close()
+
+    run(used())
+    assert (tmp_path / "damaged").exists()
+
+
+def test_a_deletion_that_is_cancelled_is_still_done(engine, tmp_path):
+    async def used():
+        store = store_of(engine, tmp_path)
+        kept = await store.keep(None, snapshot_of(engine), key="a")
+        await store.flush()
+        deletion = asyncio.create_task(store._end(store._entries[kept.id]))
+        await asyncio.sleep(0)
+        deletion.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await deletion
+        await store.close()
+
+    run(used())
+    assert not list(tmp_path.glob("sess_*"))
+
+
 def test_a_file_under_the_name_of_another_session_is_set_aside(engine, tmp_path):
     ids = run(kept_and_closed(engine, tmp_path, snapshot_of(engine), snapshot_of(engine, 12)))
     os.replace(tmp_path / f"{ids[0]}.safetensors", tmp_path / f"{ids[1]}.safetensors")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from retnet.serve.http import session_store
 from retnet.serve.http.session_store import SessionStore
 
 from .session_tools import Clock, engine_of, refusal, same, snapshot_of, store_of
@@ -215,6 +216,33 @@ async def test_a_key_that_fills_the_budget_loses_its_own_sessions(engine):
         clock.now += 1
         await store.keep(None, snapshot_of(engine), key="greedy")
     assert (await store.open(small, "small")).id == small
+
+
+@in_a_loop
+async def test_the_number_of_sessions_is_bounded(engine, folder, monkeypatch):
+    monkeypatch.setattr(session_store, "MOST_SESSIONS", 5)
+    clock = Clock()
+    store = store_of(engine, folder, clock)
+    first = await store.keep(None, snapshot_of(engine), key="a")
+    forks = []
+    for _ in range(20):
+        clock.now += 1
+        await store.open(first.id, "a")
+        forks.append((await store.fork(first.id, "a")).id)
+    await store.flush()
+    assert {entry.record.id for entry in (await store.list("a", 99))[0]} == {first.id, *forks[-4:]}
+    if folder is not None:
+        assert len(list(folder.glob("sess_*"))) == 5
+    await store.close()
+
+
+@in_a_loop
+async def test_ids_of_ended_sessions_are_remembered_up_to_a_bound(engine, monkeypatch):
+    monkeypatch.setattr(session_store, "MOST_REMEMBERED", 3)
+    store = store_of(engine)
+    for _ in range(9):
+        await store.delete((await store.keep(None, snapshot_of(engine), key="a")).id, "a")
+    assert len(store._deleted) == 3
 
 
 @in_a_loop
