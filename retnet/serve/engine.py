@@ -269,6 +269,12 @@ class Engine:
         self._finish_ended()
         return new
 
+    def on_launch(self, call: Callable[[], None]) -> None:
+        """Call `call` in every decode step, inside of it, before its results are waited for. On a GPU the host is idle
+        from there on, so this is the time for work that would delay the launch. It must not raise, nor call the engine.
+        """
+        self._step.launched = call
+
     def run(self) -> None:
         """Step until every request has finished."""
         while not self.idle:

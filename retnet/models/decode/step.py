@@ -5,7 +5,7 @@ copy of its results to pinned memory, is captured as one CUDA graph per set of s
 costs one launch and one wait. On a CPU it runs eagerly: reading the weights takes far longer than Python's overhead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class DecodeStep:
     """Decodes all slots of `state`, whose tensors are overwritten and never move.
 
     tokens [S]: the last token of each slot, not read yet. active [S] bool: slots that take part. On a GPU it is called
-    with the model's device current, as the engine does.
+    with the model's device current, as the engine does. launched: called when a step is about to wait for its results;
+    it raises nothing.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class DecodeStep:
         device = state.position.device
         self.tokens = torch.zeros(len(state.position), dtype=torch.long, device=device)
         self.active = torch.zeros_like(self.tokens, dtype=torch.bool)
+        self.launched: Callable[[], None] = lambda: None
         self._captured: dict[SamplingParts, tuple[torch.cuda.CUDAGraph, Sampled]] = {}
         self._memory = torch.cuda.graph_pool_handle() if graphs else None
 
@@ -67,11 +69,13 @@ class DecodeStep:
     def __call__(self, parts: SamplingParts) -> Sampled:
         """One token [S, 1] per active slot, on the host; FAILED where there is none. Read it before the next call."""
         if not self.graphs:
+            self.launched()
             return self._run(parts).each(Tensor.cpu)
         if parts not in self._captured:
             self.capture(parts)
         graph, on_host = self._captured[parts]
         graph.replay()
+        self.launched()
         torch.cuda.current_stream().synchronize()
         return on_host
 

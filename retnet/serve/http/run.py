@@ -35,7 +35,7 @@ HALF_CLOSED_SECONDS = 2.0  # for what is still written to a client that sends no
 KEEP_ALIVE_SECONDS = 30
 FINISH_SECONDS = 5.0  # for handlers to end after their requests were ended
 MOST_CONNECTIONS = 4096
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0001  # after which the engine's thread gets Python's lock from the event loop
 log = logging.getLogger("retnet.serve")
 
 

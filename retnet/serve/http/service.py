@@ -99,7 +99,9 @@ class Service:
         self._queued: deque[Stream] = deque()  # those without a slot, in the order of arrival, and some that have ended
         self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         self._thread: Thread | None = None
+        self._held: dict[Mailbox, list[News]] = {}  # what the last step brought, and no event loop knows yet
         self._stats_due = 0.0
+        engine.on_launch(self._post_held)
         self._busy_since: float | None = None
 
     def start(self) -> None:
@@ -209,6 +211,7 @@ class Service:
         except BaseException as error:
             self.failure = error
             log.critical("the engine's thread ended", exc_info=error, extra={"shows_message": True})
+        self._post_held()
         reason = "the server is shutting down" if self.failure is None else "the engine does not run"
         for stream in self._streams.values():
             stream.mailbox.post([News(stream, [], [], "failed", reason)])
@@ -229,6 +232,7 @@ class Service:
                 command = self._commands.get()
                 if command is None:
                     return
+                self._post_held()
                 command.run()
             self._busy_since = time.perf_counter()
             new = []
@@ -240,6 +244,7 @@ class Service:
                 failures += 1
                 if failures >= MOST_FAILURES:
                     self._end_all(f"the engine failed: {type(error).__name__}")
+            self._post_held()
             self._publish(new)
             self._busy_since = None
 
@@ -268,10 +273,18 @@ class Service:
             error = stream.failure or generation.error
             news = News(stream, tokens, _logprobs(generation, tokens), generation.finish_reason, error)
             batches.setdefault(stream.mailbox, []).append(news)
-        for mailbox, batch in batches.items():
-            mailbox.post(batch)
+        self._held = batches
+        if not streams or len(new) < len(streams) + len(ended):  # no step follows, or one that reads prompts first
+            self._post_held()
         if now >= self._stats_due:
             self._look()
+
+    def _post_held(self) -> None:
+        """Wake the event loops up. While all requests decode, that waits until the next step is launched: woken before,
+        a loop would compete with the launch for Python's lock."""
+        held, self._held = self._held, {}
+        for mailbox, batch in held.items():
+            mailbox.post(batch)
 
     def _look(self) -> None:
         self.stats = self.engine.stats()
