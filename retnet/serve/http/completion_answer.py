@@ -18,6 +18,8 @@ from retnet.serve.http.session_use import SessionUse
 from retnet.serve.http.sse import DONE, event
 from retnet.serve.http.usage import Usage, usage_of
 
+_json = json.JSONEncoder().encode
+
 
 @dataclass
 class Prompt:
@@ -99,7 +101,7 @@ class Answer:
                     yield self._event(self._entry(choice, delta))
                 else:
                     before, after = around[choice.index]
-                    yield before + json.dumps(delta.text).encode() + after
+                    yield before + _json(delta.text).encode() + after
         if self.include_usage:
             yield event(self._head | {"choices": [], "usage": self.usage.body()})
         yield DONE

@@ -65,12 +65,15 @@ class Output:
         self._text = StopStrings(stops.strings, tokenizer.stream_decoder())
         self._num_taken = 0  # characters
         self._held: deque[OutputToken] = deque()
+        self._failure: ApiError | None = None
 
     def __aiter__(self) -> Output:
         return self
 
     async def __anext__(self) -> Delta:
         while self.finish_reason is None:
+            if self._failure is not None:
+                raise self._failure
             delta = self._read(await anext(self.stream))
             if delta.text or delta.tokens or delta.finish_reason is not None:
                 return delta
@@ -90,8 +93,6 @@ class Output:
     def _read(self, piece: Piece) -> Delta:
         """The delta of a piece; it may be empty, unless the piece is the last."""
         tokens, reason, text = piece.tokens, piece.finish_reason, self._text
-        if reason is not None and reason not in REASONS:
-            raise failure(reason, piece.error)
         self.num_tokens += len(tokens)
         if not self._logprobs:
             for token in tokens[:-1] if reason == "stop_token" else tokens:
@@ -102,8 +103,10 @@ class Output:
                 if not is_end:
                     text.push(token)
                 self._held.append(OutputToken(token, piece.logprobs[i], begin, text.length, "" if is_end else None))
-        if reason is not None:
+        if reason in REASONS:
             return self._last(reason, tokens)
+        if reason is not None:
+            self._failure = failure(reason, piece.error)  # after the text so far
         new = text.take()
         return Delta(new, self._complete(new), self.num_tokens)
 

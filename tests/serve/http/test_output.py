@@ -92,11 +92,13 @@ def test_tokens_that_came_while_nobody_read_are_one_delta():
 
 
 @pytest.mark.parametrize(("reason", "status"), [("failed", 500), ("cancelled", 503)])
-def test_a_request_that_fails_raises_with_the_reason_after_its_text(reason, status):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_request_that_fails_raises_with_the_reason_after_its_text(reason, status, at_once):
     seen: list[str] = []
+    apart = [*pieces_of(b"a", None), *pieces_of([], reason, "not finite")]
 
     async def collect() -> None:
-        output = Output(Pieces([*pieces_of(b"a", None), *pieces_of([], reason, "not finite")]), BYTES, Stops())
+        output = Output(Pieces(pieces_of(b"a", reason, "not finite") if at_once else apart), BYTES, Stops())
         async for delta in output:
             seen.append(delta.text)
 
