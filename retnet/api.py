@@ -139,7 +139,7 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     request = request_of(prompt, found, max_tokens, sampling, stops)
     engine = engine_for(model, request, found, speculate)
-    pieces = stream_text(engine.stream(request), found, stops)
+    pieces = stream_text(engine.stream(request), found, stops, request.prompt)
     return pieces if stream else "".join(pieces)
 
 
@@ -211,9 +211,14 @@ def engine_for(model: LanguageModel, request: Request, tokenizer: Tokenizer, spe
     )
 
 
-def stream_text(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
-    """The text of tokens as they come, up to the first stop string, in pieces that are not empty."""
-    watch = StopStrings(stop, tokenizer.stream_decoder())
+def stream_text(
+    tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = ()
+) -> Iterator[str]:
+    """The text of tokens as they come, up to the first stop string, in pieces that are not empty.
+
+    after: the tokens before them, whose text this one continues.
+    """
+    watch = StopStrings(stop, tokenizer.stream_decoder(), after)
     for token in tokens:
         watch.push(token)
         if piece := watch.take():

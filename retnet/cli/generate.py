@@ -96,7 +96,7 @@ def generate(
     meter = StreamMeter()
     failed = None
     try:
-        for piece in stream_text(_metered(engine.stream(request), meter), tokenizer, stops):
+        for piece in stream_text(_metered(engine.stream(request), meter), tokenizer, stops, request.prompt):
             _write(piece)
     except KeyboardInterrupt:
         errors.print()

@@ -54,7 +54,7 @@ class Admission:
         if request.stop_strings:
             if self.decode is None:
                 raise Refused("stop_strings need text; accepted: an engine made with `decode`")
-            stops = StopStrings(request.stop_strings, self.decode)
+            stops = StopStrings(request.stop_strings, self.decode, seen)
         constraint = None if request.grammar is None else self._constraint(request.grammar, request.sampling.logit_bias)
         seed = request.sampling.seed
         earlier_output = after.output_start if after is not None and not len(request.prompt) else None

@@ -7,16 +7,20 @@ from retnet.serve.string_matcher import StringMatcher
 
 __all__ = ["Decode", "StopStrings"]
 
+CONTEXT = 16  # tokens before an output that are decoded with it
+
 
 class StopStrings:
     """The text of one output, watched for strings that end it. The cost per token depends on its own text alone.
 
     strings: those that end it; with none the text is only decoded. decode: token ids to text, or a decoder of them.
+    after: the tokens before the output. Some tokenizers drop the space before the first word of a text, and an output
+    that goes on with a text keeps it.
 
     `matched` is the stop string that ended the output, `text` the output up to it.
     """
 
-    def __init__(self, strings: Sequence[str], decode: Decode | StreamDecoder):
+    def __init__(self, strings: Sequence[str], decode: Decode | StreamDecoder, after: Sequence[int] = ()):
         if wrong := [string for string in strings if not isinstance(string, str)]:
             raise ValueError(f"a stop string is {wrong[0]!r}; accepted: text")
         if any(not string for string in strings):
@@ -24,6 +28,7 @@ class StopStrings:
         self.strings = tuple(strings)
         self.matched: str | None = None
         self._decoder = decode if isinstance(decode, StreamDecoder) else stream_decoder_of(decode)
+        self._after = [*after[-CONTEXT:]]
         self._matcher = StringMatcher(self.strings)
         self._state = 0  # of the matcher: its characters, the last ones of the text, may begin a stop string
         self._pieces: list[str] = []
@@ -45,6 +50,8 @@ class StopStrings:
 
     def push(self, token: int) -> str | None:
         """Read one more token; returns the stop string that it completes, the first to begin in the text."""
+        if self._after:
+            self._read_context()
         return self._add(self._decoder.push(token)) if self.matched is None else self.matched
 
     def flush(self) -> str | None:
@@ -67,6 +74,12 @@ class StopStrings:
                 piece, index = piece + 1, 0
         self._place = piece, index
         return "".join(taken)
+
+    def _read_context(self) -> None:
+        for token in self._after:
+            self._decoder.push(token)
+        self._decoder.flush()
+        self._after.clear()
 
     def _add(self, piece: str) -> str | None:
         if not piece:

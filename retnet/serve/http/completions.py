@@ -26,6 +26,7 @@ from retnet.serve.http.service import Service
 from retnet.serve.http.session_use import SessionUse
 from retnet.serve.http.sse import EventStream
 from retnet.serve.request import Request as EngineRequest
+from retnet.serve.stopping import CONTEXT
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI's
 LONG_TEXT = 20_000  # characters, from which tokenising would hold up the event loop for milliseconds
@@ -145,9 +146,10 @@ async def submit(body: CompletionBody, service: Service, use: SessionUse, constr
     try:
         for prompt, made in requests:
             stream = await service.submit(made, use.after)
-            choices.append(
-                Choice(len(choices), prompt, Output(stream, service.tokenizer, stops, logprobs=wanted is not None))
-            )
+            begin = stream.generation.output_start
+            before = stream.generation.seen[max(0, begin - CONTEXT) : begin]
+            output = Output(stream, service.tokenizer, stops, logprobs=wanted is not None, after=before)
+            choices.append(Choice(len(choices), prompt, output))
     except BaseException:
         for choice in choices:
             choice.output.stream.cancel()

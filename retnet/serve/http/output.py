@@ -7,6 +7,7 @@ one. Text of stop strings and of tokens that end the output is never sent.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retnet.data.tokenizer import Tokenizer
@@ -53,16 +54,25 @@ class Output:
     """The deltas of a stream: `async for delta in output`, until one has a finish_reason.
 
     stops: those of the stream's request. logprobs: whether its log-probabilities were asked for.
+    after: the tokens whose text this one continues; none for a text of its own, which begins without a space.
 
     Raises ApiError if the request fails or is ended by the server.
     """
 
-    def __init__(self, stream: Stream, tokenizer: Tokenizer, stops: Stops, *, logprobs: bool = False):
+    def __init__(
+        self,
+        stream: Stream,
+        tokenizer: Tokenizer,
+        stops: Stops,
+        *,
+        logprobs: bool = False,
+        after: Sequence[int] = (),
+    ):
         self.stream, self.stops = stream, stops
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self._logprobs = logprobs
-        self._text = StopStrings(stops.strings, tokenizer.stream_decoder())
+        self._text = StopStrings(stops.strings, tokenizer.stream_decoder(), after)
         self._num_taken = 0  # characters
         self._held: deque[OutputToken] = deque()
         self._failure: ApiError | None = None

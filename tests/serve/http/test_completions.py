@@ -493,6 +493,19 @@ def test_a_session_goes_on_and_says_what_was_reused(client):
     assert refusal(client, n=2, keep_session=True)["param"] == "keep_session"
 
 
+def test_a_prompt_that_replaces_the_end_of_a_session_is_scored_without_its_first_token(client):
+    """The token that ended the session's output gives way to it, so the state has not read what comes before."""
+    token = text(client, temperature=0, max_tokens=1, logit_bias=LETTERS).encode()[0]
+    ended = answer(client, temperature=0, stop_token_ids=[token], logit_bias=LETTERS, keep_session=True)
+    assert ended["choices"][0]["finish_reason"] == "stop"
+    session = ended["session"]["id"]
+    [choice] = answer(client, prompt="xyz", session_id=session, echo=True, logprobs=0, max_tokens=1)["choices"]
+    first, *others = choice["logprobs"]["token_logprobs"]
+    assert first is None
+    assert len(others) == 3
+    assert None not in others
+
+
 def test_every_field_is_described_in_the_schema():
     schema = create_app(tiny_service()).openapi()
     body = schema["components"]["schemas"]["CompletionBody"]["properties"]
