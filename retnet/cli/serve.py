@@ -90,6 +90,13 @@ def serve(
     served_name: Annotated[
         str | None, typer.Option(help="Name of the model in the API; by default its directory's or preset's.")
     ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="Jinja file, plain or none; by default the model's own template, otherwise plain."),
+    ] = None,
+    tool_format: Annotated[
+        str | None, typer.Option(help="Calls of tools: hermes or none; by default as the chat template says.")
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Log warnings and errors only.")] = False,
 ) -> None:
@@ -139,6 +146,8 @@ def serve(
         session_memory=_bytes("session-memory", session_memory),
         session_disk=_bytes("session-disk", session_disk),
         session_ttl=session_ttl,
+        chat_template=chat_template,
+        tool_format=tool_format,
         log_prompts=log_prompts,
         quiet=quiet,
     )

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from retnet import __version__
 from retnet.serve.http import health, metrics
+from retnet.serve.http.chat import ChatFormat
 from retnet.serve.http.constraints import Constraints
 from retnet.serve.http.errors import add_error_handlers
 from retnet.serve.http.guard import Guard
@@ -26,11 +27,12 @@ ROUTERS = ("completions", "chat", "sessions", "left_out", "page")
 def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     """The application. Its lifespan starts the service and stops it.
 
-    Raises ValueError and OSError for an API key file that cannot be used.
+    Raises ValueError and OSError for an API key file or a chat template that cannot be used.
     """
     settings = settings or service.settings
     sessions = SessionStore(settings, service.engine.fingerprint)
-    constraints = Constraints.of(service)
+    form = ChatFormat.of(service, settings)
+    constraints = Constraints.of(service, form.ends)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -46,6 +48,7 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     app = FastAPI(title="retnet serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service, app.state.settings = service, settings
     app.state.sessions, app.state.metrics, app.state.constraints = sessions, Metrics(service), constraints
+    app.state.chat = form
     add_error_handlers(app)
     keys = None if settings.api_key_file is None else ApiKeys.read(settings.api_key_file)
     app.add_middleware(Guard, service=service, settings=settings, keys=keys, metrics=app.state.metrics)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ AFTER = "\ud801"  # the mark after the last character of a content; a special to
 END = "\ud802"  # where the last message ends, if it is to be continued
 TOOL_USE = "tool_use"  # the template that transformers takes for conversations with tools
 
+# Contents begin on a line of their own, so that an answer is repeated as it was generated, with or without a space.
 PLAIN = """
 {%- for message in messages -%}
-{%- set text = message.content or '' -%}
-{{ message.role | capitalize }}:{{ ' ' if text and not text[:1].isspace() }}{{ text }}
+{{ message.role | capitalize }}:{{ '\n' }}{{ message.content }}
 {%- if add_generation_prompt or not loop.last %}{{ '\n' }}{% endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt %}Assistant:{% endif -%}
+{%- if add_generation_prompt %}Assistant:{{ '\n' }}{% endif -%}
 """
 PLAIN_STOPS = ("\nUser:", "\nSystem:", "\nTool:", "\nAssistant:")
 
@@ -87,14 +88,16 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        known: Sequence[int] = (),
         **options: Any,
     ) -> list[int]:
         """The tokens of a conversation, with exactly one document start before them.
 
         messages: with `role`, `content` (text or None), and what else the template reads, as JSON. tools: as in
         OpenAI's API. add_generation_prompt: begin an answer. continue_final_message: leave the last message open
-        instead.
-        options: further variables of the template.
+        instead. known: tokens of a session, which may be the beginning of the conversation. If their text is, they are
+        returned as they are: a model may spell a text in other tokens than its tokenizer. options: further variables of
+        the template.
 
         Raises TemplateError if the template refuses the conversation or takes too long, ValueError for text without
         tokens.
@@ -110,13 +113,55 @@ class ChatTemplate:
             text = render(source, {**self.variables, **variables, **flags})
             return self._parts(_cut_at_end(text) if continue_final_message else text)
 
-        parts, safe = rendered(self._lightly), rendered(_densely)
+        try:
+            parts, safe = rendered(self._lightly), rendered(_densely)
+        except RecursionError as error:
+            raise TemplateError("the conversation is nested too deeply") from error
         if [part for part in parts if isinstance(part, int)] != [part for part in safe if isinstance(part, int)]:
             parts = safe
         start = self.tokenizer.document_start
-        tokens = self.tokenizer.encode_parts(parts)
-        first = next((i for i, token in enumerate(tokens) if token != start), len(tokens))
-        return [start, *tokens[first:]]
+        first = next((i for i, part in enumerate(parts) if part != start), len(parts))
+        text = parts[first:]
+        for begin in (known, known[:-1]):  # the last one may have been an end token that the template does not write
+            rest = self._rest([start, *text], begin)
+            if rest is not None:
+                return [*begin, *self.tokenizer.encode_parts([start, *rest])[1:]]
+        return self.tokenizer.encode_parts([start, *text]) if first else [start, *self.tokenizer.encode_parts(text)]
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The special token that the template writes after an answer, if it writes one."""
+        answer = "the answer"
+        messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+        try:
+            parts = self._parts(render(self._source(False), {**self.variables, "messages": messages}))
+        except TemplateError:
+            return None
+        for part, after in pairwise(parts):
+            if isinstance(part, str) and isinstance(after, int) and part.rstrip().endswith(answer):
+                return after
+        return None
+
+    def _rest(self, parts: Sequence[str | int], known: Sequence[int]) -> list[str | int] | None:
+        """The parts that follow these tokens, None if the parts do not begin with them."""
+        if not known:
+            return None
+        rest = list(parts)
+        special = set(self._special.values())
+        for is_special, run in groupby(known, special.__contains__):
+            for part in list(run) if is_special else [self.tokenizer.decode(run)]:
+                if part == "":
+                    continue  # tokens of padding, which have no text
+                if not rest:
+                    return None
+                if isinstance(part, int) or rest[0] == part:
+                    if rest.pop(0) != part:
+                        return None
+                elif isinstance(rest[0], str) and rest[0].startswith(part):
+                    rest[0] = rest[0][len(part) :]
+                else:
+                    return None
+        return rest
 
     def _source(self, with_tools: bool) -> str:
         if with_tools and TOOL_USE in self.sources:

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from retnet.serve.http.logprobs import TokenNames, completion_logprobs, joined, prompt_logprobs
 from retnet.serve.http.output import Delta, Output
@@ -37,6 +37,9 @@ class Choice:
     index: int
     prompt: Prompt
     output: Output
+
+
+C = TypeVar("C", bound=Choice)
 
 
 @dataclass
@@ -148,15 +151,15 @@ class Answer:
         return self.service.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
 
 
-async def merged(choices: list[Choice]) -> AsyncGenerator[tuple[Choice, Delta], None]:
+async def merged(choices: list[C]) -> AsyncGenerator[tuple[C, Delta], None]:
     """The deltas of all choices as they come. A choice whose delta is not taken yet collects its tokens."""
     if len(choices) == 1:
         async for delta in choices[0].output:
             yield choices[0], delta
         return
-    ready: asyncio.Queue[tuple[Choice, Delta | BaseException]] = asyncio.Queue(1)
+    ready: asyncio.Queue[tuple[C, Delta | BaseException]] = asyncio.Queue(1)
 
-    async def watch(choice: Choice) -> None:
+    async def watch(choice: C) -> None:
         try:
             async for delta in choice.output:
                 await ready.put((choice, delta))

@@ -22,6 +22,8 @@ class Settings:
     timeout: of a request, from its first byte to the last of its response.
     grace: how long running requests may go on after SIGTERM.
     prefix_per_key: cached prefixes are shared by the requests of one key only.
+    chat_template: plain, none, or a file; None for the model's own, otherwise plain. tool_format: hermes, or none; None
+    for hermes if the template mentions its calls.
     session_memory, session_disk: budgets of all sessions; session_ttl: how long an unused session is kept.
     """
 
@@ -44,5 +46,7 @@ class Settings:
     session_memory: int = GIB
     session_disk: int = 16 * GIB
     session_ttl: float = 24 * 3600.0
+    chat_template: str | None = None
+    tool_format: str | None = None
     log_prompts: bool = False
     quiet: bool = False

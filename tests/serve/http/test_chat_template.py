@@ -231,6 +231,14 @@ def test_half_of_a_surrogate_pair_is_refused(plain_maker):
             ours.encode([{"role": "user", "content": text}])
 
 
+def test_a_conversation_that_is_nested_too_deeply_is_refused(plain_maker):
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(TemplateError, match="nested too deeply"):
+        plain_maker(CHATML).encode([{"role": "user", "content": deep}])
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -304,10 +312,10 @@ def test_the_plain_template_of_a_byte_model():
         {"role": "assistant", "content": " Hi"},
         {"role": "user", "content": "<|document|>"},
     ]
-    text = "System: Be brief.\nUser: Hello\nAssistant: Hi\nUser: <|document|>\nAssistant:"
+    text = "System:\nBe brief.\nUser:\nHello\nAssistant:\n Hi\nUser:\n<|document|>\nAssistant:\n"
     assert ours.encode(messages) == [DOCUMENT_START, *text.encode()]
-    assert ours.encode(messages[:3], add_generation_prompt=False)[1:] == list(text.encode()[:43])
-    assert ours.encode(messages[:3], continue_final_message=True)[1:] == list(text.encode()[:43])
+    assert ours.encode(messages[:3], add_generation_prompt=False)[1:] == list(text.encode()[:44])
+    assert ours.encode(messages[:3], continue_final_message=True)[1:] == list(text.encode()[:44])
     assert "\nUser:" in ours.stops
 
 
