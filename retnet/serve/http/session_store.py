@@ -312,8 +312,8 @@ class SessionStore:
         """Take the least recently used states out of memory until the others fit."""
         while self.memory_used > self.memory:
             held = [entry for entry in self._entries.values() if entry.session is not None]
-            alone = self.files is not None and len(held) == 1
-            entry = newest if alone else self._least_used([entry for entry in held if entry is not newest])
+            others = [entry for entry in held if entry is not newest]
+            entry = self._least_used(others or (held if self.files is not None else []))
             if entry is None:
                 return
             if entry.writing is not None:
