@@ -13,7 +13,7 @@ from retnet import __version__
 from retnet.serve.http import health, metrics
 from retnet.serve.http.chat import ChatFormat
 from retnet.serve.http.constraints import Constraints
-from retnet.serve.http.errors import add_error_handlers
+from retnet.serve.http.errors import ErrorBody, add_error_handlers
 from retnet.serve.http.guard import Guard
 from retnet.serve.http.keys import ApiKeys
 from retnet.serve.http.metrics import Metrics
@@ -45,7 +45,14 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
             await sessions.close()
             constraints.close()
 
-    app = FastAPI(title="retnet serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="retnet serve",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses={"default": {"model": ErrorBody, "description": "A request that is refused, or that failed"}},
+    )
     app.state.service, app.state.settings = service, settings
     app.state.sessions, app.state.metrics, app.state.constraints = sessions, Metrics(service), constraints
     app.state.chat = form

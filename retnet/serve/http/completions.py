@@ -98,7 +98,31 @@ class CompletionBody(SamplingFields):
             )
 
 
-@router.post("/v1/completions", summary="Continue a text")
+EXAMPLE = {
+    "id": "cmpl-0f2a",
+    "object": "text_completion",
+    "created": 1796027428,
+    "model": "demo",
+    "choices": [{"index": 0, "text": " bends twice", "logprobs": None, "finish_reason": "length", "stop_reason": None}],
+    "usage": {
+        "prompt_tokens": 10,
+        "completion_tokens": 12,
+        "total_tokens": 22,
+        "prompt_tokens_details": {"cached_tokens": 0, "prefix_miss": "no cached prefix of this prompt"},
+    },
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The completions; with `stream`, events that carry their text as it comes.",
+        "content": {
+            "application/json": {"example": EXAMPLE},
+            "text/event-stream": {"example": "data: {...}\n\ndata: [DONE]\n\n"},
+        },
+    }
+}
+
+
+@router.post("/v1/completions", summary="Continue a text", responses=RESPONSES)
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue a text, or several. With `stream`, the response is a stream of server-sent events."""
     service: Service = request.app.state.service
@@ -139,6 +163,8 @@ async def submit(body: CompletionBody, service: Service, use: SessionUse, constr
     for given in body.prompt:
         prompt = await read_prompt(given, service, use)
         most = body.new_tokens(use.num_tokens, service, DEFAULT_MAX_TOKENS)
+        if body.repetition_penalty not in (None, 1):
+            options["counted"] = counted(prompt, use, service.tokenizer.document_start)
         for i in range(body.choices):
             made = body.to_request(use.prompt, most, service, stops, choice=i, logprobs=wanted, **options)
             requests.append((prompt, made))
@@ -170,6 +196,12 @@ async def read_prompt(given: str | list[int], service: Service, use: SessionUse)
         tokens, text, begin = [service.tokenizer.document_start, *tokens], text or "", 1
     await use.go_on(tokens)
     return Prompt(tokens, text, begin)
+
+
+def counted(prompt: Prompt, use: SessionUse, start: int) -> set[int]:
+    """The tokens of the context that a repetition penalty counts: without the document start before a text."""
+    earlier = set() if use.after is None else set(use.after.tokens) - {start}
+    return earlier.union(prompt.tokens[prompt.begin :])
 
 
 async def encoded(text: str, service: Service) -> Sequence[int]:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -22,6 +23,21 @@ TYPES = {
     408: "timeout_error",
     429: "rate_limit_error",
 }
+
+
+class ErrorFields(BaseModel):
+    """What was given, and what is accepted. param: the field at fault. code: for programs."""
+
+    message: str = Field(examples=["max_tokens is 9000; accepted: at most 4096, this server's limit"])
+    type: str = Field(examples=["invalid_request_error"])
+    param: str | None = Field(examples=["max_tokens"])
+    code: str | None = Field(examples=["context_length_exceeded"])
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorFields
 
 
 class ApiError(Exception):

@@ -446,6 +446,18 @@ def test_an_error_after_the_first_chunk_is_an_event_that_ends_the_stream():
         assert answer(client)["usage"]["completion_tokens"] == 16  # a request without stop strings
 
 
+def test_the_document_start_before_a_text_does_not_count_for_penalties(client):
+    """It counts where the client wrote it: its logit is negative here, and the penalty outweighs the bias."""
+    fields = {"temperature": 0, "repetition_penalty": 1e6, "logit_bias": {str(DOCUMENT_START): 30}, "max_tokens": 1}
+    fields["stop_token_ids"] = [DOCUMENT_START]
+    river = [*b"The river"]
+    assert answer(client, **fields)["choices"][0]["finish_reason"] == "stop"
+    assert answer(client, prompt=[DOCUMENT_START, *river], **fields)["choices"][0]["finish_reason"] == "length"
+    session = answer(client, prompt="The", max_tokens=0, keep_session=True)["session"]["id"]
+    continued = answer(client, prompt=" river", session_id=session, **fields)
+    assert continued["choices"][0]["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("n", [1, 6])  # 4 slots: two of six wait
 def test_a_client_that_leaves_frees_every_place(stream, n):
@@ -512,3 +524,6 @@ def test_every_field_is_described_in_the_schema():
     assert {"prompt", "temperature", "stop", "logit_bias", "session_id"} <= body.keys()
     assert [name for name, field in body.items() if not field.get("description")] == []
     assert body["prompt"]["examples"] == ["The river"]
+    responses = schema["paths"]["/v1/completions"]["post"]["responses"]
+    assert responses.keys() == {"200", "default"}
+    assert responses["200"]["content"].keys() == {"application/json", "text/event-stream"}
