@@ -67,7 +67,7 @@ class Request:
     keep_state: bool = False
     prefix_group: str | None = ""
     prompt_logprobs: int | None = None
-    grammar: Grammar | None = None
+    grammar: Grammar | None = field(default=None, hash=False)
     counted: Sequence[int] | None = None
 
     def __post_init__(self) -> None:

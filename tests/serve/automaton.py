@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Automaton:
     """edges: for each state, the next state by token; state 0 is the first. An output ends where there are no edges.
 

@@ -12,20 +12,22 @@ from retnet.models.decode.sampling import Sampling
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
-from tests.small_models import prompt, small_model
+from tests.small_models import VOCAB, prompt, small_model
 
+from .automaton import Automaton, cycle
 from .test_engine import alone, text_of
 
 CODE = ("/retnet/serve/", "/retnet/models/decode/step.py")
 GREEDY = Sampling(temperature=0)
+ALTERNATING = Automaton((dict.fromkeys(range(0, VOCAB, 2), 1), dict.fromkeys(range(1, VOCAB, 2), 0)))
 WATCHED = {"stop_strings": ["zzzz"]}
 REQUESTS = [
     Request(prompt(19), 9, GREEDY, **WATCHED),
     Request(prompt(5, seed=1), 7, Sampling(seed=3, repetition_penalty=1.3), keep_state=True),
-    Request(prompt(17), 5, GREEDY, shared=9),
-    Request(prompt(11, seed=2), 6, Sampling(seed=4, logprobs=2)),
+    Request(prompt(17), 5, GREEDY, shared=9, prefix_group="other"),
+    Request(prompt(11, seed=2), 6, Sampling(seed=4, logprobs=2), grammar=ALTERNATING, prompt_logprobs=1),
     Request(prompt(19), 4, GREEDY),
-    Request(prompt(3, seed=5), 8, GREEDY),
+    Request(prompt(3, seed=5), 8, GREEDY, grammar=cycle([5, 7]), counted=[1, 2]),
 ]
 LATE = Request(prompt(19), 6, GREEDY)
 OPTIONS = {

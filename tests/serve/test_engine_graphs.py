@@ -1,5 +1,7 @@
 """On a GPU a decode step is a captured graph: the same tokens as the plain step, in the same memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
 from tests.small_models import prompt, small_model
+
+from .automaton import cycle
 
 pytestmark = pytest.mark.gpu
 
@@ -31,6 +35,26 @@ def outputs(model, graphs: bool, device="cuda", **options) -> list:
 def test_captured_steps_give_the_bits_of_plain_ones(stack, speculation):
     model = small_model(stack)
     assert outputs(model, True, speculation=speculation) == outputs(model, False, speculation=speculation)
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation(3)])
+def test_captured_steps_read_the_masks_of_their_grammars(speculation):
+    """A grammar comes and goes in one slot; the requests beside it keep their bits."""
+    model, results = small_model().cuda(), []
+    for graphs in (True, False):
+        engine = Engine(model, num_slots=4, prompt_chunk=16, graphs=graphs, speculation=speculation)
+        grammars = [cycle([5, 9, 60, 31, 32]), None, cycle([7, 8]), None, None]
+        generations = [
+            engine.submit(replace(request, grammar=grammar))
+            for request, grammar in zip(REQUESTS, grammars, strict=True)
+        ]
+        engine.run()
+        results.append([(g.tokens, g.logprobs, g.finish_reason) for g in generations])
+        assert generations[0].tokens == ([5, 9, 60, 31, 32] * 4)[:20]
+        assert generations[2].tokens == ([7, 8] * 11)[:22]
+    assert results[0] == results[1]
+    assert results[0][1::2] == outputs(model, True, speculation=speculation)[1::2]
+    assert results[0][4] == outputs(model, True, speculation=speculation)[4]
 
 
 @pytest.mark.parametrize("stack", ["retention", "hybrid"])

@@ -15,12 +15,14 @@ from retnet.serve.snapshot import Snapshot
 from retnet.serve.speculation import Speculation
 from tests.small_models import VOCAB, small_model
 
+from .automaton import Automaton, cycle, random_automaton
 from .naive import Case, check
 
 STACKS = ["hybrid", "experts", "gated", "both decays", "convolution", "retention"]
 EOS, ROOM = 7, 120
 KNOWN = {
-    "length", "stop_token", "stop_string", "cancelled", "accepted", "hits", "forks", "continued", "refused",
+    "length", "stop_token", "stop_string", "grammar_end", "no output", "failed", "cancelled",
+    "accepted", "hits", "forks", "continued", "refused",
 }  # fmt: skip
 
 
@@ -59,14 +61,24 @@ def random_request(rng: random.Random, prompt: list[int], endless: bool) -> Requ
     stop_strings = rng.choice([(), (), ("".join(rng.choices("abcde", k=rng.randint(2, 4))), "zz", "ab")])
     return Request(
         prompt,
-        None if endless and rng.random() < 0.1 else rng.choice([1, 2, rng.randint(1, 24)]),
+        None if endless and rng.random() < 0.1 else rng.choice([0, 1, 2, rng.randint(1, 24), rng.randint(1, 24)]),
         random_sampling(rng),
         stop_tokens=rng.choice([(), (), tuple(rng.choices(range(VOCAB), k=3))]),
         stop_strings=stop_strings,
         ignore_eos=rng.random() < 0.5,
         shared=rng.randint(0, len(prompt)) if rng.random() < 0.5 else 0,
         keep_state=rng.random() < 0.3,
+        prefix_group=rng.choice(["", "", "", "a", None]),
+        prompt_logprobs=rng.choice([None, None, None, 0, 1, 20]),
+        grammar=random_grammar(rng) if rng.random() < 0.35 else None,
+        counted=rng.choice([None, None, (), tuple(prompt[::2]), tuple(rng.choices(range(VOCAB), k=9))]),
     )
+
+
+def random_grammar(rng: random.Random) -> Automaton:
+    if rng.random() < 0.2:
+        return cycle(rng.choices(range(VOCAB), k=rng.randint(1, 5)))
+    return random_automaton(rng, VOCAB, eos=rng.choice([EOS, None]), num_states=rng.randint(1, 6))
 
 
 def random_engine(rng: random.Random, model: LanguageModel, endless: bool) -> Engine:
@@ -155,7 +167,7 @@ class Session:
         context = [*earlier, *prompt]
         counted_from = source.counted_from if source is not None and not prompt else len(context)
         ends = {*request.stop_tokens, *([] if request.ignore_eos else [EOS])}
-        mine.append(Case(generation, context, counted_from, frozenset(ends)))
+        mine.append(Case(generation, context, counted_from, frozenset(ends), len(earlier), request.grammar))
 
     def disturb(self, engine: Engine, running: list[Case]) -> None:
         """Now and then cancel a request, or keep the state of one."""
@@ -176,6 +188,7 @@ def requests_over(stack: str, num_requests: int, num_engines: int, seed: int) ->
     close = check(model, session.cases, text_of)
     for case in session.cases:
         session.counts[case.generation.finish_reason or "unfinished"] += 1
+        session.counts["no output"] += case.generation.finish_reason == "length" and not case.generation.tokens
     return session, close
 
 

@@ -10,6 +10,7 @@ from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 from tests.small_models import VOCAB, prompt, small_model
 
+from .automaton import random_automaton
 from .test_engine import text_of
 
 SLOTS = 16
@@ -33,9 +34,17 @@ def random_request(rng: random.Random) -> Request:
         "logprobs": rng.choice([None, 0]),
         "seed": rng.randrange(2**63),
     }
-    stop_strings = rng.choice([(), ("".join(rng.choices("abcdefgh", k=2)), "zz")])
+    stop_strings = rng.choice([(), ("".join(rng.choices("abcdefgh", k=2)), "zz", "nn")])
     ids = prompt(rng.choice([1, 2, 7, 8, 9, rng.randint(1, 40)]), rng.randrange(100))
-    return Request(ids, rng.randint(1, 24), Sampling(**options), stop_strings=stop_strings)
+    return Request(
+        ids,
+        rng.randint(1, 24) if rng.random() < 0.95 else 0,
+        Sampling(**options),
+        stop_strings=stop_strings,
+        grammar=random_automaton(rng, VOCAB) if rng.random() < 0.2 else None,
+        prompt_logprobs=rng.choice([None, None, None, 2]),
+        counted=rng.choice([None, None, ids[1:]]),
+    )
 
 
 def soak(model, num_requests: int) -> list:
@@ -64,6 +73,7 @@ def check_each_alone(model, generations) -> None:
         again = engine.submit(generation.request)
         engine.run()
         tokens, logprobs = generation.tokens, generation.logprobs
+        assert generation.prompt_logprobs == again.prompt_logprobs[: len(generation.prompt_logprobs)]
         assert tokens == again.tokens[: len(tokens)]
         assert logprobs == again.logprobs[: len(logprobs)]
         if generation.finish_reason != "cancelled":
@@ -87,5 +97,5 @@ def test_requests_in_a_batch_get_what_each_gets_alone(stack, requests):
     model = small_model(stack)
     generations = soak(model, requests)
     reasons = {generation.finish_reason for generation in generations}
-    assert reasons == {"length", "stop_string", "cancelled"}
+    assert reasons == {"length", "stop_string", "grammar_end", "cancelled"}
     check_each_alone(model, generations)

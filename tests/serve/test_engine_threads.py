@@ -15,6 +15,7 @@ from retnet.serve.request import Refused, Request
 from retnet.serve.speculation import Speculation
 from tests.small_models import prompt, small_model
 
+from .automaton import cycle
 from .test_engine import text_of
 
 GREEDY = Sampling(temperature=0)
@@ -23,6 +24,7 @@ OPTIONS = {
     "prefix cache": {"prefix_cache_bytes": 10**6, "prefix_interval": 8},
     "speculation": {"speculation": Speculation(3), "prefix_cache_bytes": 10**6},
 }
+CYCLE = [3, 60, 31, 32]
 STACKS = ("retention", "hybrid")
 
 
@@ -62,14 +64,19 @@ class Users:
         shared = prompt(17, seed=1)
         for _ in range(num_calls):
             choice = rng.random()
-            request = Request(shared[: rng.randint(1, 17)] + prompt(rng.randint(0, 9), rng.randrange(50)), 12, GREEDY)
+            ids = shared[: rng.randint(1, 17)] + prompt(rng.randint(0, 9), rng.randrange(50))
+            grammar, group = rng.choice([None, None, None, cycle(CYCLE)]), rng.choice(["", "", "a", None])
+            request = Request(ids, 12, GREEDY, grammar=grammar, prefix_group=group)
             if choice < 0.4 or not self.asked:
                 self.ask(request)
                 continue
             generation, _ = rng.choice(self.asked)
             if choice < 0.6:
-                self.engine.cancel(generation)
-                assert generation.finished
+                if rng.random() < 0.5:
+                    self.engine.cancel_soon(generation)
+                else:
+                    self.engine.cancel(generation)
+                    assert generation.finished
                 continue
             try:
                 snapshot = self.engine.snapshot(generation)
@@ -103,8 +110,10 @@ def test_calls_of_many_threads_beside_stepping_threads_change_no_token(exact, op
     engine.run()
     assert engine.pool.num_free == engine.pool.num_slots
     assert {g.finish_reason for g, _ in users.asked} == {"length", "cancelled"}
-    wrong = [g for g, context in users.asked if not is_greedy(exact, context, g.tokens)]
-    assert not wrong, f"{len(wrong)} of {len(users.asked)} requests got other tokens"
+    free = [(g, context) for g, context in users.asked if g.request.grammar is None]
+    assert all(g.tokens == (CYCLE * 4)[: g.num_new] for g, _ in users.asked if g.request.grammar is not None)
+    wrong = [g for g, context in free if not is_greedy(exact, context, g.tokens)]
+    assert not wrong, f"{len(wrong)} of {len(free)} requests got other tokens"
     if engine.prefixes is not None:
         assert engine.stats().prefix.hits > 0
 
