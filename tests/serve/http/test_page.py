@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 
 import pytest
@@ -12,7 +14,8 @@ import pytest
 from retnet.models.cost import transformer_cache_bytes
 from retnet.serve.http import page
 from tests.paths import ROOT
-from tests.serve.http.server import MODEL_NAME, tiny_server
+from tests.serve.http.browser import ARGUMENTS, CHROMIUM
+from tests.serve.http.server import MODEL_NAME, live_server, tiny_server
 
 ASSETS = sorted(path.name for path in page.FOLDER.iterdir())
 
@@ -115,6 +118,22 @@ def test_attention_without_a_window_is_not_called_constant_and_an_absent_cache_i
     assert state["model"]["constant_state"] is False
     assert state["model"]["context_limit"] == 512
     assert state["prefix"] is None
+
+
+def test_the_page_starts_in_chromium():
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    with live_server() as server, tempfile.TemporaryDirectory() as profile:
+        command = [CHROMIUM, "--headless", *ARGUMENTS, f"--user-data-dir={profile}", "--virtual-time-budget=3000"]
+        done = subprocess.run(
+            [*command, "--dump-dom", server.url],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"HOME": profile},
+        )
+    assert f"<title>{MODEL_NAME} · RetNet</title>" in done.stdout, done.stderr[-2000:]
+    assert "per stream at every length" in done.stdout
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ export class ApiError extends Error {
   /** What the user can do, or "". */
   get advice() {
     if (this.code === "context_length_exceeded") return "Fork at an earlier message, or start a new conversation.";
+    if (this.code === "no_chat_template") return "Use the Completion view, which needs none.";
     if (this.status === 0) return "Check that the server is running, then try again.";
     if (this.status === 401) return "Try again to enter a key.";
     if (this.status === 429) {

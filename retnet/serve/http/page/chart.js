@@ -39,8 +39,8 @@ function picture(width, { lines, x, y, marks = [] }) {
     );
   }
   const apart = Math.ceil((x.ticks.length * 64) / inner.width);
-  x.ticks.filter((_, i) => i % apart === 0 || apart > 2).forEach((tick, i, ticks) => {
-    const anchor = i === 0 ? "start" : i === ticks.length - 1 && tick === x.max ? "end" : "middle";
+  x.ticks.filter((_, i) => i % apart === 0 || apart > 2).forEach((tick, i) => {
+    const anchor = i === 0 ? "start" : px(tick) > width - 60 ? "end" : "middle";
     root.append(svg("text", { x: px(tick), y: HEIGHT - 8, "text-anchor": anchor }, x.format(tick)));
   });
   for (const { points, name, area } of lines) {

@@ -125,6 +125,7 @@ async function reply() {
   const message = add({ role: "assistant", content: "" });
   const controller = new AbortController();
   runs.set(mine.id, { controller, reply: message, conversation: mine });
+  draw(message);
   save();
   refresh();
   follow(true);

@@ -9,7 +9,9 @@ import * as settings from "./settings.js";
 
 const ALTERNATIVES = 5;
 let controller = null;
-let shown = []; // { text, logprob, top: [[text, logprob], ...], given, element }
+let shown = []; // { name, at, logprob, top: [[name, logprob], ...], given, element }; at: characters before it
+let written = []; // the characters of the text so far
+let promptOf = ""; // the prompt of what is shown
 let active = -1;
 
 export function start() {
@@ -42,7 +44,7 @@ async function complete() {
   if (controller) return;
   const sampling = settings.values();
   if (!sampling) return;
-  const prompt = $("prompt").value;
+  const prompt = (promptOf = $("prompt").value);
   const echo = $("echo").checked && prompt !== "";
   const body = { model: modelName(), prompt, ...sampling, echo, logprobs: ALTERNATIVES, stream: true, stream_options: { include_usage: true } };
   const mine = (controller = new AbortController());
@@ -57,6 +59,7 @@ async function complete() {
       if (choice) {
         seen.first ??= performance.now();
         seen.finish = choice.finish_reason ?? seen.finish;
+        for (const character of choice.text ?? "") written.push(character);
         add(choice.logprobs, Array.from(prompt).length, echo);
       }
       seen.usage = chunk.usage ?? seen.usage;
@@ -84,6 +87,7 @@ function setBusy(busy) {
 
 function clear() {
   shown = [];
+  written = [];
   active = -1;
   $("tokens").replaceChildren();
   $("tokens").removeAttribute("aria-activedescendant");
@@ -95,22 +99,31 @@ function clear() {
 
 /** Adds the tokens of a chunk. With echo, those that begin inside the prompt (in characters) are the prompt's own. */
 function add(logprobs, promptLength, echo) {
-  const texts = logprobs?.tokens ?? [];
+  const names = logprobs?.tokens ?? [];
   const list = $("tokens");
-  texts.forEach((text, i) => {
+  names.forEach((name, i) => {
+    const at = logprobs.text_offset[i];
     const logprob = logprobs.token_logprobs[i];
     const top = Object.entries(logprobs.top_logprobs?.[i] ?? {}).sort((a, b) => b[1] - a[1]);
-    const given = echo && logprobs.text_offset[i] < promptLength;
+    const given = echo && at < promptLength;
     const begins = echo && !given && shown.at(-1)?.given;
+    const text = textOf(name, at, logprobs.text_offset[i + 1] ?? written.length);
+    const classes = ["token", bin(logprob), begins && "begins", text.startsWith("\\x") && "bytes"].filter(Boolean);
     const element = h(
       "span",
-      { role: "option", id: `token-${shown.length}`, class: `token ${bin(logprob)}${begins ? " begins" : ""}`, "aria-label": told(text, logprob) },
+      { role: "option", id: `token-${shown.length}`, class: classes.join(" "), "aria-label": told(name, logprob) },
       text,
     );
     element.dataset.index = shown.length;
-    shown.push({ text, logprob, top, given, element });
+    shown.push({ name, at, logprob, top, given, element });
     list.append(element);
   });
+}
+
+/** The text of a token. One that is a part of a character is named by its bytes; the last part shows the character. */
+function textOf(name, at, end) {
+  if (!name.startsWith("bytes:\\x")) return name;
+  return written.slice(at, end).join("") || name.slice("bytes:".length);
 }
 
 function tell({ usage, finish, first }, began) {
@@ -139,8 +152,8 @@ function bin(logprob) {
 }
 
 function told(text, logprob) {
-  const name = text.trim() ? text : visible(text);
-  return logprob === null || logprob === undefined ? `${name}, not rated` : `${name}, ${percent(Math.exp(logprob))}`;
+  const word = text.trim() ? text : visible(text);
+  return logprob === null || logprob === undefined ? `${word}, not rated` : `${word}, ${percent(Math.exp(logprob))}`;
 }
 
 function pointed(target) {
@@ -171,30 +184,37 @@ function activate(index, scroll = true) {
 
 /** The card of a token: its alternatives as bars, each with a way to continue with it instead. */
 function detail(token, index) {
-  const among = token.top.some(([text]) => text === token.text);
-  const rows = among || token.logprob == null ? token.top : [...token.top, [token.text, token.logprob]];
+  const among = token.top.some(([name]) => name === token.name);
+  const rows = among || token.logprob == null ? token.top : [...token.top, [token.name, token.logprob]];
   const card = $("token-detail");
   card.hidden = false;
   card.replaceChildren(
-    h("h3", {}, h("code", {}, visible(token.text)), ` token ${index + 1}`, token.given ? " of your text" : ""),
+    h("h3", {}, h("code", {}, visible(token.name)), ` token ${index + 1}${token.given ? " of your text" : ""}`),
     rows.length
-      ? h("ul", { class: "plain alternatives" }, rows.map(([text, logprob]) => alternative(text, logprob, token, index)))
+      ? h("ul", { class: "plain alternatives" }, rows.map(([name, logprob]) => alternative(name, logprob, token)))
       : h("p", { class: "hint" }, "Nothing comes before it, so that it has no probability."),
   );
 }
 
-function alternative(text, logprob, token, index) {
+function alternative(name, logprob, token) {
   const p = Math.exp(logprob);
-  const bar = h("meter", { min: 0, max: 1, value: p, "aria-label": `Probability of ${visible(text)}` }, percent(p));
-  const usable = text !== token.text && !/[\ufffd]/.test(text);
-  const go = usable && button("Use this instead", () => instead(text, index), { "aria-label": `Continue with ${visible(text)} instead` });
-  const name = h("code", { class: text === token.text ? "chosen" : "" }, visible(text));
-  return h("li", {}, name, bar, h("span", { class: "number" }, percent(p)), go);
+  const word = visible(name);
+  const usable = name !== token.name && name && !/^bytes:\\x|^token_id:\d/.test(name);
+  return h(
+    "li",
+    {},
+    h("code", { class: name === token.name ? "chosen" : "" }, word),
+    h("meter", { min: 0, max: 1, value: p, "aria-label": `Probability of ${word}` }, percent(p)),
+    h("span", { class: "number" }, percent(p)),
+    usable && button("Use this instead", () => instead(name, token), { "aria-label": `Use ${word} instead` }),
+  );
 }
 
-function instead(text, index) {
-  const before = shown.slice(0, index).map((token) => token.text).join("");
-  $("prompt").value = ($("echo").checked ? before : $("prompt").value + before) + text;
+/** Continues from another token: the text before it and its text are the new prompt. */
+function instead(name, token) {
+  const from = shown[0].given ? 0 : shown[0].at;
+  const before = written.slice(0, token.at - from).join("");
+  $("prompt").value = (shown[0].given ? "" : promptOf) + before + name;
   $("prompt").dispatchEvent(new Event("input"));
   complete();
 }

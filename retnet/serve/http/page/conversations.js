@@ -76,7 +76,7 @@ function otherItems() {
       {},
       h(
         "button",
-        { type: "button", class: "entry", click: () => adopt(session) },
+        { type: "button", class: "entry other", click: () => adopt(session) },
         h("span", { class: "name" }, `State ${session.id.slice(-6)}`),
         h("span", { class: "hint" }, tokens(session.tokens)),
       ),

@@ -212,9 +212,12 @@ export function introduction({ model, memory }) {
   return [h("p", { class: "lead" }, text), h("dl", {}, figures.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))))];
 }
 
-/** The model in one sentence. */
+/** The model in one line: nodes for the head of the page. */
 export function facts({ model, memory }) {
   const state = bytes(memory.state_bytes_per_stream);
   const kept = model.constant_state ? `${state} per stream at every length` : `${state} per stream, fixed`;
-  return `${parameters(model.parameters)} parameters · ${kept} · ${model.dtype} on ${model.device}`;
+  return [
+    `${parameters(model.parameters)} parameters · ${kept}`,
+    h("span", { class: "where" }, ` · ${model.dtype} on ${model.device}`),
+  ];
 }

@@ -15,7 +15,7 @@ export function bytes(n) {
 }
 
 export function parameters(n) {
-  for (const [size, unit] of [[1e9, " billion"], [1e6, " million"], [1e3, " thousand"]]) {
+  for (const [size, unit] of [[1e9, "B"], [1e6, "M"], [1e3, "K"]]) {
     if (n >= size) return digits(n / size) + unit;
   }
   return count(n);

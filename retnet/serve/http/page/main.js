@@ -29,6 +29,7 @@ function showView() {
 // Side panels. Beside the text where there is room; over it, with the rest inert, where there is not.
 
 const PANELS = { conversations: "open-conversations", settings: "open-settings" };
+const FIRST_IN_PANEL = { conversations: "new-chat", settings: "setting-temperature" };
 const narrow = matchMedia("(max-width: 899px)");
 
 function setPanel(name, open, focus = true) {
@@ -39,11 +40,11 @@ function setPanel(name, open, focus = true) {
   panel.classList.toggle("over", open && narrow.matches);
   opener.setAttribute("aria-expanded", String(open));
   const over = Object.keys(PANELS).some((each) => $(each).classList.contains("over"));
-  for (const element of [$("main"), document.querySelector(".top"), ...Object.keys(PANELS).map($)]) {
+  for (const element of [$("main"), $("skip"), document.querySelector(".top"), ...Object.keys(PANELS).map($)]) {
     element.inert = over && !element.classList.contains("over");
   }
   if (!focus) return;
-  if (open) panel.querySelector("input, textarea, button:not(.narrow-only)")?.focus();
+  if (open) $(FIRST_IN_PANEL[name]).focus();
   else opener.focus();
 }
 
@@ -114,7 +115,7 @@ function showEngine(state, error) {
   if (!state) return;
   document.title = `${state.model.name} · RetNet`;
   $("model-name").textContent = state.model.name;
-  $("model-facts").textContent = engine.facts(state);
+  $("model-facts").replaceChildren(...engine.facts(state));
 }
 
 function onEscape(event) {

@@ -66,11 +66,12 @@ const texts = (messages) =>
 
 function statistics({ began, first, last }, usage, kept, gone) {
   const made = usage?.completion_tokens ?? 0;
+  const reused = Math.max(kept?.reused_tokens ?? 0, usage?.prompt_tokens_details?.cached_tokens ?? 0);
   return {
     made,
     prompt: usage?.prompt_tokens ?? 0,
-    reused: Math.max(kept?.reused_tokens ?? 0, usage?.prompt_tokens_details?.cached_tokens ?? 0),
-    why: gone ? "the stored state had expired" : kept?.not_reused ?? null,
+    reused,
+    why: gone ? "the stored state had expired" : kept?.not_reused ?? (reused ? null : usage?.prompt_tokens_details?.prefix_miss),
     notKept: kept?.not_kept ?? null,
     first: first === null ? null : first - began,
     rate: made > 1 && last > first ? ((made - 1) / (last - first)) * 1000 : null,
