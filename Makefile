@@ -55,7 +55,7 @@ test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not gpu and not slow"
 
 test-all: $(VENV)/.installed-dev
-	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[quantize]'
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[quantize,clients]'
 	$(PYTEST) -rs
 	$(MAKE) test-matrix
 
