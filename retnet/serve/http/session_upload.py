@@ -14,13 +14,15 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from retnet.serve.engine import Engine
 from retnet.serve.http.errors import ApiError
+from retnet.serve.http.messages import MAX_MESSAGES, Message
 from retnet.serve.http.service import Service
 from retnet.serve.http.session_files import private_file
 from retnet.serve.snapshot import ATTACHMENT, FORMAT, Snapshot, SnapshotFile
@@ -33,6 +35,7 @@ MOST_HEADER = 2**20  # bytes of JSON
 MOST_MESSAGES = 16 * 2**20  # bytes of JSON
 MOST_TOKENS = 2**24  # where the context has no end
 MOST_UPLOADS = 4  # at a time
+_MESSAGES = TypeAdapter(Annotated[list[Message], Field(max_length=MAX_MESSAGES)])
 NARROW = ("F32", "BF16")  # in which wider floating point may be stored
 
 
@@ -219,17 +222,18 @@ def _read(path: Path, form: StateForm) -> tuple[Snapshot, list[dict[str, Any]] |
 
 
 def _messages(attachment: bytes) -> list[dict[str, Any]] | None:
+    """The messages of a chat, checked as those of a request are."""
     if not attachment:
         return None
     try:
-        messages = json.loads(attachment)
+        return [message.for_template() for message in _MESSAGES.validate_python(json.loads(attachment))]
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise _refused(f"its messages are not those of a chat ({place}: {error.errors()[0]['msg']})") from error
+    except ApiError as error:
+        raise _refused(f"its messages are not those of a chat ({error.message})") from error
     except (ValueError, RecursionError) as error:
         raise _refused("its messages are not JSON") from error
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
-    ):
-        raise _refused("its messages are not a list of objects with a role")
-    return messages
 
 
 def _refused(why: str, code: str | None = "invalid_session_file") -> ApiError:

@@ -122,6 +122,19 @@ def test_a_token_that_ended_the_output_gives_way_to_new_text(client):
     assert text_of(free)
 
 
+def test_the_text_of_a_stop_string_is_in_the_session(client):
+    """The state has read it. Only a token that has not been read can give way."""
+    ids = [256, *b"hello"]
+    free = complete(client, ids, keep_session=True)
+    tokens = tokens_of(client, free["session"]["id"])[6:]
+    text = bytes(token for token in tokens if token < 256).decode("latin-1")
+    at = next(i for i in range(1, 7) if text[i].isascii() and text[i] not in text[:i])
+    stopped = complete(client, ids, keep_session=True, stop=[text[at]])
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    assert tokens_of(client, stopped["session"]["id"])[6:] == tokens[: at + 1]
+    assert not client.portal.call(client.app.state.sessions.open, stopped["session"]["id"], "").record.ended
+
+
 def test_prompt_ids_and_several_choices_continue_one_session(client):
     session_id = complete(client, "abc", keep_session=True)["session"]["id"]
     one = text_of(complete(client, " d", session_id=session_id))

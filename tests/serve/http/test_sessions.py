@@ -229,13 +229,61 @@ def test_tokens_outside_the_vocabulary_and_wrong_positions_are_refused(client, w
 
 
 @pytest.mark.parametrize(
-    "messages", [b"{", b"[" * 100_000, b"{}", b"[1]", b'[{"content": "x"}]', b'[{"role": 1}]', b"\xff"]
+    "messages",
+    [
+        b"{",
+        b"[" * 100_000,
+        b"{}",
+        b"[1]",
+        b'[{"content": "x"}]',
+        b'[{"role": 1}]',
+        b"\xff",
+        b'[{"role": "user"}]',
+        b'[{"role": "user", "content": {"a": 1}}]',
+        b'[{"role": "user", "content": "x", "tool_calls": []}]',
+        b'[{"role": "root", "content": "x"}]',
+        b'[{"role": "user", "content": "x", "other": 1}]',
+    ],
 )
 def test_messages_that_are_none_are_refused(client, whole, messages):
     def attach(tensors, _):
         tensors["attachment"] = torch.frombuffer(bytearray(messages), dtype=torch.uint8)
 
     assert "messages" in refusal(client, forged(whole, attach))["message"]
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "other dtype", "missing", "no window"])
+def test_caches_of_a_wrong_size_are_refused(change):
+    """Attention keeps its tokens up to its window; a state with fewer would have forgotten some."""
+    with server(stack="hybrid") as client:
+        whole = client.get(f"/v1/sessions/{kept(client)}/state").content
+        assert upload(client, forged(whole, lambda *_: None)).status_code == 201
+        name = next(name for name in parts(whole)[0] if name.endswith("attention.keys"))
+
+        def spoil(tensors, _):
+            x = tensors.pop(name)
+            if change == "longer":
+                tensors[name] = torch.cat([x, x], 1)
+            elif change == "shorter":
+                tensors[name] = x[:, 1:].contiguous()
+            elif change == "no window":
+                tensors[name] = x[:, :0].contiguous()
+            elif change == "other dtype":
+                tensors[name] = x.half()
+
+        refusal(client, forged(whole, spoil))
+
+
+def test_an_upload_in_small_parts_is_taken_and_one_that_stops_leaves_nothing(client, whole, tmp_path):
+    def slowly(data):
+        for start in range(0, len(data), 3000):
+            yield data[start : start + 3000]
+
+    assert client.post("/v1/sessions", content=slowly(whole), headers=OCTETS).status_code == 201
+    with server(Settings(state_dir=tmp_path)) as other:
+        assert upload(other, whole[:-1]).status_code == 400
+        assert upload(other, whole).status_code == 201
+        assert not list(tmp_path.glob(".upload*"))
 
 
 def test_an_upload_over_the_limit_is_refused(client, whole):
