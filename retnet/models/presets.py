@@ -2,7 +2,7 @@
 
     retnet-125m          the paper's form: decays fixed per head
     retnet-125m-gated    decays that depend on the token
-    retnet-125m-conv     the same with a short convolution on q, k and v: the best retention without attention
+    retnet-125m-conv     and a short convolution on q, k and v, and a sigmoid gate: the best retention without attention
     retnet-125m-hybrid   the same with attention in every fourth layer: the best of all at equal parameters
 
 A layer of the paper has 12 D^2 weights: retention 8 D^2 with values of width 2 D, feed-forward 4 D^2 with hidden width
@@ -11,6 +11,7 @@ A layer of the paper has 12 D^2 weights: retention 8 D^2 with values of width 2 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import BlockConfig
@@ -38,13 +39,14 @@ class Form:
     gated: bool = False
     conv_width: int | None = None
     hybrid: bool = False
+    gate: Literal["swish", "sigmoid"] = "swish"
 
 
 FORMS = {
     "": Form(),
     "-gated": Form(gated=True),
-    "-conv": Form(gated=True, conv_width=4),
-    "-hybrid": Form(gated=True, conv_width=4, hybrid=True),
+    "-conv": Form(gated=True, conv_width=4, gate="sigmoid"),
+    "-hybrid": Form(gated=True, conv_width=4, hybrid=True, gate="sigmoid"),
 }
 
 
@@ -60,7 +62,9 @@ def retnet_config(
 ) -> ModelConfig:
     """The paper's architecture or another form of it at any size; `options` are fields of ModelConfig."""
     D, decay = d_model, "gated" if form.gated else "paper"
-    retention = RetentionConfig(num_heads, key_dim=D, value_dim=2 * D, decay=decay, conv_width=form.conv_width)
+    retention = RetentionConfig(
+        num_heads, key_dim=D, value_dim=2 * D, decay=decay, gate=form.gate, conv_width=form.conv_width
+    )
     if not form.hybrid:
         layers = (BlockConfig(retention, FeedForwardConfig(2 * D)),) * num_layers
         return ModelConfig(vocab_size, D, layers, name=name, **options)
