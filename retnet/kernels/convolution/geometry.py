@@ -7,10 +7,9 @@ multiprocessor.
 
 from dataclasses import dataclass
 
-import torch
 import triton
 
-LANES = 32  # threads per warp
+BLOCK = 128  # channels per program: four per thread. With eight, too few programs fit a multiprocessor
 LEAST_SEGMENT = 16  # a shorter one would read mostly its neighbours' tokens
 ENOUGH_WARPS = 2048  # more do not run faster on a GPU of 132 multiprocessors
 
@@ -25,16 +24,14 @@ class Geometry:
     warps: int = 1
 
 
-def geometry(dtype: torch.dtype, width: int, tokens: int, channels: int, *, backward: bool) -> Geometry:
+def geometry(width: int, tokens: int, channels: int, *, backward: bool) -> Geometry:
     """The geometry for [tokens, channels] in total; small calls have short segments, to occupy the whole GPU."""
-    wide = 16 // dtype.itemsize * LANES  # loads of 16 bytes
-    narrow = min(wide, 4 * LANES)
     if width > 4:
-        chosen = Geometry(segment=128, channels=narrow, rows=4 if backward else 8)
+        chosen = Geometry(segment=128, channels=BLOCK, rows=4 if backward else 8)
     elif backward:
-        chosen = Geometry(segment=128, channels=wide, rows=4)
+        chosen = Geometry(segment=128, channels=BLOCK, rows=8)
     else:
-        chosen = Geometry(segment=64, channels=narrow, rows=4)
+        chosen = Geometry(segment=64, channels=BLOCK, rows=4)
     return shortened(chosen, tokens, channels)
 
 

@@ -62,7 +62,7 @@ class Convolution:
 
     def tile(self, *, backward: bool) -> Geometry:
         tokens = self.x.shape[0] * self.x.shape[1]
-        return geometry(self.x.dtype, self.width, tokens, self.num_channels, backward=backward)
+        return geometry(self.width, tokens, self.num_channels, backward=backward)
 
     def segments(self, tile: Geometry) -> Segments:
         return Segments.of(*self.x.shape[:2], tile.segment, self.cu_seqlens)

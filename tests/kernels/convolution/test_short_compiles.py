@@ -5,7 +5,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton")
 short = pytest.importorskip("retnet.kernels.convolution.short")
@@ -47,7 +46,7 @@ def compiled(kernel, constants: dict, capability: int):
 def test_a_kernel_compiles_and_does_not_spill(kernel, W, absent, packed, capability, tmp_path):
     import triton.backends.nvidia as nvidia
 
-    tile = geometry(torch.bfloat16, W, 8192, 4096, backward=kernel is short._backward_kernel)
+    tile = geometry(W, 8192, 4096, backward=kernel is short._backward_kernel)
     shapes = {
         "UNIT": 8, "C": 4096, "W": W, "BC": tile.channels, "L": tile.segment, "ROWS": tile.rows, "ACTIVATION": "silu",
         "PACKED": packed,
