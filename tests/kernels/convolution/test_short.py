@@ -186,7 +186,10 @@ def test_slices_at_any_offset_of_any_width_agree_with_the_definition(C, W, offse
     y, final = by_definition(*wide, None, "silu")
     expected = [y, final, *torch.autograd.grad(y, wide, dy.double())]
     for name, a, b in zip(NAMES, by_kernels([x, weight, bias, recent], None, dy, None), expected, strict=True):
-        assert (a.double() - b).norm() <= (torch.finfo(dtype).eps / 2 + 2e-6) * b.norm(), name
+        size = b.norm()
+        if name in ("dweight", "dbias"):  # sums over tokens may cancel: their error is of the size of their terms
+            size = max(size, (B * T * b.numel()) ** 0.5)
+        assert (a.double() - b).norm() <= torch.finfo(dtype).eps / 2 * b.norm() + 2e-6 * size, name
 
 
 @pytest.mark.gpu
