@@ -55,6 +55,7 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     )
     app.state.service, app.state.settings = service, settings
     app.state.sessions, app.state.metrics, app.state.constraints = sessions, Metrics(service), constraints
+    app.state.metrics.measures.append(lambda: metrics.session_metrics(sessions))
     app.state.chat = form
     add_error_handlers(app)
     keys = None if settings.api_key_file is None else ApiKeys.read(settings.api_key_file)

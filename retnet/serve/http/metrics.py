@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from retnet.serve.http.record import Record
 from retnet.serve.http.service import Service
+from retnet.serve.http.session_store import SessionStore
 from retnet.serve.http.stream import Stream
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -123,6 +124,17 @@ def _engine_metrics(service: Service) -> Iterable[Metric]:
         for reason, count in sorted(prefix.misses.items()):
             misses.add_metric([reason], count)
         yield misses
+
+
+def session_metrics(store: SessionStore) -> Iterable[Metric]:
+    """How many sessions there are, and what they take."""
+    gauges = {
+        "sessions": ("Sessions.", len(store)),
+        "session_memory_bytes": ("Memory of the sessions' states.", store.memory_used),
+        "session_disk_bytes": ("Disk that the sessions take.", store.disk_used),
+    }
+    for name, (text, value) in gauges.items():
+        yield GaugeMetricFamily(f"retnet_{name}", text, value)
 
 
 @router.get("/metrics", include_in_schema=False)

@@ -66,6 +66,15 @@ def test_a_session_tells_its_messages_where_they_are_asked_for():
         assert client.get(f"/v1/sessions/{silent}?messages=true").json()["messages"] is None
 
 
+def test_metrics_count_sessions_and_their_bytes():
+    with server() as client:
+        size = client.get(f"/v1/sessions/{kept(client)}").json()["bytes"]
+        text = client.get("/metrics").text
+        assert "retnet_sessions 1.0" in text
+        assert f"retnet_session_memory_bytes {float(size)}" in text
+        assert "retnet_session_disk_bytes 0.0" in text
+
+
 def test_sessions_are_listed_in_pages():
     with server() as client:
         ids = {kept(client) for _ in range(3)}
