@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from retnet.serve.http.logprobs import TokenNames, completion_logprobs, joined, prompt_logprobs
+from retnet.serve.http.off_loop import off_loop
 from retnet.serve.http.output import Delta, Output
 from retnet.serve.http.service import Service
 from retnet.serve.http.session_use import SessionUse
 from retnet.serve.http.sse import DONE, event
 from retnet.serve.http.usage import Usage, usage_of
 
+LOGPROB_SIZE = 20  # of the log-probabilities of a token, beside the token's own
 _json = json.JSONEncoder().encode
 
 
@@ -81,7 +83,7 @@ class Answer:
         for choice in self.choices:
             entry = self._entry(choice, await choice.output.whole())
             if self.echo:
-                prompt = self._prompt_entry(choice)
+                prompt = await self._prompt_entry(choice)
                 entry["text"] = prompt["text"] + entry["text"]
                 if self.logprobs:
                     entry["logprobs"] = joined(prompt["logprobs"], entry["logprobs"])
@@ -97,7 +99,7 @@ class Answer:
             async for choice, delta in deltas:
                 if choice.index in unheard:
                     unheard.remove(choice.index)
-                    yield self._event(self._prompt_entry(choice))
+                    yield self._event(await self._prompt_entry(choice))
                 if delta.finish_reason is not None:
                     yield self._event(self._entry(choice, delta), await self._kept(choice))
                 elif delta.tokens or self.continuous_usage:
@@ -136,16 +138,19 @@ class Answer:
             entry["logprobs"] = completion_logprobs(delta.tokens, self._names, before)
         return entry
 
-    def _prompt_entry(self, choice: Choice) -> dict[str, Any]:
+    async def _prompt_entry(self, choice: Choice) -> dict[str, Any]:
         """The prompt of a choice, as an entry of `choices`."""
-        prompt, logprobs = choice.prompt, None
+        prompt = choice.prompt
+        entry = {"index": choice.index, "text": self._shown(prompt), "logprobs": None, "finish_reason": None}
         if self.logprobs:
-            reported = choice.output.stream.generation.prompt_logprobs
-            unread = len(prompt.tokens) - len(reported)  # 1 where the first token replaced the last of a session
-            reported = [*[None] * unread, *reported][prompt.begin :]
-            tokens = prompt.tokens[prompt.begin :]
-            logprobs = prompt_logprobs(tokens, reported, self.service.tokenizer, self._names)
-        return {"index": choice.index, "text": self._shown(prompt), "logprobs": logprobs, "finish_reason": None}
+            entry["logprobs"] = await off_loop(LOGPROB_SIZE * len(prompt.tokens), self._prompt_logprobs, choice)
+        return entry
+
+    def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
+        prompt, reported = choice.prompt, choice.output.stream.generation.prompt_logprobs
+        unread = len(prompt.tokens) - len(reported)  # the first replaced the token that ended a session's output
+        scored = [*[None] * unread, *reported][prompt.begin :]
+        return prompt_logprobs(prompt.tokens[prompt.begin :], scored, self.service.tokenizer, self._names)
 
     def _shown(self, prompt: Prompt) -> str:
         return self.service.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text

@@ -6,7 +6,6 @@ as they are.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -20,6 +19,7 @@ from retnet.serve.http.constraints import Constraints, constraint_of
 from retnet.serve.http.errors import ApiError
 from retnet.serve.http.fields import MAX_CHOICES, SamplingFields, check_tokens, wrong
 from retnet.serve.http.json_body import JsonRoute
+from retnet.serve.http.off_loop import off_loop
 from retnet.serve.http.output import Output
 from retnet.serve.http.refused import REFUSED, Refusals
 from retnet.serve.http.service import Service
@@ -29,7 +29,8 @@ from retnet.serve.request import Request as EngineRequest
 from retnet.serve.stopping import CONTEXT
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI's
-LONG_TEXT = 20_000  # characters, from which tokenising would hold up the event loop for milliseconds
+MAX_TOKENS = 2**24  # of all prompts, each counted n times: they are held in memory
+MAX_LOGPROBS = 2**19  # of one response
 PROMPT_TYPES = str | list[str] | list[int] | list[list[int]]
 
 router = APIRouter(route_class=JsonRoute, tags=["completions"])
@@ -97,6 +98,12 @@ class CompletionBody(SamplingFields):
                 400, f"session_id with {len(self.prompt)} prompts; accepted: one prompt, its new text", param="prompt"
             )
 
+    def num_logprobs(self, num_prompt: int, max_new_tokens: int) -> int:
+        """Log-probabilities of one choice, for a prompt of so many tokens."""
+        if self.logprobs is None:
+            return 0
+        return (max_new_tokens + (num_prompt if self.echo else 0)) * (1 + self.logprobs)
+
 
 EXAMPLE = {
     "id": "cmpl-0f2a",
@@ -153,20 +160,26 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 async def submit(body: CompletionBody, service: Service, use: SessionUse, constraints: Constraints) -> list[Choice]:
     """Queue the requests of all choices, or none. Choice i of prompt p has the index p n + i."""
     stops, wanted = body.stops(service), body.logprobs
-    options: dict[str, Any] = {"prefix_group": use.prefix_group, "keep_state": use.keeps}
+    options: dict[str, Any] = {"prefix_group": use.prefix_group, "keep_state": use.keeps, "logprobs": wanted}
     if body.echo and wanted is not None:
         options["prompt_logprobs"] = wanted
     constraint = constraint_of(body.response_format, body.structured_outputs)
     if constraint is not None:
         options["grammar"] = await constraints.compile(constraint)
     requests: list[tuple[Prompt, EngineRequest]] = []
+    num_tokens = num_logprobs = 0
     for given in body.prompt:
         prompt = await read_prompt(given, service, use)
         most = body.new_tokens(use.num_tokens, service, DEFAULT_MAX_TOKENS)
+        num_tokens += body.choices * len(prompt.tokens)
+        num_logprobs += body.choices * body.num_logprobs(len(prompt.tokens), most)
+        check_size(num_tokens, num_logprobs)
         if body.repetition_penalty not in (None, 1):
             options["counted"] = counted(prompt, use, service.tokenizer.document_start)
         for i in range(body.choices):
-            made = body.to_request(use.prompt, most, service, stops, choice=i, logprobs=wanted, **options)
+            made = await off_loop(
+                len(use.prompt), body.to_request, use.prompt, most, service, stops, choice=i, **options
+            )
             requests.append((prompt, made))
     choices: list[Choice] = []
     try:
@@ -181,6 +194,21 @@ async def submit(body: CompletionBody, service: Service, use: SessionUse, constr
             choice.output.stream.cancel()
         raise
     return choices
+
+
+def check_size(num_tokens: int, num_logprobs: int) -> None:
+    """Raise ApiError for a request that would take too much of the host's memory."""
+    if num_tokens > MAX_TOKENS:
+        raise ApiError(
+            400, f"the prompts have {num_tokens} tokens, each counted n times; accepted: {MAX_TOKENS}", param="prompt"
+        )
+    if num_logprobs > MAX_LOGPROBS:
+        raise ApiError(
+            400,
+            f"the response could have {num_logprobs} log-probabilities; accepted: {MAX_LOGPROBS}, with fewer tokens, "
+            "choices or logprobs",
+            param="logprobs",
+        )
 
 
 async def read_prompt(given: str | list[int], service: Service, use: SessionUse) -> Prompt:
@@ -205,9 +233,8 @@ def counted(prompt: Prompt, use: SessionUse, start: int) -> set[int]:
 
 
 async def encoded(text: str, service: Service) -> Sequence[int]:
-    """The tokens of a text; of a long one in another thread."""
-    encode = service.tokenizer.encode
+    """The tokens of a text."""
     try:
-        return encode(text) if len(text) < LONG_TEXT else await asyncio.to_thread(encode, text)
+        return await off_loop(len(text), service.tokenizer.encode, text)
     except ValueError as error:
         raise ApiError(400, f"prompt: {error}", param="prompt") from error

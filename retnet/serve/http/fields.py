@@ -22,7 +22,7 @@ from retnet.serve.request import Request
 from retnet.system.checks import quoted
 
 MAX_CHOICES = 128  # of one HTTP request: prompts times n
-MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # strings, and characters of each
+MAX_STOPS, MAX_STOP_LENGTH = 64, 4096  # strings, and characters of all of them
 MAX_BIASES = 4096
 MAX_LABELS, MAX_LABEL_LENGTH = 16, 512
 SMALLEST_TEMPERATURE = 1e-6  # below it the likeliest token is as good as certain
@@ -47,9 +47,13 @@ def _stop_strings(given: Any) -> list[str]:
     if (
         not isinstance(strings, list)
         or len(strings) > MAX_STOPS
-        or not all(isinstance(string, str) and 0 < len(string) <= MAX_STOP_LENGTH for string in strings)
+        or not all(isinstance(string, str) and string for string in strings)
+        or sum(map(len, strings)) > MAX_STOP_LENGTH
     ):
-        raise wrong(f"a string of 1 to {MAX_STOP_LENGTH} characters, or a list of at most {MAX_STOPS} of them")
+        raise wrong(
+            f"a string of 1 or more characters, or a list of at most {MAX_STOPS} of them, of at most {MAX_STOP_LENGTH} "
+            "characters together"
+        )
     return strings
 
 
@@ -131,8 +135,8 @@ class SamplingFields(BaseModel):
     )
     stop: Annotated[list[str], PlainValidator(_stop_strings, json_schema_input_type=str | list[str])] | None = Field(
         None,
-        description=f"Strings that end the text and are left out of it, at most {MAX_STOPS}. The spelling of a special "
-        "token also stands for the token.",
+        description=f"Strings that end the text and are left out of it, at most {MAX_STOPS}, of at most "
+        f"{MAX_STOP_LENGTH} characters together. The spelling of a special token also stands for the token.",
         examples=["\n\n"],
     )
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = Field(

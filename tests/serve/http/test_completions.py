@@ -90,6 +90,7 @@ def chunks(client: TestClient, **fields) -> list[dict]:
         ({"stop": 3}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["a"] * 65}, "stop"),
+        ({"stop": ["a" * 2049, "b" * 2048]}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"logit_bias": {"five": 1}}, "logit_bias"),
@@ -229,6 +230,18 @@ def test_the_servers_own_limits_are_named():
         assert "at most 20" in error["message"]
         error = refusal(client, prompt=["a"] * 30)
         assert "30 choices; accepted: 20" in error["message"]  # 4 slots and 16 that wait
+
+
+def test_a_response_of_too_much_memory_is_refused():
+    with tiny_server(max_tokens=None) as client:
+        error = refusal(client, prompt="x" * 30_000, echo=True, logprobs=20, max_tokens=1)
+        assert error["param"] == "logprobs"
+        assert str(21 * 30_002) in error["message"]
+        error = refusal(client, max_tokens=30_000, logprobs=0, n=18)
+        assert error["param"] == "logprobs"
+        error = refusal(client, prompt="x" * 900_000, n=20)
+        assert error["param"] == "prompt"
+        assert str(20 * 900_001) in error["message"]
 
 
 def test_both_names_of_the_token_limit_are_taken(client):
