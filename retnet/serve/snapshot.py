@@ -13,8 +13,8 @@ that is truncated, changed, or of another model is refused: continuing a wrong s
 import json
 import math
 from array import array
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -78,6 +78,30 @@ class Snapshot:
                 f"state is at position {positions[0]} and there are {len(self.tokens)} tokens; accepted: one sequence "
                 "that has read all of them but the last"
             )
+
+    def common(self, context: Sequence[int]) -> int:
+        """How many of the tokens that the state has read a context begins with."""
+        read = self.tokens[:-1]
+        begins = array("i", context[: len(read)])
+        if begins == read:
+            return len(read)
+        return next((i for i, (a, b) in enumerate(zip(begins, read, strict=False)) if a != b), len(begins))
+
+    def begin_of(self, context: Sequence[int]) -> "tuple[Snapshot, Sequence[int]] | None":
+        """This state as the beginning of a context, and the tokens to read after it; None if it is not its beginning.
+
+        The last token is not in the state yet, so the context may have another one in its place.
+        """
+        read = len(self.tokens) - 1
+        if len(context) <= read or self.common(context) < read:
+            return None
+        return self.ending_with(context[read]), context[read + 1 :]
+
+    def ending_with(self, token: int) -> "Snapshot":
+        """The same state, before another last token."""
+        if token == self.tokens[-1]:
+            return self
+        return replace(self, tokens=array("i", [*self.tokens[:-1], token]), output_start=None)
 
     @property
     def nbytes(self) -> int:

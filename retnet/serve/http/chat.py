@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator
 
 from retnet.models.decode.sampling import TOP_LOGPROBS
-from retnet.serve.grammar import Grammar
 from retnet.serve.http.chat_answer import ChatAnswer, ChatChoice
 from retnet.serve.http.chat_template import ChatTemplate, TemplateError, find_chat_template
 from retnet.serve.http.completion_answer import Prompt
@@ -173,9 +172,10 @@ async def chat(body: ChatBody, request: Request) -> Response:
     wanted = _constraint(body, tools)
     use = await SessionUse.open(app.state.sessions, service, request.state.key, body, outputs=body.choices)
     messages = use.messages + [message.for_template() for message in body.messages]
-    await use.go_on_with(await _encoded(form.template, body, messages, tools, use))
+    tokens, counted = await _encoded(form.template, body, messages, tools, use)
+    await use.go_on_with(tokens)
     grammar = None if wanted is None else await app.state.constraints.compile(wanted)
-    choices = await _submit(body, service, form, use, tools, grammar)
+    choices = await _submit(body, service, form, use, tools, grammar=grammar, counted=counted)
     answer = ChatAnswer(
         service,
         choices,
@@ -213,25 +213,32 @@ def _constraint(body: ChatBody, tools: ToolUse) -> Constraint | None:
 
 async def _encoded(
     template: ChatTemplate, body: ChatBody, messages: list[dict[str, Any]], tools: ToolUse, use: SessionUse
-) -> list[int]:
-    """The tokens of the conversation, written in another thread: a template may take long."""
-    known = () if use.session is None else use.session.snapshot.tokens
-    try:
-        tokens = await asyncio.to_thread(
-            template.encode,
+) -> tuple[list[int], list[int] | None]:
+    """The tokens of the conversation, and those of them that the repetition penalty counts, if there is one.
+
+    Written in another thread: a template may take long.
+    """
+
+    def encode() -> tuple[list[int], list[int] | None]:
+        tokens = template.encode(
             messages,
             tools.for_template(),
             add_generation_prompt=body.add_generation_prompt is not False,
             continue_final_message=bool(body.continue_final_message),
-            known=known,
+            known=() if use.session is None else use.session.snapshot.tokens,
             **(body.chat_template_kwargs or {}),
         )
+        penalised = body.repetition_penalty not in (None, 1)
+        return tokens, template.tokens_of_texts(messages) if penalised else None
+
+    try:
+        tokens, counted = await asyncio.to_thread(encode)
     except TemplateError as error:
         raise ApiError(400, str(error), param="messages", code="chat_template") from error
     except ValueError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from error
     check_tokens(tokens, use.service.vocab_size, "messages")
-    return tokens
+    return tokens, counted
 
 
 async def _submit(
@@ -240,14 +247,14 @@ async def _submit(
     form: ChatFormat,
     use: SessionUse,
     tools: ToolUse,
-    grammar: Grammar | None,
+    **options: Any,
 ) -> list[ChatChoice]:
-    """Queue the requests of all answers, or none."""
+    """Queue the requests of all answers, or none. options: fields of the engine's request."""
     own = body.stops(service)
     stops = replace(own, strings=tuple(dict.fromkeys((*own.strings, *form.stops))))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     most = body.new_tokens(use.num_tokens, service, DEFAULT_MAX_TOKENS)
-    options: dict[str, Any] = {"prefix_group": use.prefix_group, "keep_state": use.keeps, "grammar": grammar}
+    options |= {"prefix_group": use.prefix_group, "keep_state": use.keeps}
     ends = {} if body.ignore_eos else dict.fromkeys(form.ends, "")
     all_stops = Stops(stops.strings, {**ends, **own.tokens})
     choices: list[ChatChoice] = []

@@ -128,6 +128,11 @@ class ChatTemplate:
                 return [*begin, *self.tokenizer.encode_parts([start, *rest])[1:]]
         return self.tokenizer.encode_parts([start, *text]) if first else [start, *self.tokenizer.encode_parts(text)]
 
+    def tokens_of_texts(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The different tokens that the texts of messages have by themselves, without those of the template."""
+        texts = [message["content"].encode() for message in messages if isinstance(message.get("content"), str)]
+        return sorted({int(token) for tokens in self.tokenizer.encode_batch(texts) for token in tokens})
+
     @cached_property
     def turn_end(self) -> int | None:
         """The special token that the template writes after an answer, if it writes one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -86,9 +85,9 @@ class SessionUse:
             return
         snapshot = self.session.snapshot
         if text and self.session.record.ended:
-            await self._continue(snapshot, text[0], text[1:])
+            await self._continue(snapshot.ending_with(text[0]), text[1:])
         else:
-            await self._continue(snapshot, snapshot.tokens[-1], text)
+            await self._continue(snapshot, text)
 
     async def go_on_with(self, context: Sequence[int]) -> None:
         """Continue with the tokens of the whole conversation: from the session's state if that begins in the same way.
@@ -99,13 +98,14 @@ class SessionUse:
         if self.session is None:
             return
         snapshot = self.session.snapshot
-        read = len(snapshot.tokens) - 1
-        begins = array("i", context[:read])
-        if begins == snapshot.tokens[:read] and len(context) > read:
-            await self._continue(snapshot, context[read], context[read + 1 :])
+        begun = snapshot.begin_of(context)
+        if begun is not None:
+            await self._continue(*begun)
             return
-        common = next((i for i, (a, b) in enumerate(zip(begins, snapshot.tokens)) if a != b), len(begins))
-        self.not_reused = f"only the first {common} of the session's {read + 1} tokens begin the conversation"
+        self.not_reused = (
+            f"only the first {snapshot.common(context)} of the session's {len(snapshot.tokens)} tokens begin the "
+            "conversation"
+        )
 
     async def keep(self, generation: Generation, messages: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
         """Keep the state of a finished generation if that was asked for; return the response's `session`.
@@ -138,9 +138,7 @@ class SessionUse:
             "not_kept": not_kept,
         }
 
-    async def _continue(self, snapshot: Snapshot, last: int, text: Sequence[int]) -> None:
-        if last != snapshot.tokens[-1]:
-            snapshot = replace(snapshot, tokens=array("i", [*snapshot.tokens[:-1], last]), output_start=None)
+    async def _continue(self, snapshot: Snapshot, text: Sequence[int]) -> None:
         self.after, self.prompt = await on_device(self.service, snapshot), text
 
 

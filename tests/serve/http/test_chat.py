@@ -186,6 +186,18 @@ def test_the_last_message_can_be_continued(client):
     assert open_text == completion(client, "User:\nHello", **fields)["choices"][0]["text"]
 
 
+def test_the_repetition_penalty_counts_texts_and_not_the_template(client, monkeypatch):
+    engine, requests = client.app.state.service.engine, []
+    submit = engine.submit
+    monkeypatch.setattr(
+        engine, "submit", lambda request, after=None: requests.append(request) or submit(request, after)
+    )
+    messages = [{"role": "system", "content": "fox"}, {"role": "user", "content": [{"type": "text", "text": "ox!"}]}]
+    answer(client, messages, max_tokens=1, repetition_penalty=1.5)
+    answer(client, messages, max_tokens=1)
+    assert [set(request.counted or ()) for request in requests] == [set(b"fox!"), set()]
+
+
 def test_template_options_reach_the_template(tmp_path):
     (tmp_path / "t.jinja").write_text("{{ messages[0].content }}{% if thinking is true %} THINK{% endif %}")
     with tiny_server(Settings(chat_template=str(tmp_path / "t.jinja"))) as client:
