@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from retnet.system.sizes import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from retnet.serve.http.service import Service
 
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance", "jinja2")  # of the extra `serve`
 SIZE = "SIZE"
 COMPARED = (8192, 131_072)  # tokens, for the memory of a KV cache
 
@@ -104,21 +106,18 @@ def serve(
 
     Example: retnet serve out/demo --port 8000
     """
-    try:
-        from retnet.serve.http.app import create_app
-        from retnet.serve.http.hosts import is_loopback
-        from retnet.serve.http.launch import EngineOptions, make_service
-        from retnet.serve.http.log import configure_log
-        from retnet.serve.http.run import bound_socket
-        from retnet.serve.http.run import serve as run_server
-        from retnet.serve.http.settings import Settings
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "retnet":
-            raise
-        raise ValueError(
-            f"retnet serve needs the package {error.name.partition('.')[0]}, which is not installed; accepted: "
-            "pip install 'retnet[serve]'"
-        ) from error
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        raise ValueError(f"retnet serve needs {', '.join(missing)}; accepted: pip install 'retnet[serve]'")
+
+    from retnet.serve.http.app import create_app
+    from retnet.serve.http.hosts import is_loopback
+    from retnet.serve.http.launch import EngineOptions, make_service
+    from retnet.serve.http.log import configure_log
+    from retnet.serve.http.run import bound_socket
+    from retnet.serve.http.run import serve as run_server
+    from retnet.serve.http.settings import Settings
+
     if api_key_file is None and not allow_public and not is_loopback(host):
         raise ValueError(
             f"--host {host} lets other machines in, and there are no API keys; accepted: --api-key-file FILE, or "

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from retnet.serve.http.record import RECORD
 from retnet.system.checks import quoted
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -66,6 +67,11 @@ class ApiError(Exception):
         """The body of the response, and of an error event in a stream."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
+    @property
+    def kind(self) -> str:
+        """The error in one word for logs: its code, otherwise its type. The message may quote what a client sent."""
+        return self.code or self.type
+
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
 
@@ -87,15 +93,18 @@ def validation_error(errors: list[dict[str, Any]]) -> ApiError:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Make every error of the application an ApiError's response."""
+    """Make every error of the application an ApiError's response, and name it in the record of its request."""
 
     async def own(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
+        record = RECORD.get()
+        if record is not None:
+            record.error = error.kind
         return error.response()
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return validation_error(list(error.errors())).response()
+        return await own(request, validation_error(list(error.errors())))
 
     async def routing(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -79,7 +79,7 @@ class Guard:
         try:
             error = await self._error_of(scope, exchange, record)
             if error is not None:
-                record.error = error.message if error.status >= 500 else error.code
+                record.error = error.kind
                 await exchange.fail(error)
         finally:
             exchange.close()

@@ -1,0 +1,41 @@
+"""Launching a server."""
+
+from __future__ import annotations
+
+import pytest
+
+from retnet.data.tokenizer import ByteTokenizer
+from retnet.serve.http.launch import EngineOptions, make_service
+from retnet.serve.http.service import Service
+from retnet.serve.http.settings import GIB, Settings
+from tests.small_models import BYTES, small_model
+
+
+def service_of(options: EngineOptions, stack: str = "retention") -> Service:
+    return make_service(small_model(stack, **BYTES), ByteTokenizer(), "tiny", options, Settings())
+
+
+def test_by_default_a_cpu_has_four_slots_any_length_and_a_prefix_cache():
+    engine = service_of(EngineOptions()).engine
+    assert (engine.pool.num_slots, engine.pool.max_tokens) == (4, None)
+    assert engine.prefixes is not None
+    assert engine.prefixes.budget_bytes == GIB
+
+
+def test_a_model_whose_cache_grows_gets_a_context():
+    assert service_of(EngineOptions(), "hybrid").context_limit == 8192
+    assert service_of(EngineOptions(max_tokens=100), "hybrid").context_limit == 100
+
+
+def test_the_options_reach_the_engine():
+    one = service_of(EngineOptions(slots=8, max_tokens=64, prefix_cache=0, deferred_writes=16)).engine
+    assert (one.pool.num_slots, one.pool.max_tokens, one.prefixes) == (8, 64, None)
+    assert any(ring is not None for ring in one.pool.deferred or ())
+    other = service_of(EngineOptions(memory=13 * service_of(EngineOptions()).engine.pool.cost.total)).engine
+    assert other.pool.num_slots == 12
+    assert service_of(EngineOptions(speculate=3)).engine.drafter is not None
+
+
+def test_options_that_the_engine_refuses_are_told():
+    with pytest.raises(ValueError, match="1 or a multiple of 4"):
+        service_of(EngineOptions(slots=5))
