@@ -48,6 +48,16 @@ def test_the_benchmark_of_sessions_continues_them_from_disk_and_from_memory(tmp_
     assert {row["what"] for row in rows(file)} == {"whole prompt", "from disk", "from memory", "message alone"}
 
 
+def test_the_benchmark_of_a_server_loads_it_beside_its_engine_and_sheds_what_is_too_much(tmp_path):
+    file = tmp_path / "points.csv"
+    words = ["--streams", 2, "--slots", 1, "--prompt", 4, "--tokens", 8, "--seconds", 1, "--clients", 2]
+    done = run("bench_serve", "--model", "retnet-tiny", *words, "--overload", 6, "--csv", file)
+    assert done.returncode == 0, done.stderr
+    measured = {(row["implementation"], row["what"]) for row in rows(file)}
+    assert {("engine", "token"), ("http", "token"), ("http", "first token p99"), ("http", "event loop")} <= measured
+    assert any("refused" in row["note"] for row in rows(file))
+
+
 def test_the_loss_benchmark_writes_a_row_per_implementation(tmp_path):
     file = tmp_path / "points.csv"
     done = run("bench_loss", "--tokens", 64, "--width", 32, "--vocab", 300, "--dtype", "float32", "--csv", file)
