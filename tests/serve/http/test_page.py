@@ -138,21 +138,11 @@ def test_the_page_starts_in_chromium():
 
 @pytest.mark.slow
 def test_the_wheel_has_every_file_of_the_page(tmp_path):
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    if subprocess.run([sys.executable, "-c", "import hatchling"], capture_output=True).returncode:
-        pytest.skip("hatchling is not installed here; pip needs it to build without the network")
-    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    if "No matching distribution found for hatchling" in done.stderr:
+        pytest.skip("the build backend cannot be fetched here")
+    assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = {name.rpartition("/")[2] for name in archive.namelist() if "/serve/http/page/" in name}

@@ -136,6 +136,7 @@ def test_everything_is_done_by_the_keyboard(browser, server):
         page.keyboard.press("Enter")
         page.locator("#send").wait_for()
         assert len(guest.sent("/v1/chat/completions")) == 3
+        until(page, "document.activeElement.id === 'composer'")
         page.locator("#open-settings").focus()
         page.keyboard.press("Enter")
         assert probe(page, "focused") == "setting-temperature"

@@ -415,7 +415,21 @@ def test_a_reply_that_breaks_off_keeps_its_text_and_says_so(browser, server, how
             assert reply.locator(".text").inner_text() == "a part"
         page.reload()
         page.locator("#conversation-list .entry:not(.other)").first.click()
-        assert page.evaluate("document.querySelectorAll('.error button').length") <= 1
+        assert told in messages(page).nth(1).get_by_role("alert").inner_text()
+
+
+def test_a_page_that_is_closed_while_a_reply_is_written_keeps_the_part(browser, server):
+    with visit(browser, server.url, settings=ENDLESS) as guest:
+        page = guest.open()
+        page.locator("#composer").fill("go on")
+        page.keyboard.press("Enter")
+        until(page, "document.querySelectorAll('.assistant .text')[0]?.textContent.length > 100")
+        page.reload()
+        wait_until_idle(page)
+        page.locator("#conversation-list .entry:not(.other)").first.click()
+        assert len(messages(page).nth(1).locator(".text").text_content()) > 100
+        told = messages(page).nth(1).inner_text()  # by the page that ends, or by the one that finds it
+        assert "The connection broke off." in told or "broken off when the page was closed" in told
 
 
 def test_the_key_is_asked_for_and_kept_in_the_tab_alone(browser, tmp_path):
@@ -454,6 +468,12 @@ def test_the_key_is_asked_for_and_kept_in_the_tab_alone(browser, tmp_path):
         other.get_by_role("button", name="Cancel").click()
         other.locator("#offline:not([hidden])").wait_for()
         assert "key" in other.locator("#offline").inner_text()
+        other.wait_for_timeout(2500)  # the page asks for the engine's state again, but not for the key
+        assert other.get_by_role("dialog").count() == 0
+        other.get_by_role("button", name="Try again").click()
+        other.get_by_role("dialog").get_by_label("API key").fill(key)
+        other.keyboard.press("Enter")
+        until(other, "document.getElementById('offline').hidden")
 
 
 def test_a_reply_goes_on_while_another_conversation_is_shown(browser, server):

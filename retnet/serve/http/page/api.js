@@ -3,6 +3,7 @@
 const KEY = "retnet.key";
 let askForKey = async () => false;
 let asking = null;
+let declined = false; // the user closed the dialog: requests of the page's own do not open it again
 
 /** What asks the user for a key: a function of the refusal's message that resolves to whether one was given. */
 export function onMissingKey(ask) {
@@ -11,6 +12,7 @@ export function onMissingKey(ask) {
 
 export function setKey(key) {
   sessionStorage.setItem(KEY, key);
+  declined = false;
 }
 
 export class ApiError extends Error {
@@ -24,7 +26,7 @@ export class ApiError extends Error {
     if (this.code === "context_length_exceeded") return "Fork at an earlier message, or start a new conversation.";
     if (this.code === "no_chat_template") return "Use the Completion view, which needs none.";
     if (this.status === 0) return "Check that the server is running, then try again.";
-    if (this.status === 401) return "Try again to enter a key.";
+    if (this.status === 401) return "The server serves those who have a key alone.";
     if (this.status === 429) {
       return this.retryAfter ? `Try again in ${this.retryAfter} s.` : "Try again in a moment.";
     }
@@ -33,8 +35,11 @@ export class ApiError extends Error {
   }
 }
 
-/** A response of the server; raises ApiError for a refusal. Relative paths work behind a proxy's prefix, too. */
-export async function request(path, { method = "GET", json, body, signal, headers = {} } = {}) {
+/**
+ * A response of the server; raises ApiError for a refusal. Relative paths work behind a proxy's prefix, too.
+ * timeout: ms for each attempt. background: the user did not ask for it, so that a missing key is not asked for again once that was declined.
+ */
+export async function request(path, { method = "GET", json, body, signal, headers = {}, timeout, background = false } = {}) {
   for (;;) {
     const used = sessionStorage.getItem(KEY);
     const sent = { Accept: "application/json, text/event-stream", ...headers };
@@ -44,14 +49,14 @@ export async function request(path, { method = "GET", json, body, signal, header
       method,
       headers: sent,
       body: json === undefined ? body : JSON.stringify(json),
-      signal,
+      signal: timeout ? AbortSignal.timeout(timeout) : signal,
       cache: "no-store",
       credentials: "omit",
       redirect: "error",
     });
     if (response.ok) return response;
     const error = await errorOf(response);
-    if (error.status !== 401 || !(await gotKey(used, error.message))) throw error;
+    if (error.status !== 401 || (background && declined) || !(await gotKey(used, error.message))) throw error;
   }
 }
 
@@ -73,7 +78,7 @@ async function reach(url, options) {
     return await fetch(url, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The server cannot be reached.");
+    throw new ApiError(error.name === "TimeoutError" ? "The server does not answer." : "The server cannot be reached.");
   }
 }
 
@@ -81,7 +86,9 @@ async function reach(url, options) {
 async function gotKey(used, message) {
   if (sessionStorage.getItem(KEY) !== used) return true;
   asking ??= askForKey(used ? message : "").finally(() => (asking = null));
-  return asking;
+  const given = await asking;
+  declined = !given;
+  return given;
 }
 
 async function errorOf(response) {

@@ -33,7 +33,8 @@ export function start() {
   $("delete-conversation").addEventListener("click", remove);
   $("download-state").addEventListener("click", download);
   conversations.start(open, (each) => runs.has(each.id));
-  show_(store.newConversation());
+  addEventListener("pagehide", () => runs.forEach((run) => store.save(run.conversation)));
+  display(store.newConversation());
   engine.watch((state) => state && welcome());
 }
 
@@ -46,12 +47,12 @@ export function stop() {
 /** Opens a conversation; null for a new one. */
 function open(chosen) {
   location.hash = "#chat";
-  show_(chosen && runs.has(chosen.id) ? runs.get(chosen.id).conversation : chosen ?? store.newConversation());
+  display(chosen && runs.has(chosen.id) ? runs.get(chosen.id).conversation : chosen ?? store.newConversation());
   dispatchEvent(new CustomEvent("opened"));
   $("composer").focus();
 }
 
-function show_(chosen) {
+function display(chosen) {
   conversation = chosen;
   elements.clear();
   $("messages").replaceChildren();
@@ -146,17 +147,19 @@ async function reply() {
     if (error.name === "AbortError") announce("Stopped");
     else {
       message.finish = "error";
-      message.error = error;
+      message.error = { message: error.message, advice: error.advice };
       if (mine === conversation) settings.explain(error);
     }
   } finally {
     cancelAnimationFrame(frame);
+    const refocus = document.activeElement === $("stop");
     runs.delete(mine.id);
     mine.updated = Date.now();
     if (!mine.deleted) saveAs(mine);
     draw(message);
     refresh();
     follow();
+    if (refocus) $("composer").focus();
   }
 }
 
@@ -211,15 +214,14 @@ function actions(message) {
   if (!busy && message.role === "user") buttons.push(button("Edit", () => edit(message)));
   if (!busy && message.role === "assistant" && last && !message.error) buttons.push(button("Regenerate", regenerate));
   if (!busy && message.role !== "system") buttons.push(button("Fork here", () => fork(message)));
-  const figures = message.stats || message.finish ? h("p", { class: "stats" }, figuresOf(message)) : null;
+  const figures = message.role === "assistant" && !writing ? h("p", { class: "stats" }, figuresOf(message)) : null;
   const error = message.error && errorBox(message.error, last && !busy ? regenerate : null);
   foot.replaceChildren(...[error, figures, !writing && buttons.length ? h("div", { class: "actions" }, buttons) : null].filter(Boolean));
 }
 
-function figuresOf({ stats, finish, role }) {
-  if (role !== "assistant") return "";
-  const ended = { length: "ended at the most new tokens", stopped: "stopped; this part has no stored state", error: "" }[finish] ?? "";
-  if (!stats) return ended;
+function figuresOf({ stats, finish }) {
+  const ended = { length: "ended at the most new tokens", stopped: "stopped; this part has no stored state" }[finish] ?? "";
+  if (!stats) return finish ? ended : "broken off when the page was closed";
   const reuse = stats.reused
     ? `${count(stats.reused)} of ${tokens(stats.prompt)} before it reused`
     : `all ${tokens(stats.prompt)} before it read`;
@@ -300,7 +302,7 @@ async function fork(message) {
   const { role, session, tokens: read } = conversation.messages.at(-1);
   if (role === "user") {
     $("composer").value = conversation.messages.pop().content;
-    show_(conversation);
+    display(conversation);
   }
   const state = session ? `with a state of ${tokens(read)}, so that none of them is read again` : "without a stored state, so that its text is read again";
   notice(`Forked from “${origin}” ${state}.`);
@@ -321,7 +323,7 @@ async function forkBefore(length) {
     }
   }
   const copy = store.newConversation(messages, `${conversations.nameOf(source)} (fork)`);
-  show_(copy);
+  display(copy);
   if (messages.length) save();
   refresh();
 }

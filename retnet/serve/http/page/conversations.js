@@ -38,7 +38,7 @@ export function note(text) {
 export async function refreshOthers() {
   try {
     const known = new Set(store.conversations().flatMap(statesOf));
-    others = (await sessions.list()).filter((session) => !known.has(session.id)).slice(0, 50);
+    others = (await sessions.list()).filter((session) => session.usable && !known.has(session.id)).slice(0, 50);
   } catch {
     others = []; // the view of the engine says that the server cannot be reached
   }

@@ -35,10 +35,13 @@ export function setContextLength(n) {
   if (visible && latest) drawMemory();
 }
 
+/** Asks again at once, after the user said so. */
+export const again = () => poll(false);
+
 /** Once per second while the view is shown, otherwise every 5 seconds; never while the tab is hidden. */
 export function start() {
   document.addEventListener("visibilitychange", schedule);
-  return poll();
+  return poll(false);
 }
 
 export function setVisible(shown) {
@@ -51,12 +54,12 @@ function schedule() {
   clearTimeout(timer);
   if (document.hidden) return;
   const wait = failures ? Math.min(15000, 1000 * 2 ** failures) : visible ? 1000 : 5000;
-  timer = setTimeout(poll, wait);
+  timer = setTimeout(poll, wait, true);
 }
 
-async function poll() {
+async function poll(background) {
   try {
-    latest = await getJson("v1/engine", { signal: AbortSignal.timeout(10000) });
+    latest = await getJson("v1/engine", { timeout: 10000, background });
     failures = 0;
     samples.push({ at: latest.time_s, generated: latest.tokens.generated, prompt: latest.tokens.prompt });
     while (samples[0].at < latest.time_s - SHOWN_S - 5 || samples[0].at > latest.time_s) samples.shift();

@@ -111,7 +111,7 @@ function startKey() {
 function showEngine(state, error) {
   const offline = $("offline");
   offline.hidden = !error;
-  if (error) offline.textContent = `${error.message} ${error.advice ?? ""}`;
+  if (error) $("offline-text").textContent = `${error.message} ${error.advice ?? ""}`;
   if (!state) return;
   document.title = `${state.model.name} · RetNet`;
   $("model-name").textContent = state.model.name;
@@ -128,6 +128,7 @@ function onEscape(event) {
 
 startTheme();
 startKey();
+$("offline-again").addEventListener("click", engine.again);
 settings.start($("settings-form"));
 engine.watch(showEngine);
 chat.start();

@@ -5,7 +5,7 @@ import { getJson, request } from "./api.js";
 const path = (id, rest = "") => `v1/sessions/${encodeURIComponent(id)}${rest}`;
 
 export async function list() {
-  return (await getJson("v1/sessions?limit=100")).data;
+  return (await getJson("v1/sessions?limit=100", { background: true })).data;
 }
 
 /** A session with its messages, if it has any. */
@@ -16,7 +16,7 @@ export const fork = (id) => getJson(path(id, "/fork"), { method: "POST", json: {
 
 /** Deletes sessions that may be gone already; what cannot be deleted expires on the server. */
 export function forget(...ids) {
-  for (const id of ids.filter(Boolean)) request(path(id), { method: "DELETE" }).catch(() => {});
+  for (const id of ids.filter(Boolean)) request(path(id), { method: "DELETE", background: true }).catch(() => {});
 }
 
 export async function download(id, name) {
