@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -350,7 +351,7 @@ def test_a_seed_means_the_same_alone_and_in_a_crowd():
         model = client.app.state.service.engine.model
         cases = [
             {"prompt": prompts[i % 4], "seed": i, "temperature": 0.5 + 0.1 * i, "max_tokens": 10 + 3 * i}
-            for i in range(12)
+            for i in range(8)
         ]
         for i, case in enumerate(cases):
             case |= [{}, {"top_k": 5}, {"top_p": 0.7}, {"presence_penalty": 1.0}][i % 4]
@@ -498,6 +499,41 @@ def test_a_client_that_leaves_frees_every_place(stream, n):
             time.sleep(0.01)
         assert server.service.num_streams == 0
         assert server.service.engine.stats().new_tokens < 400
+
+
+def test_a_request_that_was_left_leaves_the_prefix_cache_right():
+    """Left while it waits, while its prompt is read, and while it generates."""
+    prompt = "The river bends twice before it reaches the town. " * 8
+    options = {"prompt_chunk": 32, "prompt_budget": 32, "prefix_cache_bytes": 10**7, "num_slots": 1}
+    body = {"prompt": prompt, "seed": 4, "max_tokens": 12, "logprobs": 0}
+    with tiny_server(prompt_chunk=32, num_slots=1) as client:
+        [expected] = answer(client, **body)["choices"]
+    for steps in (0, 4, 20):  # the prompt takes 13
+        with live_server(**options) as server:
+            reached, left, calls = threading.Event(), threading.Event(), []
+            ordinary = server.service.engine.step
+
+            def step(reached=reached, left=left, calls=calls, ordinary=ordinary, steps=steps):
+                calls.append(1)
+                if len(calls) > steps:
+                    reached.set()
+                    left.wait(5)
+                return ordinary()
+
+            server.service.engine.step = step
+            data = json.dumps(body | {"max_tokens": 90})
+            with socket.create_connection(("127.0.0.1", server.port)) as leaving:
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
+                head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+                leaving.sendall((head + data).encode())
+                assert reached.wait(5)
+            time.sleep(0.05)  # the server hears of it
+            left.set()
+            with httpx.Client(base_url=server.url) as client:
+                [choice] = client.post("/v1/completions", json=body).json()["choices"]
+            assert choice["text"] == expected["text"]
+            values = (c["logprobs"]["token_logprobs"] for c in (choice, expected))
+            assert all(math.isclose(one, other, abs_tol=1e-4) for one, other in zip(*values, strict=True))
 
 
 def test_a_session_goes_on_and_says_what_was_reused(client):
