@@ -6,7 +6,8 @@ A server with a folder for sessions reads a prompt of `context` tokens once, tim
 several times and as the median: a new server on the same folder continues the session from its file (`from disk`), and
 continues it again from memory (`from memory`). Both send a message of `message` tokens. The file is in the page cache,
 as it was just written. Weights are random; only a preset's shapes matter. Client and server run in one process and
-share its cores. `extra_bytes` is the size of the session's file.
+share its cores. `host_milliseconds` is the processor time of that process meanwhile, which other work on the machine
+does not lengthen. `extra_bytes` is the size of the session's file.
 """
 
 import argparse
@@ -58,18 +59,20 @@ def served(model: LanguageModel, folder: Path) -> Iterator[httpx.Client]:
         thread.join()
 
 
-def first_token(client: httpx.Client, **fields: object) -> tuple[float, dict]:
-    """Milliseconds to the first token of a streamed completion, and its `session`."""
+def first_token(client: httpx.Client, **fields: object) -> tuple[float, float, dict]:
+    """Milliseconds to the first token of a streamed completion, by the clock and of processor time; its `session`."""
     body = {"max_tokens": 2, "temperature": 0, "logprobs": 0, "ignore_eos": True, "stream": True, **fields}
-    begin, taken, session = time.perf_counter(), 0.0, {}
+    begin, busy, session = time.perf_counter(), time.process_time(), {}
+    taken = used = 0.0
     with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise RuntimeError(response.read().decode())
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                taken = taken or 1e3 * (time.perf_counter() - begin)
+                if not taken:
+                    taken, used = 1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - busy)
                 session = json.loads(line[6:]).get("session") or session
-    return taken, session
+    return taken, used, session
 
 
 def measured(options: argparse.Namespace, folder: Path) -> Iterator[Point]:
@@ -79,23 +82,24 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[Point]:
     context, message = ids[: options.context], ids[options.context :]
     case = f"{options.model} {options.context} + {options.message}"
     with served(model, folder) as client:
-        taken, session = first_token(client, prompt=context, keep_session=True)
+        taken, busy, session = first_token(client, prompt=context, keep_session=True)
     [file] = folder.glob("sess_*")
     size = file.stat().st_size
-    yield Point("sessions", case, "server", "whole prompt", taken, note=f"{options.context} tokens read")
-    times: dict[str, list[float]] = {"from disk": [], "from memory": []}
+    note = f"{options.context} tokens read"
+    yield Point("sessions", case, "server", "whole prompt", taken, host_milliseconds=busy, note=note)
+    times: dict[str, list[tuple[float, float]]] = {"from disk": [], "from memory": [], "message alone": []}
     for _ in range(options.repeats):
         with served(model, folder) as client:
             first_token(client, prompt=message)  # warms up the model, and reads no session
-            for where in times:
-                taken, used = first_token(client, prompt=message, session_id=session["id"])
-                if used["reused_tokens"] < options.context:
+            for where, values in times.items():
+                fields = {} if where == "message alone" else {"session_id": session["id"]}
+                taken, busy, used = first_token(client, prompt=message, **fields)
+                if fields and used["reused_tokens"] < options.context:
                     raise RuntimeError(f"the session was not continued: {used}")
-                times[where].append(taken)
-            taken, _ = first_token(client, prompt=message)
-            times.setdefault("message alone", []).append(taken)
+                values.append((taken, busy))
     for where, values in times.items():
-        yield Point("sessions", case, "server", where, statistics.median(values), extra_bytes=size)
+        taken, busy = (statistics.median(column) for column in zip(*values))
+        yield Point("sessions", case, "server", where, taken, host_milliseconds=busy, extra_bytes=size)
 
 
 def main() -> None:

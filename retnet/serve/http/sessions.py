@@ -9,13 +9,17 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.datastructures import State
+from starlette.types import Receive, Scope, Send
 
 from retnet.serve.http.errors import ApiError
+from retnet.serve.http.session_record import Session
 from retnet.serve.http.session_store import Entry, SessionStore
 from retnet.serve.http.session_upload import Uploads
 
 CHUNK = 2**20  # bytes of a file that are sent at a time
 MOST_LISTED = 100
+MOST_DOWNLOADS = 8  # at a time
 OCTETS = "application/octet-stream"
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 
@@ -90,22 +94,40 @@ async def fork_session(request: Request, session_id: str) -> dict[str, Any]:
     return describe(store, await store.look(fork.id, request.state.key))
 
 
+class Download(StreamingResponse):
+    """A session as a file. It takes one of MOST_DOWNLOADS places, since it holds the state as long as it is sent."""
+
+    def __init__(self, state: State, session: Session, head: bytes, pieces: Iterator[bytes | memoryview]):
+        headers = {
+            "Content-Length": str(len(head) + _data_size(head)),
+            "Content-Disposition": f'attachment; filename="{session.id}.safetensors"',
+        }
+        super().__init__(_sent(head, pieces), media_type=OCTETS, headers=headers)
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._state.downloads += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._state.downloads -= 1
+
+
 @router.get("/{session_id}/state", response_class=Response, responses={200: {"content": {OCTETS: {}}}})
 async def download_session(
     request: Request, session_id: str, dtype: Literal["float32", "bfloat16"] = "float32"
-) -> StreamingResponse:
+) -> Download:
     """A session as a safetensors file: state, tokens and messages. bfloat16 takes half the size, and is not exact."""
-    store: SessionStore = request.app.state.sessions
-    session = await store.open(session_id, request.state.key)
+    state = request.app.state
+    if not hasattr(state, "downloads"):
+        state.downloads = 0
+    if state.downloads >= MOST_DOWNLOADS:
+        raise ApiError(429, f"{MOST_DOWNLOADS} downloads run; try again later", headers={"Retry-After": "1"})
+    session = await state.sessions.open(session_id, request.state.key)
     messages = b"" if session.messages is None else json.dumps(session.messages).encode()
     pieces = session.snapshot.pieces(dtype, attachment=messages)
     head = bytes(await run_in_threadpool(lambda: next(pieces)))
-    name = f"{session_id}.safetensors"
-    headers = {
-        "Content-Length": str(len(head) + _data_size(head)),
-        "Content-Disposition": f'attachment; filename="{name}"',
-    }
-    return StreamingResponse(_sent(head, pieces), media_type=OCTETS, headers=headers)
+    return Download(state, session, head, pieces)
 
 
 @router.post("", status_code=201, openapi_extra={"requestBody": {"required": True, "content": {OCTETS: {}}}})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from retnet.serve.http import sessions
 from retnet.serve.http.settings import Settings
 from retnet.serve.snapshot import Snapshot
 from tests.serve.http.server import tiny_server
@@ -111,6 +112,18 @@ def test_a_downloaded_session_is_uploaded_again_as_a_foreign_one(tmp_path, stack
         for a, b in zip(again.snapshot.state.named_tensors().values(), found.state.named_tensors().values()):
             assert torch.equal(a, b)
         assert client.post(f"/v1/sessions/{again.id}/fork").json()["foreign"]
+
+
+def test_downloads_take_places_that_they_give_back(monkeypatch):
+    monkeypatch.setattr(sessions, "MOST_DOWNLOADS", 1)
+    with server() as client:
+        path = f"/v1/sessions/{kept(client)}/state"
+        for _ in range(3):
+            assert client.get(path).status_code == 200
+        assert client.app.state.downloads == 0
+        client.app.state.downloads = 1
+        refused = client.get(path)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
 
 
 def test_a_download_names_no_key_and_an_unknown_dtype_is_refused():
