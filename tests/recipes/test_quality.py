@@ -311,9 +311,10 @@ def test_arms_of_the_stack_that_ran_last_come_first_among_the_next_few(tmp_path,
     assert order == ["a0", "a1", "b0", "c0", "c1", "c2", "c3", "c4", "c5", "b1"]
 
 
-def test_the_arms_of_the_sweep_are_arms_of_known_stacks_each_once():
-    names = [one.name for one, _ in quality_rows.read_queue(ROOT / "recipes" / "quality_sweep.txt", 480)]
-    assert len(set(names)) == len(names) > 30
+@pytest.mark.parametrize("file", ["quality_sweep.txt", "quality_finals.txt"])
+def test_the_arms_of_a_queue_are_arms_of_known_stacks_each_once(file):
+    names = [one.name for one, _ in quality_rows.read_queue(ROOT / "recipes" / file, 480)]
+    assert len(set(names)) == len(names) > 10
     for stack_name in {name.split(":")[0] for name in names}:
         assert stack(stack_name, TINY_SHAPE).name == stack_name
 
