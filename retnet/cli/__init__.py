@@ -14,6 +14,7 @@ import typer
 
 from retnet import __version__
 from retnet.cli._common import Session, plain_warnings, report_error
+from retnet.cli.chat import chat
 from retnet.cli.check import check
 from retnet.cli.convert import convert
 from retnet.cli.data import data_app
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(generate)
 app.command()(serve)
+app.command()(chat)
 app.command()(check)
 app.command()(info)
 app.command("eval")(evaluate)

@@ -74,6 +74,13 @@ def read_text(text: str | None, file: Path | None) -> bytes | None:
     return sys.stdin.buffer.read()
 
 
+def write_text(text: str) -> None:
+    """Text on standard output at once; characters that its encoding lacks become question marks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
 def unescape(text: str) -> str:
     r"""\n, \t, \r, \0 and \\ as the characters they stand for."""
     return re.sub(r"\\([ntr0\\])", lambda match: _ESCAPES[match[1]], text)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, errors, read_text, unescape
+from retnet.cli._common import DEVICE_HELP, MODEL_HELP, errors, read_text, unescape, write_text
 from retnet.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -97,12 +96,12 @@ def generate(
     failed = None
     try:
         for piece in stream_text(_metered(engine.stream(request), meter), tokenizer, stops, request.prompt):
-            _write(piece)
+            write_text(piece)
     except KeyboardInterrupt:
         errors.print()
     except Failed as error:
         failed = error
-    _write("\n")
+    write_text("\n")
     if failed is not None:
         raise ValueError(str(failed)) from failed
     sizes = [model_cost(network.config, len(request.prompt) + count).state_bytes for count in (0, meter.tokens)]
@@ -118,11 +117,6 @@ def _metered(tokens: Iterator[int], meter: StreamMeter) -> Iterator[int]:
     for token in tokens:
         meter.tick()
         yield token
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text.encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8"))
-    sys.stdout.flush()
 
 
 def _report(meter: StreamMeter, first_state_bytes: int, last_state_bytes: int) -> None:
