@@ -99,9 +99,10 @@ class Exchange:
             await self.send({"type": "http.response.body", "body": event, "more_body": False})
 
     def close(self) -> None:
-        """Stop watching for the client."""
+        """Stop watching for the client, and let go of both tasks: they refer to this exchange."""
         if self._watcher is not None:
             self._watcher.cancel()
+        self._watcher = self._task = None
 
     async def _next_part(self) -> bytes:
         message = await self._receive()

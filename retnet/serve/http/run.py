@@ -8,6 +8,7 @@ exits at once. The exit code is 0 after a signal and 1 if the engine's thread en
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -179,9 +180,12 @@ def serve(app: FastAPI, settings: Settings, listener: socket.socket, on_started:
     server.on_started = on_started
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()  # a full collection would look at all of torch's objects, for a tenth of a second
     try:
         server.run(sockets=[listener])
     finally:
+        gc.unfreeze()
         sys.setswitchinterval(before)
     return server.exit_code
 

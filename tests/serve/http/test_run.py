@@ -90,14 +90,14 @@ def test_a_client_that_leaves_the_queue_is_not_served(live, stream):
 
 def test_a_client_that_reads_nothing_loses_its_connection_and_its_slot(live):
     live.server._connections.limits["stall"] = 0.3
-    with closing(connect(live, stream=True, logprobs=5)):
+    with closing(connect(live, stream=True, logprobs=5, max_tokens=50_000)):
         until(lambda: statuses(live) == [Status.DECODING])
         until(lambda: is_free(live))
 
 
 def test_a_client_that_closed_its_side_and_reads_nothing_is_gone_too(live):
     live.server._connections.limits["half"] = 0.2
-    with closing(connect(live, stream=True, logprobs=5)) as client:
+    with closing(connect(live, stream=True, logprobs=5, max_tokens=50_000)) as client:
         until(lambda: any(each.flow.write_paused for each in live.server.server_state.connections))
         client.shutdown(socket.SHUT_WR)
         until(lambda: is_free(live))
@@ -105,7 +105,7 @@ def test_a_client_that_closed_its_side_and_reads_nothing_is_gone_too(live):
 
 def test_a_client_that_reads_nothing_does_not_hold_up_another():
     with live_server(Settings(max_new_tokens=ENDLESS), max_tokens=None) as live:
-        with closing(connect(live, stream=True, logprobs=5)):
+        with closing(connect(live, stream=True, logprobs=5, max_tokens=50_000)):
             until(lambda: any(each.flow.write_paused for each in live.server.server_state.connections))
             body = {"model": "tiny", "prompt": [1], "max_tokens": 5, "ignore_eos": True}
             answer = httpx.post(f"{live.url}/v1/completions", json=body, timeout=60).json()
