@@ -15,6 +15,7 @@ from starlette.routing import Match
 from retnet.serve.http.record import RECORD
 from retnet.system.checks import quoted
 
+LONGEST_PARAM = 200  # characters; a field's path can have a key that the client wrote
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 TYPES = {
     401: "authentication_error",
@@ -80,7 +81,7 @@ def validation_error(errors: list[dict[str, Any]]) -> ApiError:
     """The first of pydantic's errors as a 400 that names the field."""
     first = errors[0]
     place = [part for part in first["loc"] if part not in ("body", "query", "path", "header")]
-    param = ".".join(map(str, place)) or None
+    param = ".".join(map(str, place))[:LONGEST_PARAM] or None
     if first["type"] == "extra_forbidden":
         message = f"{param} is not a field that this server honours"
     elif first["type"] == "missing":

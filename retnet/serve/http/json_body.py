@@ -1,6 +1,7 @@
 """JSON bodies: strict JSON, in which every number is finite and every text is Unicode, of bounded depth.
 
-Python's own parser takes NaN and halves of surrogate pairs, and gives up on deep nesting with a RecursionError.
+Python's own parser takes NaN and halves of surrogate pairs, and gives up on deep nesting with a RecursionError. The
+number of keys is bounded too: each may be an error of its own, and pydantic collects them all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from pydantic_core import from_json
 
 from retnet.serve.http.errors import ApiError
 
+MAX_KEYS = 50_000  # of all objects of a body together
+SHORT = 4 * MAX_KEYS  # bytes; a key takes at least as many as `"":1,` has
+
 
 class JsonRequest(Request):
     """A request whose `json` raises ApiError for a body that is not JSON."""
@@ -21,9 +25,12 @@ class JsonRequest(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             try:
-                self._json = from_json(await self.body(), allow_inf_nan=False)
+                given = from_json(await self.body(), allow_inf_nan=False)
             except ValueError as error:
                 raise ApiError(400, f"the body is not JSON: {error}; accepted: an object in UTF-8") from error
+            if len(await self.body()) > SHORT and (count := num_keys(given)) > MAX_KEYS:
+                raise ApiError(400, f"the body has {count} keys; accepted: {MAX_KEYS}")
+            self._json = given
         return self._json
 
 
@@ -40,3 +47,16 @@ class JsonRoute(APIRoute):
             return await handle(request)
 
         return strict
+
+
+def num_keys(value: Any) -> int:
+    """The keys of all objects inside a JSON value."""
+    waiting, count = [value], 0
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            count += len(value)
+            value = list(value.values())
+        if isinstance(value, list) and not {dict, list}.isdisjoint(map(type, value)):
+            waiting += [item for item in value if isinstance(item, (dict, list))]
+    return count

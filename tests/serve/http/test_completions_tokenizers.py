@@ -43,3 +43,20 @@ def test_prompt_and_completion_are_one_text(kind, tmp_path):
             assert len(choice["logprobs"]["tokens"]) == 12
             assert choice["logprobs"]["text_offset"] == sorted(choice["logprobs"]["text_offset"])
             assert "the river how" + choice["text"] == text
+
+
+@pytest.mark.parametrize("own_end", [True, False])
+def test_an_end_token_ends_the_text_unless_it_is_ignored(own_end, tmp_path):
+    """That of the tokenizer, also for a model that names none. It has no text, and is not the request's own stop."""
+    tokenizer = save_tokenizer(tmp_path, "byte level", None)
+    end = tokenizer.document_end
+    model = small_model(vocab_size=tokenizer.vocab_size, **({"eos_token_id": end} if own_end else {}))
+    service = Service(Engine(model, num_slots=1, decode=tokenizer.decode), tokenizer, "tiny")
+    with TestClient(create_app(service), base_url="http://127.0.0.1:8000") as client:
+        body = {"prompt": "the river", "logit_bias": {str(end): 100}, "max_tokens": 5, "logprobs": 0}
+        [choice] = client.post("/v1/completions", json=body).json()["choices"]
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("", "stop", None)
+        assert choice["logprobs"]["tokens"] == [""]
+        [choice] = client.post("/v1/completions", json=body | {"ignore_eos": True}).json()["choices"]
+        assert (choice["text"], choice["finish_reason"]) == ("", "length")
+        assert choice["logprobs"]["tokens"] == ["</s>"] * 5
