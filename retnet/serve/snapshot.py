@@ -53,7 +53,7 @@ class Snapshot:
     def __post_init__(self) -> None:
         if isinstance(self.tokens, Set):
             raise ValueError(f"tokens is {quoted(self.tokens)}, which has no order; accepted: token ids in order")
-        tokens = array("i", copied_integers("tokens", self.tokens, 0, 2**31 - 1, "token ids"))
+        tokens = _copied_tokens(self.tokens)
         object.__setattr__(self, "tokens", tokens)
         self.check()
         if not isinstance(self.model, str):
@@ -101,7 +101,9 @@ class Snapshot:
         """The same state, before another last token."""
         if token == self.tokens[-1]:
             return self
-        return replace(self, tokens=array("i", [*self.tokens[:-1], token]), output_start=None)
+        tokens = self.tokens[:]
+        tokens[-1] = token
+        return replace(self, tokens=tokens, output_start=None)
 
     @property
     def nbytes(self) -> int:
@@ -164,6 +166,15 @@ class Snapshot:
         FileNotFoundError if there is no file.
         """
         return SnapshotFile.load(path, device).snapshot
+
+
+def _copied_tokens(tokens: object) -> array:
+    """A copy of token ids. An engine's own array is checked as a tensor: contexts may have millions of tokens."""
+    if type(tokens) is array and tokens.typecode == "i" and len(tokens):
+        copy = tokens[:]
+        if int(torch.frombuffer(copy, dtype=torch.int32).min()) >= 0:
+            return copy
+    return array("i", copied_integers("tokens", tokens, 0, 2**31 - 1, "token ids"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -215,6 +216,20 @@ def test_a_request_without_a_state_has_no_snapshot(small):
     engine.run()
     with pytest.raises(ValueError, match="the request is finished"):
         engine.snapshot(generation)
+
+
+def test_the_tokens_of_a_snapshot_are_a_copy_that_was_checked(small):
+    engine, generation = session(small)
+    snapshot = engine.snapshot(generation)
+    given = array("i", snapshot.tokens)
+    copied = replace(snapshot, tokens=given)
+    given[0] += 1
+    assert copied.tokens == snapshot.tokens
+    copied.tokens.append(1)
+    given[-1] = -1
+    for wrong in (given, array("q", [2**31] * len(given)), array("d", given), array("i")):
+        with pytest.raises(ValueError, match=r"tokens|state is at position"):
+            replace(snapshot, tokens=wrong)
 
 
 def test_penalties_continue_with_the_session(small, tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from retnet.serve.http.errors import ApiError
+from retnet.serve.http.off_loop import off_loop
 from retnet.serve.http.service import Service
 from retnet.serve.http.session_record import Session
 from retnet.serve.http.session_store import SessionStore
@@ -85,7 +86,8 @@ class SessionUse:
             return
         snapshot = self.session.snapshot
         if text and self.session.record.ended:
-            await self._continue(snapshot.ending_with(text[0]), text[1:])
+            ending = await off_loop(len(snapshot.tokens), snapshot.ending_with, text[0])
+            await self._continue(ending, text[1:])
         else:
             await self._continue(snapshot, text)
 
@@ -98,13 +100,13 @@ class SessionUse:
         if self.session is None:
             return
         snapshot = self.session.snapshot
-        begun = snapshot.begin_of(context)
+        begun = await off_loop(len(context), snapshot.begin_of, context)
         if begun is not None:
             await self._continue(*begun)
             return
+        common = await off_loop(len(context), snapshot.common, context)
         self.not_reused = (
-            f"only the first {snapshot.common(context)} of the session's {len(snapshot.tokens)} tokens begin the "
-            "conversation"
+            f"only the first {common} of the session's {len(snapshot.tokens)} tokens begin the conversation"
         )
 
     async def keep(self, generation: Generation, messages: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
