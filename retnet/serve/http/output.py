@@ -138,7 +138,7 @@ class Output:
         text.flush()
         new = text.take(all=True)
         stop_reason = text.matched
-        if stop_reason is None and reason == "stop_token":
+        if stop_reason is None and reason == "stop_token" and tokens:
             stop_reason = self.stops.tokens.get(tokens[-1])
         elif stop_reason is not None:
             for token in self._held:

@@ -217,6 +217,7 @@ def test_what_does_not_fit_into_the_context_is_refused_with_both_numbers(client)
     assert error["code"] == "context_length_exceeded"
     for number in ("501", "20", "512"):
         assert number in error["message"]
+    assert answer(client, prompt="x" * 500, max_tokens=11)["usage"]["total_tokens"] == 512
     error = refusal(client, prompt="x" * 600)
     assert error["code"] == "context_length_exceeded"
     assert "601" in error["message"]
@@ -227,6 +228,7 @@ def test_what_does_not_fit_into_the_context_is_refused_with_both_numbers(client)
 def test_the_servers_own_limits_are_named():
     with tiny_server(Settings(max_new_tokens=8, max_prompt_tokens=20)) as client:
         assert answer(client)["usage"]["completion_tokens"] == 8
+        assert answer(client, max_tokens=8)["usage"]["completion_tokens"] == 8
         assert "at most 8" in refusal(client, max_tokens=9)["message"]
         error = refusal(client, prompt="x" * 30)
         assert "31 tokens" in error["message"]
