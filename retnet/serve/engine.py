@@ -252,6 +252,18 @@ class Engine:
         self._to_cancel.append(generation)
         self._turns.take(self._settle_between_steps)
 
+    @_between_steps
+    def cut(self, generation: Generation) -> None:
+        """End the output of a request that decodes at the tokens that it has, with finish_reason "length". Its state is
+        kept if it was submitted with `keep_state`.
+
+        Raises ValueError for a request in another stage.
+        """
+        self._admission.check_owner(generation)
+        if generation.status is not Status.DECODING:
+            raise ValueError(f"the request is {generation.status.value}; accepted: one that is decoding")
+        self._finish(generation, "length")
+
     def cancel_soon(self, generation: Generation) -> None:
         """`cancel` that never waits and takes no lock, for event loops and finalizers. The step that runs ends the
         request, or the next call of the engine does."""

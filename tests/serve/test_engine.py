@@ -134,6 +134,25 @@ def test_prompts_take_turns(small):
     assert facts(long) == facts(alone(small, long.request))
 
 
+def test_a_request_that_is_cut_ends_as_if_it_had_reached_its_length(small):
+    engine = engine_of(small, num_slots=1)
+    cut, waiting = [engine.submit(Request(prompt(9), 50, GREEDY, keep_state=True)) for _ in range(2)]
+    while cut.num_new < 5:
+        engine.step()
+    for wrong in (waiting, engine_of(small).submit(Request(prompt(9), 5))):
+        with pytest.raises(ValueError, match="accepted: one"):
+            engine.cut(wrong)
+    engine.cut(cut)
+    short = alone(small, Request(prompt(9), 5, GREEDY, keep_state=True), num_slots=1)
+    assert facts(cut) == facts(short)
+    assert cut.snapshot is not None
+    with pytest.raises(ValueError, match="the request is finished"):
+        engine.cut(cut)
+    rest = engine.submit(Request([], 5, GREEDY), cut.snapshot)
+    engine.run()
+    assert cut.tokens + rest.tokens == alone(small, Request(prompt(9), 10, GREEDY), num_slots=1).tokens
+
+
 def test_a_cancelled_request_ends_at_once_and_does_not_affect_others(small):
     expected = facts(alone(small, Request(prompt(5), 20, GREEDY)))
     engine = engine_of(small, max_tokens=None)

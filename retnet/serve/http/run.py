@@ -1,8 +1,8 @@
 """Runs a service behind uvicorn until it is told to end.
 
 SIGTERM or SIGINT: the server takes no more requests (503) and is not ready, while those that run may finish within the
-grace period. What is left then ends with an error; a request that keeps its state keeps it as it is. A second signal
-exits at once. The exit code is 0 after a signal and 1 if the engine's thread ended.
+grace period. What is left then ends: with an error, or cut where it is if its session is kept. A second signal exits at
+once. The exit code is 0 after a signal and 1 if the engine's thread ended.
 """
 
 from __future__ import annotations

@@ -154,8 +154,9 @@ class Service:
         return await self._wait_for(lambda: function(self.engine))
 
     async def end_all(self, reason: str) -> None:
-        """End all requests with an error; those that keep their state keep it as it is."""
-        await self._wait_for(lambda: self._end_all(reason))
+        """End all requests: those that decode and keep their state as if they had reached their last token, so that
+        another server can continue them, and the others with an error."""
+        await self._wait_for(lambda: self._end_all(reason, keep=True))
 
     def _mailbox(self) -> Mailbox:
         loop = asyncio.get_running_loop()
@@ -200,10 +201,13 @@ class Service:
         if stream.generation in self._streams:
             self.engine.cancel(stream.generation)
 
-    def _end_all(self, reason: str) -> None:
+    def _end_all(self, reason: str, keep: bool) -> None:
         for generation, stream in list(self._streams.items()):
-            stream.failure = reason
-            self.engine.cancel(generation)
+            if keep and generation.request.keep_state and generation.status is Status.DECODING:
+                self.engine.cut(generation)
+            else:
+                stream.failure = reason
+                self.engine.cancel(generation)
 
     def _run(self) -> None:
         try:
@@ -243,7 +247,7 @@ class Service:
                 log.error("a step of the engine failed", exc_info=error, extra={"shows_message": True})
                 failures += 1
                 if failures >= MOST_FAILURES:
-                    self._end_all(f"the engine failed: {type(error).__name__}")
+                    self._end_all(f"the engine failed: {type(error).__name__}", keep=False)
             self._post_held()
             self._publish(new)
             self._busy_since = None

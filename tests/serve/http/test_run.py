@@ -249,3 +249,29 @@ def test_a_taken_port_is_told_before_a_model_is_loaded():
         port = first.getsockname()[1]
         with pytest.raises(OSError, match=rf"in use \(127.0.0.1, port {port}\)"):
             run.bound_socket("127.0.0.1", port)
+
+
+def test_a_session_that_is_cut_by_the_end_of_the_server_goes_on_in_the_next_as_if_nothing_had_happened(tmp_path):
+    settings = Settings(max_new_tokens=ENDLESS, grace=0.2, state_dir=tmp_path)
+    letters = {"temperature": 0, "logit_bias": {str(token): 100 for token in range(97, 123)}}  # no half characters
+    with live_server(settings, max_tokens=None) as live:
+        with closing(connect(live, keep_session=True, **letters)) as client:
+            until(lambda: statuses(live) == [Status.DECODING])
+            live.server.drain()
+            client.settimeout(10)
+            answer = b""
+            while part := client.recv(65536):
+                answer += part
+        until(lambda: live.server.should_exit)
+    cut = json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert cut["choices"][0]["finish_reason"] == "length"
+    begun = cut["usage"]["completion_tokens"]
+    body = {"model": "tiny", "ignore_eos": True} | letters
+    with live_server(settings, max_tokens=None) as live:
+
+        def ask(**fields: object) -> dict:
+            return httpx.post(f"{live.url}/v1/completions", json=body | fields, timeout=60).json()["choices"][0]
+
+        more = ask(prompt="", session_id=cut["session"]["id"], max_tokens=5)
+        whole = ask(prompt=[1, 2, 3], max_tokens=begun + 5)
+    assert cut["choices"][0]["text"] + more["text"] == whole["text"]

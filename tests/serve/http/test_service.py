@@ -285,16 +285,20 @@ async def test_a_request_with_values_that_are_not_finite_fails_alone():
 
 
 @of_loop
-async def test_ending_all_keeps_the_states_that_were_asked_for():
-    async with running() as service:
-        kept, other = await service.submit(endless(keep_state=True)), await service.submit(endless())
+async def test_ending_all_cuts_what_keeps_its_state_and_ends_the_rest_with_an_error():
+    async with running(num_slots=1) as service:
+        kept, waiting = await service.submit(endless(keep_state=True)), await service.submit(endless(keep_state=True))
         await anext(kept)
         await service.end_all("the server is shutting down")
-        for stream in (kept, other):
-            last = (await pieces_of(stream))[-1]
-            assert (last.finish_reason, last.error) == ("cancelled", "the server is shutting down")
-        assert kept.generation.snapshot is not None
-        assert other.generation.snapshot is None
+        last, lost = (await pieces_of(kept))[-1], (await pieces_of(waiting))[-1]
+        assert (last.finish_reason, last.error) == ("length", None)
+        assert (lost.finish_reason, lost.error) == ("cancelled", "the server is shutting down")
+        snapshot = kept.generation.snapshot
+        assert snapshot is not None
+        more = await service.submit(Request([], 5, GREEDY, ignore_eos=True), snapshot)
+        output = [*kept.generation.tokens, *tokens_of(await pieces_of(more))]
+        whole = await service.submit(Request([1, 2, 3], len(output), GREEDY, ignore_eos=True))
+        assert tokens_of(await pieces_of(whole)) == output
 
 
 @of_loop
