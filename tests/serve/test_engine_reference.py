@@ -35,6 +35,8 @@ def random_sampling(rng: random.Random) -> Sampling:
     bias = {
         rng.randrange(VOCAB): rng.choice([-3.0, 2.0, 8.0, -float("inf")]) for _ in range(rng.choice([0, 0, 1, 4, 40]))
     }
+    if rng.random() < 0.2:  # under a grammar, perhaps nothing is left
+        bias |= dict.fromkeys(rng.sample(range(1, VOCAB), 50), -float("inf")) | {0: -3.0}
     return Sampling(
         temperature=rng.choice([0, 0, 0.3, 0.8, 1.0, 1.7]),
         top_k=rng.choice([None, None, 1, 4, 20, 1000]),
