@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import retnet
 from retnet import api
 from retnet.data.tokenizer import ByteTokenizer
 from retnet.data.tokenizer_json import JsonTokenizer
 from retnet.models.convert import convert
+from retnet.models.decode.sampling import Sampling
 from retnet.models.directory import save_model
 from retnet.serve.engine import Engine
+from retnet.serve.request import Request
 from tests.small_models import ALIBI, BYTES, hf_model, small_model
 from tests.stack.specs import changed
 
@@ -228,3 +230,23 @@ def test_a_start_token_of_256_alone_does_not_make_a_vocabulary_bytes():
 
 def test_an_unfinished_character_at_the_end_of_the_text_is_shown():
     assert "".join(api.stream_text(iter("a\u20ac".encode()[:-1]), ByteTokenizer())) == "a\ufffd"
+
+
+def test_a_text_keeps_the_space_between_it_and_the_prompt(tmp_path):
+    """Llama's decoder drops the space at the start of a text, and this one has none before it in the vocabulary."""
+    loaded = Tokenizer(models.BPE({"<s>": 0, "\u2581a": 1, "b": 2}, []))
+    loaded.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    ])  # fmt: skip
+    loaded.add_special_tokens(["<s>"])
+    loaded.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json", 0)
+    assert "".join(api.stream_text(iter([1, 2, 1]), tokenizer, after=[0, 2])) == " ab a"
+    assert "".join(api.stream_text(iter([1, 2, 1]), tokenizer, after=[0])) == "ab a"
+    model = small_model(vocab_size=3)
+    told = [retnet.generate(model, [0, *rest], max_tokens=6, seed=5, tokenizer=tokenizer) for rest in ([], [2])]
+    tokens = [
+        list(Engine(model, num_slots=1).stream(Request([0, *rest], 6, Sampling(0.8, seed=5)))) for rest in ([], [2])
+    ]
+    assert told == [tokenizer.decode(tokens[0]), tokenizer.decode([2, *tokens[1]]).removeprefix("b")]
+    assert tokens[1][0] == 1
