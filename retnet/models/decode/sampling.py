@@ -170,6 +170,7 @@ class SamplingTable:
         self.seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
         self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
         self.masks = torch.full((num_slots, width, mask_words(vocab_size)), -1, dtype=torch.int32, device=device)
+        self._bits = (1 << torch.arange(8, device=device)).to(torch.uint8)
         self._pinned = None
         if device.type == "cuda":
             self._pinned = torch.full(self.masks.shape, -1, dtype=torch.int32, pin_memory=True)
@@ -179,7 +180,8 @@ class SamplingTable:
     def bytes_per_slot(cls, vocab_size: int, width: int = 1) -> int:
         """Memory on the device."""
         table = cls(1, vocab_size, torch.device("meta"), width)
-        return sum(x.numel() * x.element_size() for x in vars(table).values() if isinstance(x, Tensor))
+        rows = [x for x in vars(table).values() if isinstance(x, Tensor) and len(x) == 1]
+        return sum(x.numel() * x.element_size() for x in rows)
 
     def fill(self, slot: int, sampling: Sampling, seed: int, seen: Tensor, generated: Tensor) -> None:
         """Set the options of one slot; seen and generated are its token ids so far, with and without the prompt."""
@@ -251,9 +253,9 @@ class SamplingTable:
         return Sampled(chosen, logprobs.gather(-1, chosen[:, None])[:, 0], top.indices, top.values)
 
     def _masked_by_grammar(self, logits: Tensor, place: int) -> Tensor:
-        bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-        allowed = (self.masks[:, place, :, None] >> bits & 1).flatten(1)[:, : self.vocab_size]
-        return logits.masked_fill(allowed == 0, -torch.inf)
+        # By bytes, whose order is that of the tokens in little-endian words: a quarter of the memory traffic of words.
+        octets = self.masks[:, place].view(torch.uint8)[..., None]
+        return logits.masked_fill((octets & self._bits == 0).flatten(1)[:, : self.vocab_size], -torch.inf)
 
     def _edited(self, logits: Tensor) -> Tensor:
         repetition = self.repetition[:, None]
