@@ -193,6 +193,15 @@ def test_token_ids_are_checked_against_the_vocabulary(client, fields, param):
     assert "0 to 256" in error["message"]
 
 
+def test_the_first_and_the_last_token_of_the_vocabulary_are_taken(client):
+    fields = {"logit_bias": {"0": 1, "256": -1}, "stop_token_ids": [0, 256]}
+    assert answer(client, prompt=[0, 256], **fields)["usage"]["prompt_tokens"] == 2
+
+
+def test_a_negative_seed_is_taken_modulo_two_to_the_63(client):
+    assert text(client, seed=-5) == text(client, seed=2**63 - 5) != text(client, seed=5)
+
+
 def test_an_empty_prompt_is_the_document_start_alone(client):
     same = {"seed": 3, "max_tokens": 8}
     [expected] = answer(client, prompt=[DOCUMENT_START], **same)["choices"]
