@@ -52,9 +52,10 @@ class EventStream(Response):
         self._sending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        alive = asyncio.ensure_future(self._send_comments(send))
+        alive = None
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            alive = asyncio.ensure_future(self._send_comments(send))
             try:
                 async for data in self._events:
                     self._sending = True
@@ -70,7 +71,8 @@ class EventStream(Response):
         finally:
             for stream in self._streams:
                 stream.cancel()
-            alive.cancel()
+            if alive is not None:
+                alive.cancel()
             await self._events.aclose()
 
     async def _send_comments(self, send: Send) -> None:

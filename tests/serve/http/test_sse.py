@@ -22,14 +22,14 @@ class Held:
 
 
 class Client:
-    """What a response sends; `reads` is a pause before each message is taken."""
+    """What a response sends; each event is taken after a pause."""
 
     def __init__(self, pause: float = 0):
         self.messages: list[dict] = []
         self._pause = pause
 
     async def send(self, message) -> None:
-        await asyncio.sleep(self._pause)
+        await asyncio.sleep(self._pause if message.get("body") else 0)
         self.messages.append(message)
 
     @property
@@ -78,7 +78,7 @@ def test_a_client_that_does_not_read_gets_no_comments():
         yield b"data: 1\n\n"
 
     client = Client(pause=0.1)
-    asyncio.run(run(events(), client, Held(), keep_alive=0.15))
+    asyncio.run(run(events(), client, Held(), keep_alive=0.02))
     assert client.text == "data: 1\n\n"
 
 
