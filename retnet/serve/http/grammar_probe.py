@@ -25,7 +25,7 @@ import llguidance
 MAX_MESSAGE = 400  # characters of an error
 MEMORY = 2**30  # bytes that a trial may allocate
 PROBE_STACK, COMPILE_STACK = 8 * 2**20, 64 * 2**20  # bytes: the server's own threads have more than the trial's
-WALK = 48  # tokens of a trial
+WALK = 256  # tokens of a trial
 SLOWEST_STEP = 0.25  # seconds of CPU time for the mask of one token
 WALL = 5  # wall time of a trial, in multiples of its CPU time: other processes may take the CPU
 START = 30.0  # seconds until a child has to have started
@@ -35,7 +35,7 @@ LIMITS = {
     "step_max_items": 50_000,
     "initial_lexer_fuel": 1_000_000,
     "max_items_in_row": 2_000,
-    "max_lexer_states": 100_000,
+    "max_lexer_states": 30_000,
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retnet.serve.http.grammar_probe import COMPILE_STACK, short_error
 
-STEP_SECONDS = 0.5  # that the engine waits for one mask
+STEP_SECONDS = 0.25  # that the engine waits for one mask
 TOTAL_SECONDS, SECONDS_PER_TOKEN = 1.0, 0.005  # that it waits for all masks of an output
 MOST_STUCK = 8  # masks that nobody waits for, but that are being computed
 
