@@ -129,8 +129,9 @@ def test_a_request_for_no_tokens_after_a_snapshot_ends_too(small):
     assert list(again.snapshot.tokens) == prompt(11)
 
 
-def test_a_prompt_whose_logits_are_not_finite_fails_alone():
-    model = small_model("both decays", dtype="float64")
+@pytest.mark.parametrize("stack", ["retention", "both decays"])
+def test_a_prompt_whose_logits_are_not_finite_fails_alone(stack):
+    model = small_model(stack, dtype="float64")
     with torch.no_grad():
         model.embedding.weight[60, 3] = float("nan")
     good = [token % 60 for token in prompt(12)]
