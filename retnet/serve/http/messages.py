@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
@@ -48,11 +49,12 @@ def _part(part: Any) -> str:
 
 def _arguments(given: Any) -> dict[str, Any]:
     """The arguments of a call as an object; clients send their JSON text."""
-    if isinstance(given, str):
-        try:
+    try:
+        if isinstance(given, str):
             given = from_json(given, allow_inf_nan=False) if given.strip() else {}
-        except ValueError as error:
-            raise wrong(f"the JSON text of an object ({error})") from error
+        json.dumps(given, allow_nan=False)  # 1e999 is parsed as infinity
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"the JSON text of an object ({error})") from error
     if not isinstance(given, dict):
         raise wrong("an object, or its JSON text")
     return given

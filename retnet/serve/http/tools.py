@@ -27,7 +27,7 @@ from retnet.system.checks import quoted
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 MAX_TOOLS = 128
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)  # of JSON
+_MARKS = re.compile(rf'\\.|"|{END}', re.DOTALL)  # what tells where a call ends
 MAX_GRAMMAR = 64 * 2**10  # characters
 
 
@@ -171,7 +171,7 @@ class ReadCall:
 
 
 class CallReader:
-    """Reads an answer as it comes: text for the client, and calls.
+    """Reads an answer as it comes: text for the client, and calls. The cost is linear in the length of the answer.
 
     What is not a call stays text: one that cannot be read, one that the end of the answer cuts, and further ones where
     one alone is accepted. White space around calls is dropped.
@@ -181,43 +181,55 @@ class CallReader:
         self.calls: list[ReadCall] = []
         self._several = several
         self._held = ""  # white space that a call may follow, the beginning of a call, or a call that is not complete
+        self._opened = -1  # where in it a call begins
+        self._scanned = 0  # how far its end was looked for
+        self._in_string = False  # whether that is inside a string of its JSON
 
     def push(self, text: str, *, last: bool = False) -> tuple[str, list[ReadCall]]:
         """The text and the calls that new text of the answer settles; with the last text, all that is left."""
-        held, known = self._held + text, len(self.calls)
+        self._held += text
+        known = len(self.calls)
         said: list[str] = []
         begin = searched = 0  # of the text after the last call, and of what may hold another one
-        while True:
-            opened = held.find(BEGIN, searched)
-            closed = -1 if opened < 0 else _end_of_call(held, opened)
-            if closed < 0:
-                break
-            call = _parsed(held[opened:closed], len(self.calls)) if self._several or not self.calls else None
-            searched = closed
+        while self._find_call(searched):
+            whole = self._held[self._opened : self._scanned]
+            call = _parsed(whole, len(self.calls)) if self._several or not self.calls else None
             if call is not None:
                 self.calls.append(call)
-                said.append(held[begin:opened].rstrip())
-                begin = closed
+                said.append(self._held[begin : self._opened].rstrip())
+                begin = self._scanned
+            searched, self._opened = self._scanned, -1
         if last:
-            rest = held[begin:]
+            rest = self._held[begin:]
             said.append("" if self.calls and not rest.strip() else rest)
             self._held = ""
         else:
-            end = opened if opened >= 0 else len(held) - _length_of_begun(held[searched:])
-            end = max(begin, len(held[:end].rstrip()))
-            said.append(held[begin:end])
-            self._held = held[end:]
+            end = self._opened if self._opened >= 0 else len(self._held) - _length_of_begun(self._held[searched:])
+            end = max(begin, len(self._held[:end].rstrip()))
+            said.append(self._held[begin:end])
+            self._held = self._held[end:]
+            self._opened, self._scanned = self._opened - end, self._scanned - end
         return "".join(said), self.calls[known:]
 
+    def _find_call(self, searched: int) -> bool:
+        """Look for the end of the call that has begun, or of the next one; whether `_scanned` is its end.
 
-def _end_of_call(text: str, opened: int) -> int:
-    """Where a call ends that begins at `opened`, -1 if it does not. An end inside a string of its JSON is none."""
-    closed = text.find(END, opened)
-    while closed >= 0:
-        if '"' not in _STRING.sub("", text[opened:closed]):
-            return closed + len(END)
-        closed = text.find(END, closed + 1)
-    return -1
+        An end inside a string of its JSON is none.
+        """
+        held = self._held
+        if self._opened < 0:
+            self._opened = held.find(BEGIN, searched)
+            if self._opened < 0:
+                return False
+            self._scanned, self._in_string = self._opened + len(BEGIN), False
+        while found := _MARKS.search(held, self._scanned):
+            self._scanned = found.end()
+            if found[0] == '"':
+                self._in_string = not self._in_string
+            elif found[0] == END and not self._in_string:
+                return True
+        self._scanned = max(self._scanned, len(held) - len(END) + 1)
+        return False
 
 
 def _length_of_begun(text: str) -> int:
@@ -230,11 +242,10 @@ def _parsed(whole: str, index: int) -> ReadCall | None:
     inner = whole[len(BEGIN) : -len(END)]
     try:
         call = from_json(inner, allow_inf_nan=False)
-    except ValueError:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return None
+        arguments = call.get("arguments", call.get("parameters", {}))
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # also numbers that Python does not write
         return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if not isinstance(arguments, dict):
-        return None
-    return ReadCall(index, call["name"], json.dumps(arguments, ensure_ascii=False))
+    return ReadCall(index, call["name"], text) if isinstance(arguments, dict) else None

@@ -123,7 +123,19 @@ def normalised(added: list[AddedToken]) -> Tokenizer:
     return tokenizer
 
 
+def unigram(added: list[AddedToken]) -> Tokenizer:
+    """Pieces by score, as of T5; special tokens are among them, so the model itself finds them in a text."""
+    letters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789<>|/[]_.,?!{}:'\"&;#~\n"
+    pieces = [("<unk>", 0.0), *((c, -5.0) for c in letters), ("▁how", -3.0), ("</s>", -0.1), ("<|im_end|>", -0.1)]
+    tokenizer = Tokenizer(models.Unigram(pieces, 0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.add_tokens(added)
+    return tokenizer
+
+
 MAKERS = {
+    "unigram": unigram,
     "byte level": byte_level,
     "metaspace": metaspace,
     "metaspace everywhere": lambda added: metaspace(added, "always"),

@@ -313,6 +313,18 @@ def test_a_call_that_is_cut_is_text_and_says_length(with_tools):
     assert "tool_calls" not in made["message"]
 
 
+def test_an_answer_that_is_cut_after_a_call_says_length(with_tools):
+    fields = {"tools": [TOOL], "tool_choice": "required", "seed": 1}
+    [one] = answer(with_tools, max_tokens=300, parallel_tool_calls=False, **fields)["choices"]
+    call = one["message"]["tool_calls"][0]["function"]
+    length = len(f'<tool_call>\n{{"name": "weather", "arguments": {call["arguments"]}}}\n</tool_call>') + 5
+    # Forced to go on: after a call, a second one may follow.
+    bias = {str(DOCUMENT_START): -100}
+    [made] = answer(with_tools, max_tokens=length, logit_bias=bias, **fields)["choices"]
+    assert made["message"]["tool_calls"]
+    assert made["finish_reason"] == "length"
+
+
 def test_an_answer_to_a_call_and_the_call_itself_can_be_sent_back(with_tools):
     made = answer(with_tools, tools=[TOOL], tool_choice="required", max_tokens=300, parallel_tool_calls=False)
     message = made["choices"][0]["message"]
@@ -384,6 +396,20 @@ def test_a_stream_tells_its_session_with_the_reason(client):
     *_, last = chunks(client, keep_session=True, max_tokens=3)
     assert last["choices"][0]["finish_reason"] == "length"
     assert last["session"]["id"].startswith("sess_")
+
+
+def test_an_uploaded_conversation_goes_on_outside_the_prefix_cache(client, monkeypatch):
+    _, session, _ = turn(client, "Hello")
+    file = client.get(f"/v1/sessions/{session['id']}/state").content
+    media = {"content-type": "application/octet-stream"}
+    uploaded = client.post("/v1/sessions", content=file, headers=media).json()
+    engine, requests = client.app.state.service.engine, []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda r, after=None: requests.append(r) or submit(r, after))
+    _, moved, _ = turn(client, "More", uploaded)
+    turn(client, "More", session)
+    assert [request.prefix_group for request in requests] == [None, ""]
+    assert moved["reused_tokens"] == session["tokens"] - 1
 
 
 def test_no_session_of_several_answers(client):

@@ -76,6 +76,8 @@ def test_fields_that_do_not_fit_the_role_are_refused(fields):
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": NaN}'}}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a":' * 9999}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1e999}'}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": ' + "9" * 5000 + "}"}}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "f g", "arguments": "{}"}}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "f\n", "arguments": "{}"}}]},
         {"role": "assistant", "tool_calls": [{"type": "custom", "function": {"name": "f", "arguments": "{}"}}]},

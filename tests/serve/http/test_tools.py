@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -44,6 +45,10 @@ ANSWERS = {
         '<tool_call>{"name": "f", "arguments": 1}</tool_call>',
         ('<tool_call>{"name": "f", "arguments": 1}</tool_call>', []),
     ),
+    "infinite": (
+        '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>',
+        ('<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>', []),
+    ),
     "no arguments": ('<tool_call>{"name": "f"}</tool_call>', ("", [("f", {})])),
     "an end inside a string": (
         '<tool_call>{"name": "f", "arguments": {"x": "a</tool_call>\\"b"}}</tool_call>!',
@@ -80,6 +85,18 @@ def test_text_is_held_only_where_a_call_may_begin():
     reader = CallReader()
     assert reader.push("Hi <b> <tool")[0] == "Hi <b>"
     assert reader.push("box> there")[0] == " <toolbox> there"
+
+
+@pytest.mark.parametrize(
+    "piece", ["</tool_call>", '<tool_call>"</tool_call>"', "<tool_call></tool_call>", "<tool_", " "]
+)
+def test_an_answer_that_repeats_marks_costs_little(piece):
+    reader, begin = CallReader(), time.perf_counter()
+    reader.push('<tool_call>"')
+    for _ in range(10_000):
+        reader.push(piece)
+    assert "".join(reader.push("", last=True)[0]).endswith(piece.strip(" ") or " ")
+    assert time.perf_counter() - begin < 5  # about 0.1 s
 
 
 def test_one_call_alone_where_several_are_not_accepted():
