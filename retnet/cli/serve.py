@@ -74,6 +74,13 @@ def serve(
     session_memory: Annotated[str, typer.Option(metavar=SIZE, help="Memory for sessions.")] = "1GiB",
     session_disk: Annotated[str, typer.Option(metavar=SIZE, help="Disk for sessions in --state-dir.")] = "16GiB",
     session_ttl: Annotated[float, typer.Option(min=1, help="Seconds that an unused session is kept.")] = 86400.0,
+    session_sync: Annotated[
+        bool,
+        typer.Option(
+            "--session-sync",
+            help="Responses wait until their session is on disk: for servers that share --state-dir.",
+        ),
+    ] = False,
     max_body: Annotated[str, typer.Option(metavar=SIZE, help="Largest JSON request.")] = "16MiB",
     max_upload: Annotated[str, typer.Option(metavar=SIZE, help="Largest session that may be uploaded.")] = "4GiB",
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt; by default any.")] = None,
@@ -145,6 +152,7 @@ def serve(
         session_memory=_bytes("session-memory", session_memory),
         session_disk=_bytes("session-disk", session_disk),
         session_ttl=session_ttl,
+        session_sync=session_sync,
         chat_template=chat_template,
         tool_format=tool_format,
         log_prompts=log_prompts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import secrets
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,6 +13,11 @@ from retnet.serve.snapshot import Snapshot
 from retnet.system.checks import is_integer, is_number
 
 ID_PATTERN = re.compile(r"sess_[0-9a-f]{40}")
+
+
+def new_id() -> str:
+    """160 random bits: nobody guesses one, and no two are equal."""
+    return f"sess_{secrets.token_hex(20)}"
 
 
 @dataclass(frozen=True)

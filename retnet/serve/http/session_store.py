@@ -18,16 +18,16 @@ import json
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from retnet.serve.http.errors import ApiError
+from retnet.serve.http.session_entry import Entry, least_used
 from retnet.serve.http.session_files import Damaged, Deleted, Replaced, SessionFiles
-from retnet.serve.http.session_record import ID_PATTERN, Record, Session
+from retnet.serve.http.session_record import ID_PATTERN, Record, Session, new_id
 from retnet.serve.http.settings import Settings
 from retnet.serve.snapshot import Snapshot
 from retnet.system.checks import quoted
@@ -40,26 +40,6 @@ MOST_REMEMBERED = 100_000  # ids of sessions that ended
 log = logging.getLogger("retnet.serve")
 
 
-@dataclass(eq=False)
-class Entry:
-    """A session of the store: its newest revision, when it was last used, and where it lies.
-
-    session: None if it is on disk only. stored: the revision on disk. error: why the last attempt to write failed.
-    """
-
-    record: Record
-    used: float
-    session: Session | None = None
-    stored: int | None = None
-    writing: asyncio.Task[None] | None = field(default=None, repr=False)
-    loading: asyncio.Task[Session] | None = field(default=None, repr=False)
-    error: str | None = None
-
-    @property
-    def is_stored(self) -> bool:
-        return self.stored == self.record.revision
-
-
 class SessionStore:
     """The sessions of one model.
 
@@ -68,7 +48,7 @@ class SessionStore:
 
     def __init__(self, settings: Settings, model: str, *, clock: Callable[[], float] = time.time):
         self.memory, self.disk, self.ttl = settings.session_memory, settings.session_disk, settings.session_ttl
-        self.model, self.clock = model, clock
+        self.sync, self.model, self.clock = settings.session_sync, model, clock
         self.files = None if settings.state_dir is None else SessionFiles(settings.state_dir)
         self._secret = secrets.token_bytes(32) if self.files is None else self.files.secret()
         self._entries: dict[str, Entry] = {}
@@ -295,25 +275,39 @@ class SessionStore:
                 code="session_too_large",
             )
         entry = self._entries.get(record.id)
+        before = None if entry is None else (entry.record, entry.session)
         if entry is None:
             entry = self._entries[record.id] = Entry(record, now)
         entry.record, entry.session, entry.used = record, session, now
         while len(self._entries) > MOST_SESSIONS:
-            least = self._least_used([other for other in self._entries.values() if other is not entry])
+            least = least_used([other for other in self._entries.values() if other is not entry])
             assert least is not None
             await self._end(least)
         self._write_soon(entry)
+        if self.sync and entry.writing is not None:
+            await asyncio.wait([entry.writing])
+        lost = self.sync and entry.error is not None and entry.record is record
+        if lost:
+            self._take_back(entry, before)
         await self._make_room(entry)
-        if entry.error is not None and not self._is_here(entry):
-            raise ApiError(507, f"the session could not be kept: {entry.error}", code="session_not_written")
+        if lost or (entry.error is not None and not self._is_here(entry)):
+            raise ApiError(507, f"the session could not be written: {entry.error}", code="session_not_written")
         return session
+
+    def _take_back(self, entry: Entry, before: tuple[Record, Session | None] | None) -> None:
+        """Undo a revision that could not be written."""
+        if before is None:
+            self._forget(entry)
+            entry.session = None
+        else:
+            entry.record, entry.session = before
 
     async def _make_room(self, newest: Entry) -> None:
         """Take the least recently used states out of memory until the others fit."""
         while self.memory_used > self.memory:
             held = [entry for entry in self._entries.values() if entry.session is not None]
             others = [entry for entry in held if entry is not newest]
-            entry = self._least_used(others or (held if self.files is not None else []))
+            entry = least_used(others or (held if self.files is not None else []))
             if entry is None:
                 return
             if entry.writing is not None:
@@ -324,16 +318,6 @@ class SessionStore:
                 if entry.error is not None:
                     log.warning("a session ends: there is no room in memory, and writing it failed: %s", entry.error)
                 self._forget(entry)
-
-    def _least_used(self, entries: list[Entry]) -> Entry | None:
-        """Of the owner whose sessions take the most bytes: one who fills the budget loses their own sessions first."""
-        if not entries:
-            return None
-        taken: Counter[str] = Counter()
-        for entry in entries:
-            taken[entry.record.owner] += entry.record.bytes
-        owner = max(taken, key=lambda owner: taken[owner])
-        return min((e for e in entries if e.record.owner == owner), key=lambda entry: entry.used)
 
     def _write_soon(self, entry: Entry) -> None:
         if self.files is not None and entry.session is not None and not entry.is_stored and entry.writing is None:
@@ -369,7 +353,7 @@ class SessionStore:
             others = [e for e in self._entries.values() if e.stored is not None and e is not newest]
             if newest.record.bytes + sum(entry.record.bytes for entry in others) <= self.disk:
                 return
-            entry = self._least_used(others)
+            entry = least_used(others)
             if entry is None:
                 raise OSError(f"it takes {newest.record.bytes:,} bytes, and sessions may take {self.disk:,} on disk")
             await self._end(entry)
@@ -430,11 +414,6 @@ class SessionStore:
                 await self.sweep()
             except Exception:
                 log.exception("ending expired sessions failed")
-
-
-def new_id() -> str:
-    """160 random bits: nobody guesses one, and no two are equal."""
-    return f"sess_{secrets.token_hex(20)}"
 
 
 def not_found(session_id: object, param: str = "session_id") -> ApiError:

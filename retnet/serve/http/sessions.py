@@ -13,8 +13,9 @@ from starlette.datastructures import State
 from starlette.types import Receive, Scope, Send
 
 from retnet.serve.http.errors import ApiError
+from retnet.serve.http.session_entry import Entry
 from retnet.serve.http.session_record import Session
-from retnet.serve.http.session_store import Entry, SessionStore
+from retnet.serve.http.session_store import SessionStore
 from retnet.serve.http.session_upload import Uploads
 
 CHUNK = 2**20  # bytes of a file that are sent at a time

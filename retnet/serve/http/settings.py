@@ -25,6 +25,7 @@ class Settings:
     chat_template: plain, none, or a file; None for the model's own, otherwise plain. tool_format: hermes, or none; None
     for hermes if the template mentions its calls.
     session_memory, session_disk: budgets of all sessions; session_ttl: how long an unused session is kept.
+    session_sync: responses wait until the session that they keep is on disk, for servers that share a folder.
     """
 
     host: str = "127.0.0.1"
@@ -46,6 +47,7 @@ class Settings:
     session_memory: int = GIB
     session_disk: int = 16 * GIB
     session_ttl: float = 24 * 3600.0
+    session_sync: bool = False
     chat_template: str | None = None
     tool_format: str | None = None
     log_prompts: bool = False

@@ -283,6 +283,35 @@ def test_two_servers_on_one_folder_see_each_other_s_sessions(engine, tmp_path):
     run(both())
 
 
+def test_with_session_sync_a_kept_session_is_on_disk_at_once(engine, tmp_path, monkeypatch):
+    async def both():
+        clock = Clock()
+        one, two = (store_of(engine, tmp_path, clock, session_sync=True) for _ in range(2))
+        kept = await one.keep(None, snapshot_of(engine), key="a")
+        for turn in range(6):  # in turns, without waiting for anything but the answer
+            store = (one, two)[turn % 2]
+            opened = await store.open(kept.id, "a")
+            assert opened.record.revision == turn + 1
+            kept = await store.keep(opened, snapshot_of(engine, 12 + turn), key="a")
+            assert kept.id == opened.id
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(session_files, "flush", full)
+        opened = await one.open(kept.id, "a")
+        for session in (None, opened):
+            error = await refusal(one.keep(session, snapshot_of(engine, 40), key="a"))
+            assert (error.status, error.code) == (507, "session_not_written")
+        assert len(one) == 1
+        assert same((await one.open(kept.id, "a")).snapshot, opened.snapshot)
+        monkeypatch.undo()
+        await one.close()
+        await two.close()
+
+    run(both())
+
+
 def test_of_two_servers_the_higher_revision_wins_and_deletion_wins_over_both(engine, tmp_path):
     async def both():
         one, two = store_of(engine, tmp_path), store_of(engine, tmp_path)
