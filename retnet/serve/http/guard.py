@@ -164,6 +164,8 @@ def check_body_headers(headers: Headers, limit: int, upload: bool) -> None:
 
     Browsers send these types to another site only if that site allows it, which this server does not.
     """
+    if "content-length" in headers and "transfer-encoding" in headers:  # a proxy could read another body than we do
+        raise ApiError(400, "the headers Content-Length and Transfer-Encoding are both given; accepted: one of the two")
     length = headers.get("content-length", "0")
     if length.isdecimal() and int(length) > limit:
         raise ApiError(413, f"the body has {int(length):,} bytes; accepted: {limit:,}")

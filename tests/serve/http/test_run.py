@@ -125,6 +125,35 @@ def test_a_client_that_sends_no_request_or_half_of_one_is_closed(live):
                 continue
 
 
+JSON = "POST /v1/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
+GARBAGE = {
+    "GET /health HTTP/1.0\n": 400,  # no Host
+    "GET /health HTTP/1.1\nHost: localhost\nX: " + "a" * 200_000: 400,
+    "GET /health HTTP/1.1\nHost: localhost\nAuthorization: Bearer \xff\nX-Request-Id: \xff\n": 200,
+    "GET /health HTTP/1.1\nHost: \xe2\x82\xac\n": 403,
+    "GET /v1/%00%ff/../x HTTP/1.1\nHost: localhost\n": 404,
+    "GET http://evil.example/health HTTP/1.1\nHost: localhost\n": 404,
+    "CONNECT localhost:80 HTTP/1.1\nHost: localhost\n": 404,
+    "PRI * HTTP/2.0\n\nSM\n": 400,
+    "\x16\x03\x01\x02\x00\x01\x00\n": 400,
+    JSON + "Content-Length: 5\nTransfer-Encoding: chunked\n\n0\n": 400,
+    JSON + "Content-Length: 5\nContent-Length: 6\n\n{}": 400,
+    JSON + "Content-Length: 99999999999\nExpect: 100-continue\n": 413,
+    JSON + "Transfer-Encoding: chunked\n\nzz\nxx": 400,
+    JSON + "Content-Length: 100000\n\n" + "[" * 100_000: 400,
+}
+
+
+def test_garbage_is_refused_and_the_server_goes_on(live):
+    for text, status in GARBAGE.items():
+        with closing(socket.create_connection(("127.0.0.1", live.port))) as client:
+            client.settimeout(5)
+            client.sendall(text.replace("\n", "\r\n").encode("latin-1") + b"\r\n")
+            assert client.recv(12) == f"HTTP/1.1 {status}".encode(), text[:60]
+    until(lambda: is_free(live))
+    assert httpx.get(f"{live.url}/ready").status_code == 200
+
+
 def test_a_body_that_does_not_arrive_in_time_is_a_408(live, monkeypatch):
     monkeypatch.setattr("retnet.serve.http.guard.BODY_SECONDS", 0.1)
     monkeypatch.setattr("retnet.serve.http.exchange.LINGER_SECONDS", 0.05)
