@@ -313,6 +313,28 @@ async def test_stopping_ends_what_runs():
 
 
 @of_loop
+async def test_tokens_do_not_wait_for_a_long_call():
+    async with running() as service:
+        stream = await service.submit(endless())
+        await anext(stream)
+        seen = threading.Event()
+        counts: list[int] = []
+
+        def wait(_: object) -> bool:
+            counts.append(stream.generation.num_new)
+            return seen.wait(5)
+
+        async def read() -> None:
+            count = 1
+            while not counts or count < counts[0]:
+                count += len((await anext(stream)).tokens)
+            seen.set()
+
+        waited, _ = await asyncio.gather(service.call(wait), read())
+        assert waited
+
+
+@of_loop
 async def test_an_idle_service_does_nothing():
     async with running() as service:
         await pieces_of(await service.submit(Request([1], 3, GREEDY)))
