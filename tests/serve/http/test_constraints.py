@@ -339,6 +339,75 @@ def test_special_tokens_are_never_allowed_but_the_end(constraints):
     assert matcher.ended
 
 
+KEYWORDS = [
+    "type", "properties", "items", "anyOf", "allOf", "oneOf", "enum", "const", "$ref", "$defs", "required",
+    "additionalProperties", "pattern", "format", "not", "$id", "patternProperties", "minLength", "maxLength",
+    "minimum", "maximum", "multipleOf", "prefixItems", "minItems", "maxItems", "minProperties",
+]  # fmt: skip
+VALUES = st.one_of(
+    st.sampled_from(
+        ["string", "integer", "number", "object", "array", "null", "#", "#/$defs/a", "uuid", "a+", "(", "^a$"]
+    ),
+    st.sampled_from([None, True, False, 0, 1, -1, 3, 0.1, 1e300, 10**20, ["a", "a"], ["string", "null"]]),
+    st.text(max_size=3),
+)
+ANYTHING = st.recursive(
+    VALUES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYWORDS, "a"]), inner, max_size=4),
+    max_leaves=10,
+)
+PIECES = st.sampled_from(
+    [
+        "start: ",
+        "a: ",
+        "B: ",
+        '"x"',
+        "/[a-z]+/",
+        "a",
+        "B",
+        "(",
+        ")",
+        "|",
+        "?",
+        "*",
+        "{2}",
+        "\n",
+        "%ignore ",
+        "<[65]>",
+        "~",
+        '"',
+    ]
+)
+WILD = st.one_of(
+    st.builds(lambda schema: {"json": schema}, st.dictionaries(st.sampled_from(KEYWORDS), ANYTHING, max_size=5)),
+    st.builds(lambda text: {"regex": text}, st.text("ab()[]{}*+?|.^$\\d1,-:/& \nü", min_size=1, max_size=14)),
+    st.builds(lambda pieces: {"grammar": "start: " + "".join(pieces)}, st.lists(PIECES, max_size=14)),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None)
+@given(structured=WILD, seed=st.integers(0, 99))
+def test_whatever_is_given_is_followed_or_refused(constraints, structured, seed):
+    try:
+        tokens = draw(constraints, constraint(**structured), VOCAB, at_random(seed), most=60)
+    except ApiError as refused:
+        if refused.status != 400:
+            raise
+        return
+    if len(tokens) == 60:
+        return
+    text = text_of(tokens)
+    if "json" in structured:
+        json.loads(text)
+    elif "regex" in structured:
+        try:
+            pattern = re.compile(structured["regex"])
+        except re.error:  # the syntax is not Python's
+            return
+        assert pattern.fullmatch(text)
+
+
 # Compilation
 
 
