@@ -316,22 +316,26 @@ async def test_stopping_ends_what_runs():
 async def test_tokens_do_not_wait_for_a_long_call():
     async with running() as service:
         stream = await service.submit(endless())
-        await anext(stream)
         seen = threading.Event()
-        counts: list[int] = []
+        generated: list[int] = []
+        read: list[int] = []
 
         def wait(_: object) -> bool:
-            counts.append(stream.generation.num_new)
+            generated.extend(stream.generation.tokens)
             return seen.wait(5)
 
-        async def read() -> None:
-            count = 1
-            while not counts or count < counts[0]:
-                count += len((await anext(stream)).tokens)
-            seen.set()
+        async def collect() -> None:
+            async for piece in stream:
+                read.extend(piece.tokens)
 
-        waited, _ = await asyncio.gather(service.call(wait), read())
-        assert waited
+        collecting = asyncio.create_task(collect())
+        await until(lambda: len(read) > 3)
+        waiting = asyncio.create_task(service.call(wait))
+        await until(lambda: generated and read == generated)
+        seen.set()
+        assert await waiting
+        stream.cancel()
+        await collecting
 
 
 @of_loop
