@@ -1,9 +1,13 @@
 """Log-probabilities of prompts: those of one full forward, however the prompt is cut, cached or continued."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from retnet.models.decode import fused
 from retnet.models.decode.sampling import Sampling
+from retnet.ops import device
 from retnet.serve import logprobs
 from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
@@ -48,6 +52,20 @@ def test_each_token_of_a_prompt_has_the_log_probability_of_a_full_forward(stack,
         engine.run()
         for generation in generations:
             check(model, generation, [], num_top, 1e-10)
+
+
+@pytest.mark.parametrize("stack", ["retention", "gated", "convolution"])
+def test_prompts_that_the_fused_blocks_read_have_the_same_values(stack, monkeypatch):
+    """As on a GPU, with the operators of a CPU."""
+    model, read = small_model(stack), fused.FusedBlock.read
+    whole = all(fused.FusedBlock.supports(block) for block in model.layers)
+    calls = []
+    on_gpu = SimpleNamespace(uses_kernels=lambda x: True, current_device_of=device.current_device_of)
+    monkeypatch.setattr(fused, "device", on_gpu)
+    monkeypatch.setattr(fused.FusedBlock, "read", lambda *args: calls.append(1) or read(*args))
+    generation = alone(model, Request(prompt(21), 0, prompt_logprobs=2))
+    assert bool(calls) == whole == (stack != "convolution")
+    check(model, generation, [], 2, 1e-5)
 
 
 def test_in_float32_the_values_are_those_of_the_tokens_that_are_sampled_next(any_model):
