@@ -7,7 +7,7 @@ special tokens. The other penalties count the output alone.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -32,6 +32,7 @@ from retnet.serve.http.sse import EventStream
 from retnet.serve.http.tools import BEGIN, MAX_TOOLS, CallReader, Tool, ToolUse, tool_use
 
 DEFAULT_MAX_TOKENS = 4096  # where the context has no end
+WRITTEN_AT_A_TIME = 2  # conversations: tokens of a body of megabytes take gigabytes while they are made
 TOOL_FORMATS = ("hermes", "none")
 MAX_OPTIONS = 64  # of a template
 
@@ -129,10 +130,14 @@ RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A server's way of writing conversations. template: None refuses chats. tool_format: hermes, or none."""
+    """A server's way of writing conversations.
+
+    template: None refuses chats. tool_format: hermes, or none. turns: to write a conversation.
+    """
 
     template: ChatTemplate | None
     tool_format: str
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(WRITTEN_AT_A_TIME))
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -172,7 +177,8 @@ async def chat(body: ChatBody, request: Request) -> Response:
     wanted = _constraint(body, tools)
     use = await SessionUse.open(app.state.sessions, service, request.state.key, body, outputs=body.choices)
     messages = use.messages + [message.for_template() for message in body.messages]
-    tokens, counted = await _encoded(form.template, body, messages, tools, use)
+    async with form.turns:
+        tokens, counted = await _encoded(form.template, body, messages, tools, use)
     await use.go_on_with(tokens)
     grammar = None if wanted is None else await app.state.constraints.compile(wanted)
     choices = await _submit(body, service, form, use, tools, grammar=grammar, counted=counted)

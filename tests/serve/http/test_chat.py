@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +15,8 @@ from starlette.testclient import TestClient
 from retnet.data.tokenizer import DOCUMENT_START
 from retnet.serve.engine import Engine
 from retnet.serve.http.app import create_app
-from retnet.serve.http.chat_template import find_chat_template
+from retnet.serve.http.chat import WRITTEN_AT_A_TIME
+from retnet.serve.http.chat_template import ChatTemplate, find_chat_template
 from retnet.serve.http.service import Service
 from retnet.serve.http.settings import Settings
 from tests.serve.http.chat_models import TOOLS, save_tokenizer
@@ -514,3 +517,20 @@ def test_deep_and_odd_bodies_are_400s(client):
         response = client.post("/v1/chat/completions", content=text, headers={"content-type": "application/json"})
         assert response.status_code in (200, 400), response.text
     assert answer(client, max_tokens=1)
+
+
+def test_few_conversations_are_written_at_a_time(client, monkeypatch):
+    encode, running, most = ChatTemplate.encode, [], []
+
+    def slow(self, *args, **kwargs):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(ChatTemplate, "encode", slow)
+    with ThreadPoolExecutor(8) as pool:
+        responses = list(pool.map(lambda _: post(client, max_tokens=1), range(8)))
+    assert {response.status_code for response in responses} == {200}
+    assert max(most) == WRITTEN_AT_A_TIME

@@ -329,3 +329,24 @@ def test_a_long_conversation_takes_a_fraction_of_a_second_per_megabyte(plain_mak
     ids = ours.encode(messages)
     assert special_of(ours, ids).count("<|im_end|>") == len(messages)
     assert time.perf_counter() - begin < 5  # about 0.4 s
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(TEXTS, min_size=3, max_size=3), data=st.data())
+def test_known_tokens_stay_and_the_text_is_that_of_the_conversation(plain_maker, texts, data):
+    """Known tokens spell an answer otherwise than the tokenizer does: letter by letter."""
+    ours = plain_maker(CHATML)
+    question, answer, _ = texts
+    prompt = ours.encode([{"role": "user", "content": question}])
+    spelt = [token for letter in answer for token in ours.tokenizer.encode(letter)]
+    end = [ours.turn_end] if data.draw(st.booleans()) else []
+    known = [*prompt, *spelt, *end]
+    messages = [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts, strict=True)
+    ]
+    found, canonical = ours.encode(messages, known=known), ours.encode(messages)
+    assert found[: len(known)] == known
+    assert ours.tokenizer.decode(found) == ours.tokenizer.decode(canonical)
+    assert special_of(ours, found) == special_of(ours, canonical)
+    other = ours.encode([{"role": "user", "content": question + "?"}, *messages[1:]], known=known)
+    assert other == ours.encode([{"role": "user", "content": question + "?"}, *messages[1:]])
