@@ -14,6 +14,7 @@ import time
 from contextlib import nullcontext
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retnet.serve.http.errors import ApiError
@@ -98,7 +99,7 @@ class Guard:
                 await self._pass(scope, exchange, record)
         except ApiError as error:
             return error
-        except ClientGone:
+        except (ClientGone, ClientDisconnect):
             return None
         except TimeoutError as error:
             if not time_limit.expired():

@@ -88,6 +88,17 @@ def test_a_client_that_leaves_the_queue_is_not_served(live, stream):
     until(lambda: is_free(live))
 
 
+def test_a_client_that_leaves_in_the_middle_of_an_upload_is_no_failure(live, monkeypatch):
+    failures = []
+    monkeypatch.setattr("retnet.serve.http.guard.log_failure", lambda *arguments: failures.append(arguments))
+    head = "POST /v1/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream"
+    with closing(socket.create_connection(("127.0.0.1", live.port))) as client:
+        client.sendall(f"{head}\r\nContent-Length: 1000\r\n\r\n12345678".encode())
+        until(lambda: live.service.num_exchanges)
+    until(lambda: is_free(live))
+    assert failures == []
+
+
 def test_a_client_that_reads_nothing_loses_its_connection_and_its_slot(live):
     live.server._connections.limits["stall"] = 0.3
     with closing(connect(live, stream=True, logprobs=5, max_tokens=50_000)):

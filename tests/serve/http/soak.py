@@ -1,0 +1,145 @@
+"""A soak of the server: random clients in another process, and what is left of them when they have gone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from retnet.serve.http.settings import Settings
+from tests.serve.http.server import LiveServer, live_server
+from tests.serve.http.soak_reference import CHUNK, CONTEXT, SLOTS
+
+KEYS = ("a-key-of-the-first-caller", "a-key-of-the-second-caller")
+ROOT = Path(__file__).resolve().parents[3]
+REST_SECONDS = 30.0  # for the server to be at rest after a phase
+MOST_RSS, MOST_TRACED = 12 * 2**20, 2**20  # bytes more, between the second phase and the last
+PREFIX_BYTES = 2**20
+SETTINGS = Settings(max_body=2**16, max_upload=2**22, max_waiting=16, session_memory=2**20, session_disk=2**22)
+
+
+@dataclass
+class Rest:
+    """A server at rest. files: its open files; left: files of its folders that no session needs."""
+
+    rss: int
+    traced: int
+    files: int
+    threads: list[str]
+    tasks: int
+    left: list[str]
+
+
+def soak(seconds: float, stack: str, seed: int, say: Callable[[str], None] = lambda _: None) -> dict[str, int]:
+    """Let clients loose on a server for so long, in four phases; returns how often what happened.
+
+    Raises AssertionError for a wrong answer and for what a phase leaves behind.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        keys = Path(folder, "keys")
+        keys.touch(0o600)
+        keys.write_text("\n".join(f"caller{i}:{key}" for i, key in enumerate(KEYS)))
+        settings = replace(SETTINGS, api_key_file=keys, state_dir=Path(folder, "states"))
+        options = {"num_slots": SLOTS, "max_tokens": CONTEXT, "prompt_chunk": CHUNK}
+        tracemalloc.start()
+        try:
+            with live_server(settings, stack=stack, prefix_cache_bytes=PREFIX_BYTES, **options) as live:
+                assert live.service.engine.prefixes is not None
+                live.service.engine.prefixes.tree_bytes = PREFIX_BYTES
+                live.server._connections.limits |= {"head": 3.0, "stall": 3.0, "half": 1.0}
+                return _phases(live, seconds, stack, seed, say)
+        finally:
+            tracemalloc.stop()
+
+
+def _phases(live: LiveServer, seconds: float, stack: str, seed: int, say: Callable[[str], None]) -> dict[str, int]:
+    command = [sys.executable, "-m", "tests.serve.http.soak_client", str(live.port), stack, str(seed), *KEYS]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as clients:
+        assert clients.stdin is not None
+        assert clients.stdout is not None
+        rests, counts, snapshots = [], {}, []
+        for phase in range(4):
+            clients.stdin.write(f"{seconds / 4}\n")
+            clients.stdin.flush()
+            line = clients.stdout.readline()
+            assert line, "the clients ended by an error"
+            counts = json.loads(line)
+            rests.append(at_rest(live))
+            snapshots = [*snapshots[-1:], tracemalloc.take_snapshot()] if phase in (1, 3) else snapshots
+            rest = rests[-1]
+            say(
+                f"phase {phase + 1}: {sum(counts.values())} events, RSS {rest.rss / 2**20:.1f} MiB, "
+                f"traced {rest.traced / 2**20:.2f} MiB, {rest.files} files, {len(rest.threads)} threads, "
+                f"{rest.tasks} tasks"
+            )
+        clients.stdin.close()
+    first, last = rests[1], rests[-1]  # the first phase warms up
+    growth = "\n".join(map(str, snapshots[1].compare_to(snapshots[0], "lineno")[:12]))
+    assert last.traced - first.traced < MOST_TRACED, f"{last.traced - first.traced} bytes more:\n{growth}"
+    assert last.rss - first.rss < MOST_RSS, f"{last.rss - first.rss} bytes more:\n{growth}"
+    assert (last.files, last.tasks) == (first.files, first.tasks), f"{first} -> {last}"
+    assert set(last.threads) <= {*first.threads}, f"{first.threads} -> {last.threads}"
+    assert last.left == [], last.left
+    say("\n".join(f"{count:8} {what}" for what, count in sorted(counts.items())))
+    say(
+        f"growth from the second phase to the last: RSS {(last.rss - first.rss) / 2**20:.1f} MiB, traced "
+        f"{(last.traced - first.traced) / 2**10:.0f} KiB"
+    )
+    return counts
+
+
+def at_rest(live: LiveServer) -> Rest:
+    """Wait until nothing runs, check the counts of engine and service, and look at what there is."""
+    service, server = live.service, live.server
+    end = time.monotonic() + REST_SECONDS
+
+    def busy() -> list[str]:
+        stats = service.engine.stats()
+        found = {
+            "streams": service.num_streams, "exchanges": service.num_exchanges, "running": stats.running,
+            "reading": stats.reading, "waiting": stats.waiting, "unread": stats.unread_tokens,
+            "taken slots": stats.num_slots - service.engine.pool.num_free,
+            "connections": len(server.server_state.connections), "tasks of uvicorn": len(server.server_state.tasks),
+        }  # fmt: skip
+        return [f"{count} {what}" for what, count in found.items() if count]
+
+    while busy() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not busy(), f"after {REST_SECONDS:g} s there are still {busy()}"
+    assert service.failure is None
+    assert (len(service._queued), len(service._held), service._commands.qsize()) == (0, 0, 0)
+    prefix = service.engine.prefixes
+    assert prefix is not None
+    assert prefix.counts.state_bytes <= PREFIX_BYTES
+    state_dir = service.settings.state_dir
+    assert state_dir is not None
+    gc.collect()
+    loop = next(iter(service._mailboxes))
+    tasks = asyncio.run_coroutine_threadsafe(_num_tasks(), loop).result(30)
+    left = [str(path) for path in state_dir.rglob("*") if path.is_file() and path.name not in ("secret", ".lock")]
+    rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return Rest(
+        rss,
+        tracemalloc.get_traced_memory()[0],
+        len(os.listdir("/proc/self/fd")),
+        sorted({t.name for t in threading.enumerate()}),
+        tasks,
+        left,
+    )
+
+
+async def _num_tasks() -> int:
+    return len(asyncio.all_tasks())
