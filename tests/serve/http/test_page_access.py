@@ -233,5 +233,5 @@ def test_the_first_view_says_what_the_model_is(browser, server):
         text = page.locator("#welcome").inner_text()
         assert page.locator("h1").inner_text() == "tiny"
         assert "the same memory and the same time per token at every length" in text
-        assert f"{state['memory']['state_bytes_per_stream'] / 1000:.3g} kB" in text
+        assert f"{state['memory']['state_bytes_per_stream'] / 1024:.3g} KiB" in text
         assert page.title().startswith("tiny")

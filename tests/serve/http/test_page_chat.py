@@ -58,14 +58,14 @@ def test_a_conversation_goes_on_from_its_state_and_outlives_a_reload(browser, se
         assert first["keep_session"] is second["keep_session"] is True
         stats = messages(page).nth(3).locator(".stats").inner_text()
         assert "24 tokens" in stats
-        assert "before it reused" in stats
+        assert "prompt tokens reused" in stats
         replies = [messages(page).nth(i).locator(".text").inner_text() for i in (1, 3)]
         page.reload()
         page.locator("#conversation-list .entry:not(.other)").first.click()
         assert [messages(page).nth(i).locator(".text").inner_text() for i in (1, 3)] == replies
         guest.say("third")
         assert "session_id" in guest.sent(CHAT)[2]
-        assert "before it reused" in messages(page).nth(5).locator(".stats").inner_text()
+        assert "prompt tokens reused" in messages(page).nth(5).locator(".stats").inner_text()
 
 
 @pytest.mark.parametrize("by", ["button", "Escape"])
@@ -97,13 +97,13 @@ def test_a_stopped_part_is_read_again_and_the_state_before_it_is_reused(browser,
         page = guest.open()
         guest.say("one")
         page.get_by_role("button", name="Settings").click()
-        page.get_by_label("Most new tokens").fill("200000")
+        page.get_by_label("Max new tokens").fill("200000")
         page.locator("#composer").fill("two")
         page.keyboard.press("Enter")
         until(page, "document.querySelectorAll('.assistant .text')[1]?.textContent.length > 50")
         page.keyboard.press("Escape")
         page.locator("#send").wait_for()
-        page.get_by_label("Most new tokens").fill("24")
+        page.get_by_label("Max new tokens").fill("24")
         guest.say("three")
         asked = guest.sent(CHAT)[2]
         assert [message["role"] for message in asked["messages"]] == ["user", "assistant", "user"]
@@ -217,7 +217,7 @@ def test_a_state_is_downloaded_and_uploaded_with_its_messages(browser, server, t
         assert messages(page).nth(0).locator(".text").inner_text() == "keep me"
         guest.say("go on")
         assert guest.sent(CHAT)[1]["messages"] == [{"role": "user", "content": "go on"}]
-        assert "before it reused" in messages(page).last.locator(".stats").inner_text()
+        assert "prompt tokens reused" in messages(page).last.locator(".stats").inner_text()
 
 
 def test_a_file_that_is_no_state_is_refused_where_it_was_chosen(browser, server, tmp_path):
@@ -238,7 +238,7 @@ def test_settings_are_sent_as_shown_and_empty_ones_are_not(browser, server):
         shown = {
             "Temperature": ("temperature", 0.5),
             "Top p": ("top_p", 0.9),
-            "Most new tokens": ("max_tokens", 7),
+            "Max new tokens": ("max_tokens", 7),
             "Seed": ("seed", 12),
             "Top k": ("top_k", 40),
             "Min p": ("min_p", 0.01),
@@ -262,7 +262,7 @@ def test_settings_are_sent_as_shown_and_empty_ones_are_not(browser, server):
         page.get_by_text("More settings").click()
         assert page.get_by_label("Top k").input_value() == "40"
         for label in shown:
-            if label != "Most new tokens":
+            if label != "Max new tokens":
                 page.get_by_label(label, exact=True).fill("")
         page.get_by_label("Stop strings").fill("")
         page.get_by_label("System prompt").fill("")

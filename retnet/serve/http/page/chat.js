@@ -220,11 +220,11 @@ function actions(message) {
 }
 
 function figuresOf({ stats, finish }) {
-  const ended = { length: "ended at the most new tokens", stopped: "stopped; this part has no stored state" }[finish] ?? "";
+  const ended = { length: "ended at the token limit", stopped: "stopped; this part has no stored state" }[finish] ?? "";
   if (!stats) return finish ? ended : "broken off when the page was closed";
   const reuse = stats.reused
-    ? `${count(stats.reused)} of ${tokens(stats.prompt)} before it reused`
-    : `all ${tokens(stats.prompt)} before it read`;
+    ? `${count(stats.reused)} of ${count(stats.prompt)} prompt tokens reused`
+    : `${count(stats.prompt)} prompt tokens read`;
   const parts = [
     tokens(stats.made),
     stats.rate ? `${digits(Math.round(stats.rate * 10) / 10)} tokens/s` : "",

@@ -140,7 +140,7 @@ function tell({ usage, finish, first }, began) {
     `first after ${seconds(first - began)}`,
     rated.length ? `perplexity ${Math.exp(-mean).toFixed(2)} over ${tokensOf(rated.length)}` : "",
     cached ? `${tokensOf(cached)} of the text reused` : "",
-    { length: "ended at the most new tokens", stopped: "stopped" }[finish] ?? "",
+    { length: "ended at the token limit", stopped: "stopped" }[finish] ?? "",
   ];
   $("completion-stats").textContent = parts.filter(Boolean).join(" · ");
 }

@@ -3,7 +3,7 @@
 import { getJson } from "./api.js";
 import { chart, ticks } from "./chart.js";
 import { $, h } from "./dom.js";
-import { bytes, count, digits, parameters, percent, tokens } from "./format.js";
+import { bytes, count, digits, parameters, percent, tokens, unitOf } from "./format.js";
 
 const SHOWN_S = 120;
 const samples = []; // { at, generated, prompt, running }, the newest last
@@ -157,7 +157,8 @@ function drawMemory() {
   const { state_bytes_per_stream: state, kv_cache_bytes_per_token: perToken } = latest.memory;
   const crossing = state / perToken;
   const longest = Math.max(2.5 * crossing, 1.25 * contextLength, 1024);
-  const marks = ticks(longest * perToken, 4);
+  const unit = unitOf(longest * perToken);
+  const marks = ticks((longest * perToken) / unit.size, 4).map((n) => n * unit.size);
   const across = ticks(longest, 4).filter((tick) => tick <= longest);
   const here = contextLength * perToken;
   const told = `${sentence(crossing)} ${contextLength ? `This conversation has ${tokens(contextLength)}: a KV cache would hold ${bytes(here)}, the state ${bytes(state)}.` : ""}`;
@@ -169,7 +170,7 @@ function drawMemory() {
     ],
     marks: contextLength ? [{ x: contextLength, text: "this conversation" }] : [],
     x: { min: 0, max: longest, ticks: across, format: (n) => (n === across.at(-1) ? tokens(n) : count(n)) },
-    y: { min: 0, max: marks.at(-1), ticks: marks, format: (n) => bytes(n).replace(" bytes", " B") },
+    y: { min: 0, max: marks.at(-1), ticks: marks, format: (n) => `${digits(n / unit.size)} ${unit.name}` },
     told,
   });
 }

@@ -6,12 +6,17 @@ export const count = (n) => integer.format(n);
 
 export const tokens = (n) => `${count(n)} token${n === 1 ? "" : "s"}`;
 
-/** Decimal units, as on a disk or in a network: 1 MB is 1,000,000 bytes. */
+const UNITS = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+
+/** The unit in which a number of bytes is written: its size and its name. */
+export function unitOf(n) {
+  const power = n < 1024 ? 0 : Math.min(UNITS.length - 1, Math.floor(Math.log2(n) / 10));
+  return { size: 1024 ** power, name: UNITS[power] };
+}
+
 export function bytes(n) {
-  for (const [size, unit] of [[1e12, "TB"], [1e9, "GB"], [1e6, "MB"], [1e3, "kB"]]) {
-    if (n >= size) return `${digits(n / size)} ${unit}`;
-  }
-  return `${count(n)} bytes`;
+  const { size, name } = unitOf(n);
+  return `${digits(n / size)} ${name}`;
 }
 
 export function parameters(n) {

@@ -8,7 +8,7 @@ const STORED = "retnet.settings";
 const FIELDS = [
   { name: "temperature", label: "Temperature", hint: "0 takes the likeliest token. Below 1 is safer, above 1 wilder.", min: 0, max: 5, initial: 0.8 },
   { name: "top_p", label: "Top p", hint: "Keeps the likeliest tokens that together have this probability. 1 keeps all.", min: 0, max: 1, initial: 0.95 },
-  { name: "max_tokens", label: "Most new tokens", hint: "The reply ends here at the latest.", min: 1, whole: true, initial: 512 },
+  { name: "max_tokens", label: "Max new tokens", hint: "The reply ends here at the latest.", min: 1, whole: true, initial: 512 },
   { name: "seed", label: "Seed", hint: "The same seed and text give the same reply. Empty: a new one each time.", min: 0, max: 2 ** 53 - 1, whole: true },
   { name: "top_k", label: "Top k", hint: "Keeps this many of the likeliest tokens. 0 keeps all.", min: 0, whole: true, more: true },
   { name: "min_p", label: "Min p", hint: "Keeps tokens at least this times as likely as the likeliest.", min: 0, max: 1, more: true },
