@@ -117,7 +117,7 @@ def test_without_rating_the_text_only_new_tokens_are_shown(browser, server):
 
 
 def test_an_empty_text_is_continued_and_escape_stops(browser, server):
-    with visit(browser, server.url, settings={"max_tokens": 100_000}) as guest:
+    with visit(browser, server.url, settings={"max_tokens": 50_000}) as guest:
         page = guest.open("completion")
         page.get_by_role("button", name="Continue text").click()
         until(page, "document.querySelectorAll('#tokens .token').length > 20")
