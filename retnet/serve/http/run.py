@@ -63,6 +63,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http="h11",  # it limits the head of a request; httptools is faster and reads heads of any size
                 log_config=None,
                 access_log=False,
                 server_header=False,
