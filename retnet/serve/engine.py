@@ -6,14 +6,13 @@ at fixed places. A request's logits therefore have the same bits whatever else i
 context is always read by a decode step, so that a snapshot, a cached prefix and a fork continue with the very tokens of
 the request that they were taken from.
 
-Left out: a server, and batching across devices. Experts of a mixture see as many tokens as chose them, so there a
-request's logits are equal up to rounding only.
+Experts of a mixture see as many tokens as chose them, so there a request's logits are equal up to rounding only. The
+engine has one device; the server around it is in `serve/http/`.
 """
 
 from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -37,13 +36,14 @@ from retnet.serve.options import (
     prompt_options,
     use_graphs,
 )
-from retnet.serve.pool import SlotCost, SlotPool
+from retnet.serve.pool import SlotPool
 from retnet.serve.prefill import Prefill
-from retnet.serve.prefix import PrefixCache, PrefixCounts
+from retnet.serve.prefix import PrefixCache
 from retnet.serve.request import Generation, Request, Status
 from retnet.serve.snapshot import Snapshot
 from retnet.serve.speculation import Drafter, Speculation, VerifyStep
 from retnet.serve.stages import Stages
+from retnet.serve.stats import EngineStats
 from retnet.serve.stopping import Decode
 from retnet.serve.stream import TokenStream
 from retnet.serve.turns import Turns
@@ -63,29 +63,6 @@ def _between_steps(call: "Callable[Concatenate[Engine, P], R]") -> "Callable[Con
         return engine._turns.take(lambda: engine._call(call, args, kwargs))
 
     return alone
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counts of an engine.
-
-    running: requests in slots; reading of them are still in prefill. waiting: requests without a slot. unread_tokens:
-    prompt tokens that running and waiting requests have yet to read. prompt_tokens, new_tokens: read in prefill, and
-    decoded, so far. drafted, accepted: draft tokens, and those that were right. prefix: None without a cache.
-    """
-
-    num_slots: int
-    bytes_per_slot: SlotCost
-    running: int
-    reading: int
-    waiting: int
-    unread_tokens: int
-    steps: int
-    prompt_tokens: int
-    new_tokens: int
-    drafted: int
-    accepted: int
-    prefix: PrefixCounts | None
 
 
 class Engine:
