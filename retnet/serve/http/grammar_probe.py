@@ -25,7 +25,7 @@ import llguidance
 MAX_MESSAGE = 400  # characters of an error
 MEMORY = 2**30  # bytes that a trial may allocate
 PROBE_STACK, COMPILE_STACK = 8 * 2**20, 64 * 2**20  # bytes: the server's own threads have more than the trial's
-WALK = 256  # tokens of a trial
+WALK, WALK_SECONDS = 256, 0.5  # tokens of a trial, and CPU time after which it is over
 SLOWEST_STEP = 0.25  # seconds of CPU time for the mask of one token
 WALL = 5  # wall time of a trial, in multiples of its CPU time: other processes may take the CPU
 START = 30.0  # seconds until a child has to have started
@@ -172,9 +172,11 @@ class Probe:
 def _walk(tokenizer: llguidance.LLTokenizer, matcher: llguidance.LLMatcher, texts: list[bytes]) -> None:
     """Take random steps. Raises ValueError for a grammar that no text fits, or whose steps take too long."""
     words, ends = _bits(token for token, text in enumerate(texts) if text), _bits(tokenizer.eos_tokens)
-    draw = random.Random(0)
+    draw, until = random.Random(0), time.process_time() + WALK_SECONDS
     for step in range(WALK):
         before = time.process_time()
+        if before > until:
+            return
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
         taken = time.process_time() - before
         if matcher.is_error():

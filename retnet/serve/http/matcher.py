@@ -19,8 +19,9 @@ from torch import Tensor
 
 from retnet.serve.http.grammar_probe import COMPILE_STACK, short_error
 
-STEP_SECONDS = 0.25  # that the engine waits for one mask
-TOTAL_SECONDS, SECONDS_PER_TOKEN = 1.0, 0.005  # that it waits for all masks of an output
+STEP_SECONDS = 0.25  # CPU time of one mask
+STEP_WALL = 1.0  # seconds that the engine waits for one mask at most, where others take the CPU
+TOTAL_SECONDS, SECONDS_PER_TOKEN = 1.0, 0.005  # CPU time of all masks of an output
 MOST_STUCK = 8  # masks that nobody waits for, but that are being computed
 
 
@@ -31,12 +32,23 @@ class GrammarError(RuntimeError):
 class Job:
     """A computation on a thread of the pool. `done` is a lock that the thread releases at the end."""
 
-    __slots__ = ("abandoned", "done", "run")
+    __slots__ = ("abandoned", "clock", "done", "run", "started")
 
     def __init__(self, run: Callable[[], None]):
         self.run, self.abandoned = run, False
+        self.clock: Callable[[], float] | None = None  # the CPU time of the thread that computes it, if there is one
+        self.started = 0.0
         self.done = _thread.allocate_lock()
         self.done.acquire()
+
+    def finished(self, cpu: float, wall: float) -> bool:
+        """Wait for its end, while it takes less than this CPU time and this wall time."""
+        until = time.monotonic() + wall
+        while not self.done.acquire(timeout=cpu / 8):
+            taken = 0.0 if self.clock is None else self.clock() - self.started
+            if taken >= cpu or time.monotonic() >= until:
+                return self.done.acquire(blocking=False)
+        return True
 
 
 class MaskThreads:
@@ -80,13 +92,23 @@ class MaskThreads:
             threading.stack_size(before)
 
     def _work(self) -> None:
+        clock = _clock_of_this_thread()
         while (job := self._queue.get()) is not None:
+            job.started, job.clock = clock(), clock
             job.run()
             with self._lock:
                 job.done.release()
                 if job.abandoned:
                     self._stuck -= 1
                     return
+
+
+def _clock_of_this_thread() -> Callable[[], float]:
+    """Its CPU time, for other threads to read while it runs; wall time where the system does not tell."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.monotonic
+    clock = time.pthread_getcpuclockid(threading.get_ident())
+    return lambda: time.clock_gettime(clock)
 
 
 class GuidedGrammar:
@@ -125,7 +147,7 @@ class GuidedMatcher:
         self._grammar, self._inner = grammar, inner
         self._mask = torch.empty_like(grammar.end_bits)
         self._accepted = 0
-        self._waited = 0.0
+        self._spent = 0.0  # CPU time of its masks
         self._error: str | None = None
         self.ended = False
         self._job = grammar.threads.start(self._compute)
@@ -168,13 +190,14 @@ class GuidedMatcher:
 
     def _compute(self) -> None:
         """On a thread of the pool: the next mask."""
-        mask, inner = self._mask, self._inner
+        mask, inner, before = self._mask, self._inner, time.thread_time()
         try:
             inner.unsafe_compute_mask_ptr(mask.data_ptr(), mask.numel() * mask.element_size())
             if inner.is_error():
                 self._error = short_error(inner.get_error())
         except Exception as error:
             self._error = str(error)
+        self._spent += time.thread_time() - before
 
     def _wait(self) -> None:
         """Wait for the mask."""
@@ -183,17 +206,14 @@ class GuidedMatcher:
         job = self._job
         if job is None:
             return
-        if not job.done.acquire(blocking=False):
-            before = time.perf_counter()
-            if not job.done.acquire(timeout=STEP_SECONDS):
-                self._grammar.threads.abandon(job)
-                self._fail(f"the mask of one token takes more than {STEP_SECONDS} s")
-            self._waited += time.perf_counter() - before
+        if not job.finished(STEP_SECONDS, STEP_WALL):
+            self._grammar.threads.abandon(job)
+            self._fail(f"the mask of one token takes more than {STEP_SECONDS} s")
         self._job = None
         if self._error is not None:
             self._fail(self._error)
-        if self._waited > TOTAL_SECONDS + SECONDS_PER_TOKEN * self._accepted:
-            self._fail(f"its masks took {self._waited:.1f} s for {self._accepted} tokens")
+        if self._spent > TOTAL_SECONDS + SECONDS_PER_TOKEN * self._accepted:
+            self._fail(f"its masks took {self._spent:.1f} s for {self._accepted} tokens")
         # A grammar may name tokens by their numbers: the end of an output is allowed where it may end, and no other.
         self._mask &= self._grammar.text_or_end if self._inner.is_accepting() else self._grammar.text
         if not self._mask.any():

@@ -101,14 +101,14 @@ def test_outputs_of_one_grammar_do_not_mix(constraints):
 
 
 def test_a_mask_that_takes_too_long_fails_its_output_alone(constraints, monkeypatch):
-    monkeypatch.setattr(module, "STEP_SECONDS", 0.05)
+    monkeypatch.setattr(module, "STEP_SECONDS", 0.005)
     matcher = constraints.compile_here(EXPENSIVE_LATER).matcher()
     other = constraints.compile_here(constraint(regex="a*")).matcher()
     for _ in range(300):
         assert matcher.accept(ord("x"))
     before = time.perf_counter()
     with pytest.raises(
-        GrammarError, match=r"after 300 tokens of the output: the mask of one token takes more than 0\.05"
+        GrammarError, match=r"after 300 tokens of the output: the mask of one token takes more than 0\.005"
     ):
         matcher.fill(torch.zeros(9, dtype=torch.int32))
     assert time.perf_counter() - before < 5
@@ -147,10 +147,9 @@ def test_threads_that_are_stuck_are_replaced_and_too_many_are_refused(constraint
     threads.close()
 
 
-def test_a_grammar_that_failed_is_compiled_anew(constraints, monkeypatch):
+def test_a_grammar_that_failed_is_compiled_anew(constraints):
     """Its lexer, which all its outputs share, may be full."""
-    monkeypatch.setattr(module, "STEP_SECONDS", 0.05)
     first = constraints.compile_here(EXPENSIVE_LATER)
-    with pytest.raises(GrammarError):
+    with pytest.raises(GrammarError, match="too many states"):
         draw(constraints, EXPENSIVE_LATER, VOCAB, lambda allowed: allowed[0], most=400)
     assert constraints.compile_here(EXPENSIVE_LATER) is not first
