@@ -231,8 +231,6 @@ class Service:
     def _serve(self) -> None:
         failures = 0
         while True:
-            if not self._streams:
-                self._look()
             while not self._streams or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
@@ -278,11 +276,11 @@ class Service:
             error = stream.failure or generation.error
             news = News(stream, tokens, _logprobs(generation, tokens), generation.finish_reason, error)
             batches.setdefault(stream.mailbox, []).append(news)
+        if now >= self._stats_due or not streams:  # before a client can see that its request has ended
+            self._look()
         self._held = batches
         if not streams or len(new) < len(streams) + len(ended):  # no step follows, or one that reads prompts first
             self._post_held()
-        if now >= self._stats_due:
-            self._look()
 
     def _post_held(self) -> None:
         """Wake the event loops up. While all requests decode, that waits until the next step is launched: woken before,
