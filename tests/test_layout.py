@@ -30,3 +30,14 @@ def test_every_test_file_is_named_after_what_it_tests():
 def test_places_without_a_counterpart_in_the_package_exist():
     assert ELSEWHERE
     assert all(place.exists() for place in ELSEWHERE)
+
+
+def test_every_test_that_the_table_of_complaints_names_exists():
+    folder = TESTS / "serve" / "http"
+    rows = re.findall(r"^\| (\d+) \|.*\|(.*)\|$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == [*range(1, 33)]
+    for _, cell in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", cell)
+        assert named
+        missing = [name for file, name in named if f"def {name}(" not in (folder / file).read_text()]
+        assert missing == []
