@@ -36,6 +36,7 @@ MOST_MESSAGES = 16 * 2**20  # bytes of JSON
 MOST_TOKENS = 2**24  # where the context has no end
 MOST_UPLOADS = 4  # at a time
 _MESSAGES = TypeAdapter(Annotated[list[Message], Field(max_length=MAX_MESSAGES)])
+ENDED = "ended"  # a text of the file of a session whose last token ended its output
 NARROW = ("F32", "BF16")  # in which wider floating point may be stored
 
 
@@ -161,8 +162,11 @@ class Uploads:
         self._reading = asyncio.Lock()
         self._form: StateForm | None = None
 
-    async def receive(self, body: AsyncIterator[bytes]) -> tuple[Snapshot, list[dict[str, Any]] | None]:
-        """The state and the messages of an uploaded file. Raises ApiError for what is not one of this model."""
+    async def receive(self, body: AsyncIterator[bytes]) -> tuple[Snapshot, list[dict[str, Any]] | None, bool]:
+        """The state and the messages of an uploaded file, and whether its last token ended an output (see Record).
+
+        Raises ApiError for what is not one of this model.
+        """
         if self._receiving >= MOST_UPLOADS:
             raise ApiError(429, f"{MOST_UPLOADS} uploads run; try again later", headers={"Retry-After": "1"})
         self._receiving += 1
@@ -212,13 +216,13 @@ def _whole_size(start: bytes, form: StateForm) -> int | None:
     return 8 + length + form.check_head(start[8 : 8 + length])
 
 
-def _read(path: Path, form: StateForm) -> tuple[Snapshot, list[dict[str, Any]] | None]:
+def _read(path: Path, form: StateForm) -> tuple[Snapshot, list[dict[str, Any]] | None, bool]:
     try:
         file = SnapshotFile.load(path)
     except ValueError as error:
         raise _refused(str(error).replace(str(path), "the file")) from error
     form.check(file.snapshot)
-    return file.snapshot, _messages(file.attachment)
+    return file.snapshot, _messages(file.attachment), ENDED in file.extra
 
 
 def _messages(attachment: bytes) -> list[dict[str, Any]] | None:

@@ -16,7 +16,7 @@ from retnet.serve.http.errors import ApiError
 from retnet.serve.http.session_entry import Entry
 from retnet.serve.http.session_record import Session
 from retnet.serve.http.session_store import SessionStore
-from retnet.serve.http.session_upload import Uploads
+from retnet.serve.http.session_upload import ENDED, Uploads
 
 CHUNK = 2**20  # bytes of a file that are sent at a time
 MOST_LISTED = 100
@@ -126,7 +126,8 @@ async def download_session(
         raise ApiError(429, f"{MOST_DOWNLOADS} downloads run; try again later", headers={"Retry-After": "1"})
     session = await state.sessions.open(session_id, request.state.key)
     messages = b"" if session.messages is None else json.dumps(session.messages).encode()
-    pieces = session.snapshot.pieces(dtype, attachment=messages)
+    extra = {ENDED: "yes"} if session.record.ended else {}
+    pieces = session.snapshot.pieces(dtype, extra=extra, attachment=messages)
     head = bytes(await run_in_threadpool(lambda: next(pieces)))
     return Download(state, session, head, pieces)
 
@@ -141,8 +142,8 @@ async def upload_session(request: Request) -> dict[str, Any]:
     if not hasattr(state, "uploads"):
         state.uploads = Uploads(state.service)
     uploads: Uploads = state.uploads
-    snapshot, messages = await uploads.receive(request.stream())
-    session = await state.sessions.keep(None, snapshot, key=key, messages=messages, foreign=True)
+    snapshot, messages, ended = await uploads.receive(request.stream())
+    session = await state.sessions.keep(None, snapshot, key=key, messages=messages, foreign=True, ended=ended)
     return describe(state.sessions, await state.sessions.look(session.id, key))
 
 

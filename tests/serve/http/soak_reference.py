@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -217,5 +217,4 @@ def load(file: bytes) -> SnapshotFile:
 def uploaded(file: bytes) -> Kept:
     """The session that an uploaded file must become."""
     found = load(file)
-    snapshot = replace(found.snapshot, output_start=None) if found.snapshot.output_start is None else found.snapshot
-    return Kept(snapshot, False, json.loads(found.attachment) if found.attachment else None)
+    return Kept(found.snapshot, "ended" in found.extra, json.loads(found.attachment) if found.attachment else None)

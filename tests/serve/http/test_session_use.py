@@ -119,6 +119,11 @@ def test_a_token_that_ended_the_output_gives_way_to_new_text(client):
     assert logprobs["token_logprobs"][0] is None
     assert second["usage"]["prompt_tokens"] == len(kept) - 1 + 3
     assert complete(client, "", session_id=first["session"]["id"])["usage"]["prompt_tokens"] == len(kept)
+    file = client.get(f"/v1/sessions/{first['session']['id']}/state").content
+    octets = {"content-type": "application/octet-stream"}
+    moved = client.post("/v1/sessions", content=file, headers=octets).json()["id"]
+    again = complete(client, [7, 8, 9], session_id=moved, ignore_eos=True, echo=True)
+    assert again["usage"]["prompt_tokens"] == len(kept) - 1 + 3
     assert text_of(free)
 
 
