@@ -117,10 +117,10 @@ def serve(
     if missing:
         raise ValueError(f"retnet serve needs {', '.join(missing)}; accepted: pip install 'retnet[serve]'")
 
+    from retnet.serve.http.access.hosts import is_loopback
+    from retnet.serve.http.access.log import configure_log
     from retnet.serve.http.app import create_app
-    from retnet.serve.http.hosts import is_loopback
     from retnet.serve.http.launch import EngineOptions, make_service
-    from retnet.serve.http.log import configure_log
     from retnet.serve.http.run import bound_socket
     from retnet.serve.http.run import serve as run_server
     from retnet.serve.http.settings import Settings

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import import_module
-from importlib.util import find_spec
 
 from fastapi import FastAPI
 
 from retnet import __version__
-from retnet.serve.http import health, metrics
-from retnet.serve.http.chat import ChatFormat
-from retnet.serve.http.constraints import Constraints
+from retnet.serve.http import health, metrics, page
+from retnet.serve.http.access.guard import Guard
+from retnet.serve.http.access.keys import ApiKeys
+from retnet.serve.http.api import completions, left_out
+from retnet.serve.http.chat import routes as chat
+from retnet.serve.http.chat.routes import ChatFormat
 from retnet.serve.http.errors import ErrorBody, add_error_handlers
-from retnet.serve.http.guard import Guard
-from retnet.serve.http.keys import ApiKeys
+from retnet.serve.http.grammars.constraints import Constraints
 from retnet.serve.http.metrics import Metrics
 from retnet.serve.http.service import Service
-from retnet.serve.http.session_store import SessionStore
+from retnet.serve.http.sessions import routes as session_routes
+from retnet.serve.http.sessions.store import SessionStore
 from retnet.serve.http.settings import Settings
-
-ROUTERS = ("completions", "chat", "sessions", "left_out", "page")
 
 
 def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
@@ -60,9 +59,6 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     add_error_handlers(app)
     keys = None if settings.api_key_file is None else ApiKeys.read(settings.api_key_file)
     app.add_middleware(Guard, service=service, settings=settings, keys=keys, metrics=app.state.metrics)
-    app.include_router(health.router)
-    app.include_router(metrics.router)
-    for name in ROUTERS:
-        if find_spec(f"retnet.serve.http.{name}") is not None:
-            app.include_router(import_module(f"retnet.serve.http.{name}").router)
+    for part in (health, metrics, completions, left_out, chat, session_routes, page):
+        app.include_router(part.router)
     return app

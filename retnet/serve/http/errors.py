@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from retnet.serve.http.record import RECORD
+from retnet.serve.http.access.record import RECORD
 from retnet.system.checks import quoted
 
 LONGEST_PARAM = 200  # characters; a field's path can have a key that the client wrote

@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from retnet.serve.http.record import Record
+from retnet.serve.http.access.record import Record
 from retnet.serve.http.service import Service
-from retnet.serve.http.session_store import SessionStore
+from retnet.serve.http.sessions.store import SessionStore
 from retnet.serve.http.stream import Stream
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

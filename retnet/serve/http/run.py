@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import uvicorn
 from fastapi import FastAPI
 
-from retnet.serve.http.guard import SHUTTING_DOWN
+from retnet.serve.http.access.guard import SHUTTING_DOWN
 from retnet.serve.http.service import Service
 from retnet.serve.http.settings import Settings
 

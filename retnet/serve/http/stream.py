@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from retnet.serve.http.record import Record
+from retnet.serve.http.access.record import Record
 from retnet.serve.request import Generation, TokenLogprobs
 
 

@@ -90,7 +90,7 @@ def test_a_client_that_leaves_the_queue_is_not_served(live, stream):
 
 def test_a_client_that_leaves_in_the_middle_of_an_upload_is_no_failure(live, monkeypatch):
     failures = []
-    monkeypatch.setattr("retnet.serve.http.guard.log_failure", lambda *arguments: failures.append(arguments))
+    monkeypatch.setattr("retnet.serve.http.access.guard.log_failure", lambda *arguments: failures.append(arguments))
     head = "POST /v1/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream"
     with closing(socket.create_connection(("127.0.0.1", live.port))) as client:
         client.sendall(f"{head}\r\nContent-Length: 1000\r\n\r\n12345678".encode())
@@ -166,8 +166,8 @@ def test_garbage_is_refused_and_the_server_goes_on(live):
 
 
 def test_a_body_that_does_not_arrive_in_time_is_a_408(live, monkeypatch):
-    monkeypatch.setattr("retnet.serve.http.guard.BODY_SECONDS", 0.1)
-    monkeypatch.setattr("retnet.serve.http.exchange.LINGER_SECONDS", 0.05)
+    monkeypatch.setattr("retnet.serve.http.access.guard.BODY_SECONDS", 0.1)
+    monkeypatch.setattr("retnet.serve.http.access.exchange.LINGER_SECONDS", 0.05)
     with closing(socket.create_connection(("127.0.0.1", live.port))) as client:
         head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json"
         client.sendall(f"{head}\r\nContent-Length: 1000\r\n\r\n{{".encode())

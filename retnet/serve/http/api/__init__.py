@@ -1,0 +1,1 @@
+"""OpenAI's API: the fields that endpoints share, completions, and the text of outputs as responses and events."""

@@ -1,0 +1,1 @@
+"""Sessions: states of conversations that the server keeps, in memory and in files."""

@@ -1,0 +1,42 @@
+"""Bodies of too many parts: pydantic would spend seconds on their errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from retnet.serve.http.api.json_body import MAX_KEYS, num_keys
+from tests.serve.http.server import tiny_server
+
+
+@pytest.fixture(scope="module")
+def client():
+    with tiny_server() as client:
+        yield client
+
+
+MANY = dict.fromkeys(map(str, range(MAX_KEYS)), "x")
+
+
+@pytest.mark.parametrize("fields", [{"logit_bias": MANY}, {"prompt": [[1, {"a": [MANY]}]]}, MANY])
+def test_the_keys_of_a_body_are_bounded(client, fields):
+    response = client.post("/v1/completions", json={"prompt": "a", "user": "u"} | fields)
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert message.startswith("the body has 5000")
+    assert "accepted: 50000" in message
+
+
+def test_long_bodies_of_few_keys_are_taken(client):
+    response = client.post("/v1/completions", json={"prompt": [[97] * 100] * 4, "user": "u", "max_tokens": 1})
+    assert response.status_code == 200
+    error = client.post("/v1/completions", json={"prompt": "a", "logit_bias": {"k" * 300_000: "x"}}).json()["error"]
+    assert error["param"].startswith("logit_bias.kkk")
+    assert len(json.dumps(error)) < 1000
+
+
+def test_keys_are_counted_wherever_they_are():
+    assert num_keys({"a": [1, {"b": {}, "c": [[{"d": 1}]]}]}) == 4
+    assert num_keys([1, 2, "a", None]) == 0
+    assert num_keys({}) == 0
