@@ -107,6 +107,9 @@ class Alone:
             earlier = (session.messages or []) if session is not None else []
             known = () if session is None or session.snapshot is None else session.snapshot.tokens
             prompt = self.template.encode([*earlier, *body["messages"]], known=known)
+            rounded = session.snapshot if session is not None else None
+            if rounded is not None and rounded.rounding_error:  # the state of a file in bfloat16, which no prompt gives
+                start, prompt = rounded.begin_of(prompt) or (None, prompt)
         else:
             given = body["prompt"]
             prompts = given if isinstance(given, list) and not (given and isinstance(given[0], int)) else [given]
