@@ -25,9 +25,10 @@ from tests.serve.http.soak_reference import CHUNK, CONTEXT, SLOTS
 KEYS = ("a-key-of-the-first-caller", "a-key-of-the-second-caller")
 ROOT = Path(__file__).resolve().parents[3]
 REST_SECONDS = 30.0  # for the server to be at rest after a phase
-MOST_RSS, MOST_TRACED = 12 * 2**20, 2**20  # bytes more, between the second phase and the last
+MOST_RSS, MOST_TRACED = 16 * 2**20, 2**20  # bytes more, between the second phase and the last
 MOST_THREADS = 24  # those of the pools of files, grammars and the event loop
 PREFIX_BYTES = 2**20
+TREE_BYTES = 2**17  # tokens of earlier prompts, so few that they are full after the first phase
 SETTINGS = Settings(max_body=2**16, max_upload=2**22, max_waiting=16, session_memory=2**20, session_disk=2**22)
 
 
@@ -60,7 +61,7 @@ def soak(seconds: float, stack: str, seed: int, say: Callable[[str], None] = lam
         try:
             with live_server(settings, stack=stack, prefix_cache_bytes=PREFIX_BYTES, **options) as live:
                 assert live.service.engine.prefixes is not None
-                live.service.engine.prefixes.tree_bytes = PREFIX_BYTES
+                live.service.engine.prefixes.tree_bytes = TREE_BYTES
                 live.server._connections.limits |= {"head": 3.0, "stall": 3.0, "half": 1.0}
                 return _phases(live, seconds, stack, seed, say)
         finally:
