@@ -16,7 +16,7 @@ def shares(sampling: Sampling, *, draws: int = 4000, parts: SamplingParts = ALL,
     table.fill(0, sampling, 11, torch.tensor([*seen, *generated], dtype=torch.long), ids)
     wide = SamplingTable(draws, 5, torch.device("cpu"))
     for name, x in vars(table).items():
-        if isinstance(x, torch.Tensor):
+        if isinstance(x, torch.Tensor) and len(x) == 1:  # a row per slot
             setattr(wide, name, x.expand(draws, *x.shape[1:]).clone())
     tokens = wide.sample(P.log().expand(draws, 5), torch.arange(draws), parts).tokens
     return torch.bincount(tokens, minlength=5) / draws
