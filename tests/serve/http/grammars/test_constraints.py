@@ -438,4 +438,4 @@ def test_compilation_does_not_hold_up_the_event_loop_and_too_many_are_shed(monke
     finally:
         made.close()
     assert sorted(error.status for error in results) == [400, 400, 400, 429, 429]
-    assert ticks > 10
+    assert ticks > 3  # a loop that compiles itself gets to one or two
