@@ -178,7 +178,14 @@ def serve(
         app = create_app(service, settings)
         configure_log(quiet=quiet, prompts=log_prompts)
         address = _address(host, listener.getsockname()[1])
-        code = run_server(app, settings, listener, lambda: None if quiet else _greet(service, address))
+
+        def on_started() -> None:
+            if not quiet:
+                _greet(service, address)
+            elif port == 0:  # nobody can know it otherwise
+                print(address, flush=True)
+
+        code = run_server(app, settings, listener, on_started)
     finally:
         listener.close()
     raise typer.Exit(code)

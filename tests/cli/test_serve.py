@@ -141,3 +141,14 @@ def test_keys_are_needed_where_there_is_a_file_of_them(byte_model, tmp_path):
     assert served.returncode == 0
     assert "YOUR_KEY" in output
     assert "0123456789abcdef" not in output + log
+
+
+@pytest.mark.slow
+def test_a_quiet_server_on_a_free_port_prints_its_address_alone(byte_model):
+    command = [sys.executable, "-m", "retnet.cli", "serve", str(byte_model), "--quiet", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:
+        assert served.stdout is not None
+        url = served.stdout.readline().strip()
+        assert httpx.get(f"{url}/ready").status_code == 200
+        served.send_signal(signal.SIGTERM)
+        assert served.communicate(timeout=60)[0] == ""

@@ -89,7 +89,8 @@ class CompletionBody(SamplingFields):
         if len(self.prompt) * self.choices > most:
             raise ApiError(
                 400,
-                f"{len(self.prompt)} prompts with n {self.choices} are {len(self.prompt) * self.choices} choices; "
+                f"n is {self.choices} for {len(self.prompt)} prompt{'' if len(self.prompt) == 1 else 's'}, "
+                f"{len(self.prompt) * self.choices} choices; "
                 f"accepted: {most} in one request",
                 param="n" if len(self.prompt) <= most else "prompt",
             )
