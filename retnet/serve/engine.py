@@ -393,14 +393,16 @@ class Engine:
         return self._work(lambda: self._tidied(call, args, kwargs))
 
     def _work(self, do: Callable[[], R]) -> R:
-        """Run `do`, which works on states, whatever modes of torch the caller has on."""
+        """Run `do`, which works on states, whatever modes of torch the caller has on.
+
+        Each `with` and its body are one line, as in `turns.py`: the caller gets its modes back also after an exception
+        from a debugger or a signal.
+        """
         try:
-            with own_modes(self._step.tokens):
-                return self._turns.work(do)
+            with own_modes(self._step.tokens): return self._turns.work(do)  # fmt: skip # noqa: E701
         finally:
             while self._to_cancel:  # dropped streams whose finalizer found the call at work, after its last tidying
-                with own_modes(self._step.tokens):
-                    self._turns.work(self._settle)
+                with own_modes(self._step.tokens): self._turns.work(self._settle)  # fmt: skip # noqa: E701
 
     def _tidied(self, call: Callable[..., R], args: tuple, kwargs: dict[str, Any]) -> R:
         self._tidy()

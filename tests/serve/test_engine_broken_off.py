@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 import pytest
+import torch
 
 from retnet.models.decode.sampling import Sampling
 from retnet.serve.engine import Engine
@@ -94,6 +95,7 @@ def break_off(model, options: dict, number: int, error: BaseException, expected:
         with breaking_off_at(number, error) as lines, suppress(type(error)):
             serve(engine)
         where = f"broken off at line event {number}, {lines[-1]}"
+        assert torch.is_grad_enabled(), where
         engine.run()
     assert engine.pool.num_free == engine.pool.num_slots, where
     for generation in submitted:
