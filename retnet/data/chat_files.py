@@ -43,13 +43,13 @@ def _templates_of(given: Any, file: Path) -> dict[str, str]:
         return {}
     if isinstance(given, str):
         return {DEFAULT: given}
-    try:
-        templates = {entry["name"]: entry["template"] for entry in given}
-        if all(isinstance(text, str) for pair in templates.items() for text in pair):
-            return templates
-    except (TypeError, KeyError):
-        pass
-    raise ValueError(f"{file}: chat_template is neither text nor a list of objects with 'name' and 'template'")
+    named = isinstance(given, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+        for entry in given
+    )
+    if not named:
+        raise ValueError(f"{file}: chat_template is neither text nor a list of objects with 'name' and 'template'")
+    return {entry["name"]: entry["template"] for entry in given}
 
 
 def _text_of(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""What an engine gives one request alone: the reference of the soak.
+"""The reference of the soak: what an engine gives one request alone.
 
 It reads the body of a request by itself, and shares with the server only the engine, the chat template's text and the
 compiled grammars.

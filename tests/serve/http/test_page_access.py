@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.http.browser import chromium, delta, event_stream, until, visit
-from tests.serve.http.server import live_server
+from tests.serve.http.browser import delta, event_stream, until, visit
 
 pytestmark = pytest.mark.slow
 SHORT = {"max_tokens": 24, "seed": 1}
@@ -19,18 +18,6 @@ PROBES = (Path(__file__).parent / "page_probes.js").read_text()
 def probe(page, name: str, *arguments):
     """The result of one of the probes on the page."""
     return page.evaluate(f"({PROBES.strip()}).{name}({', '.join(map(str, arguments))})")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def server():
-    with live_server(max_tokens=None, prefix_cache_bytes=1_000_000) as running:
-        yield running
 
 
 def scenes(guest):

@@ -7,25 +7,13 @@ import json
 import pytest
 
 from retnet.serve.http.settings import Settings
-from tests.serve.http.browser import chromium, delta, event_stream, until, visit
+from tests.serve.http.browser import delta, event_stream, until, visit
 from tests.serve.http.server import live_server
 
 pytestmark = pytest.mark.slow
 CHAT = "/v1/chat/completions"
 SHORT = {"max_tokens": 24, "seed": 1}
 ENDLESS = {"max_tokens": 200_000}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def server():
-    with live_server(max_tokens=None, prefix_cache_bytes=1_000_000) as running:
-        yield running
 
 
 def messages(page):

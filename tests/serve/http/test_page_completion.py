@@ -6,23 +6,10 @@ import math
 
 import pytest
 
-from tests.serve.http.browser import chromium, event_stream, until, visit
-from tests.serve.http.server import live_server
+from tests.serve.http.browser import event_stream, until, visit
 
 pytestmark = pytest.mark.slow
 PATH = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def server():
-    with live_server(max_tokens=None, prefix_cache_bytes=1_000_000) as running:
-        yield running
 
 
 def complete(page, text: str) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator
 
 from retnet.models.decode.sampling import TOP_LOGPROBS
@@ -20,7 +19,7 @@ from retnet.serve.http.api.json_body import JsonRoute
 from retnet.serve.http.api.off_loop import off_loop
 from retnet.serve.http.api.output import Output
 from retnet.serve.http.api.refused import REFUSED, Refusals
-from retnet.serve.http.api.sse import EventStream
+from retnet.serve.http.api.sse import responded
 from retnet.serve.http.errors import ApiError
 from retnet.serve.http.grammars.constraints import Constraints, constraint_of
 from retnet.serve.http.service import Service
@@ -149,13 +148,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
         continuous_usage=body.continuous_usage,
     )
     streams = [choice.output.stream for choice in choices]
-    if body.stream:
-        return EventStream(answer.events(), streams)
-    try:
-        return JSONResponse(await answer.whole())
-    finally:
-        for stream in streams:
-            stream.cancel()
+    return await responded(answer, streams, as_events=bool(body.stream))
 
 
 async def submit(body: CompletionBody, service: Service, use: SessionUse, constraints: Constraints) -> list[Choice]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from fastapi import Response
+from fastapi.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from retnet.serve.http.access.record import RECORD
@@ -86,3 +87,22 @@ class EventStream(Response):
 
 def _part(data: bytes) -> Message:
     return {"type": "http.response.body", "body": data, "more_body": True}
+
+
+class Answer(Protocol):
+    """What an endpoint has to say, in one of two forms."""
+
+    def events(self) -> AsyncGenerator[bytes, None]: ...
+
+    async def whole(self) -> dict[str, Any]: ...
+
+
+async def responded(answer: Answer, streams: Sequence[Stream], *, as_events: bool) -> Response:
+    """The response with an answer. The streams are cancelled when it ends, however it ends."""
+    if as_events:
+        return EventStream(answer.events(), streams)
+    try:
+        return JSONResponse(await answer.whole())
+    finally:
+        for stream in streams:
+            stream.cancel()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator
 
 from retnet.models.decode.sampling import TOP_LOGPROBS
@@ -20,7 +19,7 @@ from retnet.serve.http.api.fields import SamplingFields, Stops, check_tokens, wr
 from retnet.serve.http.api.json_body import JsonRoute
 from retnet.serve.http.api.output import Output
 from retnet.serve.http.api.refused import REFUSED, Refusals
-from retnet.serve.http.api.sse import EventStream
+from retnet.serve.http.api.sse import responded
 from retnet.serve.http.chat.answer import ChatAnswer, ChatChoice
 from retnet.serve.http.chat.messages import MAX_MESSAGES, Message
 from retnet.serve.http.chat.template import ChatTemplate, TemplateError, find_chat_template
@@ -194,13 +193,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
         continuous_usage=body.continuous_usage,
     )
     streams = [choice.output.stream for choice in choices]
-    if body.stream:
-        return EventStream(answer.events(), streams)
-    try:
-        return JSONResponse(await answer.whole())
-    finally:
-        for stream in streams:
-            stream.cancel()
+    return await responded(answer, streams, as_events=bool(body.stream))
 
 
 def _constraint(body: ChatBody, tools: ToolUse) -> Constraint | None:

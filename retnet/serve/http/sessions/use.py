@@ -1,4 +1,4 @@
-"""What one request takes from a session, and what it leaves in one."""
+"""Use of a session by one request: the state that it goes on from, and the one that it leaves."""
 
 from __future__ import annotations
 
