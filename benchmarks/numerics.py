@@ -1,4 +1,4 @@
-"""The error tables of docs/numerics.md: every form and dtype against the float64 oracle, and torchscale's forms.
+"""The error tables of docs/reference/numerics.md: each form and dtype against the float64 oracle, torchscale's forms.
 
     python benchmarks/numerics.py [--oracle FOLDER]
 

@@ -1,6 +1,6 @@
 """Comparison with EulerStack: how each library treats EulerStack's own stack files, as Markdown tables.
 
-    python benchmarks/stack_corpus.py CORPUS > docs/stack_corpus.md
+    python benchmarks/stack_corpus.py CORPUS > docs/results/stack_corpus.md
 
 CORPUS is a folder with `valid.json`, `invalid.json`, `quirks.json` and the files that they name. The JSON files record
 EulerStack's results: its package pins an older torch and ran in an environment of its own.

@@ -1,6 +1,6 @@
 """Quality of stacks with equal parameters: one script, one table, all models on the same tokens in the same order.
 
-    retnet data ... out/tokens/train (and valid, test, books; see docs/train.md)
+    retnet data ... out/tokens/train (and valid, test, books; see docs/do/train.md)
     python recipes/quality.py pack --train out/tokens/train --valid ... --test ... --books ... --to out/packed
     python recipes/quality.py run gated-conv:muon:4e-3:0 llama:muon:4e-3:0 --data out/packed --out out/quality
     python recipes/quality.py queue arms.txt --data out/packed --out out/quality --gpu 0 --deadline 500

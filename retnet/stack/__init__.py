@@ -1,6 +1,7 @@
 """Stacks: architectures written in EulerStack's YAML (schema_version 1), validated and compiled to models.
 
-`load_stack(file)` returns a `Stack`, or raises `StackError` with every fault of the file. The guide is docs/stack.md.
+`load_stack(file)` returns a `Stack`, or raises `StackError` with every fault of the file. The guide is
+docs/reference/stack.md.
 """
 
 from .errors import Category, Fault, StackError

@@ -16,7 +16,7 @@ from enum import StrEnum
 
 Path = tuple[str | int, ...]
 
-GUIDE = "docs/stack.md"
+GUIDE = "docs/reference/stack.md"
 # The guide's sections by key. The last key of a path that is listed here, or is a mixer, selects the section.
 _SECTIONS = {
     "let": "let",

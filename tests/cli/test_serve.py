@@ -20,7 +20,7 @@ from retnet.serve.http.run import bound_socket
 from tests.cli.command import wrong_input
 from tests.paths import ROOT
 
-DOCS = (ROOT / "docs" / "serve.md").read_text()
+DOCS = (ROOT / "docs/do/serve.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The commands and code of docs/data.md run, and print what the page shows."""
+"""The commands and code of docs/do/data.md run, and print what the page shows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from retnet.cli import main
 from tests.paths import ROOT
 
-PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/do/data.md").read_text(encoding="utf-8")
 
 
 def test_commands_and_code_of_the_page_run(tmp_path, monkeypatch, tokenizer_file, articles):

@@ -1,4 +1,4 @@
-"""The tables of docs/serve.md list what the server takes, and its curl examples run."""
+"""The tables of docs/do/serve.md list what the server takes, and its curl examples run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from retnet.serve.http.chat.tools import MAX_TOOLS
 from tests.paths import ROOT
 from tests.serve.http.server import live_server
 
-PAGE = (ROOT / "docs" / "serve.md").read_text()
+PAGE = (ROOT / "docs/do/serve.md").read_text()
 REQUESTS = PAGE[PAGE.index("## Requests") : PAGE.index("## Chats")]
 CHATS = PAGE[PAGE.index("## Chats") : PAGE.index("## In a terminal")]
 

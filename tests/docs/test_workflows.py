@@ -18,8 +18,13 @@ from retnet.models.directory import save_model
 from retnet.models.lm import LanguageModel
 from tests.paths import ROOT
 
-NEEDS = {"load_fla": [], "lora": ["peft", "trl"], "evaluate": ["lm_eval"], "export": ["onnxruntime", "onnxscript"]}
-SLOW = ("evaluate", "export")
+NEEDS = {
+    "do/convert": [],
+    "do/lora": ["peft", "trl"],
+    "do/evaluate": ["lm_eval"],
+    "do/export": ["onnxruntime", "onnxscript"],
+}
+SLOW = ("do/evaluate", "do/export")
 FLA_CONFIG = {
     "model_type": "retnet",
     "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""Every cell of docs/works_with.md links an existing test."""
+"""Every cell of docs/reference/works_with.md links an existing test."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 
 from tests.paths import ROOT
 
-DOCS = ROOT / "docs"
-TEXT = (DOCS / "works_with.md").read_text()
+PAGE = ROOT / "docs/reference/works_with.md"
+TEXT = PAGE.read_text()
 
 
 def test_every_cell_links_an_existing_test():
@@ -19,4 +19,4 @@ def test_every_cell_links_an_existing_test():
             found = re.fullmatch(r'\[(?:yes|refused)\]\((\S+) "(\w+)"\)', cell)
             assert found, cell
             file, name = found.groups()
-            assert re.search(rf"^def {name}\(", (DOCS / file).read_text(), re.MULTILINE), cell
+            assert re.search(rf"^def {name}\(", (PAGE.parent / file).read_text(), re.MULTILINE), cell

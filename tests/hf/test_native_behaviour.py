@@ -1,7 +1,7 @@
 """Behaviours of transformers' own models, checked on a tiny Llama and on ours with the same code.
 
 The kinds are those of transformers' common model and generation tests: switches of `from_pretrained`, outputs by call
-and by configuration, embeddings, saving, `generate`. `docs/works_with.md` lists what is left out.
+and by configuration, embeddings, saving, `generate`. `docs/reference/works_with.md` lists what is left out.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_an_unknown_name_is_reported_with_the_nearest_one():
     fault = only(changed(("d_model: 64", "d_model: ${let.widht}"), more="let: {width: 64}\n"))
     assert (fault.dotted, fault.mark.line, fault.mark.column) == ("model.d_model", 4, 12)
     assert "let.width?" in fault.fix
-    assert fault.see == "docs/stack.md#let"
+    assert fault.see == "docs/reference/stack.md#let"
 
 
 def test_a_faulty_expression_hides_no_other_fault_and_is_reported_once():

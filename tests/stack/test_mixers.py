@@ -60,7 +60,7 @@ def test_an_unknown_key_of_a_registered_mixer_is_refused_with_its_place_and_the_
     assert (fault.dotted, fault.mark.line, fault.mark.column) == ("layer_templates.a.mixer.toy", 23, 13)
     assert fault.what == "unknown key 'spam'"
     assert fault.fix == "did you mean span? keys known here: span"
-    assert fault.see == "docs/stack.md#mixer"
+    assert fault.see == "docs/reference/stack.md#mixer"
 
 
 @pytest.mark.parametrize("span", ["0", "'8'", "1.5", "1000"])

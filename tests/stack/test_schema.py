@@ -30,19 +30,19 @@ def test_an_error_has_three_lines_per_fault_in_the_order_of_the_file():
     assert str(caught.value).split("\n") == [
         "ValidationError: model.d_model: expected a positive integer, got '64' (text) (line 4, column 12)",
         "Fix: write 64, without quotes",
-        "See: docs/stack.md#model",
+        "See: docs/reference/stack.md#model",
         "",
         "ValidationError: layer_templates.a.ffn: the key 'type' is missing (line 24, column 5)",
         "Fix: add `type`: mlp, gated_mlp, moe",
-        "See: docs/stack.md#ffn",
+        "See: docs/reference/stack.md#ffn",
         "",
         "ValidationError: layer_templates.a.ffn: unknown key 'typ' (line 24, column 11)",
         "Fix: did you mean type? keys known here: type, activation, bias, moe",
-        "See: docs/stack.md#ffn",
+        "See: docs/reference/stack.md#ffn",
         "",
         "ValidationError: layer_schedule[1]: there is no template 'b' (line 27, column 13)",
         "Fix: defined are: a, r",
-        "See: docs/stack.md#layer_schedule",
+        "See: docs/reference/stack.md#layer_schedule",
     ]
 
 
@@ -358,7 +358,7 @@ def test_an_unsupported_feature_is_refused_once_at_its_place(pairs, path):
     fault = only(changed(*pairs))
     assert (fault.category, fault.dotted) == (Category.UNSUPPORTED, path)
     assert "is not supported here" in fault.what
-    assert fault.see == "docs/stack.md#not-supported"
+    assert fault.see == "docs/reference/stack.md#not-supported"
 
 
 def test_null_is_accepted_for_unsupported_keys_where_the_schema_allows_it():

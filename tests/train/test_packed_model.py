@@ -227,7 +227,7 @@ def test_a_compiled_step_on_a_gpu_has_the_gradients_of_the_cpu(stack):
     """A step of the Wikipedia recipes: 8 rows of 2048 laid end to end, bfloat16, random document boundaries.
 
     The first token of a document has no target: its normalized retention output depends on q and k only through
-    rounding (docs/numerics.md).
+    rounding (docs/reference/numerics.md).
     """
     config = resolve_config(stack)
     config = replace(config, layers=config.layers[:1], vocab_size=500, init="normal", init_std=0.04)

@@ -14,7 +14,7 @@ To add a mixer, write its entry, a subclass of `MixerSettings`, and list it in `
 A file may then say `mixer: {type: toy, toy: {width: 32}}`. Keys that the schema does not have are declared with the
 prefix `vendor.retnet.` (see `retnet.py`). `settings.py` lists what else an entry may define: rules, a description, a
 colour, a reach. The layer itself is registered in `retnet.layers.mixers`. A mixer outside the package is added the same
-way, before a file is read. A mixer of the package also has a section in docs/stack.md; a test checks that.
+way, before a file is read. A mixer of the package also has a section in docs/reference/stack.md; a test checks that.
 """
 
 from .attention import Attention

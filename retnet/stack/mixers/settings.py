@@ -20,7 +20,7 @@ class MixerSettings(Section):
 
     # The key of `state` that the layer may set; None: it may set neither.
     STATE_KEY: ClassVar[Literal["kv_cache", "ssm_state"] | None] = None
-    # The section of docs/stack.md that errors about the mixer's keys point to.
+    # The section of docs/reference/stack.md that errors about the mixer's keys point to.
     GUIDE: ClassVar[str] = "mixer"
     COLOUR: ClassVar[str] = "#6b7683"  # in pictures
     # Whether the report advises dropout or checkpointing for deep stacks with this mixer.

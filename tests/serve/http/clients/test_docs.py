@@ -9,7 +9,7 @@ import pytest
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow
-PAGE = (ROOT / "docs" / "serve.md").read_text()
+PAGE = (ROOT / "docs/do/serve.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE[PAGE.index("## Clients") :], re.DOTALL)
 
 

@@ -68,7 +68,7 @@ def tokens_of(client, session_id: str) -> list[int]:
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 11, "frequency_penalty": 0.7}])
 @pytest.mark.parametrize("stack", ["retention", "hybrid"])
 def test_continued_without_new_text_a_session_is_one_uninterrupted_generation(stack, sampling):
-    """Bit-identical, as docs/engine.md promises: compared by log-probabilities."""
+    """Bit-identical, as docs/do/engine.md promises: compared by log-probabilities."""
     with tiny_server(stack=stack) as client:
         whole = complete(client, "A prompt", **sampling, max_tokens=24)["choices"][0]["logprobs"]
         first = complete(client, "A prompt", **sampling, max_tokens=9, keep_session=True)
