@@ -104,7 +104,7 @@ def _local(
     from retnet.api import load, load_tokenizer
     from retnet.cli.chat_local import LocalBackend
     from retnet.models.decode.sampling import Sampling
-    from retnet.serve.http.chat.template import find_chat_template
+    from retnet.serve.chat_template import find_chat_template
 
     network = load(name, device, dtype)
     tokenizer = load_tokenizer(network)

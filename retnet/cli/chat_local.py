@@ -12,8 +12,8 @@ from retnet.data.tokenizer import Tokenizer
 from retnet.models.cost import transformer_cache_bytes
 from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
+from retnet.serve.chat_template import ChatTemplate, TemplateError
 from retnet.serve.engine import Engine
-from retnet.serve.http.chat.template import ChatTemplate, TemplateError
 from retnet.serve.pool import growing_layer
 from retnet.serve.request import Generation, Refused, Request
 from retnet.serve.snapshot import Snapshot, SnapshotFile

@@ -11,11 +11,11 @@ import pytest
 
 from retnet.cli.chat_terminal import HELP
 from retnet.data.tokenizer import ByteTokenizer
+from retnet.serve.chat_template import find_chat_template
 from retnet.serve.http.api.completions import CompletionBody
 from retnet.serve.http.api.fields import MAX_BIASES, MAX_CHOICES, MAX_STOP_LENGTH, MAX_STOPS, SEED_STEP, SamplingFields
 from retnet.serve.http.chat.messages import MAX_MESSAGES
 from retnet.serve.http.chat.routes import MAX_OPTIONS, ChatBody
-from retnet.serve.http.chat.template import find_chat_template
 from retnet.serve.http.chat.tools import MAX_TOOLS
 from tests.paths import ROOT
 from tests.serve.http.server import live_server

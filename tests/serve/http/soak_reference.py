@@ -17,8 +17,8 @@ import torch
 
 from retnet.data.tokenizer import DOCUMENT_START, DOCUMENT_START_TOKEN, ByteTokenizer
 from retnet.models.decode.sampling import Sampling
+from retnet.serve.chat_template import find_chat_template
 from retnet.serve.engine import Engine
-from retnet.serve.http.chat.template import find_chat_template
 from retnet.serve.http.grammars.constraints import Constraints, constraint_of
 from retnet.serve.request import Generation, Request
 from retnet.serve.snapshot import Snapshot, SnapshotFile

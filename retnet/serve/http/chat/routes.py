@@ -14,6 +14,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import Field, PlainValidator
 
 from retnet.models.decode.sampling import TOP_LOGPROBS
+from retnet.serve.chat_template import ChatTemplate, TemplateError, find_chat_template
 from retnet.serve.http.api.completion_answer import Prompt
 from retnet.serve.http.api.fields import SamplingFields, Stops, check_tokens, wrong
 from retnet.serve.http.api.json_body import JsonRoute
@@ -22,7 +23,6 @@ from retnet.serve.http.api.refused import REFUSED, Refusals
 from retnet.serve.http.api.sse import responded
 from retnet.serve.http.chat.answer import ChatAnswer, ChatChoice
 from retnet.serve.http.chat.messages import MAX_MESSAGES, Message
-from retnet.serve.http.chat.template import ChatTemplate, TemplateError, find_chat_template
 from retnet.serve.http.chat.tools import BEGIN, MAX_TOOLS, CallReader, Tool, ToolUse, tool_use
 from retnet.serve.http.errors import ApiError
 from retnet.serve.http.grammars.constraints import Constraint, constraint_of

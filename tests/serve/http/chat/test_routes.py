@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from retnet.data.tokenizer import DOCUMENT_START
+from retnet.serve.chat_template import ChatTemplate, find_chat_template
 from retnet.serve.engine import Engine
 from retnet.serve.http.app import create_app
 from retnet.serve.http.chat.routes import WRITTEN_AT_A_TIME
-from retnet.serve.http.chat.template import ChatTemplate, find_chat_template
 from retnet.serve.http.service import Service
 from retnet.serve.http.settings import Settings
 from tests.serve.http.chat.models import TOOLS, save_tokenizer

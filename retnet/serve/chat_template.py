@@ -22,7 +22,7 @@ from typing import Any
 
 from retnet.data.chat_files import DEFAULT, ChatFiles, read_chat_files
 from retnet.data.tokenizer import Tokenizer
-from retnet.serve.http.chat.sandbox import TemplateError, compiled, render
+from retnet.serve.sandbox import TemplateError, compiled, render
 
 __all__ = ["ChatTemplate", "TemplateError", "find_chat_template"]
 
