@@ -7,6 +7,7 @@ must grow.
 """
 
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,24 @@ def llama(shape: str, device: torch.device, max_tokens: int):
         layers=layers, width=width, heads=heads, feed_forward=hidden, vocab=VOCAB, max_tokens=max_tokens, **tokens
     )
     return _built(LlamaForCausalLM, config, device)
+
+
+def write_llama(shape: str, folder: Path, max_tokens: int) -> None:
+    """Save a random Llama of a preset's size, bfloat16, with a tokenizer."""
+    llama(shape, torch.device("cuda" if torch.cuda.is_available() else "cpu"), max_tokens).save_pretrained(folder)
+    write_tokenizer(folder, VOCAB)
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Save a tokenizer of the words w0, w1, ..., one per token, of which w0 is the start of a document."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{token}": token for token in range(vocab_size)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w0").save_pretrained(folder)
 
 
 def fla_retnet(shape: str, device: torch.device, max_tokens: int):

@@ -10,11 +10,14 @@ library only, so that it starts at once.
 import asyncio
 import json
 import random
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 
 
 @dataclass
@@ -29,7 +32,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class Load:
-    """prompt: tokens per prompt; tokens: new tokens per request; seconds: of the window, which begins at `begin`."""
+    """prompt: tokens per prompt; tokens: new tokens per request; seconds: of the window, which begins at `begin`.
+
+    words: prompts are words of `rivals.write_llama`'s tokenizer, and the request has OpenAI's fields alone.
+    """
 
     model: str
     prompt: int
@@ -37,16 +43,25 @@ class Load:
     vocab_size: int
     seconds: float
     begin: float = 0.0
+    words: bool = False
 
     def body(self, generator: random.Random) -> dict:
         prompt = [generator.randrange(self.vocab_size) for _ in range(self.prompt)]
-        return {
-            "model": self.model, "prompt": prompt, "max_tokens": self.tokens, "temperature": 0, "ignore_eos": True,
-            "stream": True,
-        }  # fmt: skip
+        body = {"model": self.model, "max_tokens": self.tokens, "temperature": 0, "stream": True}
+        if self.words:
+            return body | {"prompt": " ".join(f"w{token}" for token in prompt)}
+        usage = {"include_usage": True, "continuous_usage_stats": True}
+        return body | {"prompt": prompt, "ignore_eos": True, "stream_options": usage}
 
     def measures(self, now: float) -> bool:
         return self.begin <= now < self.begin + self.seconds
+
+
+def tokens_so_far(event: bytes, before: int) -> int:
+    """New tokens of the response up to an event: what its usage says, otherwise one more per text."""
+    if found := USAGE.search(event):
+        return int(found[1])
+    return before + (b'"text":"' in event and b'"text":""' not in event)
 
 
 async def ask(address: tuple[str, int], body: dict, load: Load, seen: Seen) -> int:
@@ -60,14 +75,15 @@ async def ask(address: tuple[str, int], body: dict, load: Load, seen: Seen) -> i
         status = int((await reader.readline()).split()[1])
         count = 0
         while line := await reader.readline():
-            if not line.startswith(b"data: {") or b'"text":' not in line:
+            new = tokens_so_far(line, count) - count
+            if not new:
                 continue
             now = time.time()
             if load.measures(now):
-                seen.tokens += 1
+                seen.tokens += new
                 (seen.gaps if count else seen.first).append(now - (last if count else begin))
             last = now
-            count += 1
+            count += new
         return status
     finally:
         writer.close()

@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from retnet.models.loss import linear_cross_entropy
 from retnet.system.sizes import format_bytes
 
 TEST_SEED = 2**31
+REPORT_STEPS = 300  # a multiple of the numbers of tasks, so that every line covers all alike
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,18 @@ def measure(setting: Setting, device: torch.device, graphs: bool) -> Iterator[li
                 for rate in setting.rates
                 for name, config in configs.items()
             ]
-            train(runs, batches(setting, seed, device), setting.steps)
+            train(runs, batches(setting, seed, device), setting.steps, partial(progress, runs, begin))
             yield [row for run in runs for row in tested(run, setting, width, seed)]
             print(f"width {width}, seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def progress(runs: list[Run], begin: float, step: int) -> None:
+    """One line per `REPORT_STEPS` steps: the losses of all runs since the last line."""
+    if (step + 1) % REPORT_STEPS == 0:
+        losses = ", ".join(
+            f"{run.name} {run.peak:g}: {torch.stack(run.losses[-REPORT_STEPS:]).mean().item():.3f}" for run in runs
+        )
+        print(f"step {step + 1}, {time.perf_counter() - begin:.0f} s: {losses}", flush=True)
 
 
 def tested(run: Run, setting: Setting, width: int, seed: int) -> list[dict]:
