@@ -1,0 +1,137 @@
+"""Frames of pictures: one width, one font size, a title with the facts under it, and a legend below.
+
+A picture is 830 pixels wide where it is read (README, pages of the documentation), and stored with twice as many. Its
+smallest letters are 8 points, 11 pixels there. The background is white in a dark page too.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from retnet.plots.palette import FAINT, GRID, INK, PAPER, Look
+
+WIDTH, DPI = 8.3, 200  # inches; pixels per inch
+MARGIN = 0.1  # inches
+SMALL, NORMAL, LARGE = 8.0, 9.0, 13.0  # points
+SEPARATOR = " · "
+MOST_CHARACTERS = 240  # of a title, and of the facts under it
+_STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": FAINT,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": NORMAL,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlesize": NORMAL + 1,
+    "figure.dpi": 100,
+    "figure.facecolor": PAPER,
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": NORMAL,
+    "grid.color": GRID,
+    "legend.fontsize": NORMAL,
+    "legend.frameon": False,
+    "savefig.facecolor": PAPER,
+    "svg.hashsalt": "retnet",
+    "text.color": INK,
+    "text.parse_math": False,  # a model may be named $x$
+    "xtick.color": FAINT,
+    "xtick.labelsize": SMALL,
+    "ytick.color": FAINT,
+    "ytick.labelsize": SMALL,
+}
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function that draws: everything that it creates has the project's fonts, sizes and colours."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        with rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def facts(*parts: str | None) -> str:
+    """'NVIDIA H200 · bfloat16 · torch 2.11': the parts that are given."""
+    return SEPARATOR.join(part for part in parts if part)
+
+
+def framed(height: float, title: str, under: str = "") -> Figure:
+    """A figure with `height` inches for its panels below a title and a line of facts (`under`), both wrapped.
+
+    The title names the quantity and the model; the facts are hardware, dtype, versions, sizes or dates.
+    """
+    figure = Figure(figsize=(WIDTH, height))
+    FigureCanvasAgg(figure)
+    top, texts = MARGIN, []
+    for text, size, weight, colour in ((title, LARGE, "bold", INK), (under, NORMAL, "normal", FAINT)):
+        for line in _wrapped(figure, text, size, weight):
+            texts.append((top, figure.text(0, 0, line, fontsize=size, fontweight=weight, color=colour, va="top")))
+            top += 1.45 * size / 72
+    head = top + 0.05 if texts else 0.0
+    figure.set_size_inches(WIDTH, height + head)
+    for place, text in texts:
+        text.set_position((MARGIN / WIDTH, 1 - place / (height + head)))
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, height / (height + head)), h_pad=0.06, w_pad=0.06)
+    return figure
+
+
+def _wrapped(figure: Figure, text: str, size: float, weight: str) -> list[str]:
+    """Lines that fit into the figure, broken at spaces, or inside a word that is too long by itself."""
+    text, width = printable(text), 150
+    text = text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"
+    while text:
+        lines = textwrap.wrap(text, width)
+        drawn = [figure.text(0, 0, line, fontsize=size, fontweight=weight) for line in lines]
+        widest = max(text_width(figure, one) for one in drawn)
+        for one in drawn:
+            one.remove()
+        if widest <= WIDTH - 2 * MARGIN:
+            return lines
+        width = min(width - 1, int(width * (WIDTH - 2 * MARGIN) / widest) + 2)
+    return []
+
+
+def printable(text: str) -> str:
+    """Text on one line; unprintable characters become spaces."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def text_width(figure: Figure, text) -> float:
+    """Inches that a matplotlib text takes from left to right."""
+    return text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / figure.dpi
+
+
+def legend(figure: Figure, looks: Mapping[str, Look]) -> None:
+    """One legend for all panels below them, in as many columns as fit."""
+    handles = [Line2D([], [], **look.line) for look in looks.values()]
+    for columns in range(len(handles), 0, -1):
+        box = figure.legend(handles, list(looks), loc="outside lower center", ncols=columns, columnspacing=1.6)
+        if columns == 1 or text_width(figure, box) <= WIDTH - 2 * MARGIN:
+            return
+        box.remove()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture in the format of the path's suffix. Equal pictures give equal bytes.
+
+    Raises ValueError for a format that matplotlib cannot write.
+    """
+    unstamped = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}, ".pdf": {"CreationDate": None}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context(_STYLE):
+        figure.savefig(path, dpi=DPI, metadata=unstamped.get(path.suffix))
