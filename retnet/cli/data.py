@@ -186,12 +186,14 @@ def _draw(corpus: Corpus, source: str, plot: Path | None) -> Path | None:
     """Plot the lengths into `plot`, or into a folder of shards. A folder that cannot be written gets a note."""
     from retnet.data.corpus import ByteCorpus
     from retnet.data.lengths_plot import save_lengths_plot
+    from retnet.plots.frame import facts
 
     if plot is None and isinstance(corpus, ByteCorpus):
         return None
     path = Path(source) / PLOT if plot is None else plot
     try:
-        save_lengths_plot(corpus.lengths, f"{source}: {_count(len(corpus), 'document')}", path)
+        under = facts(_count(len(corpus), "document"), f"{corpus.num_tokens:,} tokens", corpus.tokenizer_id)
+        save_lengths_plot(corpus.lengths, f"Document lengths of {source}", under, path)
     except OSError as error:
         if plot is not None:
             raise

@@ -5,35 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
+
+from retnet.plots.axes import linear_axis, log_ticks, short, tokens
+from retnet.plots.frame import framed, save, styled
+from retnet.plots.palette import COLOURS, INK, PALE
 
 _BINS_PER_DOUBLING = 4
 
 
-def save_lengths_plot(lengths: NDArray[np.int64], title: str, path: Path) -> None:
-    """Save two histograms over the document length, on a logarithmic axis, as PNG or SVG by the file name.
+def save_lengths_plot(lengths: NDArray[np.int64], title: str, under: str, path: Path) -> None:
+    """Save `draw_lengths` as PNG or SVG, by the file name."""
+    save(draw_lengths(lengths, title, under), path)
+
+
+@styled
+def draw_lengths(lengths: NDArray[np.int64], title: str, under: str) -> Figure:
+    """Two histograms over the document length, on a logarithmic axis. `under` is written below the title.
 
     The upper one counts documents. The lower one shows the share of all tokens in documents of that length, which is
     what a training run sees.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
-
     low, high = np.floor(np.log2(lengths.min())), np.ceil(np.log2(lengths.max() + 1))
     bins = 2.0 ** np.arange(low, high + 1 / _BINS_PER_DOUBLING, 1 / _BINS_PER_DOUBLING)
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    documents, tokens = figure.subplots(2, sharex=True)
-    documents.hist(lengths, bins=bins)
-    tokens.hist(lengths, bins=bins, weights=lengths / lengths.sum(), color="tab:orange")
-    documents.set(title=title, ylabel="documents", xscale="log")
-    tokens.set(ylabel="share of tokens", xlabel="tokens per document")
-    tokens.xaxis.set_major_locator(LogLocator(base=2 if high - low <= 12 else 4))
-    tokens.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    tokens.xaxis.set_minor_locator(LogLocator(base=2, subs=(1.0,)))
-    tokens.xaxis.set_minor_formatter("")
-    tokens.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    for axes in (documents, tokens):
-        axes.grid(alpha=0.3)
-        axes.axvline(float(np.median(lengths)), color="black", linewidth=1, linestyle="--", label="median document")
-    documents.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    figure = framed(4.4, title, under)
+    documents, share = figure.subplots(2, sharex=True)
+    documents.hist(lengths, bins=bins, color=PALE, edgecolor="none")
+    share.hist(lengths, bins=bins, weights=lengths / lengths.sum(), color=COLOURS["retention"])
+    documents.set(ylabel="documents per bin", xscale="log")
+    share.set(ylabel="share of tokens per bin", xlabel="tokens per document")
+    linear_axis(documents, "y", short)
+    share.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    share.set_xlim(bins[0], bins[-1])
+    share.set_xticks(log_ticks(bins[0], bins[-1], 2))
+    share.xaxis.set_major_formatter(lambda x, _: tokens(x))
+    share.minorticks_off()
+    median = float(np.median(lengths))
+    for axes in (documents, share):
+        axes.axvline(median, color=INK, linewidth=1, linestyle="--", label=f"median document, {median:,.0f} tokens")
+    documents.legend()
+    return figure
