@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+
+from retnet.system.suggest import did_you_mean_path
 
 console = Console()
 errors = Console(stderr=True)
@@ -31,12 +34,25 @@ class Session:
 
 
 def report_error(error: Exception) -> None:
-    """Print what was wrong with the input, in one message."""
+    """Print what was wrong with the input, in one message; for an error that another library raised, also how to find
+    the place. Messages of our own say what was given and what is accepted.
+    """
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        if isinstance(error, FileNotFoundError) and isinstance(error.filename, str):
+            text += did_you_mean_path(error.filename)
     errors.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
-    errors.print("[dim]`retnet --debug VERB ...` shows where it came from[/]")
+    if not _is_our_message(error):
+        errors.print("[dim]`retnet --debug VERB ...` shows where it came from[/]")
+
+
+def _is_our_message(error: Exception) -> bool:
+    """Whether this package raised the error, or the operating system did and names the file."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return True
+    frames = list(walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").partition(".")[0] == "retnet"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from retnet.cli._common import console, errors, write_text
 from retnet.cli.chat_turn import Answer, Backend, ChatError, Turn
+from retnet.system.suggest import choices
 
 KEPT_STATES = 4  # of a conversation, for /undo; older turns are read again
 BLOCK = '"""'  # before and after a message of several lines
@@ -100,7 +101,8 @@ class Terminal:
             name, _, rest = text[1:].partition(" ")
             command = self._commands.get(name.strip())
             if command is None:
-                raise ChatError(f"there is no command /{name}; accepted: /{', /'.join(self._commands)}")
+                accepted = choices(f"/{name}", (f"/{each}" for each in self._commands))
+                raise ChatError(f"there is no command /{name}; {accepted}")
             return command(rest.strip())
         self._answer(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,8 +64,8 @@ def check(
         print_json([_as_dict(row) for row in rows])
     else:
         console.print(_table(escape(title), rows))
-        if rows[0].tokens is not None:
-            console.print("[dim]changed: positions whose likeliest token differs from float64's[/]", highlight=False)
+        for line in _legend(rows):
+            console.print(f"[dim]{line}[/]", highlight=False, soft_wrap=True)
         console.print(f"[bold red]{failed} of {len(rows)} fail[/]" if failed else f"[green]all {len(rows)} agree[/]")
     raise typer.Exit(code=1 if failed else 0)
 
@@ -89,14 +90,27 @@ def _table(title: str, rows: list[Agreement]) -> Table:
     table.add_column("way", no_wrap=True)
     table.add_column("dtype", no_wrap=True)
     predicts = any(row.changed is not None for row in rows)
-    for name in ("max", "relative", "limit", *(["changed"] if predicts else []), ""):
+    for name in ("max error", "relative", "limit", "", *(["other token"] if predicts else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        changed = [f"{row.changed}/{row.tokens}"] if predicts else []
+        changed = [f"{row.changed:,} of {row.tokens:,}"] if predicts else []
         verdict = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
         numbers = (f"{x:.1e}" for x in (row.max_difference, row.relative, row.limit))
-        table.add_row(row.way, row.dtype, *numbers, *changed, verdict)
+        table.add_row(row.way, row.dtype, *numbers, verdict, *changed)
     return table
+
+
+def _legend(rows: list[Agreement]) -> Iterator[str]:
+    """The columns in words."""
+    yield "relative: norm of the error / norm of the float64 result; a row passes if it is at most the limit,"
+    if rows[0].tokens is None:
+        yield "which is the rounding of another order of summation in that dtype"
+        return
+    yield "which for parallel is what rounding in that dtype may cost, for every other way twice parallel's error"
+    yield (
+        "other token: positions where the likeliest token is not float64's, as rounding decides between near-equal "
+        "ones; reported, not judged"
+    )
 
 
 def _as_dict(row: Agreement) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def convert(
     model = run(source, out, to=to, format=format, config=config)
     total = parameter_counts(model)["total"]
     console.print(
-        f"{model.name}: {len(model.layers)} layers of width {model.d_model}, {total:,} parameters in "
+        f"{model.name}: {len(model.layers)} layers of width {model.d_model:,}, {total:,} parameters in "
         f"{model.dtype}; written to {out} as {to}",
         markup=False,
         soft_wrap=True,

@@ -110,7 +110,7 @@ def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, dev
     if as_json:
         print_json({"documents": len(scored), "bytes": result.num_bytes, "seconds": seconds, "bits_per_byte": rows})
         return
-    size = f"{len(scored)} documents, {result.num_bytes / 1e6:.2f} MB"
+    size = f"{len(scored):,} documents, {result.num_bytes / 1e6:.2f} MB"
     console.print(f"{escape(data)}: {size} ({part.value})", highlight=False, soft_wrap=True)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method")
@@ -118,7 +118,17 @@ def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, dev
     for name, bits in sorted(rows.items(), key=lambda row: -row[1]):
         table.add_row(*(Text(cell, "bold" if name == model else "") for cell in (name, f"{bits:.3f}")))
     console.print(table)
-    console.print(f"[dim]scored {result.num_bytes / seconds:,.0f} bytes/s[/]")
+    for line in (*_explained(rows), f"scored {result.num_bytes / seconds:,.0f} bytes/s"):
+        console.print(f"[dim]{line}[/]", highlight=False, soft_wrap=True)
+
+
+def _explained(rows: Mapping[str, float]) -> Iterator[str]:
+    """The rows of the table in words."""
+    from retnet.eval.compressors import ORDER2
+
+    yield "lower is better; gzip and xz copy what the scored text repeats, so they win on text that repeats a lot"
+    if ORDER2 in rows:
+        yield f"{ORDER2}: predicts a byte from the two before it, by their counts in the training documents"
 
 
 def _perplexity(model: str, file: Path, context: int | None, stride: int | None, device: str, as_json: bool) -> None:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, errors, read_text, unescape, write_text
+from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, read_text, unescape, write_text
 from retnet.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from retnet.eval.meter import StreamMeter
 
 ENDLESS = 0
+LONGEST_ECHO = 2000  # characters of a prompt on a terminal
 
 
 def generate(
@@ -52,6 +54,10 @@ def generate(
     speculate: Annotated[
         int, typer.Option(min=0, help="Draft tokens per step, guessed from the context: 3, 7, 11, ...; 0 is off.")
     ] = 0,
+    echo: Annotated[
+        bool | None,
+        typer.Option(help="Show the prompt before the output, dimmed; by default on a terminal, its end."),
+    ] = None,
     stats: Annotated[bool, typer.Option(help="Report time and memory at the end, on standard error.")] = True,
     png: Annotated[Path | None, typer.Option(help="Plot time and memory per token into this file.")] = None,
 ) -> None:
@@ -92,6 +98,7 @@ def generate(
     limit = None if max_tokens == ENDLESS else max_tokens
     request = request_of(text, tokenizer, limit, sampling, stops)
     engine = engine_for(network, request, tokenizer, speculate)
+    _echo(text, echo)
     meter = StreamMeter()
     failed = None
     try:
@@ -113,6 +120,19 @@ def generate(
         save_stream_figure(meter.bins, sizes[-1], png)
 
 
+def _echo(prompt: bytes, wanted: bool | None) -> None:
+    """Show the prompt: all of it if asked for, its end on a terminal, nothing in a pipe."""
+    if not (console.is_terminal if wanted is None else wanted):
+        return
+    shown = prompt.decode("utf-8", "replace")
+    if wanted is None and len(shown) > LONGEST_ECHO:
+        shown = "..." + shown[-LONGEST_ECHO:]
+    if console.is_terminal:
+        console.print(Text(shown, "dim"), end="", soft_wrap=True)
+    else:
+        write_text(shown)
+
+
 def _metered(tokens: Iterator[int], meter: StreamMeter) -> Iterator[int]:
     for token in tokens:
         meter.tick()
@@ -124,7 +144,7 @@ def _report(meter: StreamMeter, first_state_bytes: int, last_state_bytes: int) -
     bins = meter.bins
     if not bins:
         first = f", after {1e3 * meter.seconds_to_first:.0f} ms" if meter.tokens else ""
-        errors.print(f"[dim]{meter.tokens} token{'' if meter.tokens == 1 else 's'}{first}[/]", highlight=False)
+        errors.print(f"[dim]{meter.tokens:,} token{'' if meter.tokens == 1 else 's'}{first}[/]", highlight=False)
         return
     tenth = max(1, len(bins) // 10)
     (early_ms, early_bytes), (late_ms, late_bytes) = (
@@ -137,8 +157,8 @@ def _report(meter: StreamMeter, first_state_bytes: int, last_state_bytes: int) -
     state = format_bytes(first_state_bytes)
     state += " throughout" if first_state_bytes == last_state_bytes else f", then {format_bytes(last_state_bytes)}"
     errors.print(
-        f"[dim]{meter.tokens} tokens, the first after {1e3 * meter.seconds_to_first:.0f} ms, then "
-        f"{(meter.tokens - 1) / meter.seconds:.0f} tokens/s; "
+        f"[dim]{meter.tokens:,} tokens, the first after {1e3 * meter.seconds_to_first:.0f} ms, then "
+        f"{(meter.tokens - 1) / meter.seconds:,.0f} tokens/s; "
         f"{early_ms:.2f} ms per token at the start, {late_ms:.2f} ms at the end; "
         f"state {state}; process {format_bytes(early_bytes, 3)}, then {format_bytes(late_bytes, 3)}[/]",
         soft_wrap=True,

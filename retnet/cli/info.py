@@ -19,12 +19,17 @@ _CONTEXTS = (512, 2048, 8192, 32768, 131072, 1048576)
 
 
 def info(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} Without: the presets with their sizes.")] = None,
     context: Annotated[list[int] | None, typer.Option(min=1, help="Context lengths; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     png: Annotated[Path | None, typer.Option(help="Plot state size, windows and decay masks into this file.")] = None,
 ) -> None:
     """Show parameters, operations per token, state and KV cache by context length, and each head's window."""
+    if model is None:
+        if context or as_json or png is not None:
+            raise ValueError("no model; accepted: retnet info MODEL with these options, or retnet info alone")
+        _list_presets()
+        return
     from retnet.stack.resolve import resolve_config
 
     config = resolve_config(model)
@@ -38,6 +43,16 @@ def info(
         print_json(summary)
     else:
         _print(model, summary)
+
+
+def _list_presets() -> None:
+    from retnet.cli._presets import preset_table
+    from retnet.models.presets import PRESETS
+
+    console.print(preset_table((name, make(), "") for name, make in PRESETS.items()))
+    console.print(
+        "[dim]state per sequence; more presets, of hybrids in YAML: retnet stack presets list[/]", highlight=False
+    )
 
 
 def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object]:
@@ -77,8 +92,8 @@ def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object
 def _print(model: str, summary: dict) -> None:
     parts = summary["parameters"]
     console.print(
-        f"[bold]{escape(model)}[/]: {summary['layers']} layers of width {summary['width']}, vocabulary "
-        f"{summary['vocabulary']}, [bold]{parts['total']:,}[/] parameters ({parts['layers']:,} in layers, "
+        f"[bold]{escape(model)}[/]: {summary['layers']} layers of width {summary['width']:,}, vocabulary "
+        f"{summary['vocabulary']:,}, [bold]{parts['total']:,}[/] parameters ({parts['layers']:,} in layers, "
         f"{parts['embedding']:,} embedding, {parts['head']:,} head)",
         highlight=False,
         soft_wrap=True,

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from retnet.cli._common import console, errors
+from retnet.system.suggest import did_you_mean_path
 
 if TYPE_CHECKING:
     from retnet.models.config import ModelConfig
@@ -107,7 +108,7 @@ def compile_stack(
     save_model(LanguageModel(config), output_dir)
     total = parameter_counts(config)["total"]
     console.print(
-        f"{config.name}: {total} parameters in {config.dtype}, written to {output_dir}", markup=False, soft_wrap=True
+        f"{config.name}: {total:,} parameters in {config.dtype}, written to {output_dir}", markup=False, soft_wrap=True
     )
 
 
@@ -122,13 +123,17 @@ def source(name: StackName) -> None:
 
 @presets_app.command("list")
 def list_presets() -> None:
-    """List the stack presets with their descriptions."""
-    from retnet.stack.presets import preset_names, preset_summary
+    """List the stack presets with parameters, state per sequence and descriptions. Each is a model for every verb.
 
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name in preset_names():
-        table.add_row(Text(name, style="bold"), Text(preset_summary(name)))
-    console.print(table)
+    Example: retnet stack presets list
+    """
+    from retnet.cli._presets import preset_table
+    from retnet.stack.build import model_config
+    from retnet.stack.presets import load_preset, preset_names, preset_summary
+
+    rows = ((name, model_config(load_preset(name)), preset_summary(name)) for name in preset_names())
+    console.print(preset_table(rows))
+    console.print("[dim]state per sequence; each name is a MODEL: retnet train model=NAME data=...[/]", highlight=False)
 
 
 @presets_app.command("show")
@@ -169,6 +174,7 @@ def _open(name: str) -> Stack:
         raise FileNotFoundError(
             f"no stack {name!r}; accepted: a stack file ({', '.join(STACK_SUFFIXES)}), a stack preset (`retnet stack "
             "presets list`), or the directory of a model compiled from a stack"
+            f"{did_you_mean_path(name, preset_names())}"
         )
     return load_preset(name) if name in preset_names() else load_stack(name)
 
@@ -196,11 +202,11 @@ def _print_parameters(config: ModelConfig) -> None:
     from retnet.models.cost import idle_parameters, parameter_counts
 
     counts = parameter_counts(config)
-    parts = ", ".join(f"{part} {count}" for part, count in counts.items() if part != "total")
+    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items() if part != "total")
     idle = idle_parameters(config)
-    active = f"; {counts['total'] - idle} active per token" if idle else ""
+    active = f"; {counts['total'] - idle:,} active per token" if idle else ""
     console.print(
-        f"parameters of the built model: {counts['total']} ({parts}){active}", soft_wrap=True, highlight=False
+        f"parameters of the built model: {counts['total']:,} ({parts}){active}", soft_wrap=True, highlight=False
     )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from retnet.cli._common import console
+from retnet.system.suggest import choices
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -20,7 +21,7 @@ def tune(
 ) -> None:
     """Measure block shapes of the GPU kernels on this device and store the best in the cache folder."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
+        raise ValueError(f"dtype is {dtype!r}; {choices(dtype, DTYPES)}")
     sizes = [_size(text) for text in heads or []] + (_sizes_of(model) if model else [])
     if not sizes:
         raise ValueError("nothing to tune; accepted: a model with retention layers, or --heads KxV")

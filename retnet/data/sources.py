@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from retnet.data.compression import is_compressed
 from retnet.data.kinds import READ, Kind, kind_of_file, kind_of_folder, syntax_of
+from retnet.system.suggest import did_you_mean_path
 
 STDLIB = "stdlib"
 _PART_SUFFIXES = (".json", ".tokens", ".index")  # of files in shards and saved datasets that are no sources
@@ -175,7 +176,8 @@ def find_source(source: str | os.PathLike[str], record_field: str | None = None,
         root.stat()
     except FileNotFoundError as error:
         accepted = f"accepted: files, folders, {STDLIB!r}; for `retnet data` also hf:NAME, a dataset"
-        raise FileNotFoundError(f"no such file or folder: {root} ({accepted})") from error
+        meant = did_you_mean_path(name, [STDLIB])
+        raise FileNotFoundError(f"no such file or folder: {root} ({accepted}){meant}") from error
     if name == STDLIB:
         paths: Iterable[Path] = (path for path in _walk(root, _STDLIB_SKIPPED, left_out) if path.suffix == ".py")
     elif root.is_dir():

@@ -29,6 +29,7 @@ from retnet.data.tokenizer import (
     check_token,
 )
 from retnet.system.files import flush, read_json, write_json, written_whole
+from retnet.system.suggest import did_you_mean, did_you_mean_path
 
 if TYPE_CHECKING:
     import tokenizers
@@ -228,7 +229,7 @@ def find_tokenizer(name: str, start: str | None = None, *, with_end: bool = Fals
     end = config.get("eos_token", start) if with_end else None
     for token in (start, end):
         if token is not None and token not in special:
-            raise ValueError(f"{file} has no special token {token!r}; it has: {listed}")
+            raise ValueError(f"{file} has no special token {token!r}; it has: {listed}{did_you_mean(token, special)}")
     return JsonTokenizer(file, special[start], None if end is None else special[end], loaded=loaded)
 
 
@@ -391,14 +392,15 @@ def _tokenizer_file(name: str) -> Path:
     if path.is_file():
         return path
     accepted = "accepted: bytes, a tokenizer.json, a directory with one, or a model of the Hugging Face hub"
+    meant = did_you_mean_path(name, [BYTES])
     if path.suffix == ".json" or path.exists() or not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(f"no such tokenizer: {path} ({accepted})")
+        raise FileNotFoundError(f"no such tokenizer: {path} ({accepted}){meant}")
     from huggingface_hub import snapshot_download
 
     try:
         directory = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub raises many kinds: no such model, no network, not allowed
-        raise FileNotFoundError(f"no such tokenizer: {name} ({accepted}): {error}") from error
+        raise FileNotFoundError(f"no such tokenizer: {name} ({accepted}{meant}): {error}") from error
     if not (directory / TOKENIZER_FILE).is_file():
         raise FileNotFoundError(f"{name} on the hub has no {TOKENIZER_FILE} ({accepted})")
     return directory / TOKENIZER_FILE

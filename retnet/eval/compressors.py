@@ -19,6 +19,7 @@ from torch import Tensor
 from retnet.data import ByteCorpus, Corpus
 
 _CHUNK = 1 << 20
+ORDER2 = "order-2 bytes"
 
 
 class Text(Protocol):
@@ -125,7 +126,7 @@ def compressor_table(
         "xz -9": lambda: xz_bits_per_byte(valid),
     }
     if train is not None:
-        methods["order-2 bytes"] = lambda: Order2Model(train).bits_per_byte(valid)
+        methods[ORDER2] = lambda: Order2Model(train).bits_per_byte(valid)
     table = {}
     for name, bits_per_byte in methods.items():
         on_method(name)

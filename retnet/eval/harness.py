@@ -10,7 +10,6 @@ tokenizer adds.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, takewhile
@@ -35,6 +34,7 @@ from retnet.models.log_likelihood import score
 from retnet.models.states import ModelState
 from retnet.ops.dtypes import resolve_dtype
 from retnet.stack.resolve import resolve_model, tokenizer_of
+from retnet.system.suggest import choices, did_you_mean
 
 MAX_GENERATED = 256  # tokens, if a task gives no limit
 _LIMITS = (
@@ -78,8 +78,8 @@ class RetNetLM(TemplateLM):
         super().__init__()
         unknown = set(kwargs) - {"batch_size", "max_batch_size"}  # the harness always gives these
         if unknown:
-            accepted = "pretrained, device, dtype, add_bos_token"
-            raise ValueError(f"unknown model_args: {', '.join(sorted(unknown))}; accepted: {accepted}")
+            accepted = ("pretrained", "device", "dtype", "add_bos_token")
+            raise ValueError(f"unknown model_args: {', '.join(sorted(unknown))}; {choices(min(unknown), accepted)}")
         if isinstance(pretrained, str):
             pretrained = resolve_model(pretrained, device=device, dtype=resolve_dtype(dtype))
         if tokenizer is None or isinstance(tokenizer, Tokenizer):
@@ -242,9 +242,8 @@ def run_tasks(
     manager = TaskManager() if task_manager is None else task_manager
     for name in tasks:
         if isinstance(name, str) and name not in manager.all_tasks and not Path(name).is_file():
-            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks))
             accepted = "a task, group or tag of the harness or of the folder given, or a YAML file"
-            raise ValueError(f"no task {name!r}; accepted: {accepted}" + (f"; near ones: {near}" if near else ""))
+            raise ValueError(f"no task {name!r}; accepted: {accepted}{did_you_mean(name, manager.all_tasks)}")
     return cast(Any, lm_eval.simple_evaluate)(model=model, tasks=list(tasks), task_manager=manager, **options)
 
 

@@ -30,6 +30,7 @@ from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode, retention_step_
 from retnet.ops.rotary import Scaling, scaling
 from retnet.system.checks import is_integer
+from retnet.system.suggest import did_you_mean
 
 GATES = {"swish": F.silu, "sigmoid": torch.sigmoid}
 
@@ -100,6 +101,7 @@ class RetentionConfig(MixerConfig):
             if self.decay not in accepted:
                 raise ValueError(
                     f"decay is {self.decay!r}; accepted: {', '.join(accepted)}, a number, or one for each head"
+                    f"{did_you_mean(self.decay, accepted)}"
                 )
         else:
             gammas = self.decay if isinstance(self.decay, tuple) else (self.decay,)

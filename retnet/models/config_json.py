@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from retnet.layers.block import BlockConfig
 from retnet.models.config import MAX_LAYERS, Dtype, ModelConfig
+from retnet.system.suggest import choices
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = get_args(Dtype)
@@ -68,7 +69,7 @@ def merged(
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")
         if changes["dtype"] not in _DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(_DTYPES)}")
+            raise ValueError(f"dtype is {dtype!r}; {choices(dtype, _DTYPES)}")
     heads, own = outer.get("num_attention_heads"), _num_heads(config)
     if heads is not None and heads != own:
         raise ValueError(f"num_attention_heads is {heads!r}; accepted: {own}, as each layer's mixer gives its own")

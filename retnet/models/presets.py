@@ -18,6 +18,7 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
+from retnet.system.suggest import choices
 
 # name -> (layers, width, heads)
 SIZES = {
@@ -98,5 +99,5 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 def preset(name: str) -> ModelConfig:
     """The configuration of a preset. Raises ValueError naming the accepted ones."""
     if name not in PRESETS:
-        raise ValueError(f"no preset is named {name!r}; accepted: {', '.join(PRESETS)}")
+        raise ValueError(f"no preset is named {name!r}; {choices(name, PRESETS)}")
     return PRESETS[name]()

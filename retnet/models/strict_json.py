@@ -6,7 +6,6 @@ class), for kinds that are registered elsewhere.
 """
 
 import dataclasses
-import difflib
 import sys
 import types
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from retnet.system.checks import quoted
 from retnet.system.choices import is_choice
+from retnet.system.suggest import choices
 
 T = TypeVar("T")
 
@@ -34,9 +34,7 @@ def from_dict(cls: type[T], data: Any, path: str = "config") -> T:
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{path}.{key}: unknown key{hint} Accepted: {', '.join(known)}")
+            raise ValueError(f"{path}.{key}: unknown key; {choices(key, known)}")
     annotations = get_type_hints(cls)
     values = {key: _convert_field(known[key], annotations[key], item, f"{path}.{key}") for key, item in data.items()}
     missing = [n for n, f in known.items() if n not in values and _required(f)]
@@ -65,7 +63,7 @@ def _convert_kind(classes: Mapping[str, type], value: Any, path: str) -> Any:
         raise ValueError(f"{path}: expected a mapping with a kind, got {_name(value)}")
     kind = value.get("kind")
     if not isinstance(kind, str) or kind not in classes:
-        raise ValueError(f"{path}.kind: {quoted(kind)} given; accepted: {', '.join(classes)}")
+        raise ValueError(f"{path}.kind: {quoted(kind)} given; {choices(kind, classes)}")
     return from_dict(classes[kind], value, path)
 
 
@@ -75,7 +73,7 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
         return _convert_union(args, value, path)
     if origin is Literal:
         if not is_choice(value, args):
-            raise ValueError(f"{path}: {quoted(value)} given; accepted: {', '.join(map(str, args))}")
+            raise ValueError(f"{path}: {quoted(value)} given; {choices(value, map(str, args))}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from retnet.system.checks import quoted
+from retnet.system.suggest import did_you_mean
+
+_NAMES = ("auto", "cpu", "cuda")
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
@@ -21,7 +24,8 @@ def resolve_device(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {quoted(str(device))}; accepted: auto, cpu, cuda, cuda:0, ...") from error
+        meant = did_you_mean(str(device), _NAMES)
+        raise ValueError(f"device is {quoted(str(device))}; accepted: auto, cpu, cuda, cuda:0, ...{meant}") from error
     if found.type not in ("cpu", "cuda"):
         _check_computes(found)
     if found.type == "cuda" and not num_gpus:

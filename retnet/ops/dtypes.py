@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from retnet.system.suggest import choices
+
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -15,7 +17,7 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype given as such or by its name; None stays None. Raises ValueError for one that models do not have."""
     found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in DTYPES.values():
-        raise ValueError(f"dtype is {str(dtype)!r}; accepted: {', '.join(DTYPES)}")
+        raise ValueError(f"dtype is {str(dtype)!r}; {choices(dtype, DTYPES)}")
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retnet.kernels.retention.tiles import tiles_on
+from retnet.system.suggest import choices
 
 Mode = Literal["auto", "parallel", "recurrent", "chunkwise"]
 Backend = Literal["auto", "torch", "triton", "aten"]
@@ -130,9 +131,9 @@ def resolve(
 ) -> RetentionPlan:
     """The plan without the kernels' detail, as torch.compile traces it. Chunks of 0 tokens: the kernels choose."""
     if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; accepted: {', '.join(MODES)}")
+        raise ValueError(f"mode is {mode!r}; {choices(mode, MODES)}")
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; accepted: {', '.join(BACKENDS)}")
+        raise ValueError(f"backend is {backend!r}; {choices(backend, BACKENDS)}")
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; accepted: a positive integer or None")
     on_gpu = device.type == "cuda"

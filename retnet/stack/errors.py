@@ -9,8 +9,7 @@ fault of a key (unknown, missing, repeated) is reported at its mapping, a fault 
 file is escaped and shortened, so that no name or value can break the three lines.
 """
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -134,10 +133,3 @@ def show(value: object) -> str:
 def listing(names: Iterable[str]) -> str:
     """Names as 'a, b, c'."""
     return ", ".join(plain(name) for name in names)
-
-
-def nearest(name: object, candidates: Sequence[str]) -> str | None:
-    """The candidate most similar to `name`, None if none is similar."""
-    if not isinstance(name, str):
-        return None
-    return next(iter(difflib.get_close_matches(name[:100], candidates, n=1, cutoff=0.6)), None)

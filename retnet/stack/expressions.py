@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from retnet.system.suggest import nearest
+
 from .document import LARGEST_INTEGER, Document
-from .errors import Fault, Mark, Path, listing, nearest, plain, show
+from .errors import Fault, Mark, Path, listing, plain, show
 
 MAX_LENGTH = 200
 

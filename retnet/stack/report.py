@@ -151,7 +151,7 @@ def unused_template(stack: Stack) -> Iterator[str]:
 @_rule(Severity.INFO)
 def param_count_info(stack: Stack) -> Iterator[str]:
     estimate = estimate_parameters(stack.spec, stack.layers)
-    yield f"EulerStack's estimate: {short_count(estimate)} parameters ({estimate})"
+    yield f"EulerStack's estimate: {short_count(estimate)} parameters ({estimate:,})"
 
 
 @_rule(Severity.INFO)

@@ -15,6 +15,7 @@ from retnet.models.directory import CONFIG_FILE, load_config, load_model
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import PRESETS, preset
 from retnet.ops.device import resolve_device
+from retnet.system.suggest import did_you_mean_path
 
 from .build import model_config
 from .load import Stack, load_stack, parse_stack
@@ -114,6 +115,7 @@ def saved_directory(name: str) -> Path | None:
 def _check_exists(name: str) -> None:
     if not Path(name).exists():
         raise FileNotFoundError(
-            f"no model {name!r}: it is not a saved directory, a stack file ({', '.join(STACK_SUFFIXES)}), "
-            f"or a preset ({', '.join((*PRESETS, *preset_names()))})"
+            f"no model {name!r}; accepted: a preset (`retnet info` lists them), a stack file "
+            f"({', '.join(STACK_SUFFIXES)}), or a saved directory"
+            f"{did_you_mean_path(name, (*PRESETS, *preset_names()))}"
         )

@@ -7,9 +7,10 @@ Rules run on the sections that are valid by themselves. A fault is reported at t
 from collections.abc import Iterator
 
 from retnet.data.tokenizer import BYTES, VOCAB_SIZE
+from retnet.system.suggest import nearest
 
 from .document import Document
-from .errors import Category, Fault, Path, listing, nearest, plain, show
+from .errors import Category, Fault, Path, listing, plain, show
 from .layers import MAX_LAYERS
 from .mixers import MIXERS, Attention
 from .schema import DEFAULT_ROPE_THETA, Entry, Ffn, Template

@@ -13,8 +13,10 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, GetCoreSchemaHandler, PlainValidator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from retnet.system.suggest import nearest
+
 from .document import LARGEST_INTEGER
-from .errors import listing, nearest, show
+from .errors import listing, show
 
 LARGEST = 2**31 - 1
 FAULT = "stack_fault"  # pydantic's error type for faults raised here; the context holds `what` and `fix`

@@ -12,8 +12,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from retnet.system.suggest import nearest
+
 from .document import Document
-from .errors import Category, Fault, Mark, Path, listing, nearest, plain, show
+from .errors import Category, Fault, Mark, Path, listing, plain, show
 from .mixers import MIXERS
 from .scalars import FAULT
 from .schema import Embedding, Entry, Head, Model, Spec, State, Template, TokenizerContract, TrainingHints

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from retnet.system.checks import quoted
+from retnet.system.suggest import choices
 
 
 def is_choice(value: object, accepted: Iterable[object]) -> bool:
@@ -35,7 +36,7 @@ def check_choices(config: Any) -> None:
         for item in value if several else (value,):
             if not is_choice(item, accepted):
                 what = f"has {quoted(item)} in it" if several else f"is {quoted(item)}"
-                raise ValueError(f"{name} {what}; accepted: {_listed(accepted)}")
+                raise ValueError(f"{name} {what}; {choices(item, map(str, accepted))}")
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 
+from retnet.system.suggest import choices, nearest
 from retnet.train.muon import Muon, muon_groups
 
 MUON = "muon"  # value of `optim`
@@ -38,7 +38,7 @@ class MuonArgs:
         if not 1 <= self.ns_steps < 100:
             raise ValueError(f"ns_steps is {self.ns_steps}; accepted: 1 to 99")
         if self.ns_dtype not in NS_DTYPES:
-            raise ValueError(f"ns_dtype is {self.ns_dtype!r}; accepted: {', '.join(NS_DTYPES)}")
+            raise ValueError(f"ns_dtype is {self.ns_dtype!r}; {choices(self.ns_dtype, NS_DTYPES)}")
         if not 0 <= self.adamw_lr_multiplier < math.inf:
             raise ValueError(f"adamw_lr_multiplier is {self.adamw_lr_multiplier}; accepted: 0 or more")
 
@@ -50,8 +50,8 @@ class MuonArgs:
         for setting in (text or "").replace(" ", "").split(",") if text else ():
             key, equals, value = setting.partition("=")
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-                hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(known)}"
+                near = nearest(key, known)
+                hint = f"did you mean {near!r}?" if near else f"accepted: {', '.join(known)}"
                 raise ValueError(f"unknown key {key!r} in optim_args of muon, {hint}")
             if key in values:
                 raise ValueError(f"{key} is given twice in optim_args; accepted: once")

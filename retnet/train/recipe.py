@@ -7,11 +7,11 @@ or of TrainingArguments, and a misspelt one is an error that names the nearest k
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -23,6 +23,7 @@ from retnet.stack.document import MAX_BYTES, Document, compose
 from retnet.stack.errors import StackError
 from retnet.stack.resolve import STACK_SUFFIXES, resolve_stack
 from retnet.stack.training import router_lr_multiplier, training_defaults
+from retnet.system.suggest import choices, did_you_mean_path, nearest
 from retnet.train.muon_recipe import MUON, MuonArgs
 
 # The optimizer's values are the paper's (section 3.1 and its table of hyperparameters: betas, weight decay, clipping,
@@ -181,9 +182,9 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
         except ValidationError as error:
             problems.append(f"{key} is {values[key]!r}: {error.errors()[0]['msg']}")
             continue
-        choices = fields[key].metadata.get("choices")
-        if choices and training[key] is not None and training[key] not in choices:
-            problems.append(f"{key} is {training[key]!r}; accepted: {', '.join(choices)}")
+        accepted = fields[key].metadata.get("choices") or _words_of(key, hints[key])
+        if accepted and training[key] is not None and training[key] not in accepted:
+            problems.append(f"{key} is {training[key]!r}; {choices(training[key], accepted)}")
     problems += _unusable(training)
     if not problems:
         model = Path(str(values["model"]))
@@ -224,16 +225,14 @@ def _unusable(training: Mapping[str, Any]) -> list[str]:
         problems.append("output_dir is empty; accepted: a folder")
     best = training.get("metric_for_best_model")
     if best is not None and not best.endswith(_METRICS):
-        problems.append(
-            f"metric_for_best_model is {best!r}; accepted: {', '.join(f'eval_{name}' for name in _METRICS)}"
-        )
+        problems.append(f"metric_for_best_model is {best!r}; {choices(best, (f'eval_{name}' for name in _METRICS))}")
     if training.get("load_best_model_at_end") and str(training.get("eval_strategy", "no")) == "no":
         problems.append("load_best_model_at_end is True without validation; accepted: False, or an eval_strategy")
     backend, mode = (training.get(f"torch_compile_{what}") for what in ("backend", "mode"))
     if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
-        problems.append(f"torch_compile_backend is {backend!r}; accepted: {', '.join(torch.compiler.list_backends())}")
+        problems.append(f"torch_compile_backend is {backend!r}; {choices(backend, torch.compiler.list_backends())}")
     if mode is not None and mode not in (modes := ("default", *torch._inductor.list_mode_options())):
-        problems.append(f"torch_compile_mode is {mode!r}; accepted: {', '.join(dict.fromkeys(modes))}")
+        problems.append(f"torch_compile_mode is {mode!r}; {choices(mode, dict.fromkeys(modes))}")
     return problems
 
 
@@ -241,6 +240,7 @@ def _read_recipe(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(
             f"no such recipe: {file} (arguments with '=' are settings, one without is a recipe file)"
+            f"{did_you_mean_path(file)}"
         )
     data = file.read_bytes()
     if len(data) > MAX_BYTES:
@@ -318,10 +318,17 @@ def _coerce(hint: Any, value: Any) -> Any:
         raise
 
 
+def _words_of(key: str, hint: Any) -> list[str]:
+    """The words of an enumeration in a hint, such as those of `IntervalStrategy | str`; none for other hints."""
+    enums = (each for each in get_args(hint) if isinstance(each, type) and issubclass(each, Enum))
+    words = [str(member.value) for each in enums for member in each]
+    return [*words, MUON] if key == "optim" else words
+
+
 def _unknown(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    near = nearest(key, sorted(known))
     hint = (
-        f"did you mean {near[0]!r}?"
+        f"did you mean {near!r}?"
         if near
         else f"accepted: {', '.join(name for name in Recipe.model_fields if name != 'training')}, "
         "TrainingArguments' fields"

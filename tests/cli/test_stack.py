@@ -50,8 +50,8 @@ def test_validate_refuses_a_missing_file(capsys, tmp_path):
 def test_report_shows_the_parameters_of_the_built_model_and_the_estimate(capsys):
     assert run("validate", MINI, "--report") == 0
     text = capsys.readouterr().out
-    assert "EulerStack's estimate: 1.0M parameters (1033632)" in text
-    assert "parameters of the built model: 1033632 (embedding 37008, layers 996624, head 0)" in text
+    assert "EulerStack's estimate: 1.0M parameters (1,033,632)" in text
+    assert "parameters of the built model: 1,033,632 (embedding 37,008, layers 996,624, head 0)" in text
     assert [line.split()[0] for line in text.splitlines()[-4:]] == ["1K", "8K", "32K", "128K"]
 
 
@@ -80,7 +80,7 @@ def test_compile_writes_a_model_and_its_source(capsys, tmp_path):
     assert run("compile", MINI, "--output-dir", tmp_path / "out") == 0
     model = load_model(tmp_path / "out")
     assert model.config.name == MINI.replace("_", "-")
-    assert "1033632 parameters" in capsys.readouterr().out
+    assert "1,033,632 parameters" in capsys.readouterr().out
     assert run("source", tmp_path / "out") == 0
     assert capsys.readouterr().out == preset_text(MINI)
     assert run("explain", tmp_path / "out") == 0

@@ -195,7 +195,7 @@ def test_the_command_names_a_task_that_does_not_exist(byte_model, tasks, capsys,
     assert exit_.value.code == 2
     said = capsys.readouterr().err
     assert f"no task {name!r}; accepted: a task, group or tag" in said
-    assert ("near ones: retnet_choice" in said) == (name == "retnet_choise")
+    assert ("did you mean 'retnet_choice'?" in said) == (name == "retnet_choise")
 
 
 def test_unknown_model_arguments_are_refused(byte_model):

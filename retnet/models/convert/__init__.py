@@ -32,6 +32,7 @@ from retnet.models.directory import (
 from retnet.models.lm import LanguageModel
 from retnet.models.tensor_files import Tensors, open_tensors, write_tensors
 from retnet.system.files import read_json
+from retnet.system.suggest import choices
 
 OURS = "retnet"
 _ALL = (torchscale.FORMAT, fla.FORMAT, syncdoth.FORMAT, llama.FORMAT, mamba.MAMBA1, mamba.MAMBA2)
@@ -83,7 +84,7 @@ def convert(
     """
     writers = {name: form.config_to for name, form in FORMATS.items() if form.config_to}
     if to not in (OURS, *writers):
-        raise ValueError(f"cannot write the format {to!r}; accepted: {', '.join((OURS, *writers))}")
+        raise ValueError(f"cannot write the format {to!r}; {choices(to, (OURS, *writers))}")
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; accepted: a new or empty directory")
@@ -105,7 +106,7 @@ def convert(
 def _open(source: Source | LanguageModel, format: str | None, config: object) -> tuple[ModelConfig, Tensors]:
     """Our configuration of the source, and its tensors under our names."""
     if format is not None and format not in (OURS, *FORMATS):
-        raise ValueError(f"format is {format!r}; accepted: {', '.join((OURS, *FORMATS))}, or None to recognise it")
+        raise ValueError(f"format is {format!r}; None recognises it, {choices(format, (OURS, *FORMATS))}")
     if isinstance(source, LanguageModel):
         return stored_config(source), Tensors.of(stored_tensors(source))
     is_state_dict = isinstance(source, Mapping)

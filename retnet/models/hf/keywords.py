@@ -6,7 +6,6 @@ misspelled mask that goes unread would change every result.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from retnet.models.hf.cache import StateCache
+from retnet.system.suggest import nearest
 
 # Arguments of transformers' loss.
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -69,8 +69,8 @@ def _refuse(model: type[nn.Module], name: str) -> None:
         p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
     ]
     accepted = sorted({*arguments, *LOSS, *_IGNORED, *_CHECKED} - {"self"})
-    near = difflib.get_close_matches(name, accepted, 1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, accepted)
+    hint = f"did you mean {near!r}? " if near else ""
     raise UnknownKeyword(f"{name} is no keyword of {model.__name__}; {hint}Accepted: {', '.join(accepted)}")
 
 

@@ -3,9 +3,10 @@
 Each architecture also has a preset `<name>_mini`, which uses the byte tokenizer and trains on a CPU.
 """
 
-import difflib
 from functools import cache
 from importlib import resources
+
+from retnet.system.suggest import did_you_mean
 
 from ..load import Stack, parse_stack
 
@@ -18,10 +19,10 @@ def preset_names() -> tuple[str, ...]:
 
 
 def preset_text(name: str) -> str:
-    """The text of a preset. Raises ValueError, with the nearest names, for an unknown one."""
+    """The text of a preset. Raises ValueError, with the nearest name, for an unknown one."""
     if name not in preset_names():
-        near = difflib.get_close_matches(name, preset_names(), n=3) or preset_names()
-        raise ValueError(f"no stack preset is named {name!r}; accepted: {', '.join(near)}")
+        meant = did_you_mean(name, preset_names())
+        raise ValueError(f"no stack preset is named {name!r}{meant} (`retnet stack presets list` shows all)")
     return (resources.files(__name__) / f"{name}.yml").read_text(encoding="utf-8")
 
 

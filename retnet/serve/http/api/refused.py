@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from difflib import get_close_matches
 from typing import Any
 
 from retnet.serve.http.errors import ApiError
 from retnet.system.checks import quoted
+from retnet.system.suggest import nearest
 
 # By field: the values that change nothing, which clients send by default, and the advice.
 Refusals = dict[str, tuple[tuple[Any, ...], str]]
@@ -61,8 +61,8 @@ def honoured(given: dict[str, Any], fields: Collection[str], refused: Refusals) 
         if name in refused:
             accepted = ", ".join(["null", *map(_spelt, neutral)])
             raise ApiError(400, f"{name} is not honoured by this server (accepted: {accepted}); {advice}", param=name)
-        near = get_close_matches(name[:LONGEST_NAME], fields, 1)
-        hint = f"did you mean {near[0]}?" if near else f"accepted: {', '.join(fields)}"
+        near = nearest(name, fields)
+        hint = f"did you mean {near}?" if near else f"accepted: {', '.join(fields)}"
         raise ApiError(400, f"{quoted(name)} is not a field of this request; {hint}", param=name[:LONGEST_NAME])
     return {name: value for name, value in given.items() if name in fields}
 

@@ -29,6 +29,7 @@ from retnet.serve.http.grammars.constraints import Constraint, constraint_of
 from retnet.serve.http.service import Service
 from retnet.serve.http.sessions.use import SessionUse
 from retnet.serve.http.settings import Settings
+from retnet.system.suggest import choices
 
 DEFAULT_MAX_TOKENS = 4096  # where the context has no end
 WRITTEN_AT_A_TIME = 2  # conversations: tokens of a body of megabytes take gigabytes while they are made
@@ -155,7 +156,7 @@ class ChatFormat:
         template = find_chat_template(settings.chat_template, service.tokenizer, service.engine.model.directory)
         chosen = settings.tool_format
         if chosen not in (None, *TOOL_FORMATS):
-            raise ValueError(f"the tool format is {chosen!r}; accepted: {', '.join(TOOL_FORMATS)}")
+            raise ValueError(f"the tool format is {chosen!r}; {choices(chosen, TOOL_FORMATS)}")
         if chosen is None:
             chosen = "hermes" if template is not None and template.mentions(BEGIN) else "none"
         return cls(template, chosen)

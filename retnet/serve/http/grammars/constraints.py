@@ -29,6 +29,7 @@ from retnet.serve.http.grammars.probe import COMPILE_STACK, Probe, compiled, sho
 from retnet.serve.http.grammars.vocabulary import text_of_tokens
 from retnet.serve.http.service import Service
 from retnet.system.checks import quoted
+from retnet.system.suggest import choices
 
 # White space between the parts of a JSON text: a space, or a line break and an indentation. More would let a model
 # emit nothing else.
@@ -89,7 +90,7 @@ def _response_format(given: Mapping[str, Any]) -> Constraint | None:
     if not isinstance(kind, str) or kind not in accepted:
         raise ApiError(
             400,
-            f"response_format.type is {quoted(kind)}; accepted: {', '.join(accepted)}",
+            f"response_format.type is {quoted(kind)}; {choices(kind, accepted)}",
             param="response_format.type",
         )
     _refuse_others(fields, accepted[kind], "response_format")
@@ -204,7 +205,7 @@ def _refuse_others(fields: Mapping[str, Any], accepted: Sequence[str], param: st
         if name not in accepted:
             raise ApiError(
                 400,
-                f"{param} has {quoted(name)}, which is not honoured; accepted: {', '.join(accepted) or 'type alone'}",
+                f"{param} has {quoted(name)}, which is not honoured; {choices(name, accepted or ('type alone',))}",
                 param=param,
             )
 
