@@ -6,7 +6,10 @@
 Without the import, the same directories load with `trust_remote_code=True` through the shim that they contain.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from retnet.system.extras import needs
+
+with needs("hf", "retnet.hf"):
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from retnet.models.directory import MODEL_TYPE
 from retnet.models.hf import RetNetConfig, RetNetForCausalLM, RetNetModel, RetNetPreTrainedModel, StateCache

@@ -25,6 +25,7 @@ from retnet.cli.serve import serve
 from retnet.cli.stack import stack_app
 from retnet.cli.train import train
 from retnet.cli.tune import tune
+from retnet.system.extras import MissingExtra
 
 app = typer.Typer(
     name="retnet",
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with plain_warnings():
             app(args=arguments, prog_name="retnet", obj=session)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingExtra) as error:
         if session.debug:
             raise
         report_error(error)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from retnet.cli._common import console, errors, print_json, unescape
+from retnet.system.extras import MissingExtra, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,6 +135,9 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show a corpus: counts, document lengths as numbers and as a plot, and some decoded documents."""
+    if plot is not None:
+        require("plots", "--plot")
+
     import numpy as np
 
     from retnet.data import open_corpus
@@ -183,17 +187,21 @@ def check(directory: Annotated[Path, typer.Argument(help="A folder that `retnet 
 
 
 def _draw(corpus: Corpus, source: str, plot: Path | None) -> Path | None:
-    """Plot the lengths into `plot`, or into a folder of shards. A folder that cannot be written gets a note."""
+    """Plot the lengths into `plot`, or into a folder of shards if it can be written; otherwise a note."""
     from retnet.data.corpus import ByteCorpus
-    from retnet.data.lengths_plot import save_lengths_plot
-    from retnet.plots.frame import facts
 
     if plot is None and isinstance(corpus, ByteCorpus):
         return None
     path = Path(source) / PLOT if plot is None else plot
     try:
+        from retnet.data.lengths_plot import save_lengths_plot
+        from retnet.plots.frame import facts
+
         under = facts(_count(len(corpus), "document"), f"{corpus.num_tokens:,} tokens", corpus.tokenizer_id)
         save_lengths_plot(corpus.lengths, f"Document lengths of {source}", under, path)
+    except MissingExtra as error:
+        errors.print(f"[dim]{escape(str(error))}[/]", soft_wrap=True)
+        return None
     except OSError as error:
         if plot is not None:
             raise

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, print_json
+from retnet.system.extras import needs
 
 VALID_FRACTION = 0.05
 
@@ -213,10 +214,8 @@ def _run_tasks(
     include_path: Path | None,
     as_json: bool,
 ) -> None:
-    try:
+    with needs("eval", "--tasks"):
         from lm_eval.tasks import TaskManager
-    except ModuleNotFoundError as error:
-        raise ValueError("--tasks needs lm-evaluation-harness: pip install 'retnet[eval]'") from error
     from retnet.eval.harness import RetNetLM, run_tasks
 
     manager = TaskManager(include_path=None if include_path is None else str(include_path))

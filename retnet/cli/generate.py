@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, read_text, unescape, write_text
+from retnet.system.extras import require
 from retnet.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ def generate(
     if text is None:
         raise ValueError('no prompt; accepted: text after the model (or "" for none), --file FILE, or text piped in')
 
+    if png is not None:
+        require("plots", "--png")  # before the text, not after it
+    if int8:
+        require("quantize", "--int8")
+
     from retnet.api import engine_for, load, load_tokenizer, request_of, stream_text
     from retnet.eval.meter import StreamMeter
     from retnet.models.cost import model_cost
@@ -90,10 +96,7 @@ def generate(
     if int8:
         from retnet.models.decode.int8 import quantize_int8_
 
-        try:
-            quantize_int8_(network)
-        except ImportError as error:
-            raise ValueError(f"--int8: {error}") from error
+        quantize_int8_(network)
     stops = [unescape(text) for text in stop or []]
     limit = None if max_tokens == ENDLESS else max_tokens
     request = request_of(text, tokenizer, limit, sampling, stops)

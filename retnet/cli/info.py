@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from retnet.cli._common import MODEL_HELP, console, print_json
+from retnet.system.extras import require
 from retnet.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ def info(
             raise ValueError("no model; accepted: retnet info MODEL with these options, or retnet info alone")
         _list_presets()
         return
+    if png is not None:
+        require("plots", "--png")
+
     from retnet.stack.resolve import resolve_config
 
     config = resolve_config(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +11,12 @@ import typer
 
 from retnet import __version__
 from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors
+from retnet.system.extras import require
 from retnet.system.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from retnet.serve.http.service import Service
 
-PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance", "jinja2")  # of the extra `serve`
 SIZE = "SIZE"
 COMPARED = (8192, 131_072)  # tokens, for the memory of a KV cache
 
@@ -113,10 +112,11 @@ def serve(
 
     Example: retnet serve out/demo --port 8000
     """
-    missing = [package for package in PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ValueError(f"retnet serve needs {', '.join(missing)}; accepted: pip install 'retnet[serve]'")
+    require("serve", "retnet serve")
+    if int8:
+        require("quantize", "--int8")
 
+    from retnet.models.decode.int8 import quantize_int8_
     from retnet.serve.http.access.hosts import is_loopback
     from retnet.serve.http.access.log import configure_log
     from retnet.serve.http.app import create_app
@@ -172,7 +172,7 @@ def serve(
 
         network = load(model, device, dtype)
         if int8:
-            _quantize(network)
+            quantize_int8_(network)
         name = served_name or Path(model).stem
         service = make_service(network, load_tokenizer(network), name, options, settings)
         app = create_app(service, settings)
@@ -199,15 +199,6 @@ def _bytes(option: str, text: str, low: int = 1) -> int:
     if size < low:
         raise ValueError(f"--{option} is {text}; accepted: at least {low} byte{'' if low == 1 else 's'}")
     return size
-
-
-def _quantize(network: object) -> None:
-    from retnet.models.decode.int8 import quantize_int8_
-
-    try:
-        quantize_int8_(network)  # type: ignore[arg-type]
-    except ImportError as error:
-        raise ValueError(f"--int8: {error}") from error
 
 
 def _address(host: str, port: int) -> str:

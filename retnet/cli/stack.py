@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from retnet.cli._common import console, errors
+from retnet.system.extras import require
 from retnet.system.suggest import did_you_mean_path
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ def explain(
 
     Example: retnet stack explain arch_expert_research --picture tri-mixer.svg
     """
+    if picture is not None:
+        require("plots", "--picture")
+
     from retnet.models.cost import device_notes
     from retnet.ops.device import resolve_device
     from retnet.stack.build import model_config

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from retnet.cli._common import console
+from retnet.system.extras import needs
 
 
 def train(
@@ -39,7 +40,9 @@ def train(
         raise ValueError(f"one recipe at a time, got {', '.join(files)} (settings are key=value)")
 
     from torch import distributed as dist
-    from transformers.utils.logging import disable_progress_bar
+
+    with needs("train", "retnet train"):
+        from transformers.utils.logging import disable_progress_bar
 
     from retnet.train.recipe import load_recipe
     from retnet.train.run import train as run

@@ -16,6 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from retnet.system.extras import needs
+
+ZSTANDARD = ".zst"
+ZSTANDARD_FILE = "A .zst file"  # in the error of a missing library
 _CHUNK = 1 << 18
 
 
@@ -128,7 +132,8 @@ class _KeptOpen:
 
 
 def _zstd(raw: BinaryIO) -> Iterator[bytes]:
-    import pyarrow as pa
+    with needs("train", ZSTANDARD_FILE):
+        import pyarrow as pa
 
     if not cast(io.BufferedReader, raw).peek(1):
         raise EOFError("it is empty")
@@ -141,5 +146,5 @@ _CHUNKS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
     ".gz": partial(_streams, _Member, lambda rest, zeros: not rest),
     ".bz2": partial(_streams, bz2.BZ2Decompressor, lambda rest, zeros: False),
     ".xz": partial(_streams, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), lambda rest, zeros: zeros % 4 == 0),
-    ".zst": _zstd,
+    ZSTANDARD: _zstd,
 }

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from retnet.plots.axes import linear_axis, log_ticks, short, tokens
 from retnet.plots.frame import framed, save, styled
 from retnet.plots.palette import COLOURS, INK, PALE
+from retnet.system.extras import needs
+
+with needs("plots", "A plot of document lengths"):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
 _BINS_PER_DOUBLING = 4
 

@@ -12,6 +12,8 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from retnet.system.extras import needs
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -25,7 +27,8 @@ class PartsEncoder:
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, special: Mapping[str, int]):
-        from tokenizers import AddedToken
+        with needs("hf", "A tokenizer.json"):
+            from tokenizers import AddedToken
 
         tokenizer.no_truncation()
         tokenizer.no_padding()

@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from retnet.data.blocks import Separator
-from retnet.data.compression import is_compressed, unpacked
+from retnet.data.compression import ZSTANDARD, ZSTANDARD_FILE, is_compressed, suffix_of, unpacked
 from retnet.data.kinds import DEFAULT_FIELD, INFO, RECORDS, STATE, Kind, json_object, splits_of
 from retnet.data.sources import STDLIB, PathsByKind, Source, SourceFile, SourceWarning, by_kind, find_source
+from retnet.system.extras import needs, require
 
 HUB_PREFIX = "hf:"
 DEFAULT_SPLIT = "train"
+TABLES = "A parquet or arrow file"  # in the error of a missing library
 MIN_SHARD, MAX_SHARD, SHARDS = 1 << 24, 1 << 29, 256
 _LOOK = 1 << 16
 _LINE_BREAK = Separator("\n")
@@ -174,8 +176,9 @@ def _whole_file(file: SourceFile, name: str) -> Iterator[Piece]:
     if file.kind is Kind.ARROW:
         yield from _arrow_file(file.path, name)
     elif file.kind is Kind.PARQUET:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_metadata
+        with needs("train", TABLES):
+            from pyarrow import ArrowException
+            from pyarrow.parquet import read_metadata
 
         try:
             with open(file.path, "rb") as raw:  # pyarrow takes no path that is not UTF-8
@@ -190,12 +193,15 @@ def _whole_file(file: SourceFile, name: str) -> Iterator[Piece]:
             yield Piece(str(file.path), name, file.kind, group, group + 1, entry.total_byte_size, row)
             row += entry.num_rows
     else:
+        if suffix_of(file.path) == ZSTANDARD:  # read in another process, whose errors are bugs
+            require("train", ZSTANDARD_FILE, "pyarrow")
         yield Piece(str(file.path), name, file.kind, 0, file.size, file.size)
 
 
 def _hub_files(name: str, settings: Settings) -> Iterator[Piece]:
     """The cached arrow files of a dataset of the hub, which is downloaded."""
-    from datasets import load_dataset
+    with needs("train", "A dataset of the hub"):
+        from datasets import load_dataset
 
     split = DEFAULT_SPLIT if settings.split is None else settings.split
     try:
@@ -233,7 +239,8 @@ def _saved_dataset(path: Path, kind: Kind, split: str | None) -> Iterator[Piece]
 
 
 def _arrow_file(path: Path, name: str) -> Iterator[Piece]:
-    from pyarrow import ArrowException, ipc
+    with needs("train", TABLES):
+        from pyarrow import ArrowException, ipc
 
     try:
         with open(path, "rb") as file:

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 from retnet.data.blocks import BLOCK_BYTES, cut_blocks, cut_documents
 from retnet.data.compression import DamagedError, is_compressed, unpacked
 from retnet.data.kinds import BOM, LINE_BYTES, Kind
-from retnet.data.plan import Piece, Settings
+from retnet.data.plan import TABLES, Piece, Settings
+from retnet.system.extras import needs
 from retnet.system.files import naming
 from retnet.system.sizes import format_bytes
 
@@ -158,7 +159,8 @@ class Reading:
 
     def _from_rows(self) -> Iterator[Block]:
         """parquet and arrow: the text in one column."""
-        import pyarrow as pa
+        with needs("train", TABLES):
+            import pyarrow as pa
 
         row, field = self.piece.first_row, self.settings.text_field
 
@@ -181,7 +183,8 @@ class Reading:
             raise DataError(f"{place()} or after: {error}") from error
 
     def _batches(self) -> Iterator[Any]:
-        from pyarrow import ipc, parquet
+        with needs("train", TABLES):
+            from pyarrow import ipc, parquet
 
         piece, field = self.piece, self.settings.text_field
         with open(self._path, "rb") as raw:  # pyarrow takes no path that is not UTF-8
@@ -200,7 +203,8 @@ class Reading:
                 row += batch.num_rows
 
     def _check_column(self, schema: Any, field: str) -> None:
-        import pyarrow.types as kinds
+        with needs("train", TABLES):
+            import pyarrow.types as kinds
 
         number = schema.names.count(field)
         if number != 1:
@@ -317,7 +321,8 @@ def _blocks_of(number: int, text: bytes) -> Iterator[Block]:
 
 def _bytes_of(column: Any) -> Any:
     """A column of strings as one of bytes, over the same memory."""
-    import pyarrow as pa
+    with needs("train", TABLES):
+        import pyarrow as pa
 
     views = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
     return column.view(views[column.type])

@@ -28,6 +28,7 @@ from retnet.data.tokenizer import (
     byte_characters,
     check_token,
 )
+from retnet.system.extras import needs
 from retnet.system.files import flush, read_json, write_json, written_whole
 from retnet.system.suggest import did_you_mean, did_you_mean_path
 
@@ -302,7 +303,8 @@ def _copy(file: Path, target: Path) -> None:
 
 
 def _load(file: Path) -> tokenizers.Tokenizer:
-    from tokenizers import Tokenizer as Loaded
+    with needs("hf", f"{file}, a trained tokenizer,"):
+        from tokenizers import Tokenizer as Loaded
 
     try:
         return Loaded.from_buffer(file.read_bytes())  # from_file takes no path that is not UTF-8
@@ -395,7 +397,8 @@ def _tokenizer_file(name: str) -> Path:
     meant = did_you_mean_path(name, [BYTES])
     if path.suffix == ".json" or path.exists() or not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(f"no such tokenizer: {path} ({accepted}){meant}")
-    from huggingface_hub import snapshot_download
+    with needs("hf", f"{name}, a tokenizer of the hub,"):
+        from huggingface_hub import snapshot_download
 
     try:
         directory = Path(snapshot_download(name, allow_patterns=_HUB_FILES))

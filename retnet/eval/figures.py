@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from retnet.eval.meter import Bin
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.cost import head_windows, model_cost, transformer_cache_bytes
 from retnet.ops.decay import pairwise_decay, running_log_decay
+from retnet.system.extras import needs
 from retnet.system.sizes import format_bytes
+
+with needs("plots", "A picture"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MASK_TOKENS = 256
 _BLUE, _ORANGE = "#0b4f8a", "#c2571a"

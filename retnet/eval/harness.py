@@ -16,14 +16,18 @@ from itertools import accumulate, pairwise, takewhile
 from pathlib import Path
 from typing import Any, cast
 
-import lm_eval
-import lm_eval.models  # before ours is registered: the harness registers its own on import
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.tasks import TaskManager
 from torch import Tensor
+
+from retnet.system.extras import needs
+
+with needs("eval", "Tasks of lm-evaluation-harness"):
+    import lm_eval
+    import lm_eval.models  # before ours is registered: the harness registers its own on import
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.tasks import TaskManager
 
 from retnet.data import Tokenizer
 from retnet.data.tokenizer_json import TOKENIZER_FILE, JsonTokenizer

@@ -23,6 +23,7 @@ from retnet.models.config import ModelConfig
 from retnet.models.directory import build_empty
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.system.extras import require
 from retnet.system.files import write_json
 
 BLOCK_TOKENS = 512
@@ -113,8 +114,9 @@ def _export(model: LanguageModel, batch_size: int, num_tokens: int) -> ExportedP
 def export_onnx(model: LanguageModel, directory: str | os.PathLike[str], batch_size: int = 1) -> None:
     """Write step.onnx, block.onnx and export.json, which names their inputs with shapes and dtypes.
 
-    Needs the extra `onnx`. Raises ValueError for models that cannot be exported.
+    Raises MissingExtra without the extra `onnx`, ValueError for models that cannot be exported.
     """
+    require("onnx", "An export to ONNX")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = initial_state(model, batch_size)

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
-
+from retnet.system.extras import needs
 from retnet.system.sizes import format_bytes
+
+with needs("plots", "A picture"):
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
 MOST_TICKS = 7
 LEAST_SPAN = 4.0  # highest / lowest value of a logarithmic axis

@@ -12,12 +12,14 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-
 from retnet.plots.palette import FAINT, GRID, INK, PAPER, Look
+from retnet.system.extras import needs
+
+with needs("plots", "A picture"):
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 WIDTH, DPI = 8.3, 200  # inches; pixels per inch
 MARGIN = 0.1  # inches

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from retnet.models.config import ModelConfig
 from retnet.models.cost import mixer_costs, parameter_counts
+from retnet.system.extras import needs
 from retnet.system.sizes import format_bytes
 
 from .errors import plain
@@ -27,7 +28,8 @@ KIB = 1024
 
 def draw_stack(stack: Stack, config: ModelConfig) -> "Figure":
     """Draw a stack whose model is `config`; `save_picture` writes the figure."""
-    from matplotlib.figure import Figure
+    with needs("plots", "A picture"):
+        from matplotlib.figure import Figure
 
     rows = summarize(stack, config)
     height = min(max(0.19 * len(rows), 1.6), 12.0)
@@ -53,7 +55,8 @@ def save_picture(figure: "Figure", path: Path) -> None:
 
     Raises ValueError for a format that matplotlib cannot write.
     """
-    from matplotlib import rc_context
+    with needs("plots", "A picture"):
+        from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "retnet"}):
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from retnet.system.extras import needs
+
+with needs("plots", "The loss curve of training"):
+    from matplotlib.figure import Figure
 
 
 def save_loss_curve(log: Sequence[dict[str, Any]], tokens_per_step: float, path: Path) -> None:

@@ -13,8 +13,6 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
 
 from retnet.kernels.device import power_of_two
 from retnet.kernels.retention.portable.border_states import border_states, stored_dtype
@@ -32,7 +30,12 @@ from retnet.kernels.retention.tiles import (
     stored_tiles,
 )
 from retnet.kernels.segments import Segments
+from retnet.system.extras import needs
 from retnet.system.files import write_json
+
+with needs("triton", "Tuning"):
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
 
 Tile = TypeVar("Tile", StateTile, SegmentTile)
 

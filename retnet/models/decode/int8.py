@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from retnet.models.lm import LanguageModel
+from retnet.system.extras import needs
 
 KEPT = ("decay_proj", "router")  # names of modules that are not quantised
 
@@ -20,12 +21,10 @@ KEPT = ("decay_proj", "router")  # names of modules that are not quantised
 def quantize_int8_(model: LanguageModel) -> LanguageModel:
     """Quantise the model's linear layers in place, the head included (an embedding tied to it keeps its dtype).
 
-    Raises ImportError without torchao (`pip install retnet[quantize]`).
+    Raises MissingExtra without the extra `quantize`.
     """
-    try:
+    with needs("quantize", "int8"):
         from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("int8 weights need torchao: pip install retnet[quantize]") from error
 
     def chosen(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] not in KEPT
