@@ -39,10 +39,10 @@ def train(
     if len(files) > 1:
         raise ValueError(f"one recipe at a time, got {', '.join(files)} (settings are key=value)")
 
-    from torch import distributed as dist
-
     with needs("train", "retnet train"):
         from transformers.utils.logging import disable_progress_bar
+
+    from torch import distributed as dist
 
     from retnet.train.recipe import load_recipe
     from retnet.train.run import train as run

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from retnet.system.extras import needs
 
-with needs("eval", "Tasks of lm-evaluation-harness"):
+with needs("eval", "A task of lm-evaluation-harness"):
     import lm_eval
     import lm_eval.models  # before ours is registered: the harness registers its own on import
     from lm_eval.api.instance import Instance

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -19,6 +18,7 @@ import retnet.api
 from retnet.cli import main
 from retnet.models.directory import load_model, save_model
 from retnet.serve.engine import Engine
+from retnet.system.extras import LIBRARIES
 from tests.cli.command import run, wrong_input
 from tests.paths import ROOT
 from tests.small_models import ALIBI, BYTES, small_model
@@ -233,16 +233,11 @@ def test_the_options_of_generate_reach_the_engine(capsys, byte_model, monkeypatc
 def test_int8_quantises_the_model_that_generates(capsys, byte_model, monkeypatch):
     from retnet.models.decode import int8
 
+    monkeypatch.setitem(LIBRARIES, "quantize", ())
     quantised = []
     monkeypatch.setattr(int8, "quantize_int8_", quantised.append)
     assert run("generate", byte_model, "x", "--int8", "--max-tokens", 2) == 0
     assert [model.directory for model in quantised] == [byte_model]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="has torchao")
-def test_int8_without_torchao_says_what_to_install(capsys, byte_model):
-    message = wrong_input(capsys, "generate", byte_model, "x", "--int8")
-    assert "--int8: int8 weights need torchao: pip install retnet[quantize]" in message
 
 
 def test_generate_leaves_out_the_stop_string_and_what_follows(capsys, byte_model):

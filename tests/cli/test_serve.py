@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from retnet.serve.http.run import bound_socket
+from retnet.system.extras import LIBRARIES
 from tests.cli.command import wrong_input
 from tests.paths import ROOT
 
@@ -51,11 +52,13 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_looked_for(capsys):
         assert f"port {port})" in wrong_input(capsys, "serve", "none", "--port", port)
 
 
-@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client", "llguidance", "jinja2"])
+@pytest.mark.parametrize("package", LIBRARIES["serve"])
 def test_without_the_extra_the_message_names_it(capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     message = wrong_input(capsys, "serve", "none")
-    assert f"retnet serve needs {package}; accepted: pip install 'retnet[serve]'" in message
+    assert f"retnet serve needs {package}, which is not installed" in message
+    assert "install -e '" in message
+    assert "[serve]'" in message
 
 
 def test_every_option_is_in_the_docs():
