@@ -11,15 +11,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from retnet.system.progress import Progress
 from retnet.system.suggest import did_you_mean_path
+
+if TYPE_CHECKING:
+    from retnet.models.lm import LanguageModel
 
 console = Console()
 errors = Console(stderr=True)
+silent = Console(quiet=True)
 
 MODEL_HELP = "Preset, stack file or saved directory."
 DEVICE_HELP = "auto (the GPU if there is one), cpu, cuda or cuda:N."
@@ -72,6 +77,14 @@ def plain_warnings() -> Iterator[None]:
         warnings.simplefilter("always", SourceWarning)
         warnings.showwarning = show
         yield
+
+
+def load_shown(model: str, device: str, dtype: str | None = None, *, quiet: bool = False) -> LanguageModel:
+    """As `retnet.load`, with its progress unless quiet."""
+    with Progress(silent if quiet else errors, f"loading {model}"):
+        from retnet.api import load
+
+        return load(model, device, dtype)
 
 
 def read_text(text: str | None, file: Path | None) -> bytes | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retnet.cli._common import DEVICE_HELP, console
+from retnet.cli._common import DEVICE_HELP, console, load_shown
 
 if TYPE_CHECKING:
     from retnet.cli.chat_turn import Backend
@@ -101,12 +101,12 @@ def _local(
     max_tokens: int | None,
     speculate: int,
 ) -> Backend:
-    from retnet.api import load, load_tokenizer
+    from retnet.api import load_tokenizer
     from retnet.cli.chat_local import LocalBackend
     from retnet.models.decode.sampling import Sampling
     from retnet.serve.chat_template import find_chat_template
 
-    network = load(name, device, dtype)
+    network = load_shown(name, device, dtype)
     tokenizer = load_tokenizer(network)
     template = find_chat_template(chat_template, tokenizer, network.directory)
     if template is None:

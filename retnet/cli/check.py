@@ -10,9 +10,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retnet.cli._common import DEVICE_HELP, console, print_json
+from retnet.cli._common import DEVICE_HELP, console, errors, load_shown, print_json
+from retnet.system.progress import Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from retnet.eval.agreement import Agreement
@@ -50,14 +53,12 @@ def check(
         if text is not None:
             raise ValueError("the operator runs on random tensors; --text is for models")
         shape = (_SHAPE[0], length, *_SHAPE[2:])
-        rows = list(check_operator(shape, dtypes, sizes, device=resolve_device(device), seed=seed))
+        rows = _shown(check_operator(shape, dtypes, sizes, device=resolve_device(device), seed=seed))
         title = f"retention, B, T, H, K, V = {', '.join(map(str, shape))}"
     else:
-        from retnet.api import load
-
-        network = load(model, device)
+        network = load_shown(model, device)
         ids = _ids(network, text, length, seed).to(network.embedding.weight.device)
-        rows = list(check_model(network, ids, dtypes, sizes))
+        rows = _shown(check_model(network, ids, dtypes, sizes))
         title = f"{model}, {ids.shape[1]} tokens of {text or 'random input'}"
     failed = sum(not row.passed for row in rows)
     if as_json:
@@ -68,6 +69,16 @@ def check(
             console.print(f"[dim]{line}[/]", highlight=False, soft_wrap=True)
         console.print(f"[bold red]{failed} of {len(rows)} fail[/]" if failed else f"[green]all {len(rows)} agree[/]")
     raise typer.Exit(code=1 if failed else 0)
+
+
+def _shown(rows: Iterator[Agreement]) -> list[Agreement]:
+    """The rows, with the progress of their computation."""
+    done = []
+    with Progress(errors, "comparing", unit="ways") as shown:
+        for row in rows:
+            done.append(row)
+            shown.update(len(done), notes=[f"{row.way}, {row.dtype}"])
+    return done
 
 
 def _ids(model: LanguageModel, text: Path | None, length: int, seed: int) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from retnet.cli._common import console
+from retnet.cli._common import console, errors
+from retnet.system.progress import BYTES, Progress
 
 
 def convert(
@@ -29,7 +30,12 @@ def convert(
     from retnet.models.convert import convert as run
     from retnet.models.cost import parameter_counts
 
-    model = run(source, out, to=to, format=format, config=config)
+    with Progress(errors, "converting", unit=BYTES) as shown:
+
+        def on_bytes(done: int, total: int) -> None:
+            shown.update(done, total=total)
+
+        model = run(source, out, to=to, format=format, config=config, on_bytes=on_bytes)
     total = parameter_counts(model)["total"]
     console.print(
         f"{model.name}: {len(model.layers)} layers of width {model.d_model:,}, {total:,} parameters in "

@@ -14,6 +14,8 @@ from typer.core import TyperGroup
 
 from retnet.cli._common import console, errors, print_json, unescape
 from retnet.system.extras import MissingExtra, require
+from retnet.system.progress import BYTES
+from retnet.system.progress import Progress as Shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,13 +174,15 @@ def show(
 @data_app.command()
 def check(directory: Annotated[Path, typer.Argument(help="A folder that `retnet data` wrote.")]) -> None:
     """Read every file and compare it with the manifest's SHA-256; exit code 1 if anything is damaged."""
-    from retnet.data.shards import check_shards
+    from retnet.data.shards import ShardFolder, check_shards
 
     problems = []
     shards = 0
-    for _, problem in check_shards(directory):
-        shards += 1
-        problems += [problem] if problem else []
+    with Shown(errors, "checking", len(ShardFolder(directory).shards), "shards") as shown:
+        for _, problem in check_shards(directory):
+            shards += 1
+            problems += [problem] if problem else []
+            shown.advance()
     for problem in problems:
         errors.print(f"[bold red]damaged:[/] {escape(problem)}", soft_wrap=True, highlight=False)
     if problems:
@@ -230,25 +234,18 @@ def _summary(corpus: Corpus) -> dict[str, int | float | str]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Progress], None]]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = ("{task.fields[status]}", BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn())
-    with Bar(
-        *(TextColumn(c) if isinstance(c, str) else c for c in columns),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=errors,
-        transient=True,
-        disable=not errors.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=None, status="looking for files")
+    """Shows how much of the sources is written."""
+    with Shown(errors, "looking for files") as shown:
+        begun = False
 
         def show_progress(progress: Progress) -> None:
+            nonlocal begun
             size, documents, tokens = progress.counts
-            status = f"{_count(documents, 'document')}, {tokens / 1e6:,.1f}M tokens"
-            bar.update(task, completed=size, total=progress.size, status=status)
+            if not begun:
+                shown.begin("writing", progress.size, BYTES, done=size)
+                begun = True
+            notes = (f"{tokens / 1e6:,.1f}M tokens", _count(documents, "document"))
+            shown.update(size, total=progress.size, notes=notes)
 
         yield show_progress
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, print_json
+from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, load_shown, print_json
 from retnet.system.extras import needs
+from retnet.system.progress import Progress
 
 VALID_FRACTION = 0.05
 
@@ -83,13 +83,13 @@ def _refuse_unused(source: str, given: object, options: Mapping[str, object]) ->
 
 
 def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, device: str, as_json: bool) -> None:
-    from retnet.api import load, load_tokenizer
+    from retnet.api import load_tokenizer
     from retnet.data import open_corpus
     from retnet.data.corpus import ByteCorpus
     from retnet.eval.bits import bits_per_byte, corpus_bits_per_byte
     from retnet.eval.compressors import compressor_table, texts_of
 
-    network = load(model, device)
+    network = load_shown(model, device)
     tokenizer = load_tokenizer(network)
     corpus = open_corpus(data)
     train, scored = corpus.split(valid_fraction) if part is Part.valid else (None, corpus)
@@ -102,11 +102,11 @@ def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, dev
             f"{data} holds tokens of another tokenizer than that of {model}; accepted: text, or tokens that `retnet "
             "data` wrote with its tokenizer"
         )
-    with _progress(scored.num_targets) as (on_tokens, on_method):
+    with Progress(errors, "scoring", scored.num_targets, "tokens") as shown:
         began = time.perf_counter()
-        result = result_of(on_tokens=on_tokens)
+        result = result_of(on_tokens=shown.advance)
         seconds = time.perf_counter() - began
-        rows = compressor_table(None if train is None else texts_of(train), texts_of(scored), on_method)
+        rows = compressor_table(None if train is None else texts_of(train), texts_of(scored), shown.begin)
     rows[model] = result.bits_per_byte
     if as_json:
         print_json({"documents": len(scored), "bytes": result.num_bytes, "seconds": seconds, "bits_per_byte": rows})
@@ -133,18 +133,26 @@ def _explained(rows: Mapping[str, float]) -> Iterator[str]:
 
 
 def _perplexity(model: str, file: Path, context: int | None, stride: int | None, device: str, as_json: bool) -> None:
-    from retnet.api import load, load_tokenizer
+    from retnet.api import load_tokenizer
     from retnet.eval.perplexity import perplexity
 
-    network = load(model, device)
+    network = load_shown(model, device)
     tokenizer = load_tokenizer(network)
     try:
         text = _bytes_of(file).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 at byte {error.start}; accepted: text in UTF-8") from error
-    results = {"stateful": perplexity(network, tokenizer, text)}
-    if context is not None or stride is not None:
-        results["strided"] = perplexity(network, tokenizer, text, context=context, stride=stride)
+    with Progress(errors, "scoring", unit="tokens") as shown:
+
+        def on_tokens(done: int, total: int) -> None:
+            shown.update(done, total=total)
+
+        results = {"stateful": perplexity(network, tokenizer, text, on_tokens=on_tokens)}
+        if context is not None or stride is not None:
+            shown.begin("scoring windows", unit="tokens")
+            results["strided"] = perplexity(
+                network, tokenizer, text, context=context, stride=stride, on_tokens=on_tokens
+            )
     rows = {
         way: {
             "nats": result.nats,
@@ -178,31 +186,6 @@ def _bytes_of(file: Path) -> bytes:
         return file.read_bytes()
     (document,) = find_documents(file.absolute())  # a file in this folder may be called stdlib
     return document.read()
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
-    """A progress bar on a terminal, nothing elsewhere: one function to advance it, one to begin another method."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(
-        *columns, TextColumn("left"), TimeRemainingColumn(), console=errors, transient=True,
-        disable=not errors.is_terminal,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("scoring", total=total)
-
-        def begin(method: str) -> None:
-            bar.reset(task, description=method, total=None)
-
-        yield partial(bar.advance, task), begin
 
 
 def _run_tasks(

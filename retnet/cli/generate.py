@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, read_text, unescape, write_text
+from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, load_shown, read_text, unescape, write_text
 from retnet.system.extras import require
+from retnet.system.progress import Progress
 from retnet.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from retnet.eval.meter import StreamMeter
+    from retnet.serve.stream import TokenStream
 
 ENDLESS = 0
 LONGEST_ECHO = 2000  # characters of a prompt on a terminal
@@ -75,7 +77,7 @@ def generate(
     if int8:
         require("quantize", "--int8")
 
-    from retnet.api import engine_for, load, load_tokenizer, request_of, stream_text
+    from retnet.api import engine_for, load_tokenizer, request_of, stream_text
     from retnet.eval.meter import StreamMeter
     from retnet.models.cost import model_cost
     from retnet.models.decode.sampling import Sampling
@@ -91,7 +93,7 @@ def generate(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
-    network = load(model, device, dtype)
+    network = load_shown(model, device, dtype)
     tokenizer = load_tokenizer(network)
     if int8:
         from retnet.models.decode.int8 import quantize_int8_
@@ -101,11 +103,13 @@ def generate(
     limit = None if max_tokens == ENDLESS else max_tokens
     request = request_of(text, tokenizer, limit, sampling, stops)
     engine = engine_for(network, request, tokenizer, speculate)
-    _echo(text, echo)
     meter = StreamMeter()
     failed = None
     try:
-        for piece in stream_text(_metered(engine.stream(request), meter), tokenizer, stops, request.prompt):
+        tokens = engine.stream(request)
+        _read_prompt(tokens)
+        _echo(text, echo)
+        for piece in stream_text(_metered(tokens, meter), tokenizer, stops, request.prompt):
             write_text(piece)
     except KeyboardInterrupt:
         errors.print()
@@ -134,6 +138,17 @@ def _echo(prompt: bytes, wanted: bool | None) -> None:
         console.print(Text(shown, "dim"), end="", soft_wrap=True)
     else:
         write_text(shown)
+
+
+def _read_prompt(tokens: TokenStream) -> None:
+    """Run the engine to the end of the prompt, with its progress."""
+    from retnet.serve.request import Status
+
+    engine, generation = tokens.engine, tokens.generation
+    with Progress(errors, "reading the prompt", len(generation.request.prompt), "tokens") as shown:
+        while generation.status in (Status.WAITING, Status.READING):
+            engine.step()
+            shown.update(engine.stats().prompt_tokens)
 
 
 def _metered(tokens: Iterator[int], meter: StreamMeter) -> Iterator[int]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retnet import __version__
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors
+from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, load_shown, silent
 from retnet.system.extras import require
+from retnet.system.progress import Progress
 from retnet.system.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -168,13 +169,14 @@ def serve(
     )
     listener = bound_socket(host, port)
     try:
-        from retnet.api import load, load_tokenizer
+        from retnet.api import load_tokenizer
 
-        network = load(model, device, dtype)
+        network = load_shown(model, device, dtype, quiet=quiet)
         if int8:
             quantize_int8_(network)
         name = served_name or Path(model).stem
-        service = make_service(network, load_tokenizer(network), name, options, settings)
+        with Progress(silent if quiet else errors, "preparing the engine"):
+            service = make_service(network, load_tokenizer(network), name, options, settings)
         app = create_app(service, settings)
         configure_log(quiet=quiet, prompts=log_prompts)
         address = _address(host, listener.getsockname()[1])

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from retnet.cli._common import console, errors
 from retnet.system.extras import require
+from retnet.system.progress import Progress
 from retnet.system.suggest import did_you_mean_path
 
 if TYPE_CHECKING:
@@ -109,7 +110,10 @@ def compile_stack(
 
     stack = _open(name)
     config = model_config(stack)
-    save_model(LanguageModel(config), output_dir)
+    with Progress(errors, f"building {config.name}") as shown:
+        model = LanguageModel(config)
+        shown.begin(f"writing {output_dir}")
+        save_model(model, output_dir)
     total = parameter_counts(config)["total"]
     console.print(
         f"{config.name}: {total:,} parameters in {config.dtype}, written to {output_dir}", markup=False, soft_wrap=True

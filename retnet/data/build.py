@@ -222,6 +222,8 @@ def _write_missing(
         if on_progress:
             on_progress(Progress(total, size))
 
+    if on_progress and total.size:
+        on_progress(Progress(total, size))  # the part of an interrupted run
     workers = min(workers, len(missing))
     if workers > 1:
         write_in_parallel(missing, settings, tokenizer.describe(), data / TOKENIZER, data, workers, report)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,13 +42,20 @@ class Perplexity:
 
 
 def perplexity(
-    model: LanguageModel, tokenizer: Tokenizer, text: str, *, context: int | None = None, stride: int | None = None
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    on_tokens: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
     """The perplexity of a text under a model.
 
     Args:
         context: tokens per window, each read from a fresh state; None: one state for the whole text.
         stride: tokens scored per window, those at its end; `context` (windows side by side) if None.
+        on_tokens: gets the number of tokens scored so far, and of all.
 
     Raises ValueError for an empty text, and for windows that leave tokens out.
     """
@@ -55,12 +63,19 @@ def perplexity(
     num_tokens = ids.shape[1] - 1
     if not num_tokens:
         raise ValueError("there is no text to score")
+    done = 0
+
+    def count(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        on_tokens(done, num_tokens)
+
     if context is None:
         if stride is not None:
             raise ValueError(f"stride is {stride} without a context; accepted: both, or neither")
-        nats = score(model, ids)[0].double().sum().item()
+        nats = score(model, ids, on_tokens=count)[0].double().sum().item()
     else:
-        nats = _strided_nats(model, ids, context, context if stride is None else stride)
+        nats = _strided_nats(model, ids, context, context if stride is None else stride, count)
     return Perplexity(nats, num_tokens, count_words(text), len(text.encode()))
 
 
@@ -70,7 +85,9 @@ def _exp(nats: float) -> float:
 
 
 @torch.no_grad()
-def _strided_nats(model: LanguageModel, ids: torch.Tensor, context: int, stride: int) -> float:
+def _strided_nats(
+    model: LanguageModel, ids: torch.Tensor, context: int, stride: int, count: Callable[[int], None]
+) -> float:
     """Windows end every `stride` tokens; each token is scored once, with at least context - stride before it."""
     if context < 1 or not 1 <= stride <= context:
         raise ValueError(f"context is {context} and stride {stride}; accepted: 1 <= stride <= context")
@@ -80,6 +97,7 @@ def _strided_nats(model: LanguageModel, ids: torch.Tensor, context: int, stride:
         begin = max(0, end - context)
         logits = model(ids[:, begin:end]).logits[0, scored - begin :]
         nats += F.cross_entropy(logits.double(), ids[0, scored + 1 : end + 1], reduction="sum").item()
+        count(end - scored)
         scored = end
     return nats
 

@@ -66,6 +66,19 @@ class Tensors:
             {new: self.specs[old] for new, old in names.items()}, lambda name: self.read(names[name]), self.extra
         )
 
+    def watched(self, on_bytes: Callable[[int, int], None]) -> Tensors:
+        """The same tensors. on_bytes: gets the bytes read so far and those of all, after every tensor."""
+        done = 0
+
+        def read(name: str) -> Tensor:
+            nonlocal done
+            tensor = self.read(name)
+            done += self.specs[name].nbytes
+            on_bytes(done, self.nbytes)
+            return tensor
+
+        return Tensors(self.specs, read, self.extra)
+
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.specs.values())

@@ -1,6 +1,6 @@
 """Progress of a run on the console: loss, bits per byte, tokens per second, MFU, memory, time left.
 
-A terminal shows one line that is updated; other outputs get one line per log entry.
+A terminal shows one line that is updated, and the validations above it; other outputs get one line per log entry.
 """
 
 from __future__ import annotations
@@ -9,43 +9,53 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from retnet.system.durations import format_seconds
+from retnet.system.progress import Progress
 from retnet.system.sizes import format_bytes
+from retnet.train.stopping import RunClock
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows a run on a console. max_minutes: the run's time limit, if it has one."""
+    """Shows a run on a console. clock: of the run, which knows the time limit."""
 
-    def __init__(self, console: Console, max_minutes: float | None = None):
-        self._console = console
-        self._max_seconds = None if max_minutes is None else 60 * max_minutes
+    def __init__(self, console: Console, clock: RunClock):
+        self._console, self._clock = console, clock
         self._bar: Progress | None = None
-        self._task = TaskID(0)
         self._began = 0.0
         self._first_step = 0
+        self._warm_up = True
+        self._notes: list[str] = []
+        self._scored = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._began, self._first_step = time.perf_counter(), state.global_step
         if state.is_world_process_zero and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]step {task.completed}/{task.total}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, status="")
+            self._bar = Progress(self._console, self._what(state), state.max_steps, transient=False)
+            self._update(state)
+            self._bar.__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._warm_up:  # the first step compiles, captures and allocates
+            self._began, self._first_step = time.perf_counter(), state.global_step
+            self._warm_up = False
+        self._update(state)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._scored += 1
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step)
+            batches = len(kwargs["eval_dataloader"])
+            self._bar.update(notes=[f"validating, batch {self._scored} of {batches}", *self._notes])
+            if self._scored == batches:
+                self._scored = 0
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._update(state)
 
     def on_log(
         self,
@@ -59,7 +69,12 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if "loss" in logs:
-            self._show(state, logs)
+            self._notes = _notes(logs)
+            self._update(state)
+            if self._bar is None:
+                left = self._left(state)
+                notes = [*self._notes, *([] if left is None else [f"{format_seconds(left)} left"])]
+                self._print(f"{self._what(state)}: {', '.join(notes)}")
         elif "eval_loss" in logs:
             self._print(
                 f"step {state.global_step}: validation loss {logs['eval_loss']:.3f}, "
@@ -74,29 +89,38 @@ class ProgressCallback(TrainerCallback):
     def close(self) -> None:
         """Release the terminal, also after an interruption, for which the Trainer has no event."""
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()
             self._bar = None
 
-    def _show(self, state: TrainerState, logs: dict[str, float]) -> None:
-        parts = [f"loss {logs['loss']:.3f} ({logs['bits_per_byte']:.3f} bits per byte)"]
-        if "router_loss" in logs:
-            parts.append(f"router loss {logs['router_loss']:.4f}")
-        if "tokens_per_second" in logs:
-            parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
-            parts.append(f"MFU {logs['mfu']:.1%}")
-            parts.append(f"waiting for data {logs['data_wait']:.2%}")
-        parts.append(format_bytes(logs["memory_gib"] * 2**30, 3))
-        status = ", ".join(parts)
+    def _update(self, state: TrainerState) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, status=status)
-        else:
-            self._print(f"step {state.global_step}/{state.max_steps}: {status}, {self._left(state):.0f} s left")
+            done = max(state.global_step, self._clock.fraction * state.max_steps)
+            self._bar.update(done, what=self._what(state), notes=self._notes, left=self._left(state))
 
-    def _left(self, state: TrainerState) -> float:
-        seconds = time.perf_counter() - self._began
-        done = max(1, state.global_step - self._first_step)
-        left = (state.max_steps - state.global_step) * seconds / done
-        return left if self._max_seconds is None else max(0.0, min(left, self._max_seconds - seconds))
+    def _what(self, state: TrainerState) -> str:
+        return f"step {state.global_step:,}/{state.max_steps:,}"
+
+    def _left(self, state: TrainerState) -> float | None:
+        """Seconds to the end, at the pace since the first step, validations and checkpoints included.
+
+        Before the second step only the time limit is known, if there is one.
+        """
+        done = state.global_step - self._first_step
+        pace = None if done < 1 else (time.perf_counter() - self._began) / done
+        by_steps = None if pace is None else (state.max_steps - state.global_step) * pace
+        return min((left for left in (by_steps, self._clock.seconds_left) if left is not None), default=None)
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _notes(logs: dict[str, float]) -> list[str]:
+    """The values of a log entry in words, the most important first."""
+    notes = [f"loss {logs['loss']:.3f} ({logs['bits_per_byte']:.3f} bits per byte)"]
+    if "tokens_per_second" in logs:
+        notes.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    if "router_loss" in logs:
+        notes.append(f"router loss {logs['router_loss']:.4f}")
+    if "tokens_per_second" in logs:
+        notes += [f"MFU {logs['mfu']:.1%}", f"waiting for data {logs['data_wait']:.2%}"]
+    return [*notes, format_bytes(logs["memory_gib"] * 2**30, 3)]

@@ -64,16 +64,17 @@ def _train(
         settings=said_settings(recipe, arguments),
     )
     resumed = _checkpoint(recipe, arguments, options, console)
-    progress = ProgressCallback(console, recipe.max_minutes)
     with sharding_on_cpus(arguments):
         try:
-            trainer = PackedTrainer(model, arguments, data.train, data.valid, options, callbacks=[progress])
+            trainer = PackedTrainer(model, arguments, data.train, data.valid, options)
         except Exception as error:
             # For push_to_hub it creates a repository, where the hub's client raises many kinds.
             if not (arguments.push_to_hub or isinstance(error, ImportError | KeyError | TypeError | RuntimeError)):
                 raise
             raise ValueError(f"the Trainer does not accept these settings: {error}") from error
     trainer.resumed = resumed
+    progress = ProgressCallback(console, trainer.clock)
+    trainer.add_callback(progress)
     parameters = sum(p.numel() for p in model.parameters())
     _describe(console, recipe, cast(LanguageModel, model.model), parameters, data, trainer)
     try:

@@ -128,6 +128,11 @@ class RunClock:
         """The share of the time limit that has passed; 0 without a limit."""
         return 0.0 if self._limit is None else min(1.0, self.seconds / self._limit)
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the time limit, by this process's clock; None without a limit."""
+        return None if self._limit is None else max(0.0, self._limit - self.read())
+
     def schedule(self, by_step: Callable[[int], float], max_steps: int) -> Callable[[int], float]:
         """A learning-rate schedule that follows the steps or the time, whichever has progressed further."""
         return lambda step: by_step(max(step, int(self.fraction * max_steps)))

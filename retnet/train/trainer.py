@@ -332,6 +332,7 @@ class PackedTrainer(Trainer):
         was_training, lanes = model.training, None
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=args.device)
+        self.callback_handler.eval_dataloader = cast(Any, loader)
         ahead = ReadAhead(to_device(batch, args.device) for batch in loader)
         for batch in ahead:
             if self.consensus.any(self.signal.received):
@@ -342,6 +343,7 @@ class PackedTrainer(Trainer):
             lanes = output.past_key_values.state if rows.carry_state else None
             total[0] += output.loss.double()
             total[1] += facts.num_targets
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         ahead.close()
         model.train(was_training)
         return cast(Tensor, self.accelerator.reduce(total, "sum")).cpu()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,12 @@ def convert(
     to: str = OURS,
     format: str | None = None,
     config: object = None,
+    on_bytes: Callable[[int, int], None] | None = None,
 ) -> ModelConfig:
     """Write a model as a directory in our format, or in that of `to`. Weights are streamed, tokenizer files are copied.
 
-    source: as for `load`, or a model. out: new or empty. Returns our configuration of the model.
+    source: as for `load`, or a model. out: new or empty. on_bytes: gets the bytes of weights read so far, and of all.
+    Returns our configuration of the model.
     """
     writers = {name: form.config_to for name, form in FORMATS.items() if form.config_to}
     if to not in (OURS, *writers):
@@ -89,6 +91,8 @@ def convert(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; accepted: a new or empty directory")
     ours, tensors = _open(source, format, config)
+    if on_bytes is not None:
+        tensors = tensors.watched(on_bytes)
     if to == OURS:
         ours = write_model(out, ours, tensors)
     else:
