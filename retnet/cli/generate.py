@@ -123,8 +123,14 @@ def generate(
         _report(meter, *sizes)
     if png is not None:
         from retnet.eval.figures import save_stream_figure
+        from retnet.ops.device import hardware
+        from retnet.plots.frame import facts
 
-        save_stream_figure(meter.bins, sizes[-1], png)
+        weights = next(network.parameters())
+        numbers = f"weights {'int8' if int8 else str(weights.dtype).removeprefix('torch.')}"
+        under = facts(f"{meter.tokens:,} tokens after a prompt of {len(request.prompt):,}", numbers,
+                      hardware(weights.device))  # fmt: skip
+        save_stream_figure(meter.bins, sizes[-1], png, title=f"Generation by {Path(model).name}", under=under)
 
 
 def _echo(prompt: bytes, wanted: bool | None) -> None:

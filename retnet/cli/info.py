@@ -42,7 +42,7 @@ def info(
     if png is not None:
         from retnet.eval.figures import save_model_figure
 
-        save_model_figure(config, contexts, png)
+        save_model_figure(config, contexts, png, Path(model).name)
     if as_json:
         print_json(summary)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,82 +11,141 @@ import torch
 from retnet.eval.meter import Bin
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
-from retnet.models.cost import head_windows, model_cost, transformer_cache_bytes
-from retnet.ops.decay import pairwise_decay, running_log_decay
+from retnet.models.cost import model_cost, parameter_counts, transformer_cache_bytes
+from retnet.ops.decay import pairwise_decay, running_log_decay, window
+from retnet.plots.axes import bytes_of, linear_axis, log_axis, short, tokens
+from retnet.plots.frame import NORMAL, SMALL, facts, framed, save, styled
+from retnet.plots.palette import COLOURS, INK, look
 from retnet.system.extras import needs
 from retnet.system.sizes import format_bytes
 
 with needs("plots", "A picture"):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
 
 MASK_TOKENS = 256
-_BLUE, _ORANGE = "#0b4f8a", "#c2571a"
+MASKS = 4  # heads whose masks are shown
+LABELLED_BARS = 8  # more heads than that have an axis with numbers instead
+STATE, CACHE = look("retention"), look("attention")
 
 
-def save_stream_figure(bins: Sequence[Bin], state_bytes: int, path: Path) -> None:
-    """Plot ms per token and memory against position."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+def save_stream_figure(bins: Sequence[Bin], state_bytes: int, path: Path, *, title: str, under: str) -> None:
+    """Save `draw_stream` in the format of the path's suffix."""
+    save(draw_stream(bins, state_bytes, title=title, under=under), path)
+
+
+@styled
+def draw_stream(bins: Sequence[Bin], state_bytes: int, *, title: str, under: str) -> Figure:
+    """Time per token and memory against the tokens generated. `under` is written below the title."""
+    figure = framed(2.9, title, under)
     time_axes, memory_axes = figure.subplots(1, 2)
+    one = {"marker": "o", "markersize": 4} if len(bins) < 2 else {}
     middle = [bin.first + bin.count / 2 for bin in bins]
-    time_axes.plot(middle, [1e3 * bin.seconds_per_token for bin in bins], color=_BLUE, linewidth=1.2)
-    time_axes.set(xlabel="tokens generated", ylabel="ms per token", ylim=(0, None), title="Time per token")
+    time_axes.plot(middle, [1e3 * bin.seconds_per_token for bin in bins], color=INK, linewidth=1.2, **one)
+    time_axes.set(ylabel="ms per token", title="Time per token")
+    time_axes.set_ylim(bottom=0)
+    linear_axis(time_axes, "y")
     last = [bin.first + bin.count for bin in bins]
-    memory_axes.plot(last, [bin.memory_bytes / 2**20 for bin in bins], color=_BLUE, label="process")
-    memory_axes.axhline(state_bytes / 2**20, color=_ORANGE, label=f"state, {format_bytes(state_bytes)}")
-    memory_axes.set(xlabel="tokens generated", ylabel="MiB", yscale="log", title="Memory")
+    memory_axes.plot(last, [bin.memory_bytes for bin in bins], color=INK, label="the whole process", **one)
+    memory_axes.axhline(state_bytes, color=STATE.colour, label=f"the stream's state, {format_bytes(state_bytes)}")
+    memory_axes.set(ylabel="memory", title="Memory")
+    log_axis(memory_axes, "y", bytes_of, base=2)
     memory_axes.legend()
-    _finish(figure, path)
+    for axes in (time_axes, memory_axes):
+        axes.set(xlabel="tokens generated")
+        linear_axis(axes, "x", short)
+    return figure
 
 
-def save_model_figure(config: ModelConfig, contexts: Sequence[int], path: Path) -> None:
-    """Plot state against KV cache, the window of each head, and the decay masks of the first retention layer."""
-    mixer = next((layer.mixer for layer in config.layers if isinstance(layer.mixer, RetentionConfig)), None)
-    log_decay = mixer.log_decay if mixer is not None else None
-    heads = 0 if log_decay is None else len(log_decay)
-    figure = Figure(figsize=(11, 6 if heads else 3.8), layout="constrained")
-    grid = figure.add_gridspec(2 if heads else 1, 1, height_ratios=(1.7, 1)[: 2 if heads else 1])
-    upper = figure.add_subfigure(grid[0])
-    memory_axes, window_axes = upper.subplots(1, 2)
+def save_model_figure(config: ModelConfig, contexts: Sequence[int], path: Path, name: str | None = None) -> None:
+    """Save `draw_model` in the format of the path's suffix."""
+    save(draw_model(config, contexts, name), path)
+
+
+@styled
+def draw_model(config: ModelConfig, contexts: Sequence[int], name: str | None = None) -> Figure:
+    """State against KV cache by context, the window of each head, and decay masks of the first layer that has fixed
+    ones. name: for the title, instead of the configuration's."""
+    first = first_fixed(config)
+    under = facts(
+        f"{short(parameter_counts(config)['total'])} parameters",
+        f"{len(config.layers)} layers",
+        f"width {config.d_model:,}",
+        f"vocabulary {config.vocab_size:,}",
+    )
+    figure = framed(3.0 if first is None else 5.4, name or config.name or "unnamed model", under)
+    rows = figure.add_gridspec(1, 1) if first is None else figure.add_gridspec(2, 1, height_ratios=(1.35, 1))
+    memory_axes, window_axes = (figure.add_subplot(panel) for panel in rows[0].subgridspec(1, 2))
     _draw_memory(memory_axes, config, contexts)
-    _draw_windows(window_axes, config)
-    if log_decay is not None:
-        lower = figure.add_subfigure(grid[1])
-        lower.suptitle(f"Decay masks of the heads, {MASK_TOKENS} tokens", fontsize=11)
-        masks = pairwise_decay(*running_log_decay(log_decay, None, MASK_TOKENS))[0]
-        shown = torch.linspace(0, heads - 1, min(heads, 8)).round().int().tolist()
-        for axes, head in zip(lower.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-            axes.imshow(masks[head].numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_title(rf"{head}: $\gamma$ = {log_decay[head].exp():.4f}", fontsize=9)
-            axes.set_xticks([])
-            axes.set_yticks([])
-    _finish(figure, path)
+    _draw_windows(window_axes, config, first)
+    if first is not None:
+        _draw_masks(figure, rows[1], *first)
+    return figure
+
+
+def first_fixed(config: ModelConfig) -> tuple[int, torch.Tensor] | None:
+    """The first layer that has heads with a fixed decay below 1, and log gamma [H] of its heads."""
+    for index, layer in enumerate(config.layers):
+        log_decay = layer.mixer.log_decay if isinstance(layer.mixer, RetentionConfig) else None
+        if log_decay is not None and bool((log_decay < 0).any()):
+            return index, log_decay
+    return None
 
 
 def _draw_memory(axes: Axes, config: ModelConfig, contexts: Sequence[int]) -> None:
-    axes.loglog(
-        contexts, [model_cost(config, T).state_bytes / 2**20 for T in contexts], color=_BLUE, label="state, float32"
-    )
-    cache = [transformer_cache_bytes(config, T) / 2**20 for T in contexts]
-    axes.loglog(contexts, cache, color=_ORANGE, label="Transformer's KV cache, 16 bit")
-    axes.set(xlabel="context, tokens", ylabel="MiB per sequence", title="Memory per sequence")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    states = [model_cost(config, T).state_bytes for T in contexts]
+    caches = [transformer_cache_bytes(config, T) for T in contexts]
+    axes.plot(contexts, states, label="this model's state, float32", **STATE.line)
+    axes.plot(contexts, caches, label="a Transformer's KV cache, 16 bit", **CACHE.line)
+    axes.set(xlabel="context length, tokens", ylabel="bytes per sequence", title="Memory per sequence")
+    log_axis(axes, "x", tokens, base=2)
+    log_axis(axes, "y", bytes_of, base=2)
+    axes.legend(fontsize=SMALL)
 
 
-def _draw_windows(axes: Axes, config: ModelConfig) -> None:
-    axes.set(xlabel="head", ylabel="tokens", title="Window: tokens until the decay falls below 1%")
-    finite = [[w for w in layer if w != float("inf")] for layer in head_windows(config)]
-    if not any(finite):
-        axes.text(0.5, 0.5, "no fixed decay", ha="center", va="center", transform=axes.transAxes)
+def _draw_windows(axes: Axes, config: ModelConfig, first: tuple[int, torch.Tensor] | None) -> None:
+    axes.set_title("Window: tokens until the decay is below 1%")
+    if first is None:
+        gated = any(
+            isinstance(layer.mixer, RetentionConfig) and layer.mixer.decay == "gated" for layer in config.layers
+        )
+        reason = "the decay is gated: each token sets its own" if gated else "no head has a decay"
+        axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes)
+        axes.axis("off")
         return
-    windows = next(layer for layer in finite if layer)
-    bars = axes.bar(range(len(windows)), windows, color=_BLUE)
-    axes.bar_label(bars, [f"{w:,.0f}" for w in windows], fontsize=8)
-    axes.set(yscale="log", ylim=(min(windows) / 2, 2 * max(windows)))
-    axes.set_xticks(range(len(windows)))
+    layer, log_decay = first
+    windows = [window(x) for x in log_decay.tolist()]
+    bars = {head: w for head, w in enumerate(windows) if w != float("inf")}
+    low, high = min(bars.values()), max(bars.values())
+    axes.plot(list(bars), list(bars.values()), linestyle="none")  # the extent for the axis; bars begin below it
+    log_axis(axes, "y", tokens)
+    axes.set_ylim(low / 2, max(high, 4 * low) * 1.6)
+    drawn = axes.bar(list(bars), list(bars.values()), color=COLOURS["retention"])
+    if len(windows) <= LABELLED_BARS:
+        axes.bar_label(drawn, [f"{w:,.0f}" for w in bars.values()], fontsize=SMALL, padding=2)
+    step = -(-len(windows) // 16)
+    axes.set_xticks(range(0, len(windows), step))
+    axes.set(xlim=(-0.7, len(windows) - 0.3), xlabel=f"head of layer {layer}", ylabel="tokens")
+    axes.grid(axis="x", visible=False)
 
 
-def _finish(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+def _draw_masks(figure: Figure, place: SubplotSpec, layer: int, log_decay: torch.Tensor) -> None:
+    heads = len(log_decay)
+    shown = torch.linspace(0, heads - 1, min(heads, MASKS)).round().int().tolist()
+    masks = pairwise_decay(*running_log_decay(log_decay, None, MASK_TOKENS))[0]
+    row = [figure.add_subplot(panel) for panel in place.subgridspec(1, len(shown))]
+    for axes, head in zip(row, shown, strict=True):
+        image = axes.imshow(masks[head].numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(f"head {head}, γ = {gamma_text(float(log_decay[head]))}", fontsize=NORMAL)
+        axes.set(xticks=[0, MASK_TOKENS - 1], yticks=[0, MASK_TOKENS - 1] if axes is row[0] else [], xlabel="key m")
+        axes.grid(visible=False)
+    row[0].set_ylabel(f"query n, layer {layer}")
+    bar = figure.colorbar(image, ax=row, shrink=0.9, aspect=14, ticks=[0, 0.5, 1])
+    bar.set_label("decay mask γⁿ⁻ᵐ", fontsize=NORMAL, color=INK)
+
+
+def gamma_text(log_decay: float) -> str:
+    """gamma with digits that tell the heads of a layer apart: '0.9688', and '1 − 3.05e-05' near 1."""
+    below = -math.expm1(log_decay)
+    return f"{1 - below:.4f}" if below == 0 or below >= 5e-4 else f"1 − {below:.3g}"

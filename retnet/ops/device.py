@@ -1,6 +1,9 @@
 """Devices: the one that a user names, whether a tensor goes to kernels, and the GPU that Triton launches on."""
 
+import platform
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -42,6 +45,23 @@ def _check_computes(device: torch.device) -> None:
         raise ValueError(
             f"device is {quoted(str(device))}, which torch cannot use here; accepted: auto, cpu, cuda"
         ) from error
+
+
+def hardware(device: torch.device) -> str:
+    """A device for captions and reports: 'NVIDIA H200', or 'AMD EPYC 9654, 2 threads' for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+@cache
+def _processor() -> str:
+    """The processor's name as Linux gives it, elsewhere its architecture."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(filter(None, named), platform.processor() or platform.machine() or "CPU")
 
 
 def current_device_of(x: Tensor) -> AbstractContextManager[None]:

@@ -17,10 +17,10 @@ from retnet.data import Corpus
 from retnet.models.decode.generation import generate
 from retnet.models.directory import PREFIX, load_model, write_model
 from retnet.models.tensor_files import Tensors
+from retnet.ops.device import hardware
 from retnet.stack.resolve import tokenizer_of
 from retnet.system.files import write_json, written_whole
 from retnet.train.checkpoints import publish, staged
-from retnet.train.curve import save_loss_curve
 from retnet.train.inputs import transformers_tokenizer
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
@@ -130,13 +130,35 @@ def record(
         "log": log,
     }
     write_json(output / SUMMARY_FILE, data)
-    save_loss_curve(log, summary.tokens / summary.steps, output / CURVE_FILE)
+    _draw_curve(output / CURVE_FILE, recipe, arguments, summary, log)
     if samples:
         text = "\n\n".join(f"--- {number}\n{begun}>>>{new}" for number, (begun, new) in enumerate(samples, 1)) + "\n"
         with written_whole(output / SAMPLES_FILE) as file:
             file.write(text.encode())
         for begun, new in samples:
             console.print(f"[dim]{_line(begun)}[/]{_line(new)}", highlight=False, soft_wrap=True)
+
+
+def _draw_curve(
+    path: Path, recipe: Recipe, arguments: TrainingArguments, summary: TrainingSummary, log: Sequence[dict[str, Any]]
+) -> None:
+    from retnet.plots.axes import short
+    from retnet.plots.frame import facts
+    from retnet.train.curve import save_loss_curve
+
+    data = " + ".join(Path(source).name for source in recipe.weights)
+    processes = f"{arguments.world_size} x " if arguments.world_size > 1 else ""
+    under = facts(
+        f"{short(summary.parameters)} parameters",
+        f"{summary.steps:,} steps in {_minutes(summary.seconds)}",
+        processes + hardware(arguments.device),
+    )
+    title = f"{Path(recipe.model).name} on {data}"
+    save_loss_curve(log, summary.tokens / summary.steps, path, title=title, under=under)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} minutes"
 
 
 def _line(text: str) -> str:
