@@ -74,15 +74,15 @@ def spanned(low: float, high: float) -> tuple[float, float]:
     return middle / half, middle * half
 
 
-def log_ticks(low: float, high: float, base: Literal[2, 10]) -> list[float]:
-    """At most `MOST_TICKS` round values from low to high, at equal steps where powers alone are left."""
+def log_ticks(low: float, high: float, base: Literal[2, 10], most: int = MOST_TICKS) -> list[float]:
+    """At most `most` round values from low to high, at equal steps where powers alone are left."""
     if base == 10:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         for steps in ((1, 2, 5), (1, 3)):
             values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
             values = [value for value in values if low <= value <= high]
-            if len(values) <= MOST_TICKS:
+            if len(values) <= most:
                 return values
     powers = range(math.ceil(math.log(low, base) - 1e-9), math.floor(math.log(high, base) + 1e-9) + 1)
-    step = max(1, math.ceil(len(powers) / MOST_TICKS))
+    step = max(1, math.ceil(len(powers) / most))
     return [float(base) ** power for power in powers if power % step == 0]

@@ -20,6 +20,7 @@ with needs("plots", "A picture"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
 WIDTH, DPI = 8.3, 200  # inches; pixels per inch
 MARGIN = 0.1  # inches
@@ -118,14 +119,23 @@ def text_width(figure: Figure, text) -> float:
     return text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / figure.dpi
 
 
-def legend(figure: Figure, looks: Mapping[str, Look]) -> None:
-    """One legend for all panels below them, in as many columns as fit."""
-    handles = [Line2D([], [], **look.line) for look in looks.values()]
-    for columns in range(len(handles), 0, -1):
-        box = figure.legend(handles, list(looks), loc="outside lower center", ncols=columns, columnspacing=1.6)
+def legend(figure: Figure, entries: Mapping[str, Look | str]) -> None:
+    """One legend for all panels, below them and row by row, in as many columns as fit.
+
+    An entry is the look of a line, or the colour of a fill.
+    """
+    labels = list(entries)
+    for columns in range(len(labels), 0, -1):
+        order = [label for column in range(columns) for label in labels[column::columns]]  # matplotlib goes by columns
+        handles = [_handle(entries[label]) for label in order]
+        box = figure.legend(handles, order, loc="outside lower center", ncols=columns, columnspacing=1.6)
         if columns == 1 or text_width(figure, box) <= WIDTH - 2 * MARGIN:
             return
         box.remove()
+
+
+def _handle(entry: Look | str) -> Line2D | Patch:
+    return Patch(color=entry) if isinstance(entry, str) else Line2D([], [], **entry.line)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -136,4 +146,6 @@ def save(figure: Figure, path: Path) -> None:
     unstamped = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}, ".pdf": {"CreationDate": None}}
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(_STYLE):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # a second layout of the same figure would move its panels a little
         figure.savefig(path, dpi=DPI, metadata=unstamped.get(path.suffix))

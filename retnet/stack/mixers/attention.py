@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from retnet.plots.palette import COLOURS
+
 from .. import unsupported
 from ..errors import Category, Fault
 from ..scalars import ONE_OF, Flag, PositiveInt, PositiveIntOrNull, Probability
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 class Attention(MixerSettings):
     STATE_KEY = "kv_cache"
     GUIDE = "attention"
-    COLOUR: ClassVar[str] = "#d1495b"
+    COLOUR: ClassVar[str] = COLOURS["attention"]
     UNSUPPORTED = unsupported.ATTENTION
     UNSUPPORTED_VALUES = unsupported.ATTENTION_VALUES
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from retnet.plots.palette import COLOURS
+
 from ..scalars import NonNegative, PositiveInt
 from .settings import MixerSettings
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 class Hyena(MixerSettings):
     GUIDE = "hyena"
-    COLOUR: ClassVar[str] = "#8e5ea2"
+    COLOUR: ClassVar[str] = COLOURS["hyena"]
     NEEDS_REGULARISATION = True
 
     depth: PositiveInt = 2

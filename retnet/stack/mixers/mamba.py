@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from retnet.plots.palette import COLOURS
+
 from ..errors import Fault
 from ..scalars import ONE_OF, MaybePositiveInt, PositiveInt
 from ..section import OURS
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 class Mamba(MixerSettings):
     STATE_KEY = "ssm_state"
     GUIDE = "mamba"
-    COLOUR: ClassVar[str] = "#2a9d6f"
+    COLOUR: ClassVar[str] = COLOURS["mamba"]
     NEEDS_REGULARISATION = True
 
     variant: Annotated[Literal["mamba1", "mamba2"], ONE_OF] = "mamba2"
@@ -43,6 +45,9 @@ class Mamba(MixerSettings):
 
         head_dim = self.head_dim or widest_head(inner_dim)
         return Mamba2Config(inner_dim, head_dim=head_dim, state_dim=self.d_state, conv_width=self.d_conv)
+
+    def family(self, name: str) -> tuple[str, str]:
+        return self.variant, self.COLOUR
 
     def words(self, name: str) -> str:
         return f"{self.variant}, state {self.d_state}"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
+from retnet.plots.palette import COLOURS
+
 from ..errors import Fault, show
 from ..scalars import ONE_OF, Decay, Flag, MaybePositiveInt, Positive, PositiveIntOrNull
 from ..section import OURS
@@ -24,7 +26,7 @@ class Retnet(MixerSettings):
 
     STATE_KEY = "kv_cache"
     GUIDE = "retnet"
-    COLOUR: ClassVar[str] = "#1f6fb2"
+    COLOUR: ClassVar[str] = COLOURS["retention"]
 
     chunkwise: Flag = True
     # A hint on a GPU, where the kernels have chunk sizes of their own. EulerStack's files often give 64 or 128.
@@ -76,6 +78,9 @@ class Retnet(MixerSettings):
             chunk_size=self.chunk_size,
             **spec.rotary(),
         )
+
+    def family(self, name: str) -> tuple[str, str]:
+        return (f"{name}, gated", COLOURS["gated retention"]) if self.decay == "gated" else super().family(name)
 
     def words(self, name: str) -> str:
         decay = self.decay if isinstance(self.decay, str) else "custom"

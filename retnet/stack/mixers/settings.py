@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from retnet.plots.palette import COLOURS
+
 from ..errors import Fault
 from ..section import Section
 
@@ -22,7 +24,7 @@ class MixerSettings(Section):
     STATE_KEY: ClassVar[Literal["kv_cache", "ssm_state"] | None] = None
     # The section of docs/reference/stack.md that errors about the mixer's keys point to.
     GUIDE: ClassVar[str] = "mixer"
-    COLOUR: ClassVar[str] = "#6b7683"  # in pictures
+    COLOUR: ClassVar[str] = COLOURS["other"]  # in pictures
     # Whether the report advises dropout or checkpointing for deep stacks with this mixer.
     NEEDS_REGULARISATION: ClassVar[bool] = False
 
@@ -33,6 +35,10 @@ class MixerSettings(Section):
     def words(self, name: str) -> str:
         """The mixer in a table of layers; `name` is its name in YAML."""
         return name
+
+    def family(self, name: str) -> tuple[str, str]:
+        """The mixer's label and colour in pictures; `name` is its name in YAML."""
+        return name, self.COLOUR
 
     def faults(self, model: Model | None, embedding: Embedding | None) -> Iterator[Fault]:
         """Values that contradict each other or other sections, with paths that start at this one.
