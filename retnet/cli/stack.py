@@ -251,7 +251,7 @@ def _period(rows: list[tuple[int, LayerSummary]]) -> int:
 def _print_costs(config: ModelConfig) -> None:
     from retnet.models.cost import model_cost
     from retnet.ops.device import resolve_device
-    from retnet.stack.picture import short_tokens
+    from retnet.plots.numbers import tokens
     from retnet.stack.report import short_count
     from retnet.system.sizes import format_bytes
 
@@ -262,5 +262,5 @@ def _print_costs(config: ModelConfig) -> None:
     for context in CONTEXTS:
         cost = model_cost(config, context, device)
         flops = (short_count(round(cost.training_flops)), short_count(round(cost.decode_flops)))
-        table.add_row(short_tokens(context), *flops, format_bytes(cost.state_bytes, digits=3))
+        table.add_row(tokens(context), *flops, format_bytes(cost.state_bytes, digits=3))
     console.print(table)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet.plots.axes import linear_axis, log_ticks, short, tokens
+from retnet.plots.axes import linear_axis, log_ticks
 from retnet.plots.frame import framed, save, styled
+from retnet.plots.numbers import short, tokens
 from retnet.plots.palette import COLOURS, INK, PALE
 from retnet.system.extras import needs
 

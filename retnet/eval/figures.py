@@ -13,8 +13,9 @@ from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.cost import model_cost, parameter_counts, transformer_cache_bytes
 from retnet.ops.decay import pairwise_decay, running_log_decay, window
-from retnet.plots.axes import bytes_of, linear_axis, log_axis, short, tokens
+from retnet.plots.axes import linear_axis, log_axis
 from retnet.plots.frame import NORMAL, SMALL, facts, framed, save, styled
+from retnet.plots.numbers import bytes_of, short, tokens
 from retnet.plots.palette import COLOURS, INK, look
 from retnet.system.extras import needs
 from retnet.system.sizes import format_bytes
@@ -135,12 +136,14 @@ def _draw_masks(figure: Figure, place: SubplotSpec, layer: int, log_decay: torch
     shown = torch.linspace(0, heads - 1, min(heads, MASKS)).round().int().tolist()
     masks = pairwise_decay(*running_log_decay(log_decay, None, MASK_TOKENS))[0]
     row = [figure.add_subplot(panel) for panel in place.subgridspec(1, len(shown))]
+    image = None
     for axes, head in zip(row, shown, strict=True):
         image = axes.imshow(masks[head].numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(f"head {head}, γ = {gamma_text(float(log_decay[head]))}", fontsize=NORMAL)
         axes.set(xticks=[0, MASK_TOKENS - 1], yticks=[0, MASK_TOKENS - 1] if axes is row[0] else [], xlabel="key m")
         axes.grid(visible=False)
     row[0].set_ylabel(f"query n, layer {layer}")
+    assert image is not None  # a layer has heads
     bar = figure.colorbar(image, ax=row, shrink=0.9, aspect=14, ticks=[0, 0.5, 1])
     bar.set_label("decay mask γⁿ⁻ᵐ", fontsize=NORMAL, color=INK)
 

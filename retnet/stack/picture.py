@@ -10,8 +10,9 @@ from pathlib import Path
 
 from retnet.models.config import ModelConfig
 from retnet.models.cost import mixer_costs, parameter_counts
-from retnet.plots.axes import bytes_of, log_ticks, short, tokens
+from retnet.plots.axes import log_ticks
 from retnet.plots.frame import NORMAL, SMALL, facts, framed, legend, save, styled
+from retnet.plots.numbers import bytes_of, short, tokens
 from retnet.plots.palette import INK, PALE
 from retnet.system.extras import needs
 

@@ -12,8 +12,9 @@ from retnet.system.extras import needs
 with needs("plots", "The loss curve of training"):
     from matplotlib.figure import Figure
 
-from retnet.plots.axes import linear_axis, short
+from retnet.plots.axes import linear_axis
 from retnet.plots.frame import framed, save, styled
+from retnet.plots.numbers import short
 from retnet.plots.palette import COLOURS, INK
 
 TRAINING, VALIDATION = "bits_per_byte", "eval_bits_per_byte"  # keys of the Trainer's log
@@ -35,16 +36,18 @@ def draw_loss_curve(log: Sequence[dict[str, Any]], tokens_per_step: float, *, ti
     figure = framed(3.4, title, under)
     axes = figure.subplots()
     drawn = False
-    for key, label, style in (
+    styles: tuple[tuple[str, str, dict[str, Any]], ...] = (
         (TRAINING, "training", {"color": COLOURS["other"], "linewidth": 1.3}),
         (VALIDATION, "validation", {"color": INK, "linewidth": 1.6, "marker": "o", "markersize": 5}),
-    ):
+    )
+    for key, label, style in styles:
         line = curve_points(log, key, tokens_per_step)
         if not line:
             continue
         if len(line) == 1:
-            style = style | {"marker": "o"}
-        axes.plot(*zip(*line, strict=True), label=f"{label}, last {line[-1][1]:.3f}", **style)
+            style["marker"] = "o"
+        counts, values = zip(*line, strict=True)
+        axes.plot(counts, values, label=f"{label}, last {values[-1]:.3f}", **style)
         drawn = True
     axes.set(xlabel="tokens of training", ylabel="loss, bits per byte")
     axes.set_xlim(left=0)

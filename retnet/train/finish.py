@@ -142,8 +142,8 @@ def record(
 def _draw_curve(
     path: Path, recipe: Recipe, arguments: TrainingArguments, summary: TrainingSummary, log: Sequence[dict[str, Any]]
 ) -> None:
-    from retnet.plots.axes import short
     from retnet.plots.frame import facts
+    from retnet.plots.numbers import short
     from retnet.train.curve import save_loss_curve
 
     data = " + ".join(Path(source).name for source in recipe.weights)

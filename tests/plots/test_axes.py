@@ -5,18 +5,8 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from retnet.plots.axes import (
-    LEAST_SPAN,
-    MOST_TICKS,
-    bytes_of,
-    linear_axis,
-    log_axis,
-    log_ticks,
-    plain,
-    short,
-    spanned,
-    tokens,
-)
+from retnet.plots.axes import LEAST_SPAN, MOST_TICKS, linear_axis, log_axis, log_ticks, spanned
+from retnet.plots.numbers import bytes_of, plain, short
 
 
 def drawn(values, form=plain, base=10):
@@ -26,13 +16,6 @@ def drawn(values, form=plain, base=10):
     log_axis(axes, "y", form, base=base)
     figure.canvas.draw()
     return axes
-
-
-def test_numbers_have_units():
-    assert [tokens(n) for n in (128, 1024, 1500, 131072, 2**21)] == ["128", "1K", "1,500", "128K", "2M"]
-    assert [short(n) for n in (0, 12, 1500, 172e6, 1.54e9)] == ["0", "12", "1.5k", "172M", "1.54B"]
-    assert [bytes_of(n) for n in (512, 192 * 1024, 2.57 * 2**30)] == ["512 B", "192 KiB", "2.57 GiB"]
-    assert [plain(x) for x in (0.02, 5, 12000)] == ["0.02", "5", "12,000"]
 
 
 @pytest.mark.parametrize("low", [1e-9, 0.7, 3.0, 1234.5, 1e12])
