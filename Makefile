@@ -3,6 +3,7 @@
 #   make demo      train retnet-tiny-conv on the standard library's source, score it beside gzip and sample from it
 #   make test      tests that a small CPU machine runs in minutes
 #   make test-all  every test that this machine can run; reports what was skipped and why
+#   make docs      the documentation site, from docs/ into site/; it is read without a server or the network
 #   make lint      ruff, basedpyright, import contracts
 #
 # Settings: PYTHON (the interpreter of a new .venv), TORCH_INDEX (an index for torch only, such as PyTorch's CPU index),
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) $(TEST_ARGS)
 
-.PHONY: help venv install demo test test-all test-matrix lint format hooks clean
+.PHONY: help venv install demo test test-all test-matrix docs lint format hooks clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -55,7 +56,7 @@ test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not gpu and not slow"
 
 test-all: $(VENV)/.installed-dev
-	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[quantize,clients]'
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[quantize,clients,docs]'
 	$(PYTEST) -rs
 	$(MAKE) test-matrix
 
@@ -64,6 +65,10 @@ test-matrix: $(VENV)/.installed-dev
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed-dev
 	.venv-oldest/bin/python -m pip install $(PIP_FLAGS) "transformers==5.17.*"
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(TEST_JOBS) -m "not gpu" tests/hf tests/models tests/train tests/cli
+
+docs: $(VENV)/.installed
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m dev.site
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -79,4 +84,4 @@ hooks: $(VENV)/.installed-dev
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf out dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf out dist build site .pytest_cache .ruff_cache .hypothesis

@@ -49,7 +49,7 @@ def load(
     Raises ValueError or FileNotFoundError for a name that is no model of ours, for weights that do not fit their
     configuration, and for a device that is not there.
 
-    Example:
+    Examples:
         >>> retnet.load("retnet-tiny", device="cpu", dtype="bfloat16").embedding.weight.dtype
         torch.bfloat16
     """
@@ -63,7 +63,7 @@ def load_tokenizer(model: Model) -> Tokenizer:
 
     Raises ValueError for a model without a tokenizer whose vocabulary is not bytes, FileNotFoundError for no model.
 
-    Example:
+    Examples:
         >>> tokenizer = retnet.load_tokenizer("retnet-tiny")
         >>> tokenizer.encode("héllo"), tokenizer.decode([104, 195, 169])
         ([104, 195, 169, 108, 108, 111], 'hé')
@@ -112,7 +112,7 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
     Raises ValueError for a model without a tokenizer, for options out of range, and for an endless text of a model
     whose cache grows; retnet.serve.request.Failed if the model's logits are not finite.
 
-    Example:
+    Examples:
         >>> model = retnet.load("retnet-tiny")
         >>> text = retnet.generate(model, "def main(", max_tokens=20, temperature=0)
         >>> for piece in retnet.generate(model, "def main(", stop="\\n", seed=1, stream=True):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,35 +28,51 @@ def command_line(root: Path) -> str:
     words = [sys.executable, "-m", "typer", "retnet.cli", "utils", "docs", "--name", "retnet"]
     text = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
     text = text[text.index("**Usage**") :]  # the page has the heading
-    text = re.sub(r"^(Examples?): (retnet .*)$", r"\1:\n\n```console\n$ \2\n```", text, flags=re.MULTILINE)
-    return re.sub(r"<(?=[a-z\[\]]+( range)?>`)", " <", text)
+    return re.sub(
+        r"^(Examples?): (retnet .*)$", r"\1:\n\n```console\n$ \2\n```", _whole_summaries(text), flags=re.MULTILINE
+    )
+
+
+def _whole_summaries(text: str) -> str:
+    """Lists of commands with links, and with the first line of each command's section, which Typer cuts short."""
+    first = dict(re.findall(r"^##+ `retnet ([\w ]+)`\n\n(.+)$", text, re.MULTILINE))
+    parts = re.split(r"^(##+ `retnet [\w ]+`)$", text, flags=re.MULTILINE)  # a text, then pairs of heading and text
+    verbs = ["", *(re.findall(r"`retnet ([\w ]+)`", heading)[0] + " " for heading in parts[1::2])]
+    for n, verb in enumerate(verbs):
+
+        def line(match: re.Match[str], verb: str = verb) -> str:
+            name = verb + match[1]
+            return f"* [`{match[1]}`](#retnet-{name.replace(' ', '-')}): {first[name]}"
+
+        parts[2 * n] = re.sub(r"^\* `(\w+)`: .*$", line, parts[2 * n], flags=re.MULTILINE)
+    return "".join(parts)
 
 
 def stack_schema(root: Path) -> str:
     """The keys of a stack file, section by section, with the values that the program accepts."""
     from retnet.stack.schema import Spec
 
-    return "\n".join(_section(Spec, "the whole file", "file", set()))
+    return "\n".join(_section(Spec, ""))
 
 
-def _section(section: Any, title: str, path: str, seen: set[str]) -> Iterator[str]:
-    yield f"## {title}\n\n| key | accepted | default |\n|---|---|---|"
+def _section(section: Any, path: str) -> Iterator[str]:
+    if path:
+        yield f"## `{_short(path)}`\n\n`{path}`\n"
+    yield "| key | accepted | default |\n|---|---|---|"
     inner = []
     for key, info in _fields(section):
-        found = _sections_in(info.annotation)
-        where = key if path == "file" else f"{path}.{key}"
-        if get_origin(info.annotation) is dict:
-            where += ".NAME"
-        elif get_origin(info.annotation) is list and found:
-            where += "[]"
-        inner += [(one, where) for one in found]
-        accepted = f"section [`{where}`](#{_anchor(where)})" if found else _accepted(info)
+        found = _section_in(info.annotation)
+        where = f"{path}.{key}" if path else key
+        if found is None:
+            accepted = _accepted(info)
+        else:
+            where += {dict: ".NAME", list: "[]"}.get(get_origin(info.annotation), "")
+            inner.append((found, where))
+            accepted = f"[`{_short(where)}`](#{_anchor(where)})"
         yield f"| `{key}` | {accepted} | {'required' if info.is_required() else _value(info.default)} |"
     yield ""
     for one, where in inner:
-        if where not in seen:
-            seen.add(where)
-            yield from _section(one, f"`{where}`", where, seen)
+        yield from _section(one, where)
 
 
 def _fields(section: Any) -> Iterator[tuple[str, Any]]:
@@ -65,35 +81,30 @@ def _fields(section: Any) -> Iterator[tuple[str, Any]]:
         yield info.alias or name, info
 
 
-def _sections_in(annotation: Any) -> list[Any]:
+def _section_in(annotation: Any) -> Any:
+    """The section in an annotation such as `list[Entry]` or `Norm | None`; None without one."""
     from retnet.stack.section import Section
 
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [found for inner in get_args(annotation) for found in _sections_in(inner)]
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _accepted(info: Any) -> str:
     """What the program says is accepted, when it refuses a value that nothing accepts."""
-    annotation = info.annotation
-    if get_origin(annotation) is list:
-        (item,) = get_args(annotation)
-        return f"a list of: {_refusal(item)}"
-    return _refusal(annotation, info.metadata)
+    if get_origin(info.annotation) is list:
+        return f"a list of: {_refusal(*get_args(info.annotation))}"
+    return _refusal(Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation)
 
 
-def _refusal(annotation: Any, metadata: list[Any] | None = None) -> str:
-    from typing import Annotated
-
-    whole = Annotated[annotation, *metadata] if metadata else annotation
+def _refusal(annotation: Any) -> str:
     try:
-        TypeAdapter(whole).validate_python({"no": {"such": "value"}})
+        TypeAdapter(annotation).validate_python({"no": {"such": "value"}})
     except ValidationError as error:
         context = error.errors()[0].get("ctx", {})
         what, fix = context.get("what", ""), context.get("fix", "")
         expected = re.match(r"expected (.*), got ", what)
-        options = re.search(r"write (?:one of: )?(.*)$", fix)
-        words = options[1] if not expected or "one of: " in fix else expected[1]
+        words = expected[1] if expected and "one of: " not in fix else re.split(r"write (?:one of: )?", fix)[-1]
         return words.replace("|", "\\|").replace("<", "&lt;")
     raise ValueError(f"{annotation} accepts every value")
 
@@ -104,8 +115,13 @@ def _value(default: Any) -> str:
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 
-def _anchor(where: str) -> str:
-    return re.sub(r"[^\w\- ]", "", where.lower())
+def _short(path: str) -> str:
+    """The last two names of a path, in which NAME and [] say nothing."""
+    return ".".join([name for name in path.replace("[]", "").split(".") if name != "NAME"][-2:])
+
+
+def _anchor(path: str) -> str:
+    return re.sub(r"[^\w\- ]", "", _short(path).lower())
 
 
 def api(root: Path) -> str:
