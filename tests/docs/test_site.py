@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -159,7 +158,7 @@ def test_pages_open_offline_search_answers_and_formulas_and_dark_mode_are_drawn(
         page.set_viewport_size({"width": 390, "height": 844})
         page.goto(f"file://{site}/reference/works_with.html")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390  # wide tables scroll inside themselves
-        page.locator("article a[title], article td a").first.click()
+        page.locator("article td a").first.click()
         page.wait_for_url("**/files/tests/**")
-        assert json.loads(json.dumps(faults)) == []
+        assert faults == []
         context.close()
