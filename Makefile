@@ -5,6 +5,7 @@
 #   make test-all  every test that this machine can run; reports what was skipped and why
 #   make docs      the documentation site, from docs/ into site/; it is read without a server or the network
 #   make lint      ruff, basedpyright, import contracts
+#   make dist      wheel and sdist in dist/, checked, and the wheel tested in empty environments (dev/dist.py)
 #
 # Settings: PYTHON (the interpreter of a new .venv), TORCH_INDEX (an index for torch only, such as PyTorch's CPU index),
 # PIP_FLAGS, pip's own PIP_* variables and configuration files, TEST_JOBS, TEST_ARGS.
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) $(TEST_ARGS)
 
-.PHONY: help venv install demo test test-all test-matrix docs lint format hooks clean
+.PHONY: help venv install demo test test-all test-matrix docs dist lint format hooks clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -59,6 +60,7 @@ test-all: $(VENV)/.installed-dev
 	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[quantize,clients,docs]'
 	$(PYTEST) -rs
 	$(MAKE) test-matrix
+	$(MAKE) dist
 
 # The tests that use transformers, with the oldest version that pyproject.toml allows.
 test-matrix: $(VENV)/.installed-dev
@@ -69,6 +71,11 @@ test-matrix: $(VENV)/.installed-dev
 docs: $(VENV)/.installed
 	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m dev.site
+
+dist:
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install $(PIP_FLAGS) build twine
+	.venv-dist/bin/python dev/dist.py --python $(PYTHON) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

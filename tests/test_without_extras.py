@@ -6,7 +6,9 @@ import ast
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import retnet
 from retnet.system.extras import LIBRARIES
 from tests.paths import ROOT
 
@@ -85,8 +87,9 @@ def unguarded(text: str, allowed: set[str]) -> list[str]:
 
 def test_an_optional_library_is_imported_where_its_error_names_the_extra():
     strays = []
-    for path in sorted((ROOT / "retnet").rglob("*.py")):
-        name = path.relative_to(ROOT).as_posix()
+    package = Path(retnet.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package.parent).as_posix()
         allowed = CORE.union(*(libraries for folder, libraries in GUARDED.items() if name.startswith(f"{folder}/")))
         strays += [f"{name} imports {library}" for library in unguarded(path.read_text(), allowed)]
     assert strays == []

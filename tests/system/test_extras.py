@@ -49,6 +49,7 @@ def test_an_error_inside_a_library_is_not_a_missing_extra(monkeypatch):
 
 def test_the_command_is_for_this_environment_and_this_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(extras.shutil, "which", lambda name: str(Path(sys.executable).with_name(name)))
+    monkeypatch.setattr(extras, "__file__", str(ROOT / "retnet" / "system" / "extras.py"))
     monkeypatch.chdir(ROOT)
     assert install_command("plots") == "pip install -e '.[plots]'"
     monkeypatch.chdir(tmp_path)
