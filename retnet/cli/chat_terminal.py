@@ -10,7 +10,6 @@ import shlex
 import signal
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from types import FrameType
 
 from rich.markup import escape
 
-from retnet.cli._common import console, errors, write_text
+from retnet.cli._common import console, errors, printable, write_text
 from retnet.cli.chat_turn import Answer, Backend, ChatError, Turn
 from retnet.system.suggest import choices
 
@@ -235,11 +234,6 @@ def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def printable(text: str) -> str:
-    """Text without control characters, by which a model could take over the terminal."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _path(file: str) -> Path:

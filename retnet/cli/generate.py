@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, load_shown, read_text, unescape, write_text
+from retnet.cli._common import (
+    DEVICE_HELP,
+    MODEL_HELP,
+    console,
+    errors,
+    load_shown,
+    printable,
+    read_text,
+    unescape,
+    write_text,
+)
 from retnet.system.extras import require
 from retnet.system.progress import Progress
 from retnet.system.sizes import format_bytes
@@ -110,7 +120,7 @@ def generate(
         _read_prompt(tokens)
         _echo(text, echo)
         for piece in stream_text(_metered(tokens, meter), tokenizer, stops, request.prompt):
-            write_text(piece)
+            write_text(printable(piece) if console.is_terminal else piece)
     except KeyboardInterrupt:
         errors.print()
     except Failed as error:

@@ -7,6 +7,7 @@ import importlib
 import pytest
 from rich.console import Console
 
+from retnet.cli._common import printable
 from retnet.models.presets import PRESETS
 from tests.cli.command import run, wrong_input
 
@@ -125,8 +126,14 @@ class TestPrompt:
         prompt = "def a_name_longer_than_the_terminal("
         alone = self.output(capsys, byte_model, prompt)
         self.on_a_terminal(monkeypatch)
-        assert self.output(capsys, byte_model, prompt) == f"\x1b[2m{prompt}\x1b[0m{alone}"
-        assert self.output(capsys, byte_model, prompt, "--no-echo") == alone
+        assert self.output(capsys, byte_model, prompt) == f"\x1b[2m{prompt}\x1b[0m{printable(alone)}"
+        assert self.output(capsys, byte_model, prompt, "--no-echo") == printable(alone)
+
+    def test_what_a_model_writes_does_not_control_the_terminal(self, capsys, byte_model, monkeypatch):
+        monkeypatch.setattr("retnet.api.stream_text", lambda *given: iter(["\x1b[2Jcleared\r\n", "\x9b2J\tso"]))
+        assert self.output(capsys, byte_model, "x") == "\x1b[2Jcleared\r\n\x9b2J\tso\n"
+        self.on_a_terminal(monkeypatch)
+        assert self.output(capsys, byte_model, "x", "--no-echo") == "\ufffd[2Jcleared\ufffd\n\ufffd2J\tso\n"
 
     def test_a_terminal_shows_the_end_of_a_long_one(self, capsys, byte_model, monkeypatch):
         module = importlib.import_module("retnet.cli.generate")
