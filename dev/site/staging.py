@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from dev.site import generated
+from dev.site.notebooks import as_markdown
 
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s#]+)((?:#[^)\s]*)?(?: \"([^\"]*)\")?\))")
 CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
@@ -39,7 +40,10 @@ class Staging:
         return path if source.suffix in {".md", *PICTURES} else path.with_name(path.name + ".md")
 
     def page(self, source: Path) -> None:
-        text = generated.fill(source.read_text(encoding="utf-8"), self.root)
+        if source.suffix == ".ipynb":
+            text = as_markdown(source, self.folder / self.place(source))
+        else:
+            text = generated.fill(source.read_text(encoding="utf-8"), self.root)
         code: list[str] = []  # is no Markdown: put aside while links are replaced
 
         def aside(match: re.Match[str]) -> str:
@@ -73,7 +77,7 @@ class Staging:
             target = self.folder / self.place(file)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        elif file.suffix == ".md":
+        elif file.suffix in {".md", ".ipynb"}:
             self.page(file)
         else:
             if file.stat().st_size > MAX_BYTES:

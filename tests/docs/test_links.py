@@ -48,3 +48,8 @@ def test_every_link_leads_to_a_file_and_to_one_of_its_headings():
 def test_the_index_links_every_page():
     linked = {(DOCS / file).resolve() for file, _ in links(DOCS / "index.md")}
     assert [str(page.relative_to(DOCS)) for page in PAGES if page not in linked | {DOCS / "index.md"}] == []
+
+
+def test_every_example_is_on_its_page():
+    linked = {(DOCS / "learn" / file).resolve() for file, _ in links(DOCS / "learn/examples.md")}
+    assert {*(ROOT / "examples").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")} <= linked

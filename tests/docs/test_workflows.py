@@ -28,6 +28,7 @@ NEEDS = {
     "learn/hybrids": [],
     "do/long_context": [],
     "do/memory": [],
+    "do/engine": [],
     "do/convert": [],
     "do/lora": ["peft", "trl"],
     "do/evaluate": ["lm_eval"],
@@ -73,6 +74,8 @@ def names(byte_model, tmp_path) -> dict:
     byte_tokenizer().save_pretrained(directory)
     (tmp_path / "text.txt").write_text(" the state decays \n a token is read \n" * 4)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/demo").symlink_to(directory)
     (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps({"question": q}) for q in ("Is it so?", "Is it?")))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "toy.yaml").write_text(TASK.format(data=tmp_path / "questions.jsonl"))
