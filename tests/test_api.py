@@ -147,7 +147,7 @@ def test_automatic_is_the_gpu_if_there_is_one(monkeypatch):
         with pytest.raises(ValueError, match=f"device is {unknown!r}; accepted: auto, cpu, cuda"):
             resolve_device(unknown)
     for absent in ("meta", "xla"):
-        with pytest.raises(ValueError, match=f"device is '{absent}', which torch cannot use here; accepted: auto"):
+        with pytest.raises(ValueError, match=f"device is '{absent}', which has no kernels here; accepted: auto"):
             resolve_device(absent)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

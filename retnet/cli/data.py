@@ -16,6 +16,7 @@ from retnet.cli._common import console, errors, print_json, unescape
 from retnet.system.extras import MissingExtra, require
 from retnet.system.progress import BYTES
 from retnet.system.progress import Progress as Shown
+from retnet.system.sizes import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,8 +118,8 @@ def write(
     seconds = time.perf_counter() - began
     shards, documents, tokens = len(manifest["shards"]), manifest["documents"], manifest["tokens"]
     console.print(
-        f"{escape(out)}: {_count(documents, 'document')}, {tokens / 1e6:.2f}M tokens, {manifest['bytes'] / 1e6:.2f} MB "
-        f"of text in {_count(shards, 'shard')}; {seconds:.1f} s ({manifest['bytes'] / 1e6 / seconds:.1f} MB/s)",
+        f"{escape(out)}: {_count(documents, 'document')}, {format_count(tokens)} tokens, "
+        f"{manifest['bytes'] / 1e6:,.2f} MB of text in {_count(shards, 'shard')}; {seconds:.1f} s ({manifest['bytes'] / 1e6 / seconds:.1f} MB/s)",
         highlight=False,
         soft_wrap=True,
     )

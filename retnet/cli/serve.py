@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,6 +114,8 @@ def serve(
 
     Example: retnet serve out/demo --port 8000
     """
+    if sys.platform == "win32":  # grammars are checked in a process with limits that only POSIX has
+        raise ValueError("retnet serve runs on Linux and macOS; accepted on Windows: Linux in WSL 2")
     require("serve", "retnet serve")
     if int8:
         require("quantize", "--int8")

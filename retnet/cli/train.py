@@ -9,6 +9,7 @@ import typer
 
 from retnet.cli._common import console
 from retnet.system.extras import needs
+from retnet.system.sizes import format_count
 
 
 def train(
@@ -58,7 +59,7 @@ def train(
         console.print(str(ended), highlight=False, soft_wrap=True)
         raise typer.Exit(ended.exit_code) from ended
     rate = summary.tokens / summary.seconds
-    parts = [f"{summary.tokens / 1e6:.2f}M tokens in {summary.seconds:.0f} s ({rate:,.0f} tokens/s)"]
+    parts = [f"{format_count(summary.tokens)} tokens in {summary.seconds:.0f} s ({rate:,.0f} tokens/s)"]
     if summary.valid_bits_per_byte is not None:
         parts.append(
             f"validation perplexity {summary.valid_perplexity:.2f}, {summary.valid_bits_per_byte:.3f} bits per byte"

@@ -1,4 +1,4 @@
-"""Byte counts in words, in binary units, and read from words."""
+"""Byte counts in words, in binary units, and read from words; other counts, with separators."""
 
 import math
 import re
@@ -14,6 +14,11 @@ def format_bytes(count: float, digits: int = 4) -> str:
             break
         size, unit = size / 1024, larger
     return f"{size:.{max(digits, 4) if abs(size) >= 1000 else digits}g} {unit}"
+
+
+def format_count(count: int) -> str:
+    """3412 -> '3,412'; from a million in millions: 19950300 -> '19.95M'."""
+    return f"{count:,}" if count < 10**6 else f"{count / 10**6:,.2f}M"
 
 
 def parse_bytes(text: str) -> int:

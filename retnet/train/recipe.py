@@ -130,8 +130,9 @@ class Recipe(BaseModel):
 
         Compilation arguments are left out: blocks are compiled one by one (`compile_options`), not the whole model.
         """
-        # Without an accelerator, pinning memory only causes a warning, and bf16 and gloo need an explicit use_cpu.
-        device = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available()}
+        # Without CUDA, pinning memory only causes a warning, and bf16 and gloo need an explicit use_cpu. The Trainer
+        # would also choose a Mac's GPU, for which the operators have no kernels.
+        device = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.cuda.is_available()}
         values: dict[str, Any] = {**device, **self.training}
         is_muon = values.get("optim") == MUON
         left_out = (*_COMPILE, "optim") if is_muon else _COMPILE

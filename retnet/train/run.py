@@ -184,13 +184,15 @@ def _describe(
     valid_bytes = sum(rows.num_bytes for rows in data.valid.values())
     console.print(
         f"[bold]{escape(str(recipe.model))}[/] {parameters / 1e6:.2f}M parameters; {names} "
-        f"{data.train.num_bytes / 1e6:.2f} MB in {documents} documents, {len(data.train)} rows of {recipe.length}; "
+        f"{data.train.num_bytes / 1e6:.2f} MB in {documents:,} documents, {len(data.train):,} rows of {recipe.length:,}; "
         f"validation {valid_bytes / 1e6:.2f} MB",
         soft_wrap=True,
     )
     size, used = model.config.vocab_size, data.corpus.vocab_size
     if size - used >= PADDING:
-        console.print(f"{size - used} of the model's {size} tokens are not in the data's tokenizer", highlight=False)
+        console.print(
+            f"{size - used:,} of the model's {size:,} tokens are not in the data's tokenizer", highlight=False
+        )
     where = f"{arguments.world_size} x {arguments.device.type}" if arguments.world_size > 1 else arguments.device.type
     console.print(
         f"on {where}, {torch.get_num_threads()} threads, {trainer.options.facts['rows_per_step']} rows per step; "

@@ -177,7 +177,7 @@ def test_an_absent_device_is_refused(capsys, byte_model):
 def test_a_device_that_torch_cannot_use_here_is_refused(capsys, byte_model, words):
     verb, *rest = words
     message = wrong_input(capsys, verb, byte_model, *rest, "--device", "meta")
-    assert "device is 'meta', which torch cannot use here; accepted: auto, cpu, cuda" in message
+    assert "device is 'meta', which has no kernels here; accepted: auto, cpu, cuda" in message
 
 
 def test_a_file_that_is_not_text_is_named(capsys, byte_model, tmp_path):

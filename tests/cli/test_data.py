@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 
 from retnet.data import open_corpus
+from retnet.system.sizes import format_count
 from tests.cli import command
 
 run = partial(command.run, "data")
@@ -28,7 +29,7 @@ def test_text_becomes_shards_and_the_last_line_counts_them(capsys, tmp_path, tex
     assert run(text_folder, tmp_path / "out") == 0
     line = " ".join(capsys.readouterr().out.split())
     size = sum(path.stat().st_size for path in text_folder.iterdir())
-    assert f"out: 30 documents, {(size + 30) / 1e6:.2f}M tokens, {size / 1e6:.2f} MB of text in 1 shard" in line
+    assert f"out: 30 documents, {format_count(size + 30)} tokens, {size / 1e6:.2f} MB of text in 1 shard" in line
     assert (tmp_path / "out/manifest.json").is_file()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import pytest
 from rich.console import Console
@@ -58,6 +59,17 @@ def test_only_an_error_of_another_library_is_followed_by_the_debug_hint(capsys, 
     assert HINT not in wrong_input(capsys, "info", "nothing")
     monkeypatch.setattr(resolve, "resolve_config", lambda name: importlib.import_module("json").loads("{"))
     assert HINT in wrong_input(capsys, "info", "nothing")
+
+
+def test_the_server_says_that_it_does_not_run_on_windows(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "accepted on Windows: Linux in WSL 2" in wrong_input(capsys, "serve", "retnet-tiny")
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_a_device_without_kernels_is_refused(capsys, byte_model, device):
+    message = wrong_input(capsys, "generate", byte_model, "x", "--device", device)
+    assert f"device is '{device}', which has no kernels here; accepted: auto, cpu, cuda" in message
 
 
 def test_info_without_a_model_lists_the_presets_with_their_sizes(capsys, monkeypatch):

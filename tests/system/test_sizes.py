@@ -2,7 +2,7 @@
 
 import pytest
 
-from retnet.system.sizes import format_bytes
+from retnet.system.sizes import format_bytes, format_count
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,11 @@ def test_bytes_are_written_in_the_largest_unit_below_them(count, words):
 def test_rounding_keeps_the_unit():
     assert format_bytes(1234567, digits=2) == "1.2 MiB"
     assert format_bytes(1023 << 10, digits=2) == "1023 KiB"
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, "0"), (3412, "3,412"), (999_999, "999,999"), (19_950_300, "19.95M"), (2 * 10**9, "2,000.00M")],
+)
+def test_counts_have_separators(count, words):
+    assert format_count(count) == words
