@@ -119,7 +119,8 @@ def write(
     shards, documents, tokens = len(manifest["shards"]), manifest["documents"], manifest["tokens"]
     console.print(
         f"{escape(out)}: {_count(documents, 'document')}, {format_count(tokens)} tokens, "
-        f"{manifest['bytes'] / 1e6:,.2f} MB of text in {_count(shards, 'shard')}; {seconds:.1f} s ({manifest['bytes'] / 1e6 / seconds:.1f} MB/s)",
+        f"{manifest['bytes'] / 1e6:,.2f} MB of text in {_count(shards, 'shard')}; {seconds:.1f} s "
+        f"({manifest['bytes'] / 1e6 / seconds:.1f} MB/s)",
         highlight=False,
         soft_wrap=True,
     )

@@ -151,7 +151,7 @@ def _echo(prompt: bytes, wanted: bool | None) -> None:
     if wanted is None and len(shown) > LONGEST_ECHO:
         shown = "..." + shown[-LONGEST_ECHO:]
     if console.is_terminal:
-        console.print(Text(shown, "dim"), end="", soft_wrap=True)
+        console.print(Text(printable(shown), "dim"), end="", soft_wrap=True)
     else:
         write_text(shown)
 

@@ -184,8 +184,8 @@ def _describe(
     valid_bytes = sum(rows.num_bytes for rows in data.valid.values())
     console.print(
         f"[bold]{escape(str(recipe.model))}[/] {parameters / 1e6:.2f}M parameters; {names} "
-        f"{data.train.num_bytes / 1e6:.2f} MB in {documents:,} documents, {len(data.train):,} rows of {recipe.length:,}; "
-        f"validation {valid_bytes / 1e6:.2f} MB",
+        f"{data.train.num_bytes / 1e6:.2f} MB in {documents:,} documents, {len(data.train):,} rows of "
+        f"{recipe.length:,}; validation {valid_bytes / 1e6:.2f} MB",
         soft_wrap=True,
     )
     size, used = model.config.vocab_size, data.corpus.vocab_size

@@ -21,7 +21,7 @@ def test_rounding_keeps_the_unit():
 
 @pytest.mark.parametrize(
     ("count", "words"),
-    [(0, "0"), (3412, "3,412"), (999_999, "999,999"), (19_950_300, "19.95M"), (2 * 10**9, "2,000.00M")],
+    [(0, "0"), (3412, "3,412"), (999_999, "999,999"), (19_950_300, "19.95M"), (2**31, "2,147.48M")],
 )
 def test_counts_have_separators(count, words):
     assert format_count(count) == words
