@@ -20,13 +20,14 @@ from pathlib import Path
 
 import runner
 import torch
-from plots import Panel, lines, mebibytes, save_panels
+from plots import BYTES, LENGTHS, last_number, lines, save_panels
 from rivals import LLAMAS, TransformerStep
 from runner import Point, arguments, median_milliseconds, need_gpu, read, report
 
 from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
+from retnet.plots.panels import Panel, Scale
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 
@@ -138,21 +139,18 @@ def main() -> None:
 
 
 def plot(points: list[Point], options: argparse.Namespace) -> None:
-    def panel(title: str, y_label: str, what: str, y: Callable[[Point], float | None]) -> Panel:
-        drawn = lines([p for p in points if p.what == what], lambda p: int(p.case.split()[-1]), y)
-        return Panel(title, "context length, tokens", y_label, drawn, y_log=y_label != "milliseconds")
+    def panel(title: str, y: Scale, what: str, value: Callable[[Point], float | None]) -> Panel:
+        return Panel(title, LENGTHS, y, lines([p for p in points if p.what == what], last_number, value))
 
+    fits = f"Sequences in {options.budget:g} GiB"
     panels = [
-        panel("memory per sequence", "MiB", "latency", mebibytes),
-        panel(f"time per step, batch {options.batch}", "milliseconds", "latency", lambda p: p.milliseconds),
+        panel("Memory per sequence", BYTES, "latency", lambda p: p.extra_bytes),
         panel(
-            f"as many sequences as fit in {options.budget:g} GiB",
-            "tokens/s",
-            "throughput",
-            tokens_per_second,
+            f"Time, batch {options.batch}", Scale("ms per step", limits=(0, None)), "latency", lambda p: p.milliseconds
         ),
+        panel(fits, Scale("tokens per second", log=10), "throughput", tokens_per_second),
     ]
-    save_panels(options.plot, panels, f"Decoding at the shape of {options.model}, weights in bfloat16")
+    save_panels(options.plot, panels, f"Decoding at the shape of {options.model}", points, "bfloat16, states float32")
 
 
 if __name__ == "__main__":

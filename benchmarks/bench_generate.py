@@ -15,11 +15,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import runner
 import torch
-from plots import Panel, lines, mebibytes, save_panels
+from plots import BYTES, LENGTHS, last_number, lines, save_panels
 from rivals import fla_retnet, generation_milliseconds, held_bytes, llama, prompt_milliseconds
 from runner import Point, arguments, read, report
 
@@ -27,6 +28,8 @@ from retnet.models.decode.int8 import quantize_int8_
 from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
+from retnet.plots.numbers import tokens
+from retnet.plots.panels import Panel, Scale
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 from retnet.serve.snapshot import Snapshot
@@ -295,23 +298,29 @@ def main() -> None:
 
 
 def plot(points: list[Point], options: argparse.Namespace) -> None:
-    def panel(title: str, axis: str, x_label: str, what: str) -> Panel:
+    milliseconds = Scale("ms per step", log=10)
+
+    def panel(title: str, axis: str, x: Scale, y: Scale, what: str) -> Panel:
         chosen = [p for p in points if p.what == what and p.case.split()[0] == axis]
-        drawn = lines(chosen, lambda p: int(p.case.split()[-1]), lambda p: p.milliseconds)
-        floor = lines(chosen, lambda p: int(p.case.split()[-1]), lambda p: p.floor_milliseconds)
-        if "engine" in floor:
-            drawn["floor"] = floor["engine"]
-        return Panel(title, x_label, "milliseconds", drawn)
+        engine = [replace(p, implementation="floor") for p in chosen if p.implementation == "engine"]
+        drawn = lines(chosen, last_number, lambda p: p.milliseconds)
+        return Panel(title, x, y, drawn | lines(engine, last_number, lambda p: p.floor_milliseconds))
 
     at_positions = [p for p in points if p.case.startswith("position")]
-    held = lines(at_positions, lambda p: int(p.case.split()[-1]), mebibytes)
+    held = lines(at_positions, last_number, lambda p: p.extra_bytes)
     panels = [
-        *([Panel("memory, weights included", "context length, tokens", "MiB", held)] if held else []),
-        panel("time per step, one sequence", "position", "context length, tokens", "step"),
-        panel("time per step", "batch", "batch size", "step"),
-        panel("time to first token", "prompt", "prompt length, tokens", "first token"),
+        Panel("Memory, weights included", LENGTHS, BYTES, held),
+        panel("Time per step, one sequence", "position", LENGTHS, milliseconds, "step"),
+        panel("Time per step by batch", "batch", Scale("sequences per step", log=2), milliseconds, "step"),
+        panel(
+            "Time to first token",
+            "prompt",
+            Scale("prompt length, tokens", tokens, 2),
+            Scale("ms", log=10),
+            "first token",
+        ),
     ]
-    save_panels(options.plot, panels, f"{options.model}, {options.dtype}")
+    save_panels(options.plot, panels, f"Generation with {options.model}", points, options.dtype)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ kernels for minutes; `warm_fla.py` compiles their configurations in several proc
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from plots import Panel, lines, mebibytes, save_panels
+from plots import lines, save_panels
 from runner import (
     Point,
     arguments,
@@ -39,6 +39,8 @@ from retnet.kernels.retention.portable.passes import portable_backward, portable
 from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops.decay import paper_log_decay
 from retnet.ops.retention import retention
+from retnet.plots.numbers import bytes_of, tokens
+from retnet.plots.panels import Panel, Scale
 
 CHUNK = 64  # tokens per chunk in the floor's count of operations
 
@@ -77,8 +79,6 @@ CASES = [
     Case(4, 8192, 16, 128, 128),
     Case(8, 4096, 16, 64, 128),
 ]
-LABELS = {"ours": "retnet", "portable": "retnet, portable kernels", "fla": "flash-linear-attention"}
-LABELS |= {"cudnn": "cuDNN causal attention", "flash": "flash causal attention"}
 SWEEP = [Case(max(1, 32768 // T), T, 8, 256, 512) for T in (512, 1024, 2048, 4096, 8192, 16384, 32768)]
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -162,22 +162,17 @@ def plot(points: list[Point], path: Path) -> None:
         return Case.parse(p.case).T
 
     chosen = [
-        replace(p, implementation=LABELS[p.implementation])
+        p
         for p in points
         if p.what == "forward+backward" and (case := Case.parse(p.case)).B * case.T == 32768 and case.K == 256
     ]
-    x_label = "tokens per sequence, 32768 in total"
+    x = Scale("tokens per sequence, 32K in total", tokens, 2)
+    memory = lines(chosen, length, lambda p: p.extra_bytes)
     panels = [
-        Panel("forward + backward", x_label, "milliseconds", lines(chosen, length, lambda p: p.milliseconds)),
-        Panel(
-            "peak memory beyond inputs and results",
-            x_label,
-            "MiB",
-            lines(chosen, length, mebibytes),
-            y_log=False,
-        ),
+        Panel("Forward + backward", x, Scale("ms", log=10), lines(chosen, length, lambda p: p.milliseconds)),
+        Panel("Peak memory beyond inputs and results", x, Scale("bytes", bytes_of, limits=(0, None)), memory),
     ]
-    save_panels(path, panels, "8 heads (256, 512), bfloat16, one NVIDIA H200")
+    save_panels(path, panels, "Chunkwise retention, 8 heads of 256 keys and 512 values", chosen, "bfloat16")
 
 
 def main() -> None:

@@ -1,82 +1,56 @@
-"""Plots of measured points: panels side by side, one line per implementation, one legend."""
+"""Plots of measured points: panels of lines in the looks of `retnet.plots`, with the points' origin under the title."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from runner import Point
+from runner import Point, origin
 
-# Colours that colour-blind readers can tell apart (Okabe and Ito).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from retnet.plots.frame import facts, save
+from retnet.plots.numbers import bytes_of, tokens
+from retnet.plots.palette import FLOOR, Look, look
+from retnet.plots.panels import Panel, Scale, draw_panels
 
-
-@dataclass(frozen=True)
-class Panel:
-    """lines: implementation -> points (x, y). x is logarithmic; y is too if y_log, else it starts at 0."""
-
-    title: str
-    x_label: str
-    y_label: str
-    lines: Mapping[str, Sequence[tuple[float, float]]]
-    y_log: bool = True
+# implementation, as in the rows -> its label and look
+RIVALS: dict[str, tuple[str, Look]] = {
+    "engine": ("retnet's engine", look("retention")),
+    "deferred 32": ("retnet's engine, writes deferred by 32 tokens", look("retention", 1)),
+    "sampled": ("retnet's engine, sampling", look("retention", 2)),
+    "RetNet": ("retnet", look("retention")),
+    "RetNet, writes deferred by 32": ("retnet, writes deferred by 32 tokens", look("retention", 1)),
+    "ours": ("retnet", look("retention")),
+    "portable": ("retnet, portable kernels", look("retention", 1)),
+    "fla": ("flash-linear-attention", look("flash-linear-attention")),
+    "llama dynamic": ("transformers' Llama, growing cache", look("attention")),
+    "llama static": ("transformers' Llama, static cache, compiled", look("attention", 1)),
+    "Transformer, MHA": ("Transformer, as many KV heads as heads", look("attention")),
+    "Transformer, GQA 8": ("Transformer, 8 KV heads", look("attention", 1)),
+    "cudnn": ("causal attention, cuDNN", look("attention")),
+    "flash": ("causal attention, flash", look("attention", 1)),
+    "floor": ("floor: weights and states read once", FLOOR),
+}
+LENGTHS = Scale("context length, tokens", tokens, 2)
+BYTES = Scale("bytes", bytes_of, 2)
 
 
 def lines(
     points: Iterable[Point], x: Callable[[Point], float], y: Callable[[Point], float | None]
 ) -> dict[str, list[tuple[float, float]]]:
-    """One line per implementation. Of several points at the same x the last counts, the newest of a CSV file."""
+    """One line per implementation, by its label. Of several points at the same x the last counts, the newest of a CSV
+    file. A benchmark's other implementations are not drawn."""
     found: dict[str, dict[float, float]] = {}
     for point in points:
         value = y(point)
-        if value is not None:
-            found.setdefault(point.implementation, {})[x(point)] = value
+        if value is not None and point.implementation in RIVALS:
+            found.setdefault(RIVALS[point.implementation][0], {})[x(point)] = value
     return {name: sorted(line.items()) for name, line in found.items()}
 
 
-def mebibytes(point: Point) -> float | None:
-    return None if point.extra_bytes is None else point.extra_bytes / 2**20
+def last_number(point: Point) -> int:
+    """The 512 of the case 'position 512'."""
+    return int(point.case.split()[-1])
 
 
-def save_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
-    """Write a PNG. ValueError if there are no points."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    panels = [panel for panel in panels if panel.lines]
-    if not panels:
-        raise ValueError("no points to draw")
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    colours = dict(zip(names, COLOURS * len(names)))
-    figure, row = pyplot.subplots(
-        1, len(panels), figsize=(4.2 * len(panels) + 2.2, 3.9), squeeze=False, layout="constrained"
-    )
-    for axes, panel in zip(row[0], panels, strict=True):
-        for name, line in panel.lines.items():
-            axes.plot(*zip(*line), color=colours[name], marker="o", markersize=4)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(_short)
-        if panel.y_log:
-            axes.set_yscale("log", base=2)
-            axes.yaxis.set_major_formatter(_short)
-        else:
-            axes.set_ylim(0, None)
-        axes.set_title(panel.title, fontsize=10)
-        axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles = [pyplot.Line2D([], [], color=colours[name], marker="o", markersize=4) for name in names]
-    figure.legend(handles, names, loc="outside right center", frameon=False)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def _short(value: float, _position: int) -> str:
-    """1024 as 1k, 1048576 as 1M."""
-    for unit, size in (("M", 2**20), ("k", 2**10)):
-        if value >= size and value % size == 0:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
+def save_panels(path: Path, panels: Sequence[Panel], title: str, points: Sequence[Point], *more: str) -> None:
+    """Write the panels; the line under the title has `more` and the points' origin. ValueError if nothing is drawn."""
+    looks = dict(RIVALS.values())
+    save(draw_panels(panels, looks, title, facts(*more, *origin(points))), path)

@@ -125,15 +125,36 @@ def append(path: Path, points: list[Point]) -> None:
 
 
 def read(path: Path) -> list[Point]:
-    """The rows of a CSV file that `append` wrote, without their origin."""
+    """The rows of a CSV file that `append` wrote."""
     texts = ("bench", "case", "implementation", "what", "note")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     numbers = [f.name for f in fields(Point) if f.name not in (*texts, "certificate")]
+    own = (*texts, *numbers, "share_of_floor")
     return [
-        Point(**{k: row[k] for k in texts}, **{k: float(row[k]) if row[k] else None for k in numbers})  # type: ignore[arg-type]
+        Point(
+            **{k: row[k] for k in texts},
+            **{k: float(row[k]) if row[k] else None for k in numbers},  # type: ignore[arg-type]
+            certificate={k: value for k, value in row.items() if value and k not in own},
+        )
         for row in rows
     ]
+
+
+def origin(points: Sequence[Point]) -> tuple[str, ...]:
+    """Hardware, torch, date and commit of points for a caption; several are joined by 'and'."""
+
+    def all_of(key: str, form: str = "{}") -> str:
+        return " and ".join(form.format(v) for v in dict.fromkeys(p.certificate.get(key) for p in points) if v)
+
+    dates = sorted({p.certificate["date"].split()[0] for p in points if p.certificate.get("date")})
+    return (
+        all_of("device"),
+        all_of("threads", "{} threads"),
+        all_of("torch", "torch {}"),
+        " to ".join(dates[:: max(1, len(dates) - 1)]),
+        all_of("commit", "commit {}"),
+    )
 
 
 def table(points: list[Point]) -> str:

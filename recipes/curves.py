@@ -9,15 +9,20 @@ import argparse
 import json
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from retnet.plots.frame import facts, save
+from retnet.plots.numbers import short
+from retnet.plots.palette import Look, look
+from retnet.plots.panels import Panel, Scale, draw_panels
+
+KINDS = {"llama": "attention", "hybrid": "hybrid", "gated": "gated retention", "mamba": "mamba"}
 
 
 def points(folder: Path) -> list[tuple[float, float]]:
-    """(millions of tokens, validation bits per byte), from the training.json of a run."""
+    """(tokens, validation bits per byte), from the training.json of a run."""
     run = json.loads((folder / "training.json").read_text())
     tokens_per_step = run["summary"]["tokens"] / run["summary"]["steps"]
     found = {entry["step"]: entry["eval_bits_per_byte"] for entry in run["log"] if "eval_bits_per_byte" in entry}
-    return [(step * tokens_per_step / 1e6, bits) for step, bits in sorted(found.items())]
+    return [(step * tokens_per_step, bits) for step, bits in sorted(found.items())]
 
 
 def main() -> None:
@@ -25,18 +30,25 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="folders that `retnet train` wrote")
     parser.add_argument("--png", type=Path, required=True)
     options = parser.parse_args()
-    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for folder, marker in zip(options.runs, "osDv^P" * len(options.runs)):
+    lines = {}
+    for folder in options.runs:
         if not (line := points(folder)):
             parser.error(f"{folder / 'training.json'} has no validation loss; set eval_strategy and eval_steps")
-        axes.plot(*zip(*line), marker=marker, markersize=4, label=folder.name.split("_")[0])
-    axes.set(xlabel="million tokens", ylabel="validation loss, bits per byte")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    options.png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.png, dpi=150)
+        lines[folder.name.split("_")[0]] = line
+    panel = Panel("", Scale("tokens of training", short), Scale("validation loss, bits per byte"), lines)
+    data = " and ".join(dict.fromkeys(folder.name.split("_")[1] for folder in options.runs if "_" in folder.name))
+    save(draw_panels([panel], looks(list(lines)), "Validation loss by model", facts(data)), options.png)
+
+
+def looks(models: list[str]) -> dict[str, Look]:
+    """The look of each model by its name: models of one kind are variants."""
+    found: dict[str, Look] = {}
+    counts: dict[str, int] = {}
+    for model in models:
+        rival = next((rival for word, rival in KINDS.items() if word in model), "retention")
+        found[model] = look(rival, counts.get(rival, 0))
+        counts[rival] = counts.get(rival, 0) + 1
+    return found
 
 
 if __name__ == "__main__":

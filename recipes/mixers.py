@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mixers_pictures import Panel, draw
+from mixers_pictures import LOOKS
 from mixers_stacks import Size, equal_stacks
 from mixers_train import Batch, Run, precision, train
 from mqar import best
@@ -30,6 +30,10 @@ from torch import Tensor
 from retnet import LanguageModel
 from retnet.data import DOCUMENT_START, Document, find_documents, split_documents
 from retnet.models.cost import model_cost, parameter_counts
+from retnet.ops.device import hardware
+from retnet.plots.frame import facts, save
+from retnet.plots.numbers import bytes_of, short, tokens
+from retnet.plots.panels import Panel, Scale, draw_panels
 from retnet.system.sizes import format_bytes
 
 STRETCH = 4  # longest tested context / training length
@@ -119,6 +123,7 @@ def measure(setting: Setting, source: str, device: torch.device, graphs: bool) -
     positions = {run.name: bits_by_position(run.model, valid_tokens, setting.tests, longest) for run in runs}
     return {
         "data": source,
+        "device": hardware(device),
         "train_bytes": len(train_tokens),
         "length": setting.length,
         "tokens": setting.steps * setting.batch * setting.length,
@@ -164,30 +169,28 @@ def table(found: dict, recall: list[dict]) -> str:
 
 
 def picture(found: dict, path: Path) -> None:
-    millions = {name: [(tokens / 1e6, bits) for tokens, bits in line] for name, line in found["curves"].items()}
-    state = {
-        name: [(T, count / 1024) for T, count in zip(CONTEXTS, line, strict=True)]
-        for name, line in found["state_bytes"].items()
-    }
+    state = {name: list(zip(CONTEXTS, line, strict=True)) for name, line in found["state_bytes"].items()}
     # The first points are far above the differences of interest.
-    late = sorted(bits for line in millions.values() for _, bits in line[1:])
+    late = sorted(bits for line in found["curves"].values() for _, bits in line[1:])
+    lowest, highest = (late[0], late[-1]) if late else (0.0, 8.0)
+    contexts = Scale("context length, tokens", tokens, 2)
     panels = [
         Panel(
-            "validation loss", "million tokens", "bits per byte", millions, markers=False,
-            y_range=(late[0] - 0.05, late[-1] + 0.1),
+            "Validation loss", Scale("tokens of training", short),
+            Scale("bits per byte", limits=(lowest - 0.05, highest + 0.1)), found["curves"], markers=False,
         ),
         Panel(
-            "loss by position", "context length, tokens", "bits per byte", found["positions"], x_base=2,
-            y_range=(late[0] - 0.15, 2.3), limit=(found["length"], "training length"),
+            "Loss by position", contexts, Scale("bits per byte", limits=(lowest - 0.15, max(2.3, lowest + 0.5))),
+            found["positions"], limit=(found["length"], "training length"),
         ),
-        Panel("state size", "context length, tokens", "KiB per sequence", state, x_base=2, y_base=2, markers=False),
+        Panel("State size", contexts, Scale("bytes per sequence", bytes_of, 2), state, markers=False),
     ]  # fmt: skip
     count = sum(found["parameters"].values()) / len(found["parameters"])
-    draw(
-        panels,
-        path,
-        f"Mixers compared: {count / 1e6:.2f} million parameters, {found['tokens'] / 1e6:.0f} million training bytes",
-    )
+    under = facts(
+        f"{short(count)} parameters each", f"{short(found['tokens'])} bytes of training, {found['data']}",
+        found.get("device"), "state in float32",
+    )  # fmt: skip
+    save(draw_panels(panels, LOOKS, "Language models that differ in their mixers", under), path)
 
 
 def main() -> None:

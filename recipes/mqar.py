@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from mixers_pictures import Panel, draw
+from mixers_pictures import LOOKS
 from mixers_stacks import PATTERNS, WITHOUT_CONVOLUTION, Size, equal_stacks
 from mixers_train import Batch, Run, precision, train
 from mqar_task import Recall
@@ -33,6 +33,8 @@ from torch import Tensor
 from retnet import LanguageModel
 from retnet.models.cost import model_cost
 from retnet.models.loss import linear_cross_entropy
+from retnet.plots.frame import facts, save
+from retnet.plots.panels import Panel, Scale, draw_panels
 from retnet.system.sizes import format_bytes
 
 TEST_SEED = 2**31
@@ -210,7 +212,7 @@ def picture(rows: list[dict], path: Path) -> None:
     found, panels = best(rows), []
     for width in sorted({int(row["width"]) for row in rows}):
         states = (row for row in rows if int(row["width"]) == width and "RetNet" in row["stack"])
-        state = next((f" (RetNet's state: {format_bytes(int(row['state_bytes']))})" for row in states), "")
+        state = next((f", state {format_bytes(int(row['state_bytes']))}" for row in states), "")
         lines = {
             name: [
                 (pairs, 100 * statistics.mean(seen), 100 * min(seen), 100 * max(seen))
@@ -219,10 +221,15 @@ def picture(rows: list[dict], path: Path) -> None:
             for (name, of), accuracies in found.items()
             if of == width
         }
-        panels.append(
-            Panel(f"width {width}{state}", "number of pairs", "accuracy, %", lines, x_base=2, y_range=(-3, 103))
-        )
-    draw(panels, path, "Multi-query associative recall, stacks of equal parameters")
+        pairs, accuracy = Scale("pairs to recall", log=2), Scale("queries answered, %", limits=(-3, 103))
+        panels.append(Panel(f"Width {width}{state}", pairs, accuracy, lines))
+    seeds = len({row["seed"] for row in rows})
+    under = facts(
+        "stacks of equal parameters at each width",
+        f"mean and range of {seeds} seeds" if seeds > 1 else "1 seed",
+        "state: of RetNet, float32",
+    )
+    save(draw_panels(panels, LOOKS, "Multi-query associative recall", under), path)
 
 
 def main() -> None:

@@ -11,14 +11,14 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from mixers_pictures import Panel, draw
-
+from retnet.plots.frame import facts, save
+from retnet.plots.numbers import short, tokens
+from retnet.plots.palette import VARIANTS, Look, look
+from retnet.plots.panels import Panel, Scale, draw_panels
 from retnet.system.sizes import format_bytes
 
 Group = tuple[str, str, int]  # shape, data, steps
 REFERENCE = "llama"
-# Colours that colour-blind readers can tell apart (Okabe and Ito), in the order of the stacks.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
 
 
 def grouped(rows: list[dict]) -> dict[Group, list[dict]]:
@@ -188,15 +188,14 @@ def picture(rows: list[dict], path: Path, stacks: list[str] | None = None) -> No
     runs = {stack: found for (stack, used), found in best.items() if used == optimizer and stack in (stacks or [stack])}
     curves = {stack: [row["curve"] for row in found] for stack, found in runs.items()}
     by_tokens = {
-        stack: _means([[(p["tokens"] / 1e6, p["valid"]) for p in line] for line in lines])
-        for stack, lines in curves.items()
+        stack: _means([[(p["tokens"], p["valid"]) for p in line] for line in lines]) for stack, lines in curves.items()
     }
     by_seconds = {stack: [(p["seconds"], p["valid"]) for p in lines[0]] for stack, lines in curves.items()}
     late = sorted(loss for line in by_tokens.values() for _, loss in line[len(line) // 3 :])
-    span = (late[0] - 0.05, late[-1] + 0.1)
+    loss = Scale("nats per token", limits=(late[0] - 0.05, late[-1] + 0.1) if late else (None, None))
     panels = [
-        Panel("validation loss", "million tokens", "nats per token", by_tokens, y_range=span),
-        Panel("validation loss", f"seconds on one {group[0]['device']}", "nats per token", by_seconds, y_range=span),
+        Panel("Validation loss", Scale("tokens of training", short), loss, by_tokens),
+        Panel("Validation loss by time", Scale(f"seconds on one {group[0]['device']}"), loss, by_seconds),
     ]
     finals = {stack: [row["final"] for row in found if row.get("final")] for stack, found in runs.items()}
     positions = {s: _means([f["positions"] for f in of if "positions" in f]) for s, of in finals.items()}
@@ -205,31 +204,49 @@ def picture(rows: list[dict], path: Path, stacks: list[str] | None = None) -> No
         for s, of in finals.items()
     }
     positions, repeats = ({s: line for s, line in lines.items() if line} for lines in (positions, repeats))
+    trained = (group[0]["length"], "training length")
     if positions:
         lowest = min(loss for line in positions.values() for _, loss in line)
+        nats = Scale("nats per token", limits=(lowest - 0.1, lowest + 1.5))
         panels.append(
-            Panel("loss by position", "context length, tokens", "nats per token", positions, x_base=2,
-                  y_range=(lowest - 0.1, lowest + 1.5), limit=(group[0]["length"], "training length"))
-        )  # fmt: skip
+            Panel("Loss by position", Scale("context length, tokens", tokens, 2), nats, positions, limit=trained)
+        )
     if repeats:
-        panels.append(
-            Panel("a passage repeated", "tokens between", "nats per token less the first time's", repeats, x_base=2,
-                  limit=(group[0]["length"], "training length"))
-        )  # fmt: skip
-    count = statistics.mean(row["parameters"] for found in runs.values() for row in found)
-    draw(
-        panels, path, f"{count / 1e6:.0f} million parameters, {optimizer}, best rate of each stack", styles(list(runs))
-    )
+        nats = Scale("nats per token, less those of the first time")
+        panels.append(Panel("A passage repeated", Scale("tokens between", tokens, 2), nats, repeats, limit=trained))
+    size = short(statistics.mean(row["parameters"] for found in runs.values() for row in found))
+    under = facts(
+        f"{size} parameters", f"data {group[0]['data']}", f"{optimizer}, the best rate of each stack",
+        group[0]["device"], f"torch {group[0]['versions']['torch']}" if "versions" in group[0] else None,
+    )  # fmt: skip
+    save(draw_panels(panels, looks(list(runs)), "Stacks of equal parameters on the same tokens", under), path)
 
 
-def styles(stacks: list[str]) -> dict[str, dict]:
-    """Arguments of each stack's lines; those of hybrids are thicker."""
-    return {
-        stack: {
-            "color": _COLOURS[i % len(_COLOURS)],
-            "linestyle": ("-", "--", ":")[i // len(_COLOURS) % 3],
-            "linewidth": 2.4 if stack.startswith(("hybrid", "tri")) else 1.6,
-            "marker": "osDv^P*X"[i % 8],
-        }
-        for i, stack in enumerate(sorted(stacks))
-    }
+RIVALS = {  # base of a stack's name -> its rival and variant; a short convolution is dashed
+    "llama": ("attention", 0),
+    "retnet": ("retention", 0),
+    "retnet-conv": ("retention", 1),
+    "gated": ("gated retention", 0),
+    "gated-conv": ("gated retention", 1),
+    "mamba2": ("mamba", 0),
+    "mamba": ("mamba", 2),
+    "hyena": ("hyena", 0),
+    "hybrid-retnet": ("hybrid", 0),
+    "hybrid": ("hybrid", 1),
+    "hybrid-gated": ("hybrid", 2),
+    "hybrid-retnet-conv": ("hybrid", 3),
+    "tri-mixer": ("tri-mixer", 0),
+    "tri-mixer-conv": ("tri-mixer", 1),
+}
+
+
+def looks(stacks: list[str]) -> dict[str, Look]:
+    """The look of each stack. Changes of a base keep its colour and get variants that no other stack here has."""
+    found, taken = {}, set(RIVALS.values())
+    for stack in sorted(stacks, key=lambda name: ("+" in name, name)):
+        rival, variant = RIVALS[stack.partition("+")[0]]
+        while "+" in stack and (rival, variant) in taken:
+            variant += 1
+        taken.add((rival, variant))
+        found[stack] = look(rival, variant % (VARIANTS + 1))
+    return dict(sorted(found.items()))

@@ -17,10 +17,13 @@ from retnet.system.extras import needs
 
 with needs("plots", "A picture"):
     from matplotlib import rc_context
+    from matplotlib.artist import Artist
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
+    from matplotlib.transforms import Bbox
 
 WIDTH, DPI = 8.3, 200  # inches; pixels per inch
 MARGIN = 0.1  # inches
@@ -100,7 +103,7 @@ def _wrapped(figure: Figure, text: str, size: float, weight: str) -> list[str]:
     while text:
         lines = textwrap.wrap(text, width)
         drawn = [figure.text(0, 0, line, fontsize=size, fontweight=weight) for line in lines]
-        widest = max(text_width(figure, one) for one in drawn)
+        widest = max(_inches(figure, one).width for one in drawn)
         for one in drawn:
             one.remove()
         if widest <= WIDTH - 2 * MARGIN:
@@ -114,9 +117,10 @@ def printable(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def text_width(figure: Figure, text) -> float:
-    """Inches that a matplotlib text takes from left to right."""
-    return text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / figure.dpi
+def _inches(figure: Figure, artist: Artist) -> Bbox:
+    """The place of a text or legend."""
+    box = artist.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    return Bbox(box.get_points() / figure.dpi)
 
 
 def legend(figure: Figure, entries: Mapping[str, Look | str]) -> None:
@@ -128,10 +132,26 @@ def legend(figure: Figure, entries: Mapping[str, Look | str]) -> None:
     for columns in range(len(labels), 0, -1):
         order = [label for column in range(columns) for label in labels[column::columns]]  # matplotlib goes by columns
         handles = [_handle(entries[label]) for label in order]
-        box = figure.legend(handles, order, loc="outside lower center", ncols=columns, columnspacing=1.6)
-        if columns == 1 or text_width(figure, box) <= WIDTH - 2 * MARGIN:
+        box = figure.legend(
+            handles, order, loc="outside lower center", ncols=columns, columnspacing=1.6, handlelength=2.6
+        )
+        if columns == 1 or _inches(figure, box).width <= WIDTH - 2 * MARGIN:
+            _grow(figure, _inches(figure, box).height)
             return
         box.remove()
+
+
+def _grow(figure: Figure, inches: float) -> None:
+    """Make the figure higher at its foot: panels keep their height, titles their distance from the top."""
+    engine, before = figure.get_layout_engine(), figure.get_figheight()
+    after = before + inches
+    for text in figure.texts:
+        x, y = text.get_position()
+        text.set_position((x, 1 - (1 - y) * before / after))
+    assert isinstance(engine, ConstrainedLayoutEngine)  # that of `framed`
+    left, bottom, width, height = engine.get()["rect"]
+    engine.set(rect=(left, bottom, width, (height * before + inches) / after))
+    figure.set_size_inches(WIDTH, after)
 
 
 def _handle(entry: Look | str) -> Line2D | Patch:

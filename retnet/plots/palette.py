@@ -26,18 +26,20 @@ COLOURS = {
     "other": "#6b7683",
 }
 _MARKERS = {
-    "retention": "os",
-    "gated retention": "Dd",
-    "attention": "^v",
-    "hybrid": "P+",
-    "tri-mixer": "Xx",
-    "mamba": "ph",
-    "hyena": "<>",
-    "flash-linear-attention": "sD",
-    "torchscale": "*1",
-    "other": "o.",
+    "retention": "o",
+    "gated retention": "D",
+    "attention": "^",
+    "hybrid": "P",
+    "tri-mixer": "X",
+    "mamba": "p",
+    "hyena": "<",
+    "flash-linear-attention": "s",
+    "torchscale": "*",
+    "other": "o",
 }
+_MORE_MARKERS = "vsdh>o^DP<pX*"  # of variants
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.4, 1.2, 1.4)))
+VARIANTS = len(_MORE_MARKERS) - 1  # without the rival's own
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,14 @@ class Look:
 
 
 def look(rival: str, variant: int = 0) -> Look:
-    """The look of a rival's line. Variants 1 to 3 keep its colour. Raises ValueError for an unknown rival."""
+    """The look of a rival's line; a variant from 1 to `VARIANTS` keeps its colour. Raises ValueError for others."""
     if rival not in COLOURS:
         raise ValueError(f"no rival is named {rival!r}; accepted: {', '.join(COLOURS)}")
-    if not 0 <= variant < len(DASHES):
-        raise ValueError(f"the variant is {variant}; accepted: 0 to {len(DASHES) - 1}")
-    markers = _MARKERS[rival]
-    return Look(COLOURS[rival], DASHES[variant], markers[variant % len(markers)])
+    if not 0 <= variant <= VARIANTS:
+        raise ValueError(f"the variant is {variant}; accepted: 0 to {VARIANTS}")
+    own = _MARKERS[rival]
+    markers = own + _MORE_MARKERS.replace(own, "")
+    return Look(COLOURS[rival], DASHES[variant % len(DASHES)], markers[variant])
 
 
 FLOOR = Look(COLOURS["other"], DASHES[2], None)  # the time or memory that nothing can beat

@@ -53,7 +53,7 @@ def draw_stack(stack: Stack, config: ModelConfig) -> Figure:
         f"context of {tokens(context)} tokens",
     )
     height = min(max(LEAST_ROW * len(rows), SMALLEST), LARGEST)
-    figure = framed(height + 1.2, plain(model.name or "stack", 60), under)
+    figure = framed(height + 0.75, plain(model.name or "stack", 60), under)
     panels = figure.subplots(1, 3, width_ratios=(1.2, 1, 1), sharey=True)
     for axes in panels:
         axes.set_ylim(len(rows) - 0.5, -0.5)

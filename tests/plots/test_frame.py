@@ -58,6 +58,7 @@ def test_a_legend_is_inside_the_picture_below_the_panels(labels):
     box = figure.legends[0].get_window_extent()
     assert len(figure.legends) == 1
     assert inside(figure, box)
+    assert figure.axes[0].get_position().height * figure.get_figheight() > 1.0  # the legend takes no room from panels
     assert box.y1 < min(axes.xaxis.get_tightbbox().y0 for axes in figure.axes)
 
 
