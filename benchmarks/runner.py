@@ -91,7 +91,7 @@ def installed(module: str, package: str, install: str = "") -> bool:
 
 
 def fla_installed() -> bool:
-    return installed("fla", "flash-linear-attention", "retnet[bench]")
+    return installed("fla", "flash-linear-attention", "-e '.[bench]'")
 
 
 def report(points: Iterable[Point], path: Path | None) -> list[Point]:

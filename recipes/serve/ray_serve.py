@@ -1,6 +1,6 @@
 """`retnet serve` on Ray Serve: replicas of one model, sessions that any of them resumes, scaling by load.
 
-    pip install 'retnet[serve,ray]'
+    pip install -e '.[serve,ray]'
     cd recipes/serve
     serve run ray_serve:build model=retnet-125m state_dir=/shared/sessions replicas=2          one machine or a cluster
     serve run ray_serve:build model=out/model gpus=1 slots=64 replicas=1 most_replicas=8       one GPU per replica

@@ -38,7 +38,7 @@ _LAYER = re.compile(r"layers\.(\d{1,9})\.")
 SHIM_FILE = "retnet_shim.py"
 SHIM = '''"""The classes of this model, for transformers with trust_remote_code=True: those of the installed package.
 
-Install it with `pip install retnet`. After `import retnet.hf` transformers needs neither this file nor the flag.
+The package has to be installed. After `import retnet.hf` transformers needs neither this file nor the flag.
 """
 
 from retnet.hf import RetNetConfig, RetNetForCausalLM, RetNetModel

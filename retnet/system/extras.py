@@ -1,7 +1,7 @@
 """Optional libraries: the extra that brings each of them, and the error of one that is not installed.
 
-`pip install retnet` installs the core alone. Code that imports an optional library does so inside `needs(...)`, or in
-a package whose `__init__` calls `require(...)`.
+An installation without extras is the core alone. Code that imports an optional library does so inside `needs(...)`, or
+in a package whose `__init__` calls `require(...)`.
 """
 
 from __future__ import annotations
