@@ -17,7 +17,11 @@ from tests.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Pages with python, console or bash blocks that tests elsewhere run.
-ELSEWHERE = {"do/data": "tests/data/test_data_page.py", "do/serve": "tests/docs/test_serve.py"}
+ELSEWHERE = {
+    "do/data": "tests/data/test_data_page.py",
+    "do/serve": "tests/docs/test_serve.py",
+    "reference/stack": "tests/stack/test_stack_guide.py",
+}
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
@@ -46,10 +50,10 @@ def test_every_page_with_code_is_run_by_a_test():
 
 
 def test_every_command_has_the_options_that_it_is_given():
-    found = 0
+    found, root = 0, typer.main.get_command(app)
     for page in PAGES:
         for words in commands(page):
-            command, rest = typer.main.get_command(app), words[1:]
+            command, rest = root, words[1:]
             known = {option for parameter in command.params for option in parameter.opts}
             while rest and (inner := getattr(command, "commands", {})):
                 name = rest[0] if rest[0] in inner else "write"  # of `retnet data IN OUT`

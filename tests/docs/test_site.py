@@ -12,7 +12,7 @@ import pytest
 from dev.site.navigation import sections
 from dev.site.staging import Staging
 from tests.paths import ROOT
-from tests.serve.http.browser import chromium
+from tests.serve.http.browser import PATIENCE, chromium
 
 # What a browser loads by itself. Links that a reader may follow (<a href>) are not among them.
 LOADED = (
@@ -135,6 +135,7 @@ def test_llms_txt_lists_every_page_and_its_markdown_exists(site):
 def test_pages_open_offline_search_answers_and_formulas_and_dark_mode_are_drawn(site):
     with chromium() as browser:
         context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="dark", offline=True)
+        context.set_default_timeout(PATIENCE)
         page = context.new_page()
         faults: list[str] = []
         page.on("pageerror", lambda error: faults.append(str(error)))

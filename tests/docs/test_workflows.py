@@ -45,7 +45,6 @@ FLA_CONFIG = {
 }
 # What takes minutes on a page is cut short in its test.
 SHORTER = {"max_steps=80": "max_steps=2 data=TEXT length=64"}
-FILES = {"learn/hybrids": "hybrid.yml"}  # the name of the page's YAML block
 SERVES = ("start/five_minutes",)  # their bash blocks start a server, which tests/docs/test_serve.py does
 TASK = """
 task: toy
@@ -73,7 +72,8 @@ def names(byte_model, tmp_path) -> dict:
     convert.convert(tmp_path / "as-fla", tmp_path / "downloaded", to="fla")
     byte_tokenizer().save_pretrained(directory)
     (tmp_path / "text.txt").write_text(" the state decays \n a token is read \n" * 4)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for folder in ("recipes", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/demo").symlink_to(directory)
     (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps({"question": q}) for q in ("Is it so?", "Is it?")))
@@ -125,8 +125,6 @@ def test_every_block_of_a_page_runs(page, names, tmp_path, monkeypatch, capsys):
         language, _, code = block.partition("\n")
         if language == "python":
             exec(compile(code, f"docs/{page}.md", "exec"), names)
-        elif language == "yaml":
-            (tmp_path / FILES[page]).write_text(code)
         elif language == "bash":
             assert page in SERVES
         else:

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from retnet.stack import errors, unsupported
+from retnet.stack import errors, load_stack, unsupported
 from retnet.stack.mixers import MIXERS
 from retnet.stack.schema import Spec
 from retnet.stack.section import Section
@@ -46,3 +46,10 @@ def test_every_unsupported_key_and_value_is_documented(guide):
     names = {name for section in sections() for name in section.UNSUPPORTED} | set(unsupported.ENTRY_KINDS)
     values = {value for section in sections() for given in section.UNSUPPORTED_VALUES.values() for value in given}
     assert [name for name in sorted(names | values) if f"{name}`" not in listed] == []
+
+
+def test_the_complete_file_is_the_example_and_is_valid(guide):
+    (block,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    file = ROOT / "examples/hybrid.yml"
+    assert block == file.read_text()
+    assert load_stack(file)
