@@ -9,6 +9,7 @@ import typer
 
 from retnet.cli._common import console
 from retnet.system.extras import needs
+from retnet.system.progress import Progress
 from retnet.system.sizes import format_count
 
 
@@ -40,19 +41,18 @@ def train(
     if len(files) > 1:
         raise ValueError(f"one recipe at a time, got {', '.join(files)} (settings are key=value)")
 
-    with needs("train", "retnet train"):
+    if int(os.environ.get("RANK", "0")) > 0:  # only the first process of torchrun prints
+        console.quiet = True
+    with needs("train", "retnet train"), Progress(console, "importing PyTorch and transformers"):
+        from torch import distributed as dist
         from transformers.utils.logging import disable_progress_bar
 
-    from torch import distributed as dist
-
-    from retnet.train.recipe import load_recipe
-    from retnet.train.run import train as run
-    from retnet.train.stopping import Terminated
+        from retnet.train.recipe import load_recipe
+        from retnet.train.run import train as run
+        from retnet.train.stopping import Terminated
 
     recipe = load_recipe(files[0] if files else None, [w for w in words if "=" in w], data=data, model=model)
     disable_progress_bar()  # of transformers, one for every file that it writes
-    if int(os.environ.get("RANK", "0")) > 0:  # only the first process of torchrun prints
-        console.quiet = True
     try:
         summary = run(recipe, console)
     except Terminated as ended:

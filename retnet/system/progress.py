@@ -22,6 +22,7 @@ from retnet.system.sizes import format_bytes
 LINE_SECONDS = 10.0
 BAR = (8, 24)  # columns, at least and at most
 BYTES = "bytes"
+_BAR_PLACE = " " * BAR[0]
 _GAP = 2  # columns between two parts
 
 
@@ -123,15 +124,14 @@ class Progress:
         left, elapsed = self._seconds_left(), format_seconds(self._clock() - self._began)
         time_left = "" if left is None else f"{format_seconds(left)} left"
         # In the order of the line; those with the lowest rank stay longest.
-        ranked = [(0, self._what), (2, self._count()), (4, self._speed()), (1, time_left or f"{elapsed} so far")]
-        ranked += [(3 + 2 * i, note) for i, note in enumerate(self._notes)]
+        ranked = [(0, self._what), (4, _BAR_PLACE), (2, self._count()), (5, self._speed())]
+        ranked += [(1, time_left or f"{elapsed} so far")]
+        ranked += [(3 + 3 * i, note) for i, note in enumerate(self._notes)]
         parts = _fitting(ranked, width)
         room = width - sum(len(part) + _GAP for part in parts)
+        bar = ProgressBar(self._total, self._done, width=min(BAR[1], BAR[0] + room), pulse=self._total is None)
+        cells = [bar if part is _BAR_PLACE else Text(part, no_wrap=True, overflow="ellipsis") for part in parts]
         grid = Table.grid(padding=(0, _GAP, 0, 0), pad_edge=False)
-        cells: list[RenderableType] = [Text(part, no_wrap=True, overflow="ellipsis") for part in parts]
-        if room >= BAR[0]:
-            bar = ProgressBar(self._total, self._done, width=min(BAR[1], room), pulse=self._total is None)
-            cells.insert(1, bar)
         for _ in cells:
             grid.add_column(no_wrap=True, overflow="ellipsis")
         grid.add_row(*cells)
@@ -158,13 +158,12 @@ class Progress:
 
 
 def _fitting(ranked: Iterable[tuple[int, str]], width: int) -> list[str]:
-    """The parts that fit into `width` columns beside each other, in their order; the lowest rank is kept first."""
+    """The parts that fit into `width` columns beside each other, in their order; the lowest ranks are chosen first."""
     parts = [(rank, place, part) for place, (rank, part) in enumerate(ranked) if part]
     kept, room = [], width
     for rank, place, part in sorted(parts):
         need = len(part) + (_GAP if kept else 0)
-        if rank and need > room:
-            break
-        kept.append((place, part))
-        room -= need
+        if not rank or need <= room:
+            kept.append((place, part))
+            room -= need
     return [part for _, part in sorted(kept)]

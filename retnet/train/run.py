@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from retnet.models.lm import LanguageModel
 from retnet.system.lock import locked
+from retnet.system.progress import Progress
 from retnet.train.changes import check_changes, run_facts, said_settings
 from retnet.train.checkpoints import CheckpointError, choose, inspect, list_checkpoints
 from retnet.train.cpu_fsdp import sharding_on_cpus
@@ -47,8 +48,10 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
     if arguments.process_index > 0:  # only the first process prints
         console = Console(quiet=True)
     output = Path(str(arguments.output_dir))
-    data = open_data(recipe, arguments)
-    model = initial_model(recipe, data.corpus, arguments.seed)
+    with Progress(console, "opening the data") as shown:
+        data = open_data(recipe, arguments)
+        shown.begin("building the model")
+        model = initial_model(recipe, data.corpus, arguments.seed)
     with locked(output) if arguments.should_save else nullcontext():
         return _train(recipe, arguments, data, model, console)
 
