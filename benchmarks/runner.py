@@ -10,11 +10,9 @@ import argparse
 import csv
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +25,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from retnet.system.machine import package_versions, source_commit
 from retnet.system.sizes import format_bytes
 
 
@@ -57,12 +56,14 @@ class Point:
 @cache
 def certificate() -> dict[str, str]:
     """The origin of a number: device, threads, versions, commit, command, date."""
+    packages = ("triton", "flash-linear-attention", "retnet")
+    versions = package_versions(packages)
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "threads": "" if torch.cuda.is_available() else str(torch.get_num_threads()),
         "torch": torch.__version__,
-        **{package.replace("-", "_"): _version(package) for package in ("triton", "flash-linear-attention", "retnet")},
-        "commit": _commit(),
+        **{package.replace("-", "_"): versions.get(package, "") for package in packages},
+        "commit": source_commit(),
         "command": shlex.join(["python", *(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
     }
@@ -95,7 +96,10 @@ def fla_installed() -> bool:
 
 
 def report(points: Iterable[Point], path: Path | None) -> list[Point]:
-    """Print and append each point as soon as it is measured, so that an interrupted run keeps its points."""
+    """Print and append each point as soon as it is measured, so that an interrupted run keeps its points.
+
+    These lines are the progress of a benchmark: a bar that is drawn beside a measurement would disturb it.
+    """
     done = []
     for point in points:
         print(table([point]), flush=True)
@@ -285,25 +289,3 @@ def _median_on_cpu(run: Callable[[], object], budget: float, least: int) -> floa
         run()
         times.append(time.perf_counter() - begin)
     return 1e3 * statistics.median(times)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _commit() -> str:
-    """The checkout's commit, with + if files differ from it; $GIT_COMMIT if there is no checkout."""
-    changed = "+" if _git("status", "--porcelain", "-uno") else ""
-    return _git("rev-parse", "--short", "HEAD") + changed or os.environ.get("GIT_COMMIT", "")
-
-
-def _git(*arguments: str) -> str:
-    root = Path(__file__).resolve().parents[1]
-    try:
-        run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return run.stdout.strip()

@@ -48,6 +48,7 @@ def train(
         from transformers.utils.logging import disable_progress_bar
 
         from retnet.train.recipe import load_recipe
+        from retnet.train.report import REPORT_FILE
         from retnet.train.run import train as run
         from retnet.train.stopping import Terminated
 
@@ -65,7 +66,10 @@ def train(
             f"validation perplexity {summary.valid_perplexity:.2f}, {summary.valid_bits_per_byte:.3f} bits per byte"
         )
     console.print(
-        "; ".join([*parts, f"saved in {recipe.training['output_dir']}"]), markup=False, highlight=False, soft_wrap=True
+        "; ".join([*parts, f"saved in {recipe.training['output_dir']}, with {REPORT_FILE}"]),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -25,6 +25,7 @@ from retnet.data.tokenizer import BYTES, Tokenizer
 from retnet.data.tokenizer_json import TOKENIZER_FILE, find_tokenizer
 from retnet.system.files import flush, read_json, write_json
 from retnet.system.lock import LOCK_FILE, locked
+from retnet.system.machine import usable_cores
 
 PARTIAL = ".partial"
 _DATA, _RUN = "data", "run.json"
@@ -83,7 +84,7 @@ def build_shards(
     with locked(partial):
         _begin(partial, run, found)
         try:
-            _write_missing(plan, settings, found, partial / _DATA, workers or _cores(), on_progress)
+            _write_missing(plan, settings, found, partial / _DATA, workers or usable_cores(), on_progress)
             manifest = _finish(partial / _DATA, plan, run, found, left_out)
         except DataError:
             _remove(partial)
@@ -131,11 +132,6 @@ def _remove(partial: Path) -> None:
     """Remove the folder of a run, first the file that a resumed run would read."""
     (partial / _RUN).unlink(missing_ok=True)
     shutil.rmtree(partial)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_is_ours(partial: Path) -> None:

@@ -26,6 +26,7 @@ from retnet.train.inputs import RunData, initial_model, open_data
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.progress import ProgressCallback
 from retnet.train.recipe import Recipe
+from retnet.train.report import REPORT_FILE, Report, Subject, all_settings, run_tables
 from retnet.train.trainer import PackedTrainer, RunOptions
 
 PADDING = 1024  # tokens by which a vocabulary is commonly rounded up, for speed
@@ -78,20 +79,52 @@ def _train(
     trainer.resumed = resumed
     progress = ProgressCallback(console, trainer.clock)
     trainer.add_callback(progress)
+    report = _report(recipe, arguments, data, trainer, console)
     parameters = sum(p.numel() for p in model.parameters())
     _describe(console, recipe, cast(LanguageModel, model.model), parameters, data, trainer)
     try:
         with trainer.signal:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-            return _finish(trainer, recipe, data, parameters, console)
-    finally:
+            summary, samples = _finish(trainer, recipe, data, parameters, console)
+    except BaseException as error:
         progress.close()
+        if report is not None:
+            report.stop(error)
+        raise
+    if report is not None:
+        report.finish(samples)
+    return summary
+
+
+def _report(
+    recipe: Recipe, arguments: TrainingArguments, data: RunData, trainer: PackedTrainer, console: Console
+) -> Report | None:
+    """The report of a run, which only its first process has."""
+    if not trainer.is_world_process_zero():
+        return None
+    config = cast(PackedForCausalLM, trainer.model).model.config
+    rows_per_step = trainer.options.facts["rows_per_step"]
+    subject = Subject(
+        title=f"Training of {recipe.model}",
+        tokens_per_step=rows_per_step * recipe.length,
+        tables=run_tables(recipe, arguments, data, config, rows_per_step),
+        settings=all_settings(recipe, arguments),
+    )
+    path = Path(str(arguments.output_dir)) / REPORT_FILE
+
+    def warn(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    warn(f"report: {path}")
+    report = Report(path, subject, trainer.clock, warn)
+    trainer.add_callback(report)
+    return report
 
 
 def _finish(
     trainer: PackedTrainer, recipe: Recipe, data: RunData, parameters: int, console: Console
-) -> TrainingSummary:
-    """Save the trained model, validate it, sample from it, and write the log.
+) -> tuple[TrainingSummary, list[tuple[str, str]]]:
+    """Save the trained model, validate it, sample from it, and write the log. Returns the summary and the samples.
 
     The model is saved first: a signal during validation ends the run, and one after it only the samples.
     """
@@ -103,6 +136,7 @@ def _finish(
     metrics = trainer.evaluate() if arguments.do_eval else {}
     tokens = trainer.state.global_step * trainer.options.facts["rows_per_step"] * recipe.length
     summary = _summary(trainer, data, metrics, tokens=tokens, seconds=seconds, parameters=parameters)
+    samples = []
     if trainer.is_world_process_zero():
         documents = next(iter(data.valid.values())).corpus
         stop = trainer.signal
@@ -110,7 +144,7 @@ def _finish(
         if stop.received:
             console.print(f"stopped by a signal after training, with {len(samples)} of {recipe.num_samples} samples")
         record(output, recipe, arguments, summary, trainer.state.log_history, samples, console)
-    return summary
+    return summary, samples
 
 
 def _summary(

@@ -50,6 +50,9 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
             place, words_for(dropout_model, text_folder, killed, **SAVING, **settings, resume_from_checkpoint="auto")
         )
     assert not (killed / "training.json").exists()
+    report = (killed / "report.html").read_text()
+    assert 'class="status running"' in report
+    assert report.endswith("</html>\n")
     train(recipe_for(dropout_model, text_folder, killed, **SAVING, **settings, resume_from_checkpoint="auto"), console)
     assert f"resuming from {killed / resumed_at}" in console.file.getvalue()
     assert losses(killed) == losses(whole)
@@ -79,6 +82,8 @@ def test_a_run_stopped_by_sigterm_resumes_in_the_middle_of_a_log_interval(
             train(recipe_for(dropout_model, text_folder, stopped, **settings), console)
     assert signal.getsignal(signal.SIGTERM) == before
     assert (stopped / "checkpoint-11/complete.json").exists()
+    report = (stopped / "report.html").read_text()
+    assert "stopped</span> terminated at step 11; resume_from_checkpoint=auto resumes from" in report
     train(recipe_for(dropout_model, text_folder, stopped, **settings, resume_from_checkpoint="true"), console)
     kept = {step: loss for step, loss in losses(stopped).items() if step % 4 == 0 and step > 12}
     assert kept == {step: loss for step, loss in losses(whole).items() if step > 12}

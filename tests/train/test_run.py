@@ -46,6 +46,11 @@ def test_a_run_learns_and_writes_a_model_a_log_a_curve_and_samples(byte_model, t
     for shown in ("bits per byte", "tokens/s", "MFU", "waiting for data", "iB", "s left", "perplexity"):
         assert shown in text
     assert (tmp_path / "out/samples.txt").read_text().count("\n--- ") == 1  # the second of two
+    report = (tmp_path / "out/report.html").read_text()
+    assert f"report: {tmp_path / 'out/report.html'}" in text
+    for shown in ("finished", "8 of 8", f"{summary.valid_bits_per_byte:.4f}", "fingerprint", torch.__version__):
+        assert shown in report
+    assert report.count("<pre dir") == 2
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["RetNetForCausalLM"]
 
 

@@ -52,8 +52,10 @@ def one_process(byte_model, text_folder, tmp_path, console):
 def test_two_processes_with_accumulation_train_as_one_without(byte_model, text_folder, tmp_path, one_process):
     settings = SETTINGS | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     shown = torchrun(2, words_for(byte_model, text_folder, tmp_path / "two", **settings))
-    assert shown.count("saved in") == 1  # only one process prints
+    assert shown.count("saved in") == shown.count("report: ") == 1  # only one process prints
     assert "on 2 x cpu" in shown
+    assert [path.name for path in (tmp_path / "two").glob("*report*")] == ["report.html"]
+    assert "<tr><th>processes</th><td>2</td></tr>" in (tmp_path / "two/report.html").read_text()
     assert_same_run(tmp_path / "two", one_process)
 
 
