@@ -148,16 +148,19 @@ def read(path: Path) -> list[Point]:
 def origin(points: Sequence[Point]) -> tuple[str, ...]:
     """Hardware, torch, date and commit of points for a caption; several are joined by 'and'."""
 
-    def all_of(key: str, form: str = "{}") -> str:
-        return " and ".join(form.format(v) for v in dict.fromkeys(p.certificate.get(key) for p in points) if v)
+    def all_of(key: str) -> str:
+        return " and ".join(filter(None, dict.fromkeys(p.certificate.get(key, "") for p in points)))
+
+    def with_name(name: str, values: str, end: str = "") -> str:
+        return f"{name}{values}{end}" if values else ""
 
     dates = sorted({p.certificate["date"].split()[0] for p in points if p.certificate.get("date")})
     return (
         all_of("device"),
-        all_of("threads", "{} threads"),
-        all_of("torch", "torch {}"),
+        with_name("", all_of("threads"), " threads"),
+        with_name("torch ", all_of("torch")),
         " to ".join(dates[:: max(1, len(dates) - 1)]),
-        all_of("commit", "commit {}"),
+        with_name("commit ", all_of("commit")),
     )
 
 

@@ -12,73 +12,78 @@ import torch
 from matplotlib.figure import Figure
 
 from retnet.ops.decay import experiment_log_decay, pairwise_decay, paper_log_decay, running_log_decay, window
+from retnet.plots.axes import log_axis
+from retnet.plots.frame import NORMAL, SMALL, framed, save, styled
+from retnet.plots.numbers import tokens
+from retnet.plots.palette import COLOURS, FAINT, INK, PAPER, look
 
-HEADS, TOKENS = 4, 128
-BLUE, ORANGE = "#0b4f8a", "#c2571a"
+HEADS, TOKENS, RESET = 4, 128, 64
 
 
-def save_masks(path: Path) -> None:
+@styled
+def draw_masks() -> Figure:
     """D of Eq. 5 for four heads: fixed decay, with a document boundary (a hard reset), and gated per token."""
     generator = torch.Generator().manual_seed(0)
     fixed = paper_log_decay(HEADS)
     per_token = fixed.expand(1, TOKENS, HEADS).clone()
     reset = per_token.clone()
-    reset[:, TOKENS // 2] = -torch.inf
+    reset[:, RESET] = -torch.inf
     gates = torch.randn(1, TOKENS, HEADS, generator=generator) * 2 + 1
-    rows = {
-        "fixed (Eq. 8)": per_token,
-        "a hard reset at token 64": reset,
-        r"gated, $\sigma(x W)^{1/16}$": torch.nn.functional.logsigmoid(gates) / 16,
-    }
-    figure = Figure(figsize=(9, 7.2), layout="constrained")
+    gated = torch.nn.functional.logsigmoid(gates) / 16
+    gammas = [f"γ = {x:.4f}" for x in fixed.exp().tolist()]
+    means = [f"mean γ = {x:.4f}" for x in gated[0].mean(0).exp().tolist()]
+    rows = (
+        ("fixed (Eq. 8)", per_token, gammas),
+        (f"reset at token {RESET}", reset, gammas),
+        ("gated per token", gated, means),
+    )
+    under = "4 heads, 128 tokens; gated: γₜ = σ(xₜ W)^(1/16), here of random xₜ W"
+    figure = framed(6.4, "Decay masks: the weight of key m for query n", under)
     grid = figure.subplots(len(rows), HEADS, sharex=True, sharey=True)
-    for line, (name, log_decay) in zip(grid, rows.items()):
+    image = None
+    for line, (name, log_decay, titles) in zip(grid, rows, strict=True):
         masks = pairwise_decay(*running_log_decay(log_decay, None, TOKENS))[0]
         for head, axes in enumerate(line):
-            axes.imshow(masks[head].numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-            axes.set(xticks=[0, 64, 127], yticks=[0, 64, 127])
-        line[0].set_ylabel(f"{name}\n\nquery n")
-    for head, axes in enumerate(grid[0]):
-        axes.set_title(rf"head {head}, $\gamma$ = {fixed[head].exp():.4f}", fontsize=10)
+            image = axes.imshow(masks[head].numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[0, RESET, TOKENS - 1], yticks=[0, RESET, TOKENS - 1])
+            axes.set_title(f"head {head}, {titles[head]}", fontsize=SMALL)
+            axes.grid(visible=False)
+        line[0].set_ylabel(f"{name}\nquery n")
     for axes in grid[-1]:
         axes.set_xlabel("key m")
-    figure.savefig(path, dpi=130)
+    bar = figure.colorbar(image, ax=grid.ravel().tolist(), shrink=0.5, aspect=24, ticks=[0, 0.25, 0.5, 0.75, 1])
+    bar.set_label("weight: the product of γ from m + 1 to n", fontsize=NORMAL, color=INK)
+    return figure
 
 
-def save_windows(path: Path) -> None:
+@styled
+def draw_windows() -> Figure:
     """Left: decay with distance. Right: number of tokens until 1% is left, for both schedules."""
-    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    figure = framed(3.1, "How far back a head sees", "left: 8 heads of Eq. 8; right: both schedules, 16 heads")
     decay_axes, window_axes = figure.subplots(1, 2)
     distance = torch.logspace(0, 4.5, 300)
     for head, log_decay in enumerate(paper_log_decay(8)):
-        left = torch.exp(distance * log_decay)
-        decay_axes.semilogx(
-            distance, left, color=BLUE, alpha=1 - head / 10, label=f"{head}" if head in (0, 7) else None
-        )
+        decay_axes.plot(distance, torch.exp(distance * log_decay), color=COLOURS["retention"], linewidth=1.4)
         decay_axes.text(
-            float(-0.7 / log_decay), 0.5, str(head), fontsize=8, ha="center", va="center", backgroundcolor="white"
-        )
-    decay_axes.axhline(0.01, color=ORANGE, linewidth=1)
-    decay_axes.text(1.2, 0.03, "1%", color=ORANGE, fontsize=9)
-    decay_axes.set(
-        xlabel="distance in tokens", ylabel=r"$\gamma_h^{\,n-m}$", title="Decay with distance, Eq. 8, heads 0 to 7"
-    )
-    for name, schedule, colour in (
-        ("Eq. 8", paper_log_decay, BLUE),
-        ("the paper's experiments", experiment_log_decay, ORANGE),
+            float(-0.7 / log_decay), 0.5, str(head), fontsize=SMALL, ha="center", va="center", color=INK,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.2},
+        )  # fmt: skip
+    decay_axes.axhline(0.01, color=FAINT, linewidth=1, linestyle="--")
+    decay_axes.text(1.1, 0.03, "1%: the window ends", color=FAINT, fontsize=SMALL)
+    decay_axes.set(xlabel="distance n − m, tokens", ylabel="weight γⁿ⁻ᵐ", title="Decay with distance, heads 0 to 7")
+    log_axis(decay_axes, "x", tokens)
+    for variant, (name, schedule) in enumerate(
+        (("Eq. 8", paper_log_decay), ("the paper's experiments", experiment_log_decay))
     ):
         windows = [window(x) for x in schedule(16).tolist()]
-        window_axes.semilogy(range(16), windows, "o-", color=colour, label=name, markersize=4)
-    window_axes.set(xlabel="head (of 16)", ylabel="tokens", title="Window: tokens until 1% is left")
+        window_axes.plot(range(16), windows, label=name, **look("retention", variant).line)
+    window_axes.set(xlabel="head", ylabel="tokens", title="Window: tokens until 1% is left")
+    log_axis(window_axes, "y", tokens)
     window_axes.legend()
-    for axes in (decay_axes, window_axes):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_masks(folder / "decay_masks.png")
-    save_windows(folder / "windows.png")
+    save(draw_masks(), folder / "decay_masks.png")
+    save(draw_windows(), folder / "windows.png")

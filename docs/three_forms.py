@@ -17,9 +17,17 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from retnet.plots.frame import NORMAL, SMALL, framed, save, styled
+from retnet.plots.palette import COLOURS, FAINT, INK
+
 T, CHUNK, GAMMA = 12, 4, 0.86
-BLUE = LinearSegmentedColormap.from_list("retention", ["#dbe9f6", "#0b4f8a"])
-INK, STATE, STATE_FACE, FAINT = "#1b2733", "#c2571a", "#fbe3d3", "#c9d3dc"
+BLUE = LinearSegmentedColormap.from_list("retention", ["#dbe9f6", COLOURS["retention"]])
+STATE, STATE_FACE, EMPTY = "#9c4a00", "#fbe3d3", "#f4f6f8"
+
+
+def formula(axes: Axes, x: float, y: float, text: str, colour: str = INK, size: float = NORMAL, **place: str) -> None:
+    place = {"ha": "center", "va": "center"} | place
+    axes.text(x, y, text, color=colour, fontsize=size, parse_math=True, zorder=4, **place)
 
 
 def cell(axes: Axes, n: int, m: int, alpha: float = 1.0) -> None:
@@ -34,13 +42,13 @@ def state_box(axes: Axes, x: float, y: float, label: str, width: float = 1.7, he
             facecolor=STATE_FACE, edgecolor=STATE, linewidth=1.2, zorder=3,
         )
     )  # fmt: skip
-    axes.text(x, y, label, ha="center", va="center", color=STATE, fontsize=9.5, zorder=4)
+    formula(axes, x, y, label, STATE)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, bend: float = 0.0) -> None:
     axes.add_patch(
         FancyArrowPatch(
-            start, end, arrowstyle="-|>", mutation_scale=9, color=colour, linewidth=1.1, shrinkA=0, shrinkB=0, zorder=2,
+            start, end, arrowstyle="-|>", mutation_scale=7, color=colour, linewidth=1.1, shrinkA=0, shrinkB=0, zorder=2,
             connectionstyle=f"arc3,rad={bend}",
         )
     )  # fmt: skip
@@ -54,9 +62,9 @@ def parallel(axes: Axes) -> None:
     for n in range(T):
         for m in range(n + 1):
             cell(axes, n, m)
-    axes.text(T / 2, -0.3, "keys m", ha="center", va="bottom", color=INK, fontsize=9)
-    axes.text(-0.5, T / 2, "queries n", ha="right", va="center", rotation=90, color=INK, fontsize=9)
-    axes.text(8.1, 2.6, r"$D_{nm} = \gamma^{\,n-m}$", ha="center", color=INK, fontsize=12)
+    axes.text(T / 2, -0.3, "keys m", ha="center", va="bottom", fontsize=SMALL)
+    axes.text(-0.4, T / 2, "queries n", ha="right", va="center", rotation=90, fontsize=SMALL)
+    formula(axes, 8.6, 2.6, r"$D_{nm} = \gamma^{\,n-m}$", size=NORMAL + 1)
 
 
 def recurrent(axes: Axes) -> None:
@@ -66,20 +74,20 @@ def recurrent(axes: Axes) -> None:
             if n == row and m == row:
                 cell(axes, n, m)
             else:
-                axes.add_patch(Rectangle((m, n), 1, 1, facecolor="#f4f6f8", edgecolor="white", linewidth=0.8))
+                axes.add_patch(Rectangle((m, n), 1, 1, facecolor=EMPTY, edgecolor="white", linewidth=0.8))
     for m in range(row):
         axes.add_patch(Rectangle((m, row), 1, 1, facecolor=STATE_FACE, edgecolor="white", linewidth=0.8))
     outline(axes, 0, row, row + 1, 1, INK)
-    axes.text(row / 2, row + 0.5, "already in the state", ha="center", va="center", color=STATE, fontsize=8.5)
+    axes.text(row / 2, row + 0.5, "already in the state", ha="center", va="center", color=STATE, fontsize=SMALL)
     x = T - 0.6
-    state_box(axes, x, row - 4.4, "$S_{t-1}$")
-    state_box(axes, x, row - 1.9, "$S_t$")
-    arrow(axes, (x, row - 3.9), (x, row - 2.4), STATE)
-    axes.text(x + 0.35, row - 3.2, r"$\times\,\gamma$", color=STATE, fontsize=10, va="center")
-    axes.text(x - 3.0, row - 2.75, r"$+\;k_t^{\!\top} v_t$", color=INK, fontsize=10, va="center", ha="center")
-    arrow(axes, (x - 1.9, row - 2.6), (x - 0.9, row - 2.1), INK)
-    arrow(axes, (x, row - 1.4), (x, row + 0.15), STATE)
-    axes.text(x + 0.05, row + 0.5, r"$o_t = q_t S_t$", color=INK, fontsize=10, va="center", ha="center")
+    state_box(axes, x, row - 5.4, "$S_{t-1}$", 2.6, 1.3)
+    state_box(axes, x, row - 2.0, "$S_t$", 2.6, 1.3)
+    arrow(axes, (x, row - 4.7), (x, row - 2.7), STATE)
+    formula(axes, x + 0.3, row - 3.7, r"$\times\,\gamma$", STATE, ha="left")
+    formula(axes, x - 3.2, row - 3.7, r"$+\;k_t^{\!\top} v_t$")
+    arrow(axes, (x - 2.6, row - 3.1), (x - 1.4, row - 2.3), INK)
+    arrow(axes, (x, row - 1.3), (x, row + 0.0), STATE)
+    formula(axes, x + 0.1, row + 0.6, r"$o_t = q_t S_t$")
 
 
 def chunkwise(axes: Axes) -> None:
@@ -94,43 +102,37 @@ def chunkwise(axes: Axes) -> None:
         outline(axes, i * CHUNK, i * CHUNK, CHUNK, CHUNK, INK)
         if i:
             outline(axes, 0, i * CHUNK, i * CHUNK, CHUNK, STATE)
-            axes.text(
-                i * CHUNK / 2,
-                i * CHUNK + CHUNK / 2,
-                f"$\\gamma^{{j+1}} q_j R_{i}$",
-                ha="center",
-                va="center",
-                color=STATE,
-                fontsize=10,
-            )
+            formula(axes, i * CHUNK / 2, i * CHUNK + CHUNK / 2, f"$\\gamma^{{j+1}} q_j R_{i}$", STATE)
     x = T - 0.6
     first, second = ((x, i * CHUNK - CHUNK / 2) for i in (1, 2))
     for i, (_, y) in enumerate((first, second), start=1):
-        state_box(axes, x, y, f"$R_{i}$", width=1.4)
-        arrow(axes, (i * CHUNK + 0.05, y), (x - 0.75, y), STATE)
-    arrow(axes, (x, first[1] + 0.5), (x, second[1] - 0.5), STATE)
-    axes.text(x + 0.25, CHUNK, r"$\times\,\gamma^{C}$", color=STATE, fontsize=10, va="center")
+        state_box(axes, x, y, f"$R_{i}$", 1.9, 1.3)
+        arrow(axes, (i * CHUNK + 0.05, y), (x - 1.0, y), STATE)
+    arrow(axes, (x, first[1] + 0.7), (x, second[1] - 0.7), STATE)
+    formula(axes, x + 0.2, CHUNK, r"$\times\,\gamma^{C}$", STATE, ha="left")
 
 
-def draw(folder: Path) -> None:
-    figure = Figure(figsize=(13.2, 5.3), layout="constrained")
+@styled
+def draw() -> Figure:
+    under = "T = 12 tokens: query n (row) reads key m (column) with weight γⁿ⁻ᵐ; orange goes through the state"
+    figure = framed(3.2, "Three ways to sum the same table", under)
     panels = [
-        (parallel, "Parallel", "the whole table at once: training", r"$(QK^{\top} \odot D)\,V$"),
-        (recurrent, "Recurrent", "one token from one state: decoding, O(1) per token",
+        (parallel, "Parallel", "the whole table at once:\ntraining", r"$(QK^{\top} \odot D)\,V$"),
+        (recurrent, "Recurrent", "one token from one state:\ndecoding, O(1) per token",
          r"$S_t = \gamma S_{t-1} + k_t^{\top} v_t$"),
-        (chunkwise, "Chunkwise", "blocks on the diagonal, a state for the rest: long sequences, O(T)",
+        (chunkwise, "Chunkwise", "blocks on the diagonal, a state for\nthe rest: long sequences, O(T)",
          r"$R_{i} = \gamma^{C} R_{i-1} + \sum_j \gamma^{C-1-j} k_j^{\top} v_j$"),
     ]  # fmt: skip
-    for axes, (draw_panel, title, use, formula) in zip(figure.subplots(1, 3), panels, strict=True):
+    for axes, (draw_panel, title, use, rule) in zip(figure.subplots(1, 3), panels, strict=True):
         draw_panel(axes)
-        axes.set(xlim=(-1.2, T + 1.4), ylim=(T + 2.6, -1.2), aspect="equal")
+        axes.set(xlim=(-1.4, T + 2.0), ylim=(T + 4.2, -2.4), aspect="equal")
         axes.axis("off")
-        axes.set_title(title, fontsize=15, color=INK, fontweight="bold", pad=2)
-        axes.text(T / 2, T + 0.9, formula, ha="center", va="center", fontsize=12.5, color=INK)
-        axes.text(T / 2, T + 2.1, use, ha="center", va="center", fontsize=10, color="#51606e")
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "three_forms.svg", facecolor="white", metadata={"Date": None})
+        axes.text(T / 2, -1.7, title, ha="center", va="center", fontsize=NORMAL + 2, fontweight="bold")
+        formula(axes, T / 2, T + 1.1, rule, size=NORMAL + 1)
+        axes.text(T / 2, T + 3.1, use, ha="center", va="center", fontsize=SMALL + 0.5, color=FAINT)
+    return figure
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "pictures")
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "pictures"
+    save(draw(), folder / "three_forms.svg")

@@ -1,0 +1,95 @@
+"""The pictures of the documentation: their size, their letters, and whether they are those that the code draws."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import version
+
+import pytest
+
+from retnet.plots.frame import SMALL, save
+from tests.paths import ROOT
+from tests.plots.boxes import faults, smallest_letters
+
+PICTURES = ROOT / "docs" / "pictures"
+WIDEST, HEAVIEST = 1660, 300 * 1024  # pixels: twice the width of a page; bytes
+# Wider, and drawn from measurements whose rows were not saved: benchmarks/results/README.md.
+WAITING = {"figure6.png", "mixers.png", "recall.png"}
+ROWS = ROOT / "benchmarks" / "results" / "generate_retnet-1.3b_h200.csv"
+
+
+def script(name: str):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPTS = {
+    "decay_masks.png": ("decay_pictures", "draw_masks"),
+    "windows.png": ("decay_pictures", "draw_windows"),
+    "three_forms.svg": ("three_forms", "draw"),
+}
+
+
+@cache
+def drawn(name: str):
+    file, function = SCRIPTS[name]
+    return getattr(script(file), function)()
+
+
+@pytest.mark.parametrize("path", sorted(PICTURES.glob("*.png")), ids=lambda path: path.name)
+def test_a_picture_is_at_most_twice_as_wide_as_a_page_and_light(path):
+    data = path.read_bytes()
+    width = int.from_bytes(data[16:20])
+    assert len(data) <= HEAVIEST
+    assert (width > WIDEST) == (path.name in WAITING)
+
+
+def test_every_picture_is_shown_on_a_page_and_its_rows_are_listed():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    shown = {name for page in pages for name in re.findall(r"pictures/([\w.]+)\)", page.read_text())}
+    files = {path.name for path in PICTURES.iterdir()}
+    assert shown == files
+    listed = (ROWS.parent / "README.md").read_text()
+    assert [name for name in files if name not in listed and not name.startswith("page_")] == []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_text_covers_another_and_the_letters_can_be_read(name):
+    figure = drawn(name)
+    assert faults(figure) == []
+    assert smallest_letters(figure) >= SMALL
+
+
+def test_each_row_of_masks_has_its_own_gammas():
+    titles = [axes.get_title() for axes in drawn("decay_masks.png").axes]
+    assert titles[:2] == titles[4:6] == ["head 0, γ = 0.9688", "head 1, γ = 0.9844"]
+    assert all(re.fullmatch(r"head \d, mean γ = 0\.\d{4}", title) for title in titles[8:12])
+    assert len(set(titles[8:12])) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    f"matplotlib=={version('matplotlib')}" not in (ROOT / "constraints.txt").read_text(), reason="another matplotlib"
+)
+@pytest.mark.parametrize("name", [*SCRIPTS, "tri_mixer.svg", "generate.png"])
+def test_the_stored_pictures_are_those_that_the_code_draws(name, tmp_path):
+    path = tmp_path / name
+    if name in SCRIPTS:
+        save(drawn(name), path)
+    else:
+        words = ["-m", "retnet.cli", "stack", "explain", "arch_expert_research", "--picture", str(path)]
+        if name == "generate.png":
+            words = ["benchmarks/bench_generate.py", "--model", "retnet-1.3b", "--dtype", "bfloat16"]
+            words += ["--csv", str(ROWS), "--plot", str(path)]
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == (PICTURES / name).read_bytes()
