@@ -52,6 +52,10 @@ demo: $(VENV)/.installed
 	$(BIN)/retnet check out/demo --text README.md --length 256
 	$(BIN)/retnet info out/demo --png out/demo/model.png
 	@echo "plots: out/demo/loss_curve.png, out/demo/stream.png, out/demo/model.png"
+	@echo "next:  source $(BIN)/activate"
+	@echo "       retnet generate out/demo 'import ' --max-tokens 0    an endless text; Ctrl-C ends it"
+	@echo "       retnet chat out/demo                                 a conversation; it knows Python's syntax only"
+	@echo "       docs/index.md                                        your own text, hybrids, a server, ..."
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not gpu and not slow"

@@ -101,10 +101,10 @@ def _table(title: str, rows: list[Agreement]) -> Table:
     table.add_column("way", no_wrap=True)
     table.add_column("dtype", no_wrap=True)
     predicts = any(row.changed is not None for row in rows)
-    for name in ("max error", "relative", "limit", "", *(["other token"] if predicts else [])):
+    for name in ("max", "relative", "limit", "", *(["differs"] if predicts else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        changed = [f"{row.changed:,} of {row.tokens:,}"] if predicts else []
+        changed = [f"{row.changed:,}/{row.tokens:,}"] if predicts else []
         verdict = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
         numbers = (f"{x:.1e}" for x in (row.max_difference, row.relative, row.limit))
         table.add_row(row.way, row.dtype, *numbers, verdict, *changed)
@@ -113,13 +113,13 @@ def _table(title: str, rows: list[Agreement]) -> Table:
 
 def _legend(rows: list[Agreement]) -> Iterator[str]:
     """The columns in words."""
-    yield "relative: norm of the error / norm of the float64 result; a row passes if it is at most the limit,"
+    yield "max: largest error; relative: norm of the error / norm of the float64 result, which the limit bounds:"
     if rows[0].tokens is None:
-        yield "which is the rounding of another order of summation in that dtype"
+        yield "the rounding of another order of summation in that dtype"
         return
-    yield "which for parallel is what rounding in that dtype may cost, for every other way twice parallel's error"
+    yield "for parallel what rounding in that dtype may cost, for every other way twice parallel's error"
     yield (
-        "other token: positions where the likeliest token is not float64's, as rounding decides between near-equal "
+        "differs: positions whose likeliest token is not float64's, as rounding decides between near-equal "
         "ones; reported, not judged"
     )
 

@@ -112,7 +112,7 @@ def _print(model: str, summary: dict) -> None:
             f"{row['decode_flops_per_token'] / 1e9:.3f}",
             format_bytes(row["state_bytes"]),
             format_bytes(row["transformer_cache_bytes"]),
-            f"{row['transformer_cache_bytes'] / row['state_bytes']:.2f}",
+            f"{row['transformer_cache_bytes'] / row['state_bytes']:,.2f}",
         )
     console.print(table)
     console.print(

@@ -199,3 +199,15 @@ def test_text_that_looks_like_yaml_is_text_where_no_list_or_mapping_is_accepted(
 )
 def test_the_default_output_folder_is_named_after_the_model(model, folder):
     assert load_recipe(None, ["data=d"], model=model).training["output_dir"] == str(Path("out") / folder)
+
+
+def test_the_defaults_in_the_docs_are_those_of_a_run():
+    page = (ROOT / "docs/do/train.md").read_text()
+    table = page[page.index("| key | default |") :].partition("\n\n")[0]
+    recipe = load_recipe(None, ["model=retnet-tiny", "data=stdlib"])
+    arguments = recipe.training_arguments()
+    rows = [[cell.strip(" `") for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
+    assert len(rows) > 10
+    for key, said in rows:
+        value = getattr(recipe, key) if hasattr(recipe, key) else getattr(arguments, key)
+        assert said in (str(getattr(value, "value", value)), f"{value:g}" if isinstance(value, float) else ""), key
