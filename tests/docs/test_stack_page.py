@@ -1,4 +1,4 @@
-"""The numbers on docs/reference/stack.md about its complete file and the presets; the file trains with the line given there."""
+"""The numbers on the page of stacks about its complete file and the presets; the file trains with the line there."""
 
 from __future__ import annotations
 
