@@ -36,8 +36,7 @@ def _mathml(match: re.Match[str]) -> str:
 def _write_markdown(site: Path, staged: Path) -> None:
     """Each page's Markdown beside it; llms.txt, which lists them (llmstxt.org); llms-full.txt, all of them."""
     index = staged / "index.md"
-    head, _, _ = index.read_text(encoding="utf-8").partition("\n## ")
-    title, _, summary = head.partition("\n\n")
+    title, summary, *_ = index.read_text(encoding="utf-8").split("\n\n")
     lines = [title, "", "> " + " ".join(summary.split()), ""]
     whole = []
     for name, entries in sections(index).items():

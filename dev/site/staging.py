@@ -86,7 +86,7 @@ class Staging:
 
     def _write(self, source: Path, text: str) -> None:
         if not source.is_relative_to(self.docs):
-            text = f"---\nsearch:\n  exclude: true\n---\n\n{text}"
+            text = f"---\nsearch:\n  exclude: true\nhide: [navigation, toc]\n---\n\n{text}"  # code needs the width
         target = self.folder / self.place(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")

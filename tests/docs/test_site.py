@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import subprocess
 import sys
@@ -61,6 +63,27 @@ def test_a_link_with_the_name_of_a_test_leads_to_its_line(tmp_path):
 
 def test_a_link_to_a_folder_becomes_its_text(tmp_path):
     assert staged(tmp_path, "see [recipes](../../recipes).")["do/page.md"] == "see recipes."
+
+
+def test_a_notebook_becomes_a_page_with_its_texts_code_and_outputs(tmp_path):
+    picture = base64.b64encode(b"a picture").decode()
+    outputs = [
+        {"output_type": "stream", "name": "stdout", "text": ["one\n", "two\n"]},
+        {"output_type": "display_data", "data": {"image/png": picture, "text/plain": ["<Figure>"]}},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "see [the page](../docs/do/page.md)"]},
+        {"cell_type": "code", "source": ["print(1)"], "outputs": outputs},
+        {"cell_type": "code", "source": [], "outputs": []},
+    ]
+    write(tmp_path / "root", **{"notebooks__n.ipynb": json.dumps({"cells": cells})})
+    pages = staged(tmp_path, "[it](../../notebooks/n.ipynb)")
+    assert pages["do/page.md"] == "[it](../files/notebooks/n.ipynb.md)"
+    page = pages["files/notebooks/n.ipynb.md"]
+    assert "[the page](../../do/page.md)" in page
+    assert "```python\nprint(1)\n```\n\n```text\none\ntwo\n```" in page
+    assert 'src="n.ipynb-1.png"' in page
+    assert (tmp_path / "out/files/notebooks/n.ipynb-1.png").read_bytes() == b"a picture"
 
 
 @pytest.mark.parametrize(
