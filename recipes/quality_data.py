@@ -13,6 +13,7 @@ import json
 import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -142,6 +143,7 @@ def _load_stream(directory: Path, name: str, entry: dict, most: int | None, devi
     return Stream(tokens.to(device), tuple(ends), tuple(entry["bytes"][: len(ends)]))
 
 
+@lru_cache(maxsize=1)
 def source_bytes(device: torch.device) -> Corpus:
     """A small corpus of bytes, for trials: parts of the standard library's source."""
     from retnet.data import DOCUMENT_START, find_documents

@@ -4,11 +4,13 @@ A multiply-add is two operations. Every weight matrix that a token uses costs 2 
 twice that again backward. The operations of a mixer beside its projections are counted in the mixer's file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from torch import nn
 
+from retnet.layers.block import BlockConfig
 from retnet.layers.mixer_base import Workload
 from retnet.layers.mixers import mixer_of
 from retnet.layers.retention import RetentionConfig
@@ -45,8 +47,10 @@ def mixer_costs(config: ModelConfig, context: int, device: str = "cpu") -> list[
     """The cost of every layer's mixer at a context of `context` tokens, in the form that runs on `device`."""
     work = Workload(config.d_model, context, config.torch_dtype, device)
     flops = [mixer_of(layer.mixer).flops(layer.mixer, work) for layer in config.layers]
-    state = _empty_model(config).init_state(1, num_tokens=context)
-    return [MixerCost(*each, layer.nbytes) for each, layer in zip(flops, state, strict=True)]
+    layers = _distinct_layers(config)
+    states = _empty_model(replace(config, layers=layers)).init_state(1, num_tokens=context)
+    state_bytes = {layer: state.nbytes for layer, state in zip(layers, states, strict=True)}
+    return [MixerCost(*each, state_bytes[layer]) for each, layer in zip(flops, config.layers, strict=True)]
 
 
 def device_notes(config: ModelConfig, context: int, device: str) -> list[str]:
@@ -54,6 +58,11 @@ def device_notes(config: ModelConfig, context: int, device: str) -> list[str]:
     work = Workload(config.d_model, context, config.torch_dtype, device)
     notes = (layer.mixer.on_device(work) for layer in config.layers)
     return list(dict.fromkeys(note for note in notes if note))
+
+
+def _distinct_layers(config: ModelConfig) -> tuple[BlockConfig, ...]:
+    """Each layer of the model once: equal layers have equal sizes, and a deep model takes seconds to build."""
+    return tuple(dict.fromkeys(config.layers))
 
 
 @lru_cache(maxsize=64)
@@ -68,11 +77,12 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
     A tied head is counted once, under embedding.
     """
-    model = _empty_model(config)
-    between = (model.embedding_norm, model.layers, model.final_norm)
+    layers = _distinct_layers(config)
+    model = _empty_model(replace(config, layers=layers))
+    sizes = {layer: _size(block) for layer, block in zip(layers, model.layers, strict=True)}
     counts = {
         "embedding": model.embedding.weight.numel(),
-        "layers": sum(p.numel() for part in between for p in part.parameters()),
+        "layers": _size(model.embedding_norm) + sum(sizes[layer] for layer in config.layers) + _size(model.final_norm),
         "head": 0 if config.tie_embeddings else model.head.weight.numel(),
     }
     return counts | {"total": sum(counts.values())}
@@ -82,6 +92,10 @@ def idle_parameters(config: ModelConfig) -> int:
     """Weights that a token does not use: those of the experts not chosen for it."""
     feed_forwards = (layer.feed_forward for layer in config.layers)
     return sum(each.idle_parameters(config.d_model) for each in feed_forwards if each is not None)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def model_cost(config: ModelConfig, context: int, device: str = "cpu") -> ModelCost:

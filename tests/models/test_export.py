@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.export import ExportedProgram
 
 from retnet.models.export import BLOCK_TOKENS, export_block, export_onnx, export_step, initial_state
 from retnet.models.lm import LanguageModel
@@ -15,19 +16,14 @@ from tests.small_models import PAPER, WINDOW, random_ids, small_model
 LENGTHS = (200, 1, 3, 1, 2, 512)  # tokens of one call after another
 
 
-def make_model() -> LanguageModel:
-    """Fixed and gated decay, with and without rotary, convolution and norms of q and k."""
-    options = (
-        {"decay_norm": True},
-        {"decay": "gated", "rotary": "none", "gate": "sigmoid"},
-        {"conv_width": 4, "qk_norm": "rms"},
-    )
-    return small_model([replace(PAPER, mixer=replace(PAPER.mixer, **option)) for option in options])
-
-
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    return make_model()
+    """Fixed and gated decay, with and without rotary, convolution and norms of q and k."""
+    options = (
+        {"decay_norm": True, "conv_width": 4},
+        {"decay": "gated", "rotary": "none", "gate": "sigmoid", "qk_norm": "rms"},
+    )
+    return small_model([replace(PAPER, mixer=replace(PAPER.mixer, **option)) for option in options])
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +37,20 @@ def expected_logits(model, ids):
         return model(ids).logits[0, ends]
 
 
-def test_exported_programs_read_a_text_in_any_pieces(model, ids):
-    step, block = export_step(model).module(), export_block(model).module()
+@pytest.fixture(scope="module")
+def logits_before(model, ids) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.fixture(scope="module")
+def programs(model, logits_before) -> tuple[ExportedProgram, ExportedProgram]:
+    """The model's step and block, exported after `logits_before`."""
+    return export_step(model), export_block(model)
+
+
+def test_exported_programs_read_a_text_in_any_pieces(model, ids, programs):
+    step, block = (program.module() for program in programs)
     state, logits = initial_state(model), []
     for piece in ids.split(LENGTHS, 1):
         run = step if piece.shape[1] == 1 else block
@@ -52,19 +60,16 @@ def test_exported_programs_read_a_text_in_any_pieces(model, ids):
     assert state[0].tolist() == [sum(LENGTHS)]
 
 
-def test_the_graphs_hold_plain_operators_alone(model):
-    for program in (export_step(model), export_block(model)):
+def test_the_graphs_hold_plain_operators_alone(programs):
+    for program in programs:
         targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
         assert targets
         assert not [target for target in targets if "retnet" in target]
 
 
-def test_exporting_leaves_the_model_as_it_was(ids):
-    model = make_model()
+def test_exporting_leaves_the_model_as_it_was(model, ids, logits_before, programs):
     with torch.no_grad():
-        before = model(ids).logits
-        export_block(model)
-        assert torch.equal(model(ids).logits, before)
+        assert torch.equal(model(ids).logits, logits_before)
 
 
 def test_onnxruntime_gives_equal_logits(model, ids, tmp_path):
