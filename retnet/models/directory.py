@@ -33,6 +33,7 @@ MODEL_TYPE = "retnet"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 PREFIX = "model."
+CLASSIFIER_HEAD = "score.weight"
 _LAYER = re.compile(r"layers\.(\d{1,9})\.")
 
 SHIM_FILE = "retnet_shim.py"
@@ -41,14 +42,14 @@ SHIM = '''"""The classes of this model, for transformers with trust_remote_code=
 The package has to be installed. After `import retnet.hf` transformers needs neither this file nor the flag.
 """
 
-from retnet.hf import RetNetConfig, RetNetForCausalLM, RetNetModel
-
-__all__ = ["RetNetConfig", "RetNetForCausalLM", "RetNetModel"]
+from retnet.hf import *  # noqa: F403
 '''
 AUTO_MAP = {
     "AutoConfig": "retnet_shim.RetNetConfig",
     "AutoModel": "retnet_shim.RetNetModel",
     "AutoModelForCausalLM": "retnet_shim.RetNetForCausalLM",
+    "AutoModelForSequenceClassification": "retnet_shim.RetNetForSequenceClassification",
+    "AutoModelForTokenClassification": "retnet_shim.RetNetForTokenClassification",
 }
 
 
@@ -128,6 +129,11 @@ def open_model(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]
     directory = Path(directory)
     config = load_config(directory)
     tensors = open_tensors(directory)
+    if CLASSIFIER_HEAD in tensors.specs:
+        raise ValueError(
+            f"{directory} holds a classifier; accepted: a language model. AutoModelForSequenceClassification or "
+            "AutoModelForTokenClassification of transformers open it, after `import retnet.hf`"
+        )
     tensors = tensors.renamed({name.removeprefix(PREFIX): name for name in tensors.specs})
     held = {int(part[1]) for part in map(_LAYER.match, tensors.specs) if part}
     _refuse(directory, size_problems(config, "embedding.weight", tensors.specs.get("embedding.weight"), held))

@@ -52,9 +52,9 @@ class RetNetConfig(PreTrainedConfig):
                 super().__setattr__(name, x)
 
     @classmethod
-    def of(cls, config: ModelConfig) -> RetNetConfig:
-        """The transformers config of a core configuration."""
-        return cls(model_config=config.to_dict())
+    def of(cls, config: ModelConfig, **options: Any) -> RetNetConfig:
+        """The transformers config of a core configuration; options are further fields, such as num_labels."""
+        return cls(model_config=config.to_dict(), **options)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
