@@ -103,8 +103,8 @@ def _local(
 ) -> Backend:
     from retnet.api import load_tokenizer
     from retnet.cli.chat_local import LocalBackend
+    from retnet.data.chat_template import find_chat_template
     from retnet.models.decode.sampling import Sampling
-    from retnet.serve.chat_template import find_chat_template
 
     network = load_shown(name, device, dtype)
     tokenizer = load_tokenizer(network)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from retnet.cli.chat_turn import Answer, Backend, ChatError, Turn
+from retnet.data.chat_template import ChatTemplate, TemplateError
 from retnet.data.tokenizer import Tokenizer
 from retnet.models.cost import transformer_cache_bytes
 from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
-from retnet.serve.chat_template import ChatTemplate, TemplateError
 from retnet.serve.engine import Engine
 from retnet.serve.pool import growing_layer
 from retnet.serve.request import Generation, Refused, Request

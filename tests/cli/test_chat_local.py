@@ -6,9 +6,9 @@ import pytest
 
 from retnet.cli.chat_local import LocalBackend
 from retnet.cli.chat_turn import ChatError, Turn
+from retnet.data.chat_template import find_chat_template
 from retnet.data.tokenizer import ByteTokenizer
 from retnet.models.decode.sampling import Sampling
-from retnet.serve.chat_template import find_chat_template
 from retnet.serve.request import Request
 from tests.small_models import BYTES, small_model
 

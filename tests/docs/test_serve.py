@@ -10,8 +10,8 @@ import subprocess
 import pytest
 
 from retnet.cli.chat_terminal import HELP
+from retnet.data.chat_template import find_chat_template
 from retnet.data.tokenizer import ByteTokenizer
-from retnet.serve.chat_template import find_chat_template
 from retnet.serve.http.api.completions import CompletionBody
 from retnet.serve.http.api.fields import MAX_BIASES, MAX_CHOICES, MAX_STOP_LENGTH, MAX_STOPS, SEED_STEP, SamplingFields
 from retnet.serve.http.chat.messages import MAX_MESSAGES

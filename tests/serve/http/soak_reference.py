@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from retnet.data.chat_template import find_chat_template
 from retnet.data.tokenizer import DOCUMENT_START, DOCUMENT_START_TOKEN, ByteTokenizer
 from retnet.models.decode.sampling import Sampling
-from retnet.serve.chat_template import find_chat_template
 from retnet.serve.engine import Engine
 from retnet.serve.http.grammars.constraints import Constraints, constraint_of
 from retnet.serve.request import Generation, Request

@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar
 from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import Field, PlainValidator
 
+from retnet.data.chat_template import ChatTemplate, TemplateError, find_chat_template
 from retnet.models.decode.sampling import TOP_LOGPROBS
-from retnet.serve.chat_template import ChatTemplate, TemplateError, find_chat_template
 from retnet.serve.http.api.completion_answer import Prompt
 from retnet.serve.http.api.fields import SamplingFields, Stops, check_tokens, wrong
 from retnet.serve.http.api.json_body import JsonRoute

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from retnet.data.chat_template import ChatTemplate, find_chat_template
 from retnet.data.tokenizer import DOCUMENT_START
-from retnet.serve.chat_template import ChatTemplate, find_chat_template
 from retnet.serve.engine import Engine
 from retnet.serve.http.app import create_app
 from retnet.serve.http.chat.routes import WRITTEN_AT_A_TIME

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from retnet.data.chat_files import DEFAULT, ChatFiles, read_chat_files
+from retnet.data.sandbox import TemplateError, compiled, render
 from retnet.data.tokenizer import Tokenizer
-from retnet.serve.sandbox import TemplateError, compiled, render
 
 __all__ = ["ChatTemplate", "TemplateError", "find_chat_template"]
 

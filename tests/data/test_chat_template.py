@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retnet.data.chat_template import ChatTemplate, TemplateError, find_chat_template
 from retnet.data.tokenizer import DOCUMENT_START, ByteTokenizer
-from retnet.serve.chat_template import ChatTemplate, TemplateError, find_chat_template
 from tests.serve.http.chat.models import CHATML, LLAMA, MAKERS, SPECIAL, TEMPLATES, TOOLS, save_tokenizer
 
 TOOL = {
@@ -266,13 +266,13 @@ ENDLESS = [
 
 @pytest.mark.parametrize("source", ENDLESS)
 def test_a_template_without_end_is_stopped(plain_maker, source, monkeypatch):
-    monkeypatch.setattr("retnet.serve.sandbox.MAX_SECONDS", 0.05)
+    monkeypatch.setattr("retnet.data.sandbox.MAX_SECONDS", 0.05)
     with pytest.raises(TemplateError, match="takes more than"):
         plain_maker(source).encode([{"role": "user", "content": "x"}])
 
 
 def test_a_template_that_writes_too_much_is_stopped(plain_maker, monkeypatch):
-    monkeypatch.setattr("retnet.serve.sandbox.MAX_CHARACTERS", 1000)
+    monkeypatch.setattr("retnet.data.sandbox.MAX_CHARACTERS", 1000)
     with pytest.raises(TemplateError, match="more than 1,000 characters"):
         plain_maker("{% for i in range(2000) %}ab{% endfor %}").encode([{"role": "user", "content": "x"}])
 
