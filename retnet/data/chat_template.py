@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet.data.chat_files import DEFAULT, ChatFiles, read_chat_files
-from retnet.data.sandbox import TemplateError, compiled, render
+from retnet.data.sandbox import MARKS_GENERATION, TemplateError, compiled, render
 from retnet.data.tokenizer import Tokenizer
 
 __all__ = ["ChatTemplate", "TemplateError", "find_chat_template"]
@@ -41,6 +41,10 @@ PLAIN = """
 {%- endfor -%}
 {%- if add_generation_prompt %}Assistant:{{ '\n' }}{% endif -%}
 """
+# The same for training: the token that ends a text also ends an answer.
+ENDED = PLAIN.replace(
+    "{{ message.content }}", "{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+)
 PLAIN_STOPS = ("\nUser:", "\nSystem:", "\nTool:", "\nAssistant:")
 
 
@@ -102,23 +106,13 @@ class ChatTemplate:
         Raises TemplateError if the template refuses the conversation or takes too long, ValueError for text without
         tokens.
         """
-        source = self._source(bool(tools))
-        given = {"messages": [*messages], "tools": [*tools] if tools else None}
-        flags = {"documents": None, "add_generation_prompt": add_generation_prompt and not continue_final_message}
-
-        def rendered(mark: Mark) -> list[str | int]:
-            variables = _marked(options, self._lightly, self._lightly) | _marked(given, mark, self._lightly)
-            if continue_final_message:
-                variables["messages"] = _left_open(variables["messages"])
-            text = render(source, {**self.variables, **variables, **flags})
-            return self._parts(_cut_at_end(text) if continue_final_message else text)
-
-        try:
-            parts, safe = rendered(self._lightly), rendered(_densely)
-        except RecursionError as error:
-            raise TemplateError("the conversation is nested too deeply") from error
-        if [part for part in parts if isinstance(part, int)] != [part for part in safe if isinstance(part, int)]:
-            parts = safe
+        parts = self.parts(
+            messages,
+            tools,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            **options,
+        )
         start = self.tokenizer.document_start
         first = next((i for i, part in enumerate(parts) if part != start), len(parts))
         text = parts[first:]
@@ -127,6 +121,49 @@ class ChatTemplate:
             if rest is not None:
                 return [*begin, *self.tokenizer.encode_parts([start, *rest])[1:]]
         return self.tokenizer.encode_parts([start, *text]) if first else [start, *self.tokenizer.encode_parts(text)]
+
+    def parts(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> list[str | int]:
+        """The text of a conversation, with special tokens in it as numbers; arguments as for `encode`."""
+        parts, safe = (self.drawn(messages, tools, densely=densely, **options) for densely in (False, True))
+        return parts if _special(parts) == _special(safe) else safe
+
+    def drawn(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        densely: bool,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        stand_ins: Mapping[int, Mapping[str, Any]] = {},
+        marks_generation: bool = False,
+        **options: Any,
+    ) -> list[str | int]:
+        """One of the two renderings that `parts` compares.
+
+        stand_ins: messages that take the places of others unmarked, by number. marks_generation: write the template's
+        generation blocks between `sandbox.BEGIN` and `sandbox.END`.
+
+        Raises TemplateError.
+        """
+        mark = _densely if densely else self._lightly
+        given = {"messages": [*messages], "tools": [*tools] if tools else None}
+        flags = {
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            MARKS_GENERATION: marks_generation,
+        }
+        try:
+            variables = _marked(options, self._lightly, self._lightly) | _marked(given, mark, self._lightly)
+            if continue_final_message:
+                variables["messages"] = _left_open(variables["messages"])
+            variables["messages"] = [stand_ins.get(i, message) for i, message in enumerate(variables["messages"])]
+            text = render(self._source(bool(tools)), {**self.variables, **variables, **flags})
+        except RecursionError as error:
+            raise TemplateError("the conversation is nested too deeply") from error
+        return self._parts(_cut_at_end(text) if continue_final_message else text)
 
     def tokens_of_texts(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The different tokens that the texts of messages have by themselves, without those of the template."""
@@ -194,20 +231,26 @@ class ChatTemplate:
         return [part for part in unmarked if part != ""]
 
 
-def find_chat_template(choice: str | None, tokenizer: Tokenizer, directory: Path | None) -> ChatTemplate | None:
+def find_chat_template(
+    choice: str | None, tokenizer: Tokenizer, directory: Path | None, *, for_training: bool = False
+) -> ChatTemplate | None:
     """The template that is chosen: `plain`, `none`, or a file; without a choice the model's own, otherwise plain.
 
-    directory: of the model, if it is saved.
+    directory: of the model, if it is saved. for_training: plain answers end with the token that ends a text.
 
     Raises ValueError for a file that is no template, OSError if it cannot be read.
     """
     if choice == "none":
         return None
     files = ChatFiles() if directory is None else read_chat_files(directory)
-    special = {"bos_token": _spelling(tokenizer, tokenizer.document_start)} | files.special
+    end = tokenizer.document_start if tokenizer.document_end is None else tokenizer.document_end
+    special = {"bos_token": _spelling(tokenizer, tokenizer.document_start), "eos_token": _spelling(tokenizer, end)}
+    special |= files.special
     if choice is None and files.templates:
         return ChatTemplate(tokenizer, str(directory), files.templates, special)
     if choice is None or choice == "plain":
+        if for_training:
+            return ChatTemplate(tokenizer, "plain", {DEFAULT: ENDED}, special)
         return ChatTemplate(tokenizer, "plain", {DEFAULT: PLAIN}, special, PLAIN_STOPS)
     path = Path(choice)
     if not path.is_file():
@@ -221,6 +264,10 @@ def find_chat_template(choice: str | None, tokenizer: Tokenizer, directory: Path
 
 def _spelling(tokenizer: Tokenizer, token: int) -> str:
     return next((content for content, n in tokenizer.special_tokens.items() if n == token), "")
+
+
+def _special(parts: Sequence[str | int]) -> list[int]:
+    return [part for part in parts if isinstance(part, int)]
 
 
 def _densely(text: str) -> str:

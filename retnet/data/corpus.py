@@ -36,6 +36,7 @@ class Corpus(ABC):
     tokenizer_id: equal for corpora with the same tokenizer: `bytes`, or the SHA-256 of a `tokenizer.json`.
     tokenizer_directory: directory with that `tokenizer.json` and its `tokenizer_config.json`, which transformers'
         AutoTokenizer loads; None for bytes.
+    whole: whether a row of training holds whole documents only.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Corpus(ABC):
     num_bytes: int
     tokenizer_id: str = BYTES
     tokenizer_directory: Path | None = None
+    whole: bool = False
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -65,6 +67,15 @@ class Corpus(ABC):
 
         Raises ValueError if the files have changed since they were opened.
         """
+
+    def learned(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.bool_]:
+        """Whether each of the tokens [start, stop) of a document has a loss: all do, except in conversations."""
+        stop = int(self.lengths[document]) if stop is None else stop
+        return np.ones(stop - start, dtype=bool)
+
+    def prompt(self, document: int, length: int) -> NDArray[np.integer]:
+        """Tokens of a document that a model is to continue: the first `length`."""
+        return self.tokens(document, 0, min(length, int(self.lengths[document])))
 
     @abstractmethod
     def describe(self, document: int) -> str:

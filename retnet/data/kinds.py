@@ -53,7 +53,8 @@ class Kind(StrEnum):
     HIDDEN_FOLDER = "hidden folder"
 
 
-_SUFFIXES = {".jsonl": Kind.JSONL, ".ndjson": Kind.JSONL, ".parquet": Kind.PARQUET, ".arrow": Kind.ARROW}
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_SUFFIXES = {**dict.fromkeys(JSONL_SUFFIXES, Kind.JSONL), ".parquet": Kind.PARQUET, ".arrow": Kind.ARROW}
 RECORDS = (Kind.JSONL, Kind.JSON, Kind.PARQUET, Kind.ARROW)  # documents are in a field
 READ = (Kind.TEXT, *RECORDS)
 

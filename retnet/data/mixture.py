@@ -17,6 +17,7 @@ from torch import Tensor
 from retnet.data.corpus import Corpus, token_kind
 from retnet.data.packing import PackedDataset, Rows
 from retnet.data.shuffle import make_key
+from retnet.data.whole_rows import packed
 
 _RESOLUTION = 10_000
 
@@ -52,7 +53,7 @@ class Mixture(Rows):
         self.length, self.carry_state = length, carry_state
         counts = _lane_counts(weights, lanes) if carry_state else _table_counts(weights)
         self.parts = [
-            PackedDataset(
+            packed(
                 corpus,
                 length,
                 None if seed is None else make_key(seed, number) >> 1,

@@ -38,8 +38,9 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     A row is a dict of int64 tensors [T]:
         input_ids: the tokens.
-        shift_labels: the next token in the same document, also across the end of a row; -100 at a document's last token
-            and where the epoch is filled up. Transformers' loss and ours take them without shifting.
+        shift_labels: the next token in the same document, also across the end of a row; -100 at a document's last
+            token, before tokens that are not learned, and where the epoch is filled up. Transformers' loss and ours
+            take them without shifting.
         labels: the same unshifted, as Hugging Face models expect; -100 at the first token of each piece. With these
             alone the last token of a row predicts nothing.
         position_ids: tokens since the last fresh state; 0 is a boundary.
@@ -130,10 +131,12 @@ class PackedDataset(Rows):
         filled = 0
         for document, begin, size, position in self._pieces(index, epoch):
             end = filled + size
-            tokens = self.corpus.tokens(document, begin, min(begin + size + 1, int(self.corpus.lengths[document])))
+            stop = min(begin + size + 1, int(self.corpus.lengths[document]))
+            tokens = self.corpus.tokens(document, begin, stop)
+            targets = np.where(self.corpus.learned(document, begin, stop), tokens.astype(np.int64), IGNORED)
             input_ids[filled:end] = tokens[:size]
-            shift_labels[filled : filled + len(tokens) - 1] = tokens[1:]
-            labels[filled + 1 : end] = tokens[1:size]
+            shift_labels[filled : filled + len(tokens) - 1] = targets[1:]
+            labels[filled + 1 : end] = targets[1:size]
             position_ids[filled:end] = np.arange(position, position + size)
             filled = end
         position_ids[filled:] = np.arange(self.length - filled)

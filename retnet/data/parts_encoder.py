@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from retnet.system.extras import needs
 
@@ -31,6 +34,7 @@ class PartsEncoder:
             from tokenizers import AddedToken
 
         tokenizer.no_truncation()
+        tokenizer.post_processor = None  # it only trims the spaces off the places of tokens here
         tokenizer.no_padding()
         flags = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
         tokenizer.add_special_tokens([flags.get(content, AddedToken(content, special=True)) for content in special])
@@ -43,6 +47,23 @@ class PartsEncoder:
             tokenizer.add_tokens([AddedToken(self._aliases[token], lstrip=lstrip, rstrip=rstrip, normalized=False)])
         self._special = {tokenizer.token_to_id(alias): token for token, alias in self._aliases.items()}
         self._tokenizer = tokenizer
+
+    def places(self, parts: Sequence[str | int]) -> list[tuple[int, int, int, bool]]:
+        """(token, begin, end, whether it stood between the parts): places as `Tokenizer.places_of_parts` counts."""
+        spelt = [self._aliases[part] if isinstance(part, int) else part for part in parts]
+        encoding = self._tokenizer.encode_batch(["".join(spelt)], add_special_tokens=False)[0]
+        # Places in the text with aliases, and the places that they count as: an alias is one unit.
+        edges = np.array([0, *accumulate(map(len, spelt))])
+        units = np.array([0, *accumulate(1 if isinstance(part, int) else len(part) for part in parts)])
+        begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        part = np.minimum(np.searchsorted(edges, begins, side="right") - 1, len(parts) - 1)
+        first = units[part] + np.minimum(begins - edges[part], np.diff(units)[part] - 1)
+        part = np.maximum(np.searchsorted(edges, ends) - 1, 0)
+        last = units[part] + np.minimum(ends - edges[part], np.diff(units)[part])
+        return [
+            (self._special.get(token, token), begin, end, token in self._special)
+            for token, begin, end in zip(encoding.ids, first.tolist(), last.tolist(), strict=True)
+        ]
 
     def encode(self, parts: Sequence[str | int]) -> list[list[int] | int]:
         """Special tokens, as given, and between them the tokens of the text."""

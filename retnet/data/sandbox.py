@@ -25,6 +25,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_SECONDS = 10.0
 MAX_CHARACTERS = 1 << 26
+BEGIN, END = "\ud804", "\ud805"  # of generation blocks: halves of surrogate pairs, which no text has
+MARKS_GENERATION = "_marks_generation"
 _DEADLINE = "_deadline"
 _BOUNDED = "_bounded"
 _NOT_ASCII = re.compile("[^\n -~\ud800-\udfff]")
@@ -74,14 +76,19 @@ def _look_at_clock(deadline: float) -> None:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}`: marks what the assistant wrote, for training."""
+    """`{% generation %}` ... `{% endgeneration %}`: what the assistant writes, between marks if they are asked for."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        return [_mark_if_asked(BEGIN, line), jinja2.nodes.Scope(body, lineno=line), _mark_if_asked(END, line)]
+
+
+def _mark_if_asked(mark: str, line: int) -> jinja2.nodes.Node:
+    output = jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=line)
+    return jinja2.nodes.If(jinja2.nodes.Name(MARKS_GENERATION, "load"), [output], [], [], lineno=line)
 
 
 class _Namespace(jinja2.utils.Namespace):

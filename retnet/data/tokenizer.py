@@ -67,6 +67,12 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
+    def places_of_parts(self, parts: Sequence[str | int]) -> list[tuple[int, int, int]]:
+        """`encode_parts` with the place of each token: (token, begin, end), where a character of a part counts one, and
+        so does a special token. A character in several tokens is the place of each.
+        """
+
+    @abstractmethod
     def encode_batch(self, texts: Sequence[bytes]) -> list[Sequence[int]]:
         """The tokens of each text, nothing around them; bytes come back as bytes. Raises ValueError as `encode`."""
 
@@ -139,6 +145,13 @@ class ByteTokenizer(Tokenizer):
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
         return [token for part in parts for token in ([part] if isinstance(part, int) else self.encode(part))]
+
+    def places_of_parts(self, parts: Sequence[str | int]) -> list[tuple[int, int, int]]:
+        places: list[tuple[int, int, int]] = []
+        for at, unit in enumerate(unit for part in parts for unit in ([part] if isinstance(part, int) else part)):
+            tokens = [unit] if isinstance(unit, int) else self.encode(unit)
+            places += [(token, at, at + 1) for token in tokens]
+        return places
 
     def stream_encoder(self) -> StreamEncoder:
         return BytesEncoder()

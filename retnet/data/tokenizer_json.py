@@ -104,11 +104,23 @@ class JsonTokenizer(Tokenizer):
         return [self._as_text(encoding.ids) for encoding in encodings]
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        with _refused_text():
+            runs = self._of_parts().encode(parts)
+        return [token for run in runs for token in ([run] if isinstance(run, int) else self._as_text(run))]
+
+    def places_of_parts(self, parts: Sequence[str | int]) -> list[tuple[int, int, int]]:
+        with _refused_text():
+            found = self._of_parts().places(parts)
+        return [
+            (token, begin, end)
+            for token, begin, end, is_special in found
+            for token in ([token] if is_special else self._as_text([token]))
+        ]
+
+    def _of_parts(self) -> PartsEncoder:
         if self._parts_encoder is None:
             self._parts_encoder = PartsEncoder(_load(self.file), self.special_tokens)
-        with _refused_text():
-            runs = self._parts_encoder.encode(parts)
-        return [token for run in runs for token in ([run] if isinstance(run, int) else self._as_text(run))]
+        return self._parts_encoder
 
     def stream_encoder(self) -> StreamEncoder:
         return WindowEncoder(self._ids_of, self._encode_window, self._as_text)

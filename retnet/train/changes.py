@@ -57,6 +57,7 @@ REFUSED = {
     "model": "model",
     "data": "data",
     "valid_fraction": "data",
+    "chat_template": "data",
     "length": "length",
     "per_device_train_batch_size": "rows_per_step",
     "gradient_accumulation_steps": "rows_per_step",

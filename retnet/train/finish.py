@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedTokenizerBase
 from transformers.training_args import TrainingArguments
 
 from retnet.data import Corpus
@@ -21,7 +23,6 @@ from retnet.ops.device import hardware
 from retnet.stack.resolve import tokenizer_of
 from retnet.system.files import write_json, written_whole
 from retnet.train.checkpoints import publish, staged
-from retnet.train.inputs import transformers_tokenizer
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
 from retnet.train.stopping import TerminationSignal
@@ -56,7 +57,7 @@ class TrainingSummary:
     mfu_peak: str
 
 
-def save_whole_model(trainer: PackedTrainer, output: Path, corpus: Corpus) -> None:
+def save_whole_model(trainer: PackedTrainer, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the model and its tokenizer into the run's directory, staged first. All processes call this."""
     with staged(output, "model", writes=trainer.args.should_save) as staging:
         if trainer.args.should_save:
@@ -68,7 +69,7 @@ def save_whole_model(trainer: PackedTrainer, output: Path, corpus: Corpus) -> No
             trainer.save_model(str(staging))
         if trainer.args.should_save:
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to load one
-            transformers_tokenizer(corpus).save_pretrained(str(staging))
+            tokenizer.save_pretrained(str(staging))
             publish(staging, output)
     trainer.accelerator.wait_for_everyone()
 
@@ -102,13 +103,14 @@ def continuations(
     for document in range(min(count, len(corpus))):
         if stop.received:
             break
-        tokens = corpus.tokens(document, 0, min(PROMPT_TOKENS, int(corpus.lengths[document])))
+        tokens = corpus.prompt(document, PROMPT_TOKENS)
         prompt = torch.tensor(tokens.astype("int64"), device=device)[None]
         new = generate(model, prompt, SAMPLE_TOKENS, temperature=TEMPERATURE, generator=generator)
         decoder = tokenizer.stream_decoder()
         begun = "".join(map(decoder.push, prompt[0].tolist()))
         # One decoder for both: the prompt may end inside a character, and its tokens decide about the next space.
-        texts.append((begun, "".join(decoder.push(int(token)) for token in new) + decoder.flush()))
+        until_end = takewhile(lambda token: token not in model.eos_token_ids, map(int, new))
+        texts.append((begun, "".join(map(decoder.push, until_end)) + decoder.flush()))
     return texts
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainingArguments
+from transformers import TrainingArguments
 
 from retnet.data import Corpus, Mixture, PackedDataset, Rows, open_corpus
+from retnet.data.chat_corpus import ChatCorpus, open_chats
+from retnet.data.chat_template import ChatTemplate, find_chat_template
+from retnet.data.conversations import conversation_files
 from retnet.data.corpus import token_kind
 from retnet.data.tokenizer import BYTES, DOCUMENT_START, VOCAB_SIZE
 from retnet.data.tokenizer_json import TOKENIZER_FILE
+from retnet.data.whole_rows import packed
 from retnet.models.config import ModelConfig
-from retnet.models.hf.tokenizer import byte_tokenizer
 from retnet.models.lm import LanguageModel
-from retnet.stack.resolve import resolve_model, tokenizer_of
+from retnet.stack.resolve import resolve_model, resolve_tokenizer, saved_directory, tokenizer_of
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
 
@@ -36,25 +39,60 @@ class RunData:
         """The first of them; all share vocabulary, document start and tokenizer."""
         return next(iter(self.corpora.values()))
 
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The template of the conversations among them."""
+        return next((corpus.template for corpus in self.corpora.values() if isinstance(corpus, ChatCorpus)), None)
+
 
 def open_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
     """Open the sources and pack them. Raises FileNotFoundError or ValueError for sources that cannot be used."""
-    opened = {source: open_corpus(source) for source in recipe.weights}
+    sources = [*recipe.weights] + ([] if recipe.valid is None else [recipe.valid])
+    everything = open_corpora(sources, recipe)
+    opened = {source: everything[source] for source in recipe.weights}
     if recipe.valid is None:
         split = {source: corpus.split(recipe.valid_fraction) for source, corpus in opened.items()}
         train, valid = {s: pair[0] for s, pair in split.items()}, {s: pair[1] for s, pair in split.items()}
     else:
-        train, valid = opened, {recipe.valid: open_corpus(recipe.valid)}
+        train, valid = opened, {recipe.valid: everything[recipe.valid]}
         _check_same_tokens(next(iter(train.values())), valid[recipe.valid])
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     lanes = arguments.train_batch_size * arguments.world_size
     options: dict[str, Any] = {"carry_state": recipe.carry_state, "lanes": lanes if recipe.carry_state else 1}
     corpora = list(train.values())
     if len(corpora) == 1:
-        rows: Rows = PackedDataset(corpora[0], recipe.length, seed, **options)
+        rows: Rows = packed(corpora[0], recipe.length, seed, **options)
     else:
         rows = Mixture(corpora, list(recipe.weights.values()), recipe.length, seed, **options)
     return RunData(rows, {name: _valid_rows(c, recipe, arguments) for name, c in valid.items()}, train)
+
+
+def open_corpora(sources: Sequence[str], recipe: Recipe) -> dict[str, Corpus]:
+    """Each source, opened: conversations by the chat template of the model, everything else as it is.
+
+    Raises ValueError for a chat template without conversations, and for conversations with a model that has no
+    tokenizer.
+    """
+    files = {source: conversation_files(source) for source in sources}
+    opened = {source: open_corpus(source) for source in sources if not files[source]}
+    chats = [source for source in sources if files[source]]
+    if not chats:
+        if recipe.chat_template is not None:
+            raise ValueError(
+                f"chat_template is {recipe.chat_template!r}, and no source holds conversations; accepted with it: "
+                "jsonl with messages"
+            )
+        return opened
+    tokenizer = resolve_tokenizer(recipe.model)
+    for corpus in opened.values():
+        if tokenizer.same_tokens(corpus.tokenizer):  # one identity, so that the two can be mixed
+            tokenizer = corpus.tokenizer
+    directory = saved_directory(recipe.model)
+    template = find_chat_template(recipe.chat_template, tokenizer, directory, for_training=True)
+    if template is None:
+        raise ValueError("chat_template is none with conversations; accepted: plain, or a file with a Jinja template")
+    length = None if recipe.carry_state else recipe.length
+    return opened | {source: open_chats(source, files[source], template, directory, length) for source in chats}
 
 
 def _check_same_tokens(train: Corpus, valid: Corpus) -> None:
@@ -70,16 +108,18 @@ def _check_same_tokens(train: Corpus, valid: Corpus) -> None:
 def _valid_rows(corpus: Corpus, recipe: Recipe, arguments: TrainingArguments) -> PackedDataset:
     """Rows in the given order; with carry_state, in as many lanes as there are rows for, equally many per process."""
     if not recipe.carry_state:
-        return PackedDataset(corpus, recipe.length, None)
+        return packed(corpus, recipe.length, None)
     available = -(-corpus.num_tokens // recipe.length)
     per_process = max(1, min(arguments.eval_batch_size, available // arguments.world_size))
     lanes = per_process * arguments.world_size
     return PackedDataset(corpus, recipe.length, None, carry_state=True, lanes=lanes)
 
 
-def initial_model(recipe: Recipe, corpus: Corpus, seed: int) -> PackedForCausalLM:
+def initial_model(recipe: Recipe, corpus: Corpus, seed: int, template: ChatTemplate | None = None) -> PackedForCausalLM:
     """The model that a recipe names: a preset with weights drawn from the seed, a stack with weights drawn from its own
     seed, or a saved model to continue from.
+
+    template: of conversations; the token that ends a turn then ends a text too.
 
     Raises ValueError or OSError if there is none, or if it does not read the corpus's tokens.
     """
@@ -91,22 +131,11 @@ def initial_model(recipe: Recipe, corpus: Corpus, seed: int) -> PackedForCausalL
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for layer in model.layers:
             layer.compile(**recipe.compile_options)
+    end = None if template is None else template.turn_end
+    if end is not None and end not in model.config.eos_token_ids:
+        ends = (*model.config.eos_token_ids, end)
+        model.config = replace(model.config, eos_token_id=end if len(ends) == 1 else ends)
     return PackedForCausalLM.wrap(model)
-
-
-def transformers_tokenizer(corpus: Corpus) -> PreTrainedTokenizerBase:
-    """The tokenizer of a corpus, for transformers; its document start begins and ends texts.
-
-    Its pad is a special token that calls itself one; without such a token it is the document start.
-    """
-    if corpus.tokenizer_directory is None:
-        return byte_tokenizer()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(corpus.tokenizer_directory / TOKENIZER_FILE))
-    start = tokenizer.convert_ids_to_tokens(corpus.document_start)
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pad = next((token for token in special if "pad" in token.lower() and token != start), start)
-    tokenizer.add_special_tokens({"bos_token": start, "eos_token": start, "pad_token": pad})
-    return tokenizer
 
 
 def _check_tokenizer(model: LanguageModel, corpus: Corpus) -> None:

@@ -50,7 +50,8 @@ DEFAULTS: dict[str, Any] = {
 
 _REQUIRED = {
     "model": "the name of a preset (such as retnet-tiny), a stack file, or a saved directory",
-    "data": "a folder written by `retnet data`, a file or folder of text, or stdlib; or several with their weights",
+    "data": "a folder written by `retnet data`, a file or folder of text, jsonl with messages, or stdlib; or several "
+    "with their weights",
 }
 # Fields of TrainingArguments that would have no effect, because rows, their order and the loss are ours.
 WITHOUT_EFFECT = {
@@ -101,11 +102,13 @@ class Recipe(BaseModel):
     """The settings of a training run.
 
     model: the name of a preset, a stack file, or a saved directory to train further.
-    data: a folder of shards, a file or folder of text, or `stdlib`; or a mapping of several to their shares of tokens.
+    data: a folder of shards, a file or folder of text, jsonl with `messages`, or `stdlib`; or a mapping of several to
+        their shares of tokens.
     valid: one source for validation, instead of a share of the documents of `data`.
     length: tokens per row. Longer documents are cut into pieces, each of which starts from an empty state.
     carry_state: each piece starts from the state at the end of the piece before instead.
     valid_fraction: the share of documents held out for validation if `valid` is not given.
+    chat_template: for conversations, `plain` or a file with a Jinja template; the model's own by default, else plain.
     max_minutes: a time limit on training, resumed parts included; the learning-rate schedule ends with it.
     num_samples: the number of validation documents to write continuations of at the end.
     router_lr_multiplier: the learning rate of MoE routers, divided by that of all other parameters.
@@ -120,6 +123,7 @@ class Recipe(BaseModel):
     length: int = Field(default=1024, ge=2)
     carry_state: bool = False
     valid_fraction: float = Field(default=0.05, gt=0, lt=1)
+    chat_template: Source | None = None
     max_minutes: float | None = Field(default=None, gt=0)
     num_samples: int = Field(default=3, ge=0)
     router_lr_multiplier: float = Field(default=1.0, ge=0)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import TrainingArguments
 
+from retnet.data.chat_corpus import ChatCorpus
 from retnet.models.lm import LanguageModel
 from retnet.system.lock import locked
 from retnet.system.progress import Progress
@@ -27,6 +28,7 @@ from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.progress import ProgressCallback
 from retnet.train.recipe import Recipe
 from retnet.train.report import REPORT_FILE, Report, Subject, all_settings, run_tables
+from retnet.train.saved_tokenizer import tokenizer_to_save
 from retnet.train.trainer import PackedTrainer, RunOptions
 
 PADDING = 1024  # tokens by which a vocabulary is commonly rounded up, for speed
@@ -52,7 +54,7 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
     with Progress(console, "opening the data") as shown:
         data = open_data(recipe, arguments)
         shown.begin("building the model")
-        model = initial_model(recipe, data.corpus, arguments.seed)
+        model = initial_model(recipe, data.corpus, arguments.seed, data.chat_template)
     with locked(output) if arguments.should_save else nullcontext():
         return _train(recipe, arguments, data, model, console)
 
@@ -131,7 +133,8 @@ def _finish(
     arguments: TrainingArguments = trainer.args
     output, seconds = Path(str(arguments.output_dir)), trainer.clock.read()
     trainer.check_weights()
-    save_whole_model(trainer, output, data.corpus)
+    began_from = cast(PackedForCausalLM, trainer.model).model.directory
+    save_whole_model(trainer, output, tokenizer_to_save(data.corpus, began_from, data.chat_template))
     trainer.model_saved = True
     metrics = trainer.evaluate() if arguments.do_eval else {}
     tokens = trainer.state.global_step * trainer.options.facts["rows_per_step"] * recipe.length
@@ -225,6 +228,9 @@ def _describe(
         f"{recipe.length:,}; validation {valid_bytes / 1e6:.2f} MB",
         soft_wrap=True,
     )
+    for name, corpus in data.corpora.items():
+        if isinstance(corpus, ChatCorpus):
+            _describe_chats(console, name, corpus, recipe)
     size, used = model.config.vocab_size, data.corpus.vocab_size
     if size - used >= PADDING:
         console.print(
@@ -237,3 +243,13 @@ def _describe(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _describe_chats(console: Console, name: str, corpus: ChatCorpus, recipe: Recipe) -> None:
+    share = corpus.num_targets / corpus.num_tokens
+    parts = [f"{name}: conversations in the chat template {corpus.template.name}, loss on {share:.0%} of the tokens"]
+    if corpus.cut_short:
+        parts.append(f"{corpus.cut_short:,} longer than a row and cut after {recipe.length:,} tokens")
+    if corpus.without_answer:
+        parts.append(f"{corpus.without_answer:,} without an answer left out")
+    console.print("; ".join(parts), markup=False, highlight=False, soft_wrap=True)

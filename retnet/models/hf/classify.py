@@ -32,7 +32,7 @@ class _Classifier(RetNetModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model.head = None  # type: ignore[assignment] (unused weights: distributed training refuses them)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, len(config.id2label or ()), bias=False)
         self.post_init()
 
     @classmethod
