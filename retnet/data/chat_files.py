@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retnet.system.files import read_json
+from retnet.system.files import read_json, written_whole
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -36,6 +36,16 @@ def read_chat_files(directory: Path) -> ChatFiles:
         templates[file.stem] = _text_of(file)
     special = {name: content for name in NAMES if (content := _spelling(config.get(name)))}
     return ChatFiles(templates, special)
+
+
+def copy_templates(source: Path, target: Path) -> None:
+    """Copy the templates that are files of their own."""
+    for file in (source / TEMPLATE_FILE, *(source / TEMPLATE_FOLDER).glob("*.jinja")):
+        if file.is_file():
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            with written_whole(copy) as written:
+                written.write(file.read_bytes())
 
 
 def _templates_of(given: Any, file: Path) -> dict[str, str]:

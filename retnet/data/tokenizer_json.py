@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retnet.data.chat_files import TEMPLATE_FILE, TEMPLATE_FOLDER, copy_templates
 from retnet.data.parts_encoder import PartsEncoder
 from retnet.data.stream_decoder import REPLACEMENT, BytesDecoder, StreamDecoder
 from retnet.data.stream_encoder import StreamEncoder, WindowEncoder, utf8_text
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-_HUB_FILES = [TOKENIZER_FILE, CONFIG_FILE]
+_HUB_FILES = [TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE, f"{TEMPLATE_FOLDER}/*.jinja"]
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _LLAMA = [
@@ -195,7 +196,8 @@ class JsonTokenizer(Tokenizer):
         directory.mkdir()
         _copy(self.file, directory / TOKENIZER_FILE)
         self._save_config(directory / CONFIG_FILE)
-        for path in (*directory.iterdir(), directory):
+        copy_templates(self.file.parent, directory)
+        for path in (*directory.rglob("*"), directory):
             flush(path)
 
     def _save_config(self, path: Path) -> None:

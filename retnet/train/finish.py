@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.training_args import TrainingArguments
 
 from retnet.data import Corpus
+from retnet.data.chat_files import TEMPLATE_FILE
 from retnet.models.decode.generation import generate
 from retnet.models.directory import PREFIX, load_model, write_model
 from retnet.models.tensor_files import Tensors
@@ -70,6 +71,8 @@ def save_whole_model(trainer: PackedTrainer, output: Path, tokenizer: PreTrained
         if trainer.args.should_save:
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to load one
             tokenizer.save_pretrained(str(staging))
+            if not (staging / TEMPLATE_FILE).exists():  # of an earlier run into this directory
+                (output / TEMPLATE_FILE).unlink(missing_ok=True)
             publish(staging, output)
     trainer.accelerator.wait_for_everyone()
 
