@@ -41,7 +41,7 @@ class ChatCorpus(Corpus):
     nothing in them is learned (in a row).
     """
 
-    whole = True
+    uncut = True
 
     def __init__(self, chats: Sequence[Chat], template: ChatTemplate, directory: Path | None, name: str, *counts: int):
         self.chats, self.template, self.name = chats, template, name

@@ -36,7 +36,7 @@ class Corpus(ABC):
     tokenizer_id: equal for corpora with the same tokenizer: `bytes`, or the SHA-256 of a `tokenizer.json`.
     tokenizer_directory: directory with that `tokenizer.json` and its `tokenizer_config.json`, which transformers'
         AutoTokenizer loads; None for bytes.
-    whole: whether a row of training holds whole documents only.
+    uncut: whether a row of training holds whole documents only.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Corpus(ABC):
     num_bytes: int
     tokenizer_id: str = BYTES
     tokenizer_directory: Path | None = None
-    whole: bool = False
+    uncut: bool = False
 
     def __len__(self) -> int:
         return len(self.lengths)

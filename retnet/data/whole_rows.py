@@ -44,7 +44,7 @@ def packed(
     """Rows of a corpus, arguments as for `PackedDataset`: of whole documents where the corpus asks for them, unless
     states are carried over the ends of rows.
     """
-    if corpus.whole and not carry_state:
+    if corpus.uncut and not carry_state:
         return WholeRows(corpus, length, seed)
     return PackedDataset(corpus, length, seed, carry_state=carry_state, lanes=lanes)
 

@@ -119,7 +119,7 @@ def test_the_corpus_of_conversations(tmp_path):
     assert corpus.prompt(2, 4).tolist() == prompt
     assert (corpus.num_targets, corpus.num_bytes) == (3 + 5 + 7, 2 + 4 + 6)
     assert corpus.describe(2) == f"{file}:3"
-    assert corpus.whole
+    assert corpus.uncut
     train, valid = corpus.split(0.01)
     assert (len(train), len(valid)) == (2, 1)
     assert len({corpus.fingerprint, train.fingerprint, valid.fingerprint}) == 3

@@ -139,7 +139,8 @@ def test_a_tokenizer_of_the_hub_is_fetched_and_one_that_is_not_there_is_named(to
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert find_tokenizer("org/model").identity == find_tokenizer(str(tokenizer_file)).identity
-    assert asked == [("org/model", ["tokenizer.json", "tokenizer_config.json"])]
+    templates = ["chat_template.jinja", "additional_chat_templates/*.jinja"]
+    assert asked == [("org/model", ["tokenizer.json", "tokenizer_config.json", *templates])]
     with pytest.raises(FileNotFoundError, match=r"no such tokenizer: org/gone .*: 404"):
         find_tokenizer("org/gone")
     with pytest.raises(FileNotFoundError, match=r"org/without on the hub has no tokenizer\.json"):

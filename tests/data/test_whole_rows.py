@@ -15,7 +15,7 @@ from retnet.data.whole_rows import WholeRows, best_fit, packed
 class Lengths:
     """A corpus of documents 256 1 2 3 ..., of which even tokens are learned."""
 
-    whole, name, document_start, vocab_size, tokenizer_id, num_bytes = True, "lengths", 256, 2000, "test", 99
+    uncut, name, document_start, vocab_size, tokenizer_id, num_bytes = True, "lengths", 256, 2000, "test", 99
 
     def __init__(self, lengths):
         self.lengths = np.array(lengths, dtype=np.int64)
