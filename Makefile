@@ -61,7 +61,7 @@ test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not gpu and not slow"
 
 test-all: $(VENV)/.installed-dev
-	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[quantize,clients,docs]'
+	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[quantize,clients,docs,notebooks]'
 	$(PYTEST) -rs
 	$(MAKE) test-matrix
 	$(MAKE) dist

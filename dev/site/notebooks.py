@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+HIDDEN = "hide-input"  # the tag of cells that only draw: their code is folded
+
 
 def as_markdown(notebook: Path, pictures: Path) -> str:
     """The page of a notebook. Its PNG outputs are written beside `pictures`, as NAME-1.png, NAME-2.png, ..."""
@@ -17,7 +19,7 @@ def as_markdown(notebook: Path, pictures: Path) -> str:
         if cell["cell_type"] == "markdown":
             parts.append(source)
         elif cell["cell_type"] == "code" and source.strip():
-            parts.append(f"```python\n{source.rstrip()}\n```")
+            parts.append(_code(source.rstrip(), HIDDEN in cell.get("metadata", {}).get("tags", ())))
             for output in cell["outputs"]:
                 data = _data(output)
                 if "image/png" in data:
@@ -29,6 +31,13 @@ def as_markdown(notebook: Path, pictures: Path) -> str:
                 elif "text/plain" in data:
                     parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _code(source: str, folded: bool) -> str:
+    block = f"```python\n{source}\n```"
+    if not folded:
+        return block
+    return f'<details markdown="1"><summary>Code of the picture</summary>\n\n{block}\n\n</details>'
 
 
 def _data(output: dict[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def test_a_notebook_becomes_a_page_with_its_texts_code_and_outputs(tmp_path):
         {"cell_type": "markdown", "source": ["# Title\n", "see [the page](../docs/do/page.md)"]},
         {"cell_type": "code", "source": ["print(1)"], "outputs": outputs},
         {"cell_type": "code", "source": [], "outputs": []},
+        {"cell_type": "code", "source": ["draw()"], "outputs": [], "metadata": {"tags": ["hide-input"]}},
     ]
     write(tmp_path / "root", **{"notebooks__n.ipynb": json.dumps({"cells": cells})})
     pages = staged(tmp_path, "[it](../../notebooks/n.ipynb)")
@@ -82,6 +83,7 @@ def test_a_notebook_becomes_a_page_with_its_texts_code_and_outputs(tmp_path):
     page = pages["files/notebooks/n.ipynb.md"]
     assert "[the page](../../do/page.md)" in page
     assert "```python\nprint(1)\n```\n\n```text\none\ntwo\n```" in page
+    assert "<summary>Code of the picture</summary>\n\n```python\ndraw()\n```" in page
     assert 'src="n.ipynb-1.png"' in page
     assert (tmp_path / "out/files/notebooks/n.ipynb-1.png").read_bytes() == b"a picture"
 
