@@ -32,7 +32,7 @@ from retnet.serve.http.settings import Settings
 
 HEADER_SECONDS = 15.0  # for the head of a request
 STALL_SECONDS = 60.0  # for a client that reads nothing of what is written to it
-HALF_CLOSED_SECONDS = 2.0  # for what is still written to a client that sends no more
+HALF_CLOSED_SECONDS = 2.0  # for a client that reads nothing of the rest of a response, on a connection that is closing
 KEEP_ALIVE_SECONDS = 30
 FINISH_SECONDS = 5.0  # for handlers to end after their requests were ended
 MOST_CONNECTIONS = 4096
@@ -141,12 +141,12 @@ class Connections:
     """Watches the connections of a server, and closes those that do nothing for too long.
 
     The limits in seconds: for the head of a request to arrive, for a client to read anything of what is written to it,
-    and for the rest of what is written to one that has closed its side.
+    and the same for the rest of a response when the connection is closing. A client that reads slowly gets everything.
     """
 
     def __init__(self, head: float = HEADER_SECONDS, stall: float = STALL_SECONDS, half: float = HALF_CLOSED_SECONDS):
         self.limits = {"head": head, "stall": stall, "half": half}
-        self._since: WeakKeyDictionary[Any, tuple[str, float]] = WeakKeyDictionary()
+        self._since: WeakKeyDictionary[Any, tuple[tuple[str, int], float]] = WeakKeyDictionary()
 
     def look(self, connections: set[Any]) -> None:
         """Look at the protocols of all connections (uvicorn's); called several times per second."""
@@ -158,20 +158,21 @@ class Connections:
                 self._since.pop(connection, None)
             elif state != before:
                 self._since[connection] = state, now
-            elif now - since > self.limits[state]:
+            elif now - since > self.limits[state[0]]:
                 connection.transport.abort()
 
 
-def _stuck_in(connection: Any) -> str | None:
-    """What a connection waits for that its client may never do."""
+def _stuck_in(connection: Any) -> tuple[str, int] | None:
+    """What a connection waits for that its client may never do, and the bytes that are not yet written to it."""
     if connection.transport is None:
         return None
+    unwritten = connection.transport.get_write_buffer_size()
     if connection.transport.is_closing():
-        return "half"
+        return "half", unwritten
     if connection.flow.write_paused:
-        return "stall"
+        return "stall", unwritten
     in_request = connection.cycle is not None and not connection.cycle.response_complete
-    return None if in_request or connection.timeout_keep_alive_task is not None else "head"
+    return None if in_request or connection.timeout_keep_alive_task is not None else ("head", unwritten)
 
 
 def serve(app: FastAPI, settings: Settings, listener: socket.socket, on_started: Callable[[], None]) -> int:

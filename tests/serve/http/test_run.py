@@ -22,6 +22,7 @@ from retnet.serve.request import Status
 from tests.serve.http.server import LiveServer, live_server, tiny_service
 
 ENDLESS = 100_000_000  # tokens
+LIMIT = 0.5  # seconds for a client to read anything
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
@@ -31,14 +32,14 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
         time.sleep(0.005)
 
 
-def connect(live: LiveServer, path: str = "/v1/completions", **body: object) -> socket.socket:
+def connect(live: LiveServer, path: str = "/v1/completions", headers: str = "", **body: object) -> socket.socket:
     """A connection on which a request was sent."""
     data = json.dumps({"model": "tiny", "prompt": [1, 2, 3], "max_tokens": ENDLESS, "ignore_eos": True} | body).encode()
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(("127.0.0.1", live.port))
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
-    client.sendall(f"{head}\r\n\r\n".encode() + data)
+    client.sendall(f"{head}\r\n{headers}\r\n".encode() + data)
     return client
 
 
@@ -112,6 +113,22 @@ def test_a_client_that_closed_its_side_and_reads_nothing_is_gone_too(live):
         until(lambda: any(each.flow.write_paused for each in live.server.server_state.connections))
         client.shutdown(socket.SHUT_WR)
         until(lambda: is_free(live))
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["kept open", "closing"])
+def test_a_client_that_reads_slowly_gets_the_whole_response(live, closes):
+    """All of it takes longer than the limits, which are for reading anything."""
+    live.server._connections.limits |= {"half": LIMIT, "stall": LIMIT}
+    body = {"prompt": [1] * 3000, "max_tokens": 0, "echo": True, "logprobs": 5}
+    with closing(connect(live, headers="Connection: close\r\n" if closes else "", **body)) as client:
+        head, _, text = client.recv(4096).partition(b"\r\n\r\n")
+        size = int(dict(line.lower().split(b": ") for line in head.split(b"\r\n")[1:])[b"content-length"])
+        begin, step = time.monotonic(), size // 60 + 1
+        while part := client.recv(min(step, size - len(text))):
+            text += part
+            time.sleep(LIMIT / 25)
+        assert time.monotonic() - begin > 2 * LIMIT
+    assert len(json.loads(text)["choices"][0]["logprobs"]["tokens"]) == 3000
 
 
 def test_a_client_that_reads_nothing_does_not_hold_up_another():
