@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 
@@ -18,8 +19,10 @@ from retnet.cli.chat import chat
 from retnet.cli.check import check
 from retnet.cli.convert import convert
 from retnet.cli.data import data_app
+from retnet.cli.doctor import doctor
 from retnet.cli.eval import evaluate
 from retnet.cli.generate import generate
+from retnet.cli.help_text import short_help
 from retnet.cli.info import info
 from retnet.cli.serve import serve
 from retnet.cli.stack import stack_app
@@ -31,24 +34,25 @@ app = typer.Typer(
     name="retnet",
     help="Retentive networks: train in parallel, run in constant memory and time per token.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
 
 
-app.command()(train)
-app.command()(generate)
-app.command()(serve)
-app.command()(chat)
-app.command()(check)
-app.command()(info)
-app.command("eval")(evaluate)
-app.command()(convert)
-app.command()(tune)
-app.add_typer(stack_app, name="stack")
-app.add_typer(data_app, name="data")
+# By panel of `retnet --help`: verbs, and groups of verbs.
+_PANELS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
+    "Train and evaluate": {"data": data_app, "train": train, "eval": evaluate, "check": check},
+    "Generate and serve": {"generate": generate, "chat": chat, "serve": serve},
+    "Models": {"info": info, "stack": stack_app, "convert": convert},
+    "This machine": {"doctor": doctor, "tune": tune},
+}
+for _panel, _verbs in _PANELS.items():
+    for _name, _verb in _verbs.items():
+        if isinstance(_verb, typer.Typer):
+            app.add_typer(_verb, name=_name, short_help=short_help(str(_verb.info.help)), rich_help_panel=_panel)
+        else:
+            app.command(_name, short_help=short_help(_verb), rich_help_panel=_panel)(_verb)
 
 
 def _show_version(wanted: bool) -> None:

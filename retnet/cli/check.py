@@ -42,6 +42,8 @@ def check(
     """Compare every form with a float64 reference: parallel, recurrent, chunkwise, and prefill followed by decode.
 
     Exits with 1 if any row fails.
+
+    Example: retnet check retnet-tiny --length 128
     """
     from retnet.eval.agreement import CHUNK_SIZES, check_model, check_operator
 

@@ -39,7 +39,7 @@ class _WriteByDefault(TyperGroup):
 
 data_app = typer.Typer(
     cls=_WriteByDefault,
-    help="Write text as token shards: retnet data SOURCE... OUT. Look at them with show and check.",
+    help="Write text as token shards, show and check them.\n\nExample: retnet data my/texts tokens/mine",
     no_args_is_help=True,
 )
 
@@ -138,7 +138,10 @@ def show(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show a corpus: counts, document lengths as numbers and as a plot, and some decoded documents."""
+    """Show a corpus: counts, document lengths as numbers and as a plot, and some decoded documents.
+
+    Example: retnet data show tokens/wiki --samples 1
+    """
     if plot is not None:
         require("plots", "--plot")
 
@@ -175,7 +178,10 @@ def show(
 
 @data_app.command()
 def check(directory: Annotated[Path, typer.Argument(help="A folder that `retnet data` wrote.")]) -> None:
-    """Read every file and compare it with the manifest's SHA-256; exit code 1 if anything is damaged."""
+    """Read every file and compare it with the manifest's SHA-256; exit code 1 if anything is damaged.
+
+    Example: retnet data check tokens/wiki
+    """
     from retnet.data.shards import ShardFolder, check_shards
 
     problems = []

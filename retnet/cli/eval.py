@@ -58,6 +58,8 @@ def evaluate(
     --data: bits per byte, each document in one context, beside gzip -9, xz -9 and an order-2 byte model. The order-2
     model is trained on the training documents, so it is shown for the held-out part only. A model trained on token
     shards has its held-out documents there: give the same shards.
+
+    Example: retnet eval out/demo --data my/texts
     """
     if sum(option is not None for option in (data, file, tasks)) != 1:
         raise ValueError("accepted: one of --data, --file and --tasks")

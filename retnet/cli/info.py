@@ -25,7 +25,12 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     png: Annotated[Path | None, typer.Option(help="Plot state size, windows and decay masks into this file.")] = None,
 ) -> None:
-    """Show parameters, operations per token, state and KV cache by context length, and each head's window."""
+    """Show parameters, operations per token, state and KV cache by context length, and each head's window.
+
+    Without MODEL, the presets with their sizes.
+
+    Example: retnet info retnet-1.3b --context 131072
+    """
     if model is None:
         if context or as_json or png is not None:
             raise ValueError("no model; accepted: retnet info MODEL with these options, or retnet info alone")

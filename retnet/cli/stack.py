@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 CONTEXTS = (1024, 8192, 32768, 131072)
 
 stack_app = typer.Typer(
-    help="Architectures in YAML: attention, Mamba, RetNet and Hyena in one model.", no_args_is_help=True
+    help="Architectures in YAML: attention, Mamba, RetNet and Hyena in one model.\n\n"
+    "Example: retnet stack explain arch_expert_research",
+    no_args_is_help=True,
 )
-presets_app = typer.Typer(help="The stacks included in the package.", no_args_is_help=True)
+presets_app = typer.Typer(
+    help="The stacks included in the package.\n\nExample: retnet stack presets list", no_args_is_help=True
+)
 stack_app.add_typer(presets_app, name="presets")
 
 StackName = Annotated[
@@ -146,7 +150,10 @@ def list_presets() -> None:
 
 @presets_app.command("show")
 def show_preset(name: Annotated[str, typer.Argument(help="A stack preset's name.")]) -> None:
-    """Print a stack preset's file."""
+    """Print a stack preset's file.
+
+    Example: retnet stack presets show arch_expert_research
+    """
     from retnet.stack.presets import preset_text
 
     print(preset_text(name), end="")
@@ -157,7 +164,10 @@ def copy_preset(
     name: Annotated[str, typer.Argument(help="A stack preset's name.")],
     target: Annotated[Path | None, typer.Argument(help="New file to write; NAME.yml by default.")] = None,
 ) -> None:
-    """Copy a stack preset's file for editing."""
+    """Copy a stack preset's file for editing.
+
+    Example: retnet stack presets copy arch_expert_research my-stack.yml
+    """
     from retnet.stack.presets import preset_text
 
     target = target or Path(f"{name}.yml")

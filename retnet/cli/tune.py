@@ -19,7 +19,10 @@ def tune(
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
 ) -> None:
-    """Measure block shapes of the GPU kernels on this device and store the best in the cache folder."""
+    """Measure block shapes of the GPU kernels on this device and store the best in the cache folder.
+
+    Example: retnet tune --heads 256x512
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; {choices(dtype, DTYPES)}")
     sizes = [_size(text) for text in heads or []] + (_sizes_of(model) if model else [])
