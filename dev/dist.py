@@ -194,6 +194,7 @@ def least_seconds(environment: Environment, words: list[str]) -> float:
 def run(*words: str | Path, cwd: Path = ROOT, path: Path | None = None) -> str:
     """Run a program and return its output; ends this program with it if the exit code is not 0."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for each other
     if path is not None:
         environment |= {"PATH": f"{path}{os.pathsep}{environment['PATH']}", "VIRTUAL_ENV": str(path.parent)}
     print("$", shlex.join(map(str, words)), flush=True)
