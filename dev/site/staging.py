@@ -85,7 +85,7 @@ class Staging:
             self._write(file, _source_page(file.relative_to(self.root), file.read_text(encoding="utf-8")))
 
     def _write(self, source: Path, text: str) -> None:
-        if not source.is_relative_to(self.docs):
+        if not source.is_relative_to(self.docs) and source.suffix != ".ipynb":
             text = f"---\nsearch:\n  exclude: true\nhide: [navigation, toc]\n---\n\n{text}"  # code needs the width
         target = self.folder / self.place(source)
         target.parent.mkdir(parents=True, exist_ok=True)
