@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -99,18 +100,34 @@ def test_sessions_read_a_turn_alone(capsys):
     assert len(re.findall(r"continues sess_", out)) == 2
 
 
-def test_a_classifier_reads_each_packed_text_as_if_it_were_alone(byte_model):
-    example = load("classify")
-    lines = example.labelled_lines("abc.py")
-    assert {kind for _, kind in lines} == {0, 1}
-    assert dict(lines)["def abstractmethod(funcobj):"] == 1
-    assert dict(lines)['"""A decorator indicating abstract methods.'] == 0
-    model = example.Classifier(retnet.load(byte_model, "cpu"))
-    texts = [text for text, _ in lines[:5]]
-    with torch.no_grad():
-        torch.testing.assert_close(model(texts), torch.cat([model([text]) for text in texts]), rtol=1e-4, atol=1e-5)
+def saved(network, directory: Path) -> str:
+    from retnet.models.hf import RetNetForCausalLM
+    from retnet.models.hf.tokenizer import byte_tokenizer
+
+    RetNetForCausalLM.wrap(network).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def test_lines_of_code_and_documentation_are_told_apart():
+    lines = dict(load("classify").labelled_lines("abc.py"))
+    assert lines["def abstractmethod(funcobj):"] == 1
+    assert lines['"""A decorator indicating abstract methods.'] == 0
+
+
+def test_a_classifier_is_trained_and_saved_as_transformers_saves_it(byte_model, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    source, output = saved(retnet.load(byte_model, "cpu"), tmp_path / "model"), tmp_path / "classifier"
+    right = load("classify").main(source, output, "abc.py", steps=2, batch=4)
+    assert 0 <= right <= 1
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert model.config.label2id == {"documentation": 0, "code": 1}
+    before = retnet.load(byte_model, "cpu").embedding.weight
+    assert not torch.equal(model.model.embedding.weight, before)  # the body is trained too
 
 
 @pytest.mark.slow
 def test_a_classifier_learns(tmp_path):
-    assert load("classify").main("retnet-tiny-conv") > 0.8
+    source = saved(retnet.load("retnet-tiny-conv", "cpu"), tmp_path / "model")
+    assert load("classify").main(source, tmp_path / "classifier") > 0.8
