@@ -51,7 +51,7 @@ demo: $(VENV)/.installed
 	$(BIN)/retnet generate out/demo "def " --max-tokens 1000 --seed 0 --png out/demo/stream.png
 	$(BIN)/retnet check out/demo --text README.md --length 256
 	$(BIN)/retnet info out/demo --png out/demo/model.png
-	@echo "plots: out/demo/loss_curve.png, out/demo/stream.png, out/demo/model.png"
+	@echo "look:  out/demo/report.html, out/demo/stream.png, out/demo/model.png"
 	@echo "next:  source $(BIN)/activate"
 	@echo "       retnet generate out/demo 'import ' --max-tokens 0    an endless text; Ctrl-C ends it"
 	@echo "       retnet chat out/demo                                 a conversation; it knows Python's syntax only"
