@@ -17,6 +17,7 @@ from retnet.system.extras import MissingExtra, require
 from retnet.system.progress import BYTES
 from retnet.system.progress import Progress as Shown
 from retnet.system.sizes import format_count
+from retnet.system.suggest import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,12 +30,15 @@ PLOT = "lengths.png"
 
 
 class _WriteByDefault(TyperGroup):
-    """`retnet data SOURCE... OUT` is `retnet data write SOURCE... OUT`."""
+    """`retnet data SOURCE... OUT` is `retnet data write SOURCE... OUT`, unless SOURCE is a verb mistyped."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in {*self.commands, "-h", "--help"}:
+        if args and args[0] not in {*self.commands, "-h", "--help"} and not self._is_mistyped(args[0]):
             args = [WRITE, *args]
         return super().parse_args(ctx, args)
+
+    def _is_mistyped(self, word: str) -> bool:
+        return word.isalpha() and nearest(word, self.commands) is not None and not Path(word).exists()
 
 
 data_app = typer.Typer(

@@ -39,9 +39,13 @@ def test_a_mistyped_name_is_answered_with_the_nearest_and_no_hint(capsys, tmp_pa
     assert HINT not in message
 
 
-@pytest.mark.parametrize(("word", "meant"), [("trian", "train"), ("evall", "eval")])
-def test_a_mistyped_verb_or_option_is_answered_with_the_nearest(capsys, word, meant):
-    assert f"Did you mean '{meant}'?" in wrong_input(capsys, word)
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(["trian"], "train"), (["evall"], "eval"), (["stack", "expalin"], "explain"), (["data", "chekc", "x"], "check")],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_a_mistyped_verb_or_option_is_answered_with_the_nearest(capsys, words, meant):
+    assert f"Did you mean '{meant}'?" in wrong_input(capsys, *words)
     assert "Possible options: --device" in wrong_input(capsys, "check", "operator", "--devcie", "cpu")
 
 
