@@ -40,6 +40,7 @@ class Exchange:
         self._watcher: asyncio.Task[None] | None = None
         self._body: bytes | None = None
         self._num_read = 0
+        self._unsent: int | None = None  # bytes of a response that says how many it has
         self._body_ended = self._streams_events = False
         self._left = asyncio.Event()
 
@@ -79,9 +80,14 @@ class Exchange:
         """For the application: its response."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = {**message, "headers": self._all_headers(list(message.get("headers", ())))}
+            headers = self._all_headers(list(message.get("headers", ())))
+            self._unsent = next((int(value) for name, value in headers if name.lower() == b"content-length"), None)
+            message = {**message, "headers": headers}
         elif message["type"] == "http.response.body":
-            if not message.get("more_body", False):
+            if self._unsent is not None:
+                self._unsent -= len(message.get("body", b""))
+            # A client that has all bytes may leave before it is told that there are no more.
+            if not message.get("more_body", False) or (self._unsent is not None and self._unsent <= 0):
                 self.complete = True
             if self._without_body:
                 message = {**message, "body": b""}

@@ -1,11 +1,14 @@
-"""JSON bodies: strict JSON, in which every number is finite and every text is Unicode, of bounded depth.
+"""JSON bodies: strict JSON, in which every number is finite, every text is Unicode and every key of an object differs,
+of bounded depth.
 
-Python's own parser takes NaN and halves of surrogate pairs, and gives up on deep nesting with a RecursionError. The
-number of keys is bounded too: each may be an error of its own, and pydantic collects them all.
+Python's own parser takes NaN and halves of surrogate pairs, and gives up on deep nesting with a RecursionError; it is
+what finds a repeated key, after pydantic's has read the body. The number of keys is bounded too: each may be an error
+of its own, and pydantic collects them all.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,6 +17,7 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
 from retnet.serve.http.errors import ApiError
+from retnet.system.checks import quoted
 
 MAX_KEYS = 50_000  # of all objects of a body together
 SHORT = 4 * MAX_KEYS  # bytes; a key takes at least as many as `"":1,` has
@@ -30,6 +34,10 @@ class JsonRequest(Request):
                 raise ApiError(400, f"the body is not JSON: {error}; accepted: an object in UTF-8") from error
             if len(await self.body()) > SHORT and (count := num_keys(given)) > MAX_KEYS:
                 raise ApiError(400, f"the body has {count} keys; accepted: {MAX_KEYS}")
+            try:
+                json.loads(await self.body(), object_pairs_hook=_refuse_repeated)
+            except ValueError as error:
+                raise ApiError(400, f"the body is not accepted: {error}") from error
             self._json = given
         return self._json
 
@@ -47,6 +55,14 @@ class JsonRoute(APIRoute):
             return await handle(request)
 
         return strict
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> None:
+    """Raise ValueError for an object with a key twice, of which one value would be lost in silence."""
+    seen: set[str] = set()
+    if len({key for key, _ in pairs}) < len(pairs):
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{quoted(twice)} is given twice in one object; accepted: once")
 
 
 def num_keys(value: Any) -> int:

@@ -40,3 +40,24 @@ def test_keys_are_counted_wherever_they_are():
     assert num_keys({"a": [1, {"b": {}, "c": [[{"d": 1}]]}]}) == 4
     assert num_keys([1, 2, "a", None]) == 0
     assert num_keys({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        ('{"prompt": "a", "max_tokens": 1, "max_tokens": 2}', "max_tokens"),
+        ('{"prompt": "a", "max_tokens": 1, "max\\u005ftokens": 2}', "max_tokens"),  # the same key
+        ('{"prompt": "a", "logit_bias": {"97": 1, "97": -1}}', "97"),
+        ('{"prompt": [{"a": [{"b": 1, "b": 1}]}]}', "b"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(client, body, key):
+    response = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].endswith(f"'{key}' is given twice in one object; accepted: once")
+
+
+def test_equal_keys_of_different_objects_are_taken(client):
+    body = '{"prompt": "a", "max_tokens": 1, "stream_options": null, "logit_bias": {"98": 1}, "user": "98"}'
+    response = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 200
