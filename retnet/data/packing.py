@@ -33,7 +33,7 @@ class Rows(Dataset[dict[str, Tensor]]):
     `len` is the number of rows per epoch. Item i of an epoch is `row(i, epoch)`. Indexing reads the epoch set by
     `set_epoch`, which accelerate's loaders call; it reaches workers that are already running.
 
-    num_bytes: bytes of text in all documents.
+    num_bytes: bytes of text in all rows of an epoch.
     bytes_per_target: bytes of text per predicted token; bits per byte are nats per token / ln 2 / bytes_per_target.
 
     A row is a dict of int64 tensors [T]:
@@ -119,9 +119,23 @@ class PackedDataset(Rows):
                 "or more, each with at least one row"
             )
         self._ordered: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._kept = self._rows
 
     def __len__(self) -> int:
-        return self.lanes * -(-self._rows // self.lanes)
+        return self.lanes * -(-self._kept // self.lanes)
+
+    def sample(self, most_rows: int) -> None:
+        """Keep at most this many rows, spread evenly over all, whose order is the given one (seed None).
+
+        `num_bytes` becomes that of their targets: exact for bytes, an estimate for tokens of several bytes. Raises
+        ValueError for rows in a random order or with carry_state, and for no rows.
+        """
+        if self.seed is not None or self.carry_state or most_rows < 1:
+            raise ValueError(f"most_rows is {most_rows}; accepted: 1 or more, with seed None and without carry_state")
+        if most_rows < self._rows:
+            self._kept = most_rows
+            targets = sum(int((self.row(i)["shift_labels"] != IGNORED).sum()) for i in range(most_rows))
+            self.num_bytes = max(1, round(self.bytes_per_target * targets))
 
     def row(self, index: int, epoch: int = 0) -> dict[str, Tensor]:
         input_ids = np.full(self.length, self.corpus.document_start, dtype=np.int64)
@@ -181,7 +195,7 @@ class PackedDataset(Rows):
         """
         if not self.carry_state:
             if self.seed is None:
-                return index, None
+                return index * self._rows // self._kept, None
             return int(permute(index, self._rows, make_key("rows", self.seed, epoch))), None
         step, lane = divmod(index, self.lanes)
         first, last = (self._rows * bound // self.lanes for bound in (lane, lane + 1))

@@ -29,7 +29,7 @@ class WholeRows(PackedDataset):
                 f"{corpus.describe(longest)} has {corpus.lengths[longest]} tokens; accepted: at most {length}, a row"
             )
         self._documents = best_fit(corpus.lengths.tolist(), length)
-        self._rows = len(self._documents)
+        self._rows = self._kept = len(self._documents)
 
     def _pieces(self, index: int, epoch: int) -> list[tuple[int, int, int, int]]:
         self._check(index)

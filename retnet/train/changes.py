@@ -50,7 +50,7 @@ FREE = _names(
 )
 SAID = _names(
     "average_tokens_across_devices deepspeed lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_minutes max_steps "
-    "neftune_noise_alpha num_train_epochs parallelism_config tf32 use_cpu valid warmup_steps"
+    "neftune_noise_alpha num_train_epochs parallelism_config tf32 use_cpu valid valid_rows warmup_steps"
 )
 # Keys and the facts that they decide.
 REFUSED = {

@@ -106,9 +106,15 @@ def _check_same_tokens(train: Corpus, valid: Corpus) -> None:
 
 
 def _valid_rows(corpus: Corpus, recipe: Recipe, arguments: TrainingArguments) -> PackedDataset:
-    """Rows in the given order; with carry_state, in as many lanes as there are rows for, equally many per process."""
+    """Rows in the given order, at most `valid_rows`; with carry_state all of them, in as many lanes as there are rows
+    for, equally many per process."""
     if not recipe.carry_state:
-        return packed(corpus, recipe.length, None)
+        rows = packed(corpus, recipe.length, None)
+        if recipe.valid_rows is not None:
+            rows.sample(recipe.valid_rows)
+        return rows
+    if recipe.valid_rows is not None:
+        raise ValueError("valid_rows leaves rows out, which carry_state does not allow; accepted: one of the two")
     available = -(-corpus.num_tokens // recipe.length)
     per_process = max(1, min(arguments.eval_batch_size, available // arguments.world_size))
     lanes = per_process * arguments.world_size

@@ -108,6 +108,7 @@ class Recipe(BaseModel):
     length: tokens per row. Longer documents are cut into pieces, each of which starts from an empty state.
     carry_state: each piece starts from the state at the end of the piece before instead.
     valid_fraction: the share of documents held out for validation if `valid` is not given.
+    valid_rows: validate on at most this many rows, spread evenly over each validation source; None: on all of them.
     chat_template: for conversations, `plain` or a file with a Jinja template; the model's own by default, else plain.
     max_minutes: a time limit on training, resumed parts included; the learning-rate schedule ends with it.
     num_samples: the number of validation documents to write continuations of at the end.
@@ -123,6 +124,7 @@ class Recipe(BaseModel):
     length: int = Field(default=1024, ge=2)
     carry_state: bool = False
     valid_fraction: float = Field(default=0.05, gt=0, lt=1)
+    valid_rows: int | None = Field(default=None, ge=1)
     chat_template: Source | None = None
     max_minutes: float | None = Field(default=None, gt=0)
     num_samples: int = Field(default=3, ge=0)

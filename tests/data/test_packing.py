@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet.data import IGNORED, ByteCorpus, PackedDataset, find_documents
+from retnet.data.whole_rows import WholeRows
 
 few = settings(max_examples=40)
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=12)
@@ -183,3 +184,38 @@ def test_wrong_arguments_are_refused_with_what_was_given(numbered):
         PackedDataset(numbered([3]), 8)[1]
     with pytest.raises(ValueError, match="numbered has 2 rows of 8 tokens, too few for 3 lanes"):
         PackedDataset(numbered([12]), 8, carry_state=True, lanes=3)
+
+
+@few
+@given(sizes, lengths, st.integers(1, 80))
+def test_a_sample_of_rows_is_spread_evenly_and_counts_its_own_bytes(numbered, sizes, length, most):
+    corpus = numbered(sizes)
+    whole, sample = PackedDataset(corpus, length, None), PackedDataset(corpus, length, None)
+    sample.sample(most)
+    count = min(most, len(whole))
+    assert len(sample) == count
+    chosen = [i * len(whole) // count for i in range(count)]
+    assert [sample[i]["input_ids"].tolist() for i in range(count)] == [whole[i]["input_ids"].tolist() for i in chosen]
+    share = round(len(targets(sample)) * corpus.num_bytes / corpus.num_targets)
+    assert sample.num_bytes == (corpus.num_bytes if most >= len(whole) else max(1, share))
+    assert sample.bytes_per_target == whole.bytes_per_target
+
+
+def test_a_sample_of_rows_in_a_random_order_or_of_none_is_refused(numbered):
+    refused = [(PackedDataset(numbered([30]), 4, 0), 1), (PackedDataset(numbered([30]), 4, None), 0)]
+    refused.append((PackedDataset(numbered([30]), 4, None, carry_state=True), 1))
+    for rows, most in refused:
+        with pytest.raises(ValueError, match=f"most_rows is {most}; accepted: 1 or more, with seed None and without"):
+            rows.sample(most)
+
+
+def test_a_sample_of_rows_of_whole_documents_is_of_them(numbered):
+    corpus = numbered([30, 20, 10, 25, 5, 31])
+    whole, sample = WholeRows(corpus, 32, None), WholeRows(corpus, 32, None)
+    sample.sample(2)
+    assert len(whole) == 4
+    assert [read(sample)] == [[*read_row(whole, 0), *read_row(whole, 2)]]
+
+
+def read_row(rows, index):
+    return [int(t) for t in rows[index]["input_ids"] if t != 0]

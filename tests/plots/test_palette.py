@@ -5,7 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from retnet.plots.palette import COLOURS, PAPER, VARIANTS, look
+from retnet.plots.palette import COLOURS, INK, PAPER, VARIANTS, look
+from tests.paths import ROOT
 
 DARK = "#0d1117"
 # Machado, Oliveira and Fernandes 2009, severity 1.0, on linear RGB.
@@ -60,3 +61,17 @@ def test_an_unknown_rival_or_variant_is_refused():
         look("lama")
     with pytest.raises(ValueError, match="the variant is 13; accepted: 0 to 12"):
         look("attention", 13)
+
+
+def test_the_servers_page_draws_states_and_caches_in_the_colours_of_pictures():
+    style = (ROOT / "retnet" / "serve" / "http" / "page" / "style.css").read_text()
+    assert f"--retention: light-dark({COLOURS['retention']}, " in style
+    assert f"--attention: light-dark({COLOURS['attention']}, " in style
+    assert ".line.state { stroke: var(--retention); }" in style
+    assert ".line.cache { stroke: var(--attention);" in style
+
+
+def test_the_training_report_draws_in_the_colour_of_retention():
+    style = (ROOT / "retnet" / "train" / "report" / "style.css").read_text()
+    assert f"--train: {COLOURS['retention']};" in style
+    assert f"--ink: {INK};" in style

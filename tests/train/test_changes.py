@@ -56,6 +56,7 @@ CHANGED = [
     ({"max_grad_norm": 0.5}, "max_grad_norm was 2.0 and is 0.5"),
     ({"warmup_steps": 1}, "warmup_steps was 0.05 and is 1"),
     ({"num_train_epochs": 3}, "num_train_epochs was 1.0 and is 3.0"),
+    ({"valid_rows": 4}, "valid_rows was None and is 4"),
     ({"max_minutes": 5}, "max_minutes was None and is 5.0"),
     ({"lr_scheduler_kwargs": "{num_cycles: 2}", "lr_scheduler_type": "cosine"}, "lr_scheduler_kwargs was"),
     ({"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16}, None),

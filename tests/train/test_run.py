@@ -399,3 +399,32 @@ def test_a_saved_model_is_trained_further(byte_model, text_folder, tmp_path, con
     train(recipe_for(byte_model, text_folder, tmp_path / "first", **QUICK), console)
     train(recipe_for(tmp_path / "first", text_folder, tmp_path / "second", **QUICK), console)
     assert losses(tmp_path / "second")[1] < losses(tmp_path / "first")[1]
+
+
+def test_validation_on_a_sample_of_rows_is_that_of_these_rows(byte_model, text_folder, tmp_path, console):
+    settings = QUICK | {"max_steps": 2, "do_eval": True, "eval_strategy": "steps", "eval_steps": 1, "valid_rows": 3}
+    summary = train(recipe_for(byte_model, text_folder, tmp_path / "out", **settings), console)
+    record = json.loads((tmp_path / "out/training.json").read_text())
+    assert [entry["step"] for entry in record["log"] if "eval_bits_per_byte" in entry] == [1, 2]
+    _, valid = open_corpus(text_folder).split(0.2)
+    rows = PackedDataset(valid, 48, None)
+    rows.sample(3)
+    assert summary.valid_bytes == rows.num_bytes < valid.num_bytes
+    batch = {key: torch.stack([rows[i][key] for i in range(3)]) for key in rows[0]}
+    model = load_model(tmp_path / "out")
+    with torch.no_grad():
+        cut = [model.loss(batch["input_ids"][i : i + 1], batch["shift_labels"][i : i + 1],
+                          cu_seqlens=_boundaries(batch["position_ids"][i])) for i in range(3)]  # fmt: skip
+    targets = [(batch["shift_labels"][i] >= 0).sum() for i in range(3)]
+    expected = sum(loss * count for loss, count in zip(cut, targets, strict=True)) / sum(targets)
+    assert summary.valid_loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def _boundaries(positions):
+    starts = [i for i, position in enumerate(positions.tolist()) if position == 0]
+    return torch.tensor([*starts, len(positions)])
+
+
+def test_a_sample_of_rows_is_refused_where_states_are_carried_over(byte_model, text_folder, tmp_path, console):
+    with pytest.raises(ValueError, match="valid_rows leaves rows out"):
+        train(recipe_for(byte_model, text_folder, tmp_path, carry_state=True, valid_rows=3), console)
