@@ -124,11 +124,29 @@ def _anchor(path: str) -> str:
     return re.sub(r"[^\w\- ]", "", _short(path).lower())
 
 
+# What the pages use beside the names of `import retnet`, under the names to import them by.
+BEYOND = (
+    "retnet.models.states.ModelState",
+    "retnet.layers.retention.RetentionConfig",
+    "retnet.stack.load.load_stack",
+    "retnet.data.corpus.open_corpus",
+    "retnet.data.packing.PackedDataset",
+    "retnet.data.mixture.Mixture",
+    "retnet.eval.perplexity.perplexity",
+    "retnet.models.convert.convert",
+    "retnet.models.export.export_onnx",
+    "retnet.models.export.export_step",
+    "retnet.models.decode.int8.quantize_int8_",
+)
+
+
 def api(root: Path) -> str:
-    """The public names of the package, for mkdocstrings, which reads their docstrings."""
+    """The names of the package, for mkdocstrings, which reads their docstrings."""
     from retnet import _EXPORTS
 
-    return "\n\n".join(f"::: {module}.{name}" for name, module in _EXPORTS.items())
+    public = [f"::: {module}.{name}" for name, module in _EXPORTS.items()]
+    beyond = [f"::: {name}\n    options:\n      show_root_full_path: true" for name in BEYOND]
+    return "\n\n".join([*public, *beyond])
 
 
 PARTS: dict[str, Callable[[Path], str]] = {"command-line": command_line, "stack-schema": stack_schema, "api": api}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dev.site.generated import BEYOND
 from dev.site.navigation import sections
 from dev.site.staging import Staging
 from tests.paths import ROOT
@@ -30,6 +32,12 @@ def test_the_index_has_the_sections_of_the_site():
     assert list(found) == ["Start", "Learn", "Do", "Reference", "Results"]
     pages = [entry.page for entries in found.values() for entry in entries]
     assert len(pages) == len(set(pages))
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_every_name_of_the_api_page_exists_and_is_documented(name):
+    module, _, attribute = name.rpartition(".")
+    assert getattr(importlib.import_module(module), attribute).__doc__
 
 
 def write(folder: Path, **files: str) -> None:
@@ -139,6 +147,7 @@ def test_the_reference_has_every_command_key_and_public_name(site):
     api = (site / "reference/api.html").read_text()
     for name, module in _EXPORTS.items():
         assert f'id="{module}.{name}"' in api
+    assert [name for name in BEYOND if f'id="{name}"' not in api] == []
     schema = (site / "reference/stack_schema.html").read_text()
     for key in ("schema_version", "vendor.retnet.decay", "rope_scaling", "capacity_drop_policy"):
         assert f"<code>{key}</code>" in schema
