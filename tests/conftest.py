@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import shutil
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -103,13 +104,19 @@ def any_model(request: pytest.FixtureRequest) -> Any:
     return small_model(request.param)
 
 
-@pytest.fixture
-def text_folder(tmp_path: Path) -> Path:
-    """A folder of 30 small texts that repeat a few words."""
+@pytest.fixture(scope="session")
+def shared_text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 30 small texts that repeat a few words. Tests do not change it."""
     rng = random.Random(0)
     words = ["state", "decay", "query", "key", "value", "chunk", "token"]
-    folder = tmp_path / "texts"
+    folder = tmp_path_factory.mktemp("data") / "texts"
     folder.mkdir()
     for i in range(30):
         (folder / f"{i:02}.txt").write_text(" ".join(rng.choices(words, k=rng.randint(20, 200))))
     return folder
+
+
+@pytest.fixture
+def text_folder(shared_text_folder: Path, tmp_path: Path) -> Path:
+    """A test's own copy of `shared_text_folder`."""
+    return shutil.copytree(shared_text_folder, tmp_path / "texts")

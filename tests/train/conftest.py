@@ -38,10 +38,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def fixed_peak(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(autouse=True, scope="module")
+def fixed_peak():
     """Every run measures its device for half a second otherwise."""
-    monkeypatch.setattr("retnet.train.trainer.device_peak", lambda device, dtype: Peak(1e12, "a fixed rate"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retnet.train.trainer.device_peak", lambda device, dtype: Peak(1e12, "a fixed rate"))
+        yield
+
+
+@pytest.fixture
+def no_curve(monkeypatch: pytest.MonkeyPatch):
+    """A run draws no loss curve, which takes a third of a small one."""
+    monkeypatch.setattr("retnet.train.finish._draw_curve", lambda *arguments: None)
 
 
 @pytest.fixture

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import shutil
 
 import pytest
+from rich.console import Console
 from transformers import TrainingArguments
 
 from retnet.train.changes import FREE, REFUSED, SAID, run_facts, said_settings
@@ -14,6 +17,8 @@ from retnet.train.recipe import WITHOUT_EFFECT, Recipe
 from retnet.train.run import train
 
 from .conftest import losses, recipe_for, weights
+
+pytestmark = pytest.mark.usefixtures("no_curve")
 
 SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
 
@@ -42,11 +47,23 @@ def test_every_key_of_a_recipe_has_one_class_and_a_refused_one_decides_a_fact(by
     assert "hub_token" in FREE, "a secret is neither stored nor shown"
 
 
+@pytest.fixture(scope="module")
+def text_folder(shared_text_folder):
+    return shared_text_folder
+
+
+@pytest.fixture(scope="module")
+def first_run(dropout_model, text_folder, tmp_path_factory):
+    """A run with checkpoints 1 and 2, which tests do not change."""
+    output = tmp_path_factory.mktemp("first") / "out"
+    train(recipe_for(dropout_model, text_folder, output, **SAVING), Console(file=io.StringIO()))
+    return output
+
+
 @pytest.fixture
-def stopped(dropout_model, text_folder, tmp_path, console):
-    """A run with checkpoints 1 and 2."""
-    train(recipe_for(dropout_model, text_folder, tmp_path / "out", **SAVING), console)
-    return tmp_path / "out"
+def stopped(first_run, tmp_path):
+    """A test's own copy of `first_run`."""
+    return shutil.copytree(first_run, tmp_path / "out")
 
 
 # Settings and what is said; None: nothing.
