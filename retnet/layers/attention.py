@@ -28,6 +28,7 @@ from retnet.ops.attention import (
     causal_attention,
     flex_causal_attention,
 )
+from retnet.ops.context_shard import ContextShard
 from retnet.ops.ragged import equal_blocks
 from retnet.ops.rotary import Llama3, Scaling, Yarn, scaling
 from retnet.system.choices import check_choices
@@ -183,7 +184,10 @@ class Attention(MixerModule):
             if layout.mask is not None:
                 out = out.masked_fill(~layout.mask[..., None, None], 0)
         else:
-            out = self._fresh(q, k, v, layout) if state is None else self._continued(q, k, v, state, layout)
+            if layout.context is not None:
+                out = self._on_shard(q, k, v, layout, layout.context)
+            else:
+                out = self._fresh(q, k, v, layout) if state is None else self._continued(q, k, v, state, layout)
             if layout.carry:
                 state = AttentionState.append(state, {"keys": k, "values": v}, layout, config.window)
         out = out.flatten(-2)
@@ -193,6 +197,21 @@ class Attention(MixerModule):
         if layout.deferred:
             return out, AttentionDraft(k, v)
         return out, state if layout.carry else None
+
+    def _on_shard(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, shard: ContextShard) -> Tensor:
+        """The first sequence attends to its keys on earlier shards too. All shards gather the keys of all."""
+        low, first = shard.rank * shard.tokens, shard.first_tokens
+        begin = low - shard.start
+        if self.config.window is not None:
+            begin = max(begin, low - self.config.window + 1)
+        keys, values = (shard.gathered(x)[:, begin : low + first] for x in (k, v))
+        positions = layout.positions[:, :first]
+        seen = positions[:, -1:] + torch.arange(1 - keys.shape[1], 1, device=q.device)
+        out = cached_attention(q[:, :first], keys, values, positions, seen, **self._options(q))
+        bounds = [] if shard.bounds is None else pairwise(shard.bounds[1:])
+        documents = [slice(start, end) for start, end in bounds]
+        options = self._options(q)
+        return torch.cat([out, *(causal_attention(q[:, d], k[:, d], v[:, d], **options) for d in documents)], 1)
 
     def _fresh(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         options, mask = self._options(q), self._flex_mask(layout)

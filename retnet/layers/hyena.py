@@ -37,6 +37,7 @@ class HyenaConfig(MixerConfig):
     """
 
     refused_by_engine = "the cost of each token grows with the number of tokens before it"
+    refused_on_shards = "its convolution is as long as the row"
 
     order: int = 2
     filter_hidden: int = 64

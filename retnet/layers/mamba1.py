@@ -21,6 +21,7 @@ from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightParts, WeightRoles
+from retnet.ops.context_parallel import context_scan
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -144,6 +145,8 @@ class Mamba1(MixerModule):
             if layout.mask is not None:
                 memory = torch.where(layout.mask[..., None], memory, state.memory)
             memory = state.memory.copy_(memory) if layout.in_place else memory
+        elif layout.context is not None:
+            out, memory = context_scan(u, step, rate, write, read, layout.context, cu_seqlens=layout.cu_seqlens)
         else:
             before = None if state is None else state.memory
             out, memory = selective_scan(u, step, rate, write, read, state=before, cu_seqlens=layout.cu_seqlens)

@@ -19,11 +19,13 @@ from retnet.system.choices import check_choices
 class MixerConfig:
     """Base of mixers' configurations: frozen dataclasses of plain values, told apart in JSON by `kind`.
 
-    refused_by_engine: why the engine does not take layers of this mixer; empty if it does.
+    refused_by_engine, refused_on_shards: why the engine, and context parallelism, do not take layers of this mixer;
+    empty if they do.
     """
 
     kind: Any  # the last field of every subclass, a Literal
     refused_by_engine: ClassVar[str] = ""
+    refused_on_shards: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_choices(self)

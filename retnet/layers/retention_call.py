@@ -1,12 +1,14 @@
 """Calls of the retention operator by mixers (retention, Mamba-2), with their cost and the chunk size that runs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from retnet.layers.mixer_base import MixerFlops, Workload
 from retnet.layers.token_layout import TokenLayout
+from retnet.ops.context_parallel import context_retention
 from retnet.ops.plan import supported_chunk_size
 from retnet.ops.retention import Mode, chunk_tokens, retention, retention_step_
 
@@ -49,19 +51,18 @@ class RetentionCall:
     def _retention(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor | None, layout: TokenLayout
     ) -> tuple[Tensor, Tensor | None]:
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "mask": layout.mask,
+            "cu_seqlens": layout.cu_seqlens,
+            "mode": self.mode if q.shape[1] > 1 else "auto",
+            "chunk_size": supported_chunk_size(q, v, self.per_token, self.chunk_size),
+        }
+        if layout.context is not None:
+            return context_retention(q, k, v, log_decay, layout.context, state=memory, **options)
+        state_dtype = None if memory is None else memory.dtype
         return retention(
-            q,
-            k,
-            v,
-            log_decay,
-            scale=self.scale,
-            state=memory,
-            mask=layout.mask,
-            cu_seqlens=layout.cu_seqlens,
-            mode=self.mode if q.shape[1] > 1 else "auto",
-            chunk_size=supported_chunk_size(q, v, self.per_token, self.chunk_size),
-            state_dtype=None if memory is None else memory.dtype,
-            return_state=layout.carry,
+            q, k, v, log_decay, state=memory, state_dtype=state_dtype, return_state=layout.carry, **options
         )
 
     def flops(self, work: Workload) -> MixerFlops:

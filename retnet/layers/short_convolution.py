@@ -4,9 +4,11 @@ and returned."""
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.token_layout import TokenLayout
+from retnet.ops.context_shard import ContextShard
 from retnet.ops.short_convolution import Activation, short_convolution
 
 
@@ -41,6 +43,8 @@ class ShortConvolution(nn.Module):
         self, parts: Sequence[Tensor], recent: Tensor | None, layout: TokenLayout
     ) -> tuple[list[Tensor], Tensor]:
         """`forward` of inputs [B, T, C_i] whose channels follow each other: they are read without being joined."""
+        if layout.context is not None:
+            recent = self._from_the_shard_before(torch.cat(list(parts), -1), layout.context)
         widths = [x.shape[-1] for x in parts]
         weights = self.weight.split(widths)
         biases = [None] * len(parts) if self.bias is None else self.bias.split(widths)
@@ -60,6 +64,18 @@ class ShortConvolution(nn.Module):
         if layout.in_place and layout.one_per_row:
             return ys, recent.copy_(after)
         return ys, after
+
+    def _from_the_shard_before(self, x: Tensor, shard: ContextShard) -> Tensor:
+        """The last W - 1 inputs before each sequence of a shard [N, W - 1, C]: zeros for those that begin on it."""
+        reach = self.weight.shape[-1] - 1
+        if shard.tokens < reach:
+            raise ValueError(f"a shard has {shard.tokens} tokens; accepted by this convolution: at least {reach}")
+        ends = x[:, -reach:]
+        if shard.last_tokens < reach:
+            ends = F.pad(x[:, -shard.last_tokens :], (0, 0, reach - shard.last_tokens, 0))
+        before = shard.previous(ends)
+        others = 0 if shard.bounds is None else len(shard.bounds) - 2
+        return torch.cat([before, before.new_zeros(others, *before.shape[1:])])
 
 
 def advance_recent_(recent: Tensor, inputs: Tensor, counts: Tensor) -> None:

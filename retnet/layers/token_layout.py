@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from retnet.ops.context_shard import ContextShard
 from retnet.ops.ragged import Compaction
 
 Value = TypeVar("Value")
@@ -24,7 +25,8 @@ class TokenLayout:
     positions [B, T] (int64) of each real token in its sequence; lengths [N] (int64) real tokens of this call; mask
     [B, T] bool or None; cu_seqlens [N + 1] or None. `carry`: layers return their state. `in_place`: layers may
     overwrite the given state (inference only). `losses`: a list to which layers add losses of their own (MoE routers).
-    `deferred`: layers leave the state as it is and return a draft in its place (`layers/draft.py`).
+    `deferred`: layers leave the state as it is and return a draft in its place (`layers/draft.py`). `context`: the
+    tokens are this process's shard of longer rows, and layers exchange what crosses its borders.
     """
 
     positions: Tensor
@@ -35,6 +37,7 @@ class TokenLayout:
     in_place: bool = False
     losses: list[Tensor] | None = None
     deferred: bool = False
+    context: ContextShard | None = None
     _shared: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -50,6 +53,7 @@ class TokenLayout:
         in_place: bool = False,
         losses: list[Tensor] | None = None,
         deferred: bool = False,
+        context: ContextShard | None = None,
     ) -> "TokenLayout":
         """The layout of [B, T] tokens after `start` [N] earlier tokens of each sequence (None: no earlier tokens)."""
         B, T = shape
@@ -71,7 +75,7 @@ class TokenLayout:
                 lengths = mask.long().sum(1)
             if start is not None:
                 positions = positions + start[:, None]
-        return cls(positions.clamp_min(0), lengths, mask, cu_seqlens, carry, in_place, losses, deferred)
+        return cls(positions.clamp_min(0), lengths, mask, cu_seqlens, carry, in_place, losses, deferred, context)
 
     def advance(self, position: Tensor | None) -> Tensor:
         """Real tokens of each sequence [N] after this call, in a new tensor."""

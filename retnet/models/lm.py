@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from retnet.layers.block import Block
 from retnet.layers.linear import is_plain_linear
-from retnet.layers.mixers import mixer_of
-from retnet.layers.moe import MoE
+from retnet.layers.mixers import MIXERS, mixer_of
+from retnet.layers.moe import MoE, MoEConfig
 from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
@@ -23,6 +23,7 @@ from retnet.models.config_json import token_ids_in_vocabulary
 from retnet.models.init import initialize
 from retnet.models.loss import linear_cross_entropy
 from retnet.models.states import ModelDraft, ModelState
+from retnet.ops.context_shard import ContextShard
 from retnet.ops.dtypes import wide_dtype
 
 
@@ -119,26 +120,34 @@ class LanguageModel(nn.Module):
         in_place: bool = False,
         losses: list[Tensor] | None = None,
         inner: list[Tensor] | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, ModelState | None]:
         """Final hidden states [B, T, D], ready for `logits`, and the state; arguments as for `forward`.
 
         embeddings [B, T, D] take the place of ids, before config.embedding_scale. losses: a list to which layers add
         their own losses (mixtures of experts: balance and router z), already weighted. inner: a list to which the input
-        of the first layer and the output of each layer are added.
+        of the first layer and the output of each layer are added. context: ids are this process's shard of longer rows,
+        whose documents it knows; without state, mask, cu_seqlens and carry.
         """
+        if context is not None:
+            self._check_shard(context, state, mask, cu_seqlens, carry)
         if self._stateless and (carry or state is not None):
             raise ValueError(f"{self._stateless}: keeps_state is False; accepted there: no state, and carry False")
         x = self.embedding(ids) if embeddings is None else embeddings
         x = self.embedding_norm(x * self.config.embedding_scale)
+        start = None if state is None else state.position
+        if context is not None:
+            start, cu_seqlens = context.sequences(x.shape[0], x.shape[1], x.device)
         layout = TokenLayout.of(
             (x.shape[0], x.shape[1]),
             x.device,
-            start=None if state is None else state.position,
+            start=start,
             mask=mask,
             cu_seqlens=cu_seqlens,
             carry=carry,
             in_place=in_place,
             losses=losses,
+            context=context,
         )
         for layer in self.layers:
             cast(Block, layer).prepare(layout, x.dtype)
@@ -157,6 +166,22 @@ class LanguageModel(nn.Module):
             if inner is not None:
                 inner.append(x)
         return self.final_norm(x), ModelState(tuple(states)) if carry else None
+
+    def _check_shard(self, context: ContextShard, *others: object) -> None:
+        """Raise ValueError for layers and arguments that context parallelism does not take."""
+        for i, layer in enumerate(self.config.layers):
+            if layer.mixer.refused_on_shards:
+                names = ", ".join(name for name, mixer in MIXERS.items() if not mixer.config.refused_on_shards)
+                raise ValueError(
+                    f"layer {i} is {layer.mixer.kind}: {layer.mixer.refused_on_shards}; accepted with context: {names}"
+                )
+            if isinstance(layer.feed_forward, MoEConfig):
+                raise ValueError(
+                    f"layer {i} is a mixture of experts, whose balance is that of whole rows; accepted with context: "
+                    "feed-forwards of one expert"
+                )
+        if any(other is not None and other is not False for other in others):
+            raise ValueError("a shard of a row came with a state, mask, cu_seqlens or carry; accepted: context alone")
 
     def init_state(
         self,
@@ -202,15 +227,26 @@ class LanguageModel(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def loss(
-        self, ids: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> Tensor:
         """Mean cross-entropy in nats of labels [B, T] (already shifted; -100 is ignored) given ids [B, T].
 
-        In training, plus the losses of routers, if there are any.
+        In training, plus the losses of routers, if there are any. With `context`, this shard's share of the mean over
+        whole rows: loss and gradients of all shards add up to those of one process.
         """
         losses: list[Tensor] | None = [] if self.training else None
-        hidden, _ = self.hidden(ids, mask=mask, cu_seqlens=cu_seqlens, losses=losses)
-        return sum(losses or (), self.mean_nats(hidden, labels))
+        hidden, _ = self.hidden(ids, mask=mask, cu_seqlens=cu_seqlens, losses=losses, context=context)
+        nats = self.mean_nats(hidden, labels)
+        if context is not None:
+            count = (labels != -100).sum()
+            return nats * (count.to(nats.dtype) / context.total(count).clamp_min(1))
+        return sum(losses or (), nats)
 
     def mean_nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats of labels [...] given final hidden states [..., D]; 0 if all are -100.

@@ -1,0 +1,189 @@
+"""Shards of long rows: exact on any number of processes, and what is refused.
+
+Threads in lockstep stand for processes, except in one slow test: the mathematics is the same, and starts at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from retnet.ops import context_shard
+from retnet.ops.context_shard import ContextShard
+from tests.small_models import EXPERTS, GATED, HYENA, PAPER, VOCAB, small_model
+
+from . import context_checks as checks
+
+
+class Lockstep:
+    """What the threads hand each other."""
+
+    def __init__(self, size: int):
+        self.barrier, self.given = threading.Barrier(size, timeout=60), [None] * size
+
+    def all(self, rank: int, x: object) -> list:
+        """x of all threads."""
+        self.given[rank] = x
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()
+        return found
+
+
+class Done:
+    def wait(self) -> None:
+        """The exchange is over already."""
+
+
+class ThreadShard(ContextShard):
+    """A shard whose group is a `Lockstep`."""
+
+    def start_all_gather(self, x: Tensor) -> tuple[Tensor, Done]:
+        return torch.stack(self.group.all(self.rank, x.detach().clone())), Done()
+
+    def reduce_scatter(self, parts: list[Tensor]) -> Tensor:
+        return sum(other[self.rank] for other in self.group.all(self.rank, parts))
+
+
+def on_shards(size: int, check: Callable[..., None], *options: object) -> None:
+    """Run check(shards, size, *options) in as many threads; raises the first AssertionError."""
+    lockstep, errors = Lockstep(size), []
+
+    def work(rank: int) -> None:
+        def of(num_tokens: int, bounds: list[int] | None) -> ThreadShard:
+            return ThreadShard.part(rank, size, num_tokens, bounds, lockstep)
+
+        try:
+            check(of, size, *options)
+        except Exception as error:
+            errors.append(error)
+            if not isinstance(error, AssertionError):  # at a different exchange than the others
+                lockstep.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    broken = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+    if errors:
+        raise (broken or errors)[0]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("packing", checks.PACKINGS)
+def test_retention_of_shards_is_that_of_the_row(packing, size):
+    for per_token, masked in [(False, False), (True, packing == "rows"), (False, True)]:
+        on_shards(size, checks.check_retention, packing, per_token, masked, size)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("packing", checks.PACKINGS)
+def test_the_selective_scan_of_shards_is_that_of_the_row(packing, size):
+    on_shards(size, checks.check_scan, packing, size)
+
+
+@pytest.mark.parametrize(("packing", "size"), [("rows", 3), ("over borders", 2), ("at borders", 3), ("short", 2)])
+def test_a_hybrid_on_shards_has_the_loss_and_gradients_of_one_process(packing, size):
+    on_shards(size, checks.check_model, packing)
+
+
+def test_blocks_that_are_recomputed_exchange_again():
+    on_shards(2, checks.check_model, "rows", True)
+
+
+def test_no_document_leaks_over_a_border():
+    on_shards(3, checks.check_borders)
+
+
+def without_carry(ctx, final: Tensor, total: Tensor, gathered: Tensor, shard: ContextShard) -> Tensor:
+    return torch.zeros_like(FORWARD(ctx, final, total, gathered, shard))
+
+
+def without_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    final, total, *_ = BACKWARD(ctx, grad)
+    return torch.zeros_like(final), torch.zeros_like(total), None, None
+
+
+FORWARD, BACKWARD = context_shard._Carry.forward, context_shard._Carry.backward
+MUTATIONS = {
+    "no exchange": (context_shard._Carry, "forward", staticmethod(without_carry)),
+    "no decay": (context_shard, "_weight", lambda totals, before, rank: torch.ones_like(totals[rank])),
+    "no backward": (context_shard._Carry, "backward", staticmethod(without_gradient)),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("check", [(checks.check_retention, "rows", True, False, 7), (checks.check_model, "rows")])
+def test_a_broken_exchange_is_noticed(monkeypatch, mutation, check):
+    monkeypatch.setattr(*MUTATIONS[mutation])
+    with pytest.raises(AssertionError, match="differs"):
+        on_shards(3, *check)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_compute_what_one_does(processes):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = Path(checks.__file__)
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    places = os.pathsep.join([str(script.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
+    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "equal"
+
+
+WHOLE = ContextShard.part(0, 1, 12, None)  # needs no group until something is exchanged
+
+
+@pytest.mark.parametrize("bounds", [[], [0], [1, 12], [0, 11], [0, 13], [0, 7, 5, 12]])
+def test_bounds_that_are_not_those_of_the_row_are_refused(bounds):
+    with pytest.raises(ValueError, match="accepted: rising from 0 to 12"):
+        ContextShard.part(0, 2, 12, bounds)
+
+
+@pytest.mark.parametrize("tokens", [0, -4, 1, 5])
+def test_rows_that_do_not_split_evenly_are_refused(tokens):
+    with pytest.raises(ValueError, match="accepted: a positive multiple of 2"):
+        ContextShard.part(0, 2, tokens, None)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"), [(HYENA, "as long as the row"), (replace(PAPER, feed_forward=EXPERTS), "mixture of experts")]
+)
+def test_layers_that_need_whole_rows_are_refused_by_name(layer, message):
+    model = small_model((PAPER, layer))
+    with pytest.raises(ValueError, match=f"layer 1 is .*{message}.*accepted with context"):
+        model.hidden(torch.zeros(1, 12, dtype=torch.long), context=WHOLE)
+
+
+@pytest.mark.parametrize(("shape", "bounds"), [((1, 10), None), ((2, 12), [0, 5, 12])])
+def test_tokens_that_are_not_the_shard_are_refused(shape, bounds):
+    with pytest.raises(ValueError, match="accepted: 12 tokens"):
+        small_model().hidden(torch.zeros(shape, dtype=torch.long), context=ContextShard.part(0, 1, 12, bounds))
+
+
+@pytest.mark.parametrize("given", ["mask", "cu_seqlens", "state", "carry"])
+def test_arguments_that_the_shard_replaces_are_refused(given):
+    model = small_model((GATED,))
+    value = {
+        "mask": torch.ones(1, 12, dtype=torch.bool),
+        "cu_seqlens": torch.tensor([0, 12]),
+        "state": model.init_state(1),
+        "carry": True,
+    }[given]
+    with pytest.raises(ValueError, match="accepted: context alone"):
+        model.hidden(torch.randint(VOCAB, (1, 12)), context=WHOLE, **{given: value})
