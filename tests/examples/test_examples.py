@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,3 +134,16 @@ def test_a_classifier_is_trained_and_saved_as_transformers_saves_it(byte_model, 
 def test_a_classifier_learns(tmp_path):
     source = saved(retnet.load("retnet-tiny-conv", "cpu"), tmp_path / "model")
     assert load("classify").main(source, tmp_path / "classifier") > 0.8
+
+
+@pytest.mark.slow
+def test_rows_shared_by_two_processes_train_as_in_one():
+    words = [str(ROOT / "examples" / "long_rows.py"), "--tokens", "1024", "--steps", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    losses = []
+    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        done = subprocess.run([sys.executable, *launch, *words], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        losses.append(re.findall(r"^([\d.]+) nats", done.stdout, re.MULTILINE))
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
