@@ -44,7 +44,7 @@ FLA_CONFIG = {
     "vocab_size": 61,
 }
 # What takes minutes on a page is cut short in its test.
-SHORTER = {"max_steps=80": "max_steps=2 data=TEXT length=64"}
+SHORTER = {"max_steps=80": "max_steps=2 data=TEXT length=64", "data=stdlib": "data=TEXT"}
 SERVES = ("start/five_minutes",)  # their bash blocks start a server, which tests/docs/test_serve.py does
 TASK = """
 task: toy
@@ -91,6 +91,7 @@ def names(byte_model, tmp_path) -> dict:
 def run_in_shell(command: str, names: dict, tmp_path: Path) -> None:
     """Run a line of a console block: `retnet` in this process, `python` in a new one without torch."""
     given = {"MODEL": names["directory"], "TEXT": names["file"], "TASKS": str(tmp_path / "tasks")}
+    given["README.md"] = names["file"]
     for long, short in SHORTER.items():
         command = command.replace(long, short)
     command = re.sub(rf"\b({'|'.join(given)})\b", lambda match: given[match[0]], command)
