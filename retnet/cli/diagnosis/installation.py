@@ -18,6 +18,7 @@ from retnet.system.memory import available_bytes, total_bytes
 from retnet.system.sizes import format_bytes
 
 LOW_MEMORY = 2**30
+BUSY = 1.5  # processes that want to run, per core
 # Settings of the environment that slow everything down while they are set.
 SLOW_SETTINGS = {
     "CUDA_LAUNCH_BLOCKING": "every kernel is waited for",
@@ -36,6 +37,7 @@ def installation() -> Iterator[Finding]:
     yield Finding("retnet", "ok", f"{__version__}, in {place}")
     yield Finding("Python", "ok", f"{platform.python_version()} ({sys.executable}) on {platform.platform()}")
     yield _processor()
+    yield from _load()
     yield _memory()
     yield _requirements()
     yield from _extras()
@@ -62,6 +64,18 @@ def _processor() -> Finding:
         f"{text}, but the container gets the time of {quota:g}",
         f"more threads than {quota:g} wait for each other: set OMP_NUM_THREADS={max(1, int(quota))}",
     )
+
+
+def _load() -> Iterator[Finding]:
+    """Whether other processes compete for the processor; nothing where the system does not tell."""
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows
+        return
+    cores = os.cpu_count() or 1
+    if load > BUSY * cores:
+        text = f"{load:.1f} processes want to run on {cores} cores (mean of a minute): they wait for each other"
+        yield Finding("load", "slow", text, "end other programs; speeds that are measured meanwhile mean little")
 
 
 def _memory() -> Finding:

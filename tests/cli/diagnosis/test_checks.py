@@ -135,3 +135,13 @@ def test_a_quota_below_the_cores_is_said(monkeypatch):
     finding = installation._processor()
     assert finding.status == "slow"
     assert finding.advice.endswith("OMP_NUM_THREADS=2")
+
+
+def test_a_machine_that_is_busy_is_said(monkeypatch):
+    cores = installation.os.cpu_count() or 1
+    monkeypatch.setattr(installation.os, "getloadavg", lambda: (cores * 1.4, 0.0, 0.0))
+    assert list(installation._load()) == []
+    monkeypatch.setattr(installation.os, "getloadavg", lambda: (cores * 3.0, 0.0, 0.0))
+    (finding,) = installation._load()
+    assert finding.status == "slow"
+    assert f"{cores * 3.0:.1f} processes want to run on {cores} cores" in finding.text
