@@ -13,9 +13,7 @@ import yaml
 
 from dev.site.finish import finish
 from dev.site.navigation import nav
-from dev.site.staging import Staging
-
-ROOT = Path(__file__).resolve().parents[2]
+from dev.site.staging import ROOT, Staging
 
 
 def build(site: Path, root: Path = ROOT) -> None:

@@ -29,8 +29,11 @@ def finish(site: Path, staged: Path) -> None:
 
 
 def _mathml(match: re.Match[str]) -> str:
-    display = "block" if match[2] == "[" else "inline"
-    return convert(html.unescape(match[3]).strip(), display=display)
+    display, formula = "block" if match[2] == "[" else "inline", html.unescape(match[3]).strip()
+    try:
+        return convert(formula, display=display)
+    except Exception as error:  # the converter has no common class of errors
+        raise ValueError(f"the formula {formula!r} cannot be read: {type(error).__name__}") from error
 
 
 def _write_markdown(site: Path, staged: Path) -> None:

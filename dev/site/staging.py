@@ -14,6 +14,7 @@ from pathlib import Path
 from dev.site import generated
 from dev.site.notebooks import as_markdown
 
+ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s#]+)((?:#[^)\s]*)?(?: \"([^\"]*)\")?\))")
 CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 PICTURES = {".png", ".svg", ".jpg", ".gif"}
