@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from retnet.system.checks import quoted
 from retnet.system.choices import is_choice
-from retnet.system.suggest import choices
+from retnet.system.suggest import choices, did_you_mean
 
 T = TypeVar("T")
 
@@ -34,7 +34,8 @@ def from_dict(cls: type[T], data: Any, path: str = "config") -> T:
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise ValueError(f"{path}.{key}: unknown key; {choices(key, known)}")
+            meant = did_you_mean(str(key), known)
+            raise ValueError(f"{path}.{key}: unknown key{meant} Accepted: {', '.join(known)}")
     annotations = get_type_hints(cls)
     values = {key: _convert_field(known[key], annotations[key], item, f"{path}.{key}") for key, item in data.items()}
     missing = [n for n, f in known.items() if n not in values and _required(f)]

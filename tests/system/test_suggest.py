@@ -30,6 +30,11 @@ def test_the_nearest_name_is_the_one_meant(given, meant):
     assert nearest(given, NAMES) == meant
 
 
+def test_a_key_without_its_underscore_is_found():
+    assert nearest("chunksize", ("chunk_size", "rope")) == "chunk_size"
+    assert nearest("zzz", ("chunk_size", "rope")) is None
+
+
 def test_of_names_that_differ_in_case_the_first_counts():
     assert nearest("BATCH", ["Batch", "batch"]) == "Batch"
 

@@ -110,7 +110,7 @@ def convert(
 def _open(source: Source | LanguageModel, format: str | None, config: object) -> tuple[ModelConfig, Tensors]:
     """Our configuration of the source, and its tensors under our names."""
     if format is not None and format not in (OURS, *FORMATS):
-        raise ValueError(f"format is {format!r}; None recognises it, {choices(format, (OURS, *FORMATS))}")
+        raise ValueError(f"format is {format!r}; {choices(format, (OURS, *FORMATS))} (None recognises it)")
     if isinstance(source, LanguageModel):
         return stored_config(source), Tensors.of(stored_tensors(source))
     is_state_dict = isinstance(source, Mapping)
