@@ -12,7 +12,7 @@ import retnet
 from retnet.system.extras import LIBRARIES
 from tests.paths import ROOT
 
-CORE = {"torch", "safetensors", "numpy", "pydantic", "pydantic_core", "yaml", "typer", "rich", "jinja2", "retnet"}
+CORE = {"torch", "safetensors", "numpy", "pydantic", "pydantic_core", "yaml", "typer", "rich", "jinja2", "packaging", "retnet"}
 # Packages whose `__init__` raises MissingExtra, so that their modules import these libraries as any other.
 GUARDED = {
     "retnet/kernels": {"triton"},

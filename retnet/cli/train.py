@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from retnet.cli._common import console
-from retnet.system.extras import needs
+from retnet.system.extras import needs, require
 from retnet.system.progress import Progress
 from retnet.system.sizes import format_count
 
@@ -42,6 +42,7 @@ def train(
     if len(files) > 1:
         raise ValueError(f"one recipe at a time, got {', '.join(files)} (settings are key=value)")
 
+    require("train", "retnet train", "transformers", "accelerate")
     if int(os.environ.get("RANK", "0")) > 0:  # only the first process of torchrun prints
         console.quiet = True
     with needs("train", "retnet train"), Progress(console, "importing PyTorch and transformers"):
