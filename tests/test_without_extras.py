@@ -13,7 +13,8 @@ from retnet.system.extras import LIBRARIES
 from tests.paths import ROOT
 
 CORE = {
-    "torch", "safetensors", "numpy", "pydantic", "pydantic_core", "yaml", "typer", "rich", "jinja2", "packaging", "retnet"
+    "torch", "safetensors", "numpy", "pydantic", "pydantic_core", "yaml", "typer", "rich", "jinja2", "packaging",
+    "retnet",
 }  # fmt: skip
 # Packages whose `__init__` raises MissingExtra, so that their modules import these libraries as any other.
 GUARDED = {
