@@ -67,7 +67,7 @@ def save_whole_model(trainer: PackedTrainer, output: Path, tokenizer: PreTrained
         if trainer.is_fsdp_enabled:  # the Trainer saves no whole model of sharded weights
             _save_sharded(trainer, staging)
         else:
-            trainer.save_model(str(staging))
+            trainer.save_model(str(staging), _internal_call=True)  # pushed once the directory is whole
         if trainer.args.should_save:
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to load one
             tokenizer.save_pretrained(str(staging))

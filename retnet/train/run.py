@@ -19,6 +19,7 @@ from retnet.data.chat_corpus import ChatCorpus
 from retnet.models.lm import LanguageModel
 from retnet.system.lock import locked
 from retnet.system.progress import Progress
+from retnet.train.card import write_card
 from retnet.train.changes import check_changes, run_facts, said_settings
 from retnet.train.checkpoints import CheckpointError, choose, inspect, list_checkpoints
 from retnet.train.cpu_fsdp import sharding_on_cpus
@@ -147,6 +148,11 @@ def _finish(
         if stop.received:
             console.print(f"stopped by a signal after training, with {len(samples)} of {recipe.num_samples} samples")
         record(output, recipe, arguments, summary, trainer.state.log_history, samples, console)
+        config = cast(PackedForCausalLM, trainer.model).model.config
+        tables = run_tables(recipe, arguments, data, config, trainer.options.facts["rows_per_step"])
+        write_card(output, config, summary, tables, arguments.hub_model_id)
+    if arguments.push_to_hub:
+        trainer.push_whole_model()
     return summary, samples
 
 

@@ -361,7 +361,20 @@ class PackedTrainer(Trainer):
             logs["memory_gib"] = memory_gib(self.args.device)
         super().log(logs, start_time)
 
-    # Checkpoints
+    # The model and its checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, until the whole model is saved: a push saves it again otherwise."""
+        if not self.model_saved:
+            super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `card.py` writes the card from what the run knows."""
+
+    def push_whole_model(self) -> None:
+        """Upload the run's directory to the hub, without checkpoints. All processes call this."""
+        (Path(str(self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)  # a pickle, of a checkpoint
+        self.push_to_hub(commit_message="End of training")
 
     def raise_terminated(self) -> NoReturn:
         """End a run that has received a signal, once a checkpoint is saved."""

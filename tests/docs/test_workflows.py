@@ -31,10 +31,21 @@ NEEDS = {
     "do/engine": [],
     "do/convert": [],
     "do/lora": ["peft", "trl"],
+    "do/chat": [],
+    "do/classify": [],
     "do/evaluate": ["lm_eval"],
     "do/export": ["onnxruntime", "onnxscript"],
 }
-SLOW = ("start/five_minutes", "learn/hybrids", "do/long_context", "do/memory", "do/evaluate", "do/export")
+SLOW = (
+    "do/chat",
+    "do/classify",
+    "start/five_minutes",
+    "learn/hybrids",
+    "do/long_context",
+    "do/memory",
+    "do/evaluate",
+    "do/export",
+)
 FLA_CONFIG = {
     "model_type": "retnet",
     "hidden_size": 32,

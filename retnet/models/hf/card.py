@@ -46,10 +46,11 @@ def model_card(
     license: str | None = None,
     datasets: Sequence[str] = (),
     language: Sequence[str] = (),
+    training: str = "",
 ) -> str:
     """The text of a README.md: metadata for the hub, a description of the model, and how to load it.
 
-    repository: the name on the hub, or a directory; the configuration's name if None.
+    repository: the name on the hub, or a directory; the configuration's name if None. training: a section of its own.
     """
     tags = ["retnet", "linear-attention"]
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags)]
@@ -69,4 +70,4 @@ def model_card(
         state=model_cost(config, _CONTEXT).state_bytes,
         repository=repository or config.name,
     )
-    return "\n".join(["---", *lines, "---", text])
+    return "\n".join(["---", *lines, "---", text, *([training] if training else [])])
