@@ -113,10 +113,9 @@ def _reach(axes: Axes, rows: list[LayerSummary], context: int) -> None:
     axes.set_xlim(1, max(context, 2))
     for y, row in enumerate(rows):
         heads = [min(reach, context) for reach in row.reach or (context,)]
-        stripe, colour = BAND / len(heads), row.layer.mixer.family(row.layer.mixer_type)[1]
-        for i, reach in enumerate(heads):
-            bottom = y - BAND / 2 + i * stripe
-            axes.barh(bottom, reach - 1, left=1, height=stripe, align="edge", color=colour, linewidth=0)
+        edges = [y - BAND / 2 + BAND * i / len(heads) for i in range(len(heads) + 1)]
+        colour = row.layer.mixer.family(row.layer.mixer_type)[1]
+        axes.stairs(heads, edges, orientation="horizontal", baseline=1, fill=True, color=colour, linewidth=0)
     ticks = log_ticks(1, max(context, 2), 2, most=5)
     axes.set_xticks(ticks, [tokens(tick) for tick in ticks])
     axes.minorticks_off()

@@ -35,9 +35,12 @@ def test_the_first_panel_shows_the_parameters_of_mixer_and_feed_forward(drawn):
 def test_the_second_panel_shows_the_reach_of_each_head(drawn):
     panel = drawn[2].axes[1]
     assert panel.get_title() == "Reach of each head"
-    assert len(panel.patches) == 4 + 4 + 1
-    assert panel.patches[-1].get_width() == 16 - 1
-    assert max(bar.get_width() for bar in panel.patches) == 256 - 1
+    first, second, last = (stairs.get_data() for stairs in panel.patches)
+    assert first.values.tolist() == second.values.tolist()
+    assert len(first.values) == 4
+    assert first.values[0] < first.values[-1] == 256
+    assert last.values.tolist() == [16]
+    assert first.edges[0] < first.edges[-1] < second.edges[0]  # the first head on top, the axis being inverted
 
 
 def test_the_third_panel_shows_state_sizes_at_three_contexts(drawn):
