@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
+from retnet.cli.diagnosis.checks import TORCH
 from retnet.cli.diagnosis.finding import Finding
 from retnet.cli.diagnosis.probe import BEGINS, FINDS, MARK
 
 PROBE = (sys.executable, "-X", "faulthandler", "-m", "retnet.cli.diagnosis.probe")
 LAST_LINES = 3  # of standard error, shown for a process that died
+MOST_WORDS = 20_000  # bytes
 
 
 def findings_of(
@@ -59,6 +61,10 @@ def findings_of(
             return
         culprit = running if running is not None else left.pop(0)
         yield Finding(culprit, "problem", f"the check ended its process: {_name(died)}{last_words}")
+        if culprit == TORCH:
+            for name in left:
+                yield Finding(name, "not run", "PyTorch cannot be imported")
+            return
 
 
 _MORE_TIME = "retnet doctor --seconds 60"
@@ -102,7 +108,9 @@ class _Process:
     def last_words(self) -> str:
         """The last lines on standard error."""
         self._errors.seek(0)
-        lines = [line for line in self._errors.read()[-4000:].decode(errors="replace").splitlines() if line.strip()]
+        text = self._errors.read()[-MOST_WORDS:].decode(errors="replace")
+        text = text.partition("Fatal Python error")[0] or text  # its traceback is long, and the signal is known
+        lines = [line for line in text.splitlines() if line.strip()]
         return f" ({' | '.join(lines[-LAST_LINES:])})" if lines else ""
 
     def close(self) -> None:

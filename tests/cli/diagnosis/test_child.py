@@ -20,6 +20,7 @@ for name in sys.argv[1:]:
     if name == "segfault":
         print("a last word", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)
+    if name == "PyTorch": os.kill(os.getpid(), signal.SIGILL)
     if name == "exits": os._exit(7)
     if name == "leaves": sys.exit(0)
     if name == "hangs": time.sleep(60)
@@ -69,3 +70,9 @@ def test_time_that_is_over_is_said_for_every_check_that_is_left():
     assert [finding.status for finding in findings] == ["not run"] * 3
     assert "not done within the 0.6 s" in findings[0].text
     assert findings[1].text == "no time left of 0.6 s"
+
+
+def test_a_torch_that_crashes_is_tried_once():
+    crashed, after = found("PyTorch", "a")
+    assert (crashed.status, after.status) == ("problem", "not run")
+    assert "SIGILL" in crashed.text
