@@ -212,7 +212,7 @@ def picture(rows: list[dict], path: Path, stacks: list[str] | None = None) -> No
             Panel("Loss by position", Scale("context length, tokens", tokens, 2), nats, positions, limit=trained)
         )
     if repeats:
-        nats = Scale("nats per token, less those of the first time")
+        nats = Scale("nats per token, repeat less first")
         panels.append(Panel("A passage repeated", Scale("tokens between", tokens, 2), nats, repeats, limit=trained))
     size = short(statistics.mean(row["parameters"] for found in runs.values() for row in found))
     under = facts(
