@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from retnet.models.fingerprint import bytes_of
 from retnet.models.states import ModelState
 from retnet.ops.device import resolve_device
-from retnet.serve.snapshot_file import StoredTensors, digest, pieces
+from retnet.serve.snapshot_file import StoredTensors, digest, opened, pieces
 from retnet.system.checks import as_path, copied_integers, is_integer, is_number, quoted
 from retnet.system.files import written_whole
 
@@ -192,7 +192,7 @@ class SnapshotFile:
         if not path.is_file():
             raise FileNotFoundError(f"no snapshot at {path}: {'not a file' if path.exists() else 'no such file'}")
         try:
-            with safe_open(path, "pt") as file:
+            with opened(path) as file:
                 metadata = dict(file.metadata() or {})
                 # Copies, because the file is mapped and could change after the check.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -7,8 +7,11 @@ written, or sent over a network, in little memory beside its own. Files are read
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from retnet.models.fingerprint import bytes_of
@@ -17,6 +20,21 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+
+
+def opened(path: Path) -> Any:
+    """safetensors' `safe_open`, which opens a file twice.
+
+    Raises FileNotFoundError too where the file is deleted between the two, which is a RuntimeError of torch's there.
+    """
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError:
+        raise
+    except RuntimeError as error:
+        if path.exists():
+            raise
+        raise FileNotFoundError(f"{path} was deleted while it was opened") from error
 
 
 class StoredTensors(Mapping[str, Tensor]):

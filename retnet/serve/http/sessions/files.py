@@ -21,10 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from retnet.serve.http.sessions.record import ID_PATTERN, Record, Session
 from retnet.serve.snapshot import EXTRA, FORMAT, SnapshotFile
+from retnet.serve.snapshot_file import opened
 from retnet.system.files import flush
 from retnet.system.lock import waiting_for_lock
 
@@ -176,7 +177,7 @@ class SessionFiles:
         path = self._path(session_id)
         before = path.stat()
         try:
-            with safe_open(path, "pt") as file:  # checks the head, and the file's size against it
+            with opened(path) as file:  # checks the head, and the file's size against it
                 metadata: dict[str, Any] = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}; accepted: {FORMAT!r}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from retnet.models.decode.sampling import Sampling
 from retnet.serve.engine import Engine
@@ -215,6 +216,18 @@ def test_a_file_under_the_name_of_another_session_is_set_aside(engine, tmp_path)
     ids = run(kept_and_closed(engine, tmp_path, snapshot_of(engine), snapshot_of(engine, 12)))
     os.replace(tmp_path / f"{ids[0]}.safetensors", tmp_path / f"{ids[1]}.safetensors")
     assert len(store_of(engine, tmp_path)) == 0
+
+
+@pytest.mark.parametrize("reader", [SessionFiles.look, SessionFiles.read])
+def test_a_file_that_another_server_deletes_while_it_is_opened_is_not_there(engine, tmp_path, monkeypatch, reader):
+    [session_id] = run(kept_and_closed(engine, tmp_path, snapshot_of(engine)))
+
+    def open_late(path: Path, framework: str) -> None:
+        path.unlink()
+        torch.UntypedStorage.from_file(str(path), False, 100)  # as safetensors does after it has checked the head
+
+    monkeypatch.setattr("retnet.serve.snapshot_file.safe_open", open_late)
+    assert reader(SessionFiles(tmp_path), session_id) is None
 
 
 def test_a_session_of_another_model_is_named_and_not_continued(engine, tmp_path):
