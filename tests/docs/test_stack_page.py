@@ -34,8 +34,8 @@ def test_the_example_trains_with_the_line_on_the_page(tmp_path, monkeypatch, cap
     texts.mkdir()
     for name in "abcd":
         (texts / name).write_text("for x in range(10): print(x)\n" * 20)
-    words = [word.replace("examples/hybrid.yml", str(FILE)) for word in line.split()[1:]]
-    small = ("data=texts", "length=32", "max_steps=2", "eval_steps=1")
-    assert run(*words, *small) == 0
+    settings = dict(word.split("=") for word in line.split()[2:])
+    settings |= {"model": str(FILE), "data": "texts", "length": "32", "max_steps": "2", "eval_steps": "1"}
+    assert run("train", *(f"{key}={value}" for key, value in settings.items())) == 0
     assert (tmp_path / "out/hybrid/loss_curve.png").exists()
     assert run("generate", "out/hybrid", "def ", "--max-tokens", 5) == 0
