@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import json
 import os
@@ -23,11 +24,13 @@ from retnet.serve.http.sessions import store
 from retnet.serve.http.settings import Settings
 from tests.serve.http.server import LiveServer, live_server
 from tests.serve.http.soak_reference import CHUNK, CONTEXT, SLOTS
+from tests.serve.http.soak_wire import STALL_SECONDS
 
 KEYS = ("a-key-of-the-first-caller", "a-key-of-the-second-caller")
 ROOT = Path(__file__).resolve().parents[3]
 REST_SECONDS = 30.0  # for the server to be at rest after a phase
-MOST_RSS, MOST_TRACED = 16 * 2**20, 2**20  # bytes more, between the second phase and the last
+# Bytes more, between the second phase and the last.
+MOST_RSS, MOST_ALLOCATED, MOST_TRACED = 16 * 2**20, 4 * 2**20, 2**20
 MOST_THREADS = 24  # those of the pools of files, grammars and the event loop
 PREFIX_BYTES = 2**20
 TREE_BYTES = 2**17  # tokens of earlier prompts, so few that they are full after the first phase
@@ -36,9 +39,11 @@ SETTINGS = Settings(max_body=2**16, max_upload=2**22, max_waiting=16, session_me
 
 @dataclass
 class Rest:
-    """A server at rest. files: its open files; left: files of its folders that no session needs."""
+    """A server at rest. allocated: bytes of malloc in use; files: its open files; left: files of its folders that no
+    session needs."""
 
     rss: int
+    allocated: int
     traced: int
     files: int
     threads: list[str]
@@ -74,7 +79,7 @@ def soak(seconds: float, stack: str, seed: int, say: Callable[[str], None] = lam
             with live_server(settings, stack=stack, prefix_cache_bytes=PREFIX_BYTES, **options) as live:
                 assert live.service.engine.prefixes is not None
                 live.service.engine.prefixes.tree_bytes = TREE_BYTES
-                live.server._connections.limits |= {"head": 3.0, "stall": 3.0, "half": 1.0}
+                live.server._connections.limits |= dict.fromkeys(("head", "stall", "half"), STALL_SECONDS)
                 return _phases(live, seconds, stack, seed, say)
         finally:
             tracemalloc.stop()
@@ -100,6 +105,7 @@ def _phases(live: LiveServer, seconds: float, stack: str, seed: int, say: Callab
             rest = rests[-1]
             say(
                 f"phase {phase + 1}: {sum(counts.values())} events, RSS {rest.rss / 2**20:.1f} MiB, "
+                f"allocated {rest.allocated / 2**20:.2f} MiB, "
                 f"traced {rest.traced / 2**20:.2f} MiB, {rest.files} files, {len(rest.threads)} threads, "
                 f"{rest.tasks} tasks"
             )
@@ -110,6 +116,7 @@ def _phases(live: LiveServer, seconds: float, stack: str, seed: int, say: Callab
     grown = after.compare_to(before, "lineno")
     traced, growth = sum(line.size_diff for line in grown), "\n".join(map(str, grown[:12]))
     assert traced < MOST_TRACED, f"{traced} bytes more:\n{growth}"
+    assert last.allocated - first.allocated < MOST_ALLOCATED, f"{last.allocated - first.allocated} bytes more"
     assert last.rss - first.rss < MOST_RSS, f"{last.rss - first.rss} bytes more:\n{growth}"
     assert (last.files, last.tasks) == (first.files, first.tasks), f"{first} -> {last}"
     assert pools(last.threads) <= pools(first.threads), f"{first.threads} -> {last.threads}"
@@ -151,15 +158,37 @@ def at_rest(live: LiveServer) -> Rest:
     loop = next(iter(service._mailboxes))
     tasks = asyncio.run_coroutine_threadsafe(_num_tasks(), loop).result(30)
     left = [str(path) for path in state_dir.rglob("*") if path.is_file() and path.name not in ("secret", ".lock")]
+    allocated = allocated_bytes()
     rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return Rest(
         rss,
+        allocated,
         tracemalloc.get_traced_memory()[0],
         len(os.listdir("/proc/self/fd")),
         sorted({t.name for t in threading.enumerate()}),
         tasks,
         left,
     )
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+        )
+    ]  # fmt: skip
+
+
+def allocated_bytes() -> int:
+    """Bytes that the process holds through malloc, in all of its arenas, after those that are free are given back."""
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    libc.mallinfo2.restype = _Mallinfo
+    info = libc.mallinfo2()
+    return info.uordblks + info.hblkhd
 
 
 def pools(threads: list[str]) -> set[str]:

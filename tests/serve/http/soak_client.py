@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.serve.http.soak_reference import Alone, Kept, Mismatch, Shown, uploaded
-from tests.serve.http.soak_wire import Answer, Wire, ask, request
+from tests.serve.http.soak_wire import STALL_SECONDS, Answer, Wire, ask, request
 
 CLIENTS = 24
 MOST_UNCHECKED = 300  # answers that wait to be checked, beyond which the clients wait until half are left
@@ -167,7 +167,7 @@ class Clients:
                 wire.writer.write_eof()
                 await wire.answer()
             elif how == "stall":
-                await asyncio.sleep(rng.random() * 4)
+                await asyncio.sleep(rng.random() * 4 if rng.random() < 0.9 else STALL_SECONDS + 3)
             else:
                 await asyncio.sleep(rng.random() ** 4)
         self.counts[f"left: {how}"] += 1

@@ -13,6 +13,9 @@ from itertools import pairwise
 from typing import Any
 
 SECONDS = 120.0  # for any answer
+# The server's limits for heads to arrive and for answers to be read. Clients that mean no harm are within them on a
+# machine that is so busy that they stand still for seconds.
+STALL_SECONDS = 10.0
 
 
 @dataclass
