@@ -23,8 +23,9 @@ from retnet.system.suggest import did_you_mean_path
 if TYPE_CHECKING:
     from retnet.models.lm import LanguageModel
 
-console = Console()
-errors = Console(stderr=True)
+# FORCE_COLOR, which notebooks set, asks for colours in a pipe, not for bars and the prompt.
+console = Console(force_interactive=None if sys.stdout.isatty() else False)
+errors = Console(stderr=True, force_interactive=None if sys.stderr.isatty() else False)
 silent = Console(quiet=True)
 
 MODEL_HELP = "Preset, stack file or saved directory."

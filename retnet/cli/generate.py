@@ -120,7 +120,7 @@ def generate(
         _read_prompt(tokens)
         _echo(text, echo)
         for piece in stream_text(_metered(tokens, meter), tokenizer, stops, request.prompt):
-            write_text(printable(piece) if console.is_terminal else piece)
+            write_text(printable(piece) if console.is_interactive else piece)
     except KeyboardInterrupt:
         errors.print()
     except Failed as error:
@@ -145,12 +145,12 @@ def generate(
 
 def _echo(prompt: bytes, wanted: bool | None) -> None:
     """Show the prompt: all of it if asked for, its end on a terminal, nothing in a pipe."""
-    if not (console.is_terminal if wanted is None else wanted):
+    if not (console.is_interactive if wanted is None else wanted):
         return
     shown = prompt.decode("utf-8", "replace")
     if wanted is None and len(shown) > LONGEST_ECHO:
         shown = "..." + shown[-LONGEST_ECHO:]
-    if console.is_terminal:
+    if console.is_interactive:
         console.print(Text(printable(shown), "dim"), end="", soft_wrap=True)
     else:
         write_text(shown)

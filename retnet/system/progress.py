@@ -95,7 +95,7 @@ class Progress:
         return ": ".join(filter(None, [self._what, ", ".join(filter(None, parts))]))
 
     def __enter__(self) -> Progress:
-        if self._console.is_terminal and not self._console.quiet:
+        if self._console.is_interactive and not self._console.quiet:
             self._live = Live(
                 get_renderable=self._row, console=self._console, transient=self._transient, refresh_per_second=4
             )

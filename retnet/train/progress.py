@@ -33,7 +33,7 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._began, self._first_step = time.perf_counter(), state.global_step
-        if state.is_world_process_zero and self._console.is_terminal:
+        if state.is_world_process_zero and self._console.is_interactive:
             self._bar = Progress(self._console, self._what(state), state.max_steps, transient=False)
             self._update(state)
             self._bar.__enter__()
