@@ -44,8 +44,9 @@ def test_the_example_of_text_has_twelve_lines():
 
 
 def skeleton(line: str) -> str:
-    """A line of output with its numbers replaced, since they differ between machines and models."""
-    return " ".join(re.sub(r"\d[\d,.]*(e[-+]\d+)?", "#", line).split())
+    """A line of output without its numbers and units of bytes, since they differ between machines and models."""
+    line = re.sub(r"\d[\d,.]*(e[-+]\d+)?", "#", line)
+    return " ".join(re.sub(r"\b[KMG]iB\b", "iB", line).split())
 
 
 def shown() -> set[str]:

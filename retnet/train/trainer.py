@@ -364,8 +364,8 @@ class PackedTrainer(Trainer):
     # The model and its checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's, until the whole model is saved: a push saves it again otherwise."""
-        if not self.model_saved:
+        """As the Trainer's, but a push, which names no folder, does not save the whole model again."""
+        if output_dir is not None or not self.model_saved:
             super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
