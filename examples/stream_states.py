@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import retnet
+from retnet import ModelState
 from retnet.models.decode.generation import generate, prefill
-from retnet.models.states import ModelState
 
 
 def pieces(file, size=65536):

@@ -24,6 +24,7 @@ _EXPORTS = {
     "retention_plan": "retnet.ops.retention",
     "ModelConfig": "retnet.models.config",
     "LanguageModel": "retnet.models.lm",
+    "ModelState": "retnet.models.states",
     "Engine": "retnet.serve.engine",
     "Request": "retnet.serve.request",
     "Sampling": "retnet.models.decode.sampling",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from retnet.models.config import ModelConfig as ModelConfig
     from retnet.models.decode.sampling import Sampling as Sampling
     from retnet.models.lm import LanguageModel as LanguageModel
+    from retnet.models.states import ModelState as ModelState
     from retnet.ops.retention import retention as retention
     from retnet.ops.retention import retention_plan as retention_plan
     from retnet.ops.retention import retention_step_ as retention_step_
@@ -46,6 +48,7 @@ __all__ = [
     "Engine",
     "LanguageModel",
     "ModelConfig",
+    "ModelState",
     "Request",
     "Sampling",
     "__version__",

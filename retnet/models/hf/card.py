@@ -19,7 +19,7 @@ A {kind} language model of {parameters:,} parameters: {num_layers} layers ({mixe
 ## Use
 
 ```python
-import retnet.hf  # pip install retnet; or pass trust_remote_code=True below
+import retnet.hf  # where retnet is installed; or pass trust_remote_code=True below
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repository}")
