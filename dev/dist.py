@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import resource
 import shlex
 import shutil
@@ -26,6 +25,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -55,10 +55,8 @@ EXTRA_TESTS = [
 # Of the wheel, beside Python: type information, stack presets, the page of the server.
 DATA = {"py.typed": 1, ".yml": 20, ".js": 10, ".html": 1, ".css": 1, ".svg": 1}
 METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
-SDIST = {
-    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "PKG-INFO", "README.md", "SECURITY.md",
-    "benchmarks", "constraints.txt", "docs", "examples", "pyproject.toml", "recipes", "retnet", "tests",
-}  # fmt: skip
+# Of the sdist, beside what pyproject.toml includes: what the build always adds.
+ADDED = {"LICENSE", "README.md", "pyproject.toml"}
 
 
 def main() -> None:
@@ -89,8 +87,7 @@ def check_wheel(wheel: Path) -> None:
         names = set(archive.namelist())
     (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
     expect("metadata", {name.removeprefix(f"{info}/") for name in names if name.startswith(info)}, METADATA)
-    tracked = subprocess.run(["git", "ls-files", "retnet"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    package = {name for name in tracked.splitlines() if not name.endswith(".md")}
+    package = {name for name in tracked("retnet") if not name.endswith(".md")}
     expect("package", {name for name in names if not name.startswith(info)}, package)
     for suffix, least in DATA.items():
         if (count := sum(name.endswith(suffix) for name in package)) < least:
@@ -98,11 +95,17 @@ def check_wheel(wheel: Path) -> None:
 
 
 def check_sdist(sdist: Path) -> None:
+    """Every file of the places that pyproject.toml includes and nothing else."""
     with tarfile.open(sdist) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames()}
-    expect("sdist", {name.split("/")[0] for name in names} - {".gitignore"}, SDIST)
-    if junk := [name for name in names if re.search(r"__pycache__|\.pyc$|\.env|\.venv|\.safetensors$", name)]:
-        sys.exit(f"superfluous files in the sdist: {', '.join(junk)}")
+        names = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
+    places = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["sdist"]
+    expect("sdist", names - {".gitignore", "PKG-INFO"}, tracked(*(p.lstrip("/") for p in places["include"]), *ADDED))
+
+
+def tracked(*places: str) -> set[str]:
+    """The files of these places that belong to the repository."""
+    listed = subprocess.run(["git", "ls-files", *places], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(listed.stdout.splitlines())
 
 
 def expect(what: str, found: set[str], wanted: set[str]) -> None:
