@@ -1,4 +1,4 @@
-"""What a release says of itself: one version everywhere, and the interpreters that the package is for."""
+"""The facts that a release states: one version everywhere, and the interpreters that the package is for."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class Attention(MixerModule):
         """Compute rotary angles and block masks that layers share."""
         if layout.mask is None:
             prepare_rotation(self.config, layout, self.config.head_dim, dtype)
-            if not layout.carry:  # with a cache to attend to, it would not be used
+            if not layout.carry and layout.context is None:  # with other keys to attend to, it would not be used
                 self._flex_mask(layout)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> AttentionState:
@@ -207,10 +207,10 @@ class Attention(MixerModule):
         keys, values = (shard.gathered(x)[:, begin : low + first] for x in (k, v))
         positions = layout.positions[:, :first]
         seen = positions[:, -1:] + torch.arange(1 - keys.shape[1], 1, device=q.device)
-        out = cached_attention(q[:, :first], keys, values, positions, seen, **self._options(q))
+        options = self._options(q)
+        out = cached_attention(q[:, :first], keys, values, positions, seen, **options)
         bounds = [] if shard.bounds is None else pairwise(shard.bounds[1:])
         documents = [slice(start, end) for start, end in bounds]
-        options = self._options(q)
         return torch.cat([out, *(causal_attention(q[:, d], k[:, d], v[:, d], **options) for d in documents)], 1)
 
     def _fresh(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:

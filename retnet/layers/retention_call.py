@@ -59,7 +59,8 @@ class RetentionCall:
             "chunk_size": supported_chunk_size(q, v, self.per_token, self.chunk_size),
         }
         if layout.context is not None:
-            return context_retention(q, k, v, log_decay, layout.context, state=memory, **options)
+            out, memory = context_retention(q, k, v, log_decay, layout.context, state=memory, **options)
+            return out, memory if layout.carry else None
         state_dtype = None if memory is None else memory.dtype
         return retention(
             q, k, v, log_decay, state=memory, state_dtype=state_dtype, return_state=layout.carry, **options

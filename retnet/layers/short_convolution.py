@@ -44,7 +44,7 @@ class ShortConvolution(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """`forward` of inputs [B, T, C_i] whose channels follow each other: they are read without being joined."""
         if layout.context is not None:
-            recent = self._from_the_shard_before(torch.cat(list(parts), -1), layout.context)
+            recent = self._from_the_shard_before(parts, layout.context)
         widths = [x.shape[-1] for x in parts]
         weights = self.weight.split(widths)
         biases = [None] * len(parts) if self.bias is None else self.bias.split(widths)
@@ -65,14 +65,13 @@ class ShortConvolution(nn.Module):
             return ys, recent.copy_(after)
         return ys, after
 
-    def _from_the_shard_before(self, x: Tensor, shard: ContextShard) -> Tensor:
+    def _from_the_shard_before(self, parts: Sequence[Tensor], shard: ContextShard) -> Tensor:
         """The last W - 1 inputs before each sequence of a shard [N, W - 1, C]: zeros for those that begin on it."""
         reach = self.weight.shape[-1] - 1
         if shard.tokens < reach:
             raise ValueError(f"a shard has {shard.tokens} tokens; accepted by this convolution: at least {reach}")
-        ends = x[:, -reach:]
-        if shard.last_tokens < reach:
-            ends = F.pad(x[:, -shard.last_tokens :], (0, 0, reach - shard.last_tokens, 0))
+        tokens = min(reach, shard.last_tokens)
+        ends = F.pad(torch.cat([x[:, -tokens:] for x in parts], -1), (0, 0, reach - tokens, 0))
         before = shard.previous(ends)
         others = 0 if shard.bounds is None else len(shard.bounds) - 2
         return torch.cat([before, before.new_zeros(others, *before.shape[1:])])

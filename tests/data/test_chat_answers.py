@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are learned: the answers and their ends, under every template and tokenizer."""
+"""The tokens of a conversation that are learned: the answers and their ends, under every template and tokenizer."""
 
 from __future__ import annotations
 

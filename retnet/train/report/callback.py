@@ -1,4 +1,4 @@
-"""When the report of a run is written: at the start, while training runs, and at the end, whatever ends it.
+"""The callback that writes a run's report: at the start, while training runs, and at the end, whatever ends it.
 
 A report is written at most every `WRITE_SECONDS`, and less often where writing takes long, so that it costs a run at
 most a fiftieth of its time. Each time the whole file is replaced at once: after a crash it is complete.

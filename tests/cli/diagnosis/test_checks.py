@@ -1,4 +1,4 @@
-"""What the checks find on sound and on broken installations."""
+"""The checks of `retnet doctor` on sound and on broken installations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a report is written, and what of it a crash leaves."""
+"""The times at which a report is written, and the report that a crash leaves."""
 
 from __future__ import annotations
 
