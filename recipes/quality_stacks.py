@@ -148,6 +148,14 @@ def _heads(config: ModelConfig, factor: int) -> ModelConfig:
     return _mixers(config, RetentionConfig, num_heads=factor * _num_heads(config, RetentionConfig))
 
 
+def _widths(config: ModelConfig, keys: float = 1, values: float = 1) -> ModelConfig:
+    """Multiplies the widths of the keys and of the values of retention."""
+    first = next((layer.mixer for layer in config.layers if isinstance(layer.mixer, RetentionConfig)), None)
+    if first is None:
+        raise ValueError("the stack has no RetentionConfig for key_dim and value_dim")
+    return _mixers(config, RetentionConfig, key_dim=int(keys * first.key_dim), value_dim=int(values * first.value_dim))
+
+
 def _num_heads(config: ModelConfig, kind: type[MixerConfig]) -> int:
     """Of the first mixer of that kind; 0 without one."""
     return next((layer.mixer.num_heads for layer in config.layers if isinstance(layer.mixer, kind)), 0)
@@ -180,6 +188,10 @@ CHANGES: dict[str, Change] = {
     "layer-decay": partial(with_decay_list, by_layer=True),
     "rms": partial(_norms, norm="rms"),
     "swiglu": partial(_feed_forwards, gated=True, activation="swish"),
+    "layer": partial(_norms, norm="layer"),
+    "gelu": partial(_feed_forwards, gated=False, activation="gelu"),
+    "narrow": partial(_widths, values=0.5),
+    "half-keys": partial(_widths, keys=0.5),
     "heads6": partial(_heads, factor=2),
     "heads12": partial(_heads, factor=4),
     "mha": _all_heads,

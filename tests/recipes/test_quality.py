@@ -74,8 +74,7 @@ def test_the_paper_and_the_llama_are_those_of_the_presets():
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_keeps_the_parameters_and_changes_the_layers(change):
-    base = {"nope": "llama", "mha": "llama", "attention-gate": "llama"}.get(change, "gated")
-    base = {"init-paper": "llama"}.get(change, base)
+    base = "llama" if change in ("nope", "mha", "attention-gate", "init-paper", "layer", "gelu") else "gated"
     base = "retnet" if change in ("init-normal", "alibi", "layer-decay") else base
     before = stack(base, TINY_SHAPE)
     after = stack(f"{base}+{change}", TINY_SHAPE)
@@ -85,7 +84,9 @@ def test_a_change_keeps_the_parameters_and_changes_the_layers(change):
     LanguageModel(after)
 
 
-@pytest.mark.parametrize("name", ["rwkv", "llama+fast", "mamba2+sigmoid", "llama+conv", "llama+heads6", "gated+mha"])
+@pytest.mark.parametrize(
+    "name", ["rwkv", "llama+fast", "mamba2+sigmoid", "llama+conv", "llama+heads6", "llama+narrow", "gated+mha"]
+)
 def test_names_that_describe_no_stack_are_refused(name):
     with pytest.raises(ValueError, match=r"accepted|the stack has no"):
         stack(name, TINY_SHAPE)
