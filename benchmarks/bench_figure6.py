@@ -1,12 +1,14 @@
 """The paper's Figure 6, measured again: memory, latency and throughput of decoding at the shape of the 6.7B model.
 
-    python benchmarks/bench_figure6.py --lengths 512 2048 8192 32768 --batch 8 --budget 64 --plot out/figure6
+    python benchmarks/bench_figure6.py --lengths 512 2048 8192 32768 --batch 8 --budget 64
+    python benchmarks/bench_figure6.py --memory                  memory alone, without a GPU
+    python benchmarks/bench_figure6.py --plot PNG                a plot of the CSV file's rows
 
 The paper compares with a Transformer whose cache grows by concatenation. Here the Transformer has a static cache, one
 CUDA graph per token, the same fused products, and attention over exactly the cached tokens. It has as many heads of
 keys and values as of queries (MHA), or 8 (GQA). Weights are random, bfloat16; RetNet's states are float32. Points:
 
-    memory      bytes per sequence, weights not counted
+    memory      bytes per sequence, weights not counted: the shapes determine them
     latency     time per step at batch size --batch, as the host waits for it
     throughput  tokens/s with as many sequences as fit in --budget GiB beside the weights (at most --most)
 
@@ -14,6 +16,7 @@ The crossover of a quantity is the context length from which RetNet is ahead; be
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +32,7 @@ from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
 from retnet.plots.panels import Panel, Scale
 from retnet.serve.engine import Engine
+from retnet.serve.pool import SlotPool
 from retnet.serve.request import Request
 
 GQA_HEADS = 8
@@ -45,6 +49,25 @@ def affordable(budget: float, one: int, most: int) -> int:
 def point(case: str, name: str, what: str, milliseconds: float, bytes_per_sequence: int, batch: int) -> Point:
     note = f"batch {batch}, {1e3 * batch / milliseconds:.0f} tokens/s"
     return Point("figure6", case, name, what, milliseconds, extra_bytes=bytes_per_sequence, note=note)
+
+
+def memory_by_shape(options: argparse.Namespace) -> Iterator[Point]:
+    """The bytes of a sequence at every length; `milliseconds` is nan, since nothing is timed."""
+    with torch.device("meta"):
+        model = LanguageModel(replace(preset(options.model), dtype="bfloat16")).eval()
+    state, deferred = (SlotPool(model, num_slots=1, deferred_writes=ring).cost.state for ring in (0, RING))
+    layers, width, heads, _ = LLAMAS[options.model]
+    per_token = 2 * layers * (width // heads) * torch.bfloat16.itemsize  # a key and a value of one head in every layer
+    for length in options.lengths:
+        for name, one in (
+            ("RetNet", state),
+            (f"RetNet, writes deferred by {RING}", deferred),
+            ("Transformer, MHA", heads * per_token * length),
+            (f"Transformer, GQA {GQA_HEADS}", GQA_HEADS * per_token * length),
+        ):
+            yield Point(
+                "figure6", f"length {length}", name, "memory", math.nan, extra_bytes=one, note="from the shapes"
+            )
 
 
 def retnet_step(model: LanguageModel, batch: int, ring: int) -> tuple[float, int]:
@@ -127,10 +150,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences per step, for latency")
     parser.add_argument("--budget", type=float, default=64.0, help="GiB for states or caches, for throughput")
     parser.add_argument("--most", type=int, default=256, help="largest batch, for throughput")
+    parser.add_argument("--memory", action="store_true", help="memory alone, which needs no GPU")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="only plot the rows of the CSV file")
     options = parser.parse_args()
     if options.plot is not None:
         plot(read(options.csv), options)
+        return
+    report(memory_by_shape(options), options.csv)
+    if options.memory:
         return
     need_gpu()
     points = [point for measured in (by_retnet, by_transformer) for point in report(measured(options), options.csv)]
@@ -144,13 +171,15 @@ def plot(points: list[Point], options: argparse.Namespace) -> None:
 
     fits = f"Sequences in {options.budget:g} GiB"
     panels = [
-        panel("Memory per sequence", BYTES, "latency", lambda p: p.extra_bytes),
+        panel("Memory per sequence", BYTES, "memory", lambda p: p.extra_bytes),
         panel(
             f"Time, batch {options.batch}", Scale("ms per step", limits=(0, None)), "latency", lambda p: p.milliseconds
         ),
         panel(fits, Scale("tokens per second", log=10), "throughput", tokens_per_second),
     ]
-    save_panels(options.plot, panels, f"Decoding at the shape of {options.model}", points, "bfloat16, states float32")
+    timed = [p for p in points if p.what != "memory"]
+    words = ("weights and caches in bfloat16, states in float32", "memory as the shapes determine it, on every device")
+    save_panels(options.plot, panels, f"Decoding at the shape of {options.model}", timed, *words)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def plot(points: list[Point], path: Path) -> None:
     x = Scale("tokens per sequence, 32K in total", tokens, 2)
     memory = lines(chosen, length, lambda p: p.extra_bytes)
     panels = [
-        Panel("Forward + backward", x, Scale("ms", log=10), lines(chosen, length, lambda p: p.milliseconds)),
+        Panel("Forward + backward", x, Scale("ms per call", log=10), lines(chosen, length, lambda p: p.milliseconds)),
         Panel("Peak memory beyond inputs and results", x, Scale("bytes", bytes_of, limits=(0, None)), memory),
     ]
     save_panels(path, panels, "Chunkwise retention, 8 heads of 256 keys and 512 values", chosen, "bfloat16")

@@ -31,7 +31,7 @@ from retnet.system.sizes import format_bytes
 
 @dataclass(frozen=True)
 class Point:
-    """One measured point. `milliseconds` is inf if the measurement failed; `note` says why.
+    """One measured point. `milliseconds` is inf if the measurement failed (`note` says why), nan if nothing was timed.
 
     extra_bytes: memory; each benchmark says which.
     """
@@ -157,7 +157,7 @@ def origin(points: Sequence[Point]) -> tuple[str, ...]:
     dates = sorted({p.certificate["date"].split()[0] for p in points if p.certificate.get("date")})
     return (
         all_of("device"),
-        with_name("", all_of("threads"), " threads"),
+        with_name("", all_of("threads"), " thread" if all_of("threads") == "1" else " threads"),
         with_name("torch ", all_of("torch")),
         " to ".join(dates[:: max(1, len(dates) - 1)]),
         with_name("commit ", all_of("commit")),

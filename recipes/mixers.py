@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mixers_pictures import LOOKS
+from mixers_pictures import LOOKS, save_rows
 from mixers_stacks import Size, equal_stacks
 from mixers_train import Batch, Run, precision, train
 from mqar import best
@@ -142,28 +142,53 @@ def bucketed(bits: Tensor) -> list[tuple[int, float]]:
     return [(high, bits[low:high].mean().item()) for low, high in pairwise(edges)]
 
 
-def table(found: dict, recall: list[dict]) -> str:
-    """Markdown, one row per stack."""
+def summary(found: dict, recall: list[dict]) -> list[dict]:
+    """One row per stack: the results of the table, as `mixers_pictures.py` draws them."""
     length, recalled = found["length"], {}
     for (name, width), accuracies in best(recall).items():
         recalled.setdefault(name, {})[width] = accuracies
+    rows = []
+    for name, count in found["parameters"].items():
+        places = dict(map(tuple, found["positions"][name]))
+        seen, pairs = [], ""
+        if widest := recalled.get(name, {}):
+            accuracies = widest[max(widest)]
+            pairs = max(accuracies)
+            seen = accuracies[pairs]
+        rows.append(
+            {
+                "stack": name,
+                "parameters": count,
+                "length": length,
+                "bits_per_byte": found["curves"][name][-1][1],
+                "bits_per_byte_at_length": places[length],
+                "stretched": STRETCH * length,
+                "bits_per_byte_stretched": places[STRETCH * length],
+                "pairs": pairs,
+                "recalled_percent": 100 * sum(seen) / len(seen) if seen else "",
+                "context": SERVED,
+                "state_bytes": found["served_bytes"][name],
+                "decode_mflop": found["served_flops"][name] / 1e6,
+                "device": found.get("device", ""),
+            }
+        )
+    return rows
+
+
+def table(found: dict, recall: list[dict]) -> str:
+    """Markdown, one row per stack."""
+    length = found["length"]
     lines = [
         f"| stack | parameters | bits per byte, {length} tokens | at position {length} | at {STRETCH * length} "
         f"| recall of most pairs, % | state at {SERVED} tokens | decode MFLOP per token at {SERVED} |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, count in found["parameters"].items():
-        places = dict(map(tuple, found["positions"][name]))
-        widest = recalled.get(name, {})
-        exact = ""
-        if widest:
-            accuracies = widest[max(widest)]
-            seen = accuracies[max(accuracies)]
-            exact = f"{100 * sum(seen) / len(seen):.0f} ({max(accuracies)} pairs)"
+    for row in summary(found, recall):
+        exact = f"{row['recalled_percent']:.0f} ({row['pairs']} pairs)" if row["pairs"] else ""
         lines.append(
-            f"| {name} | {count} | {found['curves'][name][-1][1]:.3f} | {places[length]:.3f} "
-            f"| {places[STRETCH * length]:.3f} | {exact} | {format_bytes(found['served_bytes'][name])} "
-            f"| {found['served_flops'][name] / 1e6:.2f} |"
+            f"| {row['stack']} | {row['parameters']} | {row['bits_per_byte']:.3f} "
+            f"| {row['bits_per_byte_at_length']:.3f} | {row['bits_per_byte_stretched']:.3f} | {exact} "
+            f"| {format_bytes(row['state_bytes'])} | {row['decode_mflop']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -217,6 +242,7 @@ def main() -> None:
         with options.recall.open() as file:
             recall = list(csv.DictReader(file))
     print(table(found, recall))
+    save_rows(summary(found, recall), options.out / "mixers.csv")
     picture(found, options.out / "mixers.png")
 
 

@@ -33,8 +33,10 @@ from torch import Tensor
 from retnet import LanguageModel
 from retnet.models.cost import model_cost
 from retnet.models.loss import linear_cross_entropy
+from retnet.ops.device import hardware
 from retnet.plots.frame import facts, save
 from retnet.plots.panels import Panel, Scale, draw_panels
+from retnet.system.machine import source_commit
 from retnet.system.sizes import format_bytes
 
 TEST_SEED = 2**31
@@ -163,6 +165,8 @@ def tested(run: Run, setting: Setting, width: int, seed: int) -> list[dict]:
         "rate": run.peak,
         "seed": seed,
         "final_loss": round(torch.stack(run.losses[-20:]).mean().item(), 4),
+        "device": hardware(run.device),
+        "commit": source_commit(),
     }
     return [
         common
@@ -207,6 +211,14 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def origin(rows: list[dict]) -> tuple[str, str]:
+    """The devices and the commits of rows, for a caption; empty where rows do not say."""
+    devices, commits = (
+        " and ".join(dict.fromkeys(filter(None, (r.get(key) for r in rows)))) for key in ("device", "commit")
+    )
+    return devices, f"commit {commits}" if commits else ""
+
+
 def picture(rows: list[dict], path: Path) -> None:
     """One panel per width. Lines are means over seeds, bands their range."""
     found, panels = best(rows), []
@@ -227,7 +239,8 @@ def picture(rows: list[dict], path: Path) -> None:
     under = facts(
         "stacks of equal parameters at each width",
         f"mean and range of {seeds} seeds" if seeds > 1 else "1 seed",
-        "state: of RetNet, float32",
+        "state of RetNet in float32",
+        *origin(rows),
     )
     save(draw_panels(panels, LOOKS, "Multi-query associative recall", under), path)
 

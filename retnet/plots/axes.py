@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from retnet.plots.numbers import plain
+from retnet.plots.numbers import bytes_of, plain
 from retnet.system.extras import needs
 
 with needs("plots", "A picture"):
     from matplotlib.axes import Axes
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 
 MOST_TICKS = 7
+BYTE_STEPS = 4  # most steps from zero to the highest value of a linear axis of bytes
 LEAST_SPAN = 4.0  # highest / lowest value of a logarithmic axis
 _PAD = 0.05  # of a logarithmic axis at each end
 Form = Callable[[float], str]
@@ -38,8 +39,15 @@ def log_axis(axes: Axes, which: Literal["x", "y"], form: Form = plain, *, base: 
 
 
 def linear_axis(axes: Axes, which: Literal["x", "y"], form: Form = plain) -> None:
-    """Write the numbers of a linear axis by `form`, without offsets or powers of ten."""
-    getattr(axes, f"{which}axis").set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    """Write the numbers of a linear axis by `form`, without offsets or powers of ten.
+
+    Call it after everything is drawn: bytes have ticks at multiples of a power of two, which the finite data decides.
+    """
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    low, high = axis.get_data_interval()
+    if form is bytes_of and math.isfinite(high - low) and high > 0:
+        axis.set_major_locator(MultipleLocator(2.0 ** math.ceil(math.log2(high / BYTE_STEPS))))
 
 
 def spanned(low: float, high: float) -> tuple[float, float]:
