@@ -1,20 +1,27 @@
 """Retention and the selective scan on one shard of a long row, exactly as on the whole row.
 
 Both are linear in the state before the first token. So a shard computes its own part at once, from an empty state; the
-exchange of final states runs meanwhile; what the carried state adds comes last.
+exchange of final states runs meanwhile; what the carried state adds comes last. In the backward of retention, one
+matrix product makes the gradient of the carried state, which the shards exchange first; then the operator's own
+backward runs once, with the true gradient of the final state. To run it before the exchange has ended would take three
+more passes over the tokens, ten times longer than an exchange between GPUs of one machine.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from retnet.ops.context_shard import ContextShard
+from retnet.kernels.retention.problem import RetentionProblem
+from retnet.ops.context_shard import ContextShard, Exchange, from_after, from_before, outside_graphs
+from retnet.ops.context_states import Decays, weighted, weighted_state
 from retnet.ops.dtypes import wide_dtype
-from retnet.ops.retention import retention
+from retnet.ops.retention import checked_call
 from retnet.ops.selective_scan import selective_scan
 
 
+@outside_graphs
 def context_retention(
     q: Tensor,
     k: Tensor,
@@ -22,39 +29,149 @@ def context_retention(
     log_decay: Tensor,
     shard: ContextShard,
     *,
-    scale: float | None = None,
     state: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    overlap: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`retention` of the tokens of one shard; arguments and results as there, of this shard.
 
     state: of the sequences that begin on this shard (a sequence that goes on from the shard before has zeros there).
     cu_seqlens: the shard's own bounds. The returned state is that after the last token of each sequence on the shard.
+    overlap: compute the output from empty states while the exchange runs, then add what the carried state adds. False:
+    find the final state by a product of its own, exchange it, and compute the output once, from the carried state.
     """
-    out, final = retention(
-        q, k, v, log_decay, scale=scale, state=state, mask=mask, cu_seqlens=cu_seqlens, **options, return_state=True
-    )
-    assert final is not None
-    decays = _decays(log_decay, q.shape[0], q.shape[1], mask)
-    exchange = shard.exchange(shard.last(final), decays.sum(1)[..., None, None].to(final.dtype))
-    first = slice(0, shard.first_tokens)
-    reach = decays[:, first].cumsum(1)
-    queries = q[:, first].to(reach.dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    queries = queries.repeat_interleave(v.shape[2] // q.shape[2], 2) * reach.exp()[..., None]
-    if mask is not None:
-        queries = queries * mask[:, first, None, None]
-    carry = exchange.carry()
-    more = torch.einsum("bthk,bhkv->bthv", queries.to(out.dtype), carry.to(out.dtype))
-    out = torch.cat([out[:, first] + more, out[:, shard.first_tokens :]], 1)
-    return out, shard.add_to_first(final, reach[:, -1, :, None, None].exp().to(final.dtype) * carry)
+    problem, plan = checked_call(q, k, v, log_decay, state=state, **options)
+    tensors = problem.q, problem.k, problem.v, problem.log_decay, problem.state
+    overlap = overlap and problem.v.dtype != torch.float16  # a state in float16 may overflow
+    return _ContextRetention.apply(*tensors, problem, plan.mode, shard, overlap)
 
 
-def _decays(log_decay: Tensor, B: int, T: int, mask: Tensor | None) -> Tensor:
-    """The log decay of each token [B, T, H]; 0 where the mask is False."""
-    decays = log_decay.expand(B, T, -1)
-    return decays if mask is None else decays.masked_fill(~mask[..., None], 0)
+class _ContextRetention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        state: Tensor | None,
+        problem: RetentionProblem,
+        mode: str,
+        shard: ContextShard,
+        overlap: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        make = _overlapped if overlap else _in_turn
+        out, final, carried, totals = make(_Shard(problem, shard), mode)
+        ctx.save_for_backward(q, k, v, log_decay, carried, problem.mask, problem.cu_seqlens, totals)
+        ctx.scale, ctx.chunk_size, ctx.shard = problem.scale, problem.chunk_size, shard
+        ctx.state_dtype = None if state is None else state.dtype
+        return out, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, log_decay, carried, mask, cu_seqlens, totals = ctx.saved_tensors
+        problem = RetentionProblem(q, k, v, log_decay, ctx.scale, carried, mask, cu_seqlens, ctx.chunk_size)
+        shard, needed = ctx.shard, ctx.needs_input_grad
+        dout = torch.zeros_like(v) if dout is None else dout
+        dcarry = _Shard(problem, shard).carry_gradient(dout, dfinal)
+        grads, _ = Exchange(shard, dcarry, None, totals).wait()
+        if shard.goes_on:
+            more = from_after(shard, grads, totals)
+            dfinal = more.new_zeros(problem.state_shape) if dfinal is None else dfinal
+            dfinal = shard.add_to_last(dfinal, more)
+        dq, dk, dv, dlog, dstate = torch.ops.retnet.retention_backward(
+            dout, dfinal, *problem.arguments, needed[3], needed[4]
+        )
+        dlog = dlog if needed[3] else None
+        dstate = dstate.to(ctx.state_dtype) if needed[4] else None
+        return dq, dk, dv, dlog, dstate, None, None, None, None
+
+
+class _Shard:
+    """A problem of one shard, with the parts that cross its borders: the first sequence and the last one."""
+
+    def __init__(self, problem: RetentionProblem, shard: ContextShard):
+        self.problem, self.shard = problem, shard
+        self.first = slice(0, shard.first_tokens)
+        self.last = slice(shard.tokens - shard.last_tokens, shard.tokens)
+
+    def decays(self, tokens: slice) -> Decays:
+        log_decay, mask = self.problem.log_decay, self.problem.mask
+        part = log_decay[:, tokens] if self.problem.per_token else log_decay
+        return Decays(part, self.problem.q[:, tokens].shape[1], None if mask is None else mask[:, tokens])
+
+    def real(self, x: Tensor, tokens: slice) -> Tensor:
+        """x [B, T, ...] of the tokens, with zeros at masked ones, where x may be NaN."""
+        mask = self.problem.mask
+        return x[:, tokens] if mask is None else x[:, tokens].masked_fill(~mask[:, tokens, None, None], 0)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x [1 or B, ...] for each row that an exchange is about."""
+        return x.expand(self.problem.q.shape[0], *x.shape[1:])
+
+    def run(self, state: Tensor | None, mode: str) -> tuple[Tensor, Tensor]:
+        """The operator on this shard, from a state before each sequence."""
+        p = self.problem
+        given = RetentionProblem(p.q, p.k, p.v, p.log_decay, p.scale, state, p.mask, p.cu_seqlens, p.chunk_size)
+        return torch.ops.retnet.retention(*given.arguments, mode, wide_dtype(p.v.dtype), True)
+
+    def with_carry(self, carry: Tensor) -> Tensor | None:
+        """The state before each sequence: the given one, and the carry of the first sequence."""
+        given = self.problem.state
+        if not self.shard.continues:
+            return given
+        if given is None:
+            given = carry.new_zeros(self.problem.state_shape)
+        return self.shard.add_to_first(given.to(carry.dtype), carry)
+
+    def carry_gradient(self, dout: Tensor, dfinal: Tensor | None) -> Tensor:
+        """The gradient of the carry from this shard's output and final states alone."""
+        p, shard = self.problem, self.shard
+        if not shard.continues:  # nobody reads it
+            return p.v.new_zeros(p.q.shape[0], *p.state_shape[1:], dtype=wide_dtype(p.v.dtype))
+        decays = self.decays(self.first)
+        grad = weighted_state(self.real(p.q, self.first), self.real(dout, self.first), decays.upto(), p.scale)
+        if dfinal is not None:
+            grad = grad + decays.total().exp() * shard.first(dfinal)
+        return grad
+
+
+def _overlapped(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """out, the final states, the states before each sequence, and the total decays of all shards."""
+    problem, shard = part.problem, part.shard
+    out, final = part.run(problem.state, mode)
+    exchange = Exchange(shard, shard.last(final), part.rows(part.decays(slice(None)).total()))
+    queries, kept = out, final
+    if shard.continues:
+        decays = part.decays(part.first)
+        kept = decays.total().exp()
+        queries = weighted(part.real(problem.q, part.first), decays.upto(), problem.scale)
+    states, totals = exchange.wait()
+    carry = from_before(shard, states, totals)
+    if shard.continues:
+        for row, reads, state in zip(out, queries, carry.to(out.dtype), strict=True):
+            row[part.first].transpose(0, 1).baddbmm_(reads.transpose(0, 1), state)
+        final = shard.add_to_first(final, kept * carry)
+    return out, final, part.with_carry(carry), totals
+
+
+def _in_turn(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The same results: first the final state of the last sequence, then the exchange, then the output."""
+    problem, shard, last = part.problem, part.shard, part.last
+    if shard.goes_on:
+        decays = part.decays(last)
+        own = weighted_state(part.real(problem.k, last), part.real(problem.v, last), decays.after())
+        if problem.state is not None:
+            own = own + decays.total().exp() * shard.last(problem.state)
+    else:
+        own = problem.v.new_zeros(problem.q.shape[0], *problem.state_shape[1:], dtype=wide_dtype(problem.v.dtype))
+    total = part.rows(part.decays(slice(None)).total())
+    states, totals = Exchange(shard, own, total).wait()
+    state = part.with_carry(from_before(shard, states, totals))
+    out, final = part.run(state, mode)
+    return out, final, state, totals
 
 
 def context_scan(

@@ -21,8 +21,12 @@ from torch.autograd.function import once_differentiable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# torch 2.13 deprecates the names that torch 2.11 has.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-def _outside_graphs(function: Function) -> Function:
+
+def outside_graphs(function: Function) -> Function:
     """The function, which torch.compile calls as it is: its graphs know no exchange under way."""
     return cast(Function, torch.compiler.disable(function))
 
@@ -80,6 +84,12 @@ class ContextShard:
         return self.origins[self.rank] < self.rank
 
     @property
+    def goes_on(self) -> bool:
+        """Whether the last sequence goes on in the next shard."""
+        after = self.rank + 1
+        return after < self.size and self.origins[after] < after
+
+    @property
     def first_tokens(self) -> int:
         """Tokens of the first sequence on this shard."""
         return self.tokens if self.bounds is None else self.bounds[1]
@@ -117,22 +127,26 @@ class ContextShard:
         """x [N, ...] with `more` added to the sequences of `first`."""
         return x + more if self.bounds is None else torch.cat([x[:1] + more, x[1:]])
 
-    @_outside_graphs
-    def exchange(self, final: Tensor, total: Tensor) -> "Exchange":
-        """Begin the exchange of final states [B, ...] and total log decays, which broadcast to them."""
-        return Exchange(self, final, total)
+    def add_to_last(self, x: Tensor, more: Tensor) -> Tensor:
+        """x [N, ...] with `more` added to the sequences of `last`."""
+        return x + more if self.bounds is None else torch.cat([x[:-1], x[-1:] + more])
 
-    @_outside_graphs
+    @outside_graphs
+    def exchange(self, final: Tensor, total: Tensor) -> "Carried":
+        """Begin the exchange of final states [B, ...] and total log decays, which broadcast to them."""
+        return Carried(self, final, total)
+
+    @outside_graphs
     def previous(self, x: Tensor) -> Tensor:
         """The x of the shard before, of the same shape; zeros where no sequence goes on from there."""
         return _Previous.apply(x, self)
 
-    @_outside_graphs
+    @outside_graphs
     def gathered(self, x: Tensor) -> Tensor:
         """x [B, tokens, ...] of all shards in order, [B, size * tokens, ...]."""
         return _Gathered.apply(x, self)
 
-    @_outside_graphs
+    @outside_graphs
     def total(self, x: Tensor) -> Tensor:
         """The sum of x over all shards, without a derivative."""
         return self.all_gather(x.detach()).sum(0)
@@ -146,61 +160,92 @@ class ContextShard:
     def start_all_gather(self, x: Tensor) -> tuple[Tensor, Any]:
         """A tensor that holds x of all shards [size, ...] once the work has been waited for."""
         out = x.new_empty(self.size, *x.shape)
-        return out, dist.all_gather(list(out), x.contiguous(), group=self.group, async_op=True)
+        return out, _all_gather_single(out.view(-1), x.contiguous().view(-1), group=self.group, async_op=True)
 
-    def reduce_scatter(self, parts: list[Tensor]) -> Tensor:
-        """The sum over all shards of their parts for this one."""
+    def reduce_scatter(self, parts: Tensor) -> Tensor:
+        """The sum over all shards of their parts [size, ...] for this one."""
         out = torch.empty_like(parts[0])
-        dist.reduce_scatter(out, [part.contiguous() for part in parts], group=self.group)
+        _reduce_scatter_single(out.view(-1), parts.contiguous().view(-1), group=self.group)
         return out
 
 
 class Exchange:
-    """An exchange under way, so that what does not need the carry can be computed meanwhile."""
+    """States [B, ...] and total log decays of all shards, under way while what does not need them is computed.
 
-    def __init__(self, shard: ContextShard, final: Tensor, total: Tensor):
-        self.shard, self._final, self._total = shard, final, total
-        joined = torch.cat([final.detach().flatten(), total.detach().to(final.dtype).flatten()])
-        self._gathered, self._work = shard.start_all_gather(joined)
+    total: of this shard; None: `totals` of all shards are known from an earlier exchange.
+    """
 
-    @_outside_graphs
-    def carry(self) -> Tensor:
-        """The state before this shard's first token [B, ...]; zeros where a sequence begins there."""
+    def __init__(self, shard: ContextShard, state: Tensor, total: Tensor | None, totals: Tensor | None = None):
+        self.shard, self._shape, self._totals = shard, state.shape, totals
+        self._total_shape = None if total is None else total.shape
+        parts = [state] if total is None else [state, total.to(state.dtype)]
+        self._all, self._work = shard.start_all_gather(torch.cat([part.detach().flatten() for part in parts]))
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """The states and totals of all shards [size, B, ...]. On a GPU the stream waits, and not the host."""
         self._work.wait()
-        return _Carry.apply(self._final, self._total, self._gathered, self.shard)
+        count = self._shape.numel()
+        states = self._all[:, :count].unflatten(-1, self._shape)
+        if self._total_shape is not None:
+            self._totals = self._all[:, count:].unflatten(-1, self._total_shape)
+        assert self._totals is not None
+        return states, self._totals
 
 
-class _Carry(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, final: Tensor, total: Tensor, gathered: Tensor, shard: ContextShard) -> Tensor:
-        finals, totals = gathered.split((final.numel(), total.numel()), -1)
-        finals, totals = finals.unflatten(-1, final.shape), totals.unflatten(-1, total.shape)
-        ctx.save_for_backward(finals, totals)
-        ctx.shard, ctx.total_dtype = shard, total.dtype
-        carry = torch.zeros_like(final)
-        for j in range(shard.origins[shard.rank], shard.rank):
-            carry += _weight(totals, j, shard.rank) * finals[j]
-        return carry
+def from_before(shard: ContextShard, states: Tensor, totals: Tensor) -> Tensor:
+    """The state before this shard's first token, from final states of all shards; zeros if a sequence begins there."""
+    carry = torch.zeros_like(states[0])
+    for j in range(shard.origins[shard.rank], shard.rank):
+        carry.addcmul_(_weight(totals, j, shard.rank), states[j])
+    return carry
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        shard, (finals, totals) = ctx.shard, ctx.saved_tensors
-        grads = shard.all_gather(grad)  # of the carries of all shards
-        own = shard.rank
-        grad_final, grad_total = torch.zeros_like(finals[own]), torch.zeros_like(totals[own])
-        for r in range(own + 1, shard.size):
-            if shard.origins[r] <= own:
-                grad_final += _weight(totals, own, r) * grads[r]
-            for j in range(shard.origins[r], own):
-                product = _weight(totals, j, r) * finals[j] * grads[r]
-                grad_total += product.sum_to_size(grad_total.shape)
-        return grad_final, grad_total.to(ctx.total_dtype), None, None
+
+def from_after(shard: ContextShard, grads: Tensor, totals: Tensor) -> Tensor:
+    """The gradient of this shard's final state, from those of the states before the shards after it."""
+    found = torch.zeros_like(grads[0])
+    for r in range(shard.rank + 1, shard.size):
+        if shard.origins[r] <= shard.rank:
+            found.addcmul_(_weight(totals, shard.rank, r), grads[r])
+    return found
 
 
 def _weight(totals: Tensor, before: int, rank: int) -> Tensor:
     """The decay of shard `before`'s final state on its way to shard `rank`."""
     return totals[before + 1 : rank].sum(0).exp()
+
+
+class Carried:
+    """An exchange of final states whose result, the carry, is differentiable."""
+
+    def __init__(self, shard: ContextShard, final: Tensor, total: Tensor):
+        self._final, self._total, self._exchange = final, total, Exchange(shard, final, total)
+
+    @outside_graphs
+    def carry(self) -> Tensor:
+        """The state before this shard's first token [B, ...]; zeros where a sequence begins there."""
+        return _Carry.apply(self._final, self._total, self._exchange)
+
+
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, final: Tensor, total: Tensor, exchange: Exchange) -> Tensor:
+        finals, totals = exchange.wait()
+        ctx.save_for_backward(finals, totals)
+        ctx.shard, ctx.total_dtype = exchange.shard, total.dtype
+        return from_before(exchange.shard, finals, totals)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        shard, (finals, totals) = ctx.shard, ctx.saved_tensors
+        grads, _ = Exchange(shard, grad, None, totals).wait()  # of the carries of all shards
+        own = shard.rank
+        grad_total = torch.zeros_like(totals[own])
+        for r in range(own + 1, shard.size):
+            for j in range(shard.origins[r], own):
+                product = _weight(totals, j, r) * finals[j] * grads[r]
+                grad_total += product.sum_to_size(grad_total.shape)
+        return from_after(shard, grads, totals), grad_total.to(ctx.total_dtype), None
 
 
 class _Previous(torch.autograd.Function):
@@ -214,18 +259,17 @@ class _Previous(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         shard = ctx.shard
-        grads, after = shard.all_gather(grad), shard.rank + 1
-        goes_on = after < shard.size and shard.origins[after] < after
-        return grads[after].clone() if goes_on else torch.zeros_like(grad), None
+        grads = shard.all_gather(grad)
+        return grads[shard.rank + 1].clone() if shard.goes_on else torch.zeros_like(grad), None
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: ContextShard) -> Tensor:
         ctx.shard = shard
-        return torch.cat(shard.all_gather(x).unbind(), 1)
+        return shard.all_gather(x).transpose(0, 1).flatten(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.shard.reduce_scatter(list(grad.chunk(ctx.shard.size, 1))), None
+        return ctx.shard.reduce_scatter(grad.unflatten(1, (ctx.shard.size, -1)).transpose(0, 1)), None

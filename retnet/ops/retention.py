@@ -18,7 +18,7 @@ from retnet.ops import reference
 from retnet.ops.derivatives import needs_plain_form
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.library import check_values
-from retnet.ops.plan import Backend, Mode, autocast_dtype, resolve
+from retnet.ops.plan import Backend, Mode, RetentionPlan, autocast_dtype, resolve
 from retnet.ops.plan import chunk_tokens as chunk_tokens
 from retnet.ops.plan import retention_plan as retention_plan
 
@@ -66,22 +66,40 @@ def retention(
     Raises:
         ValueError, TypeError: shapes, dtypes or values that do not fit; the message names what was given and accepted.
     """
-    q, k, v = _autocast(q, k, v)
-    problem = RetentionProblem(q, k, v, log_decay, 1.0, state, mask, cu_seqlens)
-    _check(problem)
-    problem.scale = _scale(scale, q)
+    problem, plan = checked_call(q, k, v, log_decay, scale, state, mask, cu_seqlens, mode, chunk_size, backend)
     if state_dtype is not None and not state_dtype.is_floating_point:
         raise TypeError(f"state_dtype is {state_dtype}; accepted: a floating-point dtype, or None")
-    if cu_seqlens is not None:
-        problem.cu_seqlens = cu_seqlens.contiguous()
-    plan = resolve(q.shape[1], v.dtype, q.device, mode, chunk_size, backend)
-    problem.chunk_size = plan.chunk_size
-    state_dtype = state_dtype or wide_dtype(v.dtype)
+    state_dtype = state_dtype or wide_dtype(problem.v.dtype)
     if plan.backend == "aten":
         out, final = reference.in_wide_dtype(plan.mode, problem)
         return out, final.to(state_dtype) if return_state else None
     out, final = torch.ops.retnet.retention(*problem.arguments, plan.mode, state_dtype, return_state)
     return out, final if return_state else None
+
+
+def checked_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    mode: Mode = "auto",
+    chunk_size: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[RetentionProblem, RetentionPlan]:
+    """The inputs of a call of `retention` as the operators take them, and the form and backend that run."""
+    q, k, v = _autocast(q, k, v)
+    problem = RetentionProblem(q, k, v, log_decay, 1.0, state, mask, cu_seqlens)
+    _check(problem)
+    problem.scale = _scale(scale, q)
+    if cu_seqlens is not None:
+        problem.cu_seqlens = cu_seqlens.contiguous()
+    plan = resolve(q.shape[1], v.dtype, q.device, mode, chunk_size, backend)
+    problem.chunk_size = plan.chunk_size
+    return problem, plan
 
 
 def retention_step_(

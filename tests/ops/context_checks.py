@@ -89,7 +89,9 @@ def last_of_each(bounds: list[int] | None, shard: ContextShard) -> list[int] | N
     return None if shard.bounds is None else [shard.rank * shard.tokens + end for end in shard.bounds[1:]]
 
 
-def check_retention(of: Shards, size: int, packing: str, per_token: bool, masked: bool, seed: int) -> None:
+def check_retention(
+    of: Shards, size: int, packing: str, per_token: bool, masked: bool, seed: int, overlap: bool = True
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens, B, G, H, K, V = 13, 1 if bounds_of(packing, 13, size) else 2, 2, 4, 3, 5
     bounds, T = bounds_of(packing, tokens, size), tokens * size
@@ -115,7 +117,9 @@ def check_retention(of: Shards, size: int, packing: str, per_token: bool, masked
     out, final = call(retention, both.whole, state=before, mask=mask, cu_seqlens=packed, mode="recurrent")
     start = before if before is not None and shard.rank == 0 else None
     part_mask = None if mask is None else mask[:, both.tokens]
-    mine, state = call(context_retention, both.part, shard, state=start, mask=part_mask, cu_seqlens=here)
+    mine, state = call(
+        context_retention, both.part, shard, state=start, mask=part_mask, cu_seqlens=here, overlap=overlap
+    )
     compare("out", mine, out[:, both.tokens])
     ends = last_of_each(bounds, shard)
     if ends is None and shard.rank == size - 1:
@@ -206,6 +210,7 @@ def check_all(of: Shards, size: int) -> None:
     for seed, packing in enumerate(PACKINGS):
         for per_token in (False, True):
             check_retention(of, size, packing, per_token, packing == "rows" and per_token, seed)
+            check_retention(of, size, packing, per_token, packing == "over borders", seed, overlap=False)
         check_retention(of, size, packing, False, True, seed)
         check_scan(of, size, packing, seed)
     for packing in PACKINGS:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retnet.ops import context_shard
+from retnet.ops import context_parallel, context_shard
 from retnet.ops.context_shard import ContextShard
 from tests.small_models import EXPERTS, GATED, HYENA, PAPER, VOCAB, small_model
 
@@ -51,7 +51,7 @@ class ThreadShard(ContextShard):
     def start_all_gather(self, x: Tensor) -> tuple[Tensor, Done]:
         return torch.stack(self.group.all(self.rank, x.detach().clone())), Done()
 
-    def reduce_scatter(self, parts: list[Tensor]) -> Tensor:
+    def reduce_scatter(self, parts: Tensor) -> Tensor:
         return sum(other[self.rank] for other in self.group.all(self.rank, parts))
 
 
@@ -87,6 +87,11 @@ def test_retention_of_shards_is_that_of_the_row(packing, size):
         on_shards(size, checks.check_retention, packing, per_token, masked, size)
 
 
+@pytest.mark.parametrize(("packing", "per_token"), [("rows", True), ("over borders", False), ("short", True)])
+def test_the_exchange_before_the_output_gives_the_same(packing, per_token):
+    on_shards(3, checks.check_retention, packing, per_token, packing == "rows", 3, False)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("packing", checks.PACKINGS)
 def test_the_selective_scan_of_shards_is_that_of_the_row(packing, size):
@@ -106,27 +111,24 @@ def test_no_document_leaks_over_a_border():
     on_shards(3, checks.check_borders)
 
 
-def without_carry(ctx, final: Tensor, total: Tensor, gathered: Tensor, shard: ContextShard) -> Tensor:
-    return torch.zeros_like(FORWARD(ctx, final, total, gathered, shard))
+def nothing(shard: ContextShard, states: Tensor, totals: Tensor) -> Tensor:
+    return torch.zeros_like(states[0])
 
 
-def without_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    final, total, *_ = BACKWARD(ctx, grad)
-    return torch.zeros_like(final), torch.zeros_like(total), None, None
-
-
-FORWARD, BACKWARD = context_shard._Carry.forward, context_shard._Carry.backward
 MUTATIONS = {
-    "no exchange": (context_shard._Carry, "forward", staticmethod(without_carry)),
-    "no decay": (context_shard, "_weight", lambda totals, before, rank: torch.ones_like(totals[rank])),
-    "no backward": (context_shard._Carry, "backward", staticmethod(without_gradient)),
+    "no exchange": {"from_before": nothing},
+    "no decay": {"_weight": lambda totals, before, rank: torch.ones_like(totals[rank])},
+    "no backward": {"from_after": nothing},
 }
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @pytest.mark.parametrize("check", [(checks.check_retention, "rows", True, False, 7), (checks.check_model, "rows")])
 def test_a_broken_exchange_is_noticed(monkeypatch, mutation, check):
-    monkeypatch.setattr(*MUTATIONS[mutation])
+    for name, broken in MUTATIONS[mutation].items():
+        for module in (context_shard, context_parallel):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, broken)
     with pytest.raises(AssertionError, match="differs"):
         on_shards(3, *check)
 
