@@ -53,3 +53,17 @@ def test_a_linear_axis_has_no_offset_and_no_power_of_ten():
     figure.canvas.draw()
     assert axes.xaxis.get_offset_text().get_text() == ""
     assert all(label.get_text().endswith("M") for label in axes.get_xticklabels())
+
+
+@pytest.mark.parametrize("highest", [0, 16 * 2**20, 3.9 * 2**30, 4 * 2**30, math.nan])
+def test_bytes_on_a_linear_axis_are_whole_binary_units(highest):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([1, 2], [0, highest])
+    linear_axis(axes, "y", bytes_of)
+    axes.set_ylim(0, max(highest, 1) if highest == highest else 1)
+    figure.canvas.draw()
+    if highest > 0:
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert 3 <= len(labels) <= 7
+        assert all(float(label.split()[0]).is_integer() for label in labels)
