@@ -28,6 +28,7 @@ from retnet.ops.attention import (
     causal_attention,
     flex_causal_attention,
 )
+from retnet.ops.context_attention import gathered_attention, row_attention
 from retnet.ops.context_shard import ContextShard
 from retnet.ops.ragged import equal_blocks
 from retnet.ops.rotary import Llama3, Scaling, Yarn, scaling
@@ -136,7 +137,7 @@ class Attention(MixerModule):
         "gate_proj": "value",
         "out_proj": "output",
     }
-    FLEX_DEVICES = ("cuda",)
+    FLEX_DEVICES = RING_DEVICES = ("cuda",)
     FLEX_TOKENS = 128  # for fewer tokens, compiling and masking blocks costs more than it saves
     FLEX_HEAD_DIM = 16  # flex attention does not support narrower heads
 
@@ -156,7 +157,7 @@ class Attention(MixerModule):
         """Compute rotary angles and block masks that layers share."""
         if layout.mask is None:
             prepare_rotation(self.config, layout, self.config.head_dim, dtype)
-            if not layout.carry and layout.context is None:  # with other keys to attend to, it would not be used
+            if not layout.carry:  # with other keys to attend to, it would not be used
                 self._flex_mask(layout)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> AttentionState:
@@ -199,19 +200,16 @@ class Attention(MixerModule):
         return out, state if layout.carry else None
 
     def _on_shard(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, shard: ContextShard) -> Tensor:
-        """The first sequence attends to its keys on earlier shards too. All shards gather the keys of all."""
-        low, first = shard.rank * shard.tokens, shard.first_tokens
-        begin = low - shard.start
-        if self.config.window is not None:
-            begin = max(begin, low - self.config.window + 1)
-        keys, values = (shard.gathered(x)[:, begin : low + first] for x in (k, v))
-        positions = layout.positions[:, :first]
-        seen = positions[:, -1:] + torch.arange(1 - keys.shape[1], 1, device=q.device)
-        options = self._options(q)
-        out = cached_attention(q[:, :first], keys, values, positions, seen, **options)
-        bounds = [] if shard.bounds is None else pairwise(shard.bounds[1:])
-        documents = [slice(start, end) for start, end in bounds]
-        return torch.cat([out, *(causal_attention(q[:, d], k[:, d], v[:, d], **options) for d in documents)], 1)
+        """The first sequence attends to its keys on earlier shards too, in a form of `ops/context_attention.py`."""
+        options, mask = self._options(q), self._flex_mask(layout)
+        if mask is not None:
+            keys, values = shard.gathered(k), shard.gathered(v)
+            return flex_causal_attention(q, keys, values, mask, options["slopes"], shard.rank * shard.tokens)
+        plain = options["window"] is None and options["slopes"] is None and not options["dropout"]
+        rows = shard.bounds is None and q.device.type in self.RING_DEVICES
+        if plain and rows:
+            return row_attention(q, k, v, layout.positions, shard)
+        return gathered_attention(q, k, v, layout.positions, shard, **options)
 
     def _fresh(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         options, mask = self._options(q), self._flex_mask(layout)
@@ -231,7 +229,9 @@ class Attention(MixerModule):
         fits = positions.device.type in self.FLEX_DEVICES and positions.shape[1] >= self.FLEX_TOKENS
         if not (skips and flexible and fits):
             return None
-        return layout.shared(("block_mask", config.window), lambda: block_mask(layout.first_seen(config.window)))
+        window, shard = config.window, layout.context
+        places = (0, None) if shard is None else (shard.rank * shard.tokens, shard.size * shard.tokens)
+        return layout.shared(("block_mask", window), lambda: block_mask(layout.first_seen(window), *places))
 
     def _continued(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, layout: TokenLayout) -> Tensor:
         """Several tokens after cached ones: each sequence attends to its cache and to its new tokens."""

@@ -100,9 +100,16 @@ class TokenLayout:
         return torch.arange(B, device=self.positions.device)[:, None].expand(B, T)
 
     def first_seen(self, window: int | None) -> Tensor:
-        """The first place in its row that each token [B, T] may attend to: the start of its document or window."""
+        """The first place in its row that each token [B, T] may attend to: the start of its document or window.
+
+        On a shard, places are those of the whole row.
+        """
         B, T = self.positions.shape
         places = torch.arange(T, device=self.positions.device).expand(B, T)
+        if self.context is not None:
+            places = places + self.context.rank * self.context.tokens
+            first = places - self.positions
+            return first if window is None else first.maximum(places - window + 1)
         first = torch.zeros_like(places) if self.cu_seqlens is None else self.cu_seqlens.long()[self.sequences]
         return first if window is None else first.maximum(places - window + 1)
 

@@ -138,8 +138,10 @@ def _attend(
     return out.unflatten(2, (H // G, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def block_mask(first_seen: Tensor):
-    """The mask of `flex_causal_attention`: token i of row b sees tokens first_seen[b, i] to i; first_seen is [B, T].
+def block_mask(first_seen: Tensor, before: int = 0, num_keys: int | None = None):
+    """The mask of `flex_causal_attention`: query i of row b sees keys first_seen[b, i] to before + i.
+
+    first_seen is [B, T]. before: keys before that of the first query, num_keys: of all (None: before + T).
 
     first_seen never falls along a row. So the ends of two blocks decide whether a block of queries sees all, some or
     none of a block of keys, and nothing of size T x T is computed. Windows and documents differ only in the values of
@@ -148,18 +150,20 @@ def block_mask(first_seen: Tensor):
     from torch.nn.attention.flex_attention import BlockMask
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (j >= first_seen[b, i])
+        return (j <= i + before) & (j >= first_seen[b, i])
 
     B, T = first_seen.shape
+    S = before + T if num_keys is None else num_keys
     blocks = -(-T // FLEX_BLOCK)
     padded = torch.cat([first_seen, first_seen[:, -1:].expand(B, blocks * FLEX_BLOCK - T)], 1)
     of_block = padded.view(B, blocks, FLEX_BLOCK)
-    start = torch.arange(blocks, device=first_seen.device) * FLEX_BLOCK
-    end = start + FLEX_BLOCK - 1
-    visible = (start <= end[:, None]) & (end >= of_block[:, :, :1])  # [B, blocks of queries, blocks of keys]
-    whole = (end <= start[:, None]) & (start >= of_block[:, :, -1:]) & (end[:, None] < T)
+    queries = torch.arange(blocks, device=first_seen.device)[:, None] * FLEX_BLOCK
+    keys = torch.arange(-(-S // FLEX_BLOCK), device=first_seen.device) * FLEX_BLOCK
+    last_query, last_key = queries + FLEX_BLOCK - 1, keys + FLEX_BLOCK - 1
+    visible = (keys <= last_query + before) & (last_key >= of_block[:, :, :1])  # [B, blocks of queries, of keys]
+    whole = (last_key <= queries + before) & (keys >= of_block[:, :, -1:]) & (last_query < T)
     return BlockMask.from_kv_blocks(
-        *_listed(visible & ~whole), *_listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=seen, seq_lengths=(T, T)
+        *_listed(visible & ~whole), *_listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=seen, seq_lengths=(T, S)
     )
 
 
@@ -169,11 +173,16 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return count[:, None], blocks.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]
 
 
-def flex_causal_attention(q: Tensor, k: Tensor, v: Tensor, mask, slopes: Tensor | None = None) -> Tensor:
-    """`causal_attention` on CUDA under a mask made by `block_mask`, without dropout; the same shapes."""
+def flex_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask, slopes: Tensor | None = None, before: int = 0
+) -> Tensor:
+    """`causal_attention` on CUDA under a mask made by `block_mask`, without dropout; the same shapes.
+
+    before: as for the mask.
+    """
 
     def penalised(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score - slopes[h] * (i - j)  # type: ignore[index]
+        return score - slopes[h] * (before + i - j)  # type: ignore[index]
 
     out = _compiled_flex_attention()(
         q.transpose(1, 2),

@@ -6,14 +6,19 @@ Every shard computes the whole rows too and compares its own part: outputs, fina
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from retnet import LanguageModel, retention
+from retnet.layers.attention import Attention
+from retnet.ops import context_attention
+from retnet.ops.context_attention import ring_kernel
 from retnet.ops.context_parallel import context_retention, context_scan
 from retnet.ops.context_shard import ContextShard
 from retnet.ops.selective_scan import selective_scan
@@ -166,9 +171,45 @@ GATED = replace(PAPER, mixer=replace(PAPER.mixer, decay="gated", conv_width=4))
 HYBRID = (MAMBA2, PAPER, WINDOW, MAMBA1, ALIBI, CONV, NOPE, GATED)
 
 
-def check_model(of: Shards, size: int, packing: str, checkpointing: bool = False) -> None:
+IN_ORDER = context_attention._in_order
+ROTARY = replace(NOPE, mixer=replace(NOPE.mixer, rotary="half"))
+Order = Callable[[Tensor, int], Tensor]
+
+
+def in_order(x: Tensor, size: int) -> Tensor:
+    return x
+
+
+def head_to_tail(x: Tensor, size: int) -> Tensor:
+    """Rows [B, T] as PyTorch's context parallelism balances them: a piece of the head and one of the tail per shard."""
+    pieces = x.chunk(2 * size, 1)
+    return torch.cat([pieces[n] for r in range(size) for n in (r, 2 * size - 1 - r)], 1)
+
+
+@contextmanager
+def balanced(dtype: torch.dtype) -> Iterator[Any]:
+    """`context_attention._in_order` with the balance that PyTorch has by default."""
+    with IN_ORDER(dtype) as ring, patched(ring._cp_options, enable_load_balance=True):
+        yield ring
+
+
+@contextmanager
+def patched(module: object, **values: object) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def check_model(
+    of: Shards, size: int, packing: str, checkpointing: bool = False, layers=HYBRID, order: Order = in_order
+) -> None:
     """Loss and gradients of a hybrid of every mixer that takes shards; labels were shifted on the whole row."""
-    model = small_model(HYBRID, dtype="float64", gradient_checkpointing=checkpointing).train()
+    model = small_model(layers, dtype="float64", gradient_checkpointing=checkpointing).train()
     tokens = 12
     bounds, T = bounds_of(packing, tokens, size), tokens * size
     generator = torch.Generator().manual_seed(1)
@@ -180,13 +221,26 @@ def check_model(of: Shards, size: int, packing: str, checkpointing: bool = False
     packed = None if bounds is None else torch.tensor(bounds)
     loss = model.loss(ids, labels, cu_seqlens=packed)
     expected = torch.autograd.grad(loss, list(model.parameters()))
-    part = model.loss(ids[:, mine], labels[:, mine], context=shard)
+    part = model.loss(order(ids, size)[:, mine], order(labels, size)[:, mine], context=shard)
     part.backward()
     compare("loss", shard.total(part), loss.detach())
     for (name, p), grad in zip(model.named_parameters(), expected, strict=True):
         assert p.grad is not None, name
         compare(f"the gradient of {name}", shard.total(p.grad), grad)
     settle()
+
+
+def check_ring(of: Shards, size: int) -> None:
+    """Rows of one document in a ring, whatever PyTorch's global options say; queries share keys."""
+    with patched(Attention, RING_DEVICES=("cpu",)):
+        assert ring_kernel(torch.zeros(1, 12, 2, 16, dtype=torch.float64)) is not None
+        check_model(of, size, "rows", layers=(PAPER, ROTARY, NOPE))
+        with patched(context_attention, _in_order=balanced):
+            try:
+                check_model(of, size, "rows", layers=(PAPER, ROTARY, NOPE))
+            except AssertionError:
+                return
+    raise AssertionError("rows reordered for balance pass the check")
 
 
 def check_borders(of: Shards, size: int) -> None:
@@ -216,6 +270,7 @@ def check_all(of: Shards, size: int) -> None:
     for packing in PACKINGS:
         check_model(of, size, packing)
     check_model(of, size, "rows", checkpointing=True)
+    check_ring(of, size)
     check_borders(of, size)
 
 

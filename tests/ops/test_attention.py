@@ -104,6 +104,16 @@ def test_skipped_blocks_are_those_of_the_full_mask(T, window):
         assert torch.equal(getattr(found, f"{name}_num_blocks"), getattr(whole, f"{name}_num_blocks")), name
 
 
+@pytest.mark.parametrize(("before", "keys"), [(0, 700), (384, 768), (300, None)])
+def test_skipped_blocks_of_a_shard_are_those_of_the_full_mask(before, keys):
+    first_seen = torch.tensor([[0] * 20 + [before] * 180 + [before + 200] * 100])
+    found = attention.block_mask(first_seen, before, keys)
+    seen = lambda b, h, i, j: (j <= i + before) & (j >= first_seen[b, i])  # noqa: E731
+    whole = create_block_mask(seen, 1, None, 300, keys or before + 300, device="cpu")
+    assert torch.equal(found.to_dense(), whole.to_dense())
+    assert torch.equal(found.full_kv_num_blocks, whole.full_kv_num_blocks)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "alibi"), VARIANTS)

@@ -12,15 +12,19 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from retnet.layers import attention
+from retnet.layers.attention import Attention
 from retnet.ops import context_parallel, context_shard
 from retnet.ops.context_shard import ContextShard
-from tests.small_models import EXPERTS, GATED, HYENA, PAPER, VOCAB, small_model
+from tests.small_models import ALIBI, EXPERTS, GATED, HYENA, NOPE, PAPER, VOCAB, WINDOW, small_model
 
 from . import context_checks as checks
 
@@ -101,6 +105,31 @@ def test_the_selective_scan_of_shards_is_that_of_the_row(packing, size):
 @pytest.mark.parametrize(("packing", "size"), [("rows", 3), ("over borders", 2), ("at borders", 3), ("short", 2)])
 def test_a_hybrid_on_shards_has_the_loss_and_gradients_of_one_process(packing, size):
     on_shards(size, checks.check_model, packing)
+
+
+def by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Any, slopes: Tensor | None, before: int = 0) -> Tensor:
+    """`flex_causal_attention` in plain operators."""
+    i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    if slopes is not None:
+        scores = scores - slopes[:, None, None] * (before + i - j)
+    seen = mask.mask_mod(torch.tensor(0), None, i, j)
+    return torch.einsum("bhts,bshv->bthv", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize(("packing", "size"), [("rows", 2), ("over borders", 3), ("short", 2)])
+def test_masks_for_flex_attention_on_shards_separate_documents_and_windows(monkeypatch, packing, size):
+    monkeypatch.setattr(attention, "flex_causal_attention", by_mask)
+    for name, value in {"FLEX_DEVICES": ("cpu",), "FLEX_TOKENS": 1, "FLEX_HEAD_DIM": 1}.items():
+        monkeypatch.setattr(Attention, name, value)
+    on_shards(size, checks.check_model, packing, False, (WINDOW, ALIBI, NOPE))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_rows_in_another_order_are_noticed(size):
+    with pytest.raises(AssertionError, match="loss differs"):
+        on_shards(size, partial(checks.check_model, order=checks.head_to_tail), "rows")
 
 
 def test_blocks_that_are_recomputed_exchange_again():
