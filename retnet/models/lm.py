@@ -169,17 +169,7 @@ class LanguageModel(nn.Module):
 
     def _check_shard(self, context: ContextShard, *others: object) -> None:
         """Raise ValueError for layers and arguments that context parallelism does not take."""
-        for i, layer in enumerate(self.config.layers):
-            if layer.mixer.refused_on_shards:
-                names = ", ".join(name for name, mixer in MIXERS.items() if not mixer.config.refused_on_shards)
-                raise ValueError(
-                    f"layer {i} is {layer.mixer.kind}: {layer.mixer.refused_on_shards}; accepted with context: {names}"
-                )
-            if isinstance(layer.feed_forward, MoEConfig):
-                raise ValueError(
-                    f"layer {i} is a mixture of experts, whose balance is that of whole rows; accepted with context: "
-                    "feed-forwards of one expert"
-                )
+        check_layers_on_shards(self.config)
         if any(other is not None and other is not False for other in others):
             raise ValueError("a shard of a row came with a state, mask, cu_seqlens or carry; accepted: context alone")
 
@@ -260,6 +250,21 @@ class LanguageModel(nn.Module):
             logits.to(wide_dtype(logits.dtype)), labels.flatten(), ignore_index=-100, reduction="sum"
         )
         return nats / (labels != -100).sum().clamp_min(1)
+
+
+def check_layers_on_shards(config: ModelConfig) -> None:
+    """Raise ValueError for layers that context parallelism does not take."""
+    for i, layer in enumerate(config.layers):
+        if layer.mixer.refused_on_shards:
+            names = ", ".join(name for name, mixer in MIXERS.items() if not mixer.config.refused_on_shards)
+            raise ValueError(
+                f"layer {i} is {layer.mixer.kind}: {layer.mixer.refused_on_shards}; accepted with context: {names}"
+            )
+        if isinstance(layer.feed_forward, MoEConfig):
+            raise ValueError(
+                f"layer {i} is a mixture of experts, whose balance is that of whole rows; accepted with context: "
+                "feed-forwards of one expert"
+            )
 
 
 def _with_losses(layer: nn.Module, x: Tensor, state: Any, layout: TokenLayout) -> tuple[Tensor, Any, Tensor | None]:

@@ -30,8 +30,9 @@ def _names(text: str) -> frozenset[str]:
 
 FREE = _names(
     # how steps are computed
-    "activation_checkpointing activation_checkpointing_kwargs dataloader_in_order dataloader_multiprocessing_context "
-    "dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend "
+    "activation_checkpointing activation_checkpointing_kwargs context_parallel dataloader_in_order "
+    "dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory "
+    "dataloader_prefetch_factor ddp_backend "
     "ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout "
     "full_determinism gradient_checkpointing gradient_checkpointing_kwargs local_rank torch_compile "
     "torch_compile_backend torch_compile_mode torch_empty_cache_steps use_cache "
@@ -91,7 +92,9 @@ def run_facts(recipe: Recipe, arguments: TrainingArguments, data: RunData, model
             {"source": name, "share": share, "fingerprint": corpus.fingerprint}
             for (name, corpus), share in zip(data.corpora.items(), shares, strict=True)
         ],
-        "rows_per_step": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "rows_per_step": arguments.train_batch_size
+        * arguments.gradient_accumulation_steps
+        * (arguments.world_size // recipe.context_parallel),
         "data_seed": arguments.seed if arguments.data_seed is None else arguments.data_seed,
         "sharding": cast(dict[str, Any], arguments.fsdp_config or {}).get("state_dict_type", "whole")
         if arguments.fsdp

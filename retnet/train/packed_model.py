@@ -21,6 +21,7 @@ from retnet.data import IGNORED
 from retnet.models.hf import RetNetForCausalLM, StateCache
 from retnet.models.hf.model import CausalOutput
 from retnet.models.states import ModelState
+from retnet.ops.context_shard import ContextShard
 
 
 class PackedForCausalLM(RetNetForCausalLM):
@@ -52,10 +53,19 @@ class PackedForCausalLM(RetNetForCausalLM):
         input_ids: Tensor,
         labels: Tensor,
         shift_labels: Tensor,
-        cu_seq_lens_q: Tensor,
         num_items_in_batch: Tensor | int,
+        cu_seq_lens_q: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> CausalOutput:
-        """The summed cross-entropy of the targets, divided by num_items_in_batch; in training, plus aux_loss."""
+        """The summed cross-entropy of the targets, divided by num_items_in_batch; in training, plus aux_loss.
+
+        With context, all is of this shard of the rows, which knows the documents; then no states are carried.
+        """
+        if context is not None:
+            hidden, _ = self.model.hidden(input_ids, context=context)
+            nats = self.model.mean_nats(hidden, shift_labels)
+            return CausalOutput(loss=nats * _share(shift_labels, num_items_in_batch, nats.dtype))  # type: ignore[arg-type]
+        assert cu_seq_lens_q is not None
         bounds, (B, T) = cu_seq_lens_q, input_ids.shape
         torch._dynamo.maybe_mark_dynamic(bounds, 0)  # one graph for any number of documents
         starts = torch.arange(0, B * T, T, device=bounds.device)
@@ -65,8 +75,9 @@ class PackedForCausalLM(RetNetForCausalLM):
             input_ids.reshape(1, -1), before, cu_seqlens=bounds, carry=carry, losses=losses
         )
         targets = shift_labels.flatten()
-        share = (targets != IGNORED).sum() / num_items_in_batch
-        loss = self.model.mean_nats(hidden[0], targets) * share
+        nats = self.model.mean_nats(hidden[0], targets)
+        share = _share(targets, num_items_in_batch, nats.dtype)
+        loss = nats * share
         extra = torch.stack(losses).sum() * share if self.training and losses else None
         if extra is not None:
             loss = loss + extra
@@ -89,6 +100,11 @@ class PackedForCausalLM(RetNetForCausalLM):
             # Gathered from shards, tied weights are two tensors, and transformers would save both.
             state_dict = {name: x for name, x in state_dict.items() if name not in self.tied_names}
         RetNetForCausalLM.wrap(self.model).save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+
+def _share(targets: Tensor, num_items: Tensor | int, dtype: torch.dtype) -> Tensor:
+    """The share of these targets in all num_items targets of a step."""
+    return (targets != IGNORED).sum().to(dtype) / num_items
 
 
 def detached(state: ModelState) -> ModelState:

@@ -106,6 +106,7 @@ class Recipe(BaseModel):
         their shares of tokens.
     valid: one source for validation, instead of a share of the documents of `data`.
     length: tokens per row. Longer documents are cut into pieces, each of which starts from an empty state.
+    context_parallel: processes that share rows: each holds as many contiguous tokens, a part of a row or whole rows.
     carry_state: each piece starts from the state at the end of the piece before instead.
     valid_fraction: the share of documents held out for validation if `valid` is not given.
     valid_rows: validate on at most this many rows, spread evenly over each validation source; None: on all of them.
@@ -122,6 +123,7 @@ class Recipe(BaseModel):
     data: Source | Annotated[dict[Source, Weight], Field(min_length=1)]
     valid: Source | None = None
     length: int = Field(default=1024, ge=2)
+    context_parallel: int = Field(default=1, ge=1)
     carry_state: bool = False
     valid_fraction: float = Field(default=0.05, gt=0, lt=1)
     valid_rows: int | None = Field(default=None, ge=1)

@@ -29,6 +29,7 @@ from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.progress import ProgressCallback
 from retnet.train.recipe import Recipe
 from retnet.train.report import REPORT_FILE, Report, Subject, all_settings, run_tables
+from retnet.train.row_shards import check_row_shards, check_shared_layers
 from retnet.train.saved_tokenizer import tokenizer_to_save
 from retnet.train.trainer import PackedTrainer, RunOptions
 
@@ -49,6 +50,7 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
             f"{arguments.n_gpu} GPUs in one process would split packed rows: start one process per GPU with torchrun, "
             "or choose one GPU with CUDA_VISIBLE_DEVICES"
         )
+    check_row_shards(recipe, arguments)
     if arguments.process_index > 0:  # only the first process prints
         console = Console(quiet=True)
     output = Path(str(arguments.output_dir))
@@ -56,6 +58,7 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
         data = open_data(recipe, arguments)
         shown.begin("building the model")
         model = initial_model(recipe, data.corpus, arguments.seed, data.chat_template)
+    check_shared_layers(recipe, model.model.config)
     with locked(output) if arguments.should_save else nullcontext():
         return _train(recipe, arguments, data, model, console)
 
@@ -64,6 +67,7 @@ def _train(
     recipe: Recipe, arguments: TrainingArguments, data: RunData, model: PackedForCausalLM, console: Console
 ) -> TrainingSummary:
     options = RunOptions(
+        context_parallel=recipe.context_parallel,
         carry_state=recipe.carry_state,
         router_lr_multiplier=recipe.router_lr_multiplier,
         max_minutes=recipe.max_minutes,
@@ -80,6 +84,7 @@ def _train(
                 raise
             raise ValueError(f"the Trainer does not accept these settings: {error}") from error
     trainer.resumed = resumed
+    trainer.shards.check_same_data([corpus.fingerprint for corpus in data.corpora.values()], arguments.device)
     progress = ProgressCallback(console, trainer.clock)
     trainer.add_callback(progress)
     report = _report(recipe, arguments, data, trainer, console)
@@ -243,6 +248,8 @@ def _describe(
             f"{size - used:,} of the model's {size:,} tokens are not in the data's tokenizer", highlight=False
         )
     where = f"{arguments.world_size} x {arguments.device.type}" if arguments.world_size > 1 else arguments.device.type
+    if recipe.context_parallel > 1:
+        where += f" ({recipe.context_parallel} share a row)"
     console.print(
         f"on {where}, {torch.get_num_threads()} threads, {trainer.options.facts['rows_per_step']} rows per step; "
         f"MFU is relative to {trainer.meter.peak.source}",

@@ -35,6 +35,7 @@ from retnet.train.muon_recipe import muon_cls_and_kwargs
 from retnet.train.optimizer import check_schedule, complete_schedule, decayed_parameters, separate_routers
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.resume import ProcessState, read_run, save_run
+from retnet.train.row_shards import RowShards
 from retnet.train.stopping import ProcessConsensus, RunClock, Terminated, TerminationSignal
 from retnet.train.throughput import Meter, device_peak, flops_per_token, memory_gib, synchronize
 
@@ -45,9 +46,11 @@ STATE_FILE = "trainer_state.json"
 class RunOptions:
     """The settings of a run that are not in TrainingArguments.
 
+    context_parallel: processes that share rows (`row_shards.py`).
     facts, settings: what a checkpoint records of the run (`changes.py`).
     """
 
+    context_parallel: int = 1
     carry_state: bool = False
     router_lr_multiplier: float = 1.0
     max_minutes: float | None = None
@@ -84,6 +87,7 @@ class PackedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingHooks(self))
         self.consensus, self.signal = ProcessConsensus(), TerminationSignal(announces=args.process_index == 0)
+        self.shards = RowShards.of(options.context_parallel, args)
         self.clock = RunClock(options.max_minutes)
         self.watch = LossWatch(self.rows.describe)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
@@ -109,8 +113,8 @@ class PackedTrainer(Trainer):
             len(self.rows),
             self._train_batch_size,
             args.gradient_accumulation_steps,
-            args.process_index,
-            args.world_size,
+            self.shards.index,
+            self.shards.groups,
         )
         return self._loader(self.rows, self.batches)
 
@@ -143,7 +147,7 @@ class PackedTrainer(Trainer):
         if epoch_iterator is not self._source:
             self.stop_reading_ahead()
             self._source = epoch_iterator
-            self._ahead = ReadAhead(to_device(batch, device) for batch in epoch_iterator)
+            self._ahead = ReadAhead(to_device(self.shards.cut(batch), device) for batch in epoch_iterator)
         assert self._ahead is not None
         begin = time.perf_counter()
         batches = list(islice(self._ahead, num_batches))
@@ -327,13 +331,13 @@ class PackedTrainer(Trainer):
         assert model is not None
         per_process = rows.lanes // args.world_size if rows.carry_state else args.eval_batch_size
         loader = self._loader(
-            RowStream(rows), ValidBatches(len(rows), per_process, args.process_index, args.world_size)
+            RowStream(rows), ValidBatches(len(rows), per_process, self.shards.index, self.shards.groups)
         )
         was_training, lanes = model.training, None
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=args.device)
         self.callback_handler.eval_dataloader = cast(Any, loader)
-        ahead = ReadAhead(to_device(batch, args.device) for batch in loader)
+        ahead = ReadAhead(to_device(self.shards.cut(batch), args.device) for batch in loader)
         for batch in ahead:
             if self.consensus.any(self.signal.received):
                 self.terminated = True
