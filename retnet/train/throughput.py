@@ -2,12 +2,15 @@
 
 MFU is the operations that the model needs (`models/cost.py`, without recomputation) per second, divided by the peak
 rate of the devices. The peak is the vendor's dense rate for a known GPU, and the measured rate of a matrix product for
-other devices; the log says which. Attention is counted within documents, not over whole rows.
+other devices; the log says which. On a CPU that is the rate of one thread per second of processor time, times the
+threads: by the clock it would be many times too low while other processes compete for the cores. Attention is counted
+within documents, not over whole rows.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,14 +73,25 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """The rate of the fastest of several square products. It draws no random numbers, which a run depends on."""
     size = _PRODUCT_GPU if device.type == "cuda" else _PRODUCT
     a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
+    if device.type == "cuda":
+        return 2 * size**3 / _fastest(lambda: (torch.mm(a, a), synchronize(device)), time.perf_counter)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return 2 * size**3 * threads / _fastest(lambda: torch.mm(a, a), time.thread_time)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fastest(run: Callable[[], object], now: Callable[[], float]) -> float:
+    """Seconds of the fastest of several runs after the first."""
+    run()
     times: list[float] = []
     while len(times) < 2 or (len(times) < 50 and sum(times) < _PRODUCT_SECONDS):
-        synchronize(device)
-        begin = time.perf_counter()
-        torch.mm(a, a)
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(times)
+        begin = now()
+        run()
+        times.append(max(now() - begin, 1e-9))
+    return min(times)
 
 
 def synchronize(device: torch.device) -> None:

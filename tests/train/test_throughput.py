@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,20 @@ def test_other_devices_are_measured_and_the_source_says_so(monkeypatch):
     assert device_peak(torch.device("cuda", 0), torch.bfloat16) == Peak(
         5e12, "Unheard-of 1, bfloat16 product measured at 5 TFLOP/s", "cuda"
     )
+
+
+def test_time_that_other_processes_take_does_not_lower_the_measured_rate(monkeypatch):
+    monkeypatch.setattr(throughput, "_PRODUCT_SECONDS", 0.02)
+    alone, product = device_peak(CPU, torch.float32).rate, torch.mm
+
+    def delayed(a, b):
+        time.sleep(0.1)  # about ten times as long as the product
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "mm", delayed)
+    threads = torch.get_num_threads()
+    assert device_peak(CPU, torch.float32).rate > alone / 3
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="compares with Linux's own count")
