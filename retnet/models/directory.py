@@ -5,7 +5,7 @@
     retnet_shim.py     what transformers runs where this package is installed but not imported
 
 Reading and writing need no transformers. Larger models are stored in several files with `model.safetensors.index.json`
-(`tensor_files.py`).
+(`tensor_files.py`). A sharded checkpoint of training is read too (`shards.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from retnet.layers.mixers import float32_parameters
 from retnet.models.config import ModelConfig
 from retnet.models.config_json import merged, outer_fields, token_fields
 from retnet.models.lm import LanguageModel
+from retnet.models.shards import is_sharded, open_shards
 from retnet.models.tensor_files import Tensors, open_tensors, read_all, write_tensors
 from retnet.system.files import read_json, write_json, written_whole
 
@@ -66,20 +67,32 @@ def write_model(directory: str | os.PathLike[str], config: ModelConfig, tensors:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = replace(config, dtype=dtype_of(tensors.specs))
-    data = {
+    write_tensors(directory, tensors.renamed({PREFIX + name: name for name in tensors.specs}))
+    write_config(directory, _config_data(config))
+    generation = directory / GENERATION_FILE
+    if generation.is_file():  # of an earlier save: its token ids would take precedence
+        write_json(generation, read_json(generation) | token_fields(config))
+    write_shim(directory)
+    return config
+
+
+def write_model_config(directory: str | os.PathLike[str], model: LanguageModel) -> None:
+    """Write the `config.json` and the shim of a model whose weights are saved elsewhere, as in a sharded checkpoint."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_config(directory, _config_data(stored_config(model)))
+    write_shim(directory)
+
+
+def _config_data(config: ModelConfig) -> dict[str, Any]:
+    """What `config.json` holds."""
+    return {
         "architectures": ["RetNetForCausalLM"],
         "auto_map": AUTO_MAP,
         "model_config": config.to_dict(),
         "model_type": MODEL_TYPE,
         **outer_fields(config),
     }
-    write_tensors(directory, tensors.renamed({PREFIX + name: name for name in tensors.specs}))
-    write_config(directory, data)
-    generation = directory / GENERATION_FILE
-    if generation.is_file():  # of an earlier save: its token ids would take precedence
-        write_json(generation, read_json(generation) | token_fields(config))
-    write_shim(directory)
-    return config
 
 
 def write_config(directory: Path, data: Mapping[str, Any]) -> None:
@@ -128,7 +141,7 @@ def open_model(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]
     """
     directory = Path(directory)
     config = load_config(directory)
-    tensors = open_tensors(directory)
+    tensors = open_shards(directory).weights() if is_sharded(directory) else open_tensors(directory)
     if CLASSIFIER_HEAD in tensors.specs:
         raise ValueError(
             f"{directory} holds a classifier; accepted: a language model. AutoModelForSequenceClassification or "

@@ -29,7 +29,7 @@ SHARD_BYTES = 2**30
 # In the order of the search, which is that of transformers.
 _KNOWN_FILES = (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PICKLES = (".bin", ".pt", ".pth")
-_DTYPES = {
+DTYPES = {  # of safetensors
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -115,28 +115,30 @@ def _weights_of(directory: Path) -> Path:
 
 
 def _open_file(file: Path) -> Tensors:
-    return _open_pickle(file) if file.suffix in _PICKLES else _open_safetensors(file)
+    return _open_pickle(file) if file.suffix in _PICKLES else open_safetensors(file)
 
 
-def _open_safetensors(file: Path) -> Tensors:
+def open_safetensors(file: Path) -> Tensors:
+    """The tensors of one safetensors file. Raises ValueError if it is damaged."""
     specs: dict[str, Tensor] = {}
-    with _safetensors(file) as stream:
+    with safetensors_stream(file) as stream:
         for name in stream.keys():  # noqa: SIM118 (not a mapping)
             part = stream.get_slice(name)
             kind = part.get_dtype()
-            if kind not in _DTYPES:
-                raise ValueError(f"{file}: {name} is of dtype {kind}; accepted: {', '.join(_DTYPES)}")
-            specs[name] = torch.empty(part.get_shape(), dtype=_DTYPES[kind], device="meta")
+            if kind not in DTYPES:
+                raise ValueError(f"{file}: {name} is of dtype {kind}; accepted: {', '.join(DTYPES)}")
+            specs[name] = torch.empty(part.get_shape(), dtype=DTYPES[kind], device="meta")
 
     def read(name: str) -> Tensor:
         # A file opened anew for each tensor is unmapped with it: pages already read never add up to the whole file.
-        with _safetensors(file) as stream:
+        with safetensors_stream(file) as stream:
             return stream.get_tensor(name)
 
     return Tensors(specs, read)
 
 
-def _safetensors(file: Path) -> Any:
+def safetensors_stream(file: Path) -> Any:
+    """The open file, whose tensors are not read yet. Raises ValueError if it is damaged."""
     try:
         return safe_open(file, "pt")
     except SafetensorError as error:

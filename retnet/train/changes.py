@@ -13,11 +13,12 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import TrainingArguments
 
 from retnet.data import Mixture
+from retnet.models.shards import is_sharded
 from retnet.train.inputs import RunData
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import WITHOUT_EFFECT, Recipe
@@ -45,9 +46,9 @@ FREE = _names(
     "logging_nan_inf_filter logging_steps logging_strategy project report_to run_name skip_memory_metrics "
     "trackio_bucket_id trackio_space_id trackio_static_space_id "
     # checkpoints
-    "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token load_best_model_at_end "
-    "output_dir push_to_hub restore_callback_states_from_checkpoint resume_from_checkpoint save_on_each_node "
-    "save_steps save_strategy save_total_limit"
+    "checkpoints hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token "
+    "load_best_model_at_end output_dir push_to_hub restore_callback_states_from_checkpoint resume_from_checkpoint "
+    "save_on_each_node save_steps save_strategy save_total_limit"
 )
 SAID = _names(
     "average_tokens_across_devices deepspeed lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_minutes max_steps "
@@ -96,9 +97,7 @@ def run_facts(recipe: Recipe, arguments: TrainingArguments, data: RunData, model
         * arguments.gradient_accumulation_steps
         * (arguments.world_size // recipe.context_parallel),
         "data_seed": arguments.seed if arguments.data_seed is None else arguments.data_seed,
-        "sharding": cast(dict[str, Any], arguments.fsdp_config or {}).get("state_dict_type", "whole")
-        if arguments.fsdp
-        else None,
+        "sharding": "whole" if arguments.fsdp else None,  # of no matter to a sharded checkpoint
         # A schedule that is not a function of the step has a state, which a checkpoint restores with its arguments.
         "schedule": schedule if settings["lr_scheduler_type"] in _STATEFUL_SCHEDULES else "a function of the step",
     }
@@ -121,6 +120,8 @@ def check_changes(checkpoint: Path, facts: Mapping[str, Any], settings: Mapping[
     """The changes since a checkpoint that are said. Raises ValueError for one of a run with other facts."""
     saved = read_run(checkpoint)
     before = saved.get("facts", {})
+    if is_sharded(checkpoint):
+        before = before | {"sharding": facts.get("sharding")}
     refused = [text for fact in sorted(before.keys() | facts.keys()) for text in _refused(fact, before, facts)]
     if refused:
         more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""

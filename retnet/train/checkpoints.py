@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from retnet.system.files import flush, move_into_place, read_json, write_json
 from retnet.system.sizes import format_bytes
@@ -54,21 +55,39 @@ def staged(output: Path, name: str, *, writes: bool = True) -> Iterator[Path]:
     if writes:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
-    try:
+    with undone_on_error(output, name, writes=writes):
         yield root / name
-    except (OSError, RuntimeError, SafetensorError) as error:  # what the different writers raise on a full disk
+
+
+@contextmanager
+def undone_on_error(output: Path, name: str, *, writes: bool = True) -> Iterator[None]:
+    """A context in which an error removes the staging folder and becomes a CheckpointError, as in `staged`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, ValueError, SafetensorError, CheckpointException) as error:  # of different writers
         if writes:
-            shutil.rmtree(root, ignore_errors=True)
-        raise CheckpointError(_not_saved(output, name, error)) from error
+            shutil.rmtree(output / STAGING, ignore_errors=True)
+        raise CheckpointError(_not_saved(output, name, first_failure(error))) from error
 
 
-def commit(staging: Path) -> Checkpoint:
-    """Complete a staged checkpoint and move it to its place, instead of an earlier one of the same step."""
+def first_failure(error: BaseException) -> BaseException:
+    """The error of the first process that failed, instead of torch's collection of them."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def commit(staging: Path, hashes: Mapping[str, str] | None = None) -> Checkpoint:
+    """Complete a staged checkpoint and move it to its place, instead of an earlier one of the same step.
+
+    hashes: the SHA-256 of files that are on the disk already, by name.
+    """
     output = staging.parent.parent
     serial = 1 + max((c.serial for c in list_checkpoints(output)), default=0)
     files = {}
     for file in _files(staging):
-        files[file.relative_to(staging).as_posix()] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
+        name = file.relative_to(staging).as_posix()
+        files[name] = {"bytes": file.stat().st_size, "sha256": (hashes or {}).get(name) or _hash(file)}
         flush(file)
     write_json(staging / MARKER, {"serial": serial, "files": files})
     for folder in {file.parent for file in _files(staging)}:
@@ -106,6 +125,10 @@ def inspect(path: Path, *, hashes: bool = True) -> Checkpoint:
         return Checkpoint(path, step, problem=problem)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return Checkpoint(path, step, problem=f"its {MARKER} cannot be read: {error}")
+    if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
+        return Checkpoint(path, step, problem=f"its {MARKER} names {outside[0]!r}, which is outside of it")
+    if pickled := next(path.glob("*/.metadata"), None):
+        return Checkpoint(path, step, problem=f"its {pickled.relative_to(path)} is a pickle, which is not read")
     for name, (expected_size, expected_hash) in files.items():
         file = path / name
         if not file.is_file():
@@ -184,7 +207,7 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _not_saved(output: Path, name: str, error: Exception) -> str:
+def _not_saved(output: Path, name: str, error: BaseException) -> str:
     complete = [c for c in list_checkpoints(output) if c.problem is None]
     last = f"the last complete checkpoint is {complete[-1].path}" if complete else "there is no checkpoint"
     free = format_bytes(shutil.disk_usage(output).free, 3)

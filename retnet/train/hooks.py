@@ -34,6 +34,7 @@ class TrainingHooks(TrainerCallback):
         trainer = self._trainer
         if args.device.type == "cpu" or state.global_step % CHECK_EVERY == 0:
             trainer.check_losses()
+        trainer.finish_saving(if_done=True)
         if state.global_step == state.max_steps:  # processes agree before each step, and no step follows
             trainer.terminated = trainer.consensus.any(trainer.signal.received)
         if trainer.terminated:
@@ -53,6 +54,7 @@ class TrainingHooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.stop_reading_ahead()
+        self._trainer.finish_saving()
 
 
 def epoch_validation_follows(trainer: PackedTrainer) -> bool:

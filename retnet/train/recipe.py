@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -114,6 +114,9 @@ class Recipe(BaseModel):
     max_minutes: a time limit on training, resumed parts included; the learning-rate schedule ends with it.
     num_samples: the number of validation documents to write continuations of at the end.
     router_lr_multiplier: the learning rate of MoE routers, divided by that of all other parameters.
+    checkpoints: `whole`: a model directory beside the Trainer's states; `sharded`: each process writes its share, which
+        any number of processes resume; `async`: sharded, written while training goes on. None: as fsdp_config says, or
+        whole.
     training: fields of TrainingArguments, completed from the training_hints of a stack, then from `DEFAULTS`.
     """
 
@@ -131,6 +134,7 @@ class Recipe(BaseModel):
     max_minutes: float | None = Field(default=None, gt=0)
     num_samples: int = Field(default=3, ge=0)
     router_lr_multiplier: float = Field(default=1.0, ge=0)
+    checkpoints: Literal["whole", "sharded", "async"] | None = None
     training: dict[str, Any]
 
     def training_arguments(self) -> TrainingArguments:

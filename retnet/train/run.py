@@ -71,6 +71,7 @@ def _train(
         carry_state=recipe.carry_state,
         router_lr_multiplier=recipe.router_lr_multiplier,
         max_minutes=recipe.max_minutes,
+        checkpoints=recipe.checkpoints,
         facts=run_facts(recipe, arguments, data, model),
         settings=said_settings(recipe, arguments),
     )
@@ -99,6 +100,8 @@ def _train(
         if report is not None:
             report.stop(error)
         raise
+    finally:
+        trainer.close_saver()
     if report is not None:
         report.finish(samples)
     return summary

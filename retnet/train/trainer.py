@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -21,14 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from retnet.data import PackedDataset, Rows
 from retnet.layers.moe import MoE
 from retnet.models.states import ModelState
 from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainBatches, ValidBatches, collate, to_device
-from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged
+from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged, undone_on_error
 from retnet.train.hooks import TrainingHooks, epoch_validation_follows
 from retnet.train.losses import LossWatch, NonFiniteLoss, all_finite
 from retnet.train.muon_recipe import muon_cls_and_kwargs
@@ -36,6 +37,7 @@ from retnet.train.optimizer import check_schedule, complete_schedule, decayed_pa
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.resume import ProcessState, read_run, save_run
 from retnet.train.row_shards import RowShards
+from retnet.train.sharded_trainer import ShardedTrainer
 from retnet.train.stopping import ProcessConsensus, RunClock, Terminated, TerminationSignal
 from retnet.train.throughput import Meter, device_peak, flops_per_token, memory_gib, synchronize
 
@@ -47,10 +49,12 @@ class RunOptions:
     """The settings of a run that are not in TrainingArguments.
 
     context_parallel: processes that share rows (`row_shards.py`).
+    checkpoints: their form (`sharded_trainer.py`).
     facts, settings: what a checkpoint records of the run (`changes.py`).
     """
 
     context_parallel: int = 1
+    checkpoints: str | None = None
     carry_state: bool = False
     router_lr_multiplier: float = 1.0
     max_minutes: float | None = None
@@ -58,7 +62,7 @@ class RunOptions:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(ShardedTrainer):
     """Trains on rows of packed documents.
 
     train_rows: the stream of rows (`batches.py`). valid_rows: by name; together they are the validation set.
@@ -88,6 +92,7 @@ class PackedTrainer(Trainer):
         self.add_callback(TrainingHooks(self))
         self.consensus, self.signal = ProcessConsensus(), TerminationSignal(announces=args.process_index == 0)
         self.shards = RowShards.of(options.context_parallel, args)
+        self.prepare_checkpoints(options.checkpoints)
         self.clock = RunClock(options.max_minutes)
         self.watch = LossWatch(self.rows.describe)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
@@ -100,8 +105,8 @@ class PackedTrainer(Trainer):
         self.resumed: Path | None = None
         self._ahead: ReadAhead | None = None
         self._source: Iterator[Any] | None = None
-        self._staging: Path | None = None
         self._saved_step = -1
+        self._unpushed: Path | None = None
         self._best_step: int | None = None  # the step of the weights, if the best ones were loaded at the end
         self._validations: dict[int, dict[str, float]] = {}  # by the step of the weights
 
@@ -321,6 +326,7 @@ class PackedTrainer(Trainer):
             self.state.best_model_checkpoint = str(self.resumed)
 
     def _load_best_model(self) -> None:
+        self.finish_saving()
         super()._load_best_model()
         self._best_step = self.state.best_global_step
 
@@ -382,6 +388,7 @@ class PackedTrainer(Trainer):
 
     def raise_terminated(self) -> NoReturn:
         """End a run that has received a signal, once a checkpoint is saved."""
+        self.finish_saving()
         if self.is_in_train:
             self.callback_handler.on_train_end(self.args, self.state, self.control)
         output = self.args.output_dir
@@ -403,6 +410,7 @@ class PackedTrainer(Trainer):
         self.check_weights()
         synchronize(args.device)
         begin = time.perf_counter()
+        self.finish_saving()
         output = Path(self._get_output_dir(trial))
         with staged(output, f"checkpoint-{step}", writes=args.should_save) as folder:
             self.accelerator.wait_for_everyone()
@@ -412,17 +420,36 @@ class PackedTrainer(Trainer):
             finally:
                 self._staging = None
             self._save_progress(folder, output)
-            self.accelerator.wait_for_everyone()
-            if args.should_save:
-                commit(folder)
-            self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
-        if args.should_save:
-            rotate(output, args.save_total_limit, None if best is None else Path(best))
-        if args.push_to_hub:
-            super()._push_from_checkpoint(str(output / folder.name))
-        self._saved_step = step
+            best = self.state.best_model_checkpoint
+            complete = partial(_complete, folder, args.save_total_limit, None if best is None else Path(best))
+            if self.saver is not None:
+                self.save_shards(folder, complete)
+            else:
+                self.accelerator.wait_for_everyone()
+                if args.should_save:
+                    complete({})
+                self.accelerator.wait_for_everyone()
+        self._saved_step, self._unpushed = step, output / folder.name
+        if self.saver is None or not self.saver.pending:
+            self._push_saved()
         self.meter.pause(time.perf_counter() - begin)
+
+    def _push_saved(self) -> None:
+        if self.args.push_to_hub and self._unpushed is not None:
+            super()._push_from_checkpoint(str(self._unpushed))
+        self._unpushed = None
+
+    def finish_saving(self, *, if_done: bool = False) -> None:
+        """Wait for the checkpoint that is saved in the background, if there is one. All processes call this together.
+
+        if_done: only if no process is still writing. Raises CheckpointError if it could not be written.
+        """
+        if self.saver is None or not self.saver.pending or (if_done and self.consensus.any(not self.saver.done)):
+            return
+        assert self._unpushed is not None
+        with undone_on_error(self._unpushed.parent, self._unpushed.name, writes=self.args.should_save):
+            self.saver.collect()
+        self._push_saved()
 
     def _save_progress(self, folder: Path, output: Path) -> None:
         """Save the files of `resume.py`."""
@@ -465,6 +492,12 @@ class PackedTrainer(Trainer):
         wrong = sorted((set(load_result.missing_keys) - tied) | set(load_result.unexpected_keys))
         if wrong:
             raise CheckpointError(f"the weights of {self.resumed} are not those of the model: {', '.join(wrong[:5])}")
+
+
+def _complete(folder: Path, keep: int | None, best: Path | None, hashes: Mapping[str, str]) -> None:
+    """Give a staged checkpoint its name, and remove those that it replaces. hashes: of files that are on the disk."""
+    commit(folder, hashes)
+    rotate(folder.parent.parent, keep, best)
 
 
 def _same_random_numbers(device: torch.device) -> AbstractContextManager[None]:
