@@ -151,10 +151,20 @@ def _overlapped(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None,
     states, totals = exchange.wait()
     carry = from_before(shard, states, totals)
     if shard.continues:
-        for row, reads, state in zip(out, queries, carry.to(out.dtype), strict=True):
-            row[part.first].transpose(0, 1).baddbmm_(reads.transpose(0, 1), state)
+        out = _with_reads(out, queries, carry.to(out.dtype))
         final = shard.add_to_first(final, kept * carry)
     return out, final, part.with_carry(carry), totals
+
+
+def _with_reads(out: Tensor, queries: Tensor, carry: Tensor) -> Tensor:
+    """out [B, T, H, V] plus what queries [B, t, H, K] of the first t tokens read from the carry [B, H, K, V].
+
+    `out` is left as it is: selective checkpointing may hold it.
+    """
+    t, out = queries.shape[1], out.clone()
+    for row, reads, state in zip(out, queries, carry, strict=True):
+        row[:t].transpose(0, 1).baddbmm_(reads.transpose(0, 1), state)
+    return out
 
 
 def _in_turn(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
