@@ -7,9 +7,9 @@ window. Positions come from the layout, so padding, masked tokens and packing ch
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workl
 from retnet.layers.norm import HeadNorm, check_eps, head_norm_weight, normed_heads
 from retnet.layers.rotary import check_rotary, prepare_rotation, rotate_heads
 from retnet.layers.state import TokenCache, no_tokens
+from retnet.layers.tensor_parallel import Part, Split, Splits, by_columns, by_rows, per_process
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
 from retnet.ops.attention import (
@@ -46,6 +47,8 @@ class AttentionConfig(MixerConfig):
     linear in the distance. window: tokens that a query sees, itself included (None: all). dropout: of attention
     weights, in training.
     """
+
+    refused_when_split = ""
 
     num_heads: int
     num_kv_heads: int
@@ -87,6 +90,11 @@ class AttentionConfig(MixerConfig):
             raise ValueError(f"alibi is true with rotary {self.rotary!r}; accepted with alibi: 'none'")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; accepted: 0 <= dropout < 1")
+
+    def part(self, rank: int, size: int) -> Self:
+        heads = per_process("num_heads", self.num_heads, size)
+        groups = per_process("num_kv_heads", self.num_kv_heads, size, or_one=True)
+        return replace(self, num_heads=heads, num_kv_heads=groups)
 
     @property
     def position_scaling(self) -> Scaling:
@@ -153,6 +161,20 @@ class Attention(MixerModule):
         self.gate_proj = nn.Linear(d_model, queries, bias=False) if config.gate == "sigmoid" else None
         self.out_proj = nn.Linear(queries, d_model, bias=config.out_bias)
 
+    def splits(self) -> Splits:
+        config = self.config
+        queries, groups = Part(config.num_heads * config.head_dim), _groups(config, config.head_dim)
+        norm = Split(0, (Part(config.head_dim, False),))
+        return {
+            **by_rows("q_proj", queries), **by_rows("k_proj", groups), **by_rows("v_proj", groups),
+            **by_rows("gate_proj", queries), **by_columns("out_proj", queries.size),
+            "q_norm_weight": norm, "k_norm_weight": norm,
+        }  # fmt: skip
+
+    def state_splits(self) -> Splits:
+        heads = Split(2, (_groups(self.config, 1),))
+        return {"keys": heads, "values": heads}
+
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
         """Compute rotary angles and block masks that layers share."""
         if layout.mask is None:
@@ -172,7 +194,7 @@ class Attention(MixerModule):
     ) -> tuple[Tensor, AttentionState | AttentionDraft | None]:
         if layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
-        config = self.config
+        config, x = self.config, self.entered(x)
         q, k, v = (proj(x).unflatten(-1, (-1, config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q = normed_heads(q, config.qk_norm, config.qk_norm_eps, self.q_norm_weight)
         k = normed_heads(k, config.qk_norm, config.qk_norm_eps, self.k_norm_weight)
@@ -252,9 +274,18 @@ class Attention(MixerModule):
         return torch.cat(out, 1)
 
     def _options(self, q: Tensor) -> dict:
-        config = self.config
-        slopes = alibi_slopes(config.num_heads, q.device) if config.alibi else None
+        config, slopes = self.config, None
+        if config.alibi and self.shard is None:
+            slopes = alibi_slopes(config.num_heads, q.device)
+        elif config.alibi and self.shard is not None:
+            every = config.num_heads * self.shard.size
+            slopes = alibi_slopes(every, q.device)[self.shard.span(every)]
         return {"window": config.window, "slopes": slopes, "dropout": config.dropout if self.training else 0.0}
+
+
+def _groups(config: AttentionConfig, width: int) -> Part:
+    """Heads of keys and values, `width` places each, as processes divide them: a single head is held by all."""
+    return Part(config.num_kv_heads * width, config.num_kv_heads > 1)
 
 
 def attention_flops(config: AttentionConfig, work: Workload) -> MixerFlops:

@@ -5,15 +5,17 @@
 `inner_norm` normalises the input of W_down as well: Sub-LayerNorm (Foundation Transformers, arXiv 2210.06423).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.norm import check_eps, make_norm
+from retnet.layers.tensor_parallel import Part, Splits, TensorParallel, by_columns, by_rows, per_process
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
+from retnet.ops.tensor_shard import TensorShard
 from retnet.system.choices import check_choices
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
@@ -40,26 +42,45 @@ class FeedForwardConfig:
         if self.hidden_dim < 1:
             raise ValueError(f"hidden_dim is {self.hidden_dim}; accepted: a positive integer")
 
+    def part(self, rank: int, size: int) -> "FeedForwardConfig":
+        """The feed-forward of the channels of process `rank` of `size`. Raises ValueError where they do not divide."""
+        if self.inner_norm != "none":
+            raise ValueError(
+                f"inner_norm is {self.inner_norm!r}, over the channels of all processes; accepted when split: 'none'"
+            )
+        return replace(self, hidden_dim=per_process("hidden_dim", self.hidden_dim, size))
+
     def idle_parameters(self, d_model: int) -> int:
         """Weights that a token does not use."""
         return 0
 
 
-class FeedForward(nn.Module):
+class FeedForward(TensorParallel):
     """x [..., D] -> [..., D]."""
 
     WEIGHT_ROLES: ClassVar[WeightRoles] = {"gate_proj": "feed_forward", "up_proj": "feed_forward", "down_proj": "down"}
 
     def __init__(self, config: FeedForwardConfig, d_model: int):
         super().__init__()
+        self.config = config
         self.activation = ACTIVATIONS[config.activation]
         self.gate_proj = nn.Linear(d_model, config.hidden_dim, bias=config.bias) if config.gated else None
         self.up_proj = nn.Linear(d_model, config.hidden_dim, bias=config.bias)
         self.inner_norm = make_norm(config.inner_norm, config.hidden_dim, config.inner_norm_eps)
         self.down_proj = nn.Linear(config.hidden_dim, d_model, bias=config.bias)
 
+    def split_(self, shard: TensorShard) -> None:
+        part = self.config.part(shard.rank, shard.size)
+        super().split_(shard)
+        self.config = part
+
+    def splits(self) -> Splits:
+        hidden = Part(self.config.hidden_dim)
+        return {**by_rows("gate_proj", hidden), **by_rows("up_proj", hidden), **by_columns("down_proj", hidden.size)}
+
     def forward(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
         """Each token is mapped alone; the layout is there for feed-forwards that need it (MoE)."""
+        x = self.entered(x)
         if self.gate_proj is None:
             hidden = self.activation(self.up_proj(x))
         else:

@@ -38,6 +38,7 @@ class HyenaConfig(MixerConfig):
 
     refused_by_engine = "the cost of each token grows with the number of tokens before it"
     refused_on_shards = "its convolution is as long as the row"
+    refused_when_split = "its filters are one network over all channels"
 
     order: int = 2
     filter_hidden: int = 64

@@ -6,8 +6,8 @@
 Weights are those of the paper's code and of transformers' MambaForCausalLM. The scan is `retnet.ops.selective_scan`.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from retnet.layers.linear import WideBiasLinear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
+from retnet.layers.tensor_parallel import Part, Split, Splits, by_columns, by_rows, per_process
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightParts, WeightRoles
@@ -34,6 +35,8 @@ class Mamba1Config(MixerConfig):
     time_step_min, time_step_max: initial range of dt, at least time_step_floor. time_step_scale: scale of the initial
     weights of the second projection of dt.
     """
+
+    refused_when_split = ""
 
     inner_dim: int
     time_step_rank: int
@@ -56,6 +59,9 @@ class Mamba1Config(MixerConfig):
             raise ValueError(
                 f"time_step_min is {self.time_step_min}, time_step_max {self.time_step_max}; accepted: 0 < min <= max"
             )
+
+    def part(self, rank: int, size: int) -> Self:
+        return replace(self, inner_dim=per_process("inner_dim", self.inner_dim, size))
 
 
 @dataclass
@@ -116,6 +122,19 @@ class Mamba1(MixerModule):
         )
         nn.init.ones_(self.skip)
 
+    def splits(self) -> Splits:
+        inner = Part(self.config.inner_dim)
+        channels = Split(0, (inner,))
+        return {
+            **by_rows("in_proj", inner, inner), **by_rows("conv", inner), **by_columns("x_proj", inner.size),
+            **by_rows("time_step_proj", inner), **by_columns("out_proj", inner.size),
+            "log_rate": channels, "skip": channels,
+        }  # fmt: skip
+
+    def state_splits(self) -> Splits:
+        inner = Part(self.config.inner_dim)
+        return {"memory": Split(1, (inner,)), "recent": Split(2, (inner,))}
+
     def weight_parts(self) -> WeightParts:
         config = self.config
         inputs = (config.inner_dim,) * 2
@@ -132,10 +151,12 @@ class Mamba1(MixerModule):
     ) -> tuple[Tensor, Mamba1State | Mamba1Draft | None]:
         if layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
-        config = self.config
+        config, x = self.config, self.entered(x)
         inputs, z = self.in_proj(x).chunk(2, -1)
         u, recent = self.conv(inputs, None if state is None else state.recent, layout)
-        low, write, read = self.x_proj(u).split((config.time_step_rank, config.state_dim, config.state_dim), -1)
+        low, write, read = self.entered(self.x_proj(u)).split(
+            (config.time_step_rank, config.state_dim, config.state_dim), -1
+        )
         wide = wide_dtype(x.dtype)
         # The bias is large and negative: adding it in half precision would round the step.
         step = F.softplus(self.time_step_proj(low).to(wide))

@@ -9,8 +9,8 @@ decay of dt A per token and head, and scale 1. Weights are those of the paper's 
 Mamba2ForCausalLM.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,14 @@ from retnet.layers.retention import RetentionDraft
 from retnet.layers.retention_call import RetentionCall
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import LayerState, no_tokens
+from retnet.layers.tensor_parallel import Part, Split, Splits, by_columns, by_rows, per_process
 from retnet.layers.time_step import reset_time_step_bias
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightParts, WeightRoles
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode
+from retnet.ops.tensor_shard import TensorShard
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Mamba2Config(MixerConfig):
     time_step_min, time_step_max: initial range of dt, at least time_step_floor. time_step_lowest, time_step_highest:
     dt is clamped to them in every call.
     """
+
+    refused_when_split = ""
 
     inner_dim: int
     head_dim: int = 64
@@ -83,6 +87,11 @@ class Mamba2Config(MixerConfig):
         sizes = self.num_heads, self.state_dim, self.head_dim
         grouped = self.num_groups < self.num_heads
         return RetentionCall(*sizes, self.mode, self.chunk_size, per_token=True, grouped=grouped, scale=1.0)
+
+    def part(self, rank: int, size: int) -> Self:
+        heads = per_process("inner_dim / head_dim", self.num_heads, size)
+        groups = per_process("num_groups", self.num_groups, size, or_one=True)
+        return replace(self, inner_dim=heads * self.head_dim, num_groups=groups)
 
     def on_device(self, work: Workload) -> str | None:
         return self.call.chunk_note("mamba2", work)
@@ -130,6 +139,29 @@ class Mamba2(MixerModule):
         )
         nn.init.ones_(self.skip)
 
+    def split_(self, shard: TensorShard) -> None:
+        self.spans_processes = self.config.num_groups == 1
+        super().split_(shard)
+        self.call_retention = replace(self.config.call, split=True)
+
+    def splits(self) -> Splits:
+        inner, shared, heads = self._parts()
+        return {
+            **by_rows("in_proj", inner, inner, shared, shared, heads), **by_rows("conv", inner, shared, shared),
+            "log_rate": Split(0, (heads,)), "time_step_bias": Split(0, (heads,)), "skip": Split(0, (heads,)),
+            "norm_weight": Split(0, (inner,)), **by_columns("out_proj", inner.size),
+        }  # fmt: skip
+
+    def state_splits(self) -> Splits:
+        inner, shared, heads = self._parts()
+        return {"memory": Split(1, (heads,)), "recent": Split(2, (inner, shared, shared))}
+
+    def _parts(self) -> tuple[Part, Part, Part]:
+        """x, B (or C), and the heads, as processes divide them: B and C of a single group are held by all."""
+        config = self.config
+        shared = Part(config.num_groups * config.state_dim, config.num_groups > 1)
+        return Part(config.inner_dim), shared, Part(config.num_heads)
+
     def weight_parts(self) -> WeightParts:
         config, shared = self.config, self.config.num_groups * self.config.state_dim
         return {"in_proj": (config.inner_dim, config.inner_dim, shared, shared, config.num_heads)}
@@ -146,7 +178,7 @@ class Mamba2(MixerModule):
     ) -> tuple[Tensor, Mamba2State | RetentionDraft | None]:
         if layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
-        config, shared = self.config, self.config.num_groups * self.config.state_dim
+        config, shared, x = self.config, self.config.num_groups * self.config.state_dim, self.entered(x)
         z, inputs, time_step = self.in_proj(x).split((config.inner_dim, config.conv_dim, config.num_heads), -1)
         u, recent = self.conv(inputs, None if state is None else state.recent, layout)
         u, B, C = u.split((config.inner_dim, shared, shared), -1)
@@ -170,6 +202,10 @@ class Mamba2(MixerModule):
     def _gated_norm(self, out: Tensor, z: Tensor) -> Tensor:
         wide = wide_dtype(out.dtype)
         gated = out.to(wide) * F.silu(z.to(wide))
+        if self.shard is not None and self.spans_processes:  # the one group has channels of all processes
+            squares = gated.square().sum(-1, keepdim=True)
+            squares = self.shard.share(self.shard.total(squares)) / (gated.shape[-1] * self.shard.size)
+            return (self.norm_weight * (gated * (squares + self.config.norm_eps).rsqrt()).to(out.dtype)).to(out.dtype)
         groups = normalize(gated.unflatten(-1, (self.config.num_groups, -1)), "rms", self.config.norm_eps)
         return (self.norm_weight * groups.flatten(-2).to(out.dtype)).to(out.dtype)
 

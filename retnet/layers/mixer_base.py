@@ -11,21 +11,24 @@ import torch
 
 from retnet.layers.float32_parameters import Float32Parameters
 from retnet.layers.state import LayerState
+from retnet.layers.tensor_parallel import TensorParallel
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightParts, WeightRoles
+from retnet.ops.tensor_shard import TensorShard
 from retnet.system.choices import check_choices
 
 
 class MixerConfig:
     """Base of mixers' configurations: frozen dataclasses of plain values, told apart in JSON by `kind`.
 
-    refused_by_engine, refused_on_shards: why the engine, and context parallelism, do not take layers of this mixer;
-    empty if they do.
+    refused_by_engine, refused_on_shards, refused_when_split: why the engine, context parallelism, and tensor
+    parallelism do not take layers of this mixer; empty if they do.
     """
 
     kind: Any  # the last field of every subclass, a Literal
     refused_by_engine: ClassVar[str] = ""
     refused_on_shards: ClassVar[str] = ""
+    refused_when_split: ClassVar[str] = "it does not say how its heads are divided"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -39,12 +42,16 @@ class MixerConfig:
         """A sentence about how the layer runs there, if its configuration alone does not determine that."""
         return None
 
+    def part(self, rank: int, size: int) -> Self:
+        """The mixer of the heads of process `rank` of `size`. Raises ValueError where the heads do not divide."""
+        raise ValueError(self.refused_when_split)
+
     def for_export(self, one_token: bool) -> Self | None:
         """This mixer in plain operators, for graphs of one token or of several; None if it cannot be exported."""
         return None
 
 
-class MixerModule(Float32Parameters):
+class MixerModule(Float32Parameters, TensorParallel):
     """Base of mixers: `forward(x [B, T, D], state, layout) -> (y [B, T, D], state)`.
 
     The returned state is None unless `layout.carry`; with `layout.deferred` it is the draft of these tokens.
@@ -52,6 +59,13 @@ class MixerModule(Float32Parameters):
     """
 
     WEIGHT_ROLES: ClassVar[WeightRoles] = {}
+    config: Any
+
+    def split_(self, shard: TensorShard) -> None:
+        """As in `TensorParallel`; the configuration becomes that of the process's own heads."""
+        part = self.config.part(shard.rank, shard.size)
+        super().split_(shard)
+        self.config = part
 
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
         """Compute what is shared with other layers and calls: a block compiled or recomputed alone only reads it."""

@@ -22,6 +22,7 @@ from retnet.layers.retention_call import RetentionCall
 from retnet.layers.rotary import check_rotary, prepare_rotation, rotate_heads
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
+from retnet.layers.tensor_parallel import Part, Split, Splits, by_columns, by_rows, per_process
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
 from retnet.ops.decay import SCHEDULES, decay_norm
@@ -29,6 +30,7 @@ from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode, retention_step_
 from retnet.ops.rotary import Scaling, scaling
+from retnet.ops.tensor_shard import TensorShard
 from retnet.system.checks import is_integer
 from retnet.system.suggest import did_you_mean
 
@@ -49,6 +51,8 @@ class RetentionConfig(MixerConfig):
     conv_width: tokens that the short convolution on each of `conv_on` sees (None: no convolution); conv_activation
     follows it. qk_norm: norm over each head of q and k before the rotation; "rms" has learnt weights, "l2" has none.
     """
+
+    refused_when_split = ""
 
     num_heads: int
     key_dim: int
@@ -158,6 +162,17 @@ class RetentionConfig(MixerConfig):
     def heads_per_kv_head(self) -> int:
         return self.num_heads // (self.num_kv_heads or self.num_heads)
 
+    def part(self, rank: int, size: int) -> Self:
+        heads = per_process("num_heads", self.num_heads, size)
+        groups = self.num_kv_heads
+        if groups is not None:
+            groups = per_process("num_kv_heads", groups, size, or_one=True)
+        decay, log_decay = self.decay, self.log_decay
+        if log_decay is not None:
+            decay = tuple(log_decay.exp().tolist())[rank * heads : (rank + 1) * heads]
+        widths = {"key_dim": self.key_dim // size, "value_dim": self.value_dim // size}
+        return replace(self, num_heads=heads, num_kv_heads=groups, decay=decay, **widths)
+
     def for_export(self, one_token: bool) -> Self:
         # "auto" would choose the form by the number of tokens in the example.
         return replace(self, mode="recurrent" if one_token else "parallel")
@@ -265,6 +280,28 @@ class MultiScaleRetention(MixerModule):
                 gamma = SCHEDULES[config.gated_start](config.num_heads, dtype=torch.float64).exp()
                 self.decay_proj.bias.copy_(torch.logit(gamma ** (1 / self.GATE_POWER)))
 
+    def split_(self, shard: TensorShard) -> None:
+        super().split_(shard)
+        self.call_retention = replace(self.config.call, split=True)
+        self._fixed_log_decay.clear()
+
+    def splits(self) -> Splits:
+        config = self.config
+        parts, key, value = _parts(config), Part(config.head_key_dim, False), Part(config.head_value_dim, False)
+        heads, values = Part(config.num_heads), Part(config.value_dim)
+        return {
+            **by_rows("q_proj", parts["q"]), **by_rows("k_proj", parts["k"]), **by_rows("v_proj", parts["v"]),
+            **by_rows("gate_proj", values), **by_rows("decay_proj", heads), **by_columns("out_proj", config.value_dim),
+            **by_rows("conv", *(parts[name] for name in config.conv_on)),
+            "q_norm_weight": Split(0, (key,)), "k_norm_weight": Split(0, (key,)), "log_rate": Split(0, (heads,)),
+            "head_norm_weight": Split(0, (heads if config.head_norm_affine == "per_head" else value,)),
+        }  # fmt: skip
+
+    def state_splits(self) -> Splits:
+        parts = _parts(self.config)
+        recent = Split(2, tuple(parts[name] for name in self.config.conv_on))
+        return {"memory": Split(1, (Part(self.config.num_heads),)), "recent": recent}
+
     def log_decay(self, x: Tensor) -> Tensor:
         """[H], or [B, T, H] if gated; float32 (float64 for float64)."""
         wide = wide_dtype(x.dtype)
@@ -304,7 +341,7 @@ class MultiScaleRetention(MixerModule):
     ) -> tuple[Tensor, RetentionState | RetentionDraft | None]:
         if self.conv is not None and layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
-        config = self.config
+        config, x = self.config, self.entered(x)
         (q, k, v), recent, inputs = self._convolved((self.q_proj(x), self.k_proj(x), self.v_proj(x)), state, layout)
         q, k = (z.unflatten(-1, (-1, config.head_key_dim)) for z in (q, k))
         v = v.unflatten(-1, (-1, config.head_value_dim))
@@ -344,6 +381,12 @@ class MultiScaleRetention(MixerModule):
         if self.config.head_norm != "none":
             out = normalize(out, self.config.head_norm, self.config.head_norm_eps)
         return out if self.head_norm_weight is None else out * self.head_norm_weight
+
+
+def _parts(config: RetentionConfig) -> dict[str, Part]:
+    """q, k and v as processes divide them: keys and values of a single head are held by all."""
+    alone = config.num_kv_heads == 1
+    return {name: Part(width, name == "q" or not alone) for name, width in config.projected.items()}
 
 
 def retention_flops(config: RetentionConfig, work: Workload) -> MixerFlops:

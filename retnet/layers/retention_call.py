@@ -18,7 +18,8 @@ class RetentionCall:
     """Retention of H heads with K keys and V values each, in one mixer.
 
     chunk_size: a hint on a GPU; None: chosen by the operator. per_token: decays depend on the token. grouped: heads
-    share q and k. scale: multiplies q; K ** -0.5 if None.
+    share q and k. scale: multiplies q; K ** -0.5 if None. split: the heads of one process; others wait for its output,
+    so decays that are NaN give NaN instead of an error.
     """
 
     num_heads: int
@@ -29,6 +30,7 @@ class RetentionCall:
     per_token: bool = False
     grouped: bool = False
     scale: float | None = None
+    split: bool = False
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor | None, layout: TokenLayout
@@ -39,7 +41,7 @@ class RetentionCall:
         """
         if layout.in_place and memory is not None and layout.one_per_row:
             return retention_step_(q, k, v, log_decay, memory, scale=self.scale, mask=layout.mask), memory
-        if not layout.deferred:
+        if not (layout.deferred or self.split):
             return self._retention(q, k, v, log_decay, memory, layout)
         # Drafts of many requests are one call, which must not be refused for one of them: its output becomes NaN.
         broken = log_decay.isnan()

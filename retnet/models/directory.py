@@ -198,7 +198,12 @@ def stored_config(model: LanguageModel) -> ModelConfig:
 
 
 def stored_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """The model's state dict without a tied head, which is the embedding."""
+    """The model's state dict without a tied head, which is the embedding. Raises ValueError for a split model."""
+    if model.shard is not None:
+        raise ValueError(
+            f"the model is {model.shard} of a split model; accepted: a whole one, which whole_model of "
+            "retnet.models.parallel.whole makes of it"
+        )
     absent = {"head.weight"} if _is_tied(model) else set()
     return {name: x for name, x in model.state_dict().items() if name not in absent}
 

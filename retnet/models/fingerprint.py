@@ -21,11 +21,14 @@ def fingerprint(model: LanguageModel) -> str:
     """A hash of the configuration, the settings of adapters and, for each weight, its name, shape, dtype, sum, and
     evenly spaced values.
 
+    Each process of a split model has a fingerprint of its own, because its states are those of its own heads.
     The sum over all bits, read as integers, changes with any single value. Hashing all of 13 GB would take longer than
     the prompts that snapshots save.
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("name", "source", "seed", "dtype")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    if model.shard is not None:
+        digest.update(str(model.shard).encode())
     if adapters := settings(model):
         digest.update(json.dumps(adapters, sort_keys=True).encode())
     weights: dict[str, Tensor] = {}

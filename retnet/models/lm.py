@@ -25,6 +25,7 @@ from retnet.models.loss import linear_cross_entropy
 from retnet.models.states import ModelDraft, ModelState
 from retnet.ops.context_shard import ContextShard
 from retnet.ops.dtypes import wide_dtype
+from retnet.ops.tensor_shard import TensorShard
 
 
 @dataclass
@@ -44,11 +45,13 @@ class LanguageModel(nn.Module):
 
     directory: where the weights were loaded from, if they were; a tokenizer may lie beside them.
     generation_config: transformers', of a model with its interface; its `generate` reads the end tokens from there.
+    shard: which part of a model this is whose layers are split over processes (`retnet.models.parallel.plan`).
     """
 
     WEIGHT_ROLES: ClassVar[WeightRoles] = {"embedding": "embedding", "head": "embedding"}
     directory: Path | None = None
     generation_config: Any = None
+    shard: TensorShard | None = None
 
     def __init__(self, config: ModelConfig, *, seed: int | None = None):
         super().__init__()
@@ -243,6 +246,8 @@ class LanguageModel(nn.Module):
 
         The logits of all tokens are not held in memory, unless the head is more than its weight.
         """
+        if self.shard is not None and hasattr(self.head, "mean_nats"):
+            return cast(Any, self.head).mean_nats(hidden, labels, self.config.logit_soft_cap)
         if is_plain_linear(self.head):
             return linear_cross_entropy(hidden, self.head.weight, labels, self.config.logit_soft_cap)
         logits = self.logits(hidden).flatten(0, -2)

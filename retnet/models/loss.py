@@ -28,7 +28,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         given = hidden, weight, labels  # saved for second derivatives; saving casts would hold a copy of the weight
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        rows = max(1, (SLICE_BYTES_GPU if hidden.is_cuda else SLICE_BYTES) // (4 * weight.shape[0]))
+        rows = slice_rows(hidden, weight.shape[0])
         wide = wide_dtype(hidden.dtype)
         real = labels != -100
         count = real.sum().clamp_min(1)
@@ -69,6 +69,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             gradients = [None if g is None else g * (dloss / count).to(g.dtype) for g in gradients]
         return *gradients, None, None, None
+
+
+def slice_rows(hidden: Tensor, vocab_size: int) -> int:
+    """Rows of logits [R, vocab] in memory at a time."""
+    return max(1, (SLICE_BYTES_GPU if hidden.is_cuda else SLICE_BYTES) // (4 * max(1, vocab_size)))
 
 
 def _plain_cross_entropy(

@@ -135,10 +135,14 @@ class Admission:
         if snapshot.model != self.fingerprint:
             raise Refused(
                 f"the snapshot is of another model ({snapshot.model[:12]}) than this engine's "
-                f"({self.fingerprint[:12]}); accepted: the same weights, dtype and configuration"
+                f"({self.fingerprint[:12]}); accepted: the same weights, dtype and configuration{self._whose_heads()}"
             )
         if not _same_shapes(snapshot.state, self.pool.state):
             raise Refused("the snapshot's tensors do not have the shapes of this model's states")
+
+    def _whose_heads(self) -> str:
+        shard = self.model.shard
+        return "" if shard is None else f", and the heads of the same process: this one is {shard} of a split model"
 
 
 def _same_shapes(state: ModelState, slots: ModelState) -> bool:

@@ -8,6 +8,10 @@ the request that they were taken from.
 
 Experts of a mixture see as many tokens as chose them, so there a request's logits are equal up to rounding only. The
 engine has one device; the server around it is in `serve/http/`.
+
+A model that is split over processes (`models/parallel/plan.py`) has an engine in each of them. Their schedulers are the
+same program: the same calls in the same order give the same steps, and only the sums of the layers, the logits and the
+chosen tokens are exchanged. States, cached prefixes and snapshots hold the process's own heads.
 """
 
 from collections import deque
@@ -76,7 +80,8 @@ class Engine:
     Weights that change in place make stored states worthless: call `weights_changed` then.
 
     Args:
-        model: in evaluation mode, on its device; stacks with Hyena layers are refused.
+        model: in evaluation mode, on its device; stacks with Hyena layers are refused. If it is split over processes,
+            each of them makes an engine and calls the same methods in the same order.
         num_slots, memory_bytes: how many requests run at a time, or the memory that they may take; one of the two.
         max_tokens: context that a slot has room for: needed by attention without a window, and a limit for all
             requests.
@@ -133,7 +138,7 @@ class Engine:
             speculation=speculation,
         )
         width = 1 if speculation is None else speculation.draft_tokens + 1
-        self.table = SamplingTable(self.pool.num_slots, model.config.vocab_size, device, width)
+        self.table = SamplingTable(self.pool.num_slots, model.config.vocab_size, device, width, model.shard)
         if speculation is None:
             self._step = DecodeStep(model, self.pool.state, self.table, captured, self.pool.deferred)
         else:
@@ -342,7 +347,7 @@ class Engine:
         except GrammarFailed as error:
             self._fail(generation, str(error))
             return
-        if self.pool.state.slot(generation.slot).trim().is_finite:  # no logits will tell
+        if self.pool.is_finite(self.pool.state.slot(generation.slot).trim()):  # no logits will tell
             self._finish(generation, reason)
         else:
             self._fail(generation, "its state is not finite after the prompt")

@@ -83,6 +83,7 @@ class SlotPool:
         _check_fits(num_slots * self.cost.total, num_slots, max_tokens, model.embedding.weight.device)
         self.max_tokens = max_tokens
         self.num_slots = num_slots
+        self._shard = model.shard
         self.state = _empty_state(model, num_slots, max_tokens)
         self.deferred = empty_deferred_writes(model, self.state, deferred_writes)
         self._free = list(range(num_slots))[::-1]
@@ -122,6 +123,13 @@ class SlotPool:
             if ring is not None and isinstance(layer, RetentionState):
                 layer.memory = ring.slot(slot).folded(layer.memory)
         return state
+
+    def is_finite(self, state: ModelState) -> bool:
+        """Whether a state holds neither NaN nor infinity; of a split model, on any process."""
+        if self._shard is None:
+            return state.is_finite
+        broken = torch.tensor(not state.is_finite, dtype=torch.int32, device=state.position.device)
+        return not bool(self._shard.largest_(broken))
 
     def _forget(self, slot: int) -> None:
         """Drop a slot's deferred writes; their memory is not read again."""

@@ -109,7 +109,7 @@ class Prefill:
         state = self.pool.copy(generation.slot)
         if int(state.position) != generation.read:
             raise RuntimeError(f"the state has read {int(state.position)} tokens, not the request's {generation.read}")
-        if not state.is_finite:  # otherwise every prompt with this prefix would fail
+        if not self.pool.is_finite(state):  # otherwise every prompt with this prefix would fail
             return None
         self.prefixes.store(tokens, state, branch=branch, group=group)
         return state

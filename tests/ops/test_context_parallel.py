@@ -5,15 +5,9 @@ Threads in lockstep stand for processes, except in one slow test: the mathematic
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,24 +18,10 @@ from retnet.layers import attention
 from retnet.layers.attention import Attention
 from retnet.ops import context_parallel, context_shard
 from retnet.ops.context_shard import ContextShard
+from tests.lockstep import Lockstep, in_lockstep, on_processes
 from tests.small_models import ALIBI, EXPERTS, GATED, HYENA, NOPE, PAPER, VOCAB, WINDOW, small_model
 
 from . import context_checks as checks
-
-
-class Lockstep:
-    """What the threads hand each other."""
-
-    def __init__(self, size: int):
-        self.barrier, self.given = threading.Barrier(size, timeout=60), [None] * size
-
-    def all(self, rank: int, x: object) -> list:
-        """x of all threads."""
-        self.given[rank] = x
-        self.barrier.wait()
-        found = list(self.given)
-        self.barrier.wait()
-        return found
 
 
 class Done:
@@ -61,27 +41,11 @@ class ThreadShard(ContextShard):
 
 def on_shards(size: int, check: Callable[..., None], *options: object) -> None:
     """Run check(shards, size, *options) in as many threads; raises the first AssertionError."""
-    lockstep, errors = Lockstep(size), []
 
-    def work(rank: int) -> None:
-        def of(num_tokens: int, bounds: list[int] | None) -> ThreadShard:
-            return ThreadShard.part(rank, size, num_tokens, bounds, lockstep)
+    def work(rank: int, lockstep: Lockstep) -> None:
+        check(lambda tokens, bounds: ThreadShard.part(rank, size, tokens, bounds, lockstep), size, *options)
 
-        try:
-            check(of, size, *options)
-        except Exception as error:
-            errors.append(error)
-            if not isinstance(error, AssertionError):  # at a different exchange than the others
-                lockstep.barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    broken = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
-    if errors:
-        raise (broken or errors)[0]
+    in_lockstep(size, work)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -165,16 +129,7 @@ def test_a_broken_exchange_is_noticed(monkeypatch, mutation, check):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_compute_what_one_does(processes):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    script = Path(checks.__file__)
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    places = os.pathsep.join([str(script.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
-    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "equal"
+    assert on_processes(processes, checks.__file__) == "equal"
 
 
 WHOLE = ContextShard.part(0, 1, 12, None)  # needs no group until something is exchanged

@@ -15,9 +15,9 @@ adapters run as their own modules in between. The weights are packed in place (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,10 @@ from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.decode.convolution import FusedConvolution
 from retnet.models.decode.int8 import int8_parts
+from retnet.models.decode.output import FusedOutput
 from retnet.models.decode.packing import is_packable, pack, shared_weights
 from retnet.models.lm import LanguageModel
+from retnet.models.parallel.vocabulary import VocabularyHead
 from retnet.models.states import ModelState
 from retnet.ops import device
 from retnet.ops.decode.linear import InputNorm, decode_linear
@@ -65,14 +67,14 @@ class FusedBlock:
         mixer, config = block.mixer, block.config
         assert isinstance(mixer, MultiScaleRetention)
         self.block, self.mixer, self.config = block, mixer, mixer.config
-        self.skip, self.branch = config.skip_scale, config.residual_scale
         self.mixer_norm = input_norm(block.mixer_norm)
         self.widths = [p.out_features for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
         inputs = [mixer.q_proj, mixer.k_proj, mixer.v_proj]
         if mixer.gate_proj is not None:
             inputs.append(mixer.gate_proj)
             self.widths.append(mixer.gate_proj.out_features)
-        self.inputs, self.output = pack(inputs), pack([mixer.out_proj])
+        self.inputs = pack(inputs)
+        self.output = FusedOutput(mixer.out_proj, config.skip_scale, config.residual_scale)
         self.convolution = FusedConvolution(mixer)
         self.decay_input = None if mixer.decay_proj is None else pack([mixer.decay_proj])
         head = self.config
@@ -93,7 +95,7 @@ class FusedBlock:
         gate = feed_forward.gate_proj
         self.gated = gate is not None
         self.up = pack([feed_forward.up_proj] if gate is None else [gate, feed_forward.up_proj])
-        self.down = pack([feed_forward.down_proj])
+        self.down = FusedOutput(feed_forward.down_proj, block.config.skip_scale, block.config.residual_scale)
 
     @property
     def rotary_key(self) -> RotaryKey | None:
@@ -171,23 +173,12 @@ class FusedBlock:
 
     def _add_branches(self, x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
         """Add retention's output y [B, H V], normed and gated, and then the feed-forward to the residual stream x."""
-        x = decode_linear(
-            y,
-            self.output,
-            norm=self.head_norm,
-            gate=gate,
-            activation=self.config.gate,
-            residual_=x,
-            skip=self.skip,
-            branch=self.branch,
-        )
+        x = self.output(x, y, norm=self.head_norm, gate=gate, activation=self.config.gate)
         if self.up is None or self.down is None:
             return x
         up = decode_linear(x, self.up, norm=self.feed_forward_norm)
-        gate, up = up.chunk(2, -1) if self.gated else (up, None)
-        return decode_linear(
-            up, self.down, gate=gate, activation=self.activation, residual_=x, skip=self.skip, branch=self.branch
-        )
+        gate, hidden = up.chunk(2, -1) if self.gated else (up, None)
+        return self.down(x, hidden, gate=gate, activation=self.activation)
 
 
 class FusedModel:
@@ -312,6 +303,8 @@ class FusedModel:
         if self.head is None or self.final_norm is None:
             return model.logits(model.final_norm(x))
         logits = decode_linear(x, self.head, norm=self.final_norm)
+        if model.shard is not None and isinstance(model.head, VocabularyHead):
+            logits = model.shard.gathered(logits, model.config.vocab_size)
         cap = model.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -369,12 +362,12 @@ def empty_deferred_writes(model: LanguageModel, state: ModelState, length: int) 
     rooms: list[Ring | None] = []
     pending = torch.zeros_like(state.position)
     fusable = fusable_blocks(model)
-    for block, config, layer in zip(model.layers, model.config.layers, state, strict=True):
+    for block, layer in zip(cast(Iterable[Block], model.layers), state, strict=True):
         if not length or not isinstance(layer, RetentionState) or block not in fusable:
             rooms.append(None)
             continue
         N, H, K, V = layer.memory.shape
-        G = getattr(config.mixer, "num_kv_heads", None) or H
+        G = block.mixer.config.num_kv_heads or H
         rows = layer.memory.new_empty(0, dtype=model.embedding.weight.dtype)
         keys, values = rows.new_zeros(N, G, length, K), rows.new_zeros(N, G, length, V)
         rooms.append(Ring(keys, values, layer.memory.new_zeros(N, H, length), pending))

@@ -68,7 +68,7 @@ def _generate(
 ) -> Iterator[Tensor]:
     if max_new_tokens is not None and max_new_tokens < 1:
         return
-    table = SamplingTable(len(ids), model.config.vocab_size, ids.device)
+    table = SamplingTable(len(ids), model.config.vocab_size, ids.device, shard=model.shard)
     table.fill_alike(sampling, _seeds(len(ids), generator))
     with running(model):
         logits, state = prefill(model, ids, state)

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
+from retnet.layers.tensor_parallel import OutputLinear
 from retnet.models.decode.int8 import int8_parts, move_int8_
+from retnet.models.parallel.vocabulary import VocabularyHead
 from retnet.ops.decode.linear import DecodeWeight
 
+PACKABLE = (nn.Linear, OutputLinear, VocabularyHead)
 PACKED = "packed_by_retnet"  # attribute of the storages of packed weights: a weak reference to the matrix's storage
 
 
@@ -27,7 +30,7 @@ def is_packable(module: nn.Module) -> bool:
 
     False for adapters and other quantised layers, for float64, and for weights that are sharded or may not move.
     """
-    if type(module) is not nn.Linear or module.weight.dtype == torch.float64:
+    if not isinstance(module, nn.Linear) or type(module) not in PACKABLE or module.weight.dtype == torch.float64:
         return False
     if int8_parts(module.weight) is not None:
         return True

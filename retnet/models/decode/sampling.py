@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from retnet.ops.tensor_shard import TensorShard
 from retnet.system.checks import is_integer, is_number, quoted
 
 TOP_LOGPROBS = 20  # alternatives that a request may ask for, at most
@@ -155,13 +156,21 @@ class SamplingTable:
 
     width: tokens that one step samples per slot. masks: int32 [R, width, words], the tokens that each of them may be:
     token t is bit t % 32 of word t // 32. On a GPU they are filled in pinned memory and copied before a step.
+    shard: of a split model; the tokens of process 0 are then those of all processes.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device, width: int = 1):
+    def __init__(
+        self,
+        num_slots: int,
+        vocab_size: int,
+        device: torch.device,
+        width: int = 1,
+        shard: TensorShard | None = None,
+    ):
         def column(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.full((num_slots,), value, dtype=dtype, device=device)
 
-        self.vocab_size = vocab_size
+        self.vocab_size, self.shard = vocab_size, shard
         self._largest_k: int | None = None  # of all slots, where it may shape the computation
         self.temperature, self.top_p, self.min_p = column(0), column(1), column(0)
         self.top_k, self.seed = column(vocab_size, torch.long), column(0, torch.long)
@@ -246,6 +255,8 @@ class SamplingTable:
             logits = logits.float()  # the likeliest token is the same in either precision
         scores = self._masked_by_grammar(logits, place) if parts.masks else logits
         chosen = self._choose(self._edited(scores) if parts.edits else scores, position, parts)
+        if self.shard is not None:
+            chosen = self.shard.first_(chosen)
         if not parts.logprobs:
             return Sampled(chosen)
         logprobs = logits.log_softmax(-1)

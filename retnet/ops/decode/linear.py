@@ -49,6 +49,7 @@ class InputNorm:
         parts = x if self.groups == 1 else x.view(-1, self.groups, width)
         weight, bias = self.weight, self.bias
         if weight is not None and weight.dtype == x.dtype and weight.numel() == width:  # in the norm's own pass
+            weight = weight.view(width)
             if self.kind == "layer":
                 parts = F.layer_norm(parts, (width,), weight, bias, self.eps)
                 return parts if self.groups == 1 else parts.flatten(1)

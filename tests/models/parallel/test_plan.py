@@ -1,0 +1,199 @@
+"""Split models: exact on any number of processes, what is refused, and broken sums that are noticed.
+
+Threads in lockstep stand for processes, except in one slow test: the mathematics is the same, and starts at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from retnet.layers import tensor_parallel
+from retnet.layers.attention import AttentionConfig
+from retnet.layers.tensor_parallel import Part, Split
+from retnet.models.parallel.plan import split_, tensor_parallel_plan
+from retnet.ops import tensor_shard
+from retnet.ops.tensor_shard import TensorShard
+from tests.lockstep import Lockstep, in_lockstep, on_processes
+from tests.small_models import EXPERTS, GLU, HYENA, MAMBA2, PAPER, WIDTH, WINDOW, small_config, small_model
+
+from . import tensor_checks as checks
+from .tensor_checks import FOUR, FUSED
+
+
+class ThreadShard(TensorShard):
+    """A part whose group is a `Lockstep`."""
+
+    def __deepcopy__(self, memo: dict) -> ThreadShard:
+        return self
+
+    def sum_(self, x: Tensor) -> Tensor:
+        return x.copy_(self.all_gather(x).sum(0))
+
+    def largest_(self, x: Tensor) -> Tensor:
+        return x.copy_(self.all_gather(x).amax(0))
+
+    def first_(self, x: Tensor) -> Tensor:
+        return x.copy_(self.all_gather(x)[0])
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.stack(self.group.all(self.rank, x.detach().clone()))
+
+
+def on_threads(size: int, check: Callable[..., None], *options: object, **more: object) -> None:
+    """Run check(split, *options) in as many threads."""
+
+    def work(rank: int, lockstep: Lockstep) -> None:
+        check(lambda model: split_(model, ThreadShard(lockstep, rank, size)), *options, **more)
+
+    in_lockstep(size, work)
+
+
+@pytest.mark.parametrize("layer", FOUR)
+def test_each_layer_has_the_loss_logits_and_gradients_of_one_process(layer):
+    on_threads(2, checks.check_training, [FOUR[layer]])
+
+
+def test_float32_tied_embeddings_and_a_soft_cap():
+    on_threads(2, checks.check_training, FUSED[:1], dtype="float32", tie_embeddings=True, logit_soft_cap=5.0)
+
+
+def test_states_are_split_by_head_and_decoding_is_that_of_one_process():
+    on_threads(2, checks.check_decoding, [FOUR[name] for name in ("gated", "groups", "window", "mamba2", "mamba1")])
+
+
+def test_generation_has_the_tokens_of_one_process():
+    on_threads(2, checks.check_generation, FUSED[:2])
+
+
+def test_the_engine_has_the_tokens_of_one_process():
+    on_threads(2, checks.check_engine, FUSED[1:2])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parts_join_to_the_whole_model(tied):
+    on_threads(2, checks.check_whole, [FOUR["groups"], FOUR["mamba2"]], tied)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_everything_in_threads(size):
+    for layer in FOUR.values():
+        if size != 3:
+            on_threads(size, checks.check_training, [layer])
+    if size == 3:  # the vocabulary does not divide, and one process has more of it
+        three = replace(PAPER, mixer=replace(PAPER.mixer, num_heads=3, key_dim=24, value_dim=48))
+        three = [replace(three, feed_forward=replace(PAPER.feed_forward, hidden_dim=33))]
+        on_threads(3, checks.check_training, three)
+        on_threads(3, checks.check_engine, three)
+        return
+    on_threads(size, checks.check_all)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_compute_what_one_does(processes):
+    assert on_processes(processes, checks.__file__) == "equal"
+
+
+def swapped(split: Split, x: Tensor, shard: TensorShard) -> Tensor:
+    """The heads of another process, for weights by rows."""
+    other = shard.size - 1 - shard.rank if split.dim == 0 else shard.rank
+    return TAKE(split, x, replace(shard, rank=other))
+
+
+def of_one_product(split: Split, x: Tensor, shard: TensorShard) -> Tensor:
+    """Contiguous rows of a product of several maps, whatever they are."""
+    return TAKE(Split(split.dim, (Part(sum(part.size for part in split.parts)),)), x, shard)
+
+
+TAKE = Split.take
+MUTATIONS = {
+    "no sum of outputs": (TensorShard, "total", lambda shard, x: x, "gated"),
+    "no sum of gradients": (TensorShard, "share", lambda shard, x: x, "gated"),
+    "the gradient of a sum summed again": (
+        tensor_shard._Total,
+        "backward",
+        staticmethod(lambda ctx, grad: (2 * grad, None)),
+        "gated",
+    ),
+    "no sum of shared weights' gradients": (
+        tensor_parallel._SumOfHeld,
+        "__call__",
+        lambda held, grad: grad.clone(),
+        "groups",
+    ),
+    "swapped heads": (Split, "take", swapped, "gated"),
+    "a product split as one map": (Split, "take", of_one_product, "mamba2 in groups"),
+    "decays of the first heads": (
+        type(PAPER.mixer),
+        "part",
+        lambda config, rank, size: PART(config, 0, size),
+        "paper",
+    ),
+}
+PART = type(PAPER.mixer).part
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_broken_split_is_noticed(monkeypatch, mutation):
+    *change, layer = MUTATIONS[mutation]
+    monkeypatch.setattr(*change)
+    with pytest.raises(AssertionError, match="differs"):
+        on_threads(2, checks.check_training, [FOUR[layer]])
+
+
+def test_processes_that_draw_their_own_tokens_are_noticed(monkeypatch):
+    monkeypatch.setattr(ThreadShard, "first_", lambda shard, x: x)
+    with pytest.raises(AssertionError):
+        on_threads(2, checks.check_generation, FUSED[:1])
+
+
+REFUSED = {
+    "num_heads is 2 on 4 processes; accepted: a multiple of 4": PAPER,
+    "num_kv_heads is 2 on 4 processes; accepted: a multiple of 4, or 1": WINDOW,
+    "inner_dim / head_dim is 2 on 4 processes": replace(MAMBA2, mixer=replace(MAMBA2.mixer, head_dim=32)),
+    "num_groups is 2 on 4 processes; accepted: a multiple of 4, or 1": replace(
+        MAMBA2, mixer=replace(MAMBA2.mixer, num_groups=2)
+    ),
+    "its filters are one network.*accepted when split: retention, attention, mamba1, mamba2": HYENA,
+    "mixture of experts": replace(FOUR["paper"], feed_forward=EXPERTS),
+    "hidden_dim is 33 on 4 processes": replace(FOUR["paper"], feed_forward=replace(GLU, hidden_dim=33)),
+    "inner_norm is 'rms'": replace(FOUR["paper"], feed_forward=replace(GLU, inner_norm="rms")),
+    "inner_dim is 66 on 4": replace(FOUR["mamba1"], mixer=replace(FOUR["mamba1"].mixer, inner_dim=66)),
+    "num_heads is 6 on 4": replace(WINDOW, mixer=AttentionConfig(6, 1, head_dim=8)),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_layers_that_do_not_divide_are_refused_by_name(message):
+    model = small_model([FOUR["paper"], REFUSED[message]])
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"layer 1 (is|has) .*{message}"):
+        split_(model, TensorShard(None, 0, 4))
+    assert model.shard is None
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_the_plan_names_every_module_that_is_split():
+    config = small_config([FOUR["paper"], FOUR["mamba2"]])
+    assert set(tensor_parallel_plan(config, 2)) == {"", "layers.0.mixer", "layers.0.feed_forward", "layers.1.mixer"}
+
+
+def test_a_split_model_is_not_split_again():
+    model = split_(small_model([FOUR["paper"]]), TensorShard(None, 0, 2))
+    assert model.layers[0].mixer.q_proj.weight.shape == (WIDTH // 2, WIDTH)
+    with pytest.raises(ValueError, match="part 0 of 2 already"):
+        split_(model, TensorShard(None, 0, 2))
+
+
+def test_ids_outside_the_vocabulary_raise_on_every_process():
+    for rank in range(2):
+        model = split_(small_model([FOUR["paper"]]), TensorShard(None, rank, 2))
+        for token in (-1, 61):
+            with pytest.raises(IndexError):
+                model.embedding(torch.tensor([[token]]))
