@@ -79,7 +79,7 @@ def split_vocabulary_(embedding: nn.Embedding, head: nn.Linear | None, shard: Te
         head.__class__, head.shard = VocabularyHead, shard  # type: ignore[assignment]
 
 
-def keep_rows_(weight: nn.Parameter, count: int, shard: TensorShard) -> None:
+def keep_rows_(weight: Tensor, count: int, shard: TensorShard) -> None:
     """Replace a parameter of `count` rows by this process's rows; one that has them already stays."""
     if len(weight) == count:
         weight.grad = None
