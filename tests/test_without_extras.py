@@ -14,7 +14,7 @@ from tests.paths import ROOT
 
 CORE = {
     "torch", "safetensors", "numpy", "pydantic", "pydantic_core", "yaml", "typer", "rich", "jinja2", "packaging",
-    "retnet",
+    "fsspec", "retnet",
 }  # fmt: skip
 # Packages whose `__init__` raises MissingExtra, so that their modules import these libraries as any other.
 GUARDED = {
@@ -35,6 +35,7 @@ MODULES = {
 COMMANDS = {
     "data rows.parquet OUT": "train",
     "data text.zst OUT": "train",
+    "data s3://bucket/text.txt OUT": "s3",
     "data hf:name OUT": "train",
     "data text.txt OUT --tokenizer tokenizer.json": "hf",
     "data text.txt OUT --tokenizer some/name": "hf",

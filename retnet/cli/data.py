@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from retnet.data import Corpus
-    from retnet.data.build import Progress
+    from retnet.data.parts import PartResult
+    from retnet.data.writing import Progress
 
 WRITE = "write"
+_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True}
 PLOT = "lengths.png"
 
 
@@ -55,7 +57,8 @@ def write(
         typer.Argument(
             metavar="SOURCE... OUT",
             help="Files (text, jsonl, json, parquet; also .gz, .bz2, .xz and .zst), folders, 'stdlib', folders of "
-            "save_to_disk, hf:NAME for a dataset of the Hugging Face hub; last, the folder to write.",
+            "save_to_disk, hf:NAME for a dataset of the Hugging Face hub; last, the folder to write. URLs such as "
+            "s3://bucket/texts are files or folders too.",
         ),
     ],
     tokenizer: Annotated[
@@ -79,12 +82,20 @@ def write(
         typer.Option(min=0.001, help="MiB of input per shard; by default a 256th of the total, 16 to 512."),
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N", help="Write the k-th of n shares of the shards, from 1; `retnet data merge OUT` joins them."
+        ),
+    ] = None,
 ) -> None:
     r"""Write text as token shards that keep documents apart, for `retnet train data=OUT`.
 
     A text file is one document unless --separator cuts it. OUT appears when all of it is on disk; until then the work
     is in OUT.partial, and the same command resumes an interrupted one there. Data that cannot be read is named by file
     and line, and nothing is left behind.
+
+    With --shard, processes on any machines that see the sources and OUT share the work; the result has the same bytes.
 
     Example: retnet data wiki.txt tokens/wiki --separator '\n\n\n' --tokenizer gpt2/tokenizer.json
     """
@@ -94,39 +105,62 @@ def write(
         raise ValueError("--separator is empty; accepted: at least one character")
 
     from retnet.data.build import build_shards, partial_of
+    from retnet.data.parts import Part, PartResult, write_part
     from retnet.data.plan import Settings
+    from retnet.data.stores import StorePath, location
 
     *sources, out = paths
+    part = Part(1, 1) if shard is None else Part.parse(shard)
+    place = location(out)
+    options = {
+        "tokenizer": tokenizer,
+        "document_start": document_start,
+        "with_end": with_end,
+        "settings": Settings(field, None if separator is None else unescape(separator), config, split),
+        "shard_size": None if shard_size is None else int(shard_size * 2**20),
+        "workers": workers,
+    }
     began = time.perf_counter()
     try:
         with _progress() as show_progress:
-            manifest = build_shards(
-                sources,
-                Path(out),
-                tokenizer=tokenizer,
-                document_start=document_start,
-                with_end=with_end,
-                settings=Settings(field, None if separator is None else unescape(separator), config, split),
-                shard_size=None if shard_size is None else int(shard_size * 2**20),
-                workers=workers,
-                on_progress=show_progress,
-            )
+            if shard is None and not isinstance(place, StorePath):
+                written = build_shards(sources, place, **options, on_progress=show_progress)
+            else:
+                written = write_part(sources, out, part, **options, on_progress=show_progress)
+        manifest = _merge(out) if shard is None and isinstance(written, PartResult) else written
     except KeyboardInterrupt:
         errors.print("[dim]interrupted; the same command resumes from here[/]")
         raise
     except OSError:
-        if (partial := partial_of(Path(out))).exists():
+        if isinstance(place, Path) and (partial := partial_of(place)).exists():
             way_on = f"finished shards are kept in {escape(str(partial))}: once there is room, the same command resumes"
             errors.print(f"[dim]{way_on}[/]", soft_wrap=True)
         raise
     seconds = time.perf_counter() - began
+    if isinstance(manifest, PartResult):
+        console.print(f"{escape(out)}: part {shard}: {_describe_part(manifest)}; {seconds:.1f} s", **_PLAIN)
+        return
     shards, documents, tokens = len(manifest["shards"]), manifest["documents"], manifest["tokens"]
     console.print(
         f"{escape(out)}: {_count(documents, 'document')}, {format_count(tokens)} tokens, "
         f"{manifest['bytes'] / 1e6:,.2f} MB of text in {_count(shards, 'shard')}; {seconds:.1f} s "
         f"({manifest['bytes'] / 1e6 / seconds:.1f} MB/s)",
-        highlight=False,
-        soft_wrap=True,
+        **_PLAIN,
+    )
+
+
+@data_app.command()
+def merge(out: Annotated[str, typer.Argument(help="OUT of the parts, a folder or a URL.")]) -> None:
+    """Join the parts that `retnet data SOURCE... OUT --shard k/n` wrote, compared with their SHA-256.
+
+    Example: retnet data merge tokens/wiki
+    """
+    manifest = _merge(out)
+    shards, documents = len(manifest["shards"]), manifest["documents"]
+    console.print(
+        f"{escape(out)}: {_count(documents, 'document')}, {format_count(manifest['tokens'])} tokens, "
+        f"{manifest['bytes'] / 1e6:,.2f} MB of text in {_count(shards, 'shard')}",
+        **_PLAIN,
     )
 
 
@@ -200,6 +234,22 @@ def check(directory: Annotated[Path, typer.Argument(help="A folder that `retnet 
     if problems:
         raise typer.Exit(1)
     console.print(f"{escape(str(directory))}: {_count(shards, 'shard')}, all as written", soft_wrap=True)
+
+
+def _describe_part(result: PartResult) -> str:
+    before = result.shards - result.written
+    there = f" ({before} more {'was' if before == 1 else 'were'} there)" if before else ""
+    return (
+        f"{_count(result.written, 'shard')} written{there}, of {result.all_shards} in all parts; "
+        f"{_count(result.counts.documents, 'document')}, {format_count(result.counts.tokens)} tokens"
+    )
+
+
+def _merge(out: str) -> dict[str, Any]:
+    from retnet.data.merge import merge_parts
+
+    with Shown(errors, "checking", None, "shards") as shown:
+        return merge_parts(out, lambda done, total: shown.update(done, total=total))
 
 
 def _draw(corpus: Corpus, source: str, plot: Path | None) -> Path | None:

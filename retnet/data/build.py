@@ -11,32 +11,26 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from retnet.data.manifest import make_manifest
 from retnet.data.plan import Piece, Settings, describe_files, make_plan
-from retnet.data.pool import write_here, write_in_parallel
+from retnet.data.pool import into_folder
 from retnet.data.readers import DataError
 from retnet.data.shard_writer import Counts
-from retnet.data.shards import FORMAT, MANIFEST, SUFFIXES, TOKENIZER, VERSION, hash_file, token_dtype
+from retnet.data.shards import MANIFEST, SUFFIXES, TOKENIZER, hash_file
 from retnet.data.sources import PathsByKind
+from retnet.data.stores import Location, StorePath, location
 from retnet.data.tokenizer import BYTES, Tokenizer
 from retnet.data.tokenizer_json import TOKENIZER_FILE, find_tokenizer
+from retnet.data.writing import Progress, changed_files, check_unchanged, size_of_pieces, write_missing
 from retnet.system.files import flush, read_json, write_json
 from retnet.system.lock import LOCK_FILE, locked
-from retnet.system.machine import usable_cores
 
 PARTIAL = ".partial"
 _DATA, _RUN = "data", "run.json"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """counts: so far, including the shards of an interrupted run. size: the total, in the unit of counts.size."""
-
-    counts: Counts
-    size: int
 
 
 def build_shards(
@@ -61,12 +55,9 @@ def build_shards(
     FileNotFoundError for arguments that cannot be used, `out` that exists, or sources that have changed since an
     interrupted run; OSError for what cannot be written.
     """
-    if _exists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; accepted: a new or empty folder")
-    for source in sources:
-        if _real(out).is_relative_to(_real(source)):
-            raise ValueError(f"{out} lies inside {source} and would be read as text; accepted: a folder outside it")
-    out = _real(out)  # through links, so that OUT.partial is on the same disk
+    check_new(out)
+    check_outside(out, sources)
+    out = real_path(out)  # through links, so that OUT.partial is on the same disk
     found = find_tokenizer(tokenizer, document_start, with_end=with_end)
     left_out = PathsByKind()
     plan = make_plan(sources, settings, shard_size, left_out)
@@ -84,7 +75,9 @@ def build_shards(
     with locked(partial):
         _begin(partial, run, found)
         try:
-            _write_missing(plan, settings, found, partial / _DATA, workers or usable_cores(), on_progress)
+            data, written = partial / _DATA, _written(partial / _DATA, plan)
+            writer = into_folder(data)
+            write_missing(plan, written, settings, found, data / TOKENIZER, writer, workers, on_progress)
             manifest = _finish(partial / _DATA, plan, run, found, left_out)
         except DataError:
             _remove(partial)
@@ -95,9 +88,26 @@ def build_shards(
     return manifest
 
 
+def check_new(out: Path) -> None:
+    """Raise ValueError if there is something in the folder to write."""
+    if _exists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists; accepted: a new or empty folder")
+
+
+def check_outside(out: Location, sources: Sequence[str]) -> None:
+    """Raise ValueError if the folder to write lies inside a source."""
+    for source in map(location, sources):
+        if isinstance(out, Path) and isinstance(source, Path):
+            inside = real_path(out).is_relative_to(real_path(source))
+        else:
+            inside = isinstance(out, StorePath) and isinstance(source, StorePath) and out.is_relative_to(source)
+        if inside:
+            raise ValueError(f"{out} lies inside {source} and would be read as text; accepted: a folder outside it")
+
+
 def partial_of(out: Path) -> Path:
     """The folder of an unfinished run into `out`."""
-    out = _real(out)
+    out = real_path(out)
     return out.with_name(out.name + PARTIAL)
 
 
@@ -123,7 +133,7 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _real(path: str | Path) -> Path:
+def real_path(path: str | Path) -> Path:
     """The path through links, as far as they lead."""
     return Path(os.path.realpath(path))
 
@@ -182,95 +192,33 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         if key != "files":
             yield key
             continue
-        yield f"files ({_changed_files(before[key], now[key])})"
+        yield f"files ({changed_files(before[key], now[key])})"
 
 
-def _changed_files(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The files whose description changed, as text; "" if none did."""
-    changed = [path for path in before.keys() | now.keys() if before.get(path) != now.get(path)]
-    return f"{min(changed)}{f' and {len(changed) - 1} more' if changed[1:] else ''}" if changed else ""
-
-
-def _write_missing(
-    plan: list[list[Piece]],
-    settings: Settings,
-    tokenizer: Tokenizer,
-    data: Path,
-    workers: int,
-    on_progress: Callable[[Progress], None] | None,
-) -> None:
-    """Write the shards that are missing."""
+def _written(data: Path, plan: list[list[Piece]]) -> dict[int, Counts]:
+    """The counts of the shards that are there."""
     counts: dict[int, Counts] = {}
-    missing: dict[int, list[Piece]] = {}
     for number, pieces in enumerate(plan):
         if (data / f"{number:05}.json").is_file():
             record = read_json(data / f"{number:05}.json")
-            counts[number] = Counts(sum(p.size for p in pieces), record["documents"], record["tokens"])
-        else:
-            missing[number] = pieces
-    size = sum(piece.size for pieces in plan for piece in pieces)
-    total = Counts(*(sum(column) for column in zip(Counts(), *counts.values())))
-
-    def report(number: int, latest: Counts) -> None:
-        nonlocal total
-        total = Counts(*(t + new - old for t, new, old in zip(total, latest, counts.get(number, Counts()))))
-        counts[number] = latest
-        if on_progress:
-            on_progress(Progress(total, size))
-
-    if on_progress and total.size:
-        on_progress(Progress(total, size))  # the part of an interrupted run
-    workers = min(workers, len(missing))
-    if workers > 1:
-        write_in_parallel(missing, settings, tokenizer.describe(), data / TOKENIZER, data, workers, report)
-    else:
-        write_here(missing, settings, tokenizer, data, report)
+            counts[number] = Counts(size_of_pieces(pieces), record["documents"], record["tokens"])
+    return counts
 
 
 def _finish(
     data: Path, plan: list[list[Piece]], run: dict[str, Any], tokenizer: Tokenizer, left_out: PathsByKind
 ) -> dict[str, Any]:
     """Write the manifest, which completes the folder."""
-    _check_unchanged(plan, run["files"])
-    shards = []
-    lines = 0
-    for number in range(len(plan)):
-        name = f"{number:05}"
-        record = read_json(data / f"{name}.json")
-        before = lines if record["continues"] else 0
-        lines = record["pieces"][-1]["lines"] + (before if len(record["pieces"]) == 1 else 0)
-        shards.append(
-            {
-                "name": name,
-                **{key: record[key] for key in ("documents", "tokens", "bytes")},
-                "lines_before": before,
-                "size": {suffix: (data / f"{name}.{suffix}").stat().st_size for suffix in SUFFIXES},
-                "sha256": record["sha256"] | {"json": hash_file(data / f"{name}.json")},
-            }
-        )
-    totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
-    if not totals["bytes"]:
-        raise DataError(f"no text in {', '.join(run['sources'])}")
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        **totals,
-        "dtype": token_dtype(tokenizer.vocab_size).str,
-        "tokenizer": tokenizer.describe(),
-        "sources": [Path(source).name for source in run["sources"]],
-        "settings": run["settings"],
-        "left_out": dict(sorted(left_out.counts.items())),
-        "shards": shards,
-    }
+    check_unchanged(plan, run["files"])
+    names = [f"{number:05}" for number in range(len(plan))]
+    manifest = make_manifest(
+        [read_json(data / f"{name}.json") for name in names],
+        [{suffix: (data / f"{name}.{suffix}").stat().st_size for suffix in SUFFIXES} for name in names],
+        [hash_file(data / f"{name}.json") for name in names],
+        tokenizer=tokenizer.describe(),
+        sources=[location(source).name for source in run["sources"]],
+        settings=run["settings"],
+        left_out=dict(left_out.counts),
+    )
     write_json(data / MANIFEST, manifest)
     return manifest
-
-
-def _check_unchanged(plan: list[list[Piece]], files: dict[str, list[int]]) -> None:
-    """Raise DataError for a source that changed while it was read: part of it may be missing."""
-    try:
-        changed = _changed_files(files, describe_files(plan))
-    except OSError as error:
-        raise DataError(f"{error.filename} disappeared while it was read: {error.strerror}") from error
-    if changed:
-        raise DataError(f"{changed} changed since the run began; accepted: files that nothing writes to")

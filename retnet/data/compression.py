@@ -13,9 +13,9 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from retnet.data.stores import Location
 from retnet.system.extras import needs
 
 ZSTANDARD = ".zst"
@@ -27,22 +27,22 @@ class DamagedError(ValueError):
     """A compressed file that cannot be read to its end; the message begins with the file."""
 
 
-def is_compressed(path: Path) -> bool:
+def is_compressed(path: Location) -> bool:
     """Whether `unpacked` decompresses this file, by its name."""
     return suffix_of(path) in _CHUNKS
 
 
-def plain_name(path: Path) -> Path:
+def plain_name(path: Location) -> Location:
     """The path without the suffix of a compressed file."""
     return path.with_suffix("") if is_compressed(path) else path
 
 
-def suffix_of(path: Path) -> str:
+def suffix_of(path: Location) -> str:
     """The suffix of a file in lower case, which tells its format."""
     return path.suffix.lower()
 
 
-def unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
+def unpacked(raw: BinaryIO, path: Location) -> BinaryIO:
     """The open file `path`, decompressed if it is compressed; reading damaged data raises `DamagedError`."""
     return cast(BinaryIO, io.BufferedReader(_Unpacked(raw, path), _CHUNK)) if is_compressed(path) else raw
 
@@ -50,7 +50,7 @@ def unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
 class _Unpacked(io.RawIOBase):
     """A raw file of the chunks that a format's reader gives."""
 
-    def __init__(self, raw: BinaryIO, path: Path):
+    def __init__(self, raw: BinaryIO, path: Location):
         self._path = path
         self._chunks = _CHUNKS[suffix_of(path)](raw)
         self._rest = b""

@@ -19,6 +19,7 @@ from retnet.data.compression import DamagedError, plain_name, suffix_of, unpacke
 from retnet.data.kinds import BOM, JSONL_SUFFIXES, LINE_BYTES, Kind
 from retnet.data.readers import DataError
 from retnet.data.sources import SourceFile, find_source
+from retnet.data.stores import Location
 from retnet.system.files import naming
 from retnet.system.sizes import format_bytes
 
@@ -50,7 +51,7 @@ def _may_be_jsonl(path: Path) -> bool:
     return any(suffix_of(plain_name(Path(name))) in JSONL_SUFFIXES for name in names)
 
 
-def read_conversations(file: Path) -> Iterator[tuple[int, Conversation]]:
+def read_conversations(file: Location) -> Iterator[tuple[int, Conversation]]:
     """The line of each conversation, and the conversation. Raises DataError that names the line, and OSError."""
     for line, record in _records(file):
         try:
@@ -59,11 +60,11 @@ def read_conversations(file: Path) -> Iterator[tuple[int, Conversation]]:
             raise DataError(f"{file}:{line}: {error}") from error
 
 
-def _records(file: Path) -> Iterator[tuple[int, Any]]:
+def _records(file: Location) -> Iterator[tuple[int, Any]]:
     """The line number and the JSON value of each line that is not blank."""
     with naming(file):
         try:
-            with open(file, "rb") as raw, unpacked(raw, file) as text:
+            with file.open("rb") as raw, unpacked(raw, file) as text:
                 number = 0
                 while line := text.readline(LINE_BYTES + 1):
                     number += 1

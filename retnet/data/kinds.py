@@ -8,13 +8,12 @@ first 8 KiB (git's rule), or begins with the byte-order mark of UTF-16 or as a c
 from __future__ import annotations
 
 import json
-import os
 import re
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from retnet.data.compression import plain_name, suffix_of, unpacked
+from retnet.data.stores import Location, names_in
 from retnet.system.files import read_json
 
 DEFAULT_FIELD = "text"
@@ -59,7 +58,7 @@ RECORDS = (Kind.JSONL, Kind.JSON, Kind.PARQUET, Kind.ARROW)  # documents are in 
 READ = (Kind.TEXT, *RECORDS)
 
 
-def kind_of_file(path: Path, field: str | None = None, *, zeros: bool = False) -> Kind:
+def kind_of_file(path: Location, field: str | None = None, *, zeros: bool = False) -> Kind:
     """The kind of a path that is not a folder, or is a link to one.
 
     field: the field with the text, if one was named; `text` otherwise. A `.json` file of one object is text without it,
@@ -75,7 +74,7 @@ def kind_of_file(path: Path, field: str | None = None, *, zeros: bool = False) -
     named = _SUFFIXES.get(suffix_of(plain_name(path)))
     if named is not None and named is not Kind.JSONL:
         return named
-    with open(path, "rb") as raw, unpacked(raw, path) as file:
+    with path.open("rb") as raw, unpacked(raw, path) as file:
         head = file.read(SNIFF_BYTES)
     if not head:
         return Kind.EMPTY
@@ -89,22 +88,22 @@ def kind_of_file(path: Path, field: str | None = None, *, zeros: bool = False) -
     return Kind.BINARY if is_binary else Kind.TEXT
 
 
-def syntax_of(path: Path) -> str | None:
+def syntax_of(path: Location) -> str | None:
     """`table` or `JSON` for a file of text with the syntax of one, which becomes part of its document."""
     suffix = suffix_of(plain_name(path))
     if suffix in (".json", *_TABLES):
         return "JSON" if suffix == ".json" else "table"
-    with open(path, "rb") as raw, unpacked(raw, path) as file:
+    with path.open("rb") as raw, unpacked(raw, path) as file:
         return "JSON" if _JSON_BEGIN.match(file.read(SNIFF_BYTES).removeprefix(BOM)) else None
 
 
-def kind_of_folder(path: Path) -> Kind | None:
+def kind_of_folder(path: Location) -> Kind | None:
     """SHARDS, DATASET or DATASETS; None for any other folder.
 
     What is damaged or incomplete counts too, so that opening it is an error and its files are not read as text: shards
     without a manifest, a dataset without its state.
     """
-    names = set(os.listdir(path))
+    names = names_in(path)
     if "00000.tokens" in names and not names.isdisjoint((MANIFEST, "00000.index", "00000.json")):
         return Kind.SHARDS
     if MANIFEST in names and json_object(path / MANIFEST).get("format") == SHARD_FORMAT:
@@ -116,13 +115,13 @@ def kind_of_folder(path: Path) -> Kind | None:
     return Kind.DATASET if (state and info) or ((state or info) and has_arrow) else None
 
 
-def splits_of(path: Path) -> list[str]:
+def splits_of(path: Location) -> list[str]:
     """The splits of a folder that `DatasetDict.save_to_disk` wrote; empty for any other folder."""
     splits = json_object(path / "dataset_dict.json").get("splits")
     return splits if isinstance(splits, list) and all(isinstance(split, str) for split in splits) else []
 
 
-def json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Location) -> dict[str, Any]:
     """The JSON object in a file; {} for no such file or other content."""
     try:
         return read_json(path)
@@ -130,7 +129,7 @@ def json_object(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _kind_of_json(path: Path, named: str | None) -> Kind | None:
+def _kind_of_json(path: Location, named: str | None) -> Kind | None:
     """The kind of a `.json` file with records; None if it is text.
 
     It has one object per line where a line of the first two is an object and there are two, as in JSON lines with a
@@ -140,7 +139,7 @@ def _kind_of_json(path: Path, named: str | None) -> Kind | None:
     ones that begin with text in the field.
     """
     field = DEFAULT_FIELD if named is None else named
-    with open(path, "rb") as raw, unpacked(raw, path) as file:
+    with path.open("rb") as raw, unpacked(raw, path) as file:
         lines = filter(bytes.strip, iter(lambda: file.readline(LINE_BYTES), b""))
         first, second = next(lines, b"").removeprefix(BOM), next(lines, b"")
     if first.lstrip().startswith(b"["):
@@ -159,9 +158,9 @@ def _kind_of_json(path: Path, named: str | None) -> Kind | None:
     return Kind.JSON if following.startswith("{") or isinstance(record.get(field), str) else None
 
 
-def _kind_of_damaged(path: Path, field: str) -> Kind | None:
+def _kind_of_damaged(path: Location, field: str) -> Kind | None:
     """The kind of a file whose first value is no object that can be read."""
-    with open(path, "rb") as raw, unpacked(raw, path) as file:
+    with path.open("rb") as raw, unpacked(raw, path) as file:
         head = file.read(SNIFF_BYTES).removeprefix(BOM)
     text_follows = re.escape(json.dumps(field, ensure_ascii=False).encode()) + rb'\s*:\s*"'
     return Kind.JSON if _JSON_BEGIN.match(head) and re.search(text_follows, head) else None
@@ -177,11 +176,11 @@ def _object(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _first_record(path: Path) -> tuple[dict[str, Any] | None, str]:
+def _first_record(path: Location) -> tuple[dict[str, Any] | None, str]:
     """The first object of JSON, of an array or by itself, and what was read of the text after it."""
     size = SNIFF_BYTES
     while True:
-        with open(path, "rb") as raw, unpacked(raw, path) as file:
+        with path.open("rb") as raw, unpacked(raw, path) as file:
             data = file.read(size)
         text = data.removeprefix(BOM).decode(errors="ignore").lstrip().removeprefix("[").lstrip()
         if not text.startswith("{"):

@@ -18,6 +18,7 @@ from retnet.data.blocks import Separator
 from retnet.data.compression import ZSTANDARD, ZSTANDARD_FILE, is_compressed, suffix_of, unpacked
 from retnet.data.kinds import DEFAULT_FIELD, INFO, RECORDS, STATE, Kind, json_object, splits_of
 from retnet.data.sources import STDLIB, PathsByKind, Source, SourceFile, SourceWarning, by_kind, find_source
+from retnet.data.stores import Location, StorePath, location, size_of, version_of
 from retnet.system.extras import needs, require
 
 HUB_PREFIX = "hf:"
@@ -129,8 +130,8 @@ def _check_settings(files: Sequence[Piece], sources: Sequence[str], settings: Se
 
 
 def _occurs(separator: Separator, file: Piece) -> bool:
-    path, rest = Path(file.path), b""
-    with open(path, "rb") as raw, unpacked(raw, path) as text:
+    path, rest = location(file.path), b""
+    with path.open("rb") as raw, unpacked(raw, path) as text:
         while chunk := text.read(_LOOK):
             rest = rest[-separator.longest :] + chunk
             if separator.pattern.search(rest):
@@ -138,10 +139,13 @@ def _occurs(separator: Separator, file: Piece) -> bool:
     return False
 
 
-def describe_files(plan: Iterable[Iterable[Piece]]) -> dict[str, list[int]]:
+def describe_files(plan: Iterable[Iterable[Piece]]) -> dict[str, list[int | str]]:
     """Size and modification time of every file, which must not change between the parts of a resumed run."""
-    paths = sorted({piece.path for pieces in plan for piece in pieces})
-    return {path: [(stat := Path(path).stat()).st_size, stat.st_mtime_ns] for path in paths}
+    paths = {path: location(path) for path in sorted({piece.path for pieces in plan for piece in pieces})}
+    for path in paths.values():
+        if isinstance(path, StorePath):
+            path.refresh()
+    return {name: version_of(path) for name, path in paths.items()}
 
 
 def _find_files(source: str, settings: Settings, left_out: PathsByKind | None) -> Iterator[Piece]:
@@ -149,7 +153,7 @@ def _find_files(source: str, settings: Settings, left_out: PathsByKind | None) -
         yield from _hub_files(source.removeprefix(HUB_PREFIX), settings)
         return
     zeros = settings.separator is not None and "\0" in settings.separator
-    found, path = find_source(source, settings.field, zeros=zeros), Path(source)
+    found, path = find_source(source, settings.field, zeros=zeros), location(source)
     found.warn()
     if left_out is not None:
         left_out.update(found.left_out)
@@ -181,7 +185,7 @@ def _whole_file(file: SourceFile, name: str) -> Iterator[Piece]:
             from pyarrow.parquet import read_metadata
 
         try:
-            with open(file.path, "rb") as raw:  # pyarrow takes no path that is not UTF-8
+            with file.path.open("rb") as raw:  # pyarrow takes no path that is not UTF-8
                 metadata = read_metadata(raw)
         except (ArrowException, OSError) as error:
             if getattr(error, "errno", None) is not None:  # of the disk, not of the data
@@ -221,7 +225,7 @@ def _hub_files(name: str, settings: Settings) -> Iterator[Piece]:
     yield from files
 
 
-def _saved_dataset(path: Path, kind: Kind, split: str | None) -> Iterator[Piece]:
+def _saved_dataset(path: Location, kind: Kind, split: str | None) -> Iterator[Piece]:
     """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     if kind is Kind.DATASETS:
         splits, split = splits_of(path), DEFAULT_SPLIT if split is None else split
@@ -238,12 +242,12 @@ def _saved_dataset(path: Path, kind: Kind, split: str | None) -> Iterator[Piece]
         yield from _arrow_file(path / str(name), f"{path.name}/{name}")
 
 
-def _arrow_file(path: Path, name: str) -> Iterator[Piece]:
+def _arrow_file(path: Location, name: str) -> Iterator[Piece]:
     with needs("train", TABLES):
         from pyarrow import ArrowException, ipc
 
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             rows = sum(batch.num_rows for batch in ipc.open_stream(file))
             end = file.tell()
             file.seek(-len(_END_OF_STREAM), 2)
@@ -254,14 +258,14 @@ def _arrow_file(path: Path, name: str) -> Iterator[Piece]:
         raise ValueError(f"{path} is not an arrow stream, as `save_to_disk` writes: {error}") from error
     if not whole:
         raise ValueError(f"{path} is damaged or cut off: it does not end where its arrow stream ends")
-    yield Piece(str(path), name, Kind.ARROW, 0, rows, path.stat().st_size)
+    yield Piece(str(path), name, Kind.ARROW, 0, rows, size_of(path))
 
 
 def _cut(file: Piece, room: int, shard_size: int, separator: Separator | None) -> Iterator[Piece]:
     """A file in pieces: the first fills up the current shard, the others are whole shards."""
     if (
         file.size <= room
-        or is_compressed(Path(file.path))
+        or is_compressed(location(file.path))
         or file.kind in (Kind.PARQUET, Kind.JSON)
         or (file.kind == Kind.TEXT and separator is None)
     ):
@@ -275,13 +279,13 @@ def _cut(file: Piece, room: int, shard_size: int, separator: Separator | None) -
             size = file.size * (end - begin) // (file.end - file.begin)
         else:
             mark = _LINE_BREAK if separator is None or file.kind == Kind.JSONL else separator
-            end = _after(Path(file.path), mark.pattern, mark.longest, begin, begin + want, file.end)
+            end = _after(location(file.path), mark.pattern, mark.longest, begin, begin + want, file.end)
             size = end - begin
         yield replace(file, begin=begin, end=end, size=size, first_row=begin if file.kind == Kind.ARROW else 0)
         begin, want = end, shard_size
 
 
-def _after(path: Path, mark: re.Pattern[bytes], longest: int, begin: int, at: int, end: int) -> int:
+def _after(path: Location, mark: re.Pattern[bytes], longest: int, begin: int, at: int, end: int) -> int:
     """The end of the first mark inside [begin, end) that ends at `at` or later; `end` if there is none.
 
     longest: bytes of the longest mark. A mark that overlaps one before it (in a run of line breaks) is skipped: whether
@@ -291,7 +295,7 @@ def _after(path: Path, mark: re.Pattern[bytes], longest: int, begin: int, at: in
     position = max(at - 2 * longest, begin)  # a mark that ends at `at` or later overlaps none from before here
     before = position  # the end of the marks so far
     window = b""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(position)
         while block := file.read(_LOOK):
             window += block

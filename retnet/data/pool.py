@@ -11,12 +11,12 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from retnet.data.plan import Piece, Settings
 from retnet.data.readers import DataError
@@ -28,10 +28,29 @@ Shards = Mapping[int, list[Piece]]
 Report = Callable[[int, Counts], None]
 
 
-def write_here(shards: Shards, settings: Settings, tokenizer: Tokenizer, directory: Path, report: Report) -> None:
+class ShardWriter(Protocol):
+    """Writes one shard, with the arguments of `write_shard` but for the directory. It is pickled for the workers."""
+
+    def __call__(
+        self,
+        number: int,
+        pieces: Sequence[Piece],
+        settings: Settings,
+        tokenizer: Tokenizer,
+        *,
+        report: Callable[[Counts], None],
+    ) -> None: ...
+
+
+def into_folder(directory: Path) -> ShardWriter:
+    """The writer of shards in a folder."""
+    return partial(write_shard, directory=directory)
+
+
+def write_here(shards: Shards, settings: Settings, tokenizer: Tokenizer, write: ShardWriter, report: Report) -> None:
     """Write shards in this process; `report` gets a shard's number and counts after every batch."""
     for number, pieces in shards.items():
-        write_shard(number, pieces, settings, tokenizer, directory, partial(report, number))
+        write(number, pieces, settings, tokenizer, report=partial(report, number))
 
 
 def write_in_parallel(
@@ -39,7 +58,7 @@ def write_in_parallel(
     settings: Settings,
     description: dict[str, Any],
     tokenizer_directory: Path,
-    directory: Path,
+    write: ShardWriter,
     count: int,
     report: Report,
 ) -> None:
@@ -54,7 +73,7 @@ def write_in_parallel(
         for _ in range(min(count, len(shards))):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, settings, description, tokenizer_directory, directory), daemon=True
+                target=_work, args=(theirs, settings, description, tokenizer_directory, write), daemon=True
             )
             process.start()
             theirs.close()
@@ -104,7 +123,11 @@ def _send(connection: Connection, number: int, counts: Counts) -> None:
 
 
 def _work(
-    connection: Connection, settings: Settings, description: dict[str, Any], tokenizer_directory: Path, directory: Path
+    connection: Connection,
+    settings: Settings,
+    description: dict[str, Any],
+    tokenizer_directory: Path,
+    write: ShardWriter,
 ) -> None:
     """Worker loop: receives tasks and sends counts. None from the worker means idle, None from the parent the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too and decides
@@ -114,7 +137,7 @@ def _work(
         while (task := connection.recv()) is not None:
             number, pieces = task
             try:
-                write_shard(number, pieces, settings, tokenizer, directory, partial(_send, connection, number))
+                write(number, pieces, settings, tokenizer, report=partial(_send, connection, number))
             except (BrokenPipeError, ConnectionResetError):
                 raise
             except (DataError, OSError) as error:

@@ -12,13 +12,13 @@ import codecs
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from retnet.data.blocks import BLOCK_BYTES, cut_blocks, cut_documents
 from retnet.data.compression import DamagedError, is_compressed, unpacked
 from retnet.data.kinds import BOM, LINE_BYTES, Kind
 from retnet.data.plan import TABLES, Piece, Settings
+from retnet.data.stores import location
 from retnet.system.extras import needs
 from retnet.system.files import naming
 from retnet.system.sizes import format_bytes
@@ -55,7 +55,7 @@ class Reading:
         self.piece, self.settings, self.utf8 = piece, settings, utf8
         self.lines = 0
         self.progress = 0.0
-        self._path = Path(piece.path)
+        self._path = location(piece.path)
 
     def blocks(self) -> Iterator[Block]:
         """The documents, block by block, without empty ones. Raises DataError, OSError."""
@@ -65,7 +65,7 @@ class Reading:
                 yield from self._from_rows()
             else:
                 try:
-                    with open(self._path, "rb") as raw, unpacked(raw, self._path) as file:
+                    with self._path.open("rb") as raw, unpacked(raw, self._path) as file:
                         raw.seek(self.piece.begin)
                         yield from read[Kind(self.piece.kind)](raw, file)
                 except DamagedError as error:
@@ -187,7 +187,7 @@ class Reading:
             from pyarrow import ipc, parquet
 
         piece, field = self.piece, self.settings.text_field
-        with open(self._path, "rb") as raw:  # pyarrow takes no path that is not UTF-8
+        with self._path.open("rb") as raw:  # pyarrow takes no path that is not UTF-8
             if piece.kind == Kind.PARQUET:
                 with parquet.ParquetFile(raw, pre_buffer=False, page_checksum_verification=True) as file:
                     self._check_column(file.schema_arrow, field)
@@ -242,7 +242,7 @@ def place_of(piece: Piece, number: int) -> str:
     if piece.kind in ROW_KINDS:
         return f"{piece.path} row {number}"
     left = piece.begin
-    with open(piece.path, "rb") as file:
+    with location(piece.path).open("rb") as file:
         while left and (block := file.read(min(left, BLOCK_BYTES))):
             number, left = number + block.count(b"\n"), left - len(block)
     return f"{piece.path}:{number}"

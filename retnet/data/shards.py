@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet.data.kinds import MANIFEST, SHARD_FORMAT
+from retnet.data.stores import Location
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.tokenizer_json import saved_tokenizer
 from retnet.system.files import read_json
@@ -168,10 +169,10 @@ def check_shards(directory: Path) -> Iterator[tuple[str, str | None]]:
         yield shard["name"], _check_shard(folder, number)
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Location) -> str:
     """SHA-256, hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

@@ -15,10 +15,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from retnet.data.compression import is_compressed
 from retnet.data.kinds import READ, Kind, kind_of_file, kind_of_folder, syntax_of
+from retnet.data.stores import Location, StorePath, location, size_of, walk
 from retnet.system.suggest import did_you_mean_path
 
 STDLIB = "stdlib"
@@ -104,7 +105,7 @@ class SourceFile:
     """A file with documents. name: path relative to the source, with forward slashes. size: bytes on disk."""
 
     name: str
-    path: Path
+    path: Location
     size: int
     kind: Kind
 
@@ -155,7 +156,8 @@ def find_source(source: str | os.PathLike[str], record_field: str | None = None,
     """What a source holds, decided in one place for every verb (see `kinds`).
 
     source: `stdlib` (the source of Python's standard library, found through sysconfig, without its tests, generated
-        documentation and installed packages), a file, or a folder, searched to any depth.
+        documentation and installed packages), a file, or a folder, searched to any depth; or the URL of one in a store
+        (see `stores`).
 
     record_field: the field with the text, if one was named (see `kind_of_file`).
 
@@ -170,16 +172,11 @@ def find_source(source: str | os.PathLike[str], record_field: str | None = None,
     name = os.fspath(source)
     if not name:  # as from an unset variable; a path of it would be the current folder
         raise ValueError("a source is empty text; accepted: a file, a folder ('.' for this one), or 'stdlib'")
-    root = Path(sysconfig.get_path("stdlib")) if name == STDLIB else Path(source)
+    root = Path(sysconfig.get_path("stdlib")) if name == STDLIB else location(source)
     left_out = PathsByKind()
-    try:
-        root.stat()
-    except FileNotFoundError as error:
-        accepted = f"accepted: files, folders, {STDLIB!r}; for `retnet data` also hf:NAME, a dataset"
-        meant = did_you_mean_path(name, [STDLIB])
-        raise FileNotFoundError(f"no such file or folder: {root} ({accepted}){meant}") from error
+    _check_exists(root, name)
     if name == STDLIB:
-        paths: Iterable[Path] = (path for path in _walk(root, _STDLIB_SKIPPED, left_out) if path.suffix == ".py")
+        paths: Iterable[Location] = (path for path in _walk(root, _STDLIB_SKIPPED, left_out) if path.suffix == ".py")
     elif root.is_dir():
         if kind := kind_of_folder(root):
             return Source(name, kind, (), left_out)
@@ -191,10 +188,10 @@ def find_source(source: str | os.PathLike[str], record_field: str | None = None,
         paths = [root]
     files, with_syntax = [], PathsByKind()
     for path in paths:
-        below = path.name if path == root else path.relative_to(root).as_posix()
-        kind = kind_of_file(path, record_field, zeros=zeros and path == root)
+        below = path.name if path is root else _below(path, root)
+        kind = kind_of_file(path, record_field, zeros=zeros and path is root)
         if kind in READ:
-            files.append(SourceFile(below, path, path.stat().st_size, kind))
+            files.append(SourceFile(below, path, size_of(path), kind))
             if kind is Kind.TEXT and (syntax := syntax_of(path)):
                 with_syntax.add(f"{syntax} file", below)
         else:
@@ -219,10 +216,12 @@ def plain_documents(source: Source) -> tuple[Document, ...]:
 
     Raises ValueError for any other file.
     """
-    if source.kind is not Kind.TEXT or any(f.kind is not Kind.TEXT or is_compressed(f.path) for f in source.files):
+    paths = [file.path for file in source.files if isinstance(file.path, Path)]
+    plain = all(file.kind is Kind.TEXT and not is_compressed(file.path) for file in source.files)
+    if source.kind is not Kind.TEXT or not plain or len(paths) < len(source.files):
         source.refuse(f"token shards, or plain text only (`retnet data {source.name} OUT` writes shards of it)")
     source.warn()
-    return tuple(Document(file.name, file.path, file.size) for file in source.files)
+    return tuple(Document(file.name, path, file.size) for file, path in zip(source.files, paths))
 
 
 def split_documents(documents: Sequence[Document], valid_fraction: float = 0.05) -> Split:
@@ -246,25 +245,41 @@ def split_documents(documents: Sequence[Document], valid_fraction: float = 0.05)
     return Split(tuple(head for head, _ in parts), tuple(tail for _, tail in parts))
 
 
-def _walk(root: Path, skipped: set[str], left_out: PathsByKind) -> Iterator[Path]:
+def _check_exists(root: Location, name: str) -> None:
+    try:
+        if not isinstance(root, StorePath):
+            root.stat()
+        elif not root.exists():
+            raise FileNotFoundError(name)
+    except FileNotFoundError as error:
+        accepted = f"accepted: files, folders, {STDLIB!r}; for `retnet data` also hf:NAME, a dataset, and URLs"
+        meant = did_you_mean_path(name, [STDLIB]) if isinstance(root, Path) else ""
+        raise FileNotFoundError(f"no such file or folder: {root} ({accepted}){meant}") from error
+
+
+def _below(path: Location, root: Location) -> str:
+    """The path of a file relative to the source, with forward slashes."""
+    return cast(Path, path).relative_to(cast(Path, root)).as_posix()
+
+
+def _walk(root: Location, skipped: set[str], left_out: PathsByKind) -> Iterator[Location]:
     """Files, and links to folders without following them. Raises OSError for a folder that cannot be read."""
-    for folder, folders, files in os.walk(root, onerror=_raise):
-        at = Path(folder)
-        if at != root and (kind := kind_of_folder(at)):
+    for at, folders, files in walk(root, _raise):
+        if str(at) != str(root) and (kind := kind_of_folder(at)):
             raise ValueError(f"{root} holds {kind} in {at}; accepted: {at} as a source of its own")
         folders[:] = sorted(set(folders) - skipped)
         for name in [name for name in folders if name.startswith(".") or name == "__pycache__"]:
-            left_out.add(Kind.HIDDEN_FOLDER, (at / name).relative_to(root).as_posix())
+            left_out.add(Kind.HIDDEN_FOLDER, _below(at / name, root))
             folders.remove(name)
         yield from (path for path in (at / name for name in folders) if path.is_symlink())
         for name in sorted(files):
             if name.startswith("."):
-                left_out.add(Kind.HIDDEN, (at / name).relative_to(root).as_posix())
+                left_out.add(Kind.HIDDEN, _below(at / name, root))
             else:
                 yield at / name
 
 
-def _kind_of_parent(path: Path) -> Kind | None:
+def _kind_of_parent(path: Location) -> Kind | None:
     """The kind of the folder that holds a file; None if it cannot be listed, which the file's readers need not do."""
     try:
         return kind_of_folder(path.parent)

@@ -22,6 +22,7 @@ LIBRARIES = {
     "onnx": ("onnx", "onnxscript"),
     "plots": ("matplotlib",),
     "quantize": ("torchao",),
+    "s3": ("s3fs",),
     "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client", "llguidance"),
     "triton": ("triton",),
     "train": ("accelerate", "transformers", "datasets", "pyarrow"),

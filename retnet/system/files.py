@@ -12,7 +12,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
+
+
+class Readable(Protocol):
+    """A path whose content can be read: of this machine, or in a store."""
+
+    def read_bytes(self) -> bytes: ...
 
 
 @contextmanager
@@ -33,7 +39,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: object) -> Iterator[None]:
     """Give errors of the operating system that name no file, such as a full disk during a write, the name of `path`."""
     try:
         yield
@@ -44,15 +50,20 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically. Equal data gives equal bytes.
+    """Write JSON atomically, as `json_bytes`."""
+    with written_whole(path) as file:
+        file.write(json_bytes(data))
+
+
+def json_bytes(data: Any) -> bytes:
+    """JSON as the content of a file. Equal data gives equal bytes.
 
     A byte of a file name that is not UTF-8, half a surrogate pair to Python, is written as its escape in JSON.
     """
-    with written_whole(path) as file:
-        file.write(json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+    return json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Readable) -> dict[str, Any]:
     """The JSON object in a file. Raises OSError if it cannot be read, ValueError if it holds anything else."""
     try:
         data = json.loads(path.read_bytes())

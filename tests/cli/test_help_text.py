@@ -115,6 +115,8 @@ def test_every_example_runs(folder, capsys, monkeypatch, verb):
         write_tokenizer(folder / "gpt2")
     if "tokens/wiki" in example and verb in ("retnet data show", "retnet data check"):
         assert run("data", "wiki.txt", "tokens/wiki") == 0
+    if verb == "retnet data merge":
+        assert run("data", "wiki.txt", "tokens/wiki", "--shard", "1/1") == 0
     if "my-model" in example and verb == "retnet stack source":
         assert run("stack", "compile", "small.yml", "--output-dir", "my-model") == 0
     if verb == "retnet stack presets copy":

@@ -1,7 +1,7 @@
 import pytest
 
 from retnet.data.plan import Piece, Settings
-from retnet.data.pool import write_in_parallel
+from retnet.data.pool import into_folder, write_in_parallel
 from retnet.data.readers import DataError
 from retnet.data.tokenizer import ByteTokenizer
 
@@ -20,6 +20,8 @@ def test_exceptions_of_a_worker_reach_the_parent(tmp_path):
         reported = {}
         description = ByteTokenizer().describe()
         with pytest.raises(kind, match=message):
-            write_in_parallel(shards, Settings(), description, tmp_path, tmp_path / "out", 1, reported.__setitem__)
+            write_in_parallel(
+                shards, Settings(), description, tmp_path, into_folder(tmp_path / "out"), 1, reported.__setitem__
+            )
         assert set(reported) == {1}
         assert reported[1].tokens == 5001
