@@ -1,11 +1,11 @@
 """`retnet data` on a Ray cluster: parts as tasks, and the merge when all of them are done.
 
-    python recipes/data/ray_parts.py 64 SOURCE... OUT [options of `retnet data`]
+    python recipes/data/ray_parts.py 64 SOURCE... OUT -- [options of `retnet data`]
 
 The number is that of the parts; each takes one core, on whichever machine has one free. `RAY_ADDRESS` names a cluster;
-without it Ray starts on this machine. Sources, OUT and the tokenizer are paths or URLs that mean the same on every
-machine, and `retnet` is installed there. Ray runs the part of a machine that was lost again elsewhere, which changes no
-byte. A part that refuses its input ends the run with its message; the finished parts stay, and the same command goes on.
+without it Ray starts on this machine. Sources and OUT are paths or URLs that mean the same on every machine, which has
+the tokenizer and `retnet`, too. Ray runs a part again whose machine or process was lost. A part that refuses
+its input ends the run with its message; the finished parts stay, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -18,39 +18,28 @@ import ray
 
 CORES = 1
 RETRIES = 3  # of a part whose process or machine was lost
+RETNET = [sys.executable, "-m", "retnet.cli", "data"]
 
 
-@ray.remote(num_cpus=CORES, max_retries=RETRIES)
-def write_part(number: int, count: int, words: list[str]) -> tuple[int, str]:
+@ray.remote(num_cpus=CORES, max_retries=RETRIES, retry_exceptions=[ChildProcessError])
+def write_part(number: int, count: int, places: list[str], options: list[str]) -> tuple[int, str]:
     """The exit code and the output of one part."""
     shard = ["--shard", f"{number}/{count}", "--workers", str(CORES)]
-    command = [sys.executable, "-m", "retnet.cli", "data", "write", *words, *shard]
+    command = [*RETNET, "write", *places, *options, *shard]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode < 0:  # killed by a signal: Ray tries again
-        raise ChildProcessError(f"part {number}/{count} was killed by signal {-done.returncode}")
+    if done.returncode < 0:
+        raise ChildProcessError(f"part {number}/{count} was ended by signal {-done.returncode}")
     return done.returncode, done.stdout.strip()
 
 
-def out_of(words: list[str]) -> str:
-    """The last word that is neither an option nor the value of one."""
-    places, rest = [], iter(words)
-    for word in rest:
-        if not word.startswith("--"):
-            places.append(word)
-        elif word != "--with-end" and "=" not in word:
-            next(rest, None)
-    return places[-1]
-
-
-def main() -> int:
-    if len(sys.argv) < 4 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 1:
-        sys.exit("accepted: ray_parts.py PARTS SOURCE... OUT [options of `retnet data`]")
-    count, words = int(sys.argv[1]), sys.argv[2:]
+def main(words: list[str]) -> int:
+    count, *places = words[: words.index("--")] if "--" in words else words
+    options = words[len(places) + 2 :]
+    if not count.isdecimal() or int(count) < 1 or len(places) < 2:
+        sys.exit("accepted: ray_parts.py PARTS SOURCE... OUT -- [options of `retnet data`]")
     ray.init(log_to_driver=False)
     began = time.perf_counter()
-    waiting = [
-        write_part.options(retry_exceptions=[ChildProcessError]).remote(k, count, words) for k in range(1, count + 1)
-    ]
+    waiting = [write_part.remote(number, int(count), places, options) for number in range(1, int(count) + 1)]
     while waiting:
         (done, *_), waiting = ray.wait(waiting)
         code, output = ray.get(done)
@@ -60,8 +49,8 @@ def main() -> int:
                 ray.cancel(task)
             return code
     print(f"{count} parts in {time.perf_counter() - began:.1f} s", flush=True)
-    return subprocess.run([sys.executable, "-m", "retnet.cli", "data", "merge", out_of(words)], check=False).returncode
+    return subprocess.run([*RETNET, "merge", places[-1]], check=False).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:] or [""]))
