@@ -6,8 +6,8 @@
 
 RAW: a folder or URL of `.jsonl` (also compressed) with `text`. CLEAN: a folder or URL: text/ gets the documents that
 stay, removed/ the others, logs/ the progress. Filters are the quality and repetition rules of Gopher (Rae et al. 2021,
-arXiv 2112.11446). Near duplicates are found by MinHash (14 buckets of 8 hashes of 5-grams, datatrove's defaults), and one
-document of each group stays. The same command goes on after an interruption: datatrove keeps a mark per finished task in
+arXiv 2112.11446). Near duplicates are found by MinHash (14 buckets of 8 hashes of 5-grams, datatrove's defaults); one
+document of each group stays. The same command resumes an interrupted run: datatrove keeps a mark per finished task in
 logs/. On Slurm or Ray, use datatrove's executors of those names in place of the local one.
 
 RAW must be the same with the same number of tasks in every step: a document is known by its task and its place there.
