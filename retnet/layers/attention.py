@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.norm import HeadNorm, check_eps, head_norm_weight, normed_heads
+from retnet.layers.recompute import last_product
 from retnet.layers.rotary import check_rotary, prepare_rotation, rotate_heads
 from retnet.layers.state import TokenCache, no_tokens
 from retnet.layers.tensor_parallel import Part, Split, Splits, by_columns, by_rows, per_process
@@ -216,7 +217,7 @@ class Attention(MixerModule):
         out = out.flatten(-2)
         if self.gate_proj is not None:
             out = torch.sigmoid(self.gate_proj(x)) * out
-        out = self.out_proj(out)
+        out = last_product(self.out_proj, out)
         if layout.deferred:
             return out, AttentionDraft(k, v)
         return out, state if layout.carry else None

@@ -8,6 +8,7 @@ which torchscale's `deepnorm` option also combines with pre-norm.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from retnet.layers.mixer_base import MixerConfig
 from retnet.layers.mixers import mixer_configs, mixer_of
 from retnet.layers.moe import MoE, MoEConfig
 from retnet.layers.norm import check_eps, make_norm
+from retnet.layers.recompute import KEPT_OF_FEED_FORWARD, KEPT_OF_MIXER, recomputed
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.norms import Norm
@@ -78,19 +80,30 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
         """The second result is the mixer's: a state, or a draft with `layout.deferred`."""
-        if self.config.norm_position == "post":
-            y, state = self.mixer(x, state, layout)
-            x = self.mixer_norm(self._residual(x, y))
-            if self.feed_forward is not None:
-                x = self.feed_forward_norm(self._residual(x, self.feed_forward(x, layout)))
-            return x, state
-        y, state = self.mixer(self.mixer_norm(x), state, layout)
+        mixed, fed, level = self._mixed, self._fed, layout.recompute
+        if level != "none":
+            mixed = partial(recomputed, self._mixed, KEPT_OF_MIXER[level])
+            fed = partial(recomputed, self._fed, KEPT_OF_FEED_FORWARD[level])
+        y, state = mixed(x, state, layout)
         if self.config.residual == "parallel" and self.feed_forward is not None:
-            return self._residual(x, y + self.feed_forward(self.feed_forward_norm(x), layout)), state
-        x = self._residual(x, y)
+            return self._residual(x, y + fed(x, None, layout)[0]), state
+        x = self._after(self.mixer_norm, self._residual(x, y))
         if self.feed_forward is not None:
-            x = self._residual(x, self.feed_forward(self.feed_forward_norm(x), layout))
+            x = self._after(self.feed_forward_norm, self._residual(x, fed(x, None, layout)[0]))
         return x, state
+
+    def _mixed(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
+        return self.mixer(self._before(self.mixer_norm, x), state, layout)
+
+    def _fed(self, x: Tensor, state: None, layout: TokenLayout) -> tuple[Tensor, None]:
+        assert self.feed_forward is not None
+        return self.feed_forward(self._before(self.feed_forward_norm, x), layout), None
+
+    def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return norm(x) if self.config.norm_position == "pre" else x
+
+    def _after(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return norm(x) if self.config.norm_position == "post" else x
 
     def _residual(self, x: Tensor, y: Tensor) -> Tensor:
         """a x + s y, without a pass over memory where a is 1."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.norm import check_eps, make_norm
+from retnet.layers.recompute import last_product
 from retnet.layers.tensor_parallel import Part, Splits, TensorParallel, by_columns, by_rows, per_process
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
@@ -85,4 +86,4 @@ class FeedForward(TensorParallel):
             hidden = self.activation(self.up_proj(x))
         else:
             hidden = self.activation(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(self.inner_norm(hidden))
+        return last_product(self.down_proj, self.inner_norm(hidden))

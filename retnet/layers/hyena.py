@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from retnet.layers.linear import WideLinear, is_plain_linear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.recompute import last_product
 from retnet.layers.short_convolution import ShortConvolution
 from retnet.layers.state import TokenCache, no_tokens
 from retnet.layers.token_layout import TokenLayout
@@ -167,7 +168,7 @@ class Hyena(MixerModule):
             inputs.append(z_all)
         if layout.carry:
             state = HyenaState.append(state, {"inputs": torch.cat(inputs, 1)}, layout, recent=recent)
-        return self.out_proj(torch.cat(outs, 1)), state if layout.carry else None
+        return last_product(self.out_proj, torch.cat(outs, 1)), state if layout.carry else None
 
     def _gated_convolutions(self, u: Tensor, filters: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """u [B, T, order + 1, D] -> (z [B, T, D], the inputs of the convolutions [B, T, order, D])."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.linear import WideBiasLinear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.recompute import last_product
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.tensor_parallel import Part, Split, Splits, by_columns, by_rows, per_process
@@ -172,7 +173,7 @@ class Mamba1(MixerModule):
             before = None if state is None else state.memory
             out, memory = selective_scan(u, step, rate, write, read, state=before, cu_seqlens=layout.cu_seqlens)
         out = (out + self.skip * u) * F.silu(z)
-        out = self.out_proj(out)
+        out = last_product(self.out_proj, out)
         if layout.deferred:
             return out, Mamba1Draft(u, step, rate, write, inputs)
         return out, Mamba1State.after(state, layout, memory=memory, recent=recent) if layout.carry else None

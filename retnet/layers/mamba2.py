@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.norm import check_eps
+from retnet.layers.recompute import last_product
 from retnet.layers.retention import RetentionDraft
 from retnet.layers.retention_call import RetentionCall
 from retnet.layers.short_convolution import ShortConvolution
@@ -194,7 +195,7 @@ class Mamba2(MixerModule):
         out, memory = self.call_retention(C, B, v, log_decay, memory, layout)
         out = (out + self.skip[:, None] * u).flatten(-2)
         out = self._gated_norm(out, z)
-        out = self.out_proj(out)
+        out = last_product(self.out_proj, out)
         if layout.deferred:
             return out, RetentionDraft(B, v, log_decay, inputs)
         return out, Mamba2State.after(state, layout, memory=memory, recent=recent) if memory is not None else None

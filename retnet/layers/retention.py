@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.norm import HeadNorm, check_eps, head_norm_weight, normed_heads
+from retnet.layers.recompute import last_product
 from retnet.layers.retention_call import RetentionCall
 from retnet.layers.rotary import check_rotary, prepare_rotation, rotate_heads
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
@@ -358,7 +359,7 @@ class MultiScaleRetention(MixerModule):
         out = self._head_norm(out).flatten(-2).to(x.dtype)
         if self.gate_proj is not None:
             out = GATES[config.gate](self.gate_proj(x)) * out
-        out = self.out_proj(out)
+        out = last_product(self.out_proj, out)
         if layout.deferred:
             return out, RetentionDraft(k, v, log_decay, inputs)
         if memory is None:

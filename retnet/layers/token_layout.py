@@ -6,7 +6,7 @@ each document, or from the position of its state, so that padding, masked tokens
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class TokenLayout:
     [B, T] bool or None; cu_seqlens [N + 1] or None. `carry`: layers return their state. `in_place`: layers may
     overwrite the given state (inference only). `losses`: a list to which layers add losses of their own (MoE routers).
     `deferred`: layers leave the state as it is and return a draft in its place (`layers/draft.py`). `context`: the
-    tokens are this process's shard of longer rows, and layers exchange what crosses its borders.
+    tokens are this process's shard of longer rows, and layers exchange what crosses its borders. `recompute`: "light" or
+    "medium" of `layers/recompute.py`, which blocks carry out.
     """
 
     positions: Tensor
@@ -38,6 +39,7 @@ class TokenLayout:
     losses: list[Tensor] | None = None
     deferred: bool = False
     context: ContextShard | None = None
+    recompute: Literal["none", "light", "medium"] = "none"
     _shared: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -54,6 +56,7 @@ class TokenLayout:
         losses: list[Tensor] | None = None,
         deferred: bool = False,
         context: ContextShard | None = None,
+        recompute: Literal["none", "light", "medium"] = "none",
     ) -> "TokenLayout":
         """The layout of [B, T] tokens after `start` [N] earlier tokens of each sequence (None: no earlier tokens)."""
         B, T = shape
@@ -75,7 +78,8 @@ class TokenLayout:
                 lengths = mask.long().sum(1)
             if start is not None:
                 positions = positions + start[:, None]
-        return cls(positions.clamp_min(0), lengths, mask, cu_seqlens, carry, in_place, losses, deferred, context)
+        positions = positions.clamp_min(0)
+        return cls(positions, lengths, mask, cu_seqlens, carry, in_place, losses, deferred, context, recompute)
 
     def advance(self, position: Tensor | None) -> Tensor:
         """Real tokens of each sequence [N] after this call, in a new tensor."""

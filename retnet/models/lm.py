@@ -1,7 +1,8 @@
 """The language model: embedding, blocks, final norm, head. Plain torch; the Hugging Face classes are in `models/hf`."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -16,6 +17,8 @@ from retnet.layers.linear import is_plain_linear
 from retnet.layers.mixers import MIXERS, mixer_of
 from retnet.layers.moe import MoE, MoEConfig
 from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
+from retnet.layers.offload import waiting_on_host
+from retnet.layers.recompute import Recompute, with_losses
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
 from retnet.models.config import ModelConfig
@@ -43,6 +46,7 @@ class LanguageModel(nn.Module):
     Weights are drawn in config.dtype from `seed` (config.seed if None), whatever torch's global generator holds. Under
     `torch.device("meta")` nothing is allocated.
 
+    recompute: what the backward of a training step computes again; settable at any time.
     directory: where the weights were loaded from, if they were; a tokenizer may lie beside them.
     generation_config: transformers', of a model with its interface; its `generate` reads the end tokens from there.
     shard: which part of a model this is whose layers are split over processes (`retnet.models.parallel.plan`).
@@ -56,7 +60,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, *, seed: int | None = None):
         super().__init__()
         self.config = config
-        # Recomputes a block in the backward pass; the Hugging Face classes put their user's choice here.
+        self.recompute = Recompute("layer" if config.gradient_checkpointing else "none")
+        # Computes a layer again in the backward; the Hugging Face classes put their user's choice here.
         self.checkpoint: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding_norm = make_norm(config.embedding_norm, config.d_model, config.norm_eps)
@@ -136,6 +141,7 @@ class LanguageModel(nn.Module):
             self._check_shard(context, state, mask, cu_seqlens, carry)
         if self._stateless and (carry or state is not None):
             raise ValueError(f"{self._stateless}: keeps_state is False; accepted there: no state, and carry False")
+        again = self.recompute if self.training and torch.is_grad_enabled() else Recompute()
         x = self.embedding(ids) if embeddings is None else embeddings
         x = self.embedding_norm(x * self.config.embedding_scale)
         start = None if state is None else state.position
@@ -151,16 +157,18 @@ class LanguageModel(nn.Module):
             in_place=in_place,
             losses=losses,
             context=context,
+            recompute="none" if again.level == "layer" else again.level,
         )
         for layer in self.layers:
             cast(Block, layer).prepare(layout, x.dtype)
-        states = []
+        states, offloaded = [], waiting_on_host(x.device) if again.offload else nullcontext()
         if inner is not None:
             inner.append(x)
         for i, layer in enumerate(self.layers):
             before = None if state is None else state.layers[i]
-            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x, after, own = self.checkpoint(_with_losses, layer, x, before, layout)
+            if again.level == "layer":
+                with offloaded:
+                    x, after, own = self.checkpoint(with_losses, layer, x, before, layout)
                 if losses is not None and own is not None:
                     losses.append(own)
             else:
@@ -270,10 +278,3 @@ def check_layers_on_shards(config: ModelConfig) -> None:
                 f"layer {i} is a mixture of experts, whose balance is that of whole rows; accepted with context: "
                 "feed-forwards of one expert"
             )
-
-
-def _with_losses(layer: nn.Module, x: Tensor, state: Any, layout: TokenLayout) -> tuple[Tensor, Any, Tensor | None]:
-    """A layer's results and the sum of its own losses, which only as a result have a gradient when checkpointed."""
-    losses: list[Tensor] | None = None if layout.losses is None else []
-    x, state = layer(x, state, replace(layout, losses=losses))
-    return x, state, torch.stack(losses).sum() if losses else None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
+from retnet.layers.recompute import Recompute
 from retnet.models.decode.decoder import running
 from retnet.models.directory import stored_config
 from retnet.models.hf.cache import StateCache
@@ -190,11 +191,11 @@ class RetNetModel(RetNetPreTrainedModel):
     @property
     def gradient_checkpointing(self) -> bool:
         """Set by transformers, after it has stored the function to use in `_gradient_checkpointing_func`."""
-        return self.model.config.gradient_checkpointing
+        return self.model.recompute.level == "layer"
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enable: bool) -> None:
-        self.model.config = replace(self.model.config, gradient_checkpointing=enable)
+        self.model.recompute = replace(self.model.recompute, level="layer") if enable else Recompute()
         if enable:
             self.model.checkpoint = self._gradient_checkpointing_func
 
