@@ -20,7 +20,7 @@ from retnet.layers.mixer_base import MixerConfig
 from retnet.layers.mixers import mixer_configs, mixer_of
 from retnet.layers.moe import MoE, MoEConfig
 from retnet.layers.norm import check_eps, make_norm
-from retnet.layers.recompute import KEPT_OF_FEED_FORWARD, KEPT_OF_MIXER, recomputed
+from retnet.layers.recompute import kept_results, recomputed
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.norms import Norm
@@ -80,10 +80,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
         """The second result is the mixer's: a state, or a draft with `layout.deferred`."""
-        mixed, fed, level = self._mixed, self._fed, layout.recompute
-        if level != "none":
-            mixed = partial(recomputed, self._mixed, KEPT_OF_MIXER[level])
-            fed = partial(recomputed, self._fed, KEPT_OF_FEED_FORWARD[level])
+        mixed, fed = self._mixed, self._fed
+        if layout.recompute != "none":
+            of_mixer, of_feed_forward = kept_results(layout)
+            mixed = partial(recomputed, self._mixed, of_mixer)
+            fed = partial(recomputed, self._fed, of_feed_forward)
         y, state = mixed(x, state, layout)
         if self.config.residual == "parallel" and self.feed_forward is not None:
             return self._residual(x, y + fed(x, None, layout)[0]), state

@@ -51,7 +51,7 @@ class _Waiting:
         return x
 
 
-class waiting_on_host(saved_tensors_hooks):  # noqa: N801 (named as torch's own contexts)
+class waiting_on_host(saved_tensors_hooks):
     """Floating-point tensors on `device` that autograd saves inside wait on the host: inside a checkpointed call, its
     arguments alone. Entered again for every layer.
     """

@@ -1,10 +1,10 @@
 """Recompute policies: which activations a training step keeps, and which its backward computes again.
 
-    level    kept per layer, beside its input                           computed again in the backward
-    none     whatever the derivatives of its operators read             nothing
-    light    results of matrix products, attention, retention, scans    norms, rotary, gates, short convolutions, activations
-    medium   products of the mixer, results of attention                as light; retention, scans and the feed-forward too
-    layer    nothing                                                    the whole layer
+    level    held per layer, beside its input                   computed again in the backward
+    none     what the derivatives of its operators read         nothing
+    light    results of products, attention, retention, scans   norms, rotary, gates, short convolutions, activations
+    medium   products of the mixer, results of attention        these, retention, scans, and the feed-forward
+    layer    nothing                                            the layer
 
 Recomputed numbers are those of the forward, bit for bit where its operators are deterministic, and random numbers are
 drawn again from the same state. `light` and `medium` divide a layer into its two branches, each with PyTorch's
@@ -39,10 +39,6 @@ ATTENTION = frozenset({
 })  # fmt: skip
 # aten::_fft_c2r ends a long convolution.
 LINEAR_TIME = frozenset({"retnet::retention", "retnet::selective_scan", "aten::_fft_c2r"})
-NOTHING: frozenset[str] = frozenset()
-KEPT_OF_MIXER = {"light": PRODUCTS | ATTENTION | LINEAR_TIME, "medium": PRODUCTS | ATTENTION}
-KEPT_OF_FEED_FORWARD = {"light": PRODUCTS, "medium": NOTHING}
-
 _last_product: ContextVar[bool] = ContextVar("last_product", default=False)
 
 
@@ -57,6 +53,15 @@ class Recompute:
         check_choices(self)
         if self.offload and self.level != "layer":
             raise ValueError(f"offload is True with recompute {self.level!r}; accepted with offload: 'layer'")
+
+
+def kept_results(layout: TokenLayout) -> tuple[frozenset[str], frozenset[str]]:
+    """The operators whose results the layout's level holds: of mixers, and of feed-forwards."""
+    if layout.recompute == "medium":
+        return PRODUCTS | ATTENTION, frozenset()
+    # On a shard, what other shards carry over is added to these results in place.
+    linear_time = LINEAR_TIME if layout.context is None else frozenset()
+    return PRODUCTS | ATTENTION | linear_time, PRODUCTS
 
 
 def recomputed(run: Branch, kept: frozenset[str], x: Tensor, state: Any, layout: TokenLayout) -> tuple[Tensor, Any]:

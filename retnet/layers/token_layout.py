@@ -26,8 +26,8 @@ class TokenLayout:
     [B, T] bool or None; cu_seqlens [N + 1] or None. `carry`: layers return their state. `in_place`: layers may
     overwrite the given state (inference only). `losses`: a list to which layers add losses of their own (MoE routers).
     `deferred`: layers leave the state as it is and return a draft in its place (`layers/draft.py`). `context`: the
-    tokens are this process's shard of longer rows, and layers exchange what crosses its borders. `recompute`: "light" or
-    "medium" of `layers/recompute.py`, which blocks carry out.
+    tokens are this process's shard of longer rows, and layers exchange what crosses its borders. `recompute`:
+    a level of `layers/recompute.py` below "layer", which blocks carry out.
     """
 
     positions: Tensor

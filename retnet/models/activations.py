@@ -1,8 +1,8 @@
 """Activations that a training step holds between forward and backward, by recompute level.
 
 They are counted, not derived: each layer runs on tensors without memory (FakeTensorMode), and what is alive after its
-forward is what its backward will read, whoever saved it. The operators are those of a CPU in eager mode. On a GPU, short
-convolutions keep their input alone, and torch.compile keeps less at level "none".
+forward is what its backward will read, whoever saved it. The operators are those of a CPU in eager mode: on a GPU,
+short convolutions keep their input alone, and torch.compile keeps less at level "none".
 """
 
 from contextlib import nullcontext

@@ -132,6 +132,7 @@ def initial_model(recipe: Recipe, corpus: Corpus, seed: int, template: ChatTempl
     model = resolve_model(recipe.model, seed=seed)
     _check_tokenizer(model, corpus)
     _check_vocabulary(recipe.model, model.config, corpus)
+    model.recompute = recipe.recomputed(model.recompute.level)
     if recipe.compile_options is not None:
         # Blocks are compiled once per configuration, with and without gradients.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)

@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
+from retnet.layers.recompute import Level, Recompute
 from retnet.stack.document import MAX_BYTES, Document, compose
 from retnet.stack.errors import StackError
 from retnet.stack.resolve import STACK_SUFFIXES, resolve_stack
@@ -73,6 +74,7 @@ WITHOUT_EFFECT = {
 # Fields that accept more types than TrainingArguments declares.
 _BOOL_OR_WORD = Annotated[bool | str, Field(union_mode="left_to_right")]
 _HINTS: dict[str, Any] = {"fsdp": _BOOL_OR_WORD, "resume_from_checkpoint": _BOOL_OR_WORD}
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # older and newer name of one field
 _COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 # Minimums that TrainingArguments does not validate, and a value that means "no limit".
 _MINIMUMS: dict[str, tuple[float, float | None]] = {
@@ -117,6 +119,8 @@ class Recipe(BaseModel):
     checkpoints: `whole`: a model directory beside the Trainer's states; `sharded`: each process writes its share, which
         any number of processes resume; `async`: sharded, written while training goes on. None: as fsdp_config says, or
         whole.
+    recompute: what the backward computes again (`retnet.layers.recompute`); None: layers if gradient_checkpointing is
+        true or the stack says so, otherwise nothing. offload: with recompute "layer", their inputs wait on the host.
     training: fields of TrainingArguments, completed from the training_hints of a stack, then from `DEFAULTS`.
     """
 
@@ -135,6 +139,8 @@ class Recipe(BaseModel):
     num_samples: int = Field(default=3, ge=0)
     router_lr_multiplier: float = Field(default=1.0, ge=0)
     checkpoints: Literal["whole", "sharded", "async"] | None = None
+    recompute: Level | None = None
+    offload: bool = False
     training: dict[str, Any]
 
     def training_arguments(self) -> TrainingArguments:
@@ -163,6 +169,13 @@ class Recipe(BaseModel):
         if not (wanted or backend or mode):
             return None
         return {key: value for key, value in (("backend", backend), ("mode", mode)) if value}
+
+    def recomputed(self, usual: Level) -> Recompute:
+        """What training recomputes, where the model's own choice is `usual`. Raises ValueError for a contradiction."""
+        by_layer = [key for key in _CHECKPOINTING if self.training.get(key)]
+        if by_layer and self.recompute not in (None, "layer"):
+            raise ValueError(f"recompute is {self.recompute!r} with {by_layer[0]} true; accepted: one of the two")
+        return Recompute(self.recompute or ("layer" if by_layer else usual), self.offload)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -206,7 +219,9 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
         if Path(training["output_dir"]).resolve() == model.resolve():
             raise ValueError(f"output_dir is {training['output_dir']}, the folder of the model; accepted: another")
         try:
-            return Recipe(training=training, **{key: values[key] for key in own & values.keys()})
+            recipe = Recipe(training=training, **{key: values[key] for key in own & values.keys()})
+            recipe.recomputed("layer")
+            return recipe
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
             if any(e["loc"][0] == "data" for e in error.errors()):  # one fault per type that data may have

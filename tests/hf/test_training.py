@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import SequentialSampler
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
+from retnet.layers.recompute import Recompute
 from retnet.models.hf.inputs import document_bounds, last_columns, without_first_labels
 from tests.small_models import EXPERTS, GATED, HYENA, MAMBA1, MAMBA2, PAPER, WINDOW, hf_model
 
@@ -149,6 +150,16 @@ def test_first_labels_are_found_by_bounds_with_empty_documents():
     assert document_bounds(positions).tolist() == [0, 3, 5, 6]
     labels = torch.arange(6)[None]
     assert without_first_labels(labels, torch.tensor([0, 3, 3, 5, 6, 6])).tolist() == [[-100, 1, 2, -100, 4, -100]]
+
+
+def test_gradient_checkpointing_is_the_level_layer():
+    model = hf_model()
+    model.model.recompute = Recompute("medium")
+    assert not model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable()
+    assert model.model.recompute == Recompute("layer")
+    model.gradient_checkpointing_disable()
+    assert model.model.recompute == Recompute()
 
 
 @pytest.mark.parametrize("stack", STACKS)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from retnet import LanguageModel, retention
 from retnet.layers.attention import Attention
+from retnet.layers.recompute import Level, Recompute
 from retnet.ops import context_attention
 from retnet.ops.context_attention import ring_kernel
 from retnet.ops.context_parallel import context_retention, context_scan
@@ -206,10 +207,11 @@ def patched(module: object, **values: object) -> Iterator[None]:
 
 
 def check_model(
-    of: Shards, size: int, packing: str, checkpointing: bool = False, layers=HYBRID, order: Order = in_order
+    of: Shards, size: int, packing: str, level: Level = "none", layers=HYBRID, order: Order = in_order
 ) -> None:
     """Loss and gradients of a hybrid of every mixer that takes shards; labels were shifted on the whole row."""
-    model = small_model(layers, dtype="float64", gradient_checkpointing=checkpointing).train()
+    model = small_model(layers, dtype="float64").train()
+    model.recompute = Recompute(level)
     tokens = 12
     bounds, T = bounds_of(packing, tokens, size), tokens * size
     generator = torch.Generator().manual_seed(1)
@@ -269,7 +271,8 @@ def check_all(of: Shards, size: int) -> None:
         check_scan(of, size, packing, seed)
     for packing in PACKINGS:
         check_model(of, size, packing)
-    check_model(of, size, "rows", checkpointing=True)
+    for level in ("light", "layer"):
+        check_model(of, size, "rows", level)
     check_ring(of, size)
     check_borders(of, size)
 

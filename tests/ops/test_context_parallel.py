@@ -87,7 +87,7 @@ def test_masks_for_flex_attention_on_shards_separate_documents_and_windows(monke
     monkeypatch.setattr(attention, "flex_causal_attention", by_mask)
     for name, value in {"FLEX_DEVICES": ("cpu",), "FLEX_TOKENS": 1, "FLEX_HEAD_DIM": 1}.items():
         monkeypatch.setattr(Attention, name, value)
-    on_shards(size, checks.check_model, packing, False, (WINDOW, ALIBI, NOPE))
+    on_shards(size, checks.check_model, packing, "none", (WINDOW, ALIBI, NOPE))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -96,8 +96,9 @@ def test_rows_in_another_order_are_noticed(size):
         on_shards(size, partial(checks.check_model, order=checks.head_to_tail), "rows")
 
 
-def test_blocks_that_are_recomputed_exchange_again():
-    on_shards(2, checks.check_model, "rows", True)
+@pytest.mark.parametrize("level", ["light", "medium", "layer"])
+def test_layers_that_are_recomputed_exchange_again(level):
+    on_shards(2, checks.check_model, "over borders", level)
 
 
 def test_no_document_leaks_over_a_border():

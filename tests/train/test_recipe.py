@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -163,11 +164,15 @@ def test_a_setting_without_effect_is_refused_with_the_reason():
         ("eval_steps=0", "eval_steps is 0.0; accepted: a number above 0"),
         ("save_only_model=true", "save_only_model is not accepted: a checkpoint must be complete"),
         ("do_train=false", "do_train is not accepted: this command trains"),
+        ("recompute=lite", "recompute is 'lite': Input should be 'none', 'light', 'medium' or 'layer'"),
+        ("{recompute: light, gradient_checkpointing: true}", "recompute is 'light' with gradient_checkpointing true"),
+        ("{recompute: medium, offload: true}", "offload is True with recompute 'medium'; accepted with offload"),
         ("output_dir=m", "output_dir is m, the folder of the model; accepted: another"),
     ],
 )
 def test_settings_that_would_fail_late_or_have_no_effect_are_refused(word, message):
-    words = ["model=m", word] if word.startswith("data=") else ["model=m", "data=d", word]
+    several = [f"{key}={value}" for key, value in re.findall(r"(\w+): (\w+)", word)] if word[0] == "{" else [word]
+    words = ["model=m", word] if word.startswith("data=") else ["model=m", "data=d", *several]
     with pytest.raises(ValueError, match=message):
         load_recipe(None, words)
 

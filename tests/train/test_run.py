@@ -97,6 +97,7 @@ def test_two_equal_runs_give_equal_bits(dropout_model, text_folder, tmp_path, co
     [
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
         {"gradient_checkpointing": True},
+        {"recompute": "light"},
         pytest.param(
             {"torch_compile": True, "torch_compile_backend": "aot_eager"}, id="torch_compile", marks=pytest.mark.slow
         ),
@@ -105,6 +106,12 @@ def test_two_equal_runs_give_equal_bits(dropout_model, text_folder, tmp_path, co
             id="torch_compile, recomputed",
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "aot_eager", "recompute": "medium"},
+            id="torch_compile, partly recomputed",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"recompute": "layer", "offload": True}, id="inputs on the host", marks=pytest.mark.slow),
         {"dataloader_num_workers": 1},
     ],
     ids=lambda changed: next(iter(changed)),
