@@ -66,7 +66,9 @@ def kept_results(layout: TokenLayout) -> tuple[frozenset[str], frozenset[str]]:
 
 def recomputed(run: Branch, kept: frozenset[str], x: Tensor, state: Any, layout: TokenLayout) -> tuple[Tensor, Any]:
     """run(x, state, layout), of whose activations the results of the operators in `kept` alone are held."""
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, partial(_policy, kept))} if kept else {}
+    contexts: dict[str, Any] = {}
+    if kept:
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
     y, state, own = checkpoint(with_losses, run, x, state, layout, use_reentrant=False, **contexts)
     if layout.losses is not None and own is not None:
         layout.losses.append(own)

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -85,7 +85,7 @@ def _layer_bytes(layer: BlockConfig, d_model: int, dtype: torch.dtype, level: Le
     return (many - few) / (_SIZES[1] - _SIZES[0])
 
 
-def _held(block: nn.Module, d_model: int, tokens: int, level: Level, autocast: bool) -> int:
+def _held(block: Block, d_model: int, tokens: int, level: Level, autocast: bool) -> int:
     """Bytes alive after the forward of `tokens` tokens, its result (the input of the next layer) included."""
     x = torch.empty(1, tokens, d_model, requires_grad=True)
     layout = TokenLayout.of((1, tokens), x.device, losses=[], recompute="none" if level == "layer" else level)
