@@ -283,7 +283,8 @@ def tokenizer_of_model(
         where = "" if directory is None else f" and no {TOKENIZER_FILE} beside its weights"
         raise ValueError(
             f"{name} has a vocabulary of {vocab_size}{where}; accepted without a tokenizer: bytes, {VOCAB_SIZE} tokens "
-            f"(or name one: bytes, a {TOKENIZER_FILE}, a directory with one, or a model of the Hugging Face hub)"
+            f"(or name one in Python: bytes, a {TOKENIZER_FILE}, a directory with one, or a model of the Hugging Face "
+            "hub); `retnet train` saves a model with the tokenizer of its data"
         )
     loaded = _load(file)
     if _is_bytes(loaded):
