@@ -36,7 +36,8 @@ class ContextShard:
     """Shard `rank` of `size`, of rows of size * tokens tokens, or of one row of packed documents.
 
     origins: for each shard, the shard where its first sequence began. bounds: of the documents on this shard, 0 to
-    tokens; None for rows that are one sequence each. start: tokens of the first sequence on earlier shards.
+    tokens; None for rows that are one sequence each. start: tokens of the first sequence on earlier shards. one_row:
+    whether the rows are one, as bounds were given; a row of a single document has none here.
     """
 
     group: Any
@@ -46,6 +47,7 @@ class ContextShard:
     origins: tuple[int, ...]
     bounds: tuple[int, ...] | None
     start: int
+    one_row: bool
 
     @classmethod
     def of(
@@ -75,8 +77,11 @@ class ContextShard:
         low = rank * tokens
         inside = sorted({0, tokens, *(bound - low for bound in whole if 0 < bound - low < tokens)})
         origins = tuple(begin // tokens for begin in begins)
-        bounds = None if cu_seqlens is None else tuple(inside)
-        return cls(group, rank, size, tokens, origins, bounds, low - begins[rank])
+        packed = len(set(whole)) > 2
+        return cls(
+            group, rank, size, tokens, origins, tuple(inside) if packed else None, low - begins[rank],
+            one_row=cu_seqlens is not None,
+        )  # fmt: skip
 
     @property
     def continues(self) -> bool:
@@ -104,8 +109,8 @@ class ContextShard:
 
         Raises ValueError for tokens [num_rows, num_tokens] that are no such shard.
         """
-        if num_tokens != self.tokens or (self.bounds is not None and num_rows != 1):
-            rows = "" if self.bounds is None else " of one row"
+        if num_tokens != self.tokens or (self.one_row and num_rows != 1):
+            rows = " of one row" if self.one_row else ""
             raise ValueError(
                 f"a shard has {num_rows} rows of {num_tokens} tokens; accepted: {self.tokens} tokens{rows}"
             )
