@@ -87,3 +87,32 @@ def test_every_benchmark_has_help(script):
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr
     assert "python benchmarks/" in done.stdout or "--csv" in done.stdout
+
+
+def on_two_processes(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(BENCHMARKS / f"{script}.py"), "--tiny", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_check_of_context_parallelism_passes_and_sees_broken_exchanges():
+    done = on_two_processes("check_context_parallel", "--no-compile")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("fails, as it must") == 6
+    assert "wrong: none" in done.stdout
+
+
+def test_the_benchmark_of_exchanges_times_three_forms(tmp_path):
+    done = on_two_processes("bench_context_parallel", "--csv", tmp_path / "rows.csv")
+    assert done.returncode == 0, done.stderr
+    names = {row["implementation"].split(",")[0] for row in rows(tmp_path / "rows.csv")}
+    assert {"all-gather", "ring", "all-to-all", "local", "attention"} <= names
+
+
+def test_the_benchmark_of_long_training_compares_shared_rows_with_rows_alone(tmp_path):
+    done = on_two_processes("bench_long_training", "--cases", "hybrid:128:light", "--csv", tmp_path / "rows.csv")
+    assert done.returncode == 0, done.stderr
+    alone, shared = rows(tmp_path / "rows.csv")
+    assert (alone["implementation"], shared["implementation"]) == ("alone", "shared")
+    assert "recompute light" in shared["note"]
+    assert "of alone" in shared["note"]
