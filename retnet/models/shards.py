@@ -23,6 +23,7 @@ from torch import Tensor
 
 from retnet.models.tensor_files import DTYPES, Tensors, open_safetensors, safetensors_stream
 from retnet.system.checks import is_integer, quoted
+from retnet.system.choices import is_choice
 from retnet.system.files import read_json, write_json
 
 SHARDS_FILE = "shards.json"
@@ -173,7 +174,7 @@ def _parsed(entries: Any) -> dict[str, ShardedTensor]:
     for name, entry in _mapping(entries, None).items():
         try:
             values = _mapping(entry, {"dtype", "shape", "parts"})
-            if values["dtype"] not in DTYPES:
+            if not is_choice(values["dtype"], DTYPES):
                 raise ValueError(f"its dtype is {quoted(values['dtype'])}; accepted: {', '.join(DTYPES)}")
             if not isinstance(values["parts"], list) or len(values["parts"]) > _MOST_PARTS:
                 raise ValueError(f"its parts are {quoted(values['parts'])}; accepted: a list of at most {_MOST_PARTS}")

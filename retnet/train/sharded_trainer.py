@@ -51,7 +51,7 @@ class ShardedTrainer(Trainer):
 
     def prepare_checkpoints(self, form: str | None) -> None:
         """Choose the form of the checkpoints, if None by `fsdp_config`. Raises ValueError for settings that differ."""
-        form = _form(form, self.args, self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None)
+        form = _form(form, self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None)
         if form != WHOLE:
             if self.is_deepspeed_enabled or self.args.save_on_each_node:
                 other = "deepspeed" if self.is_deepspeed_enabled else "save_on_each_node"
@@ -165,7 +165,7 @@ class ShardedTrainer(Trainer):
         return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[return-value]
 
 
-def _form(form: str | None, args: TrainingArguments, plugin: Any) -> str:
+def _form(form: str | None, plugin: Any) -> str:
     """The form of checkpoints. accelerate is left with its form for whole ones, which has no index to unpickle."""
     if plugin is None:
         return form or WHOLE

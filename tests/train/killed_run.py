@@ -1,6 +1,8 @@
-"""A run that kills itself with SIGKILL: python killed_run.py step:N|save:N KEY=VALUE...
+"""A run that kills itself with SIGKILL: python killed_run.py PLACE:N[:PROCESS] KEY=VALUE...
 
 `step:N`: in the middle of step N. `save:N`: while checkpoint N is written, with half of the optimizer's file on disk.
+`write:N`: in the background, with half of a shard on disk. `commit:N`: in the background, once all processes have
+written. PROCESS: the one that kills itself; all of them without it.
 """
 
 import io
@@ -12,8 +14,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from retnet.train import trainer
 from retnet.train.recipe import load_recipe
 from retnet.train.run import train
+from retnet.train.shard_storage import ShardWriter
 from retnet.train.trainer import PackedTrainer
 
 
@@ -31,6 +35,31 @@ def kill_in_step(number: int) -> None:
         return loss
 
     PackedTrainer.training_step = training_step
+
+
+def kill_in_write(number: int) -> None:
+    original = ShardWriter._write_file
+
+    def write_file(self, file, *args):
+        results = original(self, file, *args)
+        if self.folder.name == f"checkpoint-{number}":
+            path = self.folder / file
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+        return results
+
+    ShardWriter._write_file = write_file
+
+
+def kill_in_commit(number: int) -> None:
+    original = trainer.commit
+
+    def commit(folder, *args):
+        if folder.name == f"checkpoint-{number}":
+            die()
+        return original(folder, *args)
+
+    trainer.commit = commit
 
 
 def kill_in_save(number: int) -> None:
@@ -52,6 +81,8 @@ def kill_in_save(number: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    place, number = sys.argv[1].split(":")
-    {"step": kill_in_step, "save": kill_in_save}[place](int(number))
+    place, number, *process = sys.argv[1].split(":")
+    places = {"step": kill_in_step, "save": kill_in_save, "write": kill_in_write, "commit": kill_in_commit}
+    if not process or process == [os.environ.get("RANK", "0")]:
+        places[place](int(number))
     train(load_recipe(None, sys.argv[2:]), Console(quiet=True))

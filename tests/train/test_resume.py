@@ -19,6 +19,7 @@ from .conftest import losses, recipe_for, weights, words_for
 
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
 SAVING = {"save_strategy": "steps", "save_steps": 5}
+ASYNC = {"checkpoints": "async"}
 
 
 def run_and_die(place: str, words: list[str]) -> None:
@@ -31,6 +32,14 @@ def run_and_die(place: str, words: list[str]) -> None:
     [
         pytest.param(["step:8"], {}, "checkpoint-5", id="mid-epoch", marks=pytest.mark.slow),
         pytest.param(["save:10"], {}, "checkpoint-5", id="mid-save"),
+        pytest.param(["write:10"], ASYNC, "checkpoint-5", id="mid-write", marks=pytest.mark.slow),
+        pytest.param(
+            ["commit:5", "write:15"],
+            ASYNC | {"carry_state": True, "optim": "muon", "save_total_limit": 1},
+            "checkpoint-10",
+            id="before-commit-and-mid-write",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ["save:10", "step:22"],
             {"carry_state": True},

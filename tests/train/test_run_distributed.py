@@ -6,28 +6,33 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from retnet.models.directory import load_model
+from retnet.train.checkpoints import choose
 from retnet.train.run import train
 
-from .conftest import losses, recipe_for, words_for
+from .conftest import losses, recipe_for, weights, words_for
 
+KILLED_RUN = Path(__file__).with_name("killed_run.py")
 SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "do_eval": True}
-FSDP = {"fsdp": "true", "fsdp_config": "{state_dict_type: SHARDED_STATE_DICT}"}
+FSDP2 = {"fsdp": "true"}
+SHARDED_STATE_DICT = FSDP2 | {"fsdp_config": "{state_dict_type: SHARDED_STATE_DICT}"}  # means checkpoints=sharded
 
 
-def torchrun(processes: int, words: list[str]) -> str:
+def torchrun(processes: int, words: list[str], killed: str | None = None) -> str:
+    """The output of a run. killed: a place of `killed_run.py`, where it dies."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*launch, "-m", "retnet.cli", "train", *words], capture_output=True, text=True, env=environment
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    program = ["-m", "retnet.cli", "train"] if killed is None else [str(KILLED_RUN), killed]
+    run = subprocess.run([*launch, *program, *words], capture_output=True, text=True, env=environment)
+    assert (run.returncode == 0) == (killed is None), run.stdout + run.stderr
+    assert killed is None or "Signal 9 (SIGKILL)" in run.stderr, run.stderr
     return run.stdout
 
 
@@ -60,27 +65,60 @@ def test_two_processes_with_accumulation_train_as_one_without(byte_model, text_f
 
 
 @pytest.mark.slow
-def test_sharded_checkpoints_resume_with_any_number_of_processes(byte_model, text_folder, tmp_path, one_process):
-    """Two processes up to the first checkpoint; then one, and four."""
-    sharded = SETTINGS | FSDP | {"gradient_accumulation_steps": 1, "resume_from_checkpoint": "auto"}
-    output = tmp_path / "two"
-    torchrun(2, words_for(byte_model, text_folder, output, **sharded, per_device_train_batch_size=8))
-    assert_same_run(output, one_process)
-    checkpoint = output / "checkpoint-2"
-    assert (checkpoint / "pytorch_model_fsdp_0/__1_0.distcp").exists()
-    for processes, batch in ((1, 16), (4, 4)):
-        other = tmp_path / f"resumed-{processes}"
-        words = words_for(
-            byte_model,
-            text_folder,
-            other,
-            **sharded | {"resume_from_checkpoint": checkpoint},
-            per_device_train_batch_size=batch,
-        )
-        shown = torchrun(processes, words)
-        assert "step 3/4" in shown
-        assert "step 2/4" not in shown
-        assert_same_run(other, one_process)
+@pytest.mark.parametrize(
+    ("optim", "saved_by", "saving", "resumed_by", "resuming"),
+    [
+        ("adamw_torch", 4, FSDP2 | {"checkpoints": "async"}, 2, {}),
+        ("muon", 2, SHARDED_STATE_DICT, 4, FSDP2),
+        ("muon", 2, {"checkpoints": "async"}, 2, FSDP2 | {"checkpoints": "sharded"}),
+    ],
+    ids=["4 shards to 2 replicas", "2 shards to 4 shards", "2 replicas to 2 shards"],
+)
+def test_sharded_checkpoints_resume_with_other_processes(
+    byte_model, text_folder, tmp_path, console, optim, saved_by, saving, resumed_by, resuming
+):
+    """Saved by several processes at step 2, with and without FSDP; resumed by others, and by one."""
+    settings = SETTINGS | {"gradient_accumulation_steps": 1, "optim": optim}
+    one, first = tmp_path / "one", tmp_path / "first"
+    train(recipe_for(byte_model, text_folder, one, **settings, per_device_train_batch_size=16), console)
+    batch = {"per_device_train_batch_size": 16 // saved_by}
+    torchrun(saved_by, words_for(byte_model, text_folder, first, **settings | saving | batch))
+    assert_same_run(first, one)
+    checkpoint = first / "checkpoint-2"
+    assert len(list(checkpoint.glob("shard-*.safetensors"))) == saved_by
+    assert {path.suffix for path in checkpoint.rglob("*")} == {".json", ".safetensors", ".py"}, "no pickle"
+    assert load_model(checkpoint).state_dict().keys() == load_model(first).state_dict().keys()
+    settings |= {"resume_from_checkpoint": checkpoint}
+    recipe = recipe_for(byte_model, text_folder, tmp_path / "alone", **settings, per_device_train_batch_size=16)
+    train(recipe, console)
+    assert_same_run(tmp_path / "alone", one)
+    batch = {"per_device_train_batch_size": 16 // resumed_by}
+    shown = torchrun(resumed_by, words_for(byte_model, text_folder, tmp_path / "other", **settings | resuming | batch))
+    assert "step 3/4" in shown
+    assert "step 2/4" not in shown
+    assert_same_run(tmp_path / "other", one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, FSDP2 | {"optim": "muon"}], ids=["ddp", "fsdp-muon"])
+def test_a_run_killed_while_processes_write_in_the_background_resumes_exactly(
+    dropout_model, text_folder, tmp_path, settings
+):
+    """One process dies with half of its shard on disk, then all, then the first one before it renames the folder."""
+    settings = SETTINGS | settings | {"checkpoints": "async", "save_total_limit": 1, "per_device_train_batch_size": 8}
+    settings |= {"max_steps": 8, "gradient_accumulation_steps": 1, "resume_from_checkpoint": "auto"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    torchrun(2, words_for(dropout_model, text_folder, whole, **settings))
+    words = words_for(dropout_model, text_folder, killed, **settings)
+    for place, last in (("write:4:1", 2), ("write:6", 4), ("commit:8:0", 6)):
+        torchrun(2, words, killed=place)
+        newest, damaged = choose(killed)
+        assert newest is not None
+        assert (newest.step, damaged) == (last, []), place
+    torchrun(2, words)
+    assert losses(killed) == losses(whole)
+    assert weights(killed) == weights(whole)
+    assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-8"]
 
 
 @pytest.mark.slow
