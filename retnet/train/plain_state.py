@@ -19,6 +19,7 @@ from retnet.system.checks import is_integer, quoted
 
 _NAMED = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _FLOAT = "float"
+_WORDS = 624  # of a Mersenne twister
 
 
 def to_plain(value: Any, where: str) -> Any:
@@ -84,13 +85,13 @@ def restore_random_numbers(states: Mapping[str, Any], device: torch.device) -> N
         version, words, gauss = states["python"]
         random.setstate((version, tuple(words), gauss))
         name, keys, position, has_gauss, cached = states["numpy"]
-        if not is_integer(position, 0, len(keys)):  # numpy does not check it
-            raise ValueError(f"position {quoted(position)} in {len(keys)} words of numpy")
+        if len(keys) != _WORDS or not is_integer(position, 0, _WORDS):  # numpy checks neither, and would read beyond
+            raise ValueError(f"position {quoted(position)} in {len(keys)} words of numpy; accepted: 0 to {_WORDS}")
         np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
         torch.random.set_rng_state(_bytes(states["cpu"]))
         if device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(_bytes(states["cuda"]), device)
-    except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+    except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"no states of random numbers: {error!r}") from error
 
 
