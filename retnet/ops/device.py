@@ -43,8 +43,13 @@ def hardware(device: torch.device) -> str:
     """A device for captions and reports: 'NVIDIA H200', or 'AMD EPYC 9654, 2 threads' for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {num_threads()}"
+
+
+def num_threads() -> str:
+    """The threads of torch's operators in words: '1 thread', '2 threads'."""
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'' if threads == 1 else 's'}"
+    return f"{threads} thread{'' if threads == 1 else 's'}"
 
 
 @cache

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +16,7 @@ from transformers import TrainingArguments
 
 from retnet.data.chat_corpus import ChatCorpus
 from retnet.models.lm import LanguageModel
+from retnet.ops.device import num_threads
 from retnet.system.lock import locked
 from retnet.system.progress import Progress
 from retnet.train.card import write_card
@@ -254,7 +254,7 @@ def _describe(
     if recipe.context_parallel > 1:
         where += f" ({recipe.context_parallel} share a row)"
     console.print(
-        f"on {where}, {torch.get_num_threads()} threads, {trainer.options.facts['rows_per_step']} rows per step; "
+        f"on {where}, {num_threads()}, {trainer.options.facts['rows_per_step']} rows per step; "
         f"MFU is relative to {trainer.meter.peak.source}",
         highlight=False,
         soft_wrap=True,

@@ -17,6 +17,7 @@ import torch
 
 from retnet.models.config import ModelConfig
 from retnet.models.cost import model_cost
+from retnet.ops.device import num_threads
 from retnet.system.memory import peak_bytes
 from retnet.train.batches import BatchFacts
 
@@ -63,7 +64,7 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
             if known in name:
                 return Peak(rate, f"{known} dense bfloat16, vendor's {rate / 1e12:.0f} TFLOP/s", device.type)
     rate = _product_rate(device, dtype)
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    threads = "" if device.type == "cuda" else f", {num_threads()}"
     kind = str(dtype).removeprefix("torch.")
     return Peak(rate, f"{name}{threads}, {kind} product measured at {rate / 1e12:.3g} TFLOP/s", device.type)
 

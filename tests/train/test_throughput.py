@@ -11,6 +11,7 @@ import torch
 
 from retnet.models.cost import model_cost
 from retnet.models.presets import preset
+from retnet.ops.device import num_threads
 from retnet.stack.resolve import resolve_config
 from retnet.train import throughput
 from retnet.train.batches import BatchFacts
@@ -104,7 +105,7 @@ def test_other_devices_are_measured_and_the_source_says_so(monkeypatch):
     peak = device_peak(CPU, torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
     assert 1e8 < peak.rate < 1e15
-    assert peak.source.startswith(f"cpu, {torch.get_num_threads()} threads, float32 product measured at")
+    assert peak.source.startswith(f"cpu, {num_threads()}, float32 product measured at")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unheard-of 1")
     monkeypatch.setattr(throughput, "_product_rate", lambda device, dtype: 5e12)
     assert device_peak(torch.device("cuda", 0), torch.bfloat16) == Peak(

@@ -13,6 +13,7 @@ from retnet import __version__
 from retnet.data import Mixture
 from retnet.models.config import ModelConfig
 from retnet.models.cost import parameter_counts
+from retnet.ops.device import num_threads
 from retnet.system.machine import core_quota, cpu_name, package_versions, source_commit, usable_cores
 from retnet.system.memory import total_bytes
 from retnet.system.sizes import format_bytes
@@ -87,7 +88,7 @@ def _machine(arguments: TrainingArguments) -> Table:
         rows.append(("processes", f"{arguments.world_size}"))
     quota = core_quota()
     limit = "" if quota is None else f", limited to the time of {quota:g}"
-    rows.append(("processor", f"{cpu_name()}, {usable_cores()} cores{limit}, {torch.get_num_threads()} threads"))
+    rows.append(("processor", f"{cpu_name()}, {usable_cores()} cores{limit}, {num_threads()}"))
     memory = total_bytes()
     return [*rows, *([("memory", format_bytes(memory, 3))] if memory else []), ("system", platform.platform())]
 
