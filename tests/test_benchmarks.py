@@ -13,7 +13,7 @@ from tests.paths import ROOT
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = ROOT / "benchmarks"
-GPU_ONLY = ("bench_convolution", "bench_decode", "bench_figure6", "bench_retention", "bench_train")
+GPU_ONLY = ("bench_convolution", "bench_decode", "bench_figure6", "bench_long_rows", "bench_retention", "bench_train")
 
 
 def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
@@ -63,6 +63,17 @@ def test_the_loss_benchmark_writes_a_row_per_implementation(tmp_path):
     done = run("bench_loss", "--tokens", 64, "--width", 32, "--vocab", 300, "--dtype", "float32", "--csv", file)
     assert done.returncode == 0, done.stderr
     assert {"plain", "ours"} <= {row["implementation"] for row in rows(file)}
+
+
+def test_the_benchmark_of_long_rows_names_the_level_of_every_row(tmp_path):
+    file = tmp_path / "points.csv"
+    done = run("bench_long_rows", "--tiny", "--eager", "--steps", 1, "--csv", file)
+    assert done.returncode == 0, done.stderr
+    found = {row["implementation"]: row for row in rows(file)}
+    assert list(found) == ["none", "medium", "layer", "layer+offload", "light"]
+    assert all(f"recompute={level}" in row["note"] for level, row in found.items())
+    assert all(0 < float(row["milliseconds"]) < 60_000 for row in found.values())
+    assert done.stdout.count("of the rate of T=256") == 4
 
 
 def test_a_profile_lists_operators():

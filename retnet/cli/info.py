@@ -65,6 +65,8 @@ def _list_presets() -> None:
 
 
 def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object]:
+    from retnet.layers.recompute import LEVELS
+    from retnet.models.activations import activation_bytes, working_bytes
     from retnet.models.cost import (
         device_notes,
         head_windows,
@@ -92,6 +94,8 @@ def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object
             }
             for context, cost in costs
         ],
+        "activation_bytes_per_token": {level: round(activation_bytes(config, level)) for level in LEVELS},
+        "working_bytes_per_token": round(working_bytes(config)),
         # JSON has no infinity: a head without decay has no window.
         "on_this_device": device_notes(config, max(contexts), device),
         "windows": [[None if w == float("inf") else w for w in layer] for layer in head_windows(config)],
@@ -123,6 +127,13 @@ def _print(model: str, summary: dict) -> None:
     console.print(
         "[dim]per sequence: state in float32; KV cache of a Transformer of this width and depth in 16 bit[/]",
         highlight=False,
+    )
+    held = ", ".join(f"{level} {format_bytes(b)}" for level, b in summary["activation_bytes_per_token"].items())
+    console.print(
+        f"held per token for the backward of training (bf16=true), by recompute level: {held}; recomputing adds "
+        f"{format_bytes(summary['working_bytes_per_token'])} for the layer at work",
+        highlight=False,
+        soft_wrap=True,
     )
     for note in summary["on_this_device"]:
         console.print(note, highlight=False, soft_wrap=True)

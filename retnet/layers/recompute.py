@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from retnet.layers.token_layout import TokenLayout
 from retnet.system.choices import check_choices
 
 Level = Literal["none", "light", "medium", "layer"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 Branch = Callable[[Tensor, Any, TokenLayout], tuple[Tensor, Any]]  # (x, state, layout) -> (y, state)
 
 # Operators by name: not every version of PyTorch has all of them.

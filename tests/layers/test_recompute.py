@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections import Counter
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from retnet.layers import offload
-from retnet.layers.recompute import Level, Recompute
+from retnet.layers.recompute import LEVELS, Level, Recompute
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.activations import AliveStorages, activation_bytes, working_bytes
 from retnet.models.presets import preset
@@ -31,7 +30,6 @@ from tests.small_models import (
     small_model,
 )
 
-LEVELS = get_args(Level)
 DROPPING = tuple(replace(block, dropout=0.2) for block in STACKS["every mixer"])
 JITTER = (
     replace(PAPER, feed_forward=replace(EXPERTS, router_jitter=0.1, capacity_factor=0.7)),
