@@ -194,8 +194,10 @@ def picture(rows: list[dict], path: Path, stacks: list[str] | None = None) -> No
     late = sorted(loss for line in by_tokens.values() for _, loss in line[len(line) // 3 :])
     loss = Scale("nats per token", limits=(late[0] - 0.05, late[-1] + 0.1) if late else (None, None))
     panels = [
-        Panel("Validation loss", Scale("tokens of training", short), loss, by_tokens),
-        Panel("Validation loss by time", Scale(f"seconds on one {group[0]['device']}"), loss, by_seconds),
+        Panel("Validation loss", Scale("tokens of training", short), loss, by_tokens, markers=False),
+        Panel(
+            "Validation loss by time", Scale(f"seconds on one {group[0]['device']}"), loss, by_seconds, markers=False
+        ),
     ]
     finals = {stack: [row["final"] for row in found if row.get("final")] for stack, found in runs.items()}
     positions = {s: _means([f["positions"] for f in of if "positions" in f]) for s, of in finals.items()}
@@ -215,9 +217,11 @@ def picture(rows: list[dict], path: Path, stacks: list[str] | None = None) -> No
         nats = Scale("nats per token, repeat less first")
         panels.append(Panel("A passage repeated", Scale("tokens between", tokens, 2), nats, repeats, limit=trained))
     size = short(statistics.mean(row["parameters"] for found in runs.values() for row in found))
+    counts = [len(found) for found in runs.values()]
+    seeds = f"{min(counts)} to {max(counts)} seeds" if max(counts) > 1 else "1 seed"
     under = facts(
-        f"{size} parameters", f"data {group[0]['data']}", f"{optimizer}, the best rate of each stack",
-        group[0]["device"], f"torch {group[0]['versions']['torch']}" if "versions" in group[0] else None,
+        f"{size} parameters", f"data {group[0]['data']}", f"{optimizer}, the best rate of each stack", seeds,
+        group[0]["device"], f"torch {group[0]['versions']['torch'].partition('+')[0]}",
     )  # fmt: skip
     save(draw_panels(panels, looks(list(runs)), "Stacks of equal parameters on the same tokens", under), path)
 

@@ -144,8 +144,8 @@ def _all_heads(config: ModelConfig) -> ModelConfig:
     return _mixers(config, AttentionConfig, num_kv_heads=_num_heads(config, AttentionConfig))
 
 
-def _heads(config: ModelConfig, factor: int) -> ModelConfig:
-    return _mixers(config, RetentionConfig, num_heads=factor * _num_heads(config, RetentionConfig))
+def _heads(config: ModelConfig, factor: float) -> ModelConfig:
+    return _mixers(config, RetentionConfig, num_heads=round(factor * _num_heads(config, RetentionConfig)))
 
 
 def _widths(config: ModelConfig, keys: float = 1, values: float = 1) -> ModelConfig:
@@ -192,6 +192,8 @@ CHANGES: dict[str, Change] = {
     "gelu": partial(_feed_forwards, gated=False, activation="gelu"),
     "narrow": partial(_widths, values=0.5),
     "half-keys": partial(_widths, keys=0.5),
+    "wide-keys": partial(_widths, keys=2),
+    "heads2": partial(_heads, factor=2 / 3),
     "heads6": partial(_heads, factor=2),
     "heads12": partial(_heads, factor=4),
     "mha": _all_heads,
