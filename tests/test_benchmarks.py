@@ -21,6 +21,31 @@ def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+def test_the_benchmark_of_split_models_finds_the_tokens_of_one_process():
+    words = [
+        "--size",
+        2,
+        64,
+        4,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--prompt",
+        40,
+        "--most",
+        70,
+        "--seconds",
+        0.1,
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(BENCHMARKS / "bench_tensor_parallel.py"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "the first 33 of 33 greedy tokens are equal" in done.stdout
+    assert "2 processes" in done.stdout
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

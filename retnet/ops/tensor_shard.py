@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# torch 2.13 has renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -72,8 +74,8 @@ class TensorShard:
         return self._joined(x, count)
 
     def _joined(self, x: Tensor, count: int) -> Tensor:
-        per = -(-count // self.size)
-        parts = self.all_gather(F.pad(x, (0, per - x.shape[-1])))
+        missing = -(-count // self.size) - x.shape[-1]
+        parts = self.all_gather(F.pad(x, (0, missing)) if missing else x)
         return parts.movedim(0, -2).flatten(-2)[..., :count]
 
     def sum_(self, x: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class TensorShard:
     def all_gather(self, x: Tensor) -> Tensor:
         """x of all processes [size, ...], without a derivative; their shapes are equal."""
         out = x.new_empty(self.size * x.numel())
-        dist.all_gather_into_tensor(out, x.contiguous().view(-1), group=self.group)
+        _all_gather(out, x.contiguous().view(-1), group=self.group)
         return out.view(self.size, *x.shape)
 
 
