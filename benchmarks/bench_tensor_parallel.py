@@ -98,8 +98,6 @@ class Bench:
                 break
         floor = 1e3 * (weight_bytes(model) + 2 * engine.pool.state.nbytes) / self.bandwidth
         tokens = generations[0].tokens
-        del engine
-        free(self.device)
         return 1e3 * statistics.median(groups), floor, tokens
 
     def all_reduces(self, model: LanguageModel) -> tuple[float, int]:
@@ -171,6 +169,7 @@ def points(bench: Bench):
     expected = bench.logits(model, options.prompt)
     rounding = difference(bench.logits(model, max(1, options.prompt // 4)), expected)
     alone, floor, tokens = bench.measure(model)
+    free(bench.device)
     note = f"{1e3 * options.batch / alone:.1f} tokens/s"
     yield Point("tensor_parallel", case, one, "token", alone, floor, note=note)
     bench.say("splitting")

@@ -53,7 +53,7 @@ def in_lockstep(size: int, work: Callable[[int, Lockstep], None]) -> None:
         raise (broken or errors)[0]
 
 
-def on_processes(processes: int, script: str) -> str:
+def on_processes(processes: int, script: str, *words: object) -> str:
     """The last line that a script prints under torchrun with gloo."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -61,6 +61,6 @@ def on_processes(processes: int, script: str) -> str:
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     places = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
-    done = subprocess.run([*launch, script], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*launch, script, *map(str, words)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]

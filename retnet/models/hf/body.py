@@ -1,6 +1,6 @@
 """`RetNetModel`: the language model without its head, as transformers expect one.
 
-Left out: attention weights, which are refused if asked for, and tensor parallelism.
+Left out: attention weights, which are refused if asked for.
 """
 
 from __future__ import annotations

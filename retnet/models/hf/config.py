@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from retnet.models.config import ModelConfig
 from retnet.models.config_json import TOKEN_IDS, merged, outer_fields
 from retnet.models.directory import AUTO_MAP, MODEL_TYPE, write_shim
+from retnet.models.hf.tensor_parallel import TP_PLAN
 from retnet.models.presets import preset
 
 DEFAULT_PRESET = "retnet-125m"
@@ -29,6 +30,7 @@ class RetNetConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers types it so)
+    base_model_tp_plan = TP_PLAN
 
     model_config: dict | None = None
     use_cache: bool = True

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from retnet.layers.mixers import float32_parameters
 from retnet.models.hf.config import RetNetConfig
+from retnet.models.hf.tensor_parallel import TP_PLAN, finish_split, whole_state_dict
 from retnet.models.lm import LanguageModel
 
 
@@ -21,6 +25,26 @@ class RetNetPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no token can be removed, as assisted generation would need
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers types it so)
     _keep_in_fp32_modules_strict = float32_parameters()
+    _tp_plan = TP_PLAN
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; with tensor parallelism (`distributed_config`) each process keeps its own heads."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        finish_split(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def init_parallel_plans(self) -> None:
+        """As in transformers, whose plans may not name a parameter twice: a tied head is the embedding."""
+        super().init_parallel_plans()
+        if self.config.tie_word_embeddings and self._tp_plan is not None:
+            self._tp_plan.pop("model.head", None)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers. A split model is saved whole, by all processes together."""
+        if getattr(self.model, "shard", None) is not None and kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = whole_state_dict(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """As in transformers, but not skipping a `LanguageModel`, which has no parameters of its own."""
