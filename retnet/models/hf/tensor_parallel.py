@@ -93,5 +93,4 @@ def finish_split(model: Any) -> None:
 def whole_state_dict(model: Any) -> dict[str, Tensor]:
     """The state dict of the whole model, for `save_pretrained`; every process calls it."""
     core = cast(LanguageModel, model.model)
-    inside = {f"model.{name}": x for name, x in whole_weights(core).items()}
-    return {name: inside[name] if name in inside else x for name, x in model.state_dict().items()}
+    return model.state_dict() | {f"model.{name}": x for name, x in whole_weights(core).items()}
