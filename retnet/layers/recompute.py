@@ -39,7 +39,9 @@ ATTENTION = frozenset({
     "flex_attention",
 })  # fmt: skip
 # aten::_fft_c2r ends a long convolution.
-LINEAR_TIME = frozenset({"retnet::retention", "retnet::selective_scan", "aten::_fft_c2r"})
+LINEAR_TIME = frozenset({
+    "retnet::retention", "retnet::context_retention", "retnet::selective_scan", "aten::_fft_c2r"
+})  # fmt: skip
 _last_product: ContextVar[bool] = ContextVar("last_product", default=False)
 
 
@@ -60,9 +62,7 @@ def kept_results(layout: TokenLayout) -> tuple[frozenset[str], frozenset[str]]:
     """The operators whose results the layout's level holds: of mixers, and of feed-forwards."""
     if layout.recompute == "medium":
         return PRODUCTS | ATTENTION, frozenset()
-    # On a shard, what other shards carry over is added to these results in place.
-    linear_time = LINEAR_TIME if layout.context is None else frozenset()
-    return PRODUCTS | ATTENTION | linear_time, PRODUCTS
+    return PRODUCTS | ATTENTION | LINEAR_TIME, PRODUCTS
 
 
 def recomputed(run: Branch, kept: frozenset[str], x: Tensor, state: Any, layout: TokenLayout) -> tuple[Tensor, Any]:

@@ -4,7 +4,6 @@ and returned."""
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.token_layout import TokenLayout
@@ -44,7 +43,7 @@ class ShortConvolution(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """`forward` of inputs [B, T, C_i] whose channels follow each other: they are read without being joined."""
         if layout.context is not None:
-            recent = self._from_the_shard_before(parts, layout.context)
+            recent = self._from_the_shard_before(parts, layout.context, layout.cu_seqlens)
         widths = [x.shape[-1] for x in parts]
         weights = self.weight.split(widths)
         biases = [None] * len(parts) if self.bias is None else self.bias.split(widths)
@@ -65,16 +64,13 @@ class ShortConvolution(nn.Module):
             return ys, recent.copy_(after)
         return ys, after
 
-    def _from_the_shard_before(self, parts: Sequence[Tensor], shard: ContextShard) -> Tensor:
+    def _from_the_shard_before(self, parts: Sequence[Tensor], shard: ContextShard, cu_seqlens: Tensor | None) -> Tensor:
         """The last W - 1 inputs before each sequence of a shard [N, W - 1, C]: zeros for those that begin on it."""
         reach = self.weight.shape[-1] - 1
         if shard.tokens < reach:
             raise ValueError(f"a shard has {shard.tokens} tokens; accepted by this convolution: at least {reach}")
-        tokens = min(reach, shard.last_tokens)
-        ends = F.pad(torch.cat([x[:, -tokens:] for x in parts], -1), (0, 0, reach - tokens, 0))
-        before = shard.previous(ends)
-        others = 0 if shard.bounds is None else len(shard.bounds) - 2
-        return torch.cat([before, before.new_zeros(others, *before.shape[1:])])
+        ends = torch.cat([x[:, -reach:] for x in parts], -1)
+        return shard.recent(ends, ends.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 def advance_recent_(recent: Tensor, inputs: Tensor, counts: Tensor) -> None:

@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from retnet.kernels.retention.problem import RetentionProblem
-from retnet.ops.context_shard import ContextShard, Exchange, from_after, from_before, outside_graphs
+from retnet.ops.context_shard import ContextShard, Exchange, from_after, from_before, shard_of
 from retnet.ops.context_states import Decays, weighted, weighted_state
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.retention import checked_call
 from retnet.ops.selective_scan import selective_scan
 
 
-@outside_graphs
 def context_retention(
     q: Tensor,
     k: Tensor,
@@ -40,53 +38,115 @@ def context_retention(
     overlap: compute the output from empty states while the exchange runs, then add what the carried state adds. False:
     find the final state by a product of its own, exchange it, and compute the output once, from the carried state.
     """
-    problem, plan = checked_call(q, k, v, log_decay, state=state, **options)
-    tensors = problem.q, problem.k, problem.v, problem.log_decay, problem.state
-    overlap = overlap and problem.v.dtype != torch.float16  # a state in float16 may overflow
-    return _ContextRetention.apply(*tensors, problem, plan.mode, shard, overlap)
+    p, plan = checked_call(q, k, v, log_decay, state=state, **options)
+    overlap = overlap and p.v.dtype != torch.float16  # a state in float16 may overflow
+    tensors = p.q, p.k, p.v, p.log_decay, p.state, p.mask, p.cu_seqlens, shard.handle
+    out, final, _, _ = torch.ops.retnet.context_retention(
+        *tensors, shard.size, p.scale, plan.chunk_size, plan.mode, overlap
+    )
+    return out, final
 
 
-class _ContextRetention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        state: Tensor | None,
-        problem: RetentionProblem,
-        mode: str,
-        shard: ContextShard,
-        overlap: bool,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        make = _overlapped if overlap else _in_turn
-        out, final, carried, totals = make(_Shard(problem, shard), mode)
-        ctx.save_for_backward(q, k, v, log_decay, carried, problem.mask, problem.cu_seqlens, totals)
-        ctx.scale, ctx.chunk_size, ctx.shard = problem.scale, problem.chunk_size, shard
-        ctx.state_dtype = None if state is None else state.dtype
-        return out, final
+@torch.library.custom_op("retnet::context_retention", mutates_args=())
+def _context_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    handle: Tensor,
+    size: int,
+    scale: float,
+    chunk_size: int,
+    mode: str,
+    overlap: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, the final states [N, H, K, V], the states before each sequence, and the total decays of all shards."""
+    problem = RetentionProblem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
+    part = _Shard(problem, shard_of(handle))
+    out, final, carried, totals = (_overlapped if overlap else _in_turn)(part, mode)
+    if carried is None:
+        carried = torch.zeros_like(final)
+    elif carried is state:
+        carried = carried.to(final.dtype, copy=True)
+    return out, final, carried, totals.clone()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, log_decay, carried, mask, cu_seqlens, totals = ctx.saved_tensors
-        problem = RetentionProblem(q, k, v, log_decay, ctx.scale, carried, mask, cu_seqlens, ctx.chunk_size)
-        shard, needed = ctx.shard, ctx.needs_input_grad
-        dout = torch.zeros_like(v) if dout is None else dout
-        dcarry = _Shard(problem, shard).carry_gradient(dout, dfinal)
-        grads, _ = Exchange(shard, dcarry, None, totals).wait()
-        if shard.goes_on:
-            more = from_after(shard, grads, totals)
-            dfinal = more.new_zeros(problem.state_shape) if dfinal is None else dfinal
-            dfinal = shard.add_to_last(dfinal, more)
-        dq, dk, dv, dlog, dstate = torch.ops.retnet.retention_backward(
-            dout, dfinal, *problem.arguments, needed[3], needed[4]
-        )
-        dlog = dlog if needed[3] else None
-        dstate = dstate.to(ctx.state_dtype) if needed[4] else None
-        return dq, dk, dv, dlog, dstate, None, None, None, None
+
+@_context_retention.register_fake
+def _(q, k, v, log_decay, state, mask, cu_seqlens, handle, size, scale, chunk_size, mode, overlap):
+    problem = RetentionProblem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
+    final = v.new_empty(problem.state_shape, dtype=wide_dtype(v.dtype))
+    return v.new_empty(v.shape), final, torch.empty_like(final), final.new_empty(size, q.shape[0], v.shape[2], 1, 1)
+
+
+@torch.library.custom_op("retnet::context_retention_backward", mutates_args=())
+def _context_retention_backward(
+    dout: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    carried: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    totals: Tensor,
+    handle: Tensor,
+    scale: float,
+    chunk_size: int,
+    given: bool,
+    need_dlog_decay: bool,
+    need_dstate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `retnet::retention_backward`, with the gradients that other shards have of this one's final state.
+
+    given: whether a state was given beside the carried one.
+    """
+    shard = shard_of(handle)
+    state = carried if shard.continues or given else None  # otherwise zeros
+    problem = RetentionProblem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
+    dcarry = _Shard(problem, shard).carry_gradient(dout, dfinal)
+    grads, _ = Exchange(shard, dcarry, None, totals).wait()
+    if shard.goes_on:
+        more = from_after(shard, grads, totals)
+        dfinal = more.new_zeros(problem.state_shape) if dfinal is None else dfinal
+        dfinal = shard.add_to_last(dfinal, more)
+    *grads, dlog, dstate = torch.ops.retnet.retention_backward(
+        dout, dfinal, *problem.arguments, need_dlog_decay, need_dstate
+    )
+    nothing = [log_decay.new_empty(0) for _ in range(2)]  # results of an operator may not be one tensor
+    return *grads, dlog if need_dlog_decay else nothing[0], dstate if need_dstate else nothing[1]
+
+
+@_context_retention_backward.register_fake
+def _(dout, dfinal, q, k, v, log_decay, carried, mask, cu_seqlens, totals, handle, scale, chunk_size, given, need_dlog,
+      need_dstate):  # fmt: skip
+    dlog = log_decay.new_empty(log_decay.shape if need_dlog else 0)
+    dstate = carried.new_empty(carried.shape if need_dstate else 0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlog, dstate
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    q, k, v, log_decay, state, mask, cu_seqlens, handle, _, ctx.scale, ctx.chunk_size, _, _ = inputs
+    _, _, carried, totals = output
+    ctx.save_for_backward(q, k, v, log_decay, carried, mask, cu_seqlens, totals, handle)
+    ctx.state_dtype = None if state is None else state.dtype
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved, needed = ctx.saved_tensors, ctx.needs_input_grad  # checkpointing allows one look
+    dout = torch.zeros_like(saved[2]) if dout is None else dout
+    dq, dk, dv, dlog, dstate = torch.ops.retnet.context_retention_backward(
+        dout, dfinal, *saved, ctx.scale, ctx.chunk_size, ctx.state_dtype is not None, *needed[3:5]
+    )
+    dstate = dstate.to(ctx.state_dtype) if needed[4] else None
+    return dq, dk, dv, dlog if needed[3] else None, dstate, *[None] * 8
+
+
+_context_retention.register_autograd(_gradients, setup_context=_save)
 
 
 class _Shard:

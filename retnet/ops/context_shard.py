@@ -8,10 +8,16 @@ decays D, as in LASP-2 (arXiv 2502.07563), here with decays and documents:
 
 Every process takes part in every exchange, forward and backward, also where nothing crosses its border: the collectives
 of all processes must match. Derivatives of second order are not defined.
+
+Exchanges are torch.library operators, so that torch.compile and selective checkpointing see them as single operators.
+An operator takes a shard as its `handle`: a compiled graph then is that of all shards, wherever documents begin.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
+from threading import Lock
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,6 +30,20 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # torch 2.13 deprecates the names that torch 2.11 has.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# Shards by handle. A graph holds handles alone, and its backward may run when nobody else has the shard.
+_SHARDS: "OrderedDict[int, ContextShard]" = OrderedDict()
+_MOST_SHARDS = 4096
+_numbers, _lock = count(), Lock()
+
+
+def shard_of(handle: Tensor) -> "ContextShard":
+    """The shard of a handle. Raises ValueError if thousands were made after it."""
+    shard = _SHARDS.get(int(handle))
+    if shard is None:
+        raise ValueError(f"a backward needs a shard after {_MOST_SHARDS} newer ones; accepted: one of the last of them")
+    return shard
 
 
 def outside_graphs(function: Function) -> Function:
@@ -48,6 +68,15 @@ class ContextShard:
     bounds: tuple[int, ...] | None
     start: int
     one_row: bool
+    handle: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        with _lock:
+            number = next(_numbers)
+            _SHARDS[number] = self
+            if len(_SHARDS) > _MOST_SHARDS:
+                _SHARDS.popitem(last=False)
+        object.__setattr__(self, "handle", torch.tensor(number, device="cpu"))
 
     @classmethod
     def of(
@@ -141,15 +170,16 @@ class ContextShard:
         """Begin the exchange of final states [B, ...] and total log decays, which broadcast to them."""
         return Carried(self, final, total)
 
-    @outside_graphs
-    def previous(self, x: Tensor) -> Tensor:
-        """The x of the shard before, of the same shape; zeros where no sequence goes on from there."""
-        return _Previous.apply(x, self)
+    def recent(self, ends: Tensor, num_sequences: int) -> Tensor:
+        """The tokens before each sequence of this shard [N, W, ...], zeros where it begins on it.
 
-    @outside_graphs
+        ends: the last W tokens of this shard [B, W, ...].
+        """
+        return torch.ops.retnet.shard_recent(ends, self.handle, num_sequences)
+
     def gathered(self, x: Tensor) -> Tensor:
         """x [B, tokens, ...] of all shards in order, [B, size * tokens, ...]."""
-        return _Gathered.apply(x, self)
+        return torch.ops.retnet.shard_gathered(x, self.handle, self.size)
 
     @outside_graphs
     def total(self, x: Tensor) -> Tensor:
@@ -253,28 +283,73 @@ class _Carry(torch.autograd.Function):
         return from_after(shard, grads, totals), grad_total.to(ctx.total_dtype), None
 
 
-class _Previous(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shard: ContextShard) -> Tensor:
-        ctx.shard = shard
-        xs = shard.all_gather(x)
-        return xs[shard.rank - 1].clone() if shard.continues else torch.zeros_like(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        shard = ctx.shard
-        grads = shard.all_gather(grad)
-        return grads[shard.rank + 1].clone() if shard.goes_on else torch.zeros_like(grad), None
+@torch.library.custom_op("retnet::shard_recent", mutates_args=())
+def _recent(ends: Tensor, handle: Tensor, num_sequences: int) -> Tensor:
+    shard = shard_of(handle)
+    found = shard.all_gather(_of_last_sequence(ends, shard))
+    out = ends.new_zeros(num_sequences, *ends.shape[1:])
+    if shard.continues:
+        shard.first(out).copy_(found[shard.rank - 1])
+    return out
 
 
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shard: ContextShard) -> Tensor:
-        ctx.shard = shard
-        return shard.all_gather(x).transpose(0, 1).flatten(1, 2)
+@torch.library.custom_op("retnet::shard_recent_backward", mutates_args=())
+def _recent_backward(grad: Tensor, handle: Tensor, num_rows: int) -> Tensor:
+    """The gradient of the ends [num_rows, W, ...] of this shard."""
+    shard = shard_of(handle)
+    grads = shard.all_gather(shard.first(grad))
+    return _of_last_sequence(grads[shard.rank + 1], shard) if shard.goes_on else torch.zeros_like(grads[0])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.shard.reduce_scatter(grad.unflatten(1, (ctx.shard.size, -1)).transpose(0, 1)), None
+
+def _of_last_sequence(ends: Tensor, shard: ContextShard) -> Tensor:
+    """The ends with zeros at tokens before the last sequence."""
+    others = max(0, ends.shape[1] - shard.last_tokens)
+    return torch.cat([torch.zeros_like(ends[:, :others]), ends[:, others:]], 1)
+
+
+@torch.library.custom_op("retnet::shard_gathered", mutates_args=())
+def _gathered(x: Tensor, handle: Tensor, size: int) -> Tensor:
+    return shard_of(handle).all_gather(x).transpose(0, 1).flatten(1, 2)
+
+
+@torch.library.custom_op("retnet::shard_gathered_backward", mutates_args=())
+def _gathered_backward(grad: Tensor, handle: Tensor, size: int) -> Tensor:
+    return shard_of(handle).reduce_scatter(grad.unflatten(1, (size, -1)).transpose(0, 1))
+
+
+@_recent.register_fake
+def _(ends: Tensor, handle: Tensor, num_sequences: int) -> Tensor:
+    return ends.new_empty(num_sequences, *ends.shape[1:])
+
+
+@_recent_backward.register_fake
+def _(grad: Tensor, handle: Tensor, num_rows: int) -> Tensor:
+    return grad.new_empty(num_rows, *grad.shape[1:])
+
+
+@_gathered.register_fake
+def _(x: Tensor, handle: Tensor, size: int) -> Tensor:
+    return x.new_empty(x.shape[0], size * x.shape[1], *x.shape[2:])
+
+
+@_gathered_backward.register_fake
+def _(grad: Tensor, handle: Tensor, size: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], grad.shape[1] // size, *grad.shape[2:])
+
+
+def _save_handle(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, handle, _ = inputs
+    ctx.save_for_backward(handle)
+    ctx.num_rows, ctx.size = x.shape[0], output.shape[1] // x.shape[1]
+
+
+def _recent_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.retnet.shard_recent_backward(grad, *ctx.saved_tensors, ctx.num_rows), None, None
+
+
+def _gathered_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.retnet.shard_gathered_backward(grad, *ctx.saved_tensors, ctx.size), None, None
+
+
+_recent.register_autograd(_recent_gradient, setup_context=_save_handle)
+_gathered.register_autograd(_gathered_gradient, setup_context=_save_handle)

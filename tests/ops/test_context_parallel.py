@@ -16,6 +16,7 @@ from torch import Tensor
 
 from retnet.layers import attention
 from retnet.layers.attention import Attention
+from retnet.layers.recompute import Recompute
 from retnet.ops import context_parallel, context_shard
 from retnet.ops.context_shard import ContextShard
 from tests.lockstep import Lockstep, in_lockstep, on_processes
@@ -131,6 +132,30 @@ def test_a_broken_exchange_is_noticed(monkeypatch, mutation, check):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_compute_what_one_does(processes):
     assert on_processes(processes, checks.__file__) == "equal"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["none", "light"])
+def test_compiled_blocks_on_shards_are_one_graph_wherever_documents_begin(level):
+    layers = (replace(PAPER, mixer=replace(PAPER.mixer, conv_width=4)), checks.GATED)
+    model, compiled = (small_model(layers, dtype="float64").train() for _ in range(2))
+    torch._dynamo.reset()
+    for layer in compiled.layers:
+        layer.compile(backend="aot_eager", dynamic=False, fullgraph=True)
+    model.recompute = compiled.recompute = Recompute(level)
+    ids, seen = torch.randint(VOCAB, (1, 25), generator=torch.Generator().manual_seed(3)), set()
+    for bounds in ([0, 7, 24], [0, 2, 24], [0, 23, 24]):
+        losses = []
+        for one in (model, compiled):
+            one.zero_grad()
+            shard = ThreadShard.part(0, 1, 24, bounds, Lockstep(1))
+            losses.append(one.loss(ids[:, :-1], ids[:, 1:], context=shard))
+            losses[-1].backward()
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+        for mine, theirs in zip(compiled.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+        seen.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(seen) == 1
 
 
 WHOLE = ContextShard.part(0, 1, 12, None)  # needs no group until something is exchanged
