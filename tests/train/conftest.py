@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ def fixed_peak():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("retnet.train.trainer.device_peak", lambda device, dtype: Peak(1e12, "a fixed rate"))
         yield
+
+
+@pytest.fixture(scope="session")
+def short_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 60 texts of 10 to 200 bytes: rows hold several documents, and documents go over their ends."""
+    folder, rng = tmp_path_factory.mktemp("data") / "short", random.Random(0)
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i:02}.txt").write_text("".join(rng.choices("abcde ", k=rng.randint(10, 200))))
+    return folder
 
 
 @pytest.fixture
