@@ -27,11 +27,11 @@ def train(
 ) -> None:
     """Train a model on text.
 
-    Settings are model, data (a source, or several with weights), valid, length (tokens per row), carry_state,
-    max_minutes, and every field of transformers' TrainingArguments: learning_rate, max_steps, bf16, torch_compile,
-    resume_from_checkpoint (auto takes the newest complete checkpoint), ... By default a step reads 8 rows of 1024
-    tokens, and the run is one pass over the training documents. It trains on the GPU if there is one
-    (use_cpu=true: on the CPU).
+    Settings are model, data (a source, or several with weights), valid, length (tokens per row), context_parallel
+    (processes that share a row), carry_state, max_minutes, and every field of transformers' TrainingArguments:
+    learning_rate, max_steps, bf16, torch_compile, resume_from_checkpoint (auto takes the newest complete checkpoint),
+    ... By default a step reads 8 rows of 1024 tokens, and the run is one pass over the training documents. It trains on
+    the GPU if there is one (use_cpu=true: on the CPU).
 
     After a SIGTERM or Ctrl-C the step is finished and a checkpoint is saved; the exit code is 143 or 130.
 
