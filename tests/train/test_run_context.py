@@ -32,6 +32,7 @@ TWO_GROUPS = {"per_device_train_batch_size": 3}
 # DDP otherwise sums gradients in another order from the second step on, and four terms round differently.
 FIXED_BUCKETS = {"ddp_find_unused_parameters": True}
 FSDP = {"fsdp": "true", "fsdp_config": "{state_dict_type: SHARDED_STATE_DICT}"}
+ASYNC = {"fsdp": "true", "checkpoints": "async"}
 MUON = {"optim": "muon"}
 
 # By the number of processes: the stack, the settings, and those that one process needs too.
@@ -127,24 +128,25 @@ def test_a_reordered_row_is_another_run(models, short_texts, tmp_path, console):
     assert losses(two)[1] != pytest.approx(losses(one)[1], rel=1e-3)
 
 
-@pytest.mark.parametrize(("processes", "settings"), [(2, {}), (4, TWO_GROUPS | FIXED_BUCKETS), (2, FSDP)])
+@pytest.mark.parametrize(("processes", "settings"), [(2, {}), (4, TWO_GROUPS | FIXED_BUCKETS), (2, ASYNC)])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     dropout_model, short_texts, tmp_path, processes, settings
 ):
-    """Bit for bit, with dropout, killed in the middle of step 4."""
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "context_parallel": 2}
+    """Bit for bit, with dropout, killed in the middle of step 6."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "context_parallel": 2}
     settings = STEP | saving | settings | {"resume_from_checkpoint": "auto"}
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
     words = words_for(dropout_model, short_texts, killed, **settings)
-    died = torchrun(processes, "killed_run.py", "step:4", *words)
+    died = torchrun(processes, "killed_run.py", "step:6", *words)
     assert died.returncode != 0
     assert "Signal 9 (SIGKILL)" in died.stderr
-    assert {path.name for path in killed.glob("checkpoint-*")} == {"checkpoint-2"}
+    saved = {path.name for path in killed.glob("checkpoint-*")}
+    assert "checkpoint-2" in saved  # 4 may be unfinished in the background
     assert not (killed / "training.json").exists()
     runs = [{"words": words_for(dropout_model, short_texts, whole, **settings), "reordered": False}]
     train_all(processes, runs, tmp_path)
     train_all(processes, [{"words": words, "reordered": False}], tmp_path)
-    assert list(losses(whole)) == [1, 2, 3, 4, 5, 6]
+    assert list(losses(whole)) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert logged(killed) == logged(whole)
     assert weights(killed) == weights(whole)
 
