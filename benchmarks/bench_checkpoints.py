@@ -91,7 +91,7 @@ def main() -> None:
         count = bytes_model(options.model, Path(folder) / "model")
         print(
             f"{options.model}, {count / 1e6:.1f}M parameters, AdamW in float32, {hardware(torch.device('cpu'))}, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+            f"torch {torch.__version__}"
         )
         for form in options.only:
             timed_run(form, Path(folder) / "model", Path(folder), options.saves, options.steps)

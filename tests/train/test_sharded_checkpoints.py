@@ -179,3 +179,19 @@ def test_a_checkpoint_with_a_torn_file_and_a_marker_of_it_is_refused(
     recipe = recipe_for(dropout_model, text_folder, tmp_path / "other", **ASYNC, resume_from_checkpoint=checkpoint)
     with pytest.raises(CheckpointError, match=f"checkpoint-2 cannot be resumed: .*{file}"):
         train(recipe, console)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["sharded", "async"])
+def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(
+    dropout_model, text_folder, tmp_path, console, monkeypatch, form
+):
+    """Validation is best at step 4, and one more checkpoint is kept."""
+    settings = SAVING | {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1}
+    settings |= {"load_best_model_at_end": True, "do_eval": True}
+    for each in ("whole", form):
+        scores = iter([2.0, 1.0, 3.0, 4.0])
+        monkeypatch.setattr(PackedTrainer, "_score", lambda self, rows, left=scores: torch.tensor([next(left), 1.0]))
+        train(recipe_for(dropout_model, text_folder, tmp_path / each, **settings, checkpoints=each), console)
+        assert [path.name for path in (tmp_path / each).glob("checkpoint-*")] == ["checkpoint-4"]
+    assert weights(tmp_path / form) == weights(tmp_path / "whole")

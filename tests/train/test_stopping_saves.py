@@ -95,6 +95,7 @@ def test_a_signal_in_the_last_validation_leaves_the_trained_model_and_a_checkpoi
     ("settings", "signalled", "step"),
     [
         ({}, 3, 4),
+        pytest.param({"checkpoints": "async", "save_strategy": "steps", "save_steps": 2}, 3, 4, marks=pytest.mark.slow),
         pytest.param({}, 8, 8, marks=pytest.mark.slow),
         pytest.param({"eval_strategy": "epoch"}, 8, 8, marks=pytest.mark.slow),
         pytest.param({"eval_strategy": "epoch", "length": 480, "max_steps": 6}, 3, 4, marks=pytest.mark.slow),
