@@ -87,10 +87,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=FORMS, choices=FORMS)
     options = parser.parse_args()
     run.PackedTrainer = Timed
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         count = bytes_model(options.model, Path(folder) / "model")
         print(
-            f"{options.model}, {count / 1e6:.1f}M parameters, AdamW in float32, {hardware(torch.device('cpu'))}, "
+            f"{options.model}, {count / 1e6:.1f}M parameters, AdamW in float32, {hardware(device)}, "
             f"torch {torch.__version__}"
         )
         for form in options.only:
