@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, load_shown, print_json
+from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, load_shown, print_json, silent
 from retnet.system.extras import needs
 from retnet.system.progress import Progress
+
+if TYPE_CHECKING:
+    from retnet.eval.processes import Processes
 
 VALID_FRACTION = 0.05
 
@@ -50,6 +56,10 @@ def evaluate(
     valid_fraction: Annotated[
         float | None, typer.Option(help=f"Share that is held out, as in training; by default {VALID_FRACTION}.")
     ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="With --tasks: file for requests and scores per document, as JSON lines."),
+    ] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -59,6 +69,8 @@ def evaluate(
     model is trained on the training documents, so it is shown for the held-out part only. A model trained on token
     shards has its held-out documents there: give the same shards.
 
+    Under torchrun or accelerate launch, processes share the work and the first one prints the result of one process.
+
     Example: retnet eval out/demo --data my/texts
     """
     if sum(option is not None for option in (data, file, tasks)) != 1:
@@ -66,15 +78,26 @@ def evaluate(
     _refuse_unused("--data", data, {"--part": part, "--valid-fraction": valid_fraction})
     _refuse_unused("--file", file, {"--context": context, "--stride": stride})
     _refuse_unused("--tasks", tasks, {"--num-fewshot": num_fewshot, "--limit": limit, "--include-path": include_path})
+    _refuse_unused("--tasks", tasks, {"--samples": samples})
     if part is Part.all and valid_fraction is not None:
         raise ValueError("--valid-fraction is for --part valid; --part all holds nothing out")
-    if tasks is not None:
-        _run_tasks(model, tasks.split(","), device, num_fewshot, limit, include_path, as_json)
-    elif file is not None:
-        _perplexity(model, file, context, stride, device, as_json)
-    elif data is not None:
-        held_out = VALID_FRACTION if valid_fraction is None else valid_fraction
-        _bits_per_byte(model, data, part or Part.valid, held_out, device, as_json)
+    from retnet.eval.processes import SharedError, launched
+
+    with launched() as processes:
+        device = processes.device(device)
+        try:
+            if tasks is not None:
+                words = {"num_fewshot": num_fewshot, "limit": limit}
+                _run_tasks(model, tasks.split(","), device, words, include_path, samples, as_json, processes)
+            elif file is not None:
+                _perplexity(model, file, context, stride, device, as_json, processes)
+            elif data is not None:
+                held_out = VALID_FRACTION if valid_fraction is None else valid_fraction
+                _bits_per_byte(model, data, part or Part.valid, held_out, device, as_json, processes)
+        except SharedError:
+            if processes.is_first:
+                raise
+            raise typer.Exit(2) from None
 
 
 def _refuse_unused(source: str, given: object, options: Mapping[str, object]) -> None:
@@ -84,14 +107,16 @@ def _refuse_unused(source: str, given: object, options: Mapping[str, object]) ->
         raise ValueError(f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} for {source}, which is not given")
 
 
-def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, device: str, as_json: bool) -> None:
+def _bits_per_byte(
+    model: str, data: str, part: Part, valid_fraction: float, device: str, as_json: bool, processes: Processes
+) -> None:
     from retnet.api import load_tokenizer
     from retnet.data import open_corpus
     from retnet.data.corpus import ByteCorpus
     from retnet.eval.bits import bits_per_byte, corpus_bits_per_byte
     from retnet.eval.compressors import compressor_table, texts_of
 
-    network = load_shown(model, device)
+    network = load_shown(model, device, quiet=not processes.is_first)
     tokenizer = load_tokenizer(network)
     corpus = open_corpus(data)
     train, scored = corpus.split(valid_fraction) if part is Part.valid else (None, corpus)
@@ -104,10 +129,13 @@ def _bits_per_byte(model: str, data: str, part: Part, valid_fraction: float, dev
             f"{data} holds tokens of another tokenizer than that of {model}; accepted: text, or tokens that `retnet "
             "data` wrote with its tokenizer"
         )
-    with Progress(errors, "scoring", scored.num_targets, "tokens") as shown:
+    share = scored.num_targets // processes.count
+    with Progress(errors if processes.is_first else silent, "scoring", share, "tokens") as shown:
         began = time.perf_counter()
-        result = result_of(on_tokens=shown.advance)
+        result = result_of(on_tokens=shown.advance, processes=processes)
         seconds = time.perf_counter() - began
+        if not processes.is_first:
+            return
         rows = compressor_table(None if train is None else texts_of(train), texts_of(scored), shown.begin)
     rows[model] = result.bits_per_byte
     if as_json:
@@ -134,27 +162,36 @@ def _explained(rows: Mapping[str, float]) -> Iterator[str]:
         yield f"{ORDER2}: predicts a byte from the two before it, by their counts in the training documents"
 
 
-def _perplexity(model: str, file: Path, context: int | None, stride: int | None, device: str, as_json: bool) -> None:
+def _perplexity(
+    model: str,
+    file: Path,
+    context: int | None,
+    stride: int | None,
+    device: str,
+    as_json: bool,
+    processes: Processes,
+) -> None:
     from retnet.api import load_tokenizer
     from retnet.eval.perplexity import perplexity
 
-    network = load_shown(model, device)
+    network = load_shown(model, device, quiet=not processes.is_first)
     tokenizer = load_tokenizer(network)
     try:
         text = _bytes_of(file).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 at byte {error.start}; accepted: text in UTF-8") from error
-    with Progress(errors, "scoring", unit="tokens") as shown:
+    with Progress(errors if processes.is_first else silent, "scoring", unit="tokens") as shown:
 
         def on_tokens(done: int, total: int) -> None:
             shown.update(done, total=total)
 
-        results = {"stateful": perplexity(network, tokenizer, text, on_tokens=on_tokens)}
+        read = partial(perplexity, network, tokenizer, text, on_tokens=on_tokens, processes=processes)
+        results = {"stateful": read()}
         if context is not None or stride is not None:
             shown.begin("scoring windows", unit="tokens")
-            results["strided"] = perplexity(
-                network, tokenizer, text, context=context, stride=stride, on_tokens=on_tokens
-            )
+            results["strided"] = read(context=context, stride=stride)
+    if not processes.is_first:
+        return
     rows = {
         way: {
             "nats": result.nats,
@@ -194,18 +231,27 @@ def _run_tasks(
     model: str,
     tasks: list[str],
     device: str,
-    num_fewshot: int | None,
-    limit: int | None,
+    options: dict[str, int | None],
     include_path: Path | None,
+    samples: Path | None,
     as_json: bool,
+    processes: Processes,
 ) -> None:
+    if not processes.is_first:  # the harness shows its progress and warnings in every process
+        os.environ["TQDM_DISABLE"] = "1"
+        logging.disable(logging.WARNING)
     with needs("eval", "--tasks"):
         from lm_eval.tasks import TaskManager
     from retnet.eval.harness import RetNetLM, run_tasks
 
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    network = RetNetLM(model, device=device)
-    results = run_tasks(network, tasks, num_fewshot=num_fewshot, limit=limit, task_manager=manager)["results"]
+    network = RetNetLM(model, device=device, processes=processes)
+    found = run_tasks(network, tasks, task_manager=manager, log_samples=samples is not None, **options)
+    if not processes.is_first:
+        return
+    if samples is not None:
+        _write_samples(samples, found["samples"])
+    results = found["results"]
     if as_json:
         print_json(results)
         return
@@ -217,3 +263,14 @@ def _run_tasks(
             if isinstance(value, float):
                 table.add_row(escape(task), metric, f"{value:.4f}")
     console.print(table)
+
+
+def _write_samples(file: Path, samples: Mapping[str, list[dict[str, object]]]) -> None:
+    """One line of JSON per document and task."""
+    from retnet.system.files import written_whole
+
+    with written_whole(file) as lines:
+        for task, documents in samples.items():
+            for document in documents:
+                line = json.dumps({"task": task, **document}, ensure_ascii=False, default=str)
+                lines.write(line.encode("utf-8", "backslashreplace") + b"\n")

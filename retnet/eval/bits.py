@@ -14,6 +14,7 @@ import torch
 
 from retnet.data import Corpus, Document, Tokenizer
 from retnet.data.blocks import cut_documents
+from retnet.eval.processes import ALONE, Processes
 from retnet.models.lm import LanguageModel
 from retnet.models.log_likelihood import score
 
@@ -38,34 +39,45 @@ def bits_per_byte(
     tokenizer: Tokenizer,
     documents: Iterable[Document],
     on_tokens: Callable[[int], None] = lambda count: None,
+    processes: Processes = ALONE,
 ) -> BitsPerByte:
     """-log2 p summed over every token of every document, each begun by the document start.
 
     on_tokens: gets the number of tokens of every piece that has been scored.
+    processes: share the documents; the sum is that of one process.
 
     A document cut inside a character (`split_documents` of a single file) begins with its next one, where the tokenizer
     needs text.
 
     Raises ValueError for a document that the tokenizer cannot read, and if there are none.
     """
-    bits, num_bytes = 0.0, 0
-    for document in documents:
+    texts = list(documents)
+
+    def scored(document: Document) -> tuple[float, int]:
         begin = _first_character(document) if tokenizer.reads_text else 0
+        pieces = _pieces_of_text(tokenizer, document, begin)
         try:
-            bits += _bits(model, tokenizer.document_start, _pieces_of_text(tokenizer, document, begin), on_tokens)
+            return _bits(model, tokenizer.document_start, pieces, on_tokens), document.size - begin
         except ValueError as error:
             raise ValueError(f"{document.path}: {error}") from error
-        num_bytes += document.size - begin
-    return _total(bits, num_bytes)
+
+    found = processes.run([text.size for text in texts], lambda share: [scored(texts[i]) for i in share])
+    return _total(sum(bits for bits, _ in found), sum(size for _, size in found))
 
 
 def corpus_bits_per_byte(
-    model: LanguageModel, corpus: Corpus, on_tokens: Callable[[int], None] = lambda count: None
+    model: LanguageModel,
+    corpus: Corpus,
+    on_tokens: Callable[[int], None] = lambda count: None,
+    processes: Processes = ALONE,
 ) -> BitsPerByte:
     """The same of a corpus whose tokens are the model's: token shards are scored as they were trained on."""
     start = corpus.document_start
-    bits = sum(_bits(model, start, _pieces_of_tokens(corpus, i), on_tokens) for i in range(len(corpus)))
-    return _total(bits, corpus.num_bytes)
+
+    def scored(share: range) -> list[float]:
+        return [_bits(model, start, _pieces_of_tokens(corpus, i), on_tokens) for i in share]
+
+    return _total(sum(processes.run(corpus.lengths.tolist(), scored)), corpus.num_bytes)
 
 
 def _total(bits: float, num_bytes: int) -> BitsPerByte:

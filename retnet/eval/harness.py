@@ -31,6 +31,7 @@ with needs("eval", "A task of lm-evaluation-harness"):
 
 from retnet.data import Tokenizer
 from retnet.data.tokenizer_json import TOKENIZER_FILE, JsonTokenizer
+from retnet.eval.processes import ALONE, Processes
 from retnet.models.decode.generation import generate, prefill
 from retnet.models.hf.tokenizer import TransformersTokenizer, transformers_tokenizer
 from retnet.models.lm import LanguageModel
@@ -49,15 +50,25 @@ _LIMITS = (
 )  # names of the limit; the first wins
 _OPTIONS = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", *_LIMITS)
 ROWS = 64  # answers scored at a time
+_Context = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A context after prefill: its length in tokens, the logits [1, vocab] after it, and the state."""
+    """A context after prefill: the logits [1, vocab] after it, and the state."""
+
+    logits: Tensor
+    state: ModelState
+
+
+@dataclass
+class _Prefix:
+    """The first `length` tokens of a context, read on from those of `before`, when they are needed."""
 
     length: int
-    logits: Tensor | None
-    state: ModelState | None
+    context: Sequence[int] = ()
+    before: _Prefix | None = None
+    read: _Read | None = None
 
 
 class RetNetLM(TemplateLM):
@@ -65,6 +76,7 @@ class RetNetLM(TemplateLM):
 
     tokenizer: in place of the model's own; of transformers or ours.
     add_bos_token: put the document start before contexts, or not; as the tokenizer does if None.
+    processes: share the requests. Results, their order and their bits are those of one process, in every process.
     tokens_read: tokens that went through the model as context; fewer than in the requests where prefixes are shared.
     """
 
@@ -77,6 +89,7 @@ class RetNetLM(TemplateLM):
         device: str = "auto",
         dtype: str | None = None,
         add_bos_token: bool | None = None,
+        processes: Processes = ALONE,
         **kwargs: Any,
     ):
         super().__init__()
@@ -93,7 +106,7 @@ class RetNetLM(TemplateLM):
             file = file if file and file.is_file() else None
             tokenizer = transformers_tokenizer(file, ours.document_start, ours.document_end, add_bos_token)
         self.model, self.tokenizer, self.add_bos_token = pretrained.eval(), tokenizer, add_bos_token
-        self.tokens_read = 0
+        self.processes, self.tokens_read = processes, 0
 
     @property
     def eot_token_id(self) -> int:
@@ -122,20 +135,33 @@ class RetNetLM(TemplateLM):
         by_context: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, _) in enumerate(requests):
             by_context.setdefault(tuple(context) or (self.prefix_token_id,), []).append(i)
+        contexts = sorted(by_context)
+
+        def scored(share: range) -> list[list[tuple[float, bool]]]:
+            found = []
+            for context, read in self._read_all(contexts, share):
+                answers = [requests[i][2] for i in by_context[context]]
+                batches = (answers[begin : begin + ROWS] for begin in range(0, len(answers), ROWS))
+                found.append([result for batch in batches for result in self._score_answers(read, batch)])
+            return found
+
+        costs = [len(context) + sum(len(requests[i][2]) for i in by_context[context]) for context in contexts]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        for context, read in self._read_all(sorted(by_context)):
-            indices = by_context[context]
-            for begin in range(0, len(indices), ROWS):
-                batch = indices[begin : begin + ROWS]
-                for i, result in zip(batch, self._score_answers(read, [requests[i][2] for i in batch])):
-                    results[i] = result
+        for context, answers in zip(contexts, self.processes.run(costs, scored), strict=True):
+            for i, (nats, greedy) in zip(by_context[context], answers, strict=True):
+                results[i] = nats, greedy
         return results
 
-    def _read_all(self, contexts: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], _Read]]:
-        """Prefill sorted contexts; a prefix shared with the previous one is read once."""
+    def _read_all(
+        self, contexts: Sequence[tuple[int, ...]], share: range
+    ) -> Iterator[tuple[tuple[int, ...], _Read | None]]:
+        """Prefill the sorted contexts of a share; a prefix shared with the previous one is read once.
+
+        Where a context is cut into prefixes depends on all contexts, so that its bits are those of one process.
+        """
         shared = [_common_prefix(a, b) for a, b in pairwise(contexts)]
-        kept = [_Read(0, None, None)]  # prefixes of the latest context that later ones share
-        for i, context in enumerate(contexts):
+        kept = [_Prefix(0)]  # prefixes of the latest context that later ones share
+        for i, context in enumerate(contexts[: share.stop]):
             while i and kept[-1].length > shared[i - 1]:
                 kept.pop()
             ends = {len(context)}
@@ -145,19 +171,27 @@ class RetNetLM(TemplateLM):
                 ends.add(with_later)
             for end in sorted(ends):
                 if end > kept[-1].length:
-                    kept.append(self._read(kept[-1], context, end))
-            yield context, kept[-1]
+                    kept.append(_Prefix(end, context, kept[-1]))
+            if i in share:
+                yield context, self._read(kept[-1])
 
-    def _read(self, before: _Read, context: Sequence[int], end: int) -> _Read:
-        tokens = torch.tensor([context[before.length : end]], device=self._place)
-        self.tokens_read += tokens.shape[1]
-        return _Read(end, *prefill(self.model, tokens, before.state))
+    def _read(self, prefix: _Prefix) -> _Read | None:
+        """The prefix after prefill, which reads what has not been read of it; None for a prefix without tokens."""
+        unread, rest = [], prefix
+        while rest is not None and rest.read is None and rest.length:
+            unread.append(rest)
+            rest = rest.before
+        for part in reversed(unread):
+            begin, before = (part.before.length, part.before.read) if part.before else (0, None)
+            tokens = torch.tensor([part.context[begin : part.length]], device=self._place)
+            self.tokens_read += tokens.shape[1]
+            part.read = _Read(*prefill(self.model, tokens, None if before is None else before.state))
+        return prefix.read
 
     @torch.no_grad()
-    def _score_answers(self, read: _Read, answers: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+    def _score_answers(self, read: _Read | None, answers: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
         """(log-likelihood, whether it is the greedy answer) of every answer after one context."""
-        assert read.logits is not None
-        assert read.state is not None
+        assert read is not None
         longest = max(map(len, answers))
         ids = torch.zeros(len(answers), longest, dtype=torch.int64, device=self._place)
         real = torch.zeros_like(ids, dtype=torch.bool)
@@ -175,27 +209,41 @@ class RetNetLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole documents, each one context of any length."""
-        totals = []
-        for request in requests:
+
+        def scored(request: Instance) -> float:
             ids = [self.prefix_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
-            ids = torch.tensor([ids], device=self._place)
-            totals.append(-score(self.model, ids)[0].double().sum().item())
-        return totals
+            return -score(self.model, torch.tensor([ids], device=self._place))[0].double().sum().item()
+
+        costs = [len(request.args[0]) for request in requests]
+        return self.processes.run(costs, lambda share: [scored(requests[i]) for i in share])
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations. A context is shared but for its last token, which `generate` reads."""
-        results = [""] * len(requests)
         by_context: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for i, request in enumerate(requests):
             *context, last = self.tok_encode(request.args[0]) or [self.prefix_token_id]
             by_context.setdefault(tuple(context), []).append((i, last))
-        for context, read in self._read_all(sorted(by_context)):
-            for i, last in by_context[context]:
-                results[i] = self._continue(read, last, cast(Any, requests[i].args)[1])
+        contexts = sorted(by_context)
+        seed = torch.initial_seed()
+
+        def continued(share: range) -> list[list[str]]:
+            options = [cast(Any, request.args)[1] for request in requests]
+            return [
+                [self._continue(read, last, options[i], seed + i) for i, last in by_context[context]]
+                for context, read in self._read_all(contexts, share)
+            ]
+
+        costs = [len(context) + MAX_GENERATED * len(by_context[context]) for context in contexts]
+        results = [""] * len(requests)
+        for context, texts in zip(contexts, self.processes.run(costs, continued), strict=True):
+            for (i, _), text in zip(by_context[context], texts, strict=True):
+                results[i] = text
         return results
 
-    def _continue(self, read: _Read, last: int, options: dict[str, Any]) -> str:
+    def _continue(self, read: _Read | None, last: int, options: dict[str, Any], seed: int) -> str:
         """Text after a context and its last token, up to the first of the strings `until`, which is left out.
+
+        seed: of the random numbers of this request, which do not depend on the requests before it.
 
         The tokenizer's end of text, as token and as text, is one of them; the model's tokens of that kind end it too.
         """
@@ -208,11 +256,12 @@ class RetNetLM(TemplateLM):
             self.model,
             torch.tensor([[last]], device=self._place),
             int(limit),
-            state=read.state,
+            state=None if read is None else read.state,
             temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") is not False else 0.0,
             top_k=options.get("top_k"),
             top_p=options.get("top_p"),
             min_p=options.get("min_p"),
+            generator=torch.Generator().manual_seed(seed % 2**63),
         )
         # A stop string is looked for in as many last tokens as it has, and two: it may be cut otherwise than alone.
         window = 2 + max((len(self.tok_encode(stop, add_special_tokens=False)) for stop in stops), default=0)
@@ -242,13 +291,20 @@ class RetNetLM(TemplateLM):
 def run_tasks(
     model: RetNetLM, tasks: Sequence[str | dict], task_manager: TaskManager | None = None, **options: Any
 ) -> dict[str, Any]:
-    """`lm_eval.simple_evaluate`; options are its own (num_fewshot, limit). Raises ValueError for unknown tasks."""
+    """`lm_eval.simple_evaluate`; options are its own (num_fewshot, limit). Raises ValueError for unknown tasks.
+
+    With several processes, each prepares all requests, and the model shares them: the harness sees one process. The
+    results are in the first process; the others get {}.
+    """
     manager = TaskManager() if task_manager is None else task_manager
     for name in tasks:
         if isinstance(name, str) and name not in manager.all_tasks and not Path(name).is_file():
             accepted = "a task, group or tag of the harness or of the folder given, or a YAML file"
             raise ValueError(f"no task {name!r}; accepted: {accepted}{did_you_mean(name, manager.all_tasks)}")
-    return cast(Any, lm_eval.simple_evaluate)(model=model, tasks=list(tasks), task_manager=manager, **options)
+    if not model.processes.is_first:
+        options |= {"bootstrap_iters": 0, "log_samples": False}
+    found = cast(Any, lm_eval.simple_evaluate)(model=model, tasks=list(tasks), task_manager=manager, **options)
+    return found if model.processes.is_first else {}
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

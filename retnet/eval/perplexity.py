@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from retnet.data import Tokenizer
+from retnet.eval.processes import ALONE, Processes
 from retnet.models.lm import LanguageModel
 from retnet.models.log_likelihood import score
 
@@ -49,6 +50,7 @@ def perplexity(
     context: int | None = None,
     stride: int | None = None,
     on_tokens: Callable[[int, int], None] = lambda done, total: None,
+    processes: Processes = ALONE,
 ) -> Perplexity:
     """The perplexity of a text under a model.
 
@@ -56,6 +58,7 @@ def perplexity(
         context: tokens per window, each read from a fresh state; None: one state for the whole text.
         stride: tokens scored per window, those at its end; `context` (windows side by side) if None.
         on_tokens: gets the number of tokens scored so far, and of all.
+        processes: share the windows; one context is read by one process. The sums are those of one process.
 
     Raises ValueError for an empty text, and for windows that leave tokens out.
     """
@@ -73,10 +76,19 @@ def perplexity(
     if context is None:
         if stride is not None:
             raise ValueError(f"stride is {stride} without a context; accepted: both, or neither")
-        nats = score(model, ids, on_tokens=count)[0].double().sum().item()
+
+        def read(share: range) -> list[float]:
+            return [score(model, ids, on_tokens=count)[0].double().sum().item() for _ in share]
+
+        nats = processes.run([num_tokens], read)
     else:
-        nats = _strided_nats(model, ids, context, context if stride is None else stride, count)
-    return Perplexity(nats, num_tokens, count_words(text), len(text.encode()))
+        windows = _windows(num_tokens, context, context if stride is None else stride)
+
+        def read(share: range) -> list[float]:
+            return [_window_nats(model, ids, windows[i], count) for i in share]
+
+        nats = processes.run([end - begin for begin, _, end in windows], read)
+    return Perplexity(sum(nats), num_tokens, count_words(text), len(text.encode()))
 
 
 def _exp(nats: float) -> float:
@@ -84,21 +96,30 @@ def _exp(nats: float) -> float:
     return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
-@torch.no_grad()
-def _strided_nats(
-    model: LanguageModel, ids: torch.Tensor, context: int, stride: int, count: Callable[[int], None]
-) -> float:
-    """Windows end every `stride` tokens; each token is scored once, with at least context - stride before it."""
+def _windows(last: int, context: int, stride: int) -> list[tuple[int, int, int]]:
+    """Windows as (begin, first token that is scored, end).
+
+    They end every `stride` tokens. Each of the `last` tokens is scored once, with at least context - stride before it.
+    """
     if context < 1 or not 1 <= stride <= context:
         raise ValueError(f"context is {context} and stride {stride}; accepted: 1 <= stride <= context")
-    nats, scored, last = 0.0, 0, ids.shape[1] - 1
+    windows: list[tuple[int, int, int]] = []
+    scored = 0
     while scored < last:
         end = min(last, scored + stride if scored else context)
-        begin = max(0, end - context)
-        logits = model(ids[:, begin:end]).logits[0, scored - begin :]
-        nats += F.cross_entropy(logits.double(), ids[0, scored + 1 : end + 1], reduction="sum").item()
-        count(end - scored)
+        windows.append((max(0, end - context), scored, end))
         scored = end
+    return windows
+
+
+@torch.no_grad()
+def _window_nats(
+    model: LanguageModel, ids: torch.Tensor, window: tuple[int, int, int], count: Callable[[int], None]
+) -> float:
+    begin, scored, end = window
+    logits = model(ids[:, begin:end]).logits[0, scored - begin :]
+    nats = F.cross_entropy(logits.double(), ids[0, scored + 1 : end + 1], reduction="sum").item()
+    count(end - scored)
     return nats
 
 

@@ -1,0 +1,189 @@
+"""Evaluation shared by processes: every process gets the results of one process, in its order."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from retnet.eval.processes import ALONE, Processes, launched
+
+CHOICE = """
+task: shared_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: " "
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+ROLLING = """
+task: shared_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - metric: byte_perplexity
+"""
+TEXT = """
+task: shared_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[answer]}}}}"
+generation_kwargs: {{until: ["e"], max_gen_toks: 8, do_sample: true, temperature: 1.0}}
+repeats: 2
+metric_list:
+  - metric: exact_match
+"""
+WORDS = ["state", "decay", "a token", "the chunk that was read before", "time", "memory per sequence", "rows"]
+
+
+def test_shares_are_consecutive_whole_and_of_about_equal_cost():
+    generator = torch.Generator().manual_seed(0)
+    for items in (0, 1, 2, 7, 100):
+        costs = (torch.rand(items, generator=generator) ** 4).tolist()
+        for count in (1, 2, 3, 8):
+            shares = [Processes(rank, count).share(costs) for rank in range(count)]
+            assert [i for share in shares for i in share] == list(range(items))
+            largest = max((sum(costs[i] for i in share) for share in shares), default=0)
+            assert largest <= sum(costs) / count + 2 * max(costs, default=0) + 1e-9
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with launched() as processes:
+        assert processes == ALONE
+    assert ALONE.run([1, 1, 1], lambda share: [2 * i for i in share]) == [0, 2, 4]
+    assert ALONE.device("auto") == "auto"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 without RANK; accepted: the variables"), launched():
+        pass
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [Processes(rank, 4, rank % 2).device("auto") for rank in range(4)] == ["cuda:0", "cuda:1"] * 2
+    assert Processes(1, 2, 1).device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="process 3 of this machine has no GPU of its own, as there are 2; accepted"):
+        Processes(2, 3, 2).device("auto")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def evaluate(launcher: str, *words: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """`retnet eval` in one process, under torchrun or under accelerate launch."""
+    command = [sys.executable]
+    if launcher == "torchrun":
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    elif launcher == "accelerate":
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
+        command += [f"--main_process_port={free_port()}", "--num_machines=1", "--mixed_precision=no"]
+        command += ["--dynamo_backend=no"]
+    command += ["-m", "retnet.cli", "eval", *map(str, words), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+
+
+def answer(launcher: str, *words: object, processes: int = 2) -> dict:
+    """What the first process prints, which is one JSON object."""
+    done = evaluate(launcher, *words, "--json", processes=processes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_tasks_have_the_scores_and_samples_of_one_process(hybrid_byte_model, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "questions.jsonl"
+    questions = [
+        {"question": " ".join(WORDS[: 1 + i % 7]), "choices": WORDS[i % 3 :: 2], "answer": i % 2} for i in range(23)
+    ]
+    data.write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "tasks").mkdir()
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("text", TEXT)):
+        (tmp_path / f"tasks/{name}.yaml").write_text(text.format(data=data))
+    found, samples = {}, {}
+    for launcher in ("alone", "accelerate"):
+        file = tmp_path / f"{launcher}.jsonl"
+        words = [hybrid_byte_model, "--tasks", "shared_choice,shared_rolling,shared_text", "--num-fewshot", 2]
+        words += ["--include-path", tmp_path / "tasks", "--samples", file]
+        found[launcher] = answer(launcher, *words)
+        samples[launcher] = file.read_text()
+    assert found["accelerate"] == found["alone"]
+    assert found["alone"]["shared_choice"]["acc_stderr,none"] > 0
+    lines = [json.loads(line) for line in samples["alone"].splitlines()]
+    assert len(lines) == 3 * 23
+    assert len({line["resps"][0][0] for line in lines if line["task"] == "shared_text"}) > 5  # sampled texts differ
+    assert samples["accelerate"] == samples["alone"]
+
+
+@pytest.mark.slow
+def test_perplexity_and_bits_per_byte_are_those_of_one_process(byte_model, text_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the state decays, and a token is read. " * 40)
+    ways = [
+        ["--file", text, "--context", 64, "--stride", 7],
+        ["--data", text_folder, "--part", "all"],
+    ]
+    for words in ways:
+        alone = answer("alone", byte_model, *words)
+        shared = answer("torchrun", byte_model, *words, processes=3)
+        for result in (alone, shared):
+            result.pop("seconds", None)
+            if "bits_per_byte" in result:
+                assert len(result["bits_per_byte"]) == 3  # gzip, xz and the model
+        assert shared == alone
+
+
+PROGRAM = """
+from retnet.eval.processes import SharedError, launched
+
+with launched() as processes:
+    def work(share):
+        if processes.rank == 1:
+            raise ValueError("document 7 is broken")
+        return [f"{i} \u00e9" for i in share]
+
+    whole = processes.run([1.0] * 5, lambda share: [[i, 0.1 + i, None, "\u00e9"] for i in share])
+    assert whole == [[i, 0.1 + i, None, "\u00e9"] for i in range(5)], whole
+    assert processes.run([], lambda share: []) == []
+    try:
+        processes.run([1.0] * 5, work)
+    except SharedError as error:
+        print(f"process {processes.rank}: {error}.", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_an_error_in_the_share_of_one_process_is_that_of_all(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", f"--master_port={free_port()}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command.append(str(tmp_path / "program.py"))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split(".\n")[:-1]) == [f"process {rank}: document 7 is broken" for rank in range(3)]
