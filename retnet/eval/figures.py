@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 
 from retnet.eval.meter import Bin
+from retnet.layers.attention import AttentionConfig
+from retnet.layers.hyena import HyenaConfig
+from retnet.layers.mamba1 import Mamba1Config
+from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.cost import model_cost, parameter_counts, transformer_cache_bytes
@@ -28,7 +32,9 @@ with needs("plots", "A picture"):
 MASK_TOKENS = 256
 MASKS = 4  # heads whose masks are shown
 LABELLED_BARS = 8  # more heads than that have an axis with numbers instead
-STATE, CACHE = look("retention"), look("attention")
+STATE, CACHE = look("retention"), look("attention", 1)
+# mixers of a model beside attention -> its rival in pictures; with attention too it is a hybrid
+RIVALS = {RetentionConfig: "retention", Mamba1Config: "mamba", Mamba2Config: "mamba", HyenaConfig: "hyena"}
 
 
 def save_stream_figure(bins: Sequence[Bin], state_bytes: int, path: Path, *, title: str, under: str) -> None:
@@ -66,23 +72,45 @@ def save_model_figure(config: ModelConfig, contexts: Sequence[int], path: Path, 
 
 @styled
 def draw_model(config: ModelConfig, contexts: Sequence[int], name: str | None = None) -> Figure:
-    """State against KV cache by context, the window of each head, and decay masks of the first layer that has fixed
-    ones. name: for the title, instead of the configuration's."""
+    """State against KV cache by context; if a layer has fixed decays, the window of each head and the decay masks of
+    the first such layer. name: for the title, instead of the configuration's."""
     first = first_fixed(config)
     under = facts(
         f"{short(parameter_counts(config)['total'])} parameters",
         f"{len(config.layers)} layers",
         f"width {config.d_model:,}",
         f"vocabulary {config.vocab_size:,}",
+        _why_no_windows(config) if first is None else None,
     )
     figure = framed(3.0 if first is None else 5.4, name or config.name or "unnamed model", under)
-    rows = figure.add_gridspec(1, 1) if first is None else figure.add_gridspec(2, 1, height_ratios=(1.35, 1))
+    if first is None:
+        _draw_memory(figure.subplots(), config, contexts)
+        return figure
+    rows = figure.add_gridspec(2, 1, height_ratios=(1.35, 1))
     memory_axes, window_axes = (figure.add_subplot(panel) for panel in rows[0].subgridspec(1, 2))
     _draw_memory(memory_axes, config, contexts)
-    _draw_windows(window_axes, config, first)
-    if first is not None:
-        _draw_masks(figure, rows[1], *first)
+    _draw_windows(window_axes, *first)
+    _draw_masks(figure, rows[1], *first)
     return figure
+
+
+def _why_no_windows(config: ModelConfig) -> str:
+    retention = [layer.mixer for layer in config.layers if isinstance(layer.mixer, RetentionConfig)]
+    return (
+        "gated decay: each token sets its own" if any(m.decay == "gated" for m in retention) else "no head has a decay"
+    )
+
+
+def rival_of(config: ModelConfig) -> str:
+    """The rival whose colour a model has in pictures, by its mixers."""
+    kinds = {type(layer.mixer) for layer in config.layers}
+    named = {RIVALS.get(kind, "other") for kind in kinds - {AttentionConfig}}
+    if AttentionConfig in kinds:
+        return "attention" if not named else "tri-mixer" if {"mamba", "retention"} <= named else "hybrid"
+    if named == {"retention"}:
+        gated = all(isinstance(x.mixer, RetentionConfig) and x.mixer.decay == "gated" for x in config.layers)
+        return "gated retention" if gated else "retention"
+    return named.pop() if len(named) == 1 else "other"
 
 
 def first_fixed(config: ModelConfig) -> tuple[int, torch.Tensor] | None:
@@ -97,7 +125,7 @@ def first_fixed(config: ModelConfig) -> tuple[int, torch.Tensor] | None:
 def _draw_memory(axes: Axes, config: ModelConfig, contexts: Sequence[int]) -> None:
     states = [model_cost(config, T).state_bytes for T in contexts]
     caches = [transformer_cache_bytes(config, T) for T in contexts]
-    axes.plot(contexts, states, label="this model's state, float32", **STATE.line)
+    axes.plot(contexts, states, label="this model's state, float32", **look(rival_of(config)).line)
     axes.plot(contexts, caches, label="a Transformer's KV cache, 16 bit", **CACHE.line)
     axes.set(xlabel="context length, tokens", ylabel="bytes per sequence", title="Memory per sequence")
     log_axis(axes, "x", tokens, base=2)
@@ -105,17 +133,8 @@ def _draw_memory(axes: Axes, config: ModelConfig, contexts: Sequence[int]) -> No
     axes.legend(fontsize=SMALL)
 
 
-def _draw_windows(axes: Axes, config: ModelConfig, first: tuple[int, torch.Tensor] | None) -> None:
+def _draw_windows(axes: Axes, layer: int, log_decay: torch.Tensor) -> None:
     axes.set_title("Window: tokens until the decay is below 1%")
-    if first is None:
-        gated = any(
-            isinstance(layer.mixer, RetentionConfig) and layer.mixer.decay == "gated" for layer in config.layers
-        )
-        reason = "the decay is gated: each token sets its own" if gated else "no head has a decay"
-        axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes)
-        axes.axis("off")
-        return
-    layer, log_decay = first
     windows = [window(x) for x in log_decay.tolist()]
     bars = {head: w for head, w in enumerate(windows) if w != float("inf")}
     low, high = min(bars.values()), max(bars.values())

@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retnet.eval.figures import draw_model, draw_stream, first_fixed, gamma_text
+from retnet.eval.figures import draw_model, draw_stream, first_fixed, gamma_text, rival_of
 from retnet.eval.meter import Bin
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.cost import model_cost
 from retnet.models.presets import preset, retnet_config
 from retnet.plots.frame import SMALL
+from retnet.plots.palette import COLOURS
+from retnet.stack.resolve import resolve_config
 from tests.plots.boxes import faults, smallest_letters, texts_of
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072, 1048576)
@@ -114,3 +116,27 @@ def test_a_stream_of_any_length_can_be_drawn(count):
     assert [line.get_label() for line in memory.lines] == ["the whole process", "the stream's state, 192 KiB"]
     assert all("iB" in label.get_text() for label in memory.get_yticklabels())
     assert count != 1 or time.lines[0].get_marker() == "o"
+
+
+def test_a_model_without_fixed_decays_has_one_panel_and_says_why():
+    figure = draw_model(MODELS["gated"][0], CONTEXTS, "m")
+    assert len(figure.axes) == 1
+    assert "gated decay: each token sets its own" in figure.texts[1].get_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "rival"),
+    [
+        (preset("retnet-tiny"), "retention"),
+        (preset("retnet-tiny-conv"), "gated retention"),
+        (preset("retnet-tiny-hybrid"), "hybrid"),
+        (hybrid(ATTENTION), "attention"),
+        (resolve_config("arch_expert_research_mini"), "tri-mixer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_model_has_the_colour_of_its_rival(config, rival):
+    assert rival_of(config) == rival
+    state, cache = draw_model(config, CONTEXTS[:2], "m").axes[0].lines
+    assert state.get_color() == COLOURS[rival]
+    assert cache.get_color() == COLOURS["attention"]
