@@ -9,6 +9,7 @@ among those with the most seeds.
 import math
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from retnet.plots.frame import facts, save
@@ -219,11 +220,15 @@ def picture(rows: list[dict], path: Path, stacks: list[str] | None = None) -> No
     size = short(statistics.mean(row["parameters"] for found in runs.values() for row in found))
     counts = [len(found) for found in runs.values()]
     seeds = f"{min(counts)} to {max(counts)} seeds" if max(counts) > 1 else "1 seed"
+    by = OPTIMIZERS.get(optimizer, optimizer)
     under = facts(
-        f"{size} parameters", f"data {group[0]['data']}", f"{optimizer}, the best rate of each stack", seeds,
+        f"{size} parameters", f"data {group[0]['data']}", f"{by}, the best rate of each stack", seeds,
         group[0]["device"], f"torch {group[0]['versions']['torch'].partition('+')[0]}",
     )  # fmt: skip
-    save(draw_panels(panels, looks(list(runs)), "Stacks of equal parameters on the same tokens", under), path)
+    names = {stack: label(stack) for stack in runs}
+    panels = [replace(panel, lines={names[stack]: line for stack, line in panel.lines.items()}) for panel in panels]
+    shown = {names[stack]: look for stack, look in looks(list(runs)).items()}
+    save(draw_panels(panels, shown, "Stacks of equal parameters on the same tokens", under), path)
 
 
 RIVALS = {  # base of a stack's name -> its rival and variant; a short convolution is dashed
@@ -242,6 +247,25 @@ RIVALS = {  # base of a stack's name -> its rival and variant; a short convoluti
     "tri-mixer": ("tri-mixer", 0),
     "tri-mixer-conv": ("tri-mixer", 1),
 }
+
+
+NAMES = {  # in pictures
+    "llama": "Llama-style",
+    "retnet": "paper's decays",
+    "retnet-conv": "paper's decays, conv",
+    "gated-conv": "gated, conv",
+    "mamba2": "Mamba-2",
+    "mamba": "Mamba-1",
+    "hyena": "Hyena",
+}
+CHANGED = {"sigmoid": "sigmoid gate", "qk-rms": "RMSNorm of q and k"}
+OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
+
+
+def label(stack: str) -> str:
+    """The stack in words: 'gated, conv, sigmoid gate'."""
+    base, *changes = stack.split("+")
+    return ", ".join([NAMES.get(base, base), *(CHANGED.get(change, change) for change in changes)])
 
 
 def looks(stacks: list[str]) -> dict[str, Look]:

@@ -27,6 +27,8 @@ DRAWN_BY = {
     "retention.png": ["benchmarks/bench_retention.py", "--csv", str(ROWS / "retention_h200.csv"), "--plot"],
     "mixers.png": ["recipes/mixers_pictures.py", "recipes/results/mixers/mixers.csv", "--png"],
     "recall.png": ["recipes/mqar.py", "plot", "--from", "recipes/results/mqar_conv", "--out"],
+    "quality.png": ["recipes/quality.py", "plot", "recipes/results/quality_125m.jsonl", "--stacks", "llama",
+                    "gated-conv+sigmoid", "hybrid+sigmoid", "retnet-conv+sigmoid", "--png"],
     "wikipedia.png": ["recipes/curves.py", "--rates", "recipes/results/wikipedia_125m.csv", "--png"],
 }  # fmt: skip
 

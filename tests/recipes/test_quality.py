@@ -387,3 +387,9 @@ def test_the_command_line_trains_collects_and_prints(tmp_path, monkeypatch, caps
     (tmp_path / "all.jsonl").write_text(call("collect", tmp_path / "rows"))
     assert json.loads((tmp_path / "all.jsonl").read_text())["status"] == "done"
     assert call("table", tmp_path / "all.jsonl") == call("table", tmp_path / "rows")
+
+
+def test_a_picture_names_stacks_in_words():
+    assert quality_report.label("llama") == "Llama-style"
+    assert quality_report.label("gated-conv+sigmoid") == "gated, conv, sigmoid gate"
+    assert set(quality_report.NAMES) <= set(BASES) == set(quality_report.RIVALS)
