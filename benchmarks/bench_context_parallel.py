@@ -37,7 +37,7 @@ from torch import Tensor
 from retnet import retention
 from retnet.ops import context_parallel, context_shard
 from retnet.ops.attention import causal_attention
-from retnet.ops.context_attention import gathered_attention, ring_attention, ring_kernel
+from retnet.ops.context_attention import gathered_attention, has_ring_kernel, ring_attention
 from retnet.ops.context_parallel import context_retention
 from retnet.ops.context_shard import ContextShard, Exchange
 from retnet.ops.decay import paper_log_decay
@@ -253,7 +253,7 @@ def attention_of_shards(bench: Bench, tokens: int) -> None:
     alone = bench.microseconds(partial(step, causal_attention))
     bench.point(case, "attention, local", "step", alone, 0.0)
     forms: dict[str, Callable[..., Tensor]] = {}
-    if ring_kernel(q) is not None:
+    if has_ring_kernel(q.device, q.dtype, *q.shape[1:]):
         forms["attention, ring"] = partial(ring_attention, shard=shard)
     if not bench.cuda:  # on a GPU, blocks of queries with masks of whole rows would take minutes
         forms["attention, gathered"] = partial(gathered_attention, positions=positions, shard=shard, window=None)

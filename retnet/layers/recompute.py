@@ -37,6 +37,7 @@ ATTENTION = frozenset({
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "flex_attention",
+    "retnet::ring_attention",
 })  # fmt: skip
 # aten::_fft_c2r ends a long convolution.
 LINEAR_TIME = frozenset({

@@ -21,17 +21,18 @@ error. Here it is always off, and the last process of a ring computes the most.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
 from retnet.ops.attention import cached_attention, causal_attention
-from retnet.ops.context_shard import ContextShard, outside_graphs
+from retnet.ops.context_shard import ContextShard, shard_of
+from retnet.ops.dtypes import wide_dtype
 
 aten = torch.ops.aten
 
@@ -56,61 +57,72 @@ def gathered_attention(
     return torch.cat([out, *others], 1)
 
 
-@outside_graphs
 def row_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, shard: ContextShard) -> Tensor:
     """Causal attention of rows that are one document each: in a ring if a kernel fits, otherwise gathered."""
-    if ring_kernel(q) is None:
+    if not has_ring_kernel(q.device, q.dtype, *q.shape[1:]):
         return gathered_attention(q, k, v, positions, shard, window=None)
     return ring_attention(q, k, v, shard)
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, shard: ContextShard) -> Tensor:
     """Causal attention of rows that are one document each; q [B, T, H, K], k and v [B, T, G, K] of this shard."""
-    return _RingAttention.apply(*(x.transpose(1, 2) for x in (q, k, v)), shard).transpose(1, 2)
+    return torch.ops.retnet.ring_attention(q, k, v, shard.handle)[0]
 
 
-def ring_kernel(q: Tensor) -> "RingKernel | None":
-    """The fused kernel for queries [B, T, H, K]; None where this device, dtype or width has none."""
-    if q.shape[-1] % 8:  # PyTorch pads such heads outside the kernels
+@torch.compiler.assume_constant_result
+def has_ring_kernel(device: torch.device, dtype: torch.dtype, T: int, H: int, K: int) -> bool:
+    """Whether a fused kernel takes T queries of H heads of width K."""
+    return ring_kernel(device, dtype, T, H, K) is not None
+
+
+@lru_cache(maxsize=256)
+def ring_kernel(device: torch.device, dtype: torch.dtype, T: int, H: int, K: int) -> "RingKernel | None":
+    """The fused kernel that PyTorch takes for them; None where this device, dtype or width has none."""
+    if K % 8:  # PyTorch pads such heads outside the kernels
         return None
-    x = q.detach().transpose(1, 2)
-    chosen = SDPBackend(torch._fused_sdp_choice(x, x, x, None, 0.0, True))
-    return _RING_KERNELS.get((q.device.type, chosen))
+    x = torch.empty(1, H, 1, K, dtype=dtype, device=device).expand(1, H, T, K)
+    return _RING_KERNELS.get((device.type, SDPBackend(torch._fused_sdp_choice(x, x, x, None, 0.0, True))))
 
 
 class RingKernel(NamedTuple):
-    """A fused kernel and its backward. options: of both. rest: names in the backward of what the forward returns beside
-    the output and its log-sum-exp; "" if it is not needed there."""
+    """A fused kernel and its backward. options: of both; the others of one. last_axis: its log-sum-exp is [B, H, T, 1].
+
+    seeds: the backward takes those of dropout, which there is none of.
+    """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     options: dict[str, Any]
     forward_options: dict[str, Any]
-    rest: tuple[str, ...]
+    last_axis: bool
+    seeds: torch.dtype | None
 
 
-_SEEDED = ("cum_seq_q", "cum_seq_k", "max_q", "max_k", "philox_seed", "philox_offset", "")
+_OPTIONS = {"dropout_p": 0.0, "scale": None}
 _RING_KERNELS = {
     ("cuda", SDPBackend.FLASH_ATTENTION): RingKernel(
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_backward.default,
-        {"dropout_p": 0.0, "scale": None},
+        _OPTIONS,
         {},
-        _SEEDED,
+        False,
+        torch.uint64,
     ),
     ("cuda", SDPBackend.CUDNN_ATTENTION): RingKernel(
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_cudnn_attention_backward.default,
-        {"attn_bias": None, "dropout_p": 0.0, "scale": None},
+        _OPTIONS | {"attn_bias": None},
         {"compute_log_sumexp": True},
-        _SEEDED,
+        True,
+        torch.int64,
     ),
     ("cpu", SDPBackend.FLASH_ATTENTION): RingKernel(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-        {"dropout_p": 0.0, "scale": None},
+        _OPTIONS,
         {},
-        (),
+        False,
+        None,
     ),
 }
 
@@ -130,44 +142,80 @@ def _in_order(dtype: torch.dtype) -> Iterator[Any]:
         options.enable_load_balance, options.rotate_method, options.convert_to_f32 = before
 
 
-class _RingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: ContextShard) -> Tensor:
-        kernel = ring_kernel(q.transpose(1, 2))
-        assert kernel is not None
-        repeats = q.shape[1] // k.shape[1]
+@torch.library.custom_op("retnet::ring_attention", mutates_args=())
+def _ring_attention(q: Tensor, k: Tensor, v: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
+    """The output [B, T, H, K] and its log-sum-exp [B, H, T]."""
+    kernel, repeats = _kernel_of(q), q.shape[2] // k.shape[2]
 
-        def one(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Any, ...]:
-            return kernel.forward(q, _repeated(k, repeats), _repeated(v, repeats), **options)
+    def one(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Any, ...]:
+        return kernel.forward(q, _repeated(k, repeats), _repeated(v, repeats), **options)
 
-        ctx.kernel, ctx.group, ctx.repeats = kernel, shard.group or dist.group.WORLD, repeats
-        with _in_order(q.dtype) as ring:
-            out, log_sum, *rest = ring._templated_ring_attention(
-                ctx.group, 2, one, q, k, v, is_causal=True, **kernel.options, **kernel.forward_options
-            )
-        named = {name: x for name, x in zip(kernel.rest, rest, strict=True) if name}
-        ctx.tensors = [name for name, x in named.items() if isinstance(x, Tensor)]
-        ctx.others = {name: x for name, x in named.items() if name not in ctx.tensors}
-        ctx.save_for_backward(q, k, v, out, log_sum, *(named[name] for name in ctx.tensors))
-        return out
+    options = kernel.options | kernel.forward_options
+    with _in_order(q.dtype) as ring:
+        out, log_sum, *_ = ring._templated_ring_attention(
+            _group(handle), 2, one, *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, **options
+        )
+    return out.transpose(1, 2).contiguous(), log_sum.reshape(out.shape[:3]).to(wide_dtype(q.dtype)).contiguous()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, out, log_sum, *tensors = ctx.saved_tensors
-        named = dict(zip(ctx.tensors, tensors, strict=True)) | ctx.others
 
-        def one(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, ...]:
-            key, value = _repeated(key, ctx.repeats), _repeated(value, ctx.repeats)
-            dq, dk, dv, *rest = ctx.kernel.backward(query=query, key=key, value=value, **options)
-            return dq, _summed(dk, ctx.repeats), _summed(dv, ctx.repeats), *rest
+@torch.library.custom_op("retnet::ring_attention_backward", mutates_args=())
+def _ring_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, handle: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel, repeats, T = _kernel_of(q), q.shape[2] // k.shape[2], q.shape[1]
 
-        with _in_order(q.dtype) as ring:
-            dq, dk, dv, *_ = ring._templated_ring_attention_backward(
-                ctx.group, 2, one, dout.contiguous(), "grad_out", q, k, v, out, log_sum, True,
-                **ctx.kernel.options, **named,
-            )  # fmt: skip
-        return dq, dk, dv, None
+    def one(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        key, value = _repeated(key, repeats), _repeated(value, repeats)
+        dq, dk, dv, *rest = kernel.backward(query=query, key=key, value=value, **options)
+        return dq, _summed(dk, repeats), _summed(dv, repeats), *rest
+
+    options = dict(kernel.options)
+    if kernel.seeds is not None:
+        seeds = torch.zeros(2, dtype=kernel.seeds, device=q.device)
+        options |= {"cum_seq_q": None, "cum_seq_k": None, "max_q": T, "max_k": T}
+        options |= {"philox_seed": seeds[0] if kernel.last_axis else seeds, "philox_offset": seeds[1]}
+    heads = [x.transpose(1, 2) for x in (q, k, v, out)]
+    with _in_order(q.dtype) as ring:
+        grads = ring._templated_ring_attention_backward(
+            _group(handle), 2, one, dout.transpose(1, 2), "grad_out", *heads,
+            log_sum[..., None] if kernel.last_axis else log_sum, True, **options,
+        )  # fmt: skip
+    # dk and dv come in one buffer.
+    dq, dk, dv = (x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in grads[:3])
+    return dq, dk, dv
+
+
+@_ring_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=wide_dtype(q.dtype))
+
+
+@_ring_attention_backward.register_fake
+def _(dout, q, k, v, out, log_sum, handle):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, handle = inputs
+    ctx.save_for_backward(q, k, v, *output, handle)
+
+
+def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.retnet.ring_attention_backward(dout.contiguous(), *ctx.saved_tensors), None
+
+
+_ring_attention.register_autograd(_gradients, setup_context=_save)
+
+
+def _kernel_of(q: Tensor) -> RingKernel:
+    kernel = ring_kernel(q.device, q.dtype, *q.shape[1:])
+    assert kernel is not None
+    return kernel
+
+
+def _group(handle: Tensor) -> Any:
+    return shard_of(handle).group or dist.group.WORLD
 
 
 def _repeated(x: Tensor, repeats: int) -> Tensor:

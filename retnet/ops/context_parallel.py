@@ -262,8 +262,7 @@ def context_scan(
     def decay(tokens: slice) -> Tensor:
         return step[:, tokens].to(wide).sum(1)[..., None] * rate.to(wide)
 
-    exchange = shard.exchange(shard.last(final), decay(slice(None)))
-    carry = exchange.carry()
+    carry = shard.carry(shard.last(final), decay(slice(None)))
     more, _ = selective_scan(
         torch.zeros_like(x[:, first]), step[:, first], rate, write[:, first], read[:, first], state=carry
     )

@@ -23,7 +23,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -165,10 +164,12 @@ class ContextShard:
         """x [N, ...] with `more` added to the sequences of `last`."""
         return x + more if self.bounds is None else torch.cat([x[:-1], x[-1:] + more])
 
-    @outside_graphs
-    def exchange(self, final: Tensor, total: Tensor) -> "Carried":
-        """Begin the exchange of final states [B, ...] and total log decays, which broadcast to them."""
-        return Carried(self, final, total)
+    def carry(self, final: Tensor, total: Tensor) -> Tensor:
+        """The state before this shard's first token, from final states [B, ...] and total log decays, which broadcast.
+
+        Zeros where a sequence begins there.
+        """
+        return torch.ops.retnet.shard_carry(final, total.to(final.dtype), self.handle, self.size)[0]
 
     def recent(self, ends: Tensor, num_sequences: int) -> Tensor:
         """The tokens before each sequence of this shard [N, W, ...], zeros where it begins on it.
@@ -249,38 +250,48 @@ def _weight(totals: Tensor, before: int, rank: int) -> Tensor:
     return totals[before + 1 : rank].sum(0).exp()
 
 
-class Carried:
-    """An exchange of final states whose result, the carry, is differentiable."""
-
-    def __init__(self, shard: ContextShard, final: Tensor, total: Tensor):
-        self._final, self._total, self._exchange = final, total, Exchange(shard, final, total)
-
-    @outside_graphs
-    def carry(self) -> Tensor:
-        """The state before this shard's first token [B, ...]; zeros where a sequence begins there."""
-        return _Carry.apply(self._final, self._total, self._exchange)
+@torch.library.custom_op("retnet::shard_carry", mutates_args=())
+def _carry(final: Tensor, total: Tensor, handle: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The carry, and the final states and totals of all shards."""
+    shard = shard_of(handle)
+    finals, totals = Exchange(shard, final, total).wait()
+    return from_before(shard, finals, totals), finals.clone(), totals.clone()
 
 
-class _Carry(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, final: Tensor, total: Tensor, exchange: Exchange) -> Tensor:
-        finals, totals = exchange.wait()
-        ctx.save_for_backward(finals, totals)
-        ctx.shard, ctx.total_dtype = exchange.shard, total.dtype
-        return from_before(exchange.shard, finals, totals)
+@torch.library.custom_op("retnet::shard_carry_backward", mutates_args=())
+def _carry_backward(grad: Tensor, finals: Tensor, totals: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of this shard's final state and total."""
+    shard = shard_of(handle)
+    grads, _ = Exchange(shard, grad, None, totals).wait()  # of the carries of all shards
+    own = shard.rank
+    grad_total = torch.zeros_like(totals[own])
+    for r in range(own + 1, shard.size):
+        for j in range(shard.origins[r], own):
+            product = _weight(totals, j, r) * finals[j] * grads[r]
+            grad_total += product.sum_to_size(grad_total.shape)
+    return from_after(shard, grads, totals), grad_total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        shard, (finals, totals) = ctx.shard, ctx.saved_tensors
-        grads, _ = Exchange(shard, grad, None, totals).wait()  # of the carries of all shards
-        own = shard.rank
-        grad_total = torch.zeros_like(totals[own])
-        for r in range(own + 1, shard.size):
-            for j in range(shard.origins[r], own):
-                product = _weight(totals, j, r) * finals[j] * grads[r]
-                grad_total += product.sum_to_size(grad_total.shape)
-        return from_after(shard, grads, totals), grad_total.to(ctx.total_dtype), None
+
+@_carry.register_fake
+def _(final: Tensor, total: Tensor, handle: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return final.new_empty(final.shape), final.new_empty(size, *final.shape), final.new_empty(size, *total.shape)
+
+
+@_carry_backward.register_fake
+def _(grad: Tensor, finals: Tensor, totals: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
+    return finals.new_empty(finals.shape[1:]), totals.new_empty(totals.shape[1:])
+
+
+def _save_carry(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, finals, totals = output
+    ctx.save_for_backward(finals, totals, inputs[2])
+
+
+def _carry_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *torch.ops.retnet.shard_carry_backward(grad, *ctx.saved_tensors), None, None
+
+
+_carry.register_autograd(_carry_gradient, setup_context=_save_carry)
 
 
 @torch.library.custom_op("retnet::shard_recent", mutates_args=())
