@@ -15,6 +15,7 @@ GPU, which is rounding alone; and how many greedy tokens are equal before the fi
 """
 
 import argparse
+import gc
 import os
 import statistics
 import time
@@ -208,15 +209,15 @@ def main() -> None:
     options = parsed()
     bench = Bench(options)
     measured = points(bench)
-    try:
-        if bench.shard.rank == 0:
-            done = report(measured, options.csv)
-            print("\n" + runner.table(done))
-            print(", ".join(f"{name} {value}" for name, value in runner.certificate().items() if value))
-        else:
-            list(measured)
-    finally:
-        dist.destroy_process_group()
+    if bench.shard.rank == 0:
+        done = report(measured, options.csv)
+        print("\n" + runner.table(done))
+        print(", ".join(f"{name} {value}" for name, value in runner.certificate().items() if value), flush=True)
+    else:
+        list(measured)
+    del measured
+    gc.collect()  # captured steps, which NCCL would wait for
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ class RetentionCall:
         broken = log_decay.isnan()
         decay = log_decay.masked_fill(broken, 0)
         out, memory = self._retention(q, k, v, decay, memory, layout)
+        if self.split and memory is not None:
+            memory = memory.masked_fill(broken.reshape(-1, broken.shape[-1]).any(0)[:, None, None], torch.nan)
         reached = broken.cumsum(1) > 0 if broken.dim() == 3 else broken
         return out.masked_fill(reached[..., None], torch.nan), memory
 

@@ -66,15 +66,14 @@ def tensor_parallel_(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
     Do it before an optimizer, adapters and quantisation. Raises ValueError as `tensor_parallel_plan` does.
     """
     plan = tensor_parallel_plan(model.config, mesh.size())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            check_plain(module, f"{name}.weight")
+    check_weights(model)
     return cast(LanguageModel, parallelize_module(model, mesh, plan))
 
 
 def split_(model: LanguageModel, shard: TensorShard) -> LanguageModel:
     """As `tensor_parallel_`, for processes that a `TensorShard` names and that have equal weights."""
     check_splits(model.config, shard.size)
+    check_weights(model)
     split_embeddings_(model, shard)
     for module in model.modules():
         if isinstance(module, TensorParallel):
@@ -88,6 +87,13 @@ def split_embeddings_(model: LanguageModel, shard: TensorShard) -> None:
         raise ValueError(f"the model is {model.shard} already; accepted: a whole model")
     split_vocabulary_(model.embedding, model.head, shard)
     model.shard = shard
+
+
+def check_weights(model: LanguageModel) -> None:
+    """Raise ValueError unless the model's linear layers are plain, before anything is split."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            check_plain(module, f"{name}.weight")
 
 
 def check_splits(config: ModelConfig, size: int) -> None:

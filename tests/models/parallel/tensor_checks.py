@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from retnet import LanguageModel, Sampling
 from retnet.layers.block import BlockConfig
+from retnet.layers.recompute import Level, Recompute
 from retnet.models.decode.generation import generate
 from retnet.models.parallel.plan import tensor_parallel_
 from retnet.models.parallel.whole import part_of_state, part_of_weights, whole_model, whole_state, whole_weights
@@ -119,6 +120,31 @@ def check_joined_logits(split: Split, layers: Sequence[BlockConfig]) -> None:
     assert not wrong, wrong
 
 
+def check_accumulation(split: Split, layers: Sequence[BlockConfig]) -> None:
+    """The gradients of three calls add up, in a copy of the split model too."""
+    model = small_model(layers, dtype="float64").train()
+    part = copy.deepcopy(split(copy.deepcopy(model)))
+    for shift in range(3):
+        ids = random_ids(2, 6, seed=shift)
+        for which in (model, part):
+            which.loss(ids, ids.roll(1, 1)).backward()
+    assert not (wrong := compare_gradients(part, model)), wrong
+
+
+def check_recompute(split: Split, layers: Sequence[BlockConfig], level: Level) -> None:
+    model = small_model(layers, dtype="float64").train()
+    part = split(copy.deepcopy(model))
+    part.recompute = Recompute(level)
+    for which in (model, part):
+        which.loss(random_ids(2, 7), random_ids(2, 7, seed=1)).backward()
+    assert not (wrong := compare_gradients(part, model)), wrong
+
+
+def compare_gradients(part: LanguageModel, whole: LanguageModel) -> str:
+    expected = part_of_weights(part, {name: p.grad for name, p in whole.named_parameters()})
+    return "".join(compare(f"the gradient of {name}", p.grad, expected[name]) for name, p in part.named_parameters())
+
+
 @torch.no_grad()
 def check_decoding(split: Split, layers: Sequence[BlockConfig]) -> None:
     """Prefill in pieces, padding and one token at a time; states are the heads' own, and join to those of all heads."""
@@ -216,6 +242,7 @@ def check_all(split: Split) -> None:
     check_training(split, FUSED, dtype="float32", tie_embeddings=True, logit_soft_cap=5.0)
     check_training(split, HYBRID, gradient_checkpointing=True)
     check_joined_logits(split, HYBRID)
+    check_accumulation(split, HYBRID)
     check_decoding(split, HYBRID)
     for layers in (FUSED, HYBRID):
         check_generation(split, layers)

@@ -5,7 +5,6 @@ Threads in lockstep stand for processes, except in one slow test: the mathematic
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,42 +14,16 @@ from torch import Tensor
 from retnet.layers import tensor_parallel
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.tensor_parallel import Part, Split
+from retnet.models.directory import save_model
 from retnet.models.parallel.plan import split_, tensor_parallel_plan
 from retnet.ops import tensor_shard
 from retnet.ops.tensor_shard import TensorShard
-from tests.lockstep import Lockstep, in_lockstep, on_processes
+from tests.lockstep import on_processes
 from tests.small_models import EXPERTS, GLU, HYENA, MAMBA2, PAPER, WIDTH, WINDOW, small_config, small_model
 
 from . import tensor_checks as checks
 from .tensor_checks import FOUR, FUSED
-
-
-class ThreadShard(TensorShard):
-    """A part whose group is a `Lockstep`."""
-
-    def __deepcopy__(self, memo: dict) -> ThreadShard:
-        return self
-
-    def sum_(self, x: Tensor) -> Tensor:
-        return x.copy_(self.all_gather(x).sum(0))
-
-    def largest_(self, x: Tensor) -> Tensor:
-        return x.copy_(self.all_gather(x).amax(0))
-
-    def first_(self, x: Tensor) -> Tensor:
-        return x.copy_(self.all_gather(x)[0])
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.stack(self.group.all(self.rank, x.detach().clone()))
-
-
-def on_threads(size: int, check: Callable[..., None], *options: object, **more: object) -> None:
-    """Run check(split, *options) in as many threads."""
-
-    def work(rank: int, lockstep: Lockstep) -> None:
-        check(lambda model: split_(model, ThreadShard(lockstep, rank, size)), *options, **more)
-
-    in_lockstep(size, work)
+from .threads import ThreadShard, on_threads
 
 
 @pytest.mark.parametrize("layer", FOUR)
@@ -70,13 +43,36 @@ def test_generation_has_the_tokens_of_one_process():
     on_threads(2, checks.check_generation, FUSED[:2])
 
 
-def test_the_engine_has_the_tokens_of_one_process():
-    on_threads(2, checks.check_engine, FUSED[1:2])
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_parts_join_to_the_whole_model(tied):
     on_threads(2, checks.check_whole, [FOUR["groups"], FOUR["mamba2"]], tied)
+
+
+def test_copies_of_a_split_model_accumulate_the_gradients_of_weights_that_all_processes_hold():
+    on_threads(2, checks.check_accumulation, [FOUR["groups"], FOUR["mamba2"]])
+
+
+@pytest.mark.parametrize("level", ["light", "medium", "layer"])
+def test_recomputed_layers_are_summed_again(level):
+    on_threads(2, checks.check_recompute, [FOUR["conv"], FOUR["mamba2"]], level)
+
+
+def test_a_split_model_is_not_saved_as_a_whole_one(tmp_path):
+    model = split_(small_model([FOUR["paper"]]), TensorShard(None, 1, 2))
+    with pytest.raises(ValueError, match="part 1 of 2 of a split model; accepted: a whole one"):
+        save_model(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_and_quantised_weights_are_refused_before_anything_is_split():
+    class Adapted(torch.nn.Linear):
+        pass
+
+    model = small_model([FOUR["paper"]])
+    model.layers[0].mixer.q_proj = Adapted(WIDTH, WIDTH)
+    with pytest.raises(ValueError, match=r"q_proj.weight is of a Adapted; accepted: a plain linear layer"):
+        split_(model, TensorShard(None, 0, 2))
+    assert model.shard is None
 
 
 @pytest.mark.slow
