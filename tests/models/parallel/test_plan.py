@@ -5,6 +5,7 @@ Threads in lockstep stand for processes, except in one slow test: the mathematic
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -18,8 +19,9 @@ from retnet.models.directory import save_model
 from retnet.models.parallel.plan import split_, tensor_parallel_plan
 from retnet.ops import tensor_shard
 from retnet.ops.tensor_shard import TensorShard
-from tests.lockstep import on_processes
-from tests.small_models import EXPERTS, GLU, HYENA, MAMBA2, PAPER, WIDTH, WINDOW, small_config, small_model
+from tests.lockstep import Lockstep, in_lockstep, on_processes
+from tests.ops.test_context_parallel import ThreadShard as ContextThread
+from tests.small_models import EXPERTS, GLU, HYENA, MAMBA2, PAPER, WIDTH, WINDOW, random_ids, small_config, small_model
 
 from . import tensor_checks as checks
 from .tensor_checks import FOUR, FUSED
@@ -55,6 +57,31 @@ def test_copies_of_a_split_model_accumulate_the_gradients_of_weights_that_all_pr
 @pytest.mark.parametrize("level", ["light", "medium", "layer"])
 def test_recomputed_layers_are_summed_again(level):
     on_threads(2, checks.check_recompute, [FOUR["conv"], FOUR["mamba2"]], level)
+
+
+def test_rows_in_shards_of_a_split_model_have_the_loss_and_gradients_of_one_process():
+    """Four processes: two parts of a model, for each of two parts of a row with packed documents."""
+    model = small_model([FOUR["conv"], FOUR["window"], FOUR["mamba2"]], dtype="float64").train()
+    ids, labels, bounds = random_ids(1, 24), random_ids(1, 24, seed=1), [0, 5, 17, 24]
+    whole = model.loss(ids, labels, cu_seqlens=torch.tensor(bounds))
+    whole.backward()
+    parts, shards = [Lockstep(2), Lockstep(2)], [Lockstep(2), Lockstep(2)]
+
+    def work(rank: int, _: Lockstep) -> None:
+        place, head = divmod(rank, 2)
+        part = split_(copy.deepcopy(model), ThreadShard(parts[place], head, 2))
+        part.zero_grad()
+        shard = ContextThread.part(place, 2, 24, bounds, shards[head])
+        mine = slice(12 * place, 12 * place + 12)
+        loss = part.loss(ids[:, mine], labels[:, mine], context=shard)
+        loss.backward()
+        wrong = checks.compare("the loss", shard.total(loss), whole)
+        for p in part.parameters():
+            p.grad = shard.total(p.grad)
+        wrong += checks.compare_gradients(part, model)
+        assert not wrong, wrong
+
+    in_lockstep(4, work)
 
 
 def test_a_split_model_is_not_saved_as_a_whole_one(tmp_path):
