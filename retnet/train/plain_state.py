@@ -40,8 +40,11 @@ def to_plain(value: Any, where: str) -> Any:
 def from_plain(data: Any, current: Any, where: str) -> Any:
     """What `to_plain` wrote, to replace a value of the same kind. Raises ValueError, which says where, for another.
 
-    None may stand for any value and be replaced by any. Lists may have another length.
+    None may stand for any value and be replaced by any number or text. Lists may have another length. An empty mapping
+    is None: schedulers write either for a schedule without a state.
     """
+    if data in (None, {}) and current in (None, {}):
+        return current
     if isinstance(data, dict) and data.keys() == {_FLOAT} and data[_FLOAT] in _NAMED:
         data = _NAMED[data[_FLOAT]]
     if isinstance(current, Mapping):

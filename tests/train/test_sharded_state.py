@@ -162,12 +162,13 @@ def test_a_background_save_that_fails_says_why_once_it_is_collected(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "value", [1, 0.1, -0.0, 1e-320, math.inf, -math.inf, True, None, "x", [1.5, None], {"a": [{}]}]
+    "value", [1, 0.1, -0.0, 1e-320, math.inf, -math.inf, True, None, "x", [1.5, None], {"a": [{"b": 1}]}]
 )
 def test_plain_values_come_back(value):
     text = json.dumps(to_plain(value, "it"), allow_nan=False)
     back = from_plain(json.loads(text), value, "it")
     assert repr(back) == repr(value)
+    assert (from_plain({}, None, "it"), from_plain(None, {}, "it")) == (None, {})
     assert math.isnan(from_plain(to_plain(math.nan, "it"), 1.0, "it"))
     assert from_plain(to_plain((1, (2.0, None)), "it"), (0, (0.0, None)), "it") == (1, (2.0, None))
 
