@@ -13,8 +13,7 @@ number of GPUs of one process each. Forms of the exchange, each for one directio
 "exchange" rows time it alone. "forward" and "step" (forward and backward) rows time retention of one shard:
 
     local        without an exchange
-    overlap      the output of the local part is computed while the exchange runs
-    in turn      the final state, its exchange, then the output from the carried state
+    after, during, before    when the states are exchanged (`retnet/ops/context_parallel.py`): the first two overlap it
 
 A row has the time of the slowest process, the time beyond "local", and the bytes that a process receives per layer and
 direction. Each form's results are compared with the all-gather's before it is timed.
@@ -27,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -38,7 +37,7 @@ from retnet import retention
 from retnet.ops import context_parallel, context_shard
 from retnet.ops.attention import causal_attention
 from retnet.ops.context_attention import gathered_attention, has_ring_kernel, ring_attention
-from retnet.ops.context_parallel import context_retention
+from retnet.ops.context_parallel import When, context_retention
 from retnet.ops.context_shard import ContextShard, Exchange
 from retnet.ops.decay import paper_log_decay
 
@@ -190,7 +189,7 @@ def exchanges(bench: Bench) -> None:
     ends = torch.randn(
         1, s.width - 1, 2 * s.heads * s.keys + s.heads * s.values, device=bench.device, dtype=bench.dtype
     )
-    spent = bench.microseconds(lambda: shard.previous(ends))
+    spent = bench.microseconds(lambda: shard.recent(ends, 1))
     bench.point(f"last {s.width - 1} inputs", "all-gather", "exchange", spent, (bench.size - 1) * ends.nbytes)
 
 
@@ -222,12 +221,12 @@ def retention_of_shards(bench: Bench, tokens: int) -> None:
     gradients = step(partial(context_retention, shard=shard))
     for form in forms_for(bench):
         with exchanged_by(form):
-            for overlap in (True, False):
-                call = partial(context_retention, shard=shard, overlap=overlap)
+            for when in get_args(When):
+                call = partial(context_retention, shard=shard, exchange=when)
                 close = {"rtol": 5e-2, "atol": 5e-1} if bench.cuda else {"rtol": 1e-3, "atol": 1e-3}
                 torch.testing.assert_close(forward(call), expected, **close)
                 torch.testing.assert_close(step(call), gradients, **close)
-                name = f"{form}, {'overlap' if overlap else 'in turn'}"
+                name = f"{form}, {when}"
                 for what, run in (("forward", forward), ("step", step)):
                     spent = bench.microseconds(partial(run, call))
                     received = bench.received(form, state_bytes) * (1 if what == "forward" else 2)

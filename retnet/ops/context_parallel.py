@@ -1,13 +1,13 @@
 """Retention and the selective scan on one shard of a long row, exactly as on the whole row.
 
-Both are linear in the state before the first token. So a shard computes its own part at once, from an empty state; the
-exchange of final states runs meanwhile; what the carried state adds comes last. In the backward of retention, one
-matrix product makes the gradient of the carried state, which the shards exchange first; then the operator's own
-backward runs once, with the true gradient of the final state. To run it before the exchange has ended would take three
-more passes over the tokens, ten times longer than an exchange between GPUs of one machine.
+Both are linear in the state before the first token. So a shard computes its own part from an empty state, the shards
+exchange their final states, and what the carried state adds comes last. `EXCHANGE` says when the exchange of retention
+runs; benchmarks/bench_context_parallel.py measures each. In the backward, one matrix product makes the gradient of the
+carried state, which the shards exchange first. Then the operator's own backward runs once, with the true gradient of
+the final state; to run it before the exchange has ended would take three more passes over the tokens.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ from retnet.ops.dtypes import wide_dtype
 from retnet.ops.retention import checked_call
 from retnet.ops.selective_scan import selective_scan
 
+# When a shard exchanges states:
+#   after    its output from an empty state; the exchange, while queries are weighted; what the carried state adds
+#   during   its final state, by a product of its own; the exchange, while the output is computed; what the state adds
+#   before   its final state, by a product of its own; the exchange; the output, once, from the carried state
+When = Literal["after", "during", "before"]
+EXCHANGE: When = "after"
+
 
 def context_retention(
     q: Tensor,
@@ -28,21 +35,21 @@ def context_retention(
     shard: ContextShard,
     *,
     state: Tensor | None = None,
-    overlap: bool = True,
+    exchange: When | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`retention` of the tokens of one shard; arguments and results as there, of this shard.
 
     state: of the sequences that begin on this shard (a sequence that goes on from the shard before has zeros there).
     cu_seqlens: the shard's own bounds. The returned state is that after the last token of each sequence on the shard.
-    overlap: compute the output from empty states while the exchange runs, then add what the carried state adds. False:
-    find the final state by a product of its own, exchange it, and compute the output once, from the carried state.
+    exchange: when the states are exchanged; None: as EXCHANGE says.
     """
     p, plan = checked_call(q, k, v, log_decay, state=state, **options)
-    overlap = overlap and p.v.dtype != torch.float16  # a state in float16 may overflow
+    if p.v.dtype == torch.float16:  # a state in float16 may overflow
+        exchange = "before"
     tensors = p.q, p.k, p.v, p.log_decay, p.state, p.mask, p.cu_seqlens, shard.handle
     out, final, _, _ = torch.ops.retnet.context_retention(
-        *tensors, shard.size, p.scale, plan.chunk_size, plan.mode, overlap
+        *tensors, shard.size, p.scale, plan.chunk_size, plan.mode, exchange or EXCHANGE
     )
     return out, final
 
@@ -61,12 +68,12 @@ def _context_retention(
     scale: float,
     chunk_size: int,
     mode: str,
-    overlap: bool,
+    exchange: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, the final states [N, H, K, V], the states before each sequence, and the total decays of all shards."""
     problem = RetentionProblem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
     part = _Shard(problem, shard_of(handle))
-    out, final, carried, totals = (_overlapped if overlap else _in_turn)(part, mode)
+    out, final, carried, totals = _ORDERS[exchange](part, mode)
     if carried is None:
         carried = torch.zeros_like(final)
     elif carried is state:
@@ -75,7 +82,7 @@ def _context_retention(
 
 
 @_context_retention.register_fake
-def _(q, k, v, log_decay, state, mask, cu_seqlens, handle, size, scale, chunk_size, mode, overlap):
+def _(q, k, v, log_decay, state, mask, cu_seqlens, handle, size, scale, chunk_size, mode, exchange):
     problem = RetentionProblem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
     final = v.new_empty(problem.state_shape, dtype=wide_dtype(v.dtype))
     return v.new_empty(v.shape), final, torch.empty_like(final), final.new_empty(size, q.shape[0], v.shape[2], 1, 1)
@@ -167,9 +174,19 @@ class _Shard:
         mask = self.problem.mask
         return x[:, tokens] if mask is None else x[:, tokens].masked_fill(~mask[:, tokens, None, None], 0)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """x [1 or B, ...] for each row that an exchange is about."""
-        return x.expand(self.problem.q.shape[0], *x.shape[1:])
+    def total(self) -> Tensor:
+        """The total log decay of this shard's tokens [B, H, 1, 1]."""
+        total = self.decays(slice(None)).total()
+        return total.expand(self.problem.q.shape[0], *total.shape[1:])
+
+    def final_state(self) -> Tensor:
+        """The final state of the last sequence from this shard's tokens alone; zeros where it ends here."""
+        p, shard, last = self.problem, self.shard, self.last
+        if not shard.goes_on:  # nobody reads it
+            return p.v.new_zeros(p.q.shape[0], *p.state_shape[1:], dtype=wide_dtype(p.v.dtype))
+        decays = self.decays(last)
+        own = weighted_state(self.real(p.k, last), self.real(p.v, last), decays.after())
+        return own if p.state is None else own + decays.total().exp() * shard.last(p.state)
 
     def run(self, state: Tensor | None, mode: str) -> tuple[Tensor, Tensor]:
         """The operator on this shard, from a state before each sequence."""
@@ -198,11 +215,22 @@ class _Shard:
         return grad
 
 
-def _overlapped(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _exchange_after(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """out, the final states, the states before each sequence, and the total decays of all shards."""
+    out, final = part.run(part.problem.state, mode)
+    return _with_carry(part, out, final, Exchange(part.shard, part.shard.last(final), part.total()))
+
+
+def _exchange_during(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    exchange = Exchange(part.shard, part.final_state(), part.total())
+    return _with_carry(part, *part.run(part.problem.state, mode), exchange)
+
+
+def _with_carry(
+    part: _Shard, out: Tensor, final: Tensor, exchange: Exchange
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The results, from those of empty states."""
     problem, shard = part.problem, part.shard
-    out, final = part.run(problem.state, mode)
-    exchange = Exchange(shard, shard.last(final), part.rows(part.decays(slice(None)).total()))
     queries, kept = out, final
     if shard.continues:
         decays = part.decays(part.first)
@@ -227,21 +255,13 @@ def _with_reads(out: Tensor, queries: Tensor, carry: Tensor) -> Tensor:
     return out
 
 
-def _in_turn(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The same results: first the final state of the last sequence, then the exchange, then the output."""
-    problem, shard, last = part.problem, part.shard, part.last
-    if shard.goes_on:
-        decays = part.decays(last)
-        own = weighted_state(part.real(problem.k, last), part.real(problem.v, last), decays.after())
-        if problem.state is not None:
-            own = own + decays.total().exp() * shard.last(problem.state)
-    else:
-        own = problem.v.new_zeros(problem.q.shape[0], *problem.state_shape[1:], dtype=wide_dtype(problem.v.dtype))
-    total = part.rows(part.decays(slice(None)).total())
-    states, totals = Exchange(shard, own, total).wait()
-    state = part.with_carry(from_before(shard, states, totals))
-    out, final = part.run(state, mode)
-    return out, final, state, totals
+def _exchange_before(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    states, totals = Exchange(part.shard, part.final_state(), part.total()).wait()
+    state = part.with_carry(from_before(part.shard, states, totals))
+    return *part.run(state, mode), state, totals
+
+
+_ORDERS = {"after": _exchange_after, "during": _exchange_during, "before": _exchange_before}
 
 
 def context_scan(

@@ -96,7 +96,7 @@ def last_of_each(bounds: list[int] | None, shard: ContextShard) -> list[int] | N
 
 
 def check_retention(
-    of: Shards, size: int, packing: str, per_token: bool, masked: bool, seed: int, overlap: bool = True
+    of: Shards, size: int, packing: str, per_token: bool, masked: bool, seed: int, exchange: str | None = None
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens, B, G, H, K, V = 13, 1 if bounds_of(packing, 13, size) else 2, 2, 4, 3, 5
@@ -124,7 +124,7 @@ def check_retention(
     start = before if before is not None and shard.rank == 0 else None
     part_mask = None if mask is None else mask[:, both.tokens]
     mine, state = call(
-        context_retention, both.part, shard, state=start, mask=part_mask, cu_seqlens=here, overlap=overlap
+        context_retention, both.part, shard, state=start, mask=part_mask, cu_seqlens=here, exchange=exchange
     )
     compare("out", mine, out[:, both.tokens])
     ends = last_of_each(bounds, shard)
@@ -266,7 +266,8 @@ def check_all(of: Shards, size: int) -> None:
     for seed, packing in enumerate(PACKINGS):
         for per_token in (False, True):
             check_retention(of, size, packing, per_token, packing == "rows" and per_token, seed)
-            check_retention(of, size, packing, per_token, packing == "over borders", seed, overlap=False)
+            for exchange in ("during", "before"):
+                check_retention(of, size, packing, per_token, packing == "over borders", seed, exchange)
         check_retention(of, size, packing, False, True, seed)
         check_scan(of, size, packing, seed)
     for packing in PACKINGS:

@@ -56,9 +56,10 @@ def test_retention_of_shards_is_that_of_the_row(packing, size):
         on_shards(size, checks.check_retention, packing, per_token, masked, size)
 
 
+@pytest.mark.parametrize("exchange", ["during", "before"])
 @pytest.mark.parametrize(("packing", "per_token"), [("rows", True), ("over borders", False), ("short", True)])
-def test_the_exchange_before_the_output_gives_the_same(packing, per_token):
-    on_shards(3, checks.check_retention, packing, per_token, packing == "rows", 3, False)
+def test_the_exchange_before_the_output_and_during_it_gives_the_same(packing, per_token, exchange):
+    on_shards(3, checks.check_retention, packing, per_token, packing == "rows", 3, exchange)
 
 
 @pytest.mark.parametrize("size", [2, 4])
