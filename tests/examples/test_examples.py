@@ -138,12 +138,28 @@ def test_a_classifier_learns(tmp_path):
 
 @pytest.mark.slow
 def test_rows_shared_by_two_processes_train_as_in_one():
-    words = [str(ROOT / "examples" / "long_rows.py"), "--tokens", "1024", "--steps", "3"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    losses = []
-    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        done = subprocess.run([sys.executable, *launch, *words], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        losses.append(re.findall(r"^([\d.]+) nats", done.stdout, re.MULTILINE))
+    printed = by_one_and_two_processes("long_rows", "--tokens", "1024", "--steps", "3")
+    losses = [re.findall(r"^([\d.]+) nats", text, re.MULTILINE) for text in printed]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
+
+
+@pytest.mark.slow
+def test_a_model_on_two_processes_generates_as_on_one():
+    printed = by_one_and_two_processes("split_model", str(ROOT / "examples" / "hybrid.yml"), "--tokens", "12")
+    found = [re.findall(r"^([\d,]+) weights per process: (.*)$", text, re.MULTILINE) for text in printed]
+    weights = [int(lines[0][0].replace(",", "")) for lines in found]
+    assert 0.5 * weights[0] < weights[1] < 0.51 * weights[0]
+    assert [tokens for _, tokens in found[0]] == [tokens for _, tokens in found[1]]
+    assert len(found[0]) == 2
+
+
+def by_one_and_two_processes(name: str, *words: str) -> list[str]:
+    """What a program prints alone, and under torchrun."""
+    printed, environment = [], os.environ | {"OMP_NUM_THREADS": "1"}
+    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        command = [sys.executable, *launch, str(ROOT / "examples" / f"{name}.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    return printed
