@@ -10,7 +10,8 @@ write its states once, at the copy bandwidth of the run. "all-reduces" is the ti
 per layer and one of the embedding, in one CUDA graph on a GPU): what splitting adds.
 
 Agreement: the relative difference of the logits after a prompt, beside that of the same prompt read in chunks on one
-GPU, which is rounding alone; and how many greedy tokens are equal before the first that differs. NVLink multicast
+GPU, which is rounding alone; and how many greedy tokens are equal before the first that differs. With --train, those of
+the loss and the gradients of the prompt, read as a text. NVLink multicast
 (NCCL_NVLS_ENABLE) is off unless the environment says otherwise.
 """
 
@@ -36,6 +37,7 @@ from retnet.models.config import ModelConfig
 from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
 from retnet.models.parallel.plan import tensor_parallel_
+from retnet.models.parallel.whole import part_of_weights
 from retnet.models.presets import preset, retnet_config
 from retnet.ops.tensor_shard import TensorShard
 from retnet.serve.engine import Engine
@@ -78,6 +80,29 @@ class Bench:
             hidden, state = model.hidden(ids, state, carry=True)
         assert hidden is not None
         return model.logits(hidden[:, -1]).float()
+
+    def gradients(self, model: LanguageModel) -> tuple[float, dict[str, Tensor]]:
+        """The loss of the prompt and the gradients of all weights."""
+        ids = self.ids(model.config).to(self.device)
+        model.train()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        model.eval()
+        return float(loss.detach()), found
+
+    def differences(self, found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str, float]:
+        """(relative difference of all gradients as one vector, the weight that differs most, and by how much)."""
+        names, rows = sorted(found), []
+        for name in names:
+            whole = expected[name].double()
+            rows.append([float((found[name].double() - whole).square().sum()), float(whole.square().sum())])
+        squares = torch.tensor(rows, dtype=torch.float64, device=self.device)
+        squares = self.shard.sum_(squares)  # weights that all processes hold count once per process, in both columns
+        apart = (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).sqrt()
+        total = (squares[:, 0].sum() / squares[:, 1].sum()).sqrt()
+        return float(total), names[int(apart.argmax())], float(apart.max())
 
     def measure(self, model: LanguageModel) -> tuple[float, float, list[int]]:
         """(milliseconds per step, its floor, greedy tokens of the first request)."""
@@ -169,6 +194,7 @@ def points(bench: Bench):
     bench.say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {size} of {bench.device.type}")
     expected = bench.logits(model, options.prompt)
     rounding = difference(bench.logits(model, max(1, options.prompt // 4)), expected)
+    loss, gradients = bench.gradients(model) if options.train else (0.0, {})
     alone, floor, tokens = bench.measure(model)
     free(bench.device)
     note = f"{1e3 * options.batch / alone:.1f} tokens/s"
@@ -177,6 +203,15 @@ def points(bench: Bench):
     tensor_parallel_(model, bench.mesh)
     free(bench.device)
     apart = difference(bench.logits(model, options.prompt), expected)
+    if options.train:
+        split_loss, found = bench.gradients(model)
+        total, name, most = bench.differences(found, part_of_weights(model, gradients))
+        bench.say(
+            f"loss {loss:.6f} on {one}, {split_loss:.6f} split; gradients differ by {total:.1e} of their norm, "
+            f"at most by {most:.1e} in {name}"
+        )
+        del gradients, found
+        free(bench.device)
     milliseconds, floor, split_tokens = bench.measure(model)
     note = f"{1e3 * options.batch / milliseconds:.1f} tokens/s, {alone / milliseconds:.2f} times {one}"
     yield Point("tensor_parallel", case, all_of_them, "token", milliseconds, floor, note=note)
@@ -200,6 +235,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--most", type=int, default=2048, help="new tokens at most")
     parser.add_argument("--seconds", type=float, default=3.0, help="of decoding per measurement")
+    parser.add_argument("--train", action="store_true", help="compare loss and gradients of the prompt too")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds that a process waits for another")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     return parser.parse_args()

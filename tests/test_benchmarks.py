@@ -1,6 +1,7 @@
 """Benchmarks run on a CPU at small sizes; those that need a GPU say so."""
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,14 +22,18 @@ def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_the_benchmark_of_split_models_finds_the_tokens_of_one_process():
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def test_the_benchmark_of_split_models_finds_them_equal_to_whole_ones(device):
     words = [
         "--size",
         2,
-        64,
+        256,
         4,
         "--device",
-        "cpu",
+        device,
         "--dtype",
         "float32",
         "--prompt",
@@ -39,11 +44,15 @@ def test_the_benchmark_of_split_models_finds_the_tokens_of_one_process():
         0.1,
     ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, str(BENCHMARKS / "bench_tensor_parallel.py"), *map(str, words)]
+    command = [*launch, str(BENCHMARKS / "bench_tensor_parallel.py"), *map(str, words), "--seconds", "0.1", "--train"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert "the first 33 of 33 greedy tokens are equal" in done.stdout
-    assert "2 processes" in done.stdout
+    apart, rounding = map(float, re.findall(r"logits differ by (\S+) of .* \(by (\S+) between", done.stdout)[0])
+    gradients = float(re.findall(r"gradients differ by (\S+) of", done.stdout)[0])
+    assert apart < 10 * rounding
+    assert gradients < (1e-5 if device == "cpu" else 1e-2)
+    if device == "cpu":
+        assert "the first 33 of 33 greedy tokens are equal" in done.stdout
 
 
 def rows(path: Path) -> list[dict[str, str]]:
