@@ -34,6 +34,7 @@ class TrainingHooks(TrainerCallback):
         trainer = self._trainer
         if args.device.type == "cpu" or state.global_step % CHECK_EVERY == 0:
             trainer.check_losses()
+        trainer.check_savable()
         trainer.finish_saving(if_done=True)
         if state.global_step == state.max_steps:  # processes agree before each step, and no step follows
             trainer.terminated = trainer.consensus.any(trainer.signal.received)

@@ -48,6 +48,7 @@ class ShardedTrainer(Trainer):
 
     saver: ShardSaver | None = None
     _staging: Path | None = None
+    _is_savable = False
 
     def prepare_checkpoints(self, form: str | None) -> None:
         """Choose the form of the checkpoints, if None by `fsdp_config`. Raises ValueError for settings that differ."""
@@ -63,6 +64,16 @@ class ShardedTrainer(Trainer):
         assert self.saver is not None
         tensors = weight_tensors(self._module, self._tied) | optimizer_tensors(self._module, self._plain_optimizer)
         self.saver.save(folder, own_share(tensors, self.args.process_index, self.args.world_size), finished)
+
+    def check_savable(self) -> None:
+        """Raise ValueError if the optimizer has a state that the form of checkpoints does not hold.
+
+        Called after steps: an optimizer has a state from its first step on. Looks once.
+        """
+        if self.saver is not None and not self._is_savable:
+            optimizer_tensors(self._module, self._plain_optimizer)
+            optimizer_values(self._module, self._plain_optimizer)
+            self._is_savable = True
 
     def close_saver(self) -> None:
         """Wait for a checkpoint that is being written, without showing its errors: the run has ended."""

@@ -164,6 +164,20 @@ def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run_and_
     assert not (tmp_path / STAGING).exists()
 
 
+def test_an_optimizer_that_cannot_be_saved_ends_the_run_after_its_first_step(
+    dropout_model, text_folder, tmp_path, console, monkeypatch
+):
+    original = PackedTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        self.optimizer.param_groups[0]["hook"] = print
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PackedTrainer, "training_step", training_step)
+    with pytest.raises(ValueError, match=r"the optimizer's option.hook is a builtin_function_or_method; accepted"):
+        train(recipe_for(dropout_model, text_folder, tmp_path, **ASYNC | {"max_steps": 1}), console)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [SHARDS_FILE, STATE, "random-0.json", "shard-00000-00000.safetensors"])
 def test_a_checkpoint_with_a_torn_file_and_a_marker_of_it_is_refused(

@@ -133,6 +133,31 @@ def test_weights_of_another_model_are_refused(tmp_path):
             load_weights(shards, model, set())
 
 
+class Quantized(torch.Tensor):
+    """As the states of optimizers with 8 bits."""
+
+
+def test_states_that_a_file_does_not_hold_are_refused_before_a_checkpoint_is_due():
+    model, optimizer = stepped()
+    state = optimizer.state[model["a"].weight]
+    for key, value, message in (
+        (
+            "exp_avg",
+            torch.zeros(5, 3).as_subclass(Quantized),
+            "the optimizer's exp_avg of a.weight is a Quantized; acc",
+        ),
+        ("exp_avg", torch.zeros(5, 3, dtype=torch.complex64), "exp_avg of a.weight is of torch.complex64; accepted"),
+        ("a.b", torch.zeros(1), "the optimizer keeps 'a.b' for a.weight; accepted: names like exp_avg"),
+    ):
+        before, state[key] = state.get(key), value
+        with pytest.raises(ValueError, match=message):
+            optimizer_tensors(model, optimizer)
+        state[key] = before
+    state["exp_avg"] = {1, 2}
+    with pytest.raises(ValueError, match=r"state of a.weight.* is a set; accepted: numbers, text"):
+        optimizer_values(model, optimizer)
+
+
 def test_processes_share_whole_tensors_by_size():
     tensors = {name: torch.zeros(size) for name, size in (("a", 10), ("b", 6), ("c", 5), ("d", 1), ("e", 0))}
     shares = [own_share(tensors, process, 2) for process in range(2)]
