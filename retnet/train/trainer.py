@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -29,7 +28,7 @@ from retnet.data import PackedDataset, Rows
 from retnet.layers.moe import MoE
 from retnet.models.states import ModelState
 from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainBatches, ValidBatches, collate, to_device
-from retnet.train.checkpoints import CheckpointError, commit, list_checkpoints, rotate, staged, undone_on_error
+from retnet.train.checkpoints import CheckpointError, list_checkpoints
 from retnet.train.hooks import TrainingHooks, epoch_validation_follows
 from retnet.train.losses import LossWatch, NonFiniteLoss, all_finite
 from retnet.train.muon_recipe import muon_cls_and_kwargs
@@ -37,9 +36,9 @@ from retnet.train.optimizer import check_schedule, complete_schedule, decayed_pa
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.resume import ProcessState, read_run, save_run
 from retnet.train.row_shards import RowShards
-from retnet.train.sharded_trainer import ShardedTrainer
+from retnet.train.staged_trainer import StagedTrainer
 from retnet.train.stopping import ProcessConsensus, RunClock, Terminated, TerminationSignal
-from retnet.train.throughput import Meter, device_peak, flops_per_token, memory_gib, synchronize
+from retnet.train.throughput import Meter, device_peak, flops_per_token, memory_gib
 
 STATE_FILE = "trainer_state.json"
 
@@ -62,7 +61,7 @@ class RunOptions:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class PackedTrainer(ShardedTrainer):
+class PackedTrainer(StagedTrainer):
     """Trains on rows of packed documents.
 
     train_rows: the stream of rows (`batches.py`). valid_rows: by name; together they are the validation set.
@@ -105,8 +104,6 @@ class PackedTrainer(ShardedTrainer):
         self.resumed: Path | None = None
         self._ahead: ReadAhead | None = None
         self._source: Iterator[Any] | None = None
-        self._saved_step = -1
-        self._unpushed: Path | None = None
         self._best_step: int | None = None  # the step of the weights, if the best ones were loaded at the end
         self._validations: dict[int, dict[str, float]] = {}  # by the step of the weights
 
@@ -396,61 +393,6 @@ class PackedTrainer(ShardedTrainer):
         how_to_resume = f"{saved}resume_from_checkpoint=auto resumes from {output}"
         raise Terminated(self.state.global_step, how_to_resume, self.signal.number or signal.SIGTERM)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: `_save_checkpoint` pushes once the checkpoint has its name."""
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Stage the Trainer's checkpoint and our files beside it, then give the folder its name."""
-        step, args = self.state.global_step, self.args
-        if step == self._saved_step:
-            return
-        self.check_weights()
-        synchronize(args.device)
-        begin = time.perf_counter()
-        self.finish_saving()
-        output = Path(self._get_output_dir(trial))
-        with staged(output, f"checkpoint-{step}", writes=args.should_save) as folder:
-            self.accelerator.wait_for_everyone()
-            self._staging = folder.parent
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            self._save_progress(folder, output)
-            best = self.state.best_model_checkpoint
-            complete = partial(_complete, folder, args.save_total_limit, None if best is None else Path(best))
-            if self.saver is not None:
-                self.save_shards(folder, complete)
-            else:
-                self.accelerator.wait_for_everyone()
-                if args.should_save:
-                    complete({})
-                self.accelerator.wait_for_everyone()
-        self._saved_step, self._unpushed = step, output / folder.name
-        if self.saver is None or not self.saver.pending:
-            self._push_saved()
-        self.meter.pause(time.perf_counter() - begin)
-
-    def _push_saved(self) -> None:
-        if self.args.push_to_hub and self._unpushed is not None:
-            super()._push_from_checkpoint(str(self._unpushed))
-        self._unpushed = None
-
-    def finish_saving(self, *, if_done: bool = False) -> None:
-        """Wait for the checkpoint that is saved in the background, if there is one. All processes call this together.
-
-        if_done: only if no process is still writing. Raises CheckpointError if it could not be written.
-        """
-        if self.saver is None or not self.saver.pending or (if_done and self.consensus.any(not self.saver.done)):
-            return
-        assert self._unpushed is not None
-        with undone_on_error(self._unpushed.parent, self._unpushed.name, writes=self.args.should_save):
-            self.saver.collect()
-        self._push_saved()
-
     def _save_progress(self, folder: Path, output: Path) -> None:
         """Save the files of `resume.py`."""
         progress = ProcessState(
@@ -492,12 +434,6 @@ class PackedTrainer(ShardedTrainer):
         wrong = sorted((set(load_result.missing_keys) - tied) | set(load_result.unexpected_keys))
         if wrong:
             raise CheckpointError(f"the weights of {self.resumed} are not those of the model: {', '.join(wrong[:5])}")
-
-
-def _complete(folder: Path, keep: int | None, best: Path | None, hashes: Mapping[str, str]) -> None:
-    """Give a staged checkpoint its name, and remove those that it replaces. hashes: of files that are on the disk."""
-    commit(folder, hashes)
-    rotate(folder.parent.parent, keep, best)
 
 
 def _same_random_numbers(device: torch.device) -> AbstractContextManager[None]:

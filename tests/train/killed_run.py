@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from retnet.train import trainer
+from retnet.train import staged_trainer
 from retnet.train.recipe import load_recipe
 from retnet.train.run import train
 from retnet.train.shard_storage import ShardWriter
@@ -52,14 +52,14 @@ def kill_in_write(number: int) -> None:
 
 
 def kill_in_commit(number: int) -> None:
-    original = trainer.commit
+    original = staged_trainer.commit
 
     def commit(folder, *args):
         if folder.name == f"checkpoint-{number}":
             die()
         return original(folder, *args)
 
-    trainer.commit = commit
+    staged_trainer.commit = commit
 
 
 def kill_in_save(number: int) -> None:
