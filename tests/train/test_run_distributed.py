@@ -19,7 +19,7 @@ from .conftest import losses, recipe_for, weights, words_for
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
 SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "do_eval": True}
 FSDP2 = {"fsdp": "true"}
-SHARDED_STATE_DICT = FSDP2 | {"fsdp_config": "{state_dict_type: SHARDED_STATE_DICT}"}  # means checkpoints=sharded
+FSDP = FSDP2 | {"fsdp_config": "{state_dict_type: SHARDED_STATE_DICT}"}  # means checkpoints=sharded
 
 
 def torchrun(processes: int, words: list[str], killed: str | None = None) -> str:
@@ -69,7 +69,7 @@ def test_two_processes_with_accumulation_train_as_one_without(byte_model, text_f
     ("optim", "saved_by", "saving", "resumed_by", "resuming"),
     [
         ("adamw_torch", 4, FSDP2 | {"checkpoints": "async"}, 2, {}),
-        ("muon", 2, SHARDED_STATE_DICT, 4, FSDP2),
+        ("muon", 2, FSDP, 4, FSDP2),
         ("muon", 2, {"checkpoints": "async"}, 2, FSDP2 | {"checkpoints": "sharded"}),
     ],
     ids=["4 shards to 2 replicas", "2 shards to 4 shards", "2 replicas to 2 shards"],
