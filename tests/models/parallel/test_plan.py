@@ -15,6 +15,7 @@ from torch import Tensor
 from retnet.layers import tensor_parallel
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.tensor_parallel import Part, Split
+from retnet.models.decode import output
 from retnet.models.directory import save_model
 from retnet.models.parallel.plan import split_, tensor_parallel_plan
 from retnet.ops import tensor_shard
@@ -172,7 +173,13 @@ def test_a_broken_split_is_noticed(monkeypatch, mutation):
 
 def test_processes_that_draw_their_own_tokens_are_noticed(monkeypatch):
     monkeypatch.setattr(ThreadShard, "first_", lambda shard, x: x)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="temperature"):
+        on_threads(2, checks.check_generation, FUSED[:1])
+
+
+def test_a_fused_step_without_its_sums_is_noticed(monkeypatch):
+    monkeypatch.setattr(output, "OutputLinear", type("Other", (), {}))
+    with pytest.raises(AssertionError, match="temperature"):
         on_threads(2, checks.check_generation, FUSED[:1])
 
 
