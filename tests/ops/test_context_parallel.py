@@ -49,8 +49,10 @@ def on_shards(size: int, check: Callable[..., None], *options: object) -> None:
     in_lockstep(size, work)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("packing", checks.PACKINGS)
+PLACES = [("rows", 2), ("rows", 4), ("over borders", 3), ("at borders", 4), ("one", 3), ("short", 2)]
+
+
+@pytest.mark.parametrize(("packing", "size"), PLACES)
 def test_retention_of_shards_is_that_of_the_row(packing, size):
     for per_token, masked in [(False, False), (True, packing == "rows"), (False, True)]:
         on_shards(size, checks.check_retention, packing, per_token, masked, size)
@@ -62,8 +64,7 @@ def test_the_exchange_before_the_output_and_during_it_gives_the_same(packing, pe
     on_shards(3, checks.check_retention, packing, per_token, packing == "rows", 3, exchange)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("packing", checks.PACKINGS)
+@pytest.mark.parametrize(("packing", "size"), PLACES)
 def test_the_selective_scan_of_shards_is_that_of_the_row(packing, size):
     on_shards(size, checks.check_scan, packing, size)
 
