@@ -75,7 +75,8 @@ def _load() -> Iterator[Finding]:
     cores = os.cpu_count() or 1
     if load > BUSY * cores:
         text = f"{load:.1f} processes want to run on {cores} cores (mean of a minute): they wait for each other"
-        yield Finding("load", "slow", text, "end other programs; speeds that are measured meanwhile mean little")
+        advice = "end other programs, or set OMP_NUM_THREADS=1: threads that wait for each other are many times slower"
+        yield Finding("load", "slow", text, f"{advice}; speeds that are measured meanwhile mean little")
 
 
 def _memory() -> Finding:
