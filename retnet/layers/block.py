@@ -82,7 +82,7 @@ class Block(nn.Module):
         """The second result is the mixer's: a state, or a draft with `layout.deferred`."""
         mixed, fed = self._mixed, self._fed
         if layout.recompute != "none":
-            of_mixer, of_feed_forward = kept_results(layout)
+            of_mixer, of_feed_forward = kept_results(layout.recompute)
             mixed = partial(recomputed, self._mixed, of_mixer)
             fed = partial(recomputed, self._fed, of_feed_forward)
         y, state = mixed(x, state, layout)

@@ -59,9 +59,9 @@ class Recompute:
             raise ValueError(f"offload is True with recompute {self.level!r}; accepted with offload: 'layer'")
 
 
-def kept_results(layout: TokenLayout) -> tuple[frozenset[str], frozenset[str]]:
-    """The operators whose results the layout's level holds: of mixers, and of feed-forwards."""
-    if layout.recompute == "medium":
+def kept_results(level: Level) -> tuple[frozenset[str], frozenset[str]]:
+    """The operators whose results `light` and `medium` hold: of mixers, and of feed-forwards."""
+    if level == "medium":
         return PRODUCTS | ATTENTION, frozenset()
     return PRODUCTS | ATTENTION | LINEAR_TIME, PRODUCTS
 

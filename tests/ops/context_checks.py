@@ -236,7 +236,8 @@ def check_ring(of: Shards, size: int) -> None:
     """Rows of one document in a ring, whatever PyTorch's global options say; queries share keys."""
     with patched(Attention, RING_DEVICES=("cpu",)):
         assert has_ring_kernel(torch.device("cpu"), torch.float64, 12, 2, 16)
-        check_model(of, size, "rows", layers=(PAPER, ROTARY, NOPE))
+        for level in ("none", "light"):
+            check_model(of, size, "rows", level, layers=(PAPER, ROTARY, NOPE))
         with patched(context_attention, _in_order=balanced):
             try:
                 check_model(of, size, "rows", layers=(PAPER, ROTARY, NOPE))
