@@ -43,6 +43,8 @@ ATTENTION = frozenset({
 LINEAR_TIME = frozenset({
     "retnet::retention", "retnet::context_retention", "retnet::selective_scan", "aten::_fft_c2r"
 })  # fmt: skip
+EXCHANGES = frozenset({"retnet::shard_carry", "retnet::shard_recent"})  # small results from other shards
+
 _last_product: ContextVar[bool] = ContextVar("last_product", default=False)
 
 
@@ -62,8 +64,8 @@ class Recompute:
 def kept_results(level: Level) -> tuple[frozenset[str], frozenset[str]]:
     """The operators whose results `light` and `medium` hold: of mixers, and of feed-forwards."""
     if level == "medium":
-        return PRODUCTS | ATTENTION, frozenset()
-    return PRODUCTS | ATTENTION | LINEAR_TIME, PRODUCTS
+        return PRODUCTS | ATTENTION | EXCHANGES, frozenset()
+    return PRODUCTS | ATTENTION | EXCHANGES | LINEAR_TIME, PRODUCTS
 
 
 def recomputed(run: Branch, kept: frozenset[str], x: Tensor, state: Any, layout: TokenLayout) -> tuple[Tensor, Any]:

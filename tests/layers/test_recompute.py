@@ -175,6 +175,26 @@ def test_the_copy_back_of_a_layer_begins_one_layer_ahead():
     assert torch.equal(waiting.unpack_hook(first), torch.full((3,), 1.0))
 
 
+@pytest.mark.gpu
+def test_layer_inputs_leave_the_memory_of_a_gpu():
+    device = torch.device("cuda")
+    ids, held, grads = random_ids(1, 8193).to(device), [], []
+    for waits in (False, True):
+        model = small_model((PAPER,) * 8).to(device).train()
+        model.recompute = Recompute("layer", waits)
+        model.loss(ids[:, :-1], ids[:, 1:]).backward()  # allocates what later steps use again
+        model.zero_grad()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated() - before)
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *grads))
+    assert held[0] - held[1] == pytest.approx(8 * 8192 * 32 * 4, rel=0.2)  # 8 inputs in float32
+
+
 def test_evaluation_and_frozen_calls_hold_nothing_back(monkeypatch):
     model = small_model((PAPER,))
     model.recompute = Recompute("light")
