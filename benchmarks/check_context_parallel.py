@@ -171,7 +171,7 @@ def operator_errors(
     shard = run.shard(packing)
     given = {name: cut(name, x) for name, x in on_device.items()}
     mixed = dict(zip(names, gradients(partial(part, shard=shard), given, own), strict=True))
-    for name in shared:
+    for name in sorted(shared):  # in one order on all processes
         mixed[f"d {name}"] = run.summed(mixed[f"d {name}"].clone())
     kept = [name for name in names if name != "state" or packing == "rows"]
     shards, one = {}, {}
