@@ -53,7 +53,7 @@ class _Waiting:
 
 class waiting_on_host(saved_tensors_hooks):
     """Floating-point tensors on `device` that autograd saves inside wait on the host: inside a checkpointed call, its
-    arguments alone. Entered again for every layer.
+    arguments alone (older versions of PyTorch add an empty tensor). Entered again for every layer.
     """
 
     def __init__(self, device: torch.device):
@@ -62,7 +62,7 @@ class waiting_on_host(saved_tensors_hooks):
 
         def pack(x: Tensor) -> Tensor | _Waiting:
             nonlocal last
-            if x.device != device or not x.is_floating_point():
+            if x.device != device or not x.is_floating_point() or not x.numel():
                 return x
             last = _Waiting(x, stream, last)
             return last
