@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from retnet.data.kinds import Kind
 from retnet.data.shards import TOKENIZER, Column, ShardFolder
 from retnet.data.sources import Document, find_source, plain_documents, split_documents
+from retnet.data.stores import StorePath, location
 from retnet.data.tokenizer import BYTES, DOCUMENT_START, VOCAB_SIZE, ByteTokenizer, Tokenizer
 
 _HASH_BLOCK = 1 << 20
@@ -265,5 +266,8 @@ def open_corpus(source: str | os.PathLike[str]) -> Corpus:
     """
     found = find_source(source)
     if found.kind is Kind.SHARDS:
-        return ShardCorpus(ShardFolder(Path(source)), found.name)
+        folder = location(source)
+        if isinstance(folder, StorePath):
+            found.refuse("a copy on this machine, as shards are mapped into memory")
+        return ShardCorpus(ShardFolder(folder), found.name)
     return ByteCorpus(plain_documents(found), found.name)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet.data.build import check_new, check_outside, real_path
-from retnet.data.part_plan import FORMAT, VERSION, describe_plan, differences, identity_of
+from retnet.data.part_plan import ASPECTS, FORMAT, VERSION, describe_plan, differences, identity_of
 from retnet.data.plan import Piece, Settings, describe_files, make_plan
 from retnet.data.shard_writer import Counts, write_shard
 from retnet.data.shards import MANIFEST, SUFFIXES, TOKENIZER, hash_file
@@ -102,6 +102,9 @@ class PartsFolder:
         plan = read_json(self.plan)
         if (kind := (plan.get("format"), plan.get("version"))) != (FORMAT, VERSION):
             raise ValueError(f"{self.plan} is {kind[0]} version {kind[1]}; accepted: {FORMAT} version {VERSION}")
+        missing = [key for key in (*ASPECTS, "shards") if key not in plan]
+        if missing:
+            raise ValueError(f"{self.plan} has no {missing[0]!r}; accepted: a plan that `retnet data` wrote")
         return plan
 
     def check_data(self, shards: int | None = None) -> None:

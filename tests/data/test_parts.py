@@ -207,6 +207,31 @@ def test_a_part_after_the_merge_and_a_merge_without_parts_are_refused(source, tm
         part_of(source, tmp_path / "out", "1/2")
 
 
+def test_a_plan_and_a_record_that_are_none_are_named(source, tmp_path):
+    part_of(source, tmp_path / "out", "1/1", shard_size=30_000)
+    for name, content, message in [
+        ("records/00001.json", "{}", r"00001\.json is not the record of a shard; accepted: records that"),
+        ("records/00001.json", '{"plan": ', r"00001\.json is not JSON"),
+        ("plan.json", '{"format": "other"}', "plan.json is other version None; accepted: retnet-parts version 1"),
+        (
+            "plan.json",
+            '{"format": "retnet-parts", "version": 1}',
+            r"plan\.json has no 'sources'; accepted: a plan that",
+        ),
+    ]:
+        file = tmp_path / "out.parts" / name
+        before = file.read_text()
+        file.write_text(content)
+        for act in (
+            lambda: merge_parts(str(tmp_path / "out")),
+            lambda: part_of(source, tmp_path / "out", "1/1", shard_size=30_000),
+        ):
+            with pytest.raises(ValueError, match=message):
+                act()
+        file.write_text(before)
+    merge_parts(str(tmp_path / "out"))
+
+
 def test_bad_data_ends_a_part_and_the_shards_of_others_stay(source, tmp_path):
     mine = tmp_path / "source"
     shutil.copytree(source, mine)

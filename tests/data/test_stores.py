@@ -129,6 +129,8 @@ def test_a_corpus_that_is_there_and_files_of_others_are_left_alone(store):
     merge_parts(f"{store}/whole")
     with pytest.raises(ValueError, match="whole exists; accepted: a new folder"):
         write_part([f"{store}/a.txt"], f"{store}/whole", Part(1, 1))
+    with pytest.raises(ValueError, match="whole holds token shards; accepted: a copy on this machine"):
+        open_corpus(f"{store}/whole")
 
 
 def test_a_file_in_a_store_that_changes_while_it_is_read_is_named(store):
