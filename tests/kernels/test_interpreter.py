@@ -32,7 +32,7 @@ SLOW = ["retention/test_dispatch.py", "decode/test_recurrent.py", "decode/test_d
         pytest.param(DECODE + CONVOLUTION, "not gpu and not slow", id="decode, convolution"),
         *(pytest.param([module], "slow and not gpu", id=f"{module}, slow", marks=pytest.mark.slow) for module in SLOW),
         pytest.param(["scan/test_scan.py"], "not gpu", id="scan/test_scan.py", marks=pytest.mark.slow),
-        pytest.param(["test_far_offsets.py"], "not gpu", id="far offsets", marks=pytest.mark.slow),
+        pytest.param(["test_kernels_far_offsets.py"], "not gpu", id="far offsets", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_agree_with_the_oracle_in_the_interpreter(modules, marks):
