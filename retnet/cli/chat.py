@@ -106,8 +106,8 @@ def _local(
     from retnet.data.chat_template import find_chat_template
     from retnet.models.decode.sampling import Sampling
 
+    tokenizer = load_tokenizer(name)  # refused before the weights are loaded
     network = load_shown(name, device, dtype)
-    tokenizer = load_tokenizer(network)
     template = find_chat_template(chat_template, tokenizer, network.directory)
     if template is None:
         raise ValueError("--chat-template is none, and a chat needs one; accepted: plain, or a file")

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from retnet.eval.agreement import Agreement
-    from retnet.models.lm import LanguageModel
 
 OPERATOR = "operator"
 _SHAPE = (2, 512, 4, 64, 128)  # B, T, H, K, V of the operator's random inputs
@@ -45,6 +44,8 @@ def check(
 
     Example: retnet check retnet-tiny --length 128
     """
+    import torch
+
     from retnet.eval.agreement import CHUNK_SIZES, check_model, check_operator
 
     dtypes = dtype or ["float64", "float32", "bfloat16"]
@@ -58,8 +59,12 @@ def check(
         rows = _shown(check_operator(shape, dtypes, sizes, device=resolve_device(device), seed=seed))
         title = f"retention, B, T, H, K, V = {', '.join(map(str, shape))}"
     else:
+        ids = None if text is None else _ids_of(text, model, length)  # refused before the weights are loaded
         network = load_shown(model, device)
-        ids = _ids(network, text, length, seed).to(network.embedding.weight.device)
+        if ids is None:
+            generator = torch.Generator().manual_seed(seed)
+            ids = torch.randint(network.config.vocab_size, (1, length), generator=generator)
+        ids = ids.to(network.embedding.weight.device)
         rows = _shown(check_model(network, ids, dtypes, sizes))
         title = f"{model}, {ids.shape[1]} tokens of {text or 'random input'}"
     failed = sum(not row.passed for row in rows)
@@ -83,12 +88,9 @@ def _shown(rows: Iterator[Agreement]) -> list[Agreement]:
     return done
 
 
-def _ids(model: LanguageModel, text: Path | None, length: int, seed: int) -> Tensor:
+def _ids_of(text: Path, model: str, length: int) -> Tensor:
+    """The first tokens of a text, in the tokens of a model."""
     import torch
-
-    if text is None:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(model.config.vocab_size, (1, length), generator=generator)
 
     from retnet.api import load_tokenizer
 

@@ -116,9 +116,9 @@ def _bits_per_byte(
     from retnet.eval.bits import bits_per_byte, corpus_bits_per_byte
     from retnet.eval.compressors import compressor_table, texts_of
 
-    network = load_shown(model, device, quiet=not processes.is_first)
-    tokenizer = load_tokenizer(network)
+    tokenizer = load_tokenizer(model)  # refused before the weights are loaded, as is the data
     corpus = open_corpus(data)
+    network = load_shown(model, device, quiet=not processes.is_first)
     train, scored = corpus.split(valid_fraction) if part is Part.valid else (None, corpus)
     if isinstance(scored, ByteCorpus):  # files of text, in the tokens of any model
         result_of = partial(bits_per_byte, network, tokenizer, scored.documents)
@@ -174,12 +174,12 @@ def _perplexity(
     from retnet.api import load_tokenizer
     from retnet.eval.perplexity import perplexity
 
-    network = load_shown(model, device, quiet=not processes.is_first)
-    tokenizer = load_tokenizer(network)
+    tokenizer = load_tokenizer(model)  # refused before the weights are loaded, as is the text
     try:
         text = _bytes_of(file).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 at byte {error.start}; accepted: text in UTF-8") from error
+    network = load_shown(model, device, quiet=not processes.is_first)
     with Progress(errors if processes.is_first else silent, "scoring", unit="tokens") as shown:
 
         def on_tokens(done: int, total: int) -> None:

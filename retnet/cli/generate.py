@@ -103,8 +103,8 @@ def generate(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
+    tokenizer = load_tokenizer(model)  # refused before the weights are loaded
     network = load_shown(model, device, dtype)
-    tokenizer = load_tokenizer(network)
     if int8:
         from retnet.models.decode.int8 import quantize_int8_
 

@@ -174,12 +174,13 @@ def serve(
     try:
         from retnet.api import load_tokenizer
 
+        tokenizer = load_tokenizer(model)  # refused before the weights are loaded
         network = load_shown(model, device, dtype, quiet=quiet)
         if int8:
             quantize_int8_(network)
         name = served_name or Path(model).stem
         with Progress(silent if quiet else errors, "preparing the engine"):
-            service = make_service(network, load_tokenizer(network), name, options, settings)
+            service = make_service(network, tokenizer, name, options, settings)
         app = create_app(service, settings)
         configure_log(quiet=quiet, prompts=log_prompts)
         address = _address(host, listener.getsockname()[1])

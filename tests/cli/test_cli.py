@@ -186,9 +186,16 @@ def test_a_file_that_is_not_text_is_named(capsys, byte_model, tmp_path):
     assert "bad.txt is not UTF-8 at byte 2; accepted: text in UTF-8" in message
 
 
-@pytest.mark.parametrize("words", [["generate", "text"], ["check", "--text", __file__], ["eval", "--file", __file__]])
-def test_a_model_without_its_tokenizer_says_what_was_given_and_what_is_accepted(capsys, tmp_path, words):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "text"], ["check", "--text", __file__], ["eval", "--file", __file__], ["eval", "--data", __file__],
+        ["chat"], ["serve", "--port", "0"],
+    ],
+)  # fmt: skip
+def test_a_model_without_its_tokenizer_is_refused_before_its_weights_are_loaded(capsys, tmp_path, words, monkeypatch):
     save_model(small_model(vocab_size=100), tmp_path)
+    monkeypatch.setattr(retnet.api, "load", lambda *args: pytest.fail("the weights were loaded"))
     verb, *rest = words
     message = wrong_input(capsys, verb, tmp_path, *rest)
     assert "has a vocabulary of 100 and no tokenizer.json beside its weights; accepted" in message
