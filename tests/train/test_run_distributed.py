@@ -74,7 +74,7 @@ def test_two_processes_with_accumulation_train_as_one_without(byte_model, text_f
     ],
     ids=["4 shards to 2 replicas", "2 shards to 4 shards", "2 replicas to 2 shards"],
 )
-def test_sharded_checkpoints_resume_with_other_processes(
+def test_checkpoints_sharded_resume_with_other_processes(
     byte_model, text_folder, tmp_path, console, optim, saved_by, saving, resumed_by, resuming
 ):
     """Saved by several processes at step 2, with and without FSDP; resumed by others, and by one."""
