@@ -189,6 +189,24 @@ def fill(
     return model.eval()
 
 
+def in_dtypes(
+    model: LanguageModel, dtypes: Mapping[str, torch.dtype], weights: Mapping[str, Tensor] | None = None
+) -> LanguageModel:
+    """A copy on the CPU whose weights have these dtypes, by their names in LanguageModel.
+
+    weights: instead of the model's own, which may be shards or empty; a tied head may be left out.
+    """
+    given = model.state_dict() if weights is None else weights
+    tensors = {name: x.detach().to("cpu", dtypes[name], copy=True) for name, x in given.items()}
+    config = replace(stored_config(model), dtype=dtype_of(tensors))
+    cast = build_empty(config)
+    cast.load_state_dict(tensors, strict=False, assign=True)
+    if config.tie_embeddings:
+        cast.head.weight = cast.embedding.weight
+    cast.generation_config = model.generation_config
+    return cast.eval()
+
+
 def stored_config(model: LanguageModel) -> ModelConfig:
     """The model's configuration, with its own dtype, tied head and end tokens, which may have changed since."""
     config, ids = model.config, model.eos_token_ids

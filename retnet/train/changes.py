@@ -35,7 +35,7 @@ FREE = _names(
     "dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory "
     "dataloader_prefetch_factor ddp_backend "
     "ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout "
-    "full_determinism gradient_checkpointing gradient_checkpointing_kwargs local_rank offload recompute "
+    "force full_determinism gradient_checkpointing gradient_checkpointing_kwargs local_rank offload recompute "
     "torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps use_cache "
     # validation and samples
     "batch_eval_metrics do_eval do_predict eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start "

@@ -59,8 +59,12 @@ class TrainingSummary:
 
 
 def save_whole_model(trainer: PackedTrainer, output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the model and its tokenizer into the run's directory, staged first. All processes call this."""
-    with staged(output, "model", writes=trainer.args.should_save) as staging:
+    """Write the model, in the dtype that it had before the run, and its tokenizer into the run's directory.
+
+    They are staged first. All processes call this.
+    """
+    final = cast(PackedForCausalLM, trainer.model).saving_final()
+    with staged(output, "model", writes=trainer.args.should_save) as staging, final:
         if trainer.args.should_save:
             staging.mkdir()
         trainer.accelerator.wait_for_everyone()
@@ -87,6 +91,8 @@ def _save_sharded(trainer: PackedTrainer, directory: Path) -> None:
             for name, x in gathered.items()
             if isinstance(x, torch.Tensor) and name not in model.tied_names
         }
+        if model.final_dtypes is not None:
+            tensors = {name: x.to(model.final_dtypes[name]) for name, x in tensors.items()}
         write_model(directory, model.model.config, Tensors.of(tensors))
 
 

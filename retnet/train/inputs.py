@@ -123,7 +123,7 @@ def _valid_rows(corpus: Corpus, recipe: Recipe, arguments: TrainingArguments) ->
 
 def initial_model(recipe: Recipe, corpus: Corpus, seed: int, template: ChatTemplate | None = None) -> PackedForCausalLM:
     """The model that a recipe names: a preset with weights drawn from the seed, a stack with weights drawn from its own
-    seed, or a saved model to continue from.
+    seed, or a saved model to continue from. Weights in half precision become float32 for the training.
 
     template: of conversations; the token that ends a turn then ends a text too.
 
@@ -142,7 +142,7 @@ def initial_model(recipe: Recipe, corpus: Corpus, seed: int, template: ChatTempl
     if end is not None and end not in model.config.eos_token_ids:
         ends = (*model.config.eos_token_ids, end)
         model.config = replace(model.config, eos_token_id=end if len(ends) == 1 else ends)
-    return PackedForCausalLM.wrap(model)
+    return PackedForCausalLM.trainable(model)
 
 
 def _check_tokenizer(model: LanguageModel, corpus: Corpus) -> None:

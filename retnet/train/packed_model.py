@@ -10,22 +10,55 @@ empty state. The rows are laid end to end, so the core model gets one state per 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retnet.data import IGNORED
+from retnet.models.directory import PREFIX, in_dtypes
 from retnet.models.hf import RetNetForCausalLM, StateCache
 from retnet.models.hf.model import CausalOutput
+from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.ops.context_shard import ContextShard
 
 
 class PackedForCausalLM(RetNetForCausalLM):
-    """A `RetNetForCausalLM` that trains on packed rows. It is saved as a `RetNetForCausalLM`."""
+    """A `RetNetForCausalLM` that trains on packed rows. It is saved as a `RetNetForCausalLM`.
+
+    Its weights are float32 (or float64) while they are trained: most steps of an optimizer are smaller than the
+    distance between two neighbouring numbers in half precision, and would leave such a weight as it is.
+
+    final_dtypes: of the weights that a finished run saves, by their names in LanguageModel; None: as they are trained.
+        Checkpoints hold the weights as they are trained.
+    """
+
+    final_dtypes: Mapping[str, torch.dtype] | None = None
+    _saves_final = False
+
+    @classmethod
+    def trainable(cls, model: LanguageModel) -> Self:
+        """The model, whose weights in half precision become float32, without changing a value."""
+        dtypes = {name: x.dtype for name, x in model.state_dict().items() if x.is_floating_point()}
+        has_half = any(dtype.itemsize < torch.float32.itemsize for dtype in dtypes.values())
+        if has_half:
+            model.float()
+        packed = cls.wrap(model)
+        packed.final_dtypes = dtypes if has_half else None
+        return packed
+
+    @contextmanager
+    def saving_final(self) -> Iterator[None]:
+        """A context in which `save_pretrained` saves the weights in `final_dtypes`."""
+        self._saves_final = True
+        try:
+            yield
+        finally:
+            self._saves_final = False
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -99,7 +132,11 @@ class PackedForCausalLM(RetNetForCausalLM):
         if state_dict is not None:
             # Gathered from shards, tied weights are two tensors, and transformers would save both.
             state_dict = {name: x for name, x in state_dict.items() if name not in self.tied_names}
-        RetNetForCausalLM.wrap(self.model).save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        model = self.model
+        if self._saves_final and self.final_dtypes is not None:
+            named = None if state_dict is None else {n.removeprefix(PREFIX): x for n, x in state_dict.items()}
+            model, state_dict = in_dtypes(model, self.final_dtypes, named), None
+        RetNetForCausalLM.wrap(model).save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
 
 def _share(targets: Tensor, num_items: Tensor | int, dtype: torch.dtype) -> Tensor:

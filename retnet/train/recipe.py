@@ -20,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from retnet.layers.recompute import Level, Recompute
+from retnet.models.directory import load_config
 from retnet.stack.document import MAX_BYTES, Document, compose
 from retnet.stack.errors import StackError
-from retnet.stack.resolve import STACK_SUFFIXES, resolve_stack
+from retnet.stack.load import Stack
+from retnet.stack.resolve import STACK_SUFFIXES, resolve_stack, saved_directory
 from retnet.stack.training import router_lr_multiplier, training_defaults
 from retnet.system.suggest import choices, did_you_mean_path, nearest
 from retnet.train.muon_recipe import MUON, MuonArgs
@@ -119,9 +121,11 @@ class Recipe(BaseModel):
     checkpoints: `whole`: a model directory beside the Trainer's states; `sharded`: each process writes its share, which
         any number of processes resume; `async`: sharded, written while training goes on. None: as fsdp_config says, or
         whole.
+    force: replace the model of an earlier run in output_dir.
     recompute: what the backward computes again (`retnet.layers.recompute`); None: layers if gradient_checkpointing is
         true or the stack says so, otherwise nothing. offload: with recompute "layer", their inputs wait on the host.
-    training: fields of TrainingArguments, completed from the training_hints of a stack, then from `DEFAULTS`.
+    training: fields of TrainingArguments, completed from the training_hints of a stack, then from `DEFAULTS`; bf16 is
+        true by default for a model of bfloat16.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -139,6 +143,7 @@ class Recipe(BaseModel):
     num_samples: int = Field(default=3, ge=0)
     router_lr_multiplier: float = Field(default=1.0, ge=0)
     checkpoints: Literal["whole", "sharded", "async"] | None = None
+    force: bool = False
     recompute: Level | None = None
     offload: bool = False
     training: dict[str, Any]
@@ -211,6 +216,8 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
         accepted = fields[key].metadata.get("choices") or _words_of(key, hints[key])
         if accepted and training[key] is not None and training[key] not in accepted:
             problems.append(f"{key} is {training[key]!r}; {choices(training[key], accepted)}")
+    if "bf16" not in values and not training.get("fp16") and "model" in values:
+        training |= _precision(str(values["model"]), stack)
     problems += _unusable(training)
     if not problems:
         model = Path(str(values["model"]))
@@ -228,6 +235,16 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
                 problems = [problem for problem in problems if not problem.startswith("data.")]
                 problems.append(f"data is {values['data']!r}; accepted: a source, or sources with shares above 0")
     raise ValueError("; ".join(problems))
+
+
+def _precision(model: str, stack: Stack | None) -> dict[str, Any]:
+    """bf16 for a model of bfloat16: its weights are float32 in training, and its products stay bfloat16."""
+    saved = saved_directory(model)
+    if saved is not None and saved.is_dir():
+        dtype = load_config(saved).dtype
+    else:
+        dtype = "float32" if stack is None else stack.spec.model.dtype
+    return {"bf16": True} if dtype == "bfloat16" else {}
 
 
 def _unusable(training: Mapping[str, Any]) -> list[str]:

@@ -15,9 +15,11 @@ from rich.markup import escape
 from transformers import TrainingArguments
 
 from retnet.data.chat_corpus import ChatCorpus
+from retnet.models.directory import CONFIG_FILE
 from retnet.models.lm import LanguageModel
 from retnet.ops.device import num_threads
 from retnet.system.lock import locked
+from retnet.system.outputs import check_new_file
 from retnet.system.progress import Progress
 from retnet.train.card import write_card
 from retnet.train.changes import check_changes, run_facts, said_settings
@@ -206,6 +208,7 @@ def _choose_checkpoint(recipe: Recipe, output: Path, console: Console) -> Path |
                 f"{output} holds checkpoints of an earlier run, up to {existing[-1].path.name}; accepted: "
                 "resume_from_checkpoint=auto to resume it, or another output_dir"
             )
+        _check_no_model(output, recipe.force)
         return None
     if str(asked).lower() not in NEWEST:
         checkpoint = inspect(Path(str(asked)))
@@ -223,10 +226,16 @@ def _choose_checkpoint(recipe: Recipe, output: Path, console: Console) -> Path |
             f"[yellow]skipped {escape(f'{checkpoint.path}: {checkpoint.problem}')}[/]", highlight=False, soft_wrap=True
         )
     if newest is None:
+        _check_no_model(output, recipe.force)
         console.print(f"no checkpoint in {output}: starting from the beginning", markup=False, highlight=False)
         return None
     console.print(f"resuming from {newest.path}", markup=False, highlight=False, soft_wrap=True)
     return newest.path
+
+
+def _check_no_model(output: Path, force: bool) -> None:
+    """Raise FileExistsError if the directory of a run that starts holds a model, which the run would replace."""
+    check_new_file(output / CONFIG_FILE, force=force, accepted="another output_dir, or force=true to replace the model")
 
 
 def _describe(
@@ -242,6 +251,7 @@ def _describe(
         f"{recipe.length:,}; validation {valid_bytes / 1e6:.2f} MB",
         soft_wrap=True,
     )
+    _describe_precision(console, cast(PackedForCausalLM, trainer.model), arguments)
     for name, corpus in data.corpora.items():
         if isinstance(corpus, ChatCorpus):
             _describe_chats(console, name, corpus, recipe)
@@ -256,6 +266,20 @@ def _describe(
     console.print(
         f"on {where}, {num_threads()}, {trainer.options.facts['rows_per_step']} rows per step; "
         f"MFU is relative to {trainer.meter.peak.source}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _describe_precision(console: Console, model: PackedForCausalLM, arguments: TrainingArguments) -> None:
+    """Say in which dtype weights are trained, computed with and saved, where these differ from what was given."""
+    if model.final_dtypes is None:
+        return
+    given = " and ".join(sorted({str(d).removeprefix("torch.") for d in model.final_dtypes.values()}))
+    computed = "bfloat16 (bf16)" if arguments.bf16 else "float16 (fp16)" if arguments.fp16 else "float32"
+    console.print(
+        f"weights of {given}: trained in float32, where small steps are not rounded away; products in {computed}; the "
+        f"model is saved in {given} again, its checkpoints in float32",
         highlight=False,
         soft_wrap=True,
     )

@@ -435,3 +435,18 @@ def _boundaries(positions):
 def test_a_sample_of_rows_is_refused_where_states_are_carried_over(byte_model, text_folder, tmp_path, console):
     with pytest.raises(ValueError, match="valid_rows leaves rows out"):
         train(recipe_for(byte_model, text_folder, tmp_path, carry_state=True, valid_rows=3), console)
+
+
+def test_a_model_of_an_earlier_run_is_not_replaced_unless_asked_for(
+    byte_model, short_texts, tmp_path, console, no_curve
+):
+    """Without checkpoints nothing else says that a run was there."""
+    output, settings = tmp_path / "out", QUICK | {"max_steps": 1}
+    train(recipe_for(byte_model, short_texts, output, **settings), console)
+    before = weights(output)
+    for more in ({}, {"resume_from_checkpoint": "auto"}):
+        with pytest.raises(FileExistsError, match="accepted: another output_dir, or force=true to replace the model"):
+            train(recipe_for(byte_model, short_texts, output, **settings, **more), console)
+    assert weights(output) == before
+    train(recipe_for(byte_model, short_texts, output, **{**settings, "learning_rate": 0.1, "force": True}), console)
+    assert weights(output) != before
