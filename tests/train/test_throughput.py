@@ -113,6 +113,17 @@ def test_other_devices_are_measured_and_the_source_says_so(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("half", "named"), [(0.01e12, "float32 product"), (0.3e12, "bfloat16 product")])
+def test_the_peak_in_half_precision_is_at_least_that_of_float32_on_a_cpu(monkeypatch, half, named):
+    """A CPU that emulates bfloat16 runs the rest of the model faster than its products: MFU would exceed 100%."""
+    rates = {torch.bfloat16: half, torch.float32: 0.1e12, torch.float64: 0.05e12}
+    monkeypatch.setattr(throughput, "_product_rate", lambda device, dtype: rates[dtype])
+    peak = device_peak(CPU, torch.bfloat16)
+    assert peak.rate == max(half, 0.1e12)
+    assert named in peak.source
+    assert device_peak(CPU, torch.float64).rate == 0.05e12
+
+
 def test_time_that_other_processes_take_does_not_lower_the_measured_rate(monkeypatch):
     monkeypatch.setattr(throughput, "_PRODUCT_SECONDS", 0.02)
     alone, product = device_peak(CPU, torch.float32).rate, torch.mm
