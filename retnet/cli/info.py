@@ -9,9 +9,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retnet.cli._common import MODEL_HELP, console, print_json
+from retnet.cli._common import MODEL_HELP, Force, console, print_json
 from retnet.system.extras import require
-from retnet.system.sizes import format_bytes
+from retnet.system.outputs import check_new_file
+from retnet.system.sizes import format_bytes, spans
 
 if TYPE_CHECKING:
     from retnet.models.config import ModelConfig
@@ -24,6 +25,7 @@ def info(
     context: Annotated[list[int] | None, typer.Option(min=1, help="Context lengths; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     png: Annotated[Path | None, typer.Option(help="Plot state size, windows and decay masks into this file.")] = None,
+    force: Force = False,
 ) -> None:
     """Show parameters, operations per token, state and KV cache by context length, and each head's window.
 
@@ -38,6 +40,7 @@ def info(
         return
     if png is not None:
         require("plots", "--png")
+        check_new_file(png, force=force)
 
     from retnet.stack.resolve import resolve_config
 
@@ -72,6 +75,7 @@ def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object
         head_windows,
         model_cost,
         parameter_counts,
+        retention_layers,
         transformer_cache_bytes,
     )
     from retnet.ops.device import resolve_device
@@ -98,6 +102,7 @@ def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object
         "working_bytes_per_token": round(working_bytes(config)),
         # JSON has no infinity: a head without decay has no window.
         "on_this_device": device_notes(config, max(contexts), device),
+        "window_layers": retention_layers(config),
         "windows": [[None if w == float("inf") else w for w in layer] for layer in head_windows(config)],
     }
 
@@ -137,16 +142,15 @@ def _print(model: str, summary: dict) -> None:
     )
     for note in summary["on_this_device"]:
         console.print(note, highlight=False, soft_wrap=True)
-    _print_windows(summary["windows"])
+    _print_windows(summary["window_layers"], summary["windows"])
 
 
-def _print_windows(windows: list[list[float | None]]) -> None:
-    """Print windows by layer; consecutive equal layers share a line."""
-    first = 0
-    for index, layer in enumerate(windows):
-        if index + 1 < len(windows) and windows[index + 1] == layer:
-            continue
-        name = f"layer {first}" if first == index else f"layers {first} to {index}"
-        shown = ", ".join("no decay" if w is None else f"{w:,.0f}" for w in layer) or "gated, by token"
+def _print_windows(layers: list[int], windows: list[list[float | None]]) -> None:
+    """Print windows by layer; layers of equal windows share a line."""
+    by_windows: dict[tuple[float | None, ...], list[int]] = {}
+    for layer, heads in zip(layers, windows, strict=True):
+        by_windows.setdefault(tuple(heads), []).append(layer)
+    for heads, numbers in by_windows.items():
+        name = f"layer{'s' if len(numbers) > 1 else ''} {spans(numbers)}"
+        shown = ", ".join("no decay" if w is None else f"{w:,.0f}" for w in heads) or "gated, by token"
         console.print(f"windows of {name}, tokens: {shown}", highlight=False, soft_wrap=True)
-        first = index + 1

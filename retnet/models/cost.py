@@ -46,17 +46,17 @@ class ModelCost:
 def mixer_costs(config: ModelConfig, context: int, device: str = "cpu") -> list[MixerCost]:
     """The cost of every layer's mixer at a context of `context` tokens, in the form that runs on `device`."""
     work = Workload(config.d_model, context, config.torch_dtype, device)
-    flops = [mixer_of(layer.mixer).flops(layer.mixer, work) for layer in config.layers]
     layers = _distinct_layers(config)
+    flops = {layer: mixer_of(layer.mixer).flops(layer.mixer, work) for layer in layers}
     states = _empty_model(replace(config, layers=layers)).init_state(1, num_tokens=context)
-    state_bytes = {layer: state.nbytes for layer, state in zip(layers, states, strict=True)}
-    return [MixerCost(*each, state_bytes[layer]) for each, layer in zip(flops, config.layers, strict=True)]
+    costs = {layer: MixerCost(*flops[layer], state.nbytes) for layer, state in zip(layers, states, strict=True)}
+    return [costs[layer] for layer in config.layers]
 
 
 def device_notes(config: ModelConfig, context: int, device: str) -> list[str]:
     """Sentences about how the layers run on a device, each once, where the configuration does not determine it."""
     work = Workload(config.d_model, context, config.torch_dtype, device)
-    notes = (layer.mixer.on_device(work) for layer in config.layers)
+    notes = (layer.mixer.on_device(work) for layer in _distinct_layers(config))
     return list(dict.fromkeys(note for note in notes if note))
 
 
@@ -119,11 +119,19 @@ def transformer_cache_bytes(config: ModelConfig, context: int) -> int:
     return 2 * 2 * config.d_model * len(config.layers) * context
 
 
+def retention_layers(config: ModelConfig) -> list[int]:
+    """The numbers of the layers of retention, which are those of `head_windows`."""
+    return [i for i, layer in enumerate(config.layers) if isinstance(layer.mixer, RetentionConfig)]
+
+
 def head_windows(config: ModelConfig) -> list[list[float]]:
     """For each retention layer, tokens until each head's decay passes 1%; inf without decay. Gated layers give []."""
     windows = []
+    known: dict[RetentionConfig, list[float]] = {}
     for layer in config.layers:
-        if isinstance(layer.mixer, RetentionConfig):
-            log_decay = layer.mixer.log_decay
-            windows.append([] if log_decay is None else [window(x) for x in log_decay.tolist()])
+        mixer = layer.mixer
+        if isinstance(mixer, RetentionConfig):
+            if mixer not in known:
+                known[mixer] = [] if mixer.log_decay is None else [window(x) for x in mixer.log_decay.tolist()]
+            windows.append(known[mixer])
     return windows

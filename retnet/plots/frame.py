@@ -12,7 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from retnet.plots.palette import FAINT, GRID, INK, PAPER, Look
+from retnet.plots.palette import FAINT, GRID, INK, PAPER, Fill, Look
 from retnet.system.extras import needs
 
 with needs("plots", "A picture"):
@@ -123,10 +123,10 @@ def _inches(figure: Figure, artist: Artist) -> Bbox:
     return Bbox(box.get_points() / figure.dpi)
 
 
-def legend(figure: Figure, entries: Mapping[str, Look | str]) -> None:
+def legend(figure: Figure, entries: Mapping[str, Look | Fill | str]) -> None:
     """One legend for all panels, below them and row by row, in as many columns as fit.
 
-    An entry is the look of a line, or the colour of a fill.
+    An entry is the look of a line or of an area, or the colour of an area.
     """
     labels = list(entries)
     for columns in range(len(labels), 0, -1):
@@ -154,8 +154,10 @@ def _grow(figure: Figure, inches: float) -> None:
     figure.set_size_inches(WIDTH, after)
 
 
-def _handle(entry: Look | str) -> Line2D | Patch:
-    return Patch(color=entry) if isinstance(entry, str) else Line2D([], [], **entry.line)
+def _handle(entry: Look | Fill | str) -> Line2D | Patch:
+    if isinstance(entry, Look):
+        return Line2D([], [], **entry.line)
+    return Patch(color=entry) if isinstance(entry, str) else Patch(**entry.style)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -74,4 +74,22 @@ def look(rival: str, variant: int = 0) -> Look:
     return Look(COLOURS[rival], DASHES[variant % len(DASHES)], markers[variant])
 
 
+@dataclass(frozen=True)
+class Fill:
+    """The appearance of an area. striped: with diagonal stripes, as a variant of what has the plain colour."""
+
+    colour: str
+    striped: bool = False
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Arguments of matplotlib's patches and collections."""
+        return {
+            "facecolor": self.colour,
+            "edgecolor": PAPER,
+            "linewidth": 0,
+            "hatch": "/////" if self.striped else None,
+        }
+
+
 FLOOR = Look(COLOURS["other"], DASHES[2], None)  # the time or memory that nothing can beat

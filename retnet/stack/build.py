@@ -12,7 +12,7 @@ from retnet.layers.moe import MoEConfig
 from retnet.models.config import ModelConfig
 from retnet.ops.norms import Norm
 
-from .layers import Layer
+from .layers import Layer, one_per_entry
 from .load import Stack
 from .scalars import init_std
 from .schema import Spec, TrainingHints
@@ -28,10 +28,11 @@ def model_config(stack: Stack) -> ModelConfig:
     spec = stack.spec
     hints = spec.training_hints or TrainingHints()
     std = init_std(hints.init)
+    blocks = {layer.entry: _block(layer, spec, hints) for layer in one_per_entry(stack.layers)}
     return ModelConfig(
         vocab_size=spec.model.vocab_size,
         d_model=spec.model.d_model,
-        layers=tuple(_block(layer, spec, hints) for layer in stack.layers),
+        layers=tuple(blocks[layer.entry] for layer in stack.layers),
         name=spec.model.name or "stack",
         tie_embeddings=tied(spec),
         embedding_scale=spec.embedding.scale or 1.0,

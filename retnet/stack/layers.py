@@ -1,6 +1,7 @@
 """The expanded schedule: one `Layer` per layer of the model, with overrides applied and defaults filled in."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from .mixers import MIXERS, MixerSettings
@@ -44,10 +45,14 @@ def expand(spec: Spec) -> tuple[Layer, ...]:
     """All layers in order."""
     layers: list[Layer] = []
     for number, entry in enumerate(spec.layer_schedule):
-        template = spec.layer_templates[entry.template]
-        for _ in range(entry.repeat):
-            layers.append(_layer(len(layers), number, entry, template))
+        layer = _layer(len(layers), number, entry, spec.layer_templates[entry.template])
+        layers += [replace(layer, index=len(layers) + i) for i in range(entry.repeat)]
     return tuple(layers)
+
+
+def one_per_entry(layers: Sequence[Layer]) -> list[Layer]:
+    """The first layer of each entry of the schedule; the others of an entry differ from it in their index only."""
+    return list({layer.entry: layer for layer in reversed(layers)}.values())
 
 
 def _layer(index: int, number: int, entry: Entry, template: Template) -> Layer:

@@ -1,19 +1,22 @@
 """Pictures of stacks: one row per layer, the first layer on top.
 
-Three panels share the rows: the parameters of the layer (the mixer in its colour, then the feed-forward), the reach of
-each head in tokens, and the size of the layer's state per sequence as the context grows.
+Three panels share the rows: the parameters of the layer (the mixer in its colour, then the feed-forward, and in stripes
+the experts that a token does not use), the reach of each head in tokens (a dotted line where the input decides it), and
+the size of the layer's state per sequence as the context grows.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path as FilePath
 
 from retnet.models.config import ModelConfig
 from retnet.models.cost import mixer_costs, parameter_counts
 from retnet.plots.axes import log_ticks
 from retnet.plots.frame import NORMAL, SMALL, facts, framed, legend, save, styled
 from retnet.plots.numbers import bytes_of, short, tokens
-from retnet.plots.palette import INK, PALE
+from retnet.plots.palette import DASHES, INK, PALE, Fill, Look
 from retnet.system.extras import needs
 
 from .errors import plain
@@ -23,16 +26,24 @@ from .summary import LayerSummary, runs, summarize
 
 with needs("plots", "A picture"):
     from matplotlib.axes import Axes
+    from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
 
 BAND = 0.78  # of a row's height
 LEAST_ROW, LARGEST, SMALLEST = 0.19, 9.0, 1.7  # inches: a row's height, and that of all rows together
 PARTS = (64, 8, 1)  # of the context, for the sizes of the state
 TINTS = (1.0, 0.6, 0.35)  # of a state after these parts of the context
-SHADE = "#4a5560"  # of the legend's tints
+SHADE = "#4a5560"  # of the legend's tints and lines
+IDLE = Fill(PALE, striped=True)  # experts that a token does not use
+UNKNOWN = Look(SHADE, DASHES[2], None)  # a reach that depends on the input
+
+Corners = list[tuple[float, float]]
+Bar = tuple[Fill, Corners]
 
 
-def save_picture(figure: Figure, path: Path) -> None:
+def save_picture(figure: Figure, path: FilePath) -> None:
     """Write the picture in the format of the path's suffix. Equal pictures give equal bytes.
 
     Raises ValueError for a format that matplotlib cannot write.
@@ -60,16 +71,21 @@ def draw_stack(stack: Stack, config: ModelConfig) -> Figure:
         axes.tick_params(axis="both", length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.grid(axis="y", visible=False)
-    _parameters(panels[0], rows)
-    _reach(panels[1], rows, context)
+    row_height = height / len(rows)
+    has_idle = _parameters(panels[0], rows)
+    has_unknown = _reach(panels[1], rows, context, row_height)
     sizes = _states(panels[2], rows, config, context)
-    _labels(panels[0], rows, height / len(rows))
-    entries: dict[str, str] = dict(row.layer.mixer.family(row.layer.mixer_type) for row in rows)
-    entries["feed-forward"] = PALE
+    _labels(panels[0], rows, row_height)
+    entries: dict[str, Look | Fill] = dict(row.layer.mixer.family(row.layer.mixer_type) for row in rows)
+    entries["feed-forward"] = Fill(PALE)
+    if has_idle:
+        entries["experts not chosen for a token"] = IDLE
+    if has_unknown:
+        entries["reach that the input decides"] = UNKNOWN
     if any(len(set(layer)) > 1 for layer in sizes):
         counts = [max(1, context // part) for part in PARTS]
         entries |= {
-            f"state after {tokens(count)} tokens": over_white(SHADE, tint)
+            f"state after {tokens(count)} tokens": Fill(over_white(SHADE, tint))
             for count, tint in zip(counts, TINTS, strict=True)
         }
     legend(figure, entries)
@@ -79,48 +95,73 @@ def draw_stack(stack: Stack, config: ModelConfig) -> Figure:
 def _labels(axes: Axes, rows: list[LayerSummary], row_height: float) -> None:
     """Label each run of equal layers with its numbers and name. Labels that would touch the one above are left out."""
     start, last, places = 0, float("-inf"), []
+    lines: list[list[tuple[float, float]]] = []
+    colours = []
     for count, row in runs(rows):
         middle, end = start + (count - 1) / 2, start + count - 1
-        colour = row.layer.mixer.family(row.layer.mixer_type)[1]
         if count > 1:
-            line = [start - BAND / 2, end + BAND / 2]
-            axes.plot([-0.02, -0.02], line, color=colour, transform=axes.get_yaxis_transform(), clip_on=False)
+            lines.append([(-0.02, start - BAND / 2), (-0.02, end + BAND / 2)])
+            colours.append(_fill(row).colour)
         if (middle - last) * row_height >= 0.15:
             numbers = str(start) if count == 1 else f"{start} to {end}"
             places.append((middle, f"{plain(row.layer.template, 18)}  {numbers}"))
             last = middle
         start += count
+    axes.add_collection(
+        LineCollection(lines, colors=colours, transform=axes.get_yaxis_transform(), clip_on=False), autolim=False
+    )
     axes.set_yticks([place for place, _ in places], [text for _, text in places], color=INK)
     axes.tick_params(axis="y", pad=8)
 
 
-def _parameters(axes: Axes, rows: list[LayerSummary]) -> None:
-    widest = max(row.mixer_parameters + row.feed_forward_parameters for row in rows)
+def _parameters(axes: Axes, rows: list[LayerSummary]) -> bool:
+    """Draw the parameters of each layer. Returns whether any has experts that a token does not use."""
+    bars: list[Bar] = []
     for y, row in enumerate(rows):
-        mixer, ffn = row.mixer_parameters, row.feed_forward_parameters
-        axes.barh(y, mixer, height=BAND, color=row.layer.mixer.family(row.layer.mixer_type)[1], linewidth=0)
-        axes.barh(y, ffn, left=mixer, height=BAND, color=PALE, linewidth=0)
-    axes.set_xlim(0, 1.02 * widest)
+        mixer, total = row.mixer_parameters, row.mixer_parameters + row.feed_forward_parameters
+        used = total - row.idle_parameters
+        bars += [(_fill(row), _bar(y, 0, mixer)), (Fill(PALE), _bar(y, mixer, used)), (IDLE, _bar(y, used, total))]
+    _draw(axes, bars)
+    axes.set_xlim(0, 1.02 * max(row.mixer_parameters + row.feed_forward_parameters for row in rows))
     axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     axes.set_title("Parameters per layer", fontsize=NORMAL)
     axes.set_xlabel("mixer, then feed-forward", fontsize=SMALL)
+    return any(row.idle_parameters for row in rows)
 
 
-def _reach(axes: Axes, rows: list[LayerSummary], context: int) -> None:
-    """Draw bars from one token to the reach, on a logarithmic axis, with one stripe per head."""
+def _reach(axes: Axes, rows: list[LayerSummary], context: int, row_height: float) -> bool:
+    """Draw areas from one token to the reach, on a logarithmic axis, with one stripe per head.
+
+    A dotted line over the whole context stands for a reach that depends on the input. Returns whether there is any.
+    """
     axes.set_xscale("log", base=2)
     axes.set_xlim(1, max(context, 2))
+    bars: list[Bar] = []
+    unknown = [y for y, row in enumerate(rows) if row.layer.mixer.reach_depends_on_input]
     for y, row in enumerate(rows):
+        if row.layer.mixer.reach_depends_on_input:
+            continue
         heads = [min(reach, context) for reach in row.reach or (context,)]
         edges = [y - BAND / 2 + BAND * i / len(heads) for i in range(len(heads) + 1)]
-        colour = row.layer.mixer.family(row.layer.mixer_type)[1]
-        axes.stairs(heads, edges, orientation="horizontal", baseline=1, fill=True, color=colour, linewidth=0)
+        steps = [(reach, edge) for i, reach in enumerate(heads) for edge in edges[i : i + 2]]
+        bars.append((_fill(row), [(1, edges[0]), *steps, (1, edges[-1])]))
+    _draw(axes, bars)
+    axes.add_collection(
+        LineCollection(
+            [[(1, y), (max(context, 2), y)] for y in unknown],
+            colors=[_fill(rows[y]).colour for y in unknown],
+            linestyles=[UNKNOWN.dash],
+            linewidths=min(UNKNOWN.width, 72 * BAND * row_height / 2),
+        ),
+        autolim=False,
+    )
     ticks = log_ticks(1, max(context, 2), 2, most=5)
     axes.set_xticks(ticks, [tokens(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_title("Reach of each head", fontsize=NORMAL)
     axes.set_xlabel("tokens; a stripe per head, the first on top", fontsize=SMALL)
+    return bool(unknown)
 
 
 def _states(axes: Axes, rows: list[LayerSummary], config: ModelConfig, context: int) -> list[list[int]]:
@@ -131,12 +172,13 @@ def _states(axes: Axes, rows: list[LayerSummary], config: ModelConfig, context: 
     low, high = min(known) / 8, max(known) * 1.3
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
-    for y, (row, layer) in enumerate(zip(rows, sizes, strict=True)):
-        colour = row.layer.mixer.family(row.layer.mixer_type)[1]
-        tints = dict(zip(reversed(layer), reversed(TINTS), strict=True))  # of equal sizes, the darkest tint is kept
-        for size, tint in tints.items():
-            if size > low:
-                axes.barh(y, size - low, left=low, height=BAND, color=over_white(colour, tint), linewidth=0)
+    bars: list[Bar] = []
+    for part in reversed(range(len(PARTS))):  # the largest sizes first, under the darker ones
+        for y, (row, layer) in enumerate(zip(rows, sizes, strict=True)):
+            if layer[part] not in layer[:part]:  # of equal sizes, the darkest tint is kept
+                fill = _fill(row)
+                bars.append((replace(fill, colour=over_white(fill.colour, TINTS[part])), _bar(y, low, layer[part])))
+    _draw(axes, bars)
     ticks = log_ticks(low, high, 2, most=4)
     axes.set_xticks(ticks, [bytes_of(tick) for tick in ticks])
     axes.minorticks_off()
@@ -144,6 +186,27 @@ def _states(axes: Axes, rows: list[LayerSummary], config: ModelConfig, context: 
     axes.set_title("State per sequence", fontsize=NORMAL)
     axes.set_xlabel("bytes" if grows else "bytes, after any number of tokens", fontsize=SMALL)
     return sizes
+
+
+def _fill(row: LayerSummary) -> Fill:
+    return row.layer.mixer.family(row.layer.mixer_type)[1]
+
+
+def _bar(y: int, left: float, right: float) -> list[tuple[float, float]]:
+    """The corners of a bar in row y; [] for none."""
+    top, bottom = y - BAND / 2, y + BAND / 2
+    return [(left, top), (right, top), (right, bottom), (left, bottom)] if right > left else []
+
+
+def _draw(axes: Axes, bars: Sequence[Bar]) -> None:
+    """Draw areas over one another in this order: one shape per run of one fill, as a shape per bar takes minutes."""
+    by_fill: dict[Fill, list[Corners]] = {}
+    for fill, corners in bars:
+        if corners:
+            by_fill.setdefault(fill, []).append(corners)
+    for fill, polygons in by_fill.items():
+        path = Path.make_compound_path(*(Path([*corners, corners[0]], closed=True) for corners in polygons))
+        axes.add_patch(PathPatch(path, **fill.style))
 
 
 def over_white(colour: str, tint: float) -> str:

@@ -1,5 +1,6 @@
 """`Section`: the base class of every mapping in a stack file."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -16,6 +17,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
 
+    ALSO_CALLED: ClassVar[Mapping[str, str]] = {}  # other words for keys of ours, which the error of such a key names
     UNSUPPORTED: ClassVar[unsupported.Keys] = {}
     UNSUPPORTED_VALUES: ClassVar[unsupported.Values] = {}
 

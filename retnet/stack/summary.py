@@ -1,28 +1,36 @@
 """Summaries of a stack's layers, for tables and pictures: parameters, reach, and a description in words.
 
-The reach of a head is how many tokens back it can use: its window, all tokens, or, for retention, the distance at which
-its decay falls below 1%.
+The reach of a head is how many tokens back it can use: its window, all tokens, or, for retention with a fixed decay,
+the distance at which its decay falls below 1%. Gated retention and Mamba have no known reach: they decide from the
+input what to forget.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from retnet.layers.block import Block, BlockConfig
 from retnet.models.config import ModelConfig
+from retnet.models.cost import idle_parameters
 
-from .layers import Layer
+from .layers import Layer, one_per_entry
 from .load import Stack
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer. reach: of each head, in tokens; None without a limit. mixer, feed_forward: descriptions in words."""
+    """One layer.
+
+    idle_parameters: those of the feed-forward that a token does not use, in experts that were not chosen for it.
+    reach: of each head, in tokens; None without a limit that is known (`reach_depends_on_input` of the mixer).
+    mixer, feed_forward: descriptions in words.
+    """
 
     layer: Layer
     config: BlockConfig
     mixer_parameters: int
     feed_forward_parameters: int
+    idle_parameters: int
     reach: tuple[float, ...] | None
     mixer: str
     feed_forward: str
@@ -30,15 +38,17 @@ class LayerSummary:
 
 def summarize(stack: Stack, config: ModelConfig) -> list[LayerSummary]:
     """Every layer of a stack built as `config`."""
-    known: dict[BlockConfig, tuple[int, int]] = {}
-    rows = []
-    for layer, block in zip(stack.layers, config.layers):
-        if block not in known:
-            known[block] = _parameters(block, config.d_model)
+    sizes: dict[BlockConfig, tuple[int, int]] = {}
+    by_entry: dict[int, LayerSummary] = {}
+    for layer in one_per_entry(stack.layers):
+        block = config.layers[layer.index]
+        if block not in sizes:
+            sizes[block] = _parameters(block, config.d_model)
         one = ModelConfig(config.vocab_size, config.d_model, (block,))
         words = layer.mixer.words(layer.mixer_type), feed_forward_words(layer, stack)
-        rows.append(LayerSummary(layer, block, *known[block], layer.mixer.reach(one), *words))
-    return rows
+        idle = idle_parameters(one)
+        by_entry[layer.entry] = LayerSummary(layer, block, *sizes[block], idle, layer.mixer.reach(one), *words)
+    return [replace(by_entry[layer.entry], layer=layer) for layer in stack.layers]
 
 
 def runs(rows: list[LayerSummary]) -> list[tuple[int, LayerSummary]]:

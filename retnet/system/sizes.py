@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -29,3 +30,14 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"the size is {text[:80]!r}; accepted: bytes, or a number with a unit, such as 8GiB or 500MB")
     power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
     return math.floor(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """'0 to 2, 5': ascending numbers, those that follow each other as a span."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1][1:] = [number]
+        else:
+            found.append([number])
+    return ", ".join(" to ".join(map(str, span)) for span in found)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from retnet.system.sizes import format_bytes, format_count
+from retnet.system.sizes import format_bytes, format_count, spans
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,10 @@ def test_rounding_keeps_the_unit():
 )
 def test_counts_have_separators(count, words):
     assert format_count(count) == words
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"), [([], ""), ([3], "3"), ([3, 6], "3, 6"), ([0, 1, 2, 5, 7, 8], "0 to 2, 5, 7 to 8")]
+)
+def test_numbers_that_follow_each_other_are_a_span(numbers, words):
+    assert spans(numbers) == words

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from retnet.plots.palette import COLOURS
+from retnet.plots.palette import COLOURS, Fill
 
 from ..errors import Fault
 from ..scalars import ONE_OF, MaybePositiveInt, PositiveInt
@@ -46,8 +46,12 @@ class Mamba(MixerSettings):
         head_dim = self.head_dim or widest_head(inner_dim)
         return Mamba2Config(inner_dim, head_dim=head_dim, state_dim=self.d_state, conv_width=self.d_conv)
 
-    def family(self, name: str) -> tuple[str, str]:
-        return self.variant, self.COLOUR
+    def family(self, name: str) -> tuple[str, Fill]:
+        return self.variant, Fill(self.COLOUR, striped=self.variant == "mamba1")
+
+    @property
+    def reach_depends_on_input(self) -> bool:
+        return True
 
     def words(self, name: str) -> str:
         return f"{self.variant}, state {self.d_state}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from retnet.plots.palette import COLOURS
+from retnet.plots.palette import COLOURS, Fill
 
 from ..errors import Fault, show
 from ..scalars import ONE_OF, Decay, Flag, MaybePositiveInt, Positive, PositiveIntOrNull
@@ -27,6 +27,11 @@ class Retnet(MixerSettings):
     STATE_KEY = "kv_cache"
     GUIDE = "retnet"
     COLOUR: ClassVar[str] = COLOURS["retention"]
+    ALSO_CALLED: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("gamma", "gammas", "decays", "decay_rate"), "decay"),
+        **dict.fromkeys(("conv", "d_conv", "conv_size"), "conv_width"),
+        "output_gate": "gate",
+    }
 
     chunkwise: Flag = True
     # A hint on a GPU, where the kernels have chunk sizes of their own. EulerStack's files often give 64 or 128.
@@ -79,8 +84,16 @@ class Retnet(MixerSettings):
             **spec.rotary(),
         )
 
-    def family(self, name: str) -> tuple[str, str]:
-        return (f"{name}, gated", COLOURS["gated retention"]) if self.decay == "gated" else super().family(name)
+    def family(self, name: str) -> tuple[str, Fill]:
+        return (f"{name}, gated", Fill(COLOURS["gated retention"])) if self._is_gated else super().family(name)
+
+    @property
+    def _is_gated(self) -> bool:
+        return self.decay == "gated"
+
+    @property
+    def reach_depends_on_input(self) -> bool:
+        return self._is_gated
 
     def words(self, name: str) -> str:
         decay = self.decay if isinstance(self.decay, str) else "custom"

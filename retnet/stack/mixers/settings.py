@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from retnet.plots.palette import COLOURS
+from retnet.plots.palette import COLOURS, Fill
 
 from ..errors import Fault
 from ..section import Section
@@ -36,9 +36,9 @@ class MixerSettings(Section):
         """The mixer in a table of layers; `name` is its name in YAML."""
         return name
 
-    def family(self, name: str) -> tuple[str, str]:
-        """The mixer's label and colour in pictures; `name` is its name in YAML."""
-        return name, self.COLOUR
+    def family(self, name: str) -> tuple[str, Fill]:
+        """The mixer's label and fill in pictures; `name` is its name in YAML."""
+        return name, Fill(self.COLOUR)
 
     def faults(self, model: Model | None, embedding: Embedding | None) -> Iterator[Fault]:
         """Values that contradict each other or other sections, with paths that start at this one.
@@ -50,6 +50,11 @@ class MixerSettings(Section):
     @property
     def rotates_heads(self) -> bool:
         """Whether rotary positions apply to all d_model / n_heads components of a head."""
+        return False
+
+    @property
+    def reach_depends_on_input(self) -> bool:
+        """Whether no limit is known because the mixer decides from its inputs what it forgets."""
         return False
 
     def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
