@@ -72,7 +72,7 @@ def chat(
     terminal = Terminal(backend, system)
     try:
         if load is not None:
-            terminal.go_on_with(backend.load(load))
+            terminal.open(load)
         if terminal.interactive:
             console.print(f"[bold]{model}[/]  [dim]/help lists commands, Ctrl-D leaves[/]", highlight=False)
         terminal.run()

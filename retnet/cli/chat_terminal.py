@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from retnet.cli._common import console, errors, printable, write_text
 from retnet.cli.chat_turn import Answer, Backend, ChatError, Turn
+from retnet.system.outputs import check_new_file
 from retnet.system.suggest import choices
 
 KEPT_STATES = 4  # of a conversation, for /undo; older turns are read again
@@ -54,6 +55,7 @@ class Terminal:
         self._conversations: list[list[Turn]] = [[self._new()]]
         self._current = 0
         self._last: Answer | None = None
+        self._own_files: set[Path] = set()  # that this chat has saved or loaded
         self._commands: dict[str, Callable[[str], None]] = {
             name: getattr(self, f"_{name}")
             for name in ("fork", "go", "undo", "save", "load", "system_message", "reset", "stats", "help", "quit")
@@ -153,12 +155,20 @@ class Terminal:
 
     def _save(self, file: str) -> None:
         path = _path(file)
+        if path.absolute() not in self._own_files:  # a conversation is saved into its own file again
+            check_new_file(path, accepted="another file, or one that this chat saved or loaded")
         self._say(f"[dim]{escape(str(path))}: {self.backend.save(self.turn, path)}[/]")
+        self._own_files.add(path.absolute())
 
     def _load(self, file: str) -> None:
         path = _path(file)
-        self.go_on_with(self.backend.load(path))
+        self.open(path)
         self._say(f"[dim]{escape(str(path))}: {self.turn.tokens} tokens, {len(self.turn.messages)} messages[/]")
+
+    def open(self, path: Path) -> None:
+        """Replace the current conversation by that of a file."""
+        self.go_on_with(self.backend.load(path))
+        self._own_files.add(path.absolute())
 
     def go_on_with(self, turn: Turn) -> None:
         """Replace the current conversation."""

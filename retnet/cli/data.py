@@ -12,8 +12,9 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from retnet.cli._common import console, errors, print_json, unescape
+from retnet.cli._common import Force, console, errors, print_json, unescape
 from retnet.system.extras import MissingExtra, require
+from retnet.system.outputs import check_new_file
 from retnet.system.progress import BYTES
 from retnet.system.progress import Progress as Shown
 from retnet.system.sizes import format_count
@@ -174,6 +175,7 @@ def show(
         Path | None,
         typer.Option(help=f"File for a plot of the document lengths; {PLOT} in a folder of shards by default."),
     ] = None,
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show a corpus: counts, document lengths as numbers and as a plot, and some decoded documents.
@@ -182,6 +184,7 @@ def show(
     """
     if plot is not None:
         require("plots", "--plot")
+        check_new_file(plot, force=force)
 
     import numpy as np
 

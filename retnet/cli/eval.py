@@ -17,8 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, load_shown, print_json, silent
+from retnet.cli._common import DEVICE_HELP, MODEL_HELP, Force, console, errors, load_shown, print_json, silent
 from retnet.system.extras import needs
+from retnet.system.outputs import check_new_file
 from retnet.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def evaluate(
         Path | None,
         typer.Option(help="With --tasks: file for requests and scores per document, as JSON lines."),
     ] = None,
+    force: Force = False,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -81,6 +83,8 @@ def evaluate(
     _refuse_unused("--tasks", tasks, {"--samples": samples})
     if part is Part.all and valid_fraction is not None:
         raise ValueError("--valid-fraction is for --part valid; --part all holds nothing out")
+    if samples is not None:
+        check_new_file(samples, force=force)
     from retnet.eval.processes import SharedError, launched
 
     with launched() as processes:

@@ -12,6 +12,7 @@ from rich.text import Text
 from retnet.cli._common import (
     DEVICE_HELP,
     MODEL_HELP,
+    Force,
     console,
     errors,
     load_shown,
@@ -21,6 +22,7 @@ from retnet.cli._common import (
     write_text,
 )
 from retnet.system.extras import require
+from retnet.system.outputs import check_new_file
 from retnet.system.progress import Progress
 from retnet.system.sizes import format_bytes
 
@@ -73,8 +75,12 @@ def generate(
     ] = None,
     stats: Annotated[bool, typer.Option(help="Report time and memory at the end, on standard error.")] = True,
     png: Annotated[Path | None, typer.Option(help="Plot time and memory per token into this file.")] = None,
+    force: Force = False,
 ) -> None:
-    """Stream the continuation of a prompt. With retention, time and memory per token do not grow with its length.
+    """Stream the continuation of a prompt.
+
+    Time and memory per token do not grow with the length of the text where every layer is retention, Mamba or attention
+    with a window. The cache of attention without a window grows with every token, and so does the work of Hyena.
 
     Example: retnet generate retnet-tiny "def main(" --max-tokens 100
     """
@@ -84,6 +90,7 @@ def generate(
 
     if png is not None:
         require("plots", "--png")  # before the text, not after it
+        check_new_file(png, force=force)
     if int8:
         require("quantize", "--int8")
 

@@ -9,16 +9,20 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from retnet.cli._common import console, errors
-from retnet.system.extras import require
+from retnet.cli._common import Force, console, errors
+from retnet.system.extras import MissingExtra, needs, require
+from retnet.system.files import written_whole
+from retnet.system.outputs import check_new_directory, check_new_file, replaced_directory
 from retnet.system.progress import Progress
 from retnet.system.suggest import did_you_mean_path
 
 if TYPE_CHECKING:
+    from retnet.data.tokenizer import Tokenizer
     from retnet.models.config import ModelConfig
     from retnet.stack import Stack, StackError
     from retnet.stack.summary import LayerSummary
 
+_TOKENIZER_FOLDER = ".tokenizer"  # in the directory, while its files are written
 CONTEXTS = (1024, 8192, 32768, 131072)
 
 stack_app = typer.Typer(
@@ -72,6 +76,7 @@ def explain(
     picture: Annotated[
         Path | None, typer.Option("--picture", help="Also draw the stack, as .svg, .png or .pdf.", dir_okay=False)
     ] = None,
+    force: Force = False,
 ) -> None:
     """Show a stack's layers, sizes and costs.
 
@@ -79,6 +84,7 @@ def explain(
     """
     if picture is not None:
         require("plots", "--picture")
+        check_new_file(picture, force=force)
 
     from retnet.models.cost import device_notes
     from retnet.ops.device import resolve_device
@@ -101,9 +107,21 @@ def explain(
 @stack_app.command("compile")
 def compile_stack(
     name: StackName,
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Directory to write.", file_okay=False)],
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Directory to write, new or empty.", file_okay=False)
+    ],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Tokenizer to put beside it: a tokenizer.json, a folder with one, or a model of the hub."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the directory of a model with all that is in it.")
+    ] = False,
 ) -> None:
     """Build a stack's model with its initial weights and save it as a model directory.
+
+    The byte tokenizer is written where the stack names it. Another one comes with --tokenizer: no other part of this
+    command uses the network.
 
     Example: retnet stack compile arch_expert_research_mini --output-dir tri-mixer
     """
@@ -112,15 +130,20 @@ def compile_stack(
     from retnet.models.lm import LanguageModel
     from retnet.stack.build import model_config
 
+    _check_output(output_dir, force)
     stack = _open(name)
     config = model_config(stack)
-    with Progress(errors, f"building {config.name}") as shown:
+    found = None if tokenizer is None else _tokenizer_for(config, tokenizer)
+    with Progress(errors, f"building {config.name}") as shown, replaced_directory(output_dir) as folder:
         model = LanguageModel(config)
         shown.begin(f"writing {output_dir}")
-        save_model(model, output_dir)
+        save_model(model, folder)
+        note = _write_tokenizer(stack, found, folder)
     total = parameter_counts(config)["total"]
     console.print(
-        f"{config.name}: {total:,} parameters in {config.dtype}, written to {output_dir}", markup=False, soft_wrap=True
+        f"{config.name}: {total:,} parameters in {config.dtype}, written to {output_dir}, {note}",
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -163,6 +186,7 @@ def show_preset(name: Annotated[str, typer.Argument(help="A stack preset's name.
 def copy_preset(
     name: Annotated[str, typer.Argument(help="A stack preset's name.")],
     target: Annotated[Path | None, typer.Argument(help="New file to write; NAME.yml by default.")] = None,
+    force: Force = False,
 ) -> None:
     """Copy a stack preset's file for editing.
 
@@ -171,9 +195,59 @@ def copy_preset(
     from retnet.stack.presets import preset_text
 
     target = target or Path(f"{name}.yml")
-    with target.open("x", encoding="utf-8") as file:
-        file.write(preset_text(name))
+    text = preset_text(name)
+    check_new_file(target, force=force)
+    with written_whole(target) as file:
+        file.write(text.encode())
     console.print(f"written to {target}", markup=False, soft_wrap=True)
+
+
+def _check_output(directory: Path, force: bool) -> None:
+    """Raise FileExistsError for a directory that holds something, with force only if that is no saved model.
+
+    Checkpoints are never replaced.
+    """
+    from retnet.models.directory import load_config
+
+    if next(directory.glob("checkpoint-*"), None) is not None:
+        raise FileExistsError(f"{directory} holds checkpoints of a run; accepted: another directory")
+    check_new_directory(directory, force=force, accepted="a new or empty directory, or --force")
+    if force and directory.is_dir() and any(directory.iterdir()):
+        try:
+            load_config(directory)
+        except (OSError, ValueError) as error:
+            raise FileExistsError(f"--force replaces the directory of a saved model only: {error}") from error
+
+
+def _tokenizer_for(config: ModelConfig, name: str) -> Tokenizer:
+    from retnet.data.tokenizer_json import find_tokenizer
+
+    found = find_tokenizer(name)
+    if found.vocab_size > config.vocab_size:
+        raise ValueError(f"{name} has {found.vocab_size:,} tokens; accepted: at most the stack's {config.vocab_size:,}")
+    return found
+
+
+def _write_tokenizer(stack: Stack, given: Tokenizer | None, directory: Path) -> str:
+    """Write the given tokenizer, or the stack's if that is bytes; returns what was written, in words."""
+    from retnet.data.tokenizer import BYTES, ByteTokenizer
+
+    named = stack.spec.tokenizer_contract.pretrained
+    if given is None and named != BYTES:
+        return f"without a tokenizer: --tokenizer {named} would fetch the stack's from the hub"
+    if given is not None and not isinstance(given, ByteTokenizer):
+        given.save(directory / _TOKENIZER_FOLDER)
+        for file in (directory / _TOKENIZER_FOLDER).iterdir():
+            file.rename(directory / file.name)
+        (directory / _TOKENIZER_FOLDER).rmdir()
+        return "with its tokenizer"
+    try:
+        with needs("hf", "The byte tokenizer of transformers"):
+            from retnet.models.hf.tokenizer import byte_tokenizer
+    except MissingExtra as error:
+        return f"without the files of the byte tokenizer, which retnet reads without them: {error}"
+    byte_tokenizer().save_pretrained(str(directory))
+    return "with the byte tokenizer"
 
 
 def _open(name: str) -> Stack:

@@ -73,9 +73,7 @@ def _mark(yaml_mark: Any) -> Mark:
 
 def read_text(data: bytes, origin: str = "") -> str:
     """The file's text. Raises StackError if it is too large or not UTF-8."""
-    if len(data) > MAX_BYTES:
-        what = f"the file has {len(data)} bytes, more than the {MAX_BYTES} a stack file may have"
-        raise StackError([Fault((), what, "write a repeated layer once, with `repeat`")], origin)
+    _check_size(len(data), origin)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -85,12 +83,19 @@ def read_text(data: bytes, origin: str = "") -> str:
         raise StackError([fault], origin) from None
 
 
-def parse(text: str, origin: str = "") -> Document:
-    """A stack's YAML text.
+def _check_size(size: int, origin: str) -> None:
+    if size > MAX_BYTES:
+        what = f"the file has {size} bytes, more than the {MAX_BYTES} a stack file may have"
+        raise StackError([Fault((), what, "write a repeated layer once, with `repeat`")], origin)
 
-    Raises StackError if it is not YAML, or not one document with a mapping at its root. Smaller faults (repeated keys,
-    dates, numbers out of range) are collected in `faults`.
+
+def parse(text: str, origin: str = "") -> Document:
+    """A stack's YAML text, of at most MAX_BYTES in UTF-8.
+
+    Raises StackError if it is longer, not YAML, or not one document with a mapping at its root. Smaller faults
+    (repeated keys, dates, numbers out of range) are collected in `faults`.
     """
+    _check_size(len(text.encode("utf-8", "surrogatepass")), origin)
     document = compose(text, origin)
     if not isinstance(document.root, dict):
         mark = document.values.get((), Mark(1, 1))

@@ -70,9 +70,15 @@ def head_dim_range(stack: Stack) -> Iterator[str]:
 @_rule(Severity.WARNING)
 def target_params_mismatch(stack: Stack) -> Iterator[str]:
     target = stack.spec.model.target_params
-    estimate = estimate_parameters(stack.spec, stack.layers)
-    if target is not None and not 0.7 <= estimate / target <= 1.3:
-        yield f"target_params is {short_count(target)}, the estimate {short_count(estimate)} ({estimate / target:.0%})"
+    if target is None:
+        return
+    from retnet.models.cost import parameter_counts
+
+    from .build import model_config
+
+    built = parameter_counts(model_config(stack))["total"]
+    if not 0.7 <= built / target <= 1.3:
+        yield f"target_params is {short_count(target)}, the built model has {short_count(built)} ({built / target:.0%})"
 
 
 @_rule(Severity.WARNING)

@@ -104,7 +104,7 @@ class _Pruner:
             elif key.startswith(RESERVED_PREFIXES) and not key.startswith(OURS):
                 self.reserved.append(ReservedKey(here, self.document.mark(here, key=True)))
             else:
-                self._unknown(key, known, path)
+                self._unknown(key, section, path)
         return kept
 
     def _descend(self, annotation: Any, value: Any, path: Path) -> Any:
@@ -146,10 +146,12 @@ class _Pruner:
         what = f"`{key}` ({refused.what}) is not supported here"
         self.faults.append(Fault(path, what, refused.instead, Category.UNSUPPORTED, mark))
 
-    def _unknown(self, key: str, known: dict[str, Any], path: Path) -> None:
-        ours = key.startswith(OURS)
+    def _unknown(self, key: str, section: type[Section], path: Path) -> None:
+        known, ours = section.keys(), key.startswith(OURS)
         names = [name for name in known if name.startswith(OURS) == ours] + ["let"] * (not path)
-        close = nearest(key, tuple(names))
+        word = key.removeprefix(OURS)
+        meant = OURS + section.ALSO_CALLED.get(word, word)  # a key of ours, without its prefix or by another name
+        close = meant if meant in known else nearest(key, tuple(names))
         guess = f"did you mean {close}? " if close else "remove it; "
         fix = f"{guess}keys known here: {listing(names) or f'none under {OURS}*'}"
         mark = self.document.mark((*path, key), key=True)

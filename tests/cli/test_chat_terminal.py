@@ -172,6 +172,24 @@ def test_files_are_named_with_or_without_quotes(tmp_path):
         terminal.take("/save 'x")
 
 
+def test_a_conversation_is_saved_into_its_own_file_again_and_into_no_other(tmp_path):
+    terminal, file = Terminal(Echo()), tmp_path / "chat"
+    terminal.take("one")
+    file.write_text("of another chat")
+    with pytest.raises(FileExistsError, match="accepted: another file, or one that this chat saved or loaded"):
+        terminal.take(f"/save {file}")
+    assert not terminal.backend.files
+    file.unlink()
+    terminal.take(f"/save {file}")
+    file.write_text("of this chat")
+    terminal.take("two")
+    terminal.take(f"/save {file}")
+    assert len(terminal.backend.files[file].messages) == 4
+    other = Terminal(terminal.backend)
+    other.open(file)
+    other.take(f"/save {file}")
+
+
 def test_help_lists_every_command_and_stats_the_last_answer(capsys):
     terminal = Terminal(Echo())
     terminal.take("/help")

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from retnet.serve.engine import Engine
 from retnet.system.extras import LIBRARIES
 from tests.cli.command import run, wrong_input
 from tests.paths import ROOT
-from tests.small_models import ALIBI, BYTES, small_model
+from tests.small_models import ALIBI, BYTES, PAPER, small_model
 
 
 def test_help_names_every_verb(capsys):
@@ -77,6 +78,39 @@ def test_info_counts_the_parameters_of_the_saved_weights(capsys, byte_model):
     assert first["state_bytes"] == second["state_bytes"] > 0
     assert second["transformer_cache_bytes"] == 10 * first["transformer_cache_bytes"]
     assert [len(windows) for windows in facts["windows"]] == [2, 2]
+    assert facts["window_layers"] == [0, 1]
+
+
+def test_info_numbers_the_layers_of_retention_by_their_places(capsys, tmp_path):
+    other = replace(PAPER, mixer=replace(PAPER.mixer, decay="none"))
+    save_model(small_model((ALIBI, PAPER, other, ALIBI, PAPER, PAPER), **BYTES), tmp_path / "m")
+    assert run("info", tmp_path / "m") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("windows of")]
+    assert lines == [
+        "windows of layers 1, 4 to 5, tokens: 146, 293",
+        "windows of layer 2, tokens: no decay, no decay",
+    ]
+    assert run("info", tmp_path / "m", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["window_layers"] == [1, 2, 4, 5]
+    assert len(facts["windows"]) == 4
+
+
+def test_a_picture_of_info_or_generate_that_exists_is_not_replaced(capsys, tmp_path, byte_model):
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"mine")
+    for words in (["info", byte_model], ["generate", byte_model, "a", "--max-tokens", "2"]):
+        assert "a.png exists; accepted: another file, or --force" in wrong_input(capsys, *words, "--png", picture)
+        assert picture.read_bytes() == b"mine"
+    assert run("info", byte_model, "--png", picture, "--force") == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_promises_flat_memory_of_the_layers_that_have_it_only(capsys):
+    assert run("generate", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "where every layer is retention, Mamba or attention with a window" in text
+    assert "The cache of attention without a window grows with every token" in text
 
 
 @pytest.mark.parametrize("model", ["retnet-tiny", "retnet-tiny-gated", "retnet-6.7b"])

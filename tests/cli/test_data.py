@@ -73,7 +73,9 @@ def test_show_works_where_no_plot_can_be_written(capsys, tokens):
     assert "no plot of the lengths in" in printed.err
     assert run("show", tokens, "--json") == 0
     assert json.loads(capsys.readouterr().out)["plot"] is None
-    assert "Is a directory" in wrong_input(capsys, "show", tokens, "--plot", tokens / "lengths.png")
+    assert "lengths.png is a directory; accepted: a file" in wrong_input(
+        capsys, "show", tokens, "--plot", tokens / "lengths.png"
+    )
 
 
 def test_files_left_out_are_reported_in_one_line(capsys, tmp_path, text_folder):
@@ -89,6 +91,9 @@ def test_files_left_out_are_reported_in_one_line(capsys, tmp_path, text_folder):
 def test_show_reads_plain_text_and_plots_into_the_given_file(capsys, text_folder, tmp_path):
     assert run("show", text_folder, "--plot", tmp_path / "a.png", "--samples", "0") == 0
     assert f"document lengths plotted in {tmp_path / 'a.png'}" in capsys.readouterr().out
+    assert "a.png exists; accepted: another file, or --force" in wrong_input(
+        capsys, "show", text_folder, "--plot", tmp_path / "a.png"
+    )
     assert (tmp_path / "a.png").is_file()
     assert not (text_folder / "lengths.png").exists()
 

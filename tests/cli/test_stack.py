@@ -8,8 +8,10 @@ import pytest
 
 from retnet.models.directory import load_model, save_model
 from retnet.stack.presets import preset_names, preset_text
+from retnet.stack.resolve import resolve_tokenizer
 from tests.cli import command
 from tests.small_models import small_model
+from tests.stack.specs import BASE
 
 MINI = "arch_intermediate_gemma2_mini"
 
@@ -87,6 +89,68 @@ def test_compile_writes_a_model_and_its_source(capsys, tmp_path):
     assert "GeGLU 432" in capsys.readouterr().out
 
 
+def test_compile_leaves_a_trained_model_alone_unless_forced(capsys, tmp_path):
+    out = tmp_path / "out"
+    assert run("compile", MINI, "-o", out) == 0
+    (out / "training.json").write_text("{}")
+    (out / "model.safetensors").write_bytes(b"trained")
+    message = command.wrong_input(capsys, "stack", "compile", MINI, "-o", out)
+    assert f"{out} exists; accepted: a new or empty directory, or --force" in message
+    assert (out / "model.safetensors").read_bytes() == b"trained"
+    assert run("compile", MINI, "-o", out, "--force") == 0
+    assert load_model(out).config.name == MINI.replace("_", "-")
+    assert not (out / "training.json").exists(), "the record of the training is of the model that was there"
+
+
+@pytest.mark.parametrize(("file", "words"), [("notes.txt", "saved model only"), ("checkpoint-5", "holds checkpoints")])
+def test_force_replaces_no_directory_of_anything_else(capsys, tmp_path, file, words):
+    (tmp_path / file).write_text("mine")
+    assert words in command.wrong_input(capsys, "stack", "compile", MINI, "-o", tmp_path, "--force")
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+
+
+def test_compile_writes_the_byte_tokenizer_which_transformers_reads(capsys, tmp_path):
+    from transformers import AutoTokenizer
+
+    stack = tmp_path / "bytes.yml"
+    stack.write_text(BASE)
+    assert run("compile", stack, "-o", tmp_path / "out") == 0
+    assert "with the byte tokenizer" in capsys.readouterr().out
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab").input_ids == [256, 97, 98]
+    assert resolve_tokenizer(str(tmp_path / "out")).encode(b"ab") == [97, 98]
+
+
+def test_compile_writes_another_tokenizer_on_request_and_says_where_it_is_otherwise(capsys, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"<s>": 0, "a": 1, "b": 2}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    stack = tmp_path / "named.yml"
+    stack.write_text(BASE.replace("pretrained: bytes", "pretrained: some/model"))
+    assert run("compile", stack, "-o", tmp_path / "without") == 0
+    assert "without a tokenizer: --tokenizer some/model would fetch the stack's" in capsys.readouterr().out
+    assert run("compile", stack, "-o", tmp_path / "with", "--tokenizer", tmp_path / "tokenizer.json") == 0
+    assert resolve_tokenizer(str(tmp_path / "with")).encode(b"ab") == [1, 2]
+    stack.write_text(BASE.replace("vocab_size: 257", "vocab_size: 2").replace("pretrained: bytes", "pretrained: x"))
+    message = command.wrong_input(
+        capsys, "stack", "compile", stack, "-o", tmp_path / "small", "--tokenizer", tmp_path / "tokenizer.json"
+    )
+    assert "has 3 tokens; accepted: at most the stack's 2" in message
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_picture_that_exists_is_not_replaced(capsys, tmp_path):
+    picture = tmp_path / "stack.svg"
+    picture.write_text("mine")
+    message = command.wrong_input(capsys, "stack", "explain", MINI, "--picture", picture)
+    assert "stack.svg exists; accepted: another file, or --force" in message
+    assert picture.read_text() == "mine"
+    assert run("explain", MINI, "--picture", picture, "--force") == 0
+    assert picture.read_text().startswith("<?xml")
+
+
 def test_a_model_that_was_not_compiled_from_a_stack_has_no_source(capsys, tmp_path):
     save_model(small_model(), tmp_path / "plain")
     assert run("source", tmp_path / "plain") == 2
@@ -102,7 +166,12 @@ def test_presets_are_listed_shown_and_copied(capsys, tmp_path):
     target = tmp_path / "mine.yml"
     assert run("presets", "copy", MINI, target) == 0
     assert target.read_text() == preset_text(MINI)
-    assert run("presets", "copy", MINI, target) == 2, "a file that is there is not overwritten"
+    target.write_text("mine")
+    assert run("presets", "copy", MINI, target) == 2
+    assert "mine.yml exists; accepted: another file, or --force" in " ".join(capsys.readouterr().err.split())
+    assert target.read_text() == "mine"
+    assert run("presets", "copy", MINI, target, "--force") == 0
+    assert target.read_text() == preset_text(MINI)
     assert run("presets", "show", "arch_gemma") == 2
     assert "arch_intermediate_gemma2" in capsys.readouterr().err
 

@@ -166,3 +166,12 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
     path.write_text(BASE, encoding="utf-8-sig")
     assert load_stack(path).spec == parse_stack(BASE).spec
     assert faults(BASE) == []
+
+
+def test_a_text_has_the_limit_of_a_file():
+    """A saved model holds its stack as text, which no file's size limits."""
+    with pytest.raises(StackError, match=f"has {MAX_BYTES + 1} bytes, more than the {MAX_BYTES}"):
+        parse_stack("#" * (MAX_BYTES + 1))
+    with pytest.raises(StackError, match="bytes, more than"):
+        parse_stack("\N{SNOWMAN}" * (MAX_BYTES // 3 + 1))
+    assert parse_stack(BASE + "#" * (MAX_BYTES - len(BASE))).layers

@@ -2,6 +2,9 @@
 
 import pytest
 
+from retnet.models.cost import parameter_counts
+from retnet.stack.build import model_config
+from retnet.stack.estimate import estimate_parameters
 from retnet.stack.report import Severity, realism_report, short_count
 
 from .specs import stack
@@ -45,6 +48,18 @@ def test_a_usual_stack_has_no_warnings():
 )  # fmt: skip
 def test_a_rule_warns_about_its_cause_and_no_other_does(rule, pairs, more):
     assert warnings(*pairs, more=more) == [rule]
+
+
+def test_the_target_is_compared_with_the_built_model_and_not_with_the_estimate():
+    """EulerStack's estimate has no gate and narrower values of retention, so it is lower."""
+    found = stack(WIDE)
+    built, estimate = parameter_counts(model_config(found))["total"], estimate_parameters(found.spec, found.layers)
+    target = round(built / 1.35)
+    assert estimate < 1.2 * target
+    for given, rules in ((target, ["target_params_mismatch"]), (round(built / 1.25), [])):
+        assert warnings(WIDE, ("n_heads: 4", f"n_heads: 4\n  target_params: {given}")) == rules
+    report = realism_report(stack(WIDE, ("n_heads: 4", "n_heads: 4\n  target_params: 10")))
+    assert f"the built model has {short_count(built)}" in report[0].message
 
 
 def test_a_long_context_is_unusual_only_with_attention():

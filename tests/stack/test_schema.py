@@ -188,6 +188,16 @@ def test_vendor_options_of_retention_are_validated(option, fault):
     assert [fault.path[-1] for fault in found] == ([] if fault is None else [f"vendor.retnet.{fault}"])
 
 
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [("gamma", "decay"), ("decay", "decay"), ("vendor.retnet.gamma", "decay"), ("conv_width", "conv_width")],
+)
+def test_a_word_for_a_key_of_ours_is_answered_with_the_key(word, key):
+    fault = only(changed(("{chunk_size: 32}", f"{{{word}: 0.9}}")))
+    assert fault.what == f"unknown key '{word}'"
+    assert fault.fix.startswith(f"did you mean vendor.retnet.{key}? ")
+
+
 def test_unknown_keys_with_our_vendor_prefix_are_refused():
     fault = only(changed(in_retnet("vendor.retnet.value_dims: 128")))
     assert fault.dotted == "layer_templates.r.mixer.retnet"

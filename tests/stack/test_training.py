@@ -1,16 +1,20 @@
 """Training hints as defaults of `retnet train`."""
 
+import re
+
 import pytest
 from transformers import TrainingArguments
 
 from retnet.models.lm import LanguageModel
 from retnet.stack.build import model_config
 from retnet.stack.presets import load_preset
+from retnet.stack.schema import TrainingHints
 from retnet.stack.training import router_lr_multiplier, training_defaults
 from retnet.train.inputs import open_data
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import DEFAULTS, load_recipe
 from retnet.train.trainer import PackedTrainer, RunOptions
+from tests.paths import ROOT
 
 from .specs import changed, stack
 
@@ -97,3 +101,19 @@ def test_routers_have_their_own_learning_rate_and_experts_weight_decay(text_fold
         assert rate == pytest.approx(0.02 if name.endswith("router.weight") else 0.1)
         if "feed_forward." in name and name.endswith("proj.weight"):
             assert decay == 0.5, name
+
+
+def test_the_guide_lists_the_defaults_of_a_run_without_hints():
+    """Per key: its setting, and what `retnet train` does without it."""
+    part = (ROOT / "docs/reference/stack.md").read_text().split("## training_hints")[1].split("## compat")[0]
+    rows = {key: cells for key, *cells in re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", part, re.M)}
+    model_keys = {"init", "dropout", "checkpointing", "seed", "router_aux_loss_coef"}
+    assert rows.keys() == TrainingHints.model_fields.keys() - model_keys
+    recipe = load_recipe(None, ["model=retnet-tiny", "data=x"])
+    fields = recipe.training_arguments().to_dict() | recipe.model_dump(exclude={"training"})
+    for key in ("lr_peak", "betas", "weight_decay", "grad_clip", "warmup_steps_ratio", "router_lr_multiplier"):
+        settings, without = rows[key]
+        values = [float(fields[name]) for name in re.findall(r"`(\w+)`", settings)]
+        assert values == [float(x) for x in without.split(", ")], key
+    assert rows["lr_floor_ratio"][1].startswith(fields["lr_scheduler_type"])
+    assert fields["optim"].startswith(rows["optimizer"][1])

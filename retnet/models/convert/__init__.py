@@ -32,6 +32,7 @@ from retnet.models.directory import (
 from retnet.models.lm import LanguageModel
 from retnet.models.tensor_files import Tensors, open_tensors, write_tensors
 from retnet.system.files import read_json
+from retnet.system.outputs import check_new_directory
 from retnet.system.suggest import choices
 
 OURS = "retnet"
@@ -88,8 +89,7 @@ def convert(
     if to not in (OURS, *writers):
         raise ValueError(f"cannot write the format {to!r}; {choices(to, (OURS, *writers))}")
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already; accepted: a new or empty directory")
+    check_new_directory(out)
     ours, tensors = _open(source, format, config)
     if on_bytes is not None:
         tensors = tensors.watched(on_bytes)

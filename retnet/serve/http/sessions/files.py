@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import time
 from contextlib import suppress
@@ -31,6 +32,7 @@ from retnet.system.lock import waiting_for_lock
 
 RECORD = "session"  # the name of the record among the extra texts of a snapshot's file
 SUFFIX = ".safetensors"
+_UNFINISHED = re.compile(r"\.(secret|sess_[0-9a-f]{40})\.[0-9a-f]{8}\.part")  # as `secret` and `save` name them
 ABANDONED_SECONDS = 3600.0  # age of an unfinished file whose writer has ended
 log = logging.getLogger("retnet.serve")
 
@@ -200,7 +202,7 @@ class SessionFiles:
     def _remove_if_abandoned(self, item: os.DirEntry[str]) -> None:
         """Remove an unfinished file that a server left when it was killed."""
         with suppress(FileNotFoundError):
-            if item.name.endswith(".part") and self.now() - item.stat().st_ctime > ABANDONED_SECONDS:
+            if _UNFINISHED.fullmatch(item.name) and self.now() - item.stat().st_ctime > ABANDONED_SECONDS:
                 os.unlink(item.path)
 
     def _path(self, session_id: str) -> Path:

@@ -444,8 +444,8 @@ def test_a_session_that_fits_neither_memory_nor_disk_is_refused(engine, tmp_path
 
 
 def test_files_that_killed_writers_left_are_removed_after_a_while(engine, tmp_path):
-    left, other = tmp_path / ".sess_0.aa.part", tmp_path / "notes.txt"
-    for path in (left, other):
+    left, *others = (tmp_path / name for name in (f".sess_{'0' * 40}.aabbccdd.part", "notes.txt", "film.mkv.part"))
+    for path in (left, *others):
         path.write_bytes(b"x")
     files = SessionFiles(tmp_path)
     files.scan()
@@ -453,7 +453,7 @@ def test_files_that_killed_writers_left_are_removed_after_a_while(engine, tmp_pa
     files.now = lambda: time.time() + session_files.ABANDONED_SECONDS + 1
     files.scan()
     assert not left.exists()
-    assert other.exists()
+    assert all(other.exists() for other in others), "they are not the server's"
 
 
 @pytest.mark.parametrize(
