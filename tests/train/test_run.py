@@ -441,7 +441,7 @@ def test_a_model_of_an_earlier_run_is_not_replaced_unless_asked_for(
     byte_model, short_texts, tmp_path, console, no_curve
 ):
     """Without checkpoints nothing else says that a run was there."""
-    output, settings = tmp_path / "out", QUICK | {"max_steps": 1}
+    output, settings = tmp_path / "out", QUICK | {"max_steps": 1, "warmup_steps": 0}
     train(recipe_for(byte_model, short_texts, output, **settings), console)
     before = weights(output)
     for more in ({}, {"resume_from_checkpoint": "auto"}):
