@@ -46,11 +46,11 @@ venv install: $(VENV)/.installed-dev
 
 # Train, evaluate, generate, check, describe. out/demo gets the model and three plots.
 demo: $(VENV)/.installed
-	$(BIN)/retnet train recipes/retnet-tiny_stdlib_cpu.yaml
+	$(BIN)/retnet train recipes/retnet-tiny_stdlib_cpu.yaml force=true
 	$(BIN)/retnet eval out/demo --data stdlib
-	$(BIN)/retnet generate out/demo "def " --max-tokens 1000 --seed 0 --png out/demo/stream.png
+	$(BIN)/retnet generate out/demo "def " --max-tokens 1000 --seed 0 --png out/demo/stream.png --force
 	$(BIN)/retnet check out/demo --text README.md --length 256
-	$(BIN)/retnet info out/demo --png out/demo/model.png
+	$(BIN)/retnet info out/demo --png out/demo/model.png --force
 	@echo "look:  out/demo/report.html, out/demo/stream.png, out/demo/model.png"
 	@echo "next:  source $(BIN)/activate"
 	@echo "       retnet generate out/demo 'import ' --max-tokens 0    an endless text; Ctrl-C ends it"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from retnet.stack.summary import LayerSummary
 
 _TOKENIZER_FOLDER = ".tokenizer"  # in the directory, while its files are written
+_TRAINER_STATE = "trainer_state.json"  # in every checkpoint: transformers' name
 CONTEXTS = (1024, 8192, 32768, 131072)
 
 stack_app = typer.Typer(
@@ -209,7 +210,7 @@ def _check_output(directory: Path, force: bool) -> None:
     """
     from retnet.models.directory import load_config
 
-    if next(directory.glob("checkpoint-*"), None) is not None:
+    if (directory / _TRAINER_STATE).exists() or next(directory.glob("checkpoint-*"), None) is not None:
         raise FileExistsError(f"{directory} holds checkpoints of a run; accepted: another directory")
     check_new_directory(directory, force=force, accepted="a new or empty directory, or --force")
     if force and directory.is_dir() and any(directory.iterdir()):

@@ -33,11 +33,18 @@ def check_new_directory(path: Path, *, force: bool = False, accepted: str = "a n
 def replaced_directory(path: Path) -> Iterator[Path]:
     """A directory to fill: a new one beside `path`, which then takes its place with all that it holds.
 
-    After an error `path` is as it was. A new or empty `path` is filled itself.
+    After an error `path` is as it was. A new or empty `path` is filled itself, as an empty one may be a mounted disk.
     """
-    if not path.is_dir() or not any(path.iterdir()):
+    is_new = not path.is_dir()
+    if is_new or not any(path.iterdir()):
         path.mkdir(parents=True, exist_ok=True)
-        yield path
+        try:
+            yield path
+        except BaseException:
+            _empty(path)
+            if is_new:
+                path.rmdir()
+            raise
         return
     path = path.resolve()
     mark = f"{os.getpid()}.{secrets.token_hex(4)}"
@@ -52,6 +59,14 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         if old.exists() and not path.exists():
             old.rename(path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _empty(directory: Path) -> None:
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _exists(path: Path) -> bool:

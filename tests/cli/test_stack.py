@@ -102,7 +102,14 @@ def test_compile_leaves_a_trained_model_alone_unless_forced(capsys, tmp_path):
     assert not (out / "training.json").exists(), "the record of the training is of the model that was there"
 
 
-@pytest.mark.parametrize(("file", "words"), [("notes.txt", "saved model only"), ("checkpoint-5", "holds checkpoints")])
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("notes.txt", "saved model only"),
+        ("checkpoint-5", "holds checkpoints"),
+        ("trainer_state.json", "holds checkpoints"),
+    ],
+)
 def test_force_replaces_no_directory_of_anything_else(capsys, tmp_path, file, words):
     (tmp_path / file).write_text("mine")
     assert words in command.wrong_input(capsys, "stack", "compile", MINI, "-o", tmp_path, "--force")

@@ -45,17 +45,21 @@ def test_a_replaced_directory_holds_the_new_files_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_after_an_error_a_directory_is_as_it_was(tmp_path):
+@pytest.mark.parametrize("before", [None, [], ["one"]], ids=["new", "empty", "filled"])
+def test_after_an_error_a_directory_is_as_it_was(tmp_path, before):
     target = tmp_path / "model"
-    target.mkdir()
-    (target / "one").write_text("one")
+    if before is not None:
+        target.mkdir()
+    for name in before or []:
+        (target / name).write_text("old")
 
     def fill() -> None:
         with replaced_directory(target) as folder:
             (folder / "two").write_text("two")
+            (folder / "three").mkdir()
             raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
         fill()
-    assert [path.name for path in target.iterdir()] == ["one"]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (None if not target.exists() else [path.name for path in target.iterdir()]) == before
+    assert [path.name for path in tmp_path.iterdir()] == ([] if before is None else ["model"])
