@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from retnet.cli._common import DEVICE_HELP, MODEL_HELP, Force, console, errors, load_shown, print_json, silent
-from retnet.system.extras import needs
+from retnet.system.extras import needs, require
 from retnet.system.outputs import check_new_file
 from retnet.system.progress import Progress
 
@@ -83,6 +83,8 @@ def evaluate(
     _refuse_unused("--tasks", tasks, {"--samples": samples})
     if part is Part.all and valid_fraction is not None:
         raise ValueError("--valid-fraction is for --part valid; --part all holds nothing out")
+    if tasks is not None:
+        require("eval", "--tasks")
     if samples is not None:
         check_new_file(samples, force=force)
     from retnet.eval.processes import SharedError, launched

@@ -106,6 +106,14 @@ def test_a_picture_of_info_or_generate_that_exists_is_not_replaced(capsys, tmp_p
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_samples_of_an_evaluation_that_exist_are_not_replaced(capsys, tmp_path, byte_model):
+    file = tmp_path / "samples.jsonl"
+    file.write_text("of another model")
+    message = wrong_input(capsys, "eval", byte_model, "--tasks", "arc_easy", "--samples", file)
+    assert "samples.jsonl exists; accepted: another file, or --force" in message
+    assert file.read_text() == "of another model"
+
+
 def test_generate_promises_flat_memory_of_the_layers_that_have_it_only(capsys):
     assert run("generate", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
