@@ -171,6 +171,13 @@ def test_a_key_reaches_its_field(key):
     assert field(built(*pairs), path) == value
 
 
+def test_layers_of_one_entry_share_a_configuration():
+    """A configuration per layer takes seconds at the most layers that a stack may have."""
+    layers = model_config(stack(("repeat: 2", "repeat: 4095"))).layers
+    assert len(layers) == 4096
+    assert len({id(layer) for layer in layers}) == 2
+
+
 def test_the_final_norm_has_the_type_of_the_last_layer_and_is_absent_after_a_post_norm():
     assert built(template_a("norm: {type: layernorm}")).final_norm == "layer"
     assert built(template_a("norm: {position: post}")).final_norm == "none"

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from retnet.models.directory import load_model
+from retnet.models.directory import load_model, save_model
 from retnet.train.checkpoints import choose
 from retnet.train.run import train
+from tests.small_models import BYTES, small_model
 
 from .conftest import losses, recipe_for, weights, words_for
 
@@ -97,6 +99,22 @@ def test_checkpoints_sharded_resume_with_other_processes(
     assert "step 3/4" in shown
     assert "step 2/4" not in shown
     assert_same_run(tmp_path / "other", one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, FSDP2, FSDP], ids=["ddp", "fsdp", "sharded checkpoints"])
+def test_a_model_of_bfloat16_is_trained_in_float32_and_saved_as_it_came(text_folder, tmp_path, settings):
+    save_model(small_model(**BYTES).bfloat16(), tmp_path / "half")
+    settings = SETTINGS | settings | {"per_device_train_batch_size": 4, "learning_rate": 3e-5, "warmup_steps": 0}
+    shown = torchrun(2, words_for(tmp_path / "half", text_folder, tmp_path / "out", **settings))
+    assert shown.count("trained in float32") == 1
+    before, saved = load_model(tmp_path / "half").state_dict(), load_model(tmp_path / "out").state_dict()
+    trained = load_model(tmp_path / "out/checkpoint-4").state_dict()
+    for name, x in saved.items():
+        assert (x.dtype, trained[name].dtype) == (before[name].dtype, torch.float32), name
+        assert torch.equal(x, trained[name].to(x.dtype)), name
+    moved = trained["layers.0.mixer.q_proj.weight"] != before["layers.0.mixer.q_proj.weight"]
+    assert moved.float().mean() > 0.9
 
 
 @pytest.mark.slow
