@@ -1,15 +1,9 @@
-"""Checks of code for several processes: threads in lockstep that stand for them, and torchrun."""
+"""Threads in lockstep, which stand for processes in checks of code for several of them."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
-
-from tests.paths import ROOT
 
 
 class Lockstep:
@@ -51,16 +45,3 @@ def in_lockstep(size: int, work: Callable[[int, Lockstep], None]) -> None:
     broken = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
     if errors:
         raise (broken or errors)[0]
-
-
-def on_processes(processes: int, script: str, *words: object) -> str:
-    """The last line that a script prints under torchrun with gloo."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    places = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
-    done = subprocess.run([*launch, script, *map(str, words)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.paths import ROOT
+from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -27,25 +28,8 @@ TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, r
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
 def test_the_benchmark_of_split_models_finds_them_equal_to_whole_ones(device):
-    words = [
-        "--size",
-        2,
-        256,
-        4,
-        "--device",
-        device,
-        "--dtype",
-        "float32",
-        "--prompt",
-        40,
-        "--most",
-        70,
-        "--seconds",
-        0.1,
-    ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, str(BENCHMARKS / "bench_tensor_parallel.py"), *map(str, words), "--seconds", "0.1", "--train"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    size, prompt = ["--size", 2, 256, 4, "--dtype", "float32", "--device", device], ["--prompt", 40, "--most", 70]
+    done = torchrun(2, BENCHMARKS / "bench_tensor_parallel.py", *size, *prompt, "--seconds", 0.1, "--train")
     assert done.returncode == 0, done.stderr
     apart, rounding = map(float, re.findall(r"logits differ by (\S+) of .* \(by (\S+) between", done.stdout)[0])
     gradients = float(re.findall(r"gradients differ by (\S+) of", done.stdout)[0])
@@ -135,9 +119,7 @@ def test_every_benchmark_has_help(script):
 
 
 def on_two_processes(script: str, *words: object) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, str(BENCHMARKS / f"{script}.py"), "--tiny", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return torchrun(2, BENCHMARKS / f"{script}.py", "--tiny", *words)
 
 
 def test_the_check_of_context_parallelism_passes_and_sees_broken_exchanges():

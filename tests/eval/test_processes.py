@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from retnet.eval.processes import ALONE, Processes, launched
+from tests.torchrun import torchrun
 
 CHOICE = """
 task: shared_choice
@@ -95,16 +96,16 @@ def free_port() -> int:
 
 def evaluate(launcher: str, *words: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """`retnet eval` in one process, under torchrun or under accelerate launch."""
-    command = [sys.executable]
+    program = ["-m", "retnet.cli", "eval", *map(str, words), "--device", "cpu"]
     if launcher == "torchrun":
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    elif launcher == "accelerate":
+        return torchrun(processes, *program, HF_HUB_OFFLINE="1")
+    command = [sys.executable]
+    if launcher == "accelerate":
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
         command += [f"--main_process_port={free_port()}", "--num_machines=1", "--mixed_precision=no"]
         command += ["--dynamo_backend=no"]
-    command += ["-m", "retnet.cli", "eval", *map(str, words), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    return subprocess.run([*command, *program], capture_output=True, text=True, env=environment, timeout=500)
 
 
 def answer(launcher: str, *words: object, processes: int = 2) -> dict:
@@ -181,9 +182,6 @@ with launched() as processes:
 @pytest.mark.slow
 def test_an_error_in_the_share_of_one_process_is_that_of_all(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", f"--master_port={free_port()}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command.append(str(tmp_path / "program.py"))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = torchrun(3, tmp_path / "program.py")
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split(".\n")[:-1]) == [f"process {rank}: document 7 is broken" for rank in range(3)]

@@ -20,6 +20,7 @@ from retnet.layers.token_layout import TokenLayout
 from retnet.models.states import ModelState
 from tests.paths import ROOT
 from tests.small_models import random_ids, unit_gain_
+from tests.torchrun import torchrun
 
 
 def load(name: str, run_name: str = "example") -> SimpleNamespace:
@@ -156,10 +157,9 @@ def test_a_model_on_two_processes_generates_as_on_one():
 
 def by_one_and_two_processes(name: str, *words: str) -> list[str]:
     """What a program prints alone, and under torchrun."""
-    printed, environment = [], os.environ | {"OMP_NUM_THREADS": "1"}
-    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        command = [sys.executable, *launch, str(ROOT / "examples" / f"{name}.py"), *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
-    return printed
+    program, environment = [str(ROOT / "examples" / f"{name}.py"), *words], os.environ | {"OMP_NUM_THREADS": "1"}
+    alone = subprocess.run([sys.executable, *program], capture_output=True, text=True, env=environment)
+    done = [alone, torchrun(2, *program)]
+    for each in done:
+        assert each.returncode == 0, each.stderr
+    return [each.stdout for each in done]

@@ -10,8 +10,8 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.tensor_parallel import ByHeads
 from tests.hf import tensor_parallel_processes
-from tests.lockstep import on_processes
 from tests.small_models import EXPERTS, GLU, HYENA, PAPER, hf_model, small_model
+from tests.torchrun import on_processes
 
 
 def test_the_plan_names_layers_and_vocabulary_and_its_styles_are_registered():

@@ -5,7 +5,6 @@ Threads in lockstep stand for processes, except in one slow test: the mathematic
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,35 +18,12 @@ from retnet.layers.attention import Attention
 from retnet.layers.recompute import Recompute
 from retnet.ops import context_parallel, context_shard
 from retnet.ops.context_shard import ContextShard
-from tests.lockstep import Lockstep, in_lockstep, on_processes
+from tests.lockstep import Lockstep
 from tests.small_models import ALIBI, EXPERTS, GATED, HYENA, NOPE, PAPER, VOCAB, WINDOW, small_model
+from tests.torchrun import on_processes
 
 from . import context_checks as checks
-
-
-class Done:
-    def wait(self) -> None:
-        """The exchange is over already."""
-
-
-class ThreadShard(ContextShard):
-    """A shard whose group is a `Lockstep`."""
-
-    def start_all_gather(self, x: Tensor) -> tuple[Tensor, Done]:
-        return torch.stack(self.group.all(self.rank, x.detach().clone())), Done()
-
-    def reduce_scatter(self, parts: Tensor) -> Tensor:
-        return sum(other[self.rank] for other in self.group.all(self.rank, parts))
-
-
-def on_shards(size: int, check: Callable[..., None], *options: object) -> None:
-    """Run check(shards, size, *options) in as many threads; raises the first AssertionError."""
-
-    def work(rank: int, lockstep: Lockstep) -> None:
-        check(lambda tokens, bounds: ThreadShard.part(rank, size, tokens, bounds, lockstep), size, *options)
-
-    in_lockstep(size, work)
-
+from .threads import ContextThread, on_shards
 
 PLACES = [("rows", 2), ("rows", 4), ("over borders", 3), ("at borders", 4), ("one", 3), ("short", 2)]
 
@@ -150,7 +126,7 @@ def test_compiled_blocks_on_shards_are_one_graph_wherever_documents_begin(level)
         losses = []
         for one in (model, compiled):
             one.zero_grad()
-            shard = ThreadShard.part(0, 1, 24, bounds, Lockstep(1))
+            shard = ContextThread.part(0, 1, 24, bounds, Lockstep(1))
             losses.append(one.loss(ids[:, :-1], ids[:, 1:], context=shard))
             losses[-1].backward()
         torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)

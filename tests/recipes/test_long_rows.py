@@ -1,14 +1,13 @@
 """Rows of a million tokens against short ones: the planted pairs, and the whole comparison at micro size."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from long_rows_task import BLOCK, KEYS, VALUES, plant
 
 from tests.paths import ROOT
+from tests.torchrun import torchrun
 
 
 @pytest.mark.parametrize("length", [3 * BLOCK, 1025, 5000])
@@ -37,10 +36,7 @@ def test_rows_of_two_blocks_are_refused():
 
 @pytest.mark.slow
 def test_the_comparison_runs_on_two_processes(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = ROOT / "recipes" / "long_rows.py"
-    words = ["--tiny", "--out", tmp_path, "--commit", "test"]
-    done = subprocess.run([*launch, script, *words], capture_output=True, text=True, timeout=400, check=False)
+    done = torchrun(2, ROOT / "recipes" / "long_rows.py", "--tiny", "--out", tmp_path, "--commit", "test")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     measured = results["measured"]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +15,7 @@ from retnet.train import muon
 from retnet.train.muon import Muon, muon_groups, orthogonalize
 from retnet.train.optimizer import separate_routers
 from tests.small_models import EXPERTS, GATED, PAPER, small_model
+from tests.torchrun import on_processes
 
 SHAPES = [(8, 8), (8, 8), (12, 5), (5, 12), (1, 9), (9, 1), (1, 1), (8, 8)]
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
@@ -242,13 +239,5 @@ def test_groups_that_cannot_be_trained_are_refused(group, message):
 @pytest.mark.parametrize("kind", ["replicated", "sharded"])
 def test_three_processes_train_as_one(kind):
     """Parts across shards, experts of which a process has none, vectors: three is odd for all of them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", f"--master_port={port}"]
     script = Path(__file__).with_name("muon_processes.py")
-    places = os.pathsep.join([str(script.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
-    done = subprocess.run([*launch, str(script), kind], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "equal"
+    assert on_processes(3, str(script), kind) == "equal"

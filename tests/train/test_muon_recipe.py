@@ -11,7 +11,7 @@ from retnet.train.run import train
 from retnet.train.trainer import PackedTrainer, RunOptions
 
 from .conftest import losses, recipe_for, weights
-from .test_run_distributed import FSDP, assert_same_run, torchrun, words_for
+from .test_run_distributed import FSDP, assert_same_run, train_on_processes, words_for
 from .test_run_distributed import SETTINGS as PROCESSES
 
 MUON = {"optim": "muon", "optim_args": "momentum=0.9,adamw_lr_multiplier=0.5"}
@@ -90,9 +90,11 @@ def one_process(byte_model, text_folder, tmp_path, console):
 def test_two_processes_train_as_one_and_resume(byte_model, text_folder, tmp_path, one_process, sharding):
     settings = PROCESSES | MUON | sharding | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     output, resumed = tmp_path / "two", tmp_path / "resumed"
-    torchrun(2, words_for(byte_model, text_folder, output, **settings))
+    train_on_processes(2, words_for(byte_model, text_folder, output, **settings))
     assert_same_run(output, one_process)
-    torchrun(2, words_for(byte_model, text_folder, resumed, **settings, resume_from_checkpoint=output / "checkpoint-2"))
+    train_on_processes(
+        2, words_for(byte_model, text_folder, resumed, **settings, resume_from_checkpoint=output / "checkpoint-2")
+    )
     assert_same_run(resumed, one_process)
 
 

@@ -1,6 +1,6 @@
 """Rows that processes share: the batch that each holds, the loss of the parts, and what is refused.
 
-Threads in lockstep stand for processes (`tests/ops/test_context_parallel.py`).
+Threads in lockstep stand for processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from retnet.train.row_shards import RowShards, check_row_shards, check_shared_la
 from retnet.train.run import train
 from retnet.train.throughput import Meter, Peak
 from tests.ops.context_checks import compare, settle
-from tests.ops.test_context_parallel import ThreadShard, on_shards
+from tests.ops.threads import ContextThread, on_shards
 from tests.small_models import BYTES, CONV, EXPERTS, HYENA, MAMBA2, NOPE, PAPER, small_config, small_model
 
 from .conftest import recipe_for
@@ -92,12 +92,12 @@ def check_batch(of, size: int, batch: dict[str, Any], reordered: bool) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_losses_and_gradients_of_the_shards_sum_to_those_of_the_batch(monkeypatch, batch, size):
-    monkeypatch.setattr(row_shards, "ContextShard", ThreadShard)
+    monkeypatch.setattr(row_shards, "ContextShard", ContextThread)
     on_shards(size, check_batch, batch, False)
 
 
 def test_a_reordered_row_is_noticed(monkeypatch, batch):
-    monkeypatch.setattr(row_shards, "ContextShard", ThreadShard)
+    monkeypatch.setattr(row_shards, "ContextShard", ContextThread)
     with pytest.raises(AssertionError, match="loss differs"):
         on_shards(2, check_batch, batch, True)
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import pytest
 from retnet.models.directory import load_model, save_model
 from retnet.train.run import train
 from tests.small_models import BYTES, CONV, GATED, MAMBA2, NOPE, PAPER, WINDOW, small_model
+from tests.torchrun import torchrun
 
 from .conftest import losses, recipe_for, weights, words_for
 
@@ -64,21 +61,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in STACKS}
 
 
-def torchrun(processes: int, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    places = os.pathsep.join([str(SCRIPTS.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
-    command = [*launch, str(SCRIPTS / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 def train_all(processes: int, runs: list[dict[str, Any]], folder: Path) -> None:
     file = folder / f"runs-{processes}.json"
     file.write_text(json.dumps(runs))
-    done = torchrun(processes, "context_runs.py", file)
+    done = torchrun(processes, SCRIPTS / "context_runs.py", file)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -137,7 +123,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     settings = STEP | saving | settings | {"resume_from_checkpoint": "auto"}
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
     words = words_for(dropout_model, short_texts, killed, **settings)
-    died = torchrun(processes, "killed_run.py", "step:6", *words)
+    died = torchrun(processes, SCRIPTS / "killed_run.py", "step:6", *words)
     assert died.returncode != 0
     assert "Signal 9 (SIGKILL)" in died.stderr
     saved = {path.name for path in killed.glob("checkpoint-*")}

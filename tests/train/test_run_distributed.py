@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,7 @@ from retnet.models.directory import load_model, save_model
 from retnet.train.checkpoints import choose
 from retnet.train.run import train
 from tests.small_models import BYTES, small_model
+from tests.torchrun import torchrun
 
 from .conftest import losses, recipe_for, weights, words_for
 
@@ -24,15 +21,10 @@ FSDP2 = {"fsdp": "true"}
 FSDP = FSDP2 | {"fsdp_config": "{state_dict_type: SHARDED_STATE_DICT}"}  # means checkpoints=sharded
 
 
-def torchrun(processes: int, words: list[str], killed: str | None = None) -> str:
+def train_on_processes(processes: int, words: list[str], killed: str | None = None) -> str:
     """The output of a run. killed: a place of `killed_run.py`, where it dies."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     program = ["-m", "retnet.cli", "train"] if killed is None else [str(KILLED_RUN), killed]
-    run = subprocess.run([*launch, *program, *words], capture_output=True, text=True, env=environment)
+    run = torchrun(processes, *program, *words)
     assert (run.returncode == 0) == (killed is None), run.stdout + run.stderr
     assert killed is None or "Signal 9 (SIGKILL)" in run.stderr, run.stderr
     return run.stdout
@@ -58,7 +50,7 @@ def one_process(byte_model, text_folder, tmp_path, console):
 
 def test_two_processes_with_accumulation_train_as_one_without(byte_model, text_folder, tmp_path, one_process):
     settings = SETTINGS | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    shown = torchrun(2, words_for(byte_model, text_folder, tmp_path / "two", **settings))
+    shown = train_on_processes(2, words_for(byte_model, text_folder, tmp_path / "two", **settings))
     assert shown.count("saved in") == shown.count("report: ") == 1  # only one process prints
     assert "on 2 x cpu" in shown
     assert [path.name for path in (tmp_path / "two").glob("*report*")] == ["report.html"]
@@ -84,7 +76,7 @@ def test_checkpoints_sharded_resume_with_other_processes(
     one, first = tmp_path / "one", tmp_path / "first"
     train(recipe_for(byte_model, text_folder, one, **settings, per_device_train_batch_size=16), console)
     batch = {"per_device_train_batch_size": 16 // saved_by}
-    torchrun(saved_by, words_for(byte_model, text_folder, first, **settings | saving | batch))
+    train_on_processes(saved_by, words_for(byte_model, text_folder, first, **settings | saving | batch))
     assert_same_run(first, one)
     checkpoint = first / "checkpoint-2"
     assert len(list(checkpoint.glob("shard-*.safetensors"))) == saved_by
@@ -95,7 +87,9 @@ def test_checkpoints_sharded_resume_with_other_processes(
     train(recipe, console)
     assert_same_run(tmp_path / "alone", one)
     batch = {"per_device_train_batch_size": 16 // resumed_by}
-    shown = torchrun(resumed_by, words_for(byte_model, text_folder, tmp_path / "other", **settings | resuming | batch))
+    shown = train_on_processes(
+        resumed_by, words_for(byte_model, text_folder, tmp_path / "other", **settings | resuming | batch)
+    )
     assert "step 3/4" in shown
     assert "step 2/4" not in shown
     assert_same_run(tmp_path / "other", one)
@@ -106,7 +100,7 @@ def test_checkpoints_sharded_resume_with_other_processes(
 def test_a_model_of_bfloat16_is_trained_in_float32_and_saved_as_it_came(text_folder, tmp_path, settings):
     save_model(small_model(**BYTES).bfloat16(), tmp_path / "half")
     settings = SETTINGS | settings | {"per_device_train_batch_size": 4, "learning_rate": 3e-5, "warmup_steps": 0}
-    shown = torchrun(2, words_for(tmp_path / "half", text_folder, tmp_path / "out", **settings))
+    shown = train_on_processes(2, words_for(tmp_path / "half", text_folder, tmp_path / "out", **settings))
     assert shown.count("trained in float32") == 1
     before, saved = load_model(tmp_path / "half").state_dict(), load_model(tmp_path / "out").state_dict()
     trained = load_model(tmp_path / "out/checkpoint-4").state_dict()
@@ -126,14 +120,14 @@ def test_a_run_killed_while_processes_write_in_the_background_resumes_exactly(
     settings = SETTINGS | settings | {"checkpoints": "async", "save_total_limit": 1, "per_device_train_batch_size": 8}
     settings |= {"max_steps": 8, "gradient_accumulation_steps": 1, "resume_from_checkpoint": "auto"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    torchrun(2, words_for(dropout_model, text_folder, whole, **settings))
+    train_on_processes(2, words_for(dropout_model, text_folder, whole, **settings))
     words = words_for(dropout_model, text_folder, killed, **settings)
     for place, last in (("write:4:1", 2), ("write:6", 4), ("commit:8:0", 6)):
-        torchrun(2, words, killed=place)
+        train_on_processes(2, words, killed=place)
         newest, damaged = choose(killed)
         assert newest is not None
         assert (newest.step, damaged) == (last, []), place
-    torchrun(2, words)
+    train_on_processes(2, words)
     assert losses(killed) == losses(whole)
     assert weights(killed) == weights(whole)
     assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-8"]
@@ -143,11 +137,13 @@ def test_a_run_killed_while_processes_write_in_the_background_resumes_exactly(
 def test_whole_checkpoints_of_sharded_runs_resume(byte_model, text_folder, tmp_path, one_process):
     sharded = SETTINGS | {"fsdp": "true", "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
     first, resumed = tmp_path / "first", tmp_path / "resumed"
-    torchrun(2, words_for(byte_model, text_folder, first, **sharded))
+    train_on_processes(2, words_for(byte_model, text_folder, first, **sharded))
     assert_same_run(first, one_process)
     checkpoint = first / "checkpoint-2"
     assert load_model(checkpoint).state_dict().keys() == load_model(first).state_dict().keys()
-    shown = torchrun(2, words_for(byte_model, text_folder, resumed, **sharded, resume_from_checkpoint=checkpoint))
+    shown = train_on_processes(
+        2, words_for(byte_model, text_folder, resumed, **sharded, resume_from_checkpoint=checkpoint)
+    )
     assert "step 3/4" in shown
     assert "step 2/4" not in shown
     assert_same_run(resumed, one_process)
@@ -158,7 +154,7 @@ def test_lanes_stay_with_their_process(byte_model, text_folder, tmp_path, consol
     settings = SETTINGS | {"carry_state": True, "gradient_accumulation_steps": 1}
     one, two = tmp_path / "one", tmp_path / "two"
     train(recipe_for(byte_model, text_folder, one, **settings, per_device_train_batch_size=8), console)
-    torchrun(2, words_for(byte_model, text_folder, two, **settings, per_device_train_batch_size=4))
+    train_on_processes(2, words_for(byte_model, text_folder, two, **settings, per_device_train_batch_size=4))
     assert_same_run(two, one)
     assert {path.name for path in (two / "checkpoint-4").glob("lanes-*")} == {
         "lanes-0.safetensors",

@@ -20,13 +20,14 @@ from retnet.models.directory import save_model
 from retnet.models.parallel.plan import split_, tensor_parallel_plan
 from retnet.ops import tensor_shard
 from retnet.ops.tensor_shard import TensorShard
-from tests.lockstep import Lockstep, in_lockstep, on_processes
-from tests.ops.test_context_parallel import ThreadShard as ContextThread
+from tests.lockstep import Lockstep, in_lockstep
+from tests.ops.threads import ContextThread
 from tests.small_models import EXPERTS, GLU, HYENA, MAMBA2, PAPER, WIDTH, WINDOW, random_ids, small_config, small_model
+from tests.torchrun import on_processes
 
 from . import tensor_checks as checks
 from .tensor_checks import FOUR, FUSED
-from .threads import ThreadShard, on_threads
+from .threads import TensorThread, on_threads
 
 
 @pytest.mark.parametrize("layer", FOUR)
@@ -70,7 +71,7 @@ def test_rows_in_shards_of_a_split_model_have_the_loss_and_gradients_of_one_proc
 
     def work(rank: int, _: Lockstep) -> None:
         place, head = divmod(rank, 2)
-        part = split_(copy.deepcopy(model), ThreadShard(parts[place], head, 2))
+        part = split_(copy.deepcopy(model), TensorThread(parts[place], head, 2))
         part.zero_grad()
         shard = ContextThread.part(place, 2, 24, bounds, shards[head])
         mine = slice(12 * place, 12 * place + 12)
@@ -172,7 +173,7 @@ def test_a_broken_split_is_noticed(monkeypatch, mutation):
 
 
 def test_processes_that_draw_their_own_tokens_are_noticed(monkeypatch):
-    monkeypatch.setattr(ThreadShard, "first_", lambda shard, x: x)
+    monkeypatch.setattr(TensorThread, "first_", lambda shard, x: x)
     with pytest.raises(AssertionError, match="temperature"):
         on_threads(2, checks.check_generation, FUSED[:1])
 

@@ -12,7 +12,7 @@ from retnet.ops.tensor_shard import TensorShard
 from tests.lockstep import Lockstep, in_lockstep
 
 
-class ThreadShard(TensorShard):
+class TensorThread(TensorShard):
     """A part whose group is a `Lockstep`."""
 
     def sum_(self, x: Tensor) -> Tensor:
@@ -32,6 +32,6 @@ def on_threads(size: int, check: Callable[..., None], *options: object, **more: 
     """Run check(split, *options) in as many threads."""
 
     def work(rank: int, lockstep: Lockstep) -> None:
-        check(lambda model: split_(model, ThreadShard(lockstep, rank, size)), *options, **more)
+        check(lambda model: split_(model, TensorThread(lockstep, rank, size)), *options, **more)
 
     in_lockstep(size, work)
