@@ -141,13 +141,8 @@ def write(
     if isinstance(manifest, PartResult):
         console.print(f"{escape(out)}: part {shard}: {_describe_part(manifest)}; {seconds:.1f} s", **_PLAIN)
         return
-    shards, documents, tokens = len(manifest["shards"]), manifest["documents"], manifest["tokens"]
-    console.print(
-        f"{escape(out)}: {_count(documents, 'document')}, {format_count(tokens)} tokens, "
-        f"{manifest['bytes'] / 1e6:,.2f} MB of text in {_count(shards, 'shard')}; {seconds:.1f} s "
-        f"({manifest['bytes'] / 1e6 / seconds:.1f} MB/s)",
-        **_PLAIN,
-    )
+    rate = manifest["bytes"] / 1e6 / seconds
+    console.print(f"{escape(out)}: {_describe(manifest)}; {seconds:.1f} s ({rate:.1f} MB/s)", **_PLAIN)
 
 
 @data_app.command()
@@ -156,13 +151,7 @@ def merge(out: Annotated[str, typer.Argument(help="OUT of the parts, a folder or
 
     Example: retnet data merge tokens/wiki
     """
-    manifest = _merge(out)
-    shards, documents = len(manifest["shards"]), manifest["documents"]
-    console.print(
-        f"{escape(out)}: {_count(documents, 'document')}, {format_count(manifest['tokens'])} tokens, "
-        f"{manifest['bytes'] / 1e6:,.2f} MB of text in {_count(shards, 'shard')}",
-        **_PLAIN,
-    )
+    console.print(f"{escape(out)}: {_describe(_merge(out))}", **_PLAIN)
 
 
 @data_app.command()
@@ -237,6 +226,13 @@ def check(directory: Annotated[Path, typer.Argument(help="A folder that `retnet 
     if problems:
         raise typer.Exit(1)
     console.print(f"{escape(str(directory))}: {_count(shards, 'shard')}, all as written", soft_wrap=True)
+
+
+def _describe(manifest: dict[str, Any]) -> str:
+    return (
+        f"{_count(manifest['documents'], 'document')}, {format_count(manifest['tokens'])} tokens, "
+        f"{manifest['bytes'] / 1e6:,.2f} MB of text in {_count(len(manifest['shards']), 'shard')}"
+    )
 
 
 def _describe_part(result: PartResult) -> str:

@@ -163,8 +163,7 @@ def write_part(
         alone = any(store.is_per_process for store in stores)
         write_missing(mine, written, settings, found, directory, write, 1 if alone else workers, on_progress)
     counts = _written(parts, mine, identity).values()
-    totals = Counts(*(sum(column) for column in zip(Counts(), *counts)))
-    return PartResult(len(mine), len(missing), len(plan), totals)
+    return PartResult(len(mine), len(missing), len(plan), Counts.total(counts))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -32,6 +32,11 @@ class Counts(NamedTuple):
     size: int = 0
     documents: int = 0
     tokens: int = 0
+
+    @classmethod
+    def total(cls, counts: Iterable[Counts]) -> Counts:
+        """The counts of several shards together."""
+        return cls(*(sum(column) for column in zip(cls(), *counts)))
 
 
 def write_shard(

@@ -40,7 +40,7 @@ def write_missing(
     missing = {number: pieces for number, pieces in shards.items() if number not in written}
     counts = dict(written)
     size = sum(map(size_of_pieces, shards.values()))
-    total = Counts(*(sum(column) for column in zip(Counts(), *counts.values())))
+    total = Counts.total(counts.values())
 
     def report(number: int, latest: Counts) -> None:
         nonlocal total

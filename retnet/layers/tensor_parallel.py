@@ -184,8 +184,16 @@ def keep_share_(owner: nn.Module, attribute: str, split: Split, shard: TensorSha
     if isinstance(owner, nn.Linear) and attribute == "weight":
         owner.out_features, owner.in_features = owner.weight.shape
         if split.dim == 1 and type(owner) is nn.Linear:
-            owner.__class__ = OutputLinear
-            owner.shard = shard  # type: ignore[assignment]
+            become_(owner, OutputLinear, shard)
+
+
+def become_(module: nn.Module, kind: type[nn.Module], shard: TensorShard) -> None:
+    """Make a module one of `kind`, a subclass of its class that differs by its `forward` and the shard.
+
+    The object stays, and with it its parameters, its hooks and whoever refers to it; a new module would lose them.
+    """
+    module.__class__ = kind
+    module.shard = shard  # type: ignore[assignment]
 
 
 def _owned(module: nn.Module, name: str) -> nn.Parameter | None:

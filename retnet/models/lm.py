@@ -25,6 +25,7 @@ from retnet.models.config import ModelConfig
 from retnet.models.config_json import token_ids_in_vocabulary
 from retnet.models.init import initialize
 from retnet.models.loss import linear_cross_entropy
+from retnet.models.parallel.vocabulary import VocabularyHead
 from retnet.models.states import ModelDraft, ModelState
 from retnet.ops.context_shard import ContextShard
 from retnet.ops.dtypes import wide_dtype
@@ -254,8 +255,8 @@ class LanguageModel(nn.Module):
 
         The logits of all tokens are not held in memory, unless the head is more than its weight.
         """
-        if self.shard is not None and hasattr(self.head, "mean_nats"):
-            return cast(Any, self.head).mean_nats(hidden, labels, self.config.logit_soft_cap)
+        if isinstance(self.head, VocabularyHead):
+            return self.head.mean_nats(hidden, labels, self.config.logit_soft_cap)
         if is_plain_linear(self.head):
             return linear_cross_entropy(hidden, self.head.weight, labels, self.config.logit_soft_cap)
         logits = self.logits(hidden).flatten(0, -2)

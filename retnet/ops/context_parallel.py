@@ -1,8 +1,8 @@
 """Retention and the selective scan on one shard of a long row, exactly as on the whole row.
 
 Both are linear in the state before the first token. So a shard computes its own part from an empty state, the shards
-exchange their final states, and what the carried state adds comes last. `EXCHANGE` says when the exchange of retention
-runs; benchmarks/bench_context_parallel.py measures each. In the backward, one matrix product makes the gradient of the
+exchange their final states, and what the carried state adds comes last. `When` lists when the exchange of retention may
+run; benchmarks/bench_context_parallel.py measures each. In the backward, one matrix product makes the gradient of the
 carried state, which the shards exchange first. Then the operator's own backward runs once, with the true gradient of
 the final state; to run it before the exchange has ended would take three more passes over the tokens.
 """
@@ -24,7 +24,6 @@ from retnet.ops.selective_scan import selective_scan
 #   during   its final state, by a product of its own; the exchange, while the output is computed; what the state adds
 #   before   its final state, by a product of its own; the exchange; the output, once, from the carried state
 When = Literal["after", "during", "before"]
-EXCHANGE: When = "after"
 
 
 def context_retention(
@@ -35,21 +34,21 @@ def context_retention(
     shard: ContextShard,
     *,
     state: Tensor | None = None,
-    exchange: When | None = None,
+    exchange: When = "after",
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`retention` of the tokens of one shard; arguments and results as there, of this shard.
 
     state: of the sequences that begin on this shard (a sequence that goes on from the shard before has zeros there).
     cu_seqlens: the shard's own bounds. The returned state is that after the last token of each sequence on the shard.
-    exchange: when the states are exchanged; None: as EXCHANGE says.
+    exchange: when the states are exchanged; in float16 always before, as a state in float16 may overflow.
     """
     p, plan = checked_call(q, k, v, log_decay, state=state, **options)
-    if p.v.dtype == torch.float16:  # a state in float16 may overflow
+    if p.v.dtype == torch.float16:
         exchange = "before"
     tensors = p.q, p.k, p.v, p.log_decay, p.state, p.mask, p.cu_seqlens, shard.handle
     out, final, _, _ = torch.ops.retnet.context_retention(
-        *tensors, shard.size, p.scale, plan.chunk_size, plan.mode, exchange or EXCHANGE
+        *tensors, shard.size, p.scale, plan.chunk_size, plan.mode, exchange
     )
     return out, final
 
@@ -72,7 +71,7 @@ def _context_retention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, the final states [N, H, K, V], the states before each sequence, and the total decays of all shards."""
     problem = RetentionProblem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
-    part = _Shard(problem, shard_of(handle))
+    part = _ShardProblem(problem, shard_of(handle))
     out, final, carried, totals = _ORDERS[exchange](part, mode)
     if carried is None:
         carried = torch.zeros_like(final)
@@ -114,7 +113,7 @@ def _context_retention_backward(
     shard = shard_of(handle)
     state = carried if shard.continues or given else None  # otherwise zeros
     problem = RetentionProblem(q, k, v, log_decay, scale, state, mask, cu_seqlens, chunk_size)
-    dcarry = _Shard(problem, shard).carry_gradient(dout, dfinal)
+    dcarry = _ShardProblem(problem, shard).carry_gradient(dout, dfinal)
     grads, _ = Exchange(shard, dcarry, None, totals).wait()
     if shard.goes_on:
         more = from_after(shard, grads, totals)
@@ -156,7 +155,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dfinal: Tensor | None, *_: Tensor 
 _context_retention.register_autograd(_gradients, setup_context=_save)
 
 
-class _Shard:
+class _ShardProblem:
     """A problem of one shard, with the parts that cross its borders: the first sequence and the last one."""
 
     def __init__(self, problem: RetentionProblem, shard: ContextShard):
@@ -215,19 +214,19 @@ class _Shard:
         return grad
 
 
-def _exchange_after(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _exchange_after(part: _ShardProblem, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """out, the final states, the states before each sequence, and the total decays of all shards."""
     out, final = part.run(part.problem.state, mode)
     return _with_carry(part, out, final, Exchange(part.shard, part.shard.last(final), part.total()))
 
 
-def _exchange_during(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _exchange_during(part: _ShardProblem, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     exchange = Exchange(part.shard, part.final_state(), part.total())
     return _with_carry(part, *part.run(part.problem.state, mode), exchange)
 
 
 def _with_carry(
-    part: _Shard, out: Tensor, final: Tensor, exchange: Exchange
+    part: _ShardProblem, out: Tensor, final: Tensor, exchange: Exchange
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The results, from those of empty states."""
     problem, shard = part.problem, part.shard
@@ -255,7 +254,7 @@ def _with_reads(out: Tensor, queries: Tensor, carry: Tensor) -> Tensor:
     return out
 
 
-def _exchange_before(part: _Shard, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _exchange_before(part: _ShardProblem, mode: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     states, totals = Exchange(part.shard, part.final_state(), part.total()).wait()
     state = part.with_carry(from_before(part.shard, states, totals))
     return *part.run(state, mode), state, totals

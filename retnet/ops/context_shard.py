@@ -14,22 +14,17 @@ An operator takes a shard as its `handle`: a compiled graph then is that of all 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from threading import Lock
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-# torch 2.13 deprecates the names that torch 2.11 has.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
+from retnet.ops.collectives import all_gather_single, outside_graphs, reduce_scatter_single
 
 # Shards by handle. A graph holds handles alone, and its backward may run when nobody else has the shard.
 _SHARDS: "OrderedDict[int, ContextShard]" = OrderedDict()
@@ -43,11 +38,6 @@ def shard_of(handle: Tensor) -> "ContextShard":
     if shard is None:
         raise ValueError(f"a backward needs a shard after {_MOST_SHARDS} newer ones; accepted: one of the last of them")
     return shard
-
-
-def outside_graphs(function: Function) -> Function:
-    """The function, which torch.compile calls as it is: its graphs know no exchange under way."""
-    return cast(Function, torch.compiler.disable(function))
 
 
 @dataclass(frozen=True)
@@ -196,12 +186,12 @@ class ContextShard:
     def start_all_gather(self, x: Tensor) -> tuple[Tensor, Any]:
         """A tensor that holds x of all shards [size, ...] once the work has been waited for."""
         out = x.new_empty(self.size, *x.shape)
-        return out, _all_gather_single(out.view(-1), x.contiguous().view(-1), group=self.group, async_op=True)
+        return out, all_gather_single(out.view(-1), x.contiguous().view(-1), group=self.group, async_op=True)
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
         """The sum over all shards of their parts [size, ...] for this one."""
         out = torch.empty_like(parts[0])
-        _reduce_scatter_single(out.view(-1), parts.contiguous().view(-1), group=self.group)
+        reduce_scatter_single(out.view(-1), parts.contiguous().view(-1), group=self.group)
         return out
 
 

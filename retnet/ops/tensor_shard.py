@@ -9,9 +9,8 @@ So x and y, and their gradients, are the same on all processes. Every process ta
 processes must match. Derivatives of second order are not defined.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,14 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# torch 2.13 has renamed it.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _outside_graphs(function: Function) -> Function:
-    """The function, which torch.compile calls as it is: its graphs do not wait for other processes."""
-    return cast(Function, torch.compiler.disable(function))
+from retnet.ops.collectives import all_gather_single, outside_graphs
 
 
 @dataclass(frozen=True)
@@ -54,19 +46,19 @@ class TensorShard:
         per = -(-count // self.size)
         return slice(min(count, self.rank * per), min(count, (self.rank + 1) * per))
 
-    @_outside_graphs
+    @outside_graphs
     def share(self, x: Tensor) -> Tensor:
         """x, equal on all processes, whose gradient is the sum of theirs."""
         return _Share.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else x
 
-    @_outside_graphs
+    @outside_graphs
     def total(self, x: Tensor) -> Tensor:
         """The sum of x over the processes. Without gradients x itself is overwritten with it."""
         if torch.is_grad_enabled() and x.requires_grad:
             return _Total.apply(x, self)
         return self.sum_(x)
 
-    @_outside_graphs
+    @outside_graphs
     def gathered(self, x: Tensor, count: int) -> Tensor:
         """The parts [..., span] of all processes as [..., count]. Its gradient must be equal on all of them."""
         if torch.is_grad_enabled() and x.requires_grad:
@@ -96,7 +88,7 @@ class TensorShard:
     def all_gather(self, x: Tensor) -> Tensor:
         """x of all processes [size, ...], without a derivative; their shapes are equal."""
         out = x.new_empty(self.size * x.numel())
-        _all_gather(out, x.contiguous().view(-1), group=self.group)
+        all_gather_single(out, x.contiguous().view(-1), group=self.group)
         return out.view(self.size, *x.shape)
 
 

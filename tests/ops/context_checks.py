@@ -20,7 +20,7 @@ from retnet.layers.attention import Attention
 from retnet.layers.recompute import Level, Recompute
 from retnet.ops import context_attention
 from retnet.ops.context_attention import has_ring_kernel
-from retnet.ops.context_parallel import context_retention, context_scan
+from retnet.ops.context_parallel import When, context_retention, context_scan
 from retnet.ops.context_shard import ContextShard
 from retnet.ops.selective_scan import selective_scan
 from tests.small_models import ALIBI, CONV, MAMBA1, MAMBA2, NOPE, PAPER, VOCAB, WINDOW, small_model
@@ -96,7 +96,7 @@ def last_of_each(bounds: list[int] | None, shard: ContextShard) -> list[int] | N
 
 
 def check_retention(
-    of: Shards, size: int, packing: str, per_token: bool, masked: bool, seed: int, exchange: str | None = None
+    of: Shards, size: int, packing: str, per_token: bool, masked: bool, seed: int, exchange: When = "after"
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens, B, G, H, K, V = 13, 1 if bounds_of(packing, 13, size) else 2, 2, 4, 3, 5

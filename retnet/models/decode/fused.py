@@ -303,8 +303,8 @@ class FusedModel:
         if self.head is None or self.final_norm is None:
             return model.logits(model.final_norm(x))
         logits = decode_linear(x, self.head, norm=self.final_norm)
-        if model.shard is not None and isinstance(model.head, VocabularyHead):
-            logits = model.shard.gathered(logits, model.config.vocab_size)
+        if isinstance(model.head, VocabularyHead):
+            logits = model.head.shard.gathered(logits, model.config.vocab_size)
         cap = model.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from retnet.layers.tensor_parallel import become_
 from retnet.models.loss import slice_rows
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.tensor_shard import TensorShard
@@ -73,10 +74,10 @@ class VocabularyHead(nn.Linear):
 def split_vocabulary_(embedding: nn.Embedding, head: nn.Linear | None, shard: TensorShard) -> None:
     """Keep this process's rows of both, which may be one tied parameter. head None: of a model without one."""
     keep_rows_(embedding.weight, embedding.num_embeddings, shard)
-    embedding.__class__, embedding.shard = VocabularyEmbedding, shard  # type: ignore[assignment]
+    become_(embedding, VocabularyEmbedding, shard)
     if head is not None:
         keep_rows_(head.weight, head.out_features, shard)
-        head.__class__, head.shard = VocabularyHead, shard  # type: ignore[assignment]
+        become_(head, VocabularyHead, shard)
 
 
 def keep_rows_(weight: Tensor, count: int, shard: TensorShard) -> None:
