@@ -1,7 +1,7 @@
 """Training on rows that several processes share: each holds a part, and the gradients are those of the whole row.
 
     torchrun --nproc_per_node=2 examples/long_rows.py [TEXT] [--tokens 4096] [--steps 5]
-    python examples/long_rows.py                               one process, the same losses
+    python examples/long_rows.py                               one process, the same losses up to rounding
 
 A row is TOKENS bytes of TEXT (by default, of this file, repeated). Without `cu_seqlens` it is one document.
 """

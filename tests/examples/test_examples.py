@@ -140,8 +140,8 @@ def test_a_classifier_learns(tmp_path):
 @pytest.mark.slow
 def test_rows_shared_by_two_processes_train_as_in_one():
     printed = by_one_and_two_processes("long_rows", "--tokens", "1024", "--steps", "3")
-    losses = [re.findall(r"^([\d.]+) nats", text, re.MULTILINE) for text in printed]
-    assert losses[0] == losses[1]
+    losses = [[float(x) for x in re.findall(r"^([\d.]+) nats", text, re.MULTILINE)] for text in printed]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)  # of sums in float32, in another order
     assert len(losses[0]) == 3
 
 
