@@ -20,7 +20,14 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.recompute import Level, Recompute
 from retnet.models.decode.generation import generate
 from retnet.models.parallel.plan import tensor_parallel_
-from retnet.models.parallel.whole import part_of_state, part_of_weights, whole_model, whole_state, whole_weights
+from retnet.models.parallel.whole import (
+    part_of_state,
+    part_of_weights,
+    whole_gradients,
+    whole_model,
+    whole_state,
+    whole_weights,
+)
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 from tests.small_models import (
@@ -85,18 +92,14 @@ def check_training(split: Split, layers: Sequence[BlockConfig], dtype: str = "fl
     packed = torch.tensor([0, 7, 8, 24])
     whole = model.loss(ids, labels, cu_seqlens=packed)
     whole.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     part = split(copy.deepcopy(model))
     part.zero_grad()
     logits = part(ids, cu_seqlens=packed).logits
     loss = part.loss(ids, labels, cu_seqlens=packed)
     loss.backward()
-    expected = part_of_weights(part, gradients)
     wrong = compare("the loss", loss, whole, tolerance)
     wrong += compare("logits", logits, model(ids, cu_seqlens=packed).logits, tolerance)
-    for name, p in part.named_parameters():
-        assert p.grad is not None, name
-        wrong += compare(f"the gradient of {name}", p.grad, expected[name], tolerance)
+    wrong += compare_gradients(part, model, tolerance)
     assert not wrong, wrong
 
 
@@ -140,9 +143,15 @@ def check_recompute(split: Split, layers: Sequence[BlockConfig], level: Level) -
     assert not (wrong := compare_gradients(part, model)), wrong
 
 
-def compare_gradients(part: LanguageModel, whole: LanguageModel) -> str:
-    expected = part_of_weights(part, {name: p.grad for name, p in whole.named_parameters()})
-    return "".join(compare(f"the gradient of {name}", p.grad, expected[name]) for name, p in part.named_parameters())
+def compare_gradients(part: LanguageModel, whole: LanguageModel, tolerance: float = 1e-10) -> str:
+    """What differs between the gradients of a split model and a whole one, by parts and joined."""
+    gradients = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    expected, joined, wrong = part_of_weights(part, gradients), whole_gradients(part), ""
+    assert joined.keys() == gradients.keys()
+    for name, p in part.named_parameters():
+        wrong += compare(f"the gradient of {name}", p.grad, expected[name], tolerance)
+        wrong += compare(f"the joined gradient of {name}", joined[name], gradients[name], tolerance)
+    return wrong
 
 
 @torch.no_grad()
