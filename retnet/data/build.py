@@ -20,13 +20,13 @@ from retnet.data.plan import Piece, Settings, describe_files, make_plan
 from retnet.data.pool import into_folder
 from retnet.data.readers import DataError
 from retnet.data.shard_writer import Counts
-from retnet.data.shards import MANIFEST, SUFFIXES, TOKENIZER, hash_file
+from retnet.data.shards import MANIFEST, SUFFIXES, TOKENIZER
 from retnet.data.sources import PathsByKind
 from retnet.data.stores import Location, StorePath, location
 from retnet.data.tokenizer import BYTES, Tokenizer
 from retnet.data.tokenizer_json import TOKENIZER_FILE, find_tokenizer
 from retnet.data.writing import Progress, changed_files, check_unchanged, size_of_pieces, write_missing
-from retnet.system.files import flush, read_json, write_json
+from retnet.system.files import flush, hash_file, read_json, write_json
 from retnet.system.lock import LOCK_FILE, locked
 
 PARTIAL = ".partial"

@@ -16,9 +16,9 @@ from retnet.data.build import check_new
 from retnet.data.manifest import make_manifest
 from retnet.data.part_plan import differences, identity_of
 from retnet.data.parts import PartsFolder
-from retnet.data.shards import MANIFEST, TOKENIZER, hash_file, read_manifest
+from retnet.data.shards import MANIFEST, TOKENIZER, read_manifest
 from retnet.data.stores import Location, StorePath, names_in, save_json
-from retnet.system.files import flush, read_json
+from retnet.system.files import flush, hash_file, read_json
 from retnet.system.lock import locked
 
 _NAMES = 5

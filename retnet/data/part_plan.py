@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from retnet.data.plan import Piece, Settings
-from retnet.data.shards import hash_file
 from retnet.data.sources import PathsByKind
 from retnet.data.stores import location, sample_of, size_of
 from retnet.data.tokenizer import Tokenizer
+from retnet.system.files import hash_file
 
 FORMAT, VERSION = "retnet-parts", 1
 # The parts of a plan's identity, and what they are called in messages.

@@ -23,13 +23,13 @@ from retnet.data.build import check_new, check_outside, real_path
 from retnet.data.part_plan import ASPECTS, FORMAT, VERSION, describe_plan, differences, identity_of
 from retnet.data.plan import Piece, Settings, describe_files, make_plan
 from retnet.data.shard_writer import Counts, write_shard
-from retnet.data.shards import MANIFEST, SUFFIXES, TOKENIZER, hash_file
+from retnet.data.shards import MANIFEST, SUFFIXES, TOKENIZER
 from retnet.data.sources import PathsByKind
 from retnet.data.stores import Location, StorePath, location, names_in, save_json, size_of
 from retnet.data.tokenizer import BYTES, Tokenizer
 from retnet.data.tokenizer_json import find_tokenizer
 from retnet.data.writing import Progress, check_unchanged, size_of_pieces, write_missing
-from retnet.system.files import read_json, written_whole
+from retnet.system.files import hash_file, read_json, written_whole
 
 PARTS = ".parts"
 _SHARD_FILE = re.compile(rf"\d{{5,}}\.({'|'.join(SUFFIXES)})")

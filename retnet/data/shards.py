@@ -13,7 +13,6 @@ of all files with the manifest; `check_shards` reads everything.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from enum import IntEnum
 from functools import cached_property
@@ -24,16 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet.data.kinds import MANIFEST, SHARD_FORMAT
-from retnet.data.stores import Location
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.tokenizer_json import saved_tokenizer
-from retnet.system.files import read_json
+from retnet.system.files import hash_file, read_json
 
 FORMAT = SHARD_FORMAT
 VERSION = 1
 TOKENIZER = "tokenizer"
 SUFFIXES = ("tokens", "index", "json")
-_BLOCK = 1 << 22
 
 
 class Column(IntEnum):
@@ -167,15 +164,6 @@ def check_shards(directory: Path) -> Iterator[tuple[str, str | None]]:
         raise ValueError(f"{directory}: {folder.dtype} cannot be the type of {folder.tokenizer.vocab_size} tokens")
     for number, shard in enumerate(folder.shards):
         yield shard["name"], _check_shard(folder, number)
-
-
-def hash_file(path: Location) -> str:
-    """SHA-256, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_shard(folder: ShardFolder, number: int) -> str | None:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from retnet.system.extras import MissingExtra, require
 from retnet.system.files import json_bytes, write_json
@@ -77,13 +77,13 @@ class StorePath:
     def is_symlink(self) -> bool:
         return False
 
-    def open(self, mode: str) -> BinaryIO:
+    def open(self, mode: str) -> io.BufferedReader:
         """The file, to read ("rb")."""
         if mode != "rb":
             raise ValueError(f"mode is {mode!r}; accepted: 'rb' (`write_bytes` and `upload` write whole files)")
         with self._naming("read"):
             raw = self._store.open(self._path, "rb", block_size=_BLOCK)
-        return cast(BinaryIO, io.BufferedReader(cast(Any, raw), _BUFFER))
+        return io.BufferedReader(cast(Any, raw), _BUFFER)
 
     def read_bytes(self) -> bytes:
         with self._naming("read"):

@@ -5,20 +5,24 @@ A file is written under a temporary name in the same folder, flushed to the disk
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 
 class Readable(Protocol):
     """A path whose content can be read: of this machine, or in a store."""
 
     def read_bytes(self) -> bytes: ...
+
+    def open(self, mode: Literal["rb"], /) -> BufferedReader: ...
 
 
 @contextmanager
@@ -92,3 +96,9 @@ def flush(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_file(path: Readable) -> str:
+    """SHA-256, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

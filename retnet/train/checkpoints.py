@@ -11,7 +11,6 @@ checkpoint, the newest is the last one saved.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from retnet.system.files import flush, move_into_place, read_json, write_json
+from retnet.system.files import flush, hash_file, move_into_place, read_json, write_json
 from retnet.system.sizes import format_bytes
 
 MARKER = "complete.json"
@@ -87,7 +86,7 @@ def commit(staging: Path, hashes: Mapping[str, str] | None = None) -> Checkpoint
     files = {}
     for file in _files(staging):
         name = file.relative_to(staging).as_posix()
-        files[name] = {"bytes": file.stat().st_size, "sha256": (hashes or {}).get(name) or _hash(file)}
+        files[name] = {"bytes": file.stat().st_size, "sha256": (hashes or {}).get(name) or hash_file(file)}
         flush(file)
     write_json(staging / MARKER, {"serial": serial, "files": files})
     for folder in {file.parent for file in _files(staging)}:
@@ -136,7 +135,7 @@ def inspect(path: Path, *, hashes: bool = True) -> Checkpoint:
         size = file.stat().st_size
         if size != expected_size:
             return Checkpoint(path, step, problem=f"{name} has {size} bytes, not {expected_size}")
-        if hashes and _hash(file) != expected_hash:
+        if hashes and hash_file(file) != expected_hash:
             return Checkpoint(path, step, problem=f"{name} has changed since it was written: its hash differs")
     return Checkpoint(path, step, serial)
 
@@ -200,11 +199,6 @@ def _discard(path: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _not_saved(output: Path, name: str, error: BaseException) -> str:

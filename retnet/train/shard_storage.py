@@ -8,7 +8,6 @@ tensor, and values that are not tensors spoil its files.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ from torch.futures import Future
 
 from retnet.models.shards import Part, ShardedTensor, Shards, read_box, shard_file, write_index
 from retnet.models.tensor_files import SHARD_BYTES
-from retnet.system.files import flush
+from retnet.system.files import flush, hash_file
 
 
 class Written(NamedTuple):
@@ -90,8 +89,7 @@ class ShardWriter(StorageWriter):
         save_file(tensors, path)
         path.chmod(mode)  # safetensors leaves a file that its owner alone may read
         flush(path)
-        with path.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        sha256 = hash_file(path)
         return [
             WriteResult(item.index, tensors[item.index.fqn].nbytes, Written(_part(file, item), sha256))
             for item in items

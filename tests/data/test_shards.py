@@ -54,7 +54,7 @@ def test_a_truncated_or_missing_file_is_found_when_opening(shards, suffix):
 
 def rewrite(shards, change):
     """Change the manifest, hashes made to fit, as a mistake in the writer would."""
-    from retnet.data.shards import hash_file
+    from retnet.system.files import hash_file
 
     manifest = json.loads((shards / "manifest.json").read_bytes())
     change(manifest)
