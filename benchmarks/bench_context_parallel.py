@@ -20,7 +20,6 @@ direction. Each form's results are compared with the all-gather's before it is t
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from runner import Point, arguments, report
+from runner import Point, arguments, join_processes, report
 from torch import Tensor
 
 from retnet import retention
@@ -131,8 +130,8 @@ class Bench:
     """One process of the benchmark."""
 
     def __init__(self, options: argparse.Namespace):
-        self.cuda = torch.cuda.is_available() and not options.tiny
-        self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
+        self.device = join_processes(on_cpu=options.tiny)
+        self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.sizes = TINY if options.tiny else Sizes()
         self.repeats = 2 if options.tiny else options.repeats
@@ -268,10 +267,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--tiny", action="store_true", help="small sizes on CPUs")
     options = parser.parse_args()
-    cuda = torch.cuda.is_available() and not options.tiny
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     bench, given = Bench(options), options.tokens
     exchanges(bench)
     for tokens in given or ([64] if options.tiny else [8192, 32768, 131072]):

@@ -19,7 +19,6 @@ Cases that would begin after --deadline seconds are left out. A step longer than
 
 import argparse
 import gc
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from runner import Point, arguments, report
+from runner import Point, arguments, join_processes, report
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -186,8 +185,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.begin = options, time.monotonic()
-        self.cuda = torch.cuda.is_available() and not options.tiny
-        self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
+        self.device = join_processes(on_cpu=options.tiny)
+        self.cuda = self.device.type == "cuda"
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.together = init_device_mesh(self.device.type, (self.size,))
         self.apart = init_device_mesh(self.device.type, (self.size, 1), mesh_dim_names=("run", "alone"))["alone"]
@@ -299,13 +298,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small models on CPUs")
     options = parser.parse_args()
     cases = [Case.parse(text) for text in options.cases or (TINY_CASES if options.tiny else CASES)]
-    cuda = torch.cuda.is_available() and not options.tiny
-    if options.backend is None:
-        options.backend = "inductor" if cuda else ""
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     bench, unshared = Bench(options), None
+    if options.backend is None:
+        options.backend = "inductor" if bench.cuda else ""
     if bench.rank == 0:
         names = dict.fromkeys(case.model for case in cases)
         sizes = {name: parameter_counts(config_of(name, options.tiny))["total"] for name in names}

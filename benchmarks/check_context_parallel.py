@@ -6,12 +6,11 @@
 Every process computes the whole row on its own device, and its shard of it together with the others. An error is
 norm(x - reference) / norm(reference) over all processes: of the outputs (operators) or of the loss (models), and of the
 gradient that is worst. A case passes if the shards' errors are at most twice those of one device. At the end, the
-exchange of states is broken in three ways, and each must fail. The script exits with 1 if anything does otherwise.
+exchange of states is broken in several ways, and each must fail. The script exits with 1 if anything does otherwise.
 """
 
 import argparse
 import copy
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from runner import join_processes
 from torch import Tensor
 
 from retnet import LanguageModel, ModelConfig, retention
@@ -65,10 +65,9 @@ class Run:
 
     def __init__(self, tiny: bool):
         self.sizes = TINY if tiny else Sizes()
-        self.cuda = torch.cuda.is_available() and not tiny
+        self.device = join_processes(on_cpu=tiny)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
-        self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.wrong: list[str] = []
 
     def bounds(self, packing: str) -> list[int] | None:
@@ -372,10 +371,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes in float32 on CPUs")
     parser.add_argument("--no-compile", action="store_true", help="leave out compiled blocks")
     options = parser.parse_args()
-    begin, cuda = time.monotonic(), torch.cuda.is_available() and not options.tiny
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    begin = time.monotonic()
     run = Run(options.tiny)
     if run.rank == 0:
         print(f"{run.size} shards of {run.sizes.tokens} tokens, {run.dtype}; errors: shards / one device", flush=True)

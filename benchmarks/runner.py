@@ -10,6 +10,7 @@ import argparse
 import csv
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shlex
 import statistics
@@ -22,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -81,6 +83,17 @@ def need_gpu() -> None:
     """Exit with a message if there is no GPU."""
     if not torch.cuda.is_available():
         sys.exit("this benchmark measures a GPU, and PyTorch finds none; accepted: a machine with CUDA or ROCm")
+
+
+def join_processes(*, on_cpu: bool) -> torch.device:
+    """Join the processes of torchrun. Returns the device of this one: a GPU of its own, or the CPU if there is none."""
+    if on_cpu or not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl")
+    return device
 
 
 def installed(module: str, package: str, install: str = "") -> bool:
