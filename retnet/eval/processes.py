@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from retnet.system.lost_process import lost_process_named
+
 _PATIENCE = timedelta(days=2)  # how long the first to finish waits for the others
 
 
@@ -89,7 +91,8 @@ ALONE = Processes()
 def launched() -> Iterator[Processes]:
     """The processes that a launcher started, as a group; a process alone without one.
 
-    Raises ValueError if the launcher's variables are incomplete.
+    Raises ValueError if the launcher's variables are incomplete, and LostProcess (an OSError) if another process has
+    ended.
     """
     count = int(os.environ.get("WORLD_SIZE") or 1)
     if count == 1:
@@ -100,7 +103,8 @@ def launched() -> Iterator[Processes]:
         raise ValueError(f"WORLD_SIZE is {count} without {missing[0]}; accepted: the variables that torchrun sets")
     dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+        with lost_process_named(dist.get_rank()):
+            yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     finally:
         dist.destroy_process_group()
 

@@ -19,6 +19,7 @@ from retnet.models.directory import CONFIG_FILE
 from retnet.models.lm import LanguageModel
 from retnet.ops.device import num_threads
 from retnet.system.lock import locked
+from retnet.system.lost_process import lost_process_named
 from retnet.system.outputs import check_new_file
 from retnet.system.progress import Progress
 from retnet.train.card import write_card
@@ -44,7 +45,8 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
 
     Raises ValueError or OSError for a model or data that cannot be used, NonFiniteLoss (a ValueError) if the loss is
     not finite, CheckpointError (an OSError) if a checkpoint cannot be written or read, Terminated after a SIGTERM or
-    Ctrl-C, once a checkpoint has been saved, and Locked (an OSError) while another run writes to the directory.
+    Ctrl-C, once a checkpoint has been saved, Locked (an OSError) while another run writes to the directory, and
+    LostProcess (an OSError) if another process of the run has ended.
     """
     arguments = recipe.training_arguments()
     if arguments.n_gpu > 1:
@@ -61,7 +63,8 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
         shown.begin("building the model")
         model = initial_model(recipe, data.corpus, arguments.seed, data.chat_template)
     check_shared_layers(recipe, model.model.config)
-    with locked(output) if arguments.should_save else nullcontext():
+    lock = locked(output) if arguments.should_save else nullcontext()
+    with lost_process_named(arguments.process_index), lock:
         return _train(recipe, arguments, data, model, console)
 
 

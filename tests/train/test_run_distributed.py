@@ -160,3 +160,17 @@ def test_lanes_stay_with_their_process(byte_model, text_folder, tmp_path, consol
         "lanes-0.safetensors",
         "lanes-1.safetensors",
     }
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_process_is_one_message_of_each(byte_model, text_folder, tmp_path):
+    output = tmp_path / "taken"
+    output.write_text("a file in the place of the folder")
+    run = torchrun(2, "-m", "retnet.cli", "train", *words_for(byte_model, text_folder, output, **SETTINGS))
+    assert run.returncode != 0
+    messages = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    others = [line for line in messages if "process 1 has lost the connection to another process" in line]
+    assert len(others) <= 1, run.stderr  # torchrun may end that process before it prints
+    assert len(messages) == 1 + len(others), run.stderr
+    assert f"error: File exists: {output}" in messages, run.stderr
+    assert "gloo" not in run.stderr, run.stderr
