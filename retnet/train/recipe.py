@@ -29,6 +29,8 @@ from retnet.stack.training import router_lr_multiplier, training_defaults
 from retnet.system.suggest import choices, did_you_mean_path, nearest
 from retnet.train.muon_recipe import MUON, MuonArgs
 
+CheckpointForm = Literal["whole", "sharded", "async"]
+
 # The optimizer's values are the paper's (section 3.1 and its table of hyperparameters: betas, weight decay, clipping,
 # linear decay). The others make sure that a run keeps its work and reports its failures.
 DEFAULTS: dict[str, Any] = {
@@ -142,7 +144,7 @@ class Recipe(BaseModel):
     max_minutes: float | None = Field(default=None, gt=0)
     num_samples: int = Field(default=3, ge=0)
     router_lr_multiplier: float = Field(default=1.0, ge=0)
-    checkpoints: Literal["whole", "sharded", "async"] | None = None
+    checkpoints: CheckpointForm | None = None
     force: bool = False
     recompute: Level | None = None
     offload: bool = False

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from torch import nn
 from torch.distributed.fsdp import StateDictType
@@ -29,6 +29,7 @@ from retnet.system.files import read_json, write_json
 from retnet.train.checkpoints import CheckpointError
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.plain_state import from_plain, random_numbers, restore_random_numbers, to_plain
+from retnet.train.recipe import CheckpointForm
 from retnet.train.shard_saver import ShardSaver
 from retnet.train.sharded_state import (
     load_optimizer,
@@ -39,7 +40,8 @@ from retnet.train.sharded_state import (
     weight_tensors,
 )
 
-WHOLE, SHARDED, ASYNC = FORMS = ("whole", "sharded", "async")  # values of `checkpoints`
+FORMS: tuple[str, ...] = get_args(CheckpointForm)
+WHOLE, SHARDED, ASYNC = FORMS
 STATE = "state.json"
 
 
