@@ -18,13 +18,13 @@ from rich.console import Console
 from retnet.train.recipe import load_recipe
 from retnet.train.row_shards import RowShards
 from retnet.train.run import train
-from tests.train.test_row_shards import head_tail
+from tests.train.reordered import head_to_tail_batch
 
 CUT = RowShards.cut
 
 
 def cut_reordered(self: RowShards, batch: dict[str, Any]) -> dict[str, Any]:
-    return CUT(self, head_tail(batch, self.size))
+    return CUT(self, head_to_tail_batch(batch, self.size))
 
 
 if __name__ == "__main__":

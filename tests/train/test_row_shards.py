@@ -26,9 +26,9 @@ from tests.ops.threads import ContextThread, on_shards
 from tests.small_models import BYTES, CONV, EXPERTS, HYENA, MAMBA2, NOPE, PAPER, small_config, small_model
 
 from .conftest import recipe_for
+from .reordered import TOKENS, head_to_tail_batch
 
 LENGTH = 48
-NAMES = ("input_ids", "labels", "shift_labels")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def batch(short_texts) -> dict[str, Any]:
 
 def test_the_shards_of_a_batch_are_its_tokens_in_order(batch):
     parts = [RowShards(rank=rank, size=3).cut(batch) for rank in range(3)]
-    for name in NAMES:
+    for name in TOKENS:
         assert torch.equal(torch.cat([part[name] for part in parts], 1), batch[name].reshape(1, -1)), name
     assert all("cu_seq_lens_q" not in part for part in parts)
     assert any(part["context"].continues for part in parts), "a border lies inside a document"
@@ -62,20 +62,13 @@ def test_one_process_gets_the_batch_itself(batch):
     assert RowShards().cut(batch) is batch
 
 
-def head_tail(batch: dict[str, Any], size: int) -> dict[str, Any]:
-    """The layout of load-balanced causal attention: shard r holds chunks r and 2 size - 1 - r."""
-    order = [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]
-    chunks = {name: batch[name].reshape(1, -1).chunk(2 * size, 1) for name in NAMES}
-    return {**batch, **{name: torch.cat([parts[i] for i in order], 1) for name, parts in chunks.items()}}
-
-
 def check_batch(of, size: int, batch: dict[str, Any], reordered: bool) -> None:
     """Losses and gradients of all shards sum to those of the batch, which is 3/4 of a step."""
     place = of(size, None)
     shards = RowShards(rank=place.rank, size=size, context=place.group)
     model = PackedForCausalLM.wrap(small_model((CONV, NOPE, MAMBA2), dtype="float64", **BYTES)).train()
     items = 4 * batch[FACTS].num_targets // 3
-    own = shards.cut(head_tail(batch, size) if reordered else batch)
+    own = shards.cut(head_to_tail_batch(batch, size) if reordered else batch)
     whole, part = (
         model(**{name: x for name, x in each.items() if name != FACTS}, num_items_in_batch=items).loss
         for each in (batch, own)
