@@ -35,6 +35,8 @@ def merge_parts(out: str, on_shard: Callable[[int, int], None] = lambda done, to
     parts = PartsFolder(out)
     plan = parts.read_plan()
     if plan is None:
+        if (parts.out / MANIFEST).is_file():
+            raise FileNotFoundError(f"{out} is a corpus already; accepted: OUT of parts that are not merged yet")
         raise FileNotFoundError(
             f"no parts of {out}: there is no {parts.plan}; accepted: OUT of `retnet data SOURCE... OUT --shard k/n`"
         )

@@ -70,8 +70,11 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 
 
 def _first_difference(aspect: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """The first file that differs, as " (name)", where both list their files."""
+    """The first file that differs, as " (name)", or the options; "" where only hashes are known."""
     before, now = theirs.get(aspect), ours.get(aspect)
+    if aspect == "settings" and isinstance(before, dict) and isinstance(now, dict):
+        options = sorted(f"--{key}" for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        return f" ({', '.join(options)})"
     if aspect != "files" or not isinstance(before, list) or not isinstance(now, list):
         return ""
     known = {json.dumps(entry) for entry in before} ^ {json.dumps(entry) for entry in now}

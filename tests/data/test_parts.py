@@ -130,7 +130,7 @@ def test_a_part_of_another_plan_is_refused_before_it_writes(source, tmp_path):
         assert contents(tmp_path / "out.parts") == before
 
     refuse(r"shards \(--shard-size\)", shard_size=2 * SIZE)
-    refuse("settings", settings=Settings(separator="\n"))
+    refuse(r"settings \(--separator\)", settings=Settings(separator="\n"))
     (mine / "new.txt").write_text("one\n--\nmore")
     refuse(r"files \(source/new\.txt\)")
     (mine / "new.txt").unlink()
@@ -205,6 +205,8 @@ def test_a_part_after_the_merge_and_a_merge_without_parts_are_refused(source, tm
     merge_parts(str(tmp_path / "out"))
     with pytest.raises(ValueError, match="out exists; accepted: a new or empty folder"):
         part_of(source, tmp_path / "out", "1/2")
+    with pytest.raises(FileNotFoundError, match="out is a corpus already; accepted: OUT of parts"):
+        merge_parts(str(tmp_path / "out"))
 
 
 def test_a_plan_and_a_record_that_are_none_are_named(source, tmp_path):
