@@ -182,7 +182,6 @@ def test_a_text_without_tokens_is_named_and_no_file_remains(build, tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_writer, "BATCH_BYTES", 1 << 9)
-    monkeypatch.setattr(shards, "_BLOCK", 1 << 16)
 
     def peak(documents):
         (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * documents)
