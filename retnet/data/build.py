@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from retnet.data.manifest import make_manifest
+from retnet.data.output import check_new, check_outside, real_path
 from retnet.data.plan import Piece, Settings, describe_files, make_plan
 from retnet.data.pool import into_folder
 from retnet.data.readers import DataError
 from retnet.data.shard_writer import Counts
 from retnet.data.shards import MANIFEST, SUFFIXES, TOKENIZER
 from retnet.data.sources import PathsByKind
-from retnet.data.stores import Location, StorePath, location
+from retnet.data.stores import location
 from retnet.data.tokenizer import BYTES, Tokenizer
 from retnet.data.tokenizer_json import TOKENIZER_FILE, find_tokenizer
 from retnet.data.writing import Progress, changed_files, check_unchanged, size_of_pieces, write_missing
@@ -88,23 +89,6 @@ def build_shards(
     return manifest
 
 
-def check_new(out: Path) -> None:
-    """Raise ValueError if there is something in the folder to write."""
-    if _exists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; accepted: a new or empty folder")
-
-
-def check_outside(out: Location, sources: Sequence[str]) -> None:
-    """Raise ValueError if the folder to write lies inside a source."""
-    for source in map(location, sources):
-        if isinstance(out, Path) and isinstance(source, Path):
-            inside = real_path(out).is_relative_to(real_path(source))
-        else:
-            inside = isinstance(out, StorePath) and isinstance(source, StorePath) and out.is_relative_to(source)
-        if inside:
-            raise ValueError(f"{out} lies inside {source} and would be read as text; accepted: a folder outside it")
-
-
 def partial_of(out: Path) -> Path:
     """The folder of an unfinished run into `out`."""
     out = real_path(out)
@@ -122,20 +106,6 @@ def _check_replaceable(out: Path) -> None:
             f"{out} exists and cannot be replaced ({error.strerror}); accepted: a folder that does not exist, "
             f"such as {out / _DATA}"
         ) from error
-
-
-def _exists(path: Path) -> bool:
-    """Whether there is such a path. Raises OSError if that cannot be told, as for a link to itself."""
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def real_path(path: str | Path) -> Path:
-    """The path through links, as far as they lead."""
-    return Path(os.path.realpath(path))
 
 
 def _remove(partial: Path) -> None:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retnet.data.build import check_new
 from retnet.data.manifest import make_manifest
+from retnet.data.output import check_new
 from retnet.data.part_plan import differences, identity_of
 from retnet.data.parts import PartsFolder
 from retnet.data.shards import MANIFEST, TOKENIZER, read_manifest

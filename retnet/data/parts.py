@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retnet.data.build import check_new, check_outside, real_path
+from retnet.data.output import check_new, check_outside, real_path
 from retnet.data.part_plan import ASPECTS, FORMAT, VERSION, describe_plan, differences, identity_of
 from retnet.data.plan import Piece, Settings, describe_files, make_plan
 from retnet.data.shard_writer import Counts, write_shard

@@ -1,4 +1,4 @@
-"""What exists is not replaced, unless the user asks for it; then all of it is."""
+"""Outputs of commands: what exists is replaced only when the user asks for it, and then whole."""
 
 from __future__ import annotations
 
