@@ -21,11 +21,12 @@ direction. Each form's results are compared with the all-gather's before it is t
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -112,18 +113,11 @@ def own(shard: ContextShard, carry: Tensor, totals: Tensor) -> Tensor:
 FORMS: dict[str, type] = {"all-gather": Exchange, "ring": Ring, "all-to-all": AllToAll}
 
 
-@contextmanager
-def exchanged_by(form: str) -> Iterator[None]:
+def exchanged_by(form: str) -> AbstractContextManager[object]:
     """Retention of shards with this form of exchange."""
-    before = {name: getattr(context_parallel, name) for name in ("Exchange", "from_before", "from_after")}
-    if form != "all-gather":
-        for name, value in {"Exchange": FORMS[form], "from_before": own, "from_after": own}.items():
-            setattr(context_parallel, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(context_parallel, name, value)
+    if form == "all-gather":
+        return nullcontext()
+    return patch.multiple(context_parallel, Exchange=FORMS[form], from_before=own, from_after=own)
 
 
 class Bench:

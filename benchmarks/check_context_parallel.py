@@ -14,9 +14,10 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -334,14 +335,10 @@ def broken_exchange(how: str) -> Iterator[None]:
         "without backward": ("from_after", nothing),
     }[how]
     modules = [module for module in (context_shard, context_parallel, Decays) if hasattr(module, name)]
-    before = [getattr(module, name) for module in modules]
-    for module in modules:
-        setattr(module, name, value)
-    try:
+    with ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(patch.object(module, name, value))
         yield
-    finally:
-        for module, was in zip(modules, before, strict=True):
-            setattr(module, name, was)
 
 
 def check_all(run: Run, compile_too: bool) -> None:

@@ -25,9 +25,10 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -319,19 +320,13 @@ def slow_heads_(model: LanguageModel, longest: int) -> None:
             module.decay_proj.bias.copy_(torch.logit(gamma ** (1 / module.GATE_POWER)))
 
 
-@contextmanager
-def without_exchange() -> Iterator[None]:
+def without_exchange() -> AbstractContextManager[object]:
     """Every shard of retention starts from an empty state."""
 
     def nothing(shard: ContextShard, states: Tensor, totals: Tensor) -> Tensor:
         return torch.zeros_like(states[0])
 
-    before = context_parallel.from_before
-    context_parallel.from_before = nothing
-    try:
-        yield
-    finally:
-        context_parallel.from_before = before
+    return patch.object(context_parallel, "from_before", nothing)
 
 
 def table(results: dict) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -190,20 +191,8 @@ def head_to_tail(x: Tensor, size: int) -> Tensor:
 @contextmanager
 def balanced(dtype: torch.dtype) -> Iterator[Any]:
     """`context_attention._in_order` with the balance that PyTorch has by default."""
-    with IN_ORDER(dtype) as ring, patched(ring._cp_options, enable_load_balance=True):
+    with IN_ORDER(dtype) as ring, patch.multiple(ring._cp_options, enable_load_balance=True):
         yield ring
-
-
-@contextmanager
-def patched(module: object, **values: object) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in values}
-    for name, value in values.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
 
 
 def check_model(
@@ -234,11 +223,11 @@ def check_model(
 
 def check_ring(of: Shards, size: int) -> None:
     """Rows of one document in a ring, whatever PyTorch's global options say; queries share keys."""
-    with patched(Attention, RING_DEVICES=("cpu",)):
+    with patch.multiple(Attention, RING_DEVICES=("cpu",)):
         assert has_ring_kernel(torch.device("cpu"), torch.float64, 12, 2, 16)
         for level in ("none", "light"):
             check_model(of, size, "rows", level, layers=(PAPER, ROTARY, NOPE))
-        with patched(context_attention, _in_order=balanced):
+        with patch.multiple(context_attention, _in_order=balanced):
             try:
                 check_model(of, size, "rows", layers=(PAPER, ROTARY, NOPE))
             except AssertionError:
