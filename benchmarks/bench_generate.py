@@ -28,11 +28,11 @@ from retnet.models.decode.int8 import quantize_int8_
 from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset
+from retnet.models.snapshot import Snapshot
 from retnet.plots.numbers import tokens
 from retnet.plots.panels import Panel, Scale
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
-from retnet.serve.snapshot import Snapshot
 from retnet.system.sizes import format_bytes
 
 WARM_UP_STEPS = 5

@@ -29,11 +29,11 @@ from retnet.models.cost import mixer_costs, model_cost
 from retnet.models.decode.sampling import Sampling
 from retnet.models.export import export_block, export_step, initial_state
 from retnet.models.lm import LanguageModel
+from retnet.models.snapshot import Snapshot
 from retnet.models.states import ModelState
 from retnet.ops.dtypes import wide_dtype
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
-from retnet.serve.snapshot import Snapshot
 from retnet.serve.speculation import Speculation
 from retnet.stack import mixers as stack_mixers
 from retnet.stack.build import model_config

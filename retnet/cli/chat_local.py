@@ -13,10 +13,10 @@ from retnet.data.tokenizer import Tokenizer
 from retnet.models.cost import transformer_cache_bytes
 from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
+from retnet.models.snapshot import Snapshot, SnapshotFile
 from retnet.serve.engine import Engine
 from retnet.serve.pool import growing_layer
 from retnet.serve.request import Generation, Refused, Request
-from retnet.serve.snapshot import Snapshot, SnapshotFile
 from retnet.serve.speculation import Speculation
 from retnet.serve.stopping import StopStrings
 from retnet.system.sizes import format_bytes

@@ -8,13 +8,13 @@ from functools import cached_property
 
 from retnet.models.fingerprint import fingerprint
 from retnet.models.lm import LanguageModel
+from retnet.models.snapshot import Snapshot
 from retnet.models.states import ModelState
 from retnet.serve.constrained import ConstrainedOutput
 from retnet.serve.grammar import Grammar
 from retnet.serve.logprobs import PromptLogprobs
 from retnet.serve.pool import SlotPool
 from retnet.serve.request import Generation, Refused, Request
-from retnet.serve.snapshot import Snapshot
 from retnet.serve.stopping import Decode, StopStrings
 from retnet.system.checks import quoted
 

@@ -25,6 +25,7 @@ import torch
 from retnet.models.decode.sampling import SamplingParts, SamplingTable
 from retnet.models.decode.step import DecodeStep
 from retnet.models.lm import LanguageModel
+from retnet.models.snapshot import Snapshot
 from retnet.ops.device import own_modes
 from retnet.serve.admission import Admission
 from retnet.serve.constrained import GrammarFailed
@@ -44,7 +45,6 @@ from retnet.serve.pool import SlotPool
 from retnet.serve.prefill import Prefill
 from retnet.serve.prefix import PrefixCache
 from retnet.serve.request import Generation, Request, Status
-from retnet.serve.snapshot import Snapshot
 from retnet.serve.speculation import Drafter, Speculation, VerifyStep
 from retnet.serve.stages import Stages
 from retnet.serve.stats import EngineStats

@@ -8,10 +8,10 @@ from enum import Enum
 from typing import Any
 
 from retnet.models.decode.sampling import TOP_LOGPROBS, Sampling, SamplingParts
+from retnet.models.snapshot import Snapshot
 from retnet.serve.constrained import ConstrainedOutput
 from retnet.serve.grammar import Grammar
 from retnet.serve.logprobs import PromptLogprobs, TokenLogprobs
-from retnet.serve.snapshot import Snapshot
 from retnet.serve.stopping import StopStrings
 from retnet.system.checks import copied, copied_integers, is_integer, quoted
 

@@ -9,9 +9,9 @@ import pytest
 
 from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
+from retnet.models.snapshot import Snapshot
 from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request, Status
-from retnet.serve.snapshot import Snapshot
 from retnet.serve.speculation import Speculation
 from tests.small_models import VOCAB, small_model
 

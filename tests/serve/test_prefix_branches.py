@@ -4,10 +4,10 @@ import pytest
 
 from retnet.models.cost import model_cost
 from retnet.models.presets import preset
+from retnet.models.snapshot import Snapshot
 from retnet.serve.engine import Engine
 from retnet.serve.radix import RadixTree
 from retnet.serve.request import Request
-from retnet.serve.snapshot import Snapshot
 from tests.small_models import prompt, small_model
 
 from .test_engine import GREEDY, alone, engine_of, facts

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from retnet.models.decode.sampling import Sampling
+from retnet.models.snapshot import Snapshot
 from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
-from retnet.serve.snapshot import Snapshot
 from retnet.serve.speculation import Speculation
 from retnet.system import checks
 from tests.small_models import HYENA, small_model

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from retnet.models.decode.sampling import Sampling
 from retnet.models.directory import save_model
 from retnet.models.fingerprint import fingerprint
+from retnet.models.snapshot import Snapshot, SnapshotFile
+from retnet.models.snapshot_file import digest
 from retnet.models.states import ModelState
 from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
-from retnet.serve.snapshot import Snapshot, SnapshotFile
-from retnet.serve.snapshot_file import digest
 from retnet.system import files
 from tests.paths import ROOT
 from tests.small_models import prompt, small_model
@@ -62,7 +62,7 @@ def test_a_session_continues_in_another_process(small, tmp_path):
         from retnet.serve.engine import Engine
         from retnet.serve.request import Request
         from retnet.models.decode.sampling import Sampling
-        from retnet.serve.snapshot import Snapshot
+        from retnet.models.snapshot import Snapshot
         engine = Engine(load_model({str(tmp_path / "model")!r}), num_slots=4)
         snapshot = Snapshot.load({str(tmp_path / "session.safetensors")!r})
         print(list(engine.stream(Request([], 51, {SAMPLED!r}), snapshot)))

@@ -17,13 +17,13 @@ from threading import Thread
 from typing import Any, Generic, TypeVar
 
 from retnet.data.tokenizer import Tokenizer
+from retnet.models.snapshot import Snapshot
 from retnet.serve.engine import Engine
 from retnet.serve.http.access.record import RECORD
 from retnet.serve.http.errors import ApiError
 from retnet.serve.http.settings import Settings
 from retnet.serve.http.stream import Mailbox, News, Piece, Stream
 from retnet.serve.request import Generation, Refused, Request, Status, TokenLogprobs
-from retnet.serve.snapshot import Snapshot
 from retnet.serve.stats import EngineStats
 
 __all__ = ["Piece", "Service", "Stream"]

@@ -18,10 +18,10 @@ import torch
 from retnet.data.chat_template import find_chat_template
 from retnet.data.tokenizer import DOCUMENT_START, DOCUMENT_START_TOKEN, ByteTokenizer
 from retnet.models.decode.sampling import Sampling
+from retnet.models.snapshot import Snapshot, SnapshotFile
 from retnet.serve.engine import Engine
 from retnet.serve.http.grammars.constraints import Constraints, constraint_of
 from retnet.serve.request import Generation, Request
-from retnet.serve.snapshot import Snapshot, SnapshotFile
 from tests.serve.naive import pick
 from tests.small_models import BYTES, small_model
 

@@ -1,6 +1,6 @@
 """Files of sessions: a folder with one safetensors file per session, which several servers may share.
 
-    <id>.safetensors   a snapshot (`retnet.serve.snapshot`); its extra text is the record, its attachment the messages
+    <id>.safetensors   a snapshot (`retnet.models.snapshot`); its extra text is the record, its attachment the messages
     damaged/           files that could not be read, set aside
     secret             32 random bytes, for the hashes that bind sessions to API keys
     .lock              held while a file is replaced or deleted
@@ -24,9 +24,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from retnet.models.snapshot import EXTRA, FORMAT, SnapshotFile
+from retnet.models.snapshot_file import opened
 from retnet.serve.http.sessions.record import ID_PATTERN, Record, Session
-from retnet.serve.snapshot import EXTRA, FORMAT, SnapshotFile
-from retnet.serve.snapshot_file import opened
 from retnet.system.files import flush
 from retnet.system.lock import waiting_for_lock
 

@@ -9,7 +9,7 @@ import secrets
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from retnet.serve.snapshot import Snapshot
+from retnet.models.snapshot import Snapshot
 from retnet.system.checks import is_integer, is_number
 
 ID_PATTERN = re.compile(r"sess_[0-9a-f]{40}")

@@ -24,12 +24,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from retnet.models.snapshot import Snapshot
 from retnet.serve.http.errors import ApiError
 from retnet.serve.http.sessions.entry import Entry, least_used
 from retnet.serve.http.sessions.files import Damaged, Deleted, Replaced, SessionFiles
 from retnet.serve.http.sessions.record import ID_PATTERN, Record, Session, new_id
 from retnet.serve.http.settings import Settings
-from retnet.serve.snapshot import Snapshot
 from retnet.system.checks import quoted
 from retnet.system.sizes import format_bytes
 

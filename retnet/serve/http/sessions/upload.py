@@ -20,13 +20,13 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
+from retnet.models.snapshot import ATTACHMENT, FORMAT, Snapshot, SnapshotFile
+from retnet.models.snapshot_file import DTYPES
 from retnet.serve.engine import Engine
 from retnet.serve.http.chat.messages import MAX_MESSAGES, Message
 from retnet.serve.http.errors import ApiError
 from retnet.serve.http.service import Service
 from retnet.serve.http.sessions.files import private_file
-from retnet.serve.snapshot import ATTACHMENT, FORMAT, Snapshot, SnapshotFile
-from retnet.serve.snapshot_file import DTYPES
 from retnet.system.checks import quoted
 from retnet.system.sizes import format_bytes
 

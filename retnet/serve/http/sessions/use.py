@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from retnet.models.snapshot import Snapshot
 from retnet.serve.http.api.off_loop import off_loop
 from retnet.serve.http.errors import ApiError
 from retnet.serve.http.service import Service
 from retnet.serve.http.sessions.record import Session
 from retnet.serve.http.sessions.store import SessionStore
 from retnet.serve.request import Generation
-from retnet.serve.snapshot import Snapshot
 
 
 class SessionFields(Protocol):

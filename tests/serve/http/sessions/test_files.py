@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from retnet.models.decode.sampling import Sampling
+from retnet.models.snapshot import Snapshot
 from retnet.serve.engine import Engine
 from retnet.serve.http.sessions import files as session_files
 from retnet.serve.http.sessions.files import SessionFiles
 from retnet.serve.http.sessions.record import Record
 from retnet.serve.request import Request
-from retnet.serve.snapshot import Snapshot
 
 from .tools import GREEDY, Clock, engine_of, refusal, same, snapshot_of, store_of
 
@@ -226,7 +226,7 @@ def test_a_file_that_another_server_deletes_while_it_is_opened_is_not_there(engi
         path.unlink()
         torch.UntypedStorage.from_file(str(path), False, 100)  # as safetensors does after it has checked the head
 
-    monkeypatch.setattr("retnet.serve.snapshot_file.safe_open", open_late)
+    monkeypatch.setattr("retnet.models.snapshot_file.safe_open", open_late)
     assert reader(SessionFiles(tmp_path), session_id) is None
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from retnet.models.snapshot import Snapshot
 from retnet.serve.http.sessions import routes as sessions
 from retnet.serve.http.settings import Settings
-from retnet.serve.snapshot import Snapshot
 from tests.serve.http.server import tiny_server
 
 from .tools import snapshot_of
@@ -220,7 +220,7 @@ def test_heads_that_lie_are_refused(client, whole):
 
 def forged(whole: bytes, change) -> bytes:
     """The file with other tensors and a digest that matches them."""
-    from retnet.serve.snapshot_file import StoredTensors, digest, pieces
+    from retnet.models.snapshot_file import StoredTensors, digest, pieces
 
     tensors, metadata = load(whole), dict(parts(whole)[0]["__metadata__"])
     change(tensors, metadata)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from retnet.models.decode.sampling import Sampling
+from retnet.models.snapshot import Snapshot
 from retnet.serve.engine import Engine
 from retnet.serve.http.errors import ApiError
 from retnet.serve.http.sessions.store import SessionStore
 from retnet.serve.http.settings import Settings
 from retnet.serve.request import Request
-from retnet.serve.snapshot import Snapshot
 from tests.small_models import BYTES, prompt, small_model
 
 GREEDY = Sampling(temperature=0)

@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from retnet.models.fingerprint import bytes_of
+from retnet.models.snapshot_file import StoredTensors, digest, opened, pieces
 from retnet.models.states import ModelState
 from retnet.ops.device import resolve_device
-from retnet.serve.snapshot_file import StoredTensors, digest, opened, pieces
 from retnet.system.checks import as_path, copied_integers, is_integer, is_number, quoted
 from retnet.system.files import written_whole
 
