@@ -39,7 +39,7 @@ CORE_TESTS = [
     "tests/ops/test_retention.py",
     "tests/models/test_directory.py",
     "tests/models/test_states.py",
-    "tests/serve/test_snapshot.py",
+    "tests/models/test_snapshot.py",
     "tests/stack/test_presets.py",
     "tests/cli/test_chat_local.py",
     "tests/eval/test_bits.py",

@@ -23,9 +23,8 @@ from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
 from retnet.system import files
 from tests.paths import ROOT
+from tests.serve.test_engine import alone, engine_of, facts
 from tests.small_models import prompt, small_model
-
-from .test_engine import alone, engine_of, facts
 
 SAMPLED = Sampling(temperature=0.8, seed=5, logprobs=2, repetition_penalty=1.2)
 
