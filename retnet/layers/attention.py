@@ -43,10 +43,10 @@ class AttentionConfig(MixerConfig):
 
     head_dim: width of a head. rotary: convention of `retnet.ops.rotary`, its frequencies from rotary_base, positions
     divided by rotary_factor, or stretched by it with YaRN from rotary_yarn_length tokens; rotary_scaling, in their
-    place, scales frequencies. qk_norm: norm over each head of q and k before the rotation; "rms" has learnt weights,
-    "l2" has none. gate: "sigmoid" multiplies the heads' outputs by sigmoid(x W) (arXiv 2505.06708). alibi: a penalty
-    linear in the distance. window: tokens that a query sees, itself included (None: all). dropout: of attention
-    weights, in training.
+    place, scales frequencies. rotary_dim: first components of a head that rotate (None: all). qk_norm: norm over each
+    head of q and k before the rotation; "rms" has learnt weights, "l2" has none. gate: "sigmoid" multiplies the heads'
+    outputs by sigmoid(x W) (arXiv 2505.06708). alibi: a penalty linear in the distance. window: tokens that a query
+    sees, itself included (None: all). dropout: of attention weights, in training.
     """
 
     refused_when_split = ""
@@ -59,6 +59,7 @@ class AttentionConfig(MixerConfig):
     rotary_factor: float = 1.0
     rotary_yarn_length: int | None = None
     rotary_scaling: Yarn | Llama3 | None = None
+    rotary_dim: int | None = None
     qk_norm: HeadNorm = "none"
     qk_norm_eps: float = 1e-6
     gate: Literal["sigmoid", "none"] = "none"
@@ -79,9 +80,9 @@ class AttentionConfig(MixerConfig):
             raise ValueError(
                 f"num_kv_heads is {self.num_kv_heads}; accepted: a divisor of num_heads ({self.num_heads})"
             )
-        if self.rotary != "none" and self.head_dim % 2:
+        if self.rotary != "none" and self.rotary_dim is None and self.head_dim % 2:
             raise ValueError(f"rotary turns pairs, but head_dim is {self.head_dim}; accepted: an even number")
-        check_rotary(self)
+        check_rotary(self, self.head_dim)
         check_eps(self, "qk_norm_eps")
         if self.rotary_scaling is not None:
             check_choices(self.rotary_scaling)

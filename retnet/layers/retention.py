@@ -49,6 +49,7 @@ class RetentionConfig(MixerConfig):
     norm of the decay mask's row, as torchscale does. gated_start: the schedule that the heads of a gated decay start
     from, as a learnt bias; without one, all heads start near 0.96.
     rotary_yarn_length: stretch rotary positions by rotary_factor with YaRN from this length, instead of dividing them.
+    rotary_dim: first components of a head of q and k that rotate (None: all), as in partial rotary.
     conv_width: tokens that the short convolution on each of `conv_on` sees (None: no convolution); conv_activation
     follows it. qk_norm: norm over each head of q and k before the rotation; "rms" has learnt weights, "l2" has none.
     """
@@ -66,6 +67,7 @@ class RetentionConfig(MixerConfig):
     rotary_base: float = 10000.0
     rotary_factor: float = 1.0
     rotary_yarn_length: int | None = None
+    rotary_dim: int | None = None
     conv_width: int | None = None
     conv_on: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
     conv_activation: Literal["silu", "none"] = "silu"
@@ -93,11 +95,11 @@ class RetentionConfig(MixerConfig):
                 )
         if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
             raise ValueError(f"num_kv_heads is {self.num_kv_heads}; accepted: a divisor of num_heads {self.num_heads}")
-        if self.rotary != "none" and self.head_key_dim % 2:
+        if self.rotary != "none" and self.rotary_dim is None and self.head_key_dim % 2:
             raise ValueError(
                 f"rotary turns pairs, but key_dim / num_heads is {self.head_key_dim}; accepted: an even number"
             )
-        check_rotary(self)
+        check_rotary(self, self.head_key_dim)
         check_eps(self, "head_norm_eps")
         check_eps(self, "qk_norm_eps")
         self._check_convolution()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
-from retnet.ops.rotary import Rotary, Scaling, Yarn, rotate, rotation
+from retnet.ops.rotary import Rotary, Scaling, Yarn, rotate_first, rotation
 
 
 class RotaryOptions(Protocol):
@@ -19,6 +19,8 @@ class RotaryOptions(Protocol):
     @property
     def rotary_base(self) -> float: ...
     @property
+    def rotary_dim(self) -> int | None: ...
+    @property
     def position_scaling(self) -> Scaling: ...
 
 
@@ -27,31 +29,41 @@ class _RotaryNumbers(RotaryOptions, Protocol):
     def rotary_factor(self) -> float: ...
 
 
-def check_rotary(options: _RotaryNumbers) -> None:
-    """Raise ValueError for a base or a factor that turns no pair."""
+def check_rotary(options: _RotaryNumbers, head_dim: int) -> None:
+    """Raise ValueError for a base, a factor or a width that turns no pair. head_dim: of the heads that rotate."""
     base, factor = options.rotary_base, options.rotary_factor
     if not (0 < base < math.inf and 0 < factor < math.inf):
         raise ValueError(f"rotary_base is {base}, rotary_factor {factor}; accepted: positive numbers")
     if isinstance(options.position_scaling, Yarn) and not base > 1:
         raise ValueError(f"rotary_base is {base} with YaRN; accepted: above 1")
+    turned = options.rotary_dim
+    if turned is not None and (options.rotary == "none" or turned % 2 or not 0 < turned <= head_dim):
+        accepted = (
+            "None without rotary" if options.rotary == "none" else f"an even number from 2 to {head_dim}, or None"
+        )
+        raise ValueError(f"rotary_dim is {turned}; accepted: {accepted}")
 
 
 def prepare_rotation(options: RotaryOptions, layout: TokenLayout, head_dim: int, dtype: torch.dtype) -> None:
     """Compute the angles of this call's positions, for every layer with the same options."""
     if options.rotary != "none":
-        _cos_sin(options, layout, head_dim, dtype)
+        _cos_sin(options, layout, options.rotary_dim or head_dim, dtype)
 
 
 def rotate_heads(options: RotaryOptions, layout: TokenLayout, *heads: Tensor) -> tuple[Tensor, ...]:
-    """Tensors [B, T, H, K], each rotated by its token's position; as they are if rotary is "none"."""
+    """Tensors [B, T, H, K], each rotated by its token's position; as they are if rotary is "none".
+
+    With rotary_dim, its first components rotate, as a head of that width would, and the others stay.
+    """
     if options.rotary == "none":
         return heads
-    cos, sin = _cos_sin(options, layout, heads[0].shape[-1], heads[0].dtype)
-    return tuple(rotate(x, cos, sin, options.rotary) for x in heads)
+    width = options.rotary_dim or heads[0].shape[-1]
+    cos, sin = _cos_sin(options, layout, width, heads[0].dtype)
+    return tuple(rotate_first(x, cos, sin, cast(Rotary, options.rotary)) for x in heads)
 
 
 def _cos_sin(options: RotaryOptions, layout: TokenLayout, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [B, T, K / 2] at the layout's positions."""
+    """(cos, sin) [B, T, K / 2] at the layout's positions. head_dim: K, the components that rotate."""
     rotary, base, dtype = cast(Rotary, options.rotary), options.rotary_base, wide_dtype(dtype)
     factor = options.position_scaling
     return layout.shared(

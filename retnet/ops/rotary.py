@@ -150,3 +150,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
     # Narrowed before they are joined, so that a compiler writes the result once, in x's dtype.
     rotated = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
     return torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
+
+
+def rotate_first(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the first R components of x [B, T, H, K] by (cos, sin) [B, T, R / 2]. The others stay."""
+    turned = 2 * cos.shape[-1]
+    if turned == x.shape[-1]:
+        return rotate(x, cos, sin, rotary)
+    return torch.cat((rotate(x[..., :turned], cos, sin, rotary), x[..., turned:]), -1)

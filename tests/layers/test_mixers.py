@@ -28,7 +28,9 @@ CASES: dict[str, MixerConfig] = {
     "retention, convolution of q and v, normed q and k": RetentionConfig(
         2, 8, 12, decay="gated", gated_start="paper", conv_width=3, conv_on=("q", "v"), qk_norm="rms", gate="sigmoid"
     ),
+    "retention, partial rotary": RetentionConfig(2, key_dim=14, value_dim=12, rotary_dim=4),
     "attention": AttentionConfig(4, 4, head_dim=6),
+    "attention, partial rotary": AttentionConfig(4, 2, head_dim=7, rotary_dim=4, rotary_scaling=Yarn(4.0, 8)),
     "attention, normed q and k, gate": AttentionConfig(4, 2, head_dim=6, qk_norm="rms", gate="sigmoid"),
     "attention, unit q and k in a window": AttentionConfig(4, 2, head_dim=6, qk_norm="l2", window=4),
     "attention without positions": AttentionConfig(2, 1, head_dim=5, rotary="none", qk_norm="rms", gate="sigmoid"),

@@ -28,6 +28,7 @@ VARIANTS = {
     "rms head norm": {"head_norm": "rms", "head_norm_affine": "per_head"},
     "half rotary": {"rotary": "half", "head_norm_affine": "shared"},
     "no rotary": {"rotary": "none", "bias": True},
+    "partial rotary": {"rotary_dim": 4},
     "parallel": {"mode": "parallel"},
     "chunks of five": {"mode": "chunkwise", "chunk_size": 5},
     "recurrent": {"mode": "recurrent"},

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from retnet.ops.rotary import Llama3, Yarn, frequencies, rotation
+from retnet.ops.rotary import Llama3, Yarn, frequencies, rotate, rotate_first, rotation
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,13 @@ def test_a_scaling_that_turns_no_pair_is_refused(kind, change):
 def test_llama3_needs_a_range_of_turns():
     with pytest.raises(ValueError, match=r"slow is 4.0, fast 4.0; accepted: slow < fast"):
         Llama3(2.0, 64, slow=4.0)
+
+
+@pytest.mark.parametrize("rotary", ["half", "interleaved"])
+def test_a_partial_rotation_turns_the_first_components_as_a_narrower_head(rotary):
+    x = torch.randn(2, 5, 3, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cos, sin = rotation(torch.arange(10).view(2, 5), rotary, 4, 100.0, dtype=torch.float64)
+    turned = rotate_first(x, cos, sin, rotary)
+    assert torch.equal(turned[..., :4], rotate(x[..., :4], cos, sin, rotary))
+    assert torch.equal(turned[..., 4:], x[..., 4:])
+    assert not torch.equal(turned[..., :4], x[..., :4])

@@ -92,6 +92,10 @@ CHANGES = {
     ("Attention", "window"): ([(ATTENTION, "attention: {window: 8}")], "layers.2.mixer.window", 8),
     ("Attention", "vendor.retnet.rope"): (
         [(ATTENTION, "attention: {vendor.retnet.rope: false}")], "layers.2.mixer.rotary", "none"),
+    ("Attention", "vendor.retnet.rotary_dim"): (
+        [(ATTENTION, "attention: {vendor.retnet.rotary_dim: 8}")], "layers.2.mixer.rotary_dim", 8),
+    ("Retnet", "vendor.retnet.rotary_dim"): (
+        [(RETNET, "retnet: {vendor.retnet.rotary_dim: 8}")], "layers.0.mixer.rotary_dim", 8),
     ("Attention", "vendor.retnet.qk_norm"): (
         [(ATTENTION, "attention: {vendor.retnet.qk_norm: rms}")], "layers.2.mixer.qk_norm", "rms"),
     ("Attention", "vendor.retnet.gate"): (

@@ -175,6 +175,8 @@ OURS = [
     ("conv_activation: none", None), ("conv_activation: gelu", "conv_activation"), ("gate: sigmoid", None),
     ("qk_norm: l2", None), ("qk_norm: layer", "qk_norm"), ("decay: gated, vendor.retnet.gated_start: paper", None),
     ("gated_start: paper", "gated_start"), ("gated_start: alibi", "gated_start"),
+    ("rotary_dim: 8", None), ("rotary_dim: 7", "rotary_dim"), ("rotary_dim: 18", "rotary_dim"),
+    ("key_dim: 36, vendor.retnet.rotary_dim: 4", None), ("key_dim: 8, vendor.retnet.rotary_dim: 4", "rotary_dim"),
     ("rotary: half", None), ("rotary: neox", "rotary"), ("gate: none", None), ("gate: gelu", "gate"),
     ("head_norm: rms", None), ("head_norm: group", "head_norm"),
     ("head_norm_affine: per_head", None), ("head_norm_affine: true", "head_norm_affine"),
@@ -186,6 +188,19 @@ OURS = [
 def test_vendor_options_of_retention_are_validated(option, fault):
     found = faults(changed(in_retnet(f"vendor.retnet.{option}")))
     assert [fault.path[-1] for fault in found] == ([] if fault is None else [f"vendor.retnet.{fault}"])
+
+
+OF_ATTENTION = [
+    ("vendor.retnet.rotary_dim: 16", None), ("vendor.retnet.rotary_dim: 17", "vendor.retnet.rotary_dim"),
+    ("vendor.retnet.rotary_dim: 18", "vendor.retnet.rotary_dim"),
+    ("vendor.retnet.rope: false, vendor.retnet.rotary_dim: 8", "vendor.retnet.rotary_dim"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "fault"), OF_ATTENTION)
+def test_options_of_attention_are_validated(option, fault):
+    found = faults(changed(in_mixer(f"{{type: attention, attention: {{{option}}}}}")))
+    assert [fault.path[-1] for fault in found] == ([] if fault is None else [fault])
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ class FusedBlock:
         config, mixer, feed_forward = block.config, block.mixer, block.feed_forward
         if type(mixer) is not MultiScaleRetention or mixer.config.decay_norm or mixer.config.qk_norm != "none":
             return False
+        if mixer.config.rotary_dim is not None:
+            return False
         if mixer.conv is not None and type(mixer.conv) is not ShortConvolution:
             return False
         if config.norm_position != "pre" or config.residual != "sequential" or (block.training and config.dropout):

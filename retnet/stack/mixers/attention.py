@@ -11,9 +11,9 @@ from retnet.plots.palette import COLOURS
 
 from .. import unsupported
 from ..errors import Category, Fault
-from ..scalars import ONE_OF, Flag, PositiveInt, PositiveIntOrNull, Probability
+from ..scalars import ONE_OF, Flag, MaybePositiveInt, PositiveInt, PositiveIntOrNull, Probability
 from ..section import OURS
-from .settings import MixerSettings
+from .settings import MixerSettings, partial_rotation_faults
 
 if TYPE_CHECKING:
     from retnet.layers.attention import AttentionConfig
@@ -35,6 +35,7 @@ class Attention(MixerSettings):
     window_mode: Annotated[Literal["standard", "sliding"], ONE_OF] = "standard"
     window_dilation: PositiveInt = 1
     rope: Flag = Field(default=True, alias=OURS + "rope")  # false: no positions in this layer (NoPE)
+    rotary_dim: MaybePositiveInt = Field(default=None, alias=OURS + "rotary_dim")
     qk_norm: Annotated[Literal["rms", "l2", "none"], ONE_OF] = Field(default="none", alias=OURS + "qk_norm")
     gate: Annotated[Literal["sigmoid", "none"], ONE_OF] = Field(default="none", alias=OURS + "gate")
 
@@ -47,6 +48,7 @@ class Attention(MixerSettings):
             num_kv_heads=spec.model.kv_heads,
             head_dim=spec.model.head_dim,
             rotary="half" if spec.embedding.positional == "rope" and self.rope else "none",
+            rotary_dim=self.rotary_dim,
             qk_norm=self.qk_norm,
             gate=self.gate,
             alibi=spec.embedding.positional == "alibi",
@@ -60,6 +62,7 @@ class Attention(MixerSettings):
         parts = {
             f"window {self.window}": self.window is not None,
             "no rotation": not self.rope,
+            f"rotation of {self.rotary_dim}": self.rotary_dim is not None,
             f"{self.qk_norm} norm of q and k": self.qk_norm != "none",
             f"{self.gate} gate": self.gate != "none",
         }
@@ -69,10 +72,12 @@ class Attention(MixerSettings):
         if self.window_dilation > 1:
             what = f"`window_dilation: {self.window_dilation}` (dilated windows) is not supported here"
             yield Fault(("window_dilation",), what, "remove it", Category.UNSUPPORTED)
+        rotates = self.rope and (embedding is None or embedding.positional == "rope")
+        yield from partial_rotation_faults(self.rotary_dim, None if model is None else model.head_dim, rotates)
 
     @property
     def rotates_heads(self) -> bool:
-        return self.rope
+        return self.rope and self.rotary_dim is None
 
     def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
         return None if self.window is None else (float(self.window),)

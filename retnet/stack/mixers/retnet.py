@@ -12,7 +12,7 @@ from retnet.plots.palette import COLOURS, Fill
 from ..errors import Fault, show
 from ..scalars import ONE_OF, Decay, Flag, MaybePositiveInt, Positive, PositiveIntOrNull
 from ..section import OURS
-from .settings import MixerSettings
+from .settings import MixerSettings, partial_rotation_faults
 
 if TYPE_CHECKING:
     from retnet.layers.retention import RetentionConfig
@@ -43,6 +43,7 @@ class Retnet(MixerSettings):
     learnable_decay: Flag = Field(default=False, alias=OURS + "learnable_decay")
     decay_norm: Flag = Field(default=False, alias=OURS + "decay_norm")
     rotary: Annotated[Literal["interleaved", "half"], ONE_OF] = Field(default="interleaved", alias=OURS + "rotary")
+    rotary_dim: MaybePositiveInt = Field(default=None, alias=OURS + "rotary_dim")
     conv_width: MaybePositiveInt = Field(default=None, alias=OURS + "conv_width")
     conv_on: Annotated[Literal["qkv", "qk", "qv", "kv", "q", "k", "v"], ONE_OF] = Field(
         default="qkv", alias=OURS + "conv_on"
@@ -70,6 +71,7 @@ class Retnet(MixerSettings):
             learnable_decay=self.learnable_decay,
             decay_norm=self.decay_norm,
             rotary=self.rotary if self.rope else "none",
+            rotary_dim=self.rotary_dim,
             conv_width=self.conv_width,
             conv_on=cast(Any, tuple(self.conv_on)),
             conv_activation=self.conv_activation,
@@ -100,6 +102,7 @@ class Retnet(MixerSettings):
         start = "" if self.gated_start == "none" else f" from {self.gated_start}"
         parts = {
             f"{decay} decay{start}": decay != "paper",
+            f"rotation of {self.rotary_dim}": self.rotary_dim is not None,
             f"convolution of {self.conv_width}": self.conv_width is not None,
             f"{self.qk_norm} norm of q and k": self.qk_norm != "none",
             "no gate" if self.gate == "none" else f"{self.gate} gate": self.gate != "swish",
@@ -111,7 +114,7 @@ class Retnet(MixerSettings):
             what = f"rope needs embedding.positional rope, not {embedding.positional}"
             yield Fault(("rope",), what, "write rope: false here, or embedding.positional: rope")
         if model is not None:
-            yield from self._widths(model.n_heads)
+            yield from self._widths(model)
             if isinstance(self.decay, tuple) and len(self.decay) != model.n_heads:
                 what = f"{len(self.decay)} gammas for {model.n_heads} heads"
                 yield Fault((OURS + "decay",), what, f"write {model.n_heads} numbers, or one without brackets")
@@ -130,18 +133,21 @@ class Retnet(MixerSettings):
             what = "decay_norm is defined for a decay that is fixed per head, not for decay: gated"
             yield Fault((OURS + "decay_norm",), what, "write false, or another decay")
 
-    def _widths(self, heads: int) -> Iterator[Fault]:
+    def _widths(self, model: Model) -> Iterator[Fault]:
+        heads = model.n_heads
         for key, width in (("key_dim", self.key_dim), ("value_dim", self.value_dim)):
             if width is not None and width % heads:
                 fix = f"write a multiple of {heads}, such as {max(1, round(width / heads)) * heads}"
                 yield Fault((OURS + key,), f"{width} cannot be split into {heads} heads (n_heads)", fix)
-        if self.rope and self.key_dim is not None and self.key_dim % (2 * heads) == heads:
+        key_dim = None if self.key_dim is None else self.key_dim // heads
+        yield from partial_rotation_faults(self.rotary_dim, model.head_dim if key_dim is None else key_dim, self.rope)
+        if self.rope and self.rotary_dim is None and self.key_dim is not None and self.key_dim % (2 * heads) == heads:
             what = f"rotary positions rotate pairs, but the keys of a head are {self.key_dim // heads} wide"
             yield Fault((OURS + "key_dim",), what, f"write a multiple of {2 * heads}, or rope: false")
 
     @property
     def rotates_heads(self) -> bool:
-        return self.rope and self.key_dim is None
+        return self.rope and self.key_dim is None and self.rotary_dim is None
 
     def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
         """The distance at which the decay of each head falls below 1%."""

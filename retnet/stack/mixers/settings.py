@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from retnet.plots.palette import COLOURS, Fill
 
 from ..errors import Fault
-from ..section import Section
+from ..section import OURS, Section
 
 if TYPE_CHECKING:
     from retnet.layers.mixer_base import MixerConfig
@@ -64,3 +64,18 @@ class MixerSettings(Section):
     def estimate(self, model: Model) -> int:
         """EulerStack's estimate of the mixer's parameters; 0 for a mixer that EulerStack does not have."""
         return 0
+
+
+def partial_rotation_faults(rotary_dim: int | None, head_dim: int | None, rotates: bool) -> Iterator[Fault]:
+    """Faults of the number of components of a head that rotate. head_dim None: not known."""
+    path = (OURS + "rotary_dim",)
+    if rotary_dim is None:
+        return
+    if not rotates:
+        yield Fault(path, f"rotary_dim {rotary_dim} in a layer without rotary positions", "remove it")
+    elif rotary_dim % 2:
+        yield Fault(path, f"rotary positions rotate pairs, but rotary_dim is {rotary_dim}", f"write {rotary_dim + 1}")
+    elif head_dim is not None and rotary_dim > head_dim:
+        yield Fault(
+            path, f"rotary_dim {rotary_dim} is more than the width of a head", f"write {head_dim // 2 * 2} or less"
+        )

@@ -1,5 +1,7 @@
 """The fused step computes what the model's modules do, in the model's own memory; deferred writes and NaN states."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from retnet.serve.engine import Engine
 from retnet.serve.pool import SlotPool
 from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
-from tests.small_models import prompt, small_model
+from tests.small_models import PAPER, prompt, small_model
 
 GREEDY = Sampling(temperature=0, logprobs=2)
 MLP, GLU = FeedForwardConfig(24, bias=True), FeedForwardConfig(24, gated=True, activation="swish")
@@ -112,6 +114,15 @@ def test_a_wrapped_projection_runs_as_its_own_module():
         expected = int(model(torch.tensor([prompt(5)])).logits[0, -1].argmax())
     assert changed.tokens[0] == expected
     assert changed.logprobs != plain.logprobs
+
+
+def test_retention_with_a_partial_rotation_runs_as_its_own_module():
+    model = small_model([replace(PAPER, mixer=replace(PAPER.mixer, rotary_dim=4))] * 2)
+    assert not any(map(FusedBlock.supports, model.layers))
+    generated = run(engine_of(model), Request(prompt(5), 6, GREEDY))[0].tokens
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt(5) + list(generated)])).logits[0, 4:-1]
+    assert list(generated) == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("stack", ["retention", "gated", "convolution", "hybrid"])
