@@ -30,7 +30,7 @@ from retnet.models.cost import parameter_counts
 
 TARGET = 3.4351  # nats per token: the mean of the finished rows of RIVAL in results/quality_125m.jsonl
 RIVAL = ("llama", "muon", 4e-3, 2624)  # stack, optimizer, rate, steps
-ENTRY = "hybrid+sigmoid:muon:4e-3:0:2400"
+ENTRY = "hybrid+sigmoid+narrow:muon:4e-3:0:2450"
 LATE = 0.8  # of the steps, before which nothing is validated
 VALIDATIONS = 40  # evenly spread over the rest
 
