@@ -1,10 +1,12 @@
 """Position-wise feed-forward: the paper's (d -> 2d -> d, gelu) and the gated family (SwiGLU, GeGLU, ReGLU).
 
-    mlp:   W_down act(W_up x)          gated:  W_down (act(W_gate x) * W_up x)
+    mlp:   W_down act(W_up x)          gated:  b W_down (act(a W_gate x) * W_up x)
 
-`inner_norm` normalises the input of W_down as well: Sub-LayerNorm (Foundation Transformers, arXiv 2210.06423).
+a and b are 1 but for muP-trained models with factors on activations (`gate_scale`, `down_scale`: Falcon-H1, arXiv
+2507.22448). `inner_norm` normalises the input of W_down as well: Sub-LayerNorm (Foundation Transformers, arXiv 2210.06423).
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -26,7 +28,8 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 class FeedForwardConfig:
     """hidden_dim: width between the projections. gated: the GLU form, whose gate takes the activation.
 
-    inner_norm: a norm with weights over hidden_dim, before the last projection.
+    inner_norm: a norm with weights over hidden_dim, before the last projection. gate_scale, down_scale: factors of the
+    gate's input to its activation (in the form without a gate, of W_up x), and of the result.
     """
 
     hidden_dim: int
@@ -35,11 +38,16 @@ class FeedForwardConfig:
     bias: bool = False
     inner_norm: Literal["layer", "rms", "none"] = "none"
     inner_norm_eps: float = 1e-6
+    gate_scale: float = 1.0
+    down_scale: float = 1.0
     kind: Literal["feed_forward"] = "feed_forward"
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_eps(self, "inner_norm_eps")
+        for name in ("gate_scale", "down_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: a finite number")
         if self.hidden_dim < 1:
             raise ValueError(f"hidden_dim is {self.hidden_dim}; accepted: a positive integer")
 
@@ -83,7 +91,11 @@ class FeedForward(TensorParallel):
         """Each token is mapped alone; the layout is there for feed-forwards that need it (MoE)."""
         x = self.entered(x)
         if self.gate_proj is None:
-            hidden = self.activation(self.up_proj(x))
+            hidden = self.activation(self._at_scale(self.up_proj(x)))
         else:
-            hidden = self.activation(self.gate_proj(x)) * self.up_proj(x)
-        return last_product(self.down_proj, self.inner_norm(hidden))
+            hidden = self.activation(self._at_scale(self.gate_proj(x))) * self.up_proj(x)
+        out = last_product(self.down_proj, self.inner_norm(hidden))
+        return out if self.config.down_scale == 1.0 else out * self.config.down_scale
+
+    def _at_scale(self, x: Tensor) -> Tensor:
+        return x if self.config.gate_scale == 1.0 else x * self.config.gate_scale

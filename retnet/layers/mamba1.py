@@ -4,6 +4,8 @@
     h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t^T        y_t = h_t C_t + skip x_t        out = (y * silu(z)) W_out
 
 Weights are those of the paper's code and of transformers' MambaForCausalLM. The scan is `retnet.ops.selective_scan`.
+With `scan_norm`, dt, B and C are normed before use: Jamba (Lieber et al. 2024, arXiv 2403.19887) does so to train large
+models.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from retnet.layers.draft import Draft, accepted
 from retnet.layers.linear import WideBiasLinear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.norm import check_eps, normed_heads
 from retnet.layers.recompute import last_product
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
@@ -34,7 +37,8 @@ class Mamba1Config(MixerConfig):
     the two projections of dt, usually the model's width / 16. conv_width: tokens that the short convolution sees.
 
     time_step_min, time_step_max: initial range of dt, at least time_step_floor. time_step_scale: scale of the initial
-    weights of the second projection of dt.
+    weights of the second projection of dt. scan_norm: "rms" norms dt (before its second projection), B and C, each with
+    learnt weights.
     """
 
     refused_when_split = ""
@@ -49,6 +53,8 @@ class Mamba1Config(MixerConfig):
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     time_step_scale: float = 1.0
+    scan_norm: Literal["rms", "none"] = "none"
+    scan_norm_eps: float = 1e-6
     kind: Literal["mamba1"] = "mamba1"
 
     def __post_init__(self) -> None:
@@ -56,10 +62,16 @@ class Mamba1Config(MixerConfig):
         for name in ("inner_dim", "time_step_rank", "state_dim", "conv_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: a positive integer")
+        check_eps(self, "scan_norm_eps")
         if not 0 < self.time_step_min <= self.time_step_max:
             raise ValueError(
                 f"time_step_min is {self.time_step_min}, time_step_max {self.time_step_max}; accepted: 0 < min <= max"
             )
+
+    @property
+    def projected(self) -> tuple[int, int, int]:
+        """Widths of dt (before its second projection), B and C."""
+        return self.time_step_rank, self.state_dim, self.state_dim
 
     def part(self, rank: int, size: int) -> Self:
         return replace(self, inner_dim=per_process("inner_dim", self.inner_dim, size))
@@ -104,7 +116,10 @@ class Mamba1(MixerModule):
         self.config = config
         self.in_proj = nn.Linear(d_model, 2 * config.inner_dim, bias=config.bias)
         self.conv = ShortConvolution(config.inner_dim, config.conv_width, config.conv_bias, "silu")
-        self.x_proj = nn.Linear(config.inner_dim, config.time_step_rank + 2 * config.state_dim, bias=False)
+        self.x_proj = nn.Linear(config.inner_dim, sum(config.projected), bias=False)
+        self.step_norm_weight, self.write_norm_weight, self.read_norm_weight = (
+            nn.Parameter(torch.ones(width)) if config.scan_norm == "rms" else None for width in config.projected
+        )
         self.time_step_proj = WideBiasLinear(config.time_step_rank, config.inner_dim)
         self.log_rate = nn.Parameter(torch.empty(config.inner_dim, config.state_dim, dtype=torch.float32))
         self.skip = nn.Parameter(torch.empty(config.inner_dim))
@@ -139,7 +154,7 @@ class Mamba1(MixerModule):
     def weight_parts(self) -> WeightParts:
         config = self.config
         inputs = (config.inner_dim,) * 2
-        return {"in_proj": inputs, "x_proj": (config.time_step_rank, config.state_dim, config.state_dim)}
+        return {"in_proj": inputs, "x_proj": config.projected}
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> Mamba1State:
         """The state of `batch` sequences before their first token."""
@@ -155,9 +170,7 @@ class Mamba1(MixerModule):
         config, x = self.config, self.entered(x)
         inputs, z = self.in_proj(x).chunk(2, -1)
         u, recent = self.conv(inputs, None if state is None else state.recent, layout)
-        low, write, read = self.entered(self.x_proj(u)).split(
-            (config.time_step_rank, config.state_dim, config.state_dim), -1
-        )
+        low, write, read = self._scan_inputs(u)
         wide = wide_dtype(x.dtype)
         # The bias is large and negative: adding it in half precision would round the step.
         step = F.softplus(self.time_step_proj(low).to(wide))
@@ -177,6 +190,16 @@ class Mamba1(MixerModule):
         if layout.deferred:
             return out, Mamba1Draft(u, step, rate, write, inputs)
         return out, Mamba1State.after(state, layout, memory=memory, recent=recent) if layout.carry else None
+
+    def _scan_inputs(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dt before its second projection [B, T, R], B and C [B, T, N]."""
+        config, x = self.config, self.x_proj(u)
+        if config.scan_norm != "none":  # on equal sums in all processes, so that the weights have equal gradients
+            weights = (self.step_norm_weight, self.write_norm_weight, self.read_norm_weight)
+            parts = zip(x.split(config.projected, -1), weights, strict=True)
+            x = torch.cat([normed_heads(part, config.scan_norm, config.scan_norm_eps, w) for part, w in parts], -1)
+        low, write, read = self.entered(x).split(config.projected, -1)
+        return low, write, read
 
 
 def mamba1_flops(config: Mamba1Config, work: Workload) -> MixerFlops:

@@ -2,13 +2,14 @@
 
     z, x, B, C, dt = X W_in;   x, B, C = silu(conv(x, B, C));   dt = softplus(dt + bias);   A = -exp(log_rate)
     S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t)        y_t = C_t S_t + skip x_t
-    out = rms_norm(y * silu(z)) W_out
+    out = rms_norm(y * silu(z)) W_out          (norm_before_gate: rms_norm(y) * silu(z))
 
 Its recurrence is retention's (`retnet.ops.retention`) with q = C, k = B shared by groups of heads, v = dt x, a log
 decay of dt A per token and head, and scale 1. Weights are those of the paper's code and of transformers'
 Mamba2ForCausalLM.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
@@ -39,7 +40,8 @@ class Mamba2Config(MixerConfig):
     of heads; the heads of a group share B and C. conv_width: tokens that the short convolution sees.
 
     time_step_min, time_step_max: initial range of dt, at least time_step_floor. time_step_lowest, time_step_highest:
-    dt is clamped to them in every call.
+    dt is clamped to them in every call. norm: before W_out, over each group of heads. projection_scales: factors of z,
+    x, B, C and dt as they come from W_in (Falcon-H1, arXiv 2507.22448); None: 1.
     """
 
     refused_when_split = ""
@@ -51,7 +53,10 @@ class Mamba2Config(MixerConfig):
     conv_width: int = 4
     conv_bias: bool = True
     bias: bool = False
+    norm: Literal["rms", "none"] = "rms"
+    norm_before_gate: bool = False
     norm_eps: float = 1e-5
+    projection_scales: tuple[float, ...] | None = None
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
@@ -62,6 +67,8 @@ class Mamba2Config(MixerConfig):
     kind: Literal["mamba2"] = "mamba2"
 
     def __post_init__(self) -> None:
+        if isinstance(self.projection_scales, list):
+            object.__setattr__(self, "projection_scales", tuple(self.projection_scales))
         super().__post_init__()
         for name in ("inner_dim", "head_dim", "state_dim", "num_groups", "conv_width"):
             if getattr(self, name) < 1:
@@ -77,6 +84,11 @@ class Mamba2Config(MixerConfig):
             )
         if self.time_step_lowest < 0:
             raise ValueError(f"time_step_lowest is {self.time_step_lowest}; accepted: 0 or more")
+        scales = self.projection_scales
+        if scales is not None and not (len(scales) == 5 and all(map(math.isfinite, scales))):
+            raise ValueError(f"projection_scales is {scales}; accepted: five numbers, of z, x, B, C and dt, or None")
+        if self.norm == "none" and self.norm_before_gate:
+            raise ValueError("norm_before_gate is True with norm 'none'; accepted: norm 'rms'")
 
     @property
     def num_heads(self) -> int:
@@ -96,6 +108,12 @@ class Mamba2Config(MixerConfig):
 
     def on_device(self, work: Workload) -> str | None:
         return self.call.chunk_note("mamba2", work)
+
+    @property
+    def projected(self) -> tuple[int, int, int, int, int]:
+        """Widths of z, x, B, C and dt."""
+        shared = self.num_groups * self.state_dim
+        return self.inner_dim, self.inner_dim, shared, shared, self.num_heads
 
     @property
     def conv_dim(self) -> int:
@@ -121,12 +139,12 @@ class Mamba2(MixerModule):
         super().__init__()
         self.config = config
         self.call_retention = config.call
-        self.in_proj = nn.Linear(d_model, config.inner_dim + config.conv_dim + config.num_heads, bias=config.bias)
+        self.in_proj = nn.Linear(d_model, sum(config.projected), bias=config.bias)
         self.conv = ShortConvolution(config.conv_dim, config.conv_width, config.conv_bias, "silu")
         self.log_rate = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.time_step_bias = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.skip = nn.Parameter(torch.empty(config.num_heads))
-        self.norm_weight = nn.Parameter(torch.ones(config.inner_dim))
+        self.norm_weight = nn.Parameter(torch.ones(config.inner_dim)) if config.norm == "rms" else None
         self.out_proj = nn.Linear(config.inner_dim, d_model, bias=config.bias)
         self.reset_own()
 
@@ -164,8 +182,7 @@ class Mamba2(MixerModule):
         return Part(config.inner_dim), shared, Part(config.num_heads)
 
     def weight_parts(self) -> WeightParts:
-        config, shared = self.config, self.config.num_groups * self.config.state_dim
-        return {"in_proj": (config.inner_dim, config.inner_dim, shared, shared, config.num_heads)}
+        return {"in_proj": self.config.projected}
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> Mamba2State:
         """The state of `batch` sequences before their first token."""
@@ -180,7 +197,8 @@ class Mamba2(MixerModule):
         if layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
         config, shared, x = self.config, self.config.num_groups * self.config.state_dim, self.entered(x)
-        z, inputs, time_step = self.in_proj(x).split((config.inner_dim, config.conv_dim, config.num_heads), -1)
+        projected = self._scaled(self.in_proj(x))
+        z, inputs, time_step = projected.split((config.inner_dim, config.conv_dim, config.num_heads), -1)
         u, recent = self.conv(inputs, None if state is None else state.recent, layout)
         u, B, C = u.split((config.inner_dim, shared, shared), -1)
         u, B, C = (
@@ -200,15 +218,30 @@ class Mamba2(MixerModule):
             return out, RetentionDraft(B, v, log_decay, inputs)
         return out, Mamba2State.after(state, layout, memory=memory, recent=recent) if memory is not None else None
 
+    def _scaled(self, projected: Tensor) -> Tensor:
+        """z, x, B, C and dt [..., sum], each with its factor."""
+        config = self.config
+        if config.projection_scales is None:
+            return projected
+        # Filled on the device: a copy from the host could not be captured in a graph.
+        parts = zip(config.projected, config.projection_scales, strict=True)
+        return projected * torch.cat([projected.new_full((width,), scale) for width, scale in parts])
+
     def _gated_norm(self, out: Tensor, z: Tensor) -> Tensor:
         wide = wide_dtype(out.dtype)
-        gated = out.to(wide) * F.silu(z.to(wide))
+        gate, y = F.silu(z.to(wide)), out.to(wide)
+        if self.norm_weight is None:
+            return (y * gate).to(out.dtype)
+        if self.config.norm_before_gate:
+            return (self.norm_weight * self._normed(y) * gate).to(out.dtype)
+        return (self.norm_weight * self._normed(y * gate).to(out.dtype)).to(out.dtype)
+
+    def _normed(self, y: Tensor) -> Tensor:
         if self.shard is not None and self.spans_processes:  # the one group has channels of all processes
-            squares = gated.square().sum(-1, keepdim=True)
-            squares = self.shard.share(self.shard.total(squares)) / (gated.shape[-1] * self.shard.size)
-            return (self.norm_weight * (gated * (squares + self.config.norm_eps).rsqrt()).to(out.dtype)).to(out.dtype)
-        groups = normalize(gated.unflatten(-1, (self.config.num_groups, -1)), "rms", self.config.norm_eps)
-        return (self.norm_weight * groups.flatten(-2).to(out.dtype)).to(out.dtype)
+            squares = y.square().sum(-1, keepdim=True)
+            squares = self.shard.share(self.shard.total(squares)) / (y.shape[-1] * self.shard.size)
+            return y * (squares + self.config.norm_eps).rsqrt()
+        return normalize(y.unflatten(-1, (self.config.num_groups, -1)), "rms", self.config.norm_eps).flatten(-2)
 
 
 def mamba2_flops(config: Mamba2Config, work: Workload) -> MixerFlops:

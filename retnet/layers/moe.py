@@ -2,7 +2,7 @@
 
     p = softmax(x W_r) or sigmoid(x W_r)        out = sum over the chosen experts of w_e expert_e(x)
 
-w are the chosen p divided by their sum (Mixtral, arXiv 2401.04088). With one expert per token, w is p itself (Switch,
+w are the chosen p divided by their sum (Mixtral, arXiv 2401.04088), or the chosen p (Jamba). With one expert per token, w is p itself (Switch,
 arXiv 2101.03961): a weight of 1 would give the router no gradient. Tokens are sorted by expert, and each expert reads
 its own tokens alone.
 
@@ -33,6 +33,7 @@ from retnet.system.choices import check_choices
 class MoEConfig:
     """hidden_dim: of each expert; gated and activation as for `FeedForwardConfig`.
 
+    normalized: the weights of a token's experts are divided by their sum, if it has several.
     capacity_factor: None for no limit. capacity_policy, for tokens beyond an expert's capacity: "overflow" sends them
     to the next-best expert with room, "drop" skips that expert, "pad" drops with shapes that depend on the numbers of
     tokens and documents alone.
@@ -48,6 +49,7 @@ class MoEConfig:
     activation: Literal["gelu", "relu", "swish"] = "swish"
     bias: bool = False
     router: Literal["softmax", "sigmoid"] = "softmax"
+    normalized: bool = True
     capacity_factor: float | None = None
     capacity_policy: Literal["overflow", "drop", "pad"] = "overflow"
     load_balance_coef: float = 0.01
@@ -145,7 +147,7 @@ class MoE(nn.Module):
                     kept, experts * num_seats + before[:, None] + places, config.num_experts * num_seats
                 )
         weights = scores.gather(-1, experts)
-        if config.top_k > 1:
+        if config.normalized and config.top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         if kept is not None:
             weights = weights.masked_fill(~kept, 0)

@@ -47,8 +47,13 @@ CASES: dict[str, MixerConfig] = {
     "mamba2": Mamba2Config(12, head_dim=3, state_dim=5),
     "mamba2, groups": Mamba2Config(12, head_dim=3, state_dim=4, num_groups=2, conv_width=3, bias=True, chunk_size=4),
     "mamba2 without convolution": Mamba2Config(6, head_dim=6, state_dim=4, conv_width=1, time_step_highest=0.05),
+    "mamba2, norm before the gate, factors": Mamba2Config(
+        12, head_dim=3, state_dim=5, num_groups=2, norm_before_gate=True, projection_scales=(0.5, 2.0, 3.0, 0.25, 1.5)
+    ),
+    "mamba2 without norm": Mamba2Config(12, head_dim=3, state_dim=5, norm="none"),
     "mamba1": Mamba1Config(14, time_step_rank=2, state_dim=3),
     "mamba1, biases": Mamba1Config(6, time_step_rank=1, state_dim=4, conv_width=2, conv_bias=False, bias=True),
+    "mamba1, normed scan": Mamba1Config(14, time_step_rank=2, state_dim=3, scan_norm="rms"),
     "hyena": HyenaConfig(filter_hidden=6),
     "hyena of order three": HyenaConfig(order=3, filter_hidden=5, filter_decay=0.1, conv_width=1),
 }
@@ -76,7 +81,7 @@ def unit_gain(config: MixerConfig) -> nn.Module:
                 if module.bias is not None and module.bias.abs().sum() == 0:
                     module.bias.normal_(generator=generator)
         for name, weight in layer.named_parameters():
-            if name in ("q_norm_weight", "k_norm_weight"):
+            if name.endswith("norm_weight"):
                 weight.normal_(generator=generator)
     return layer.eval()
 

@@ -2,8 +2,8 @@
 
 A format is a table from our parameter names to theirs, and a function from their configuration to ours. Differences of
 convention (rotary frequencies, which half of a GLU takes the activation, norms, decay) are values of our configuration.
-So tensors are copied unchanged: a table only renames them, cuts a fused tensor into its parts, and joins parts that are
-one tensor here.
+So tensors are copied unchanged: a table only renames them, cuts a fused tensor into its parts, joins parts that are one
+tensor here, and stacks the tensors of experts.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ _TIED = ("embedding.weight", "head.weight")
 
 @dataclass(frozen=True)
 class Part:
-    """One of our matrices in a fused tensor: part `index` of the `of` equal parts of the rows of tensor `name`."""
+    """One of our matrices in a fused tensor: part `index` of the `of` equal parts of dimension `dim` of tensor `name`."""
 
     name: str
     index: int
     of: int
+    dim: int = 0
 
 
 # Our name ({} is the layer) -> theirs. Of several alternatives, the first that exists in the right shape is taken.
+# A name with [] stands for tensors numbered from 0 in its place, one per expert: they are stacked in a new first
+# dimension.
 Entry = str | Part | tuple[str | Part, ...]
 Table = Mapping[str, Entry]
 # The table's name of a joined tensor -> the names of its parts and the rows of each, in order.
@@ -84,6 +87,7 @@ def in_our_names(format: Format, config: ModelConfig, theirs: Tensors) -> tuple[
             f"these are not the weights of the configuration, read as {format.name}: {'; '.join(problems)}"
         )
     theirs = _join(theirs, format.joined(config) if format.joined else {}, held_layers)
+    theirs = _stack(theirs, table)
     config, consumed = format.settle(config, theirs) if format.settle else (config, set())
     wanted = stored_tensors(build_empty(config))
     consumed |= _tied_head(config, table, theirs)
@@ -147,6 +151,46 @@ def _join(theirs: Tensors, joined: Joined, layers: Collection[int]) -> Tensors:
     return Tensors(specs, read, theirs.extra)
 
 
+def _stack(theirs: Tensors, table: Table) -> Tensors:
+    """Their tensors, with those of a layer's experts under one name. Incomplete sets stay as they are."""
+    entries = [e for entry in table.values() for e in (entry if isinstance(entry, tuple) else (entry,))]
+    wanted = {name for e in entries if "[]" in (name := e if isinstance(e, str) else e.name)}
+    if not wanted:
+        return theirs
+    groups: dict[str, dict[int, str]] = {}
+    patterns = [re.compile(_numbered(name)) for name in wanted]
+    for name in theirs.specs:
+        for found in filter(None, (pattern.fullmatch(name) for pattern in patterns)):
+            start, end = found.span("expert")
+            groups.setdefault(f"{name[:start]}[]{name[end:]}", {})[int(found["expert"])] = name
+    specs, stacks = dict(theirs.specs), {}
+    for whole, group in groups.items():
+        held = [specs[group[i]] for i in range(len(group)) if i in group]
+        kinds = {(x.dtype, x.layout, x.shape) for x in held}
+        if len(held) < len(group) or len(kinds) != 1 or held[0].layout is not torch.strided:
+            continue
+        stacks[whole] = [group[i] for i in range(len(group))]
+        for part in stacks[whole]:
+            del specs[part]
+        specs[whole] = held[0].new_empty(len(held), *held[0].shape)
+
+    def read(name: str) -> Tensor:
+        if name not in stacks:
+            return theirs.read(name)
+        first = theirs.read(stacks[name][0])
+        whole = first.new_empty(len(stacks[name]), *first.shape)
+        for i, part in enumerate(stacks[name]):
+            whole[i] = first if i == 0 else theirs.read(part)
+        return whole
+
+    return Tensors(specs, read, theirs.extra)
+
+
+def _numbered(name: str) -> str:
+    """The pattern of a table's name, with a group for the number of an expert."""
+    return re.escape(name).replace(r"\{\}", r"(?:0|[1-9]\d{0,8})").replace(r"\[\]", r"(?P<expert>0|[1-9]\d{0,8})")
+
+
 def _alternatives(name: str, table: Table) -> list[Part]:
     """The table's entries for our parameter `name`, with the layer's number. A whole tensor is part 0 of 1."""
     layer = _LAYER.match(name)
@@ -167,11 +211,15 @@ def _source(name: str, spec: Tensor, table: Table, held: Mapping[str, Tensor]) -
     if not there:
         return None, f"{parts[0].name} is missing"
     for part in there:
-        rows, *rest = held[part.name].shape or (0,)
-        if rows == spec.shape[0] * part.of and tuple(rest) == tuple(spec.shape[1:]):
+        if list(held[part.name].shape) == _fused_shape(spec, part):
             return part, None
-    wanted = [spec.shape[0] * there[0].of, *spec.shape[1:]]
+    wanted = _fused_shape(spec, there[0])
     return there[0], f"{there[0].name} has shape {list(held[there[0].name].shape)}, not {wanted}"
+
+
+def _fused_shape(spec: Tensor, part: Part) -> list[int]:
+    """The shape of the tensor that our parameter is a part of."""
+    return [size * part.of if dim == part.dim else size for dim, size in enumerate(spec.shape)]
 
 
 def _accounting(parts: Collection[Part], held: Mapping[str, Tensor], consumed: set[str]) -> list[str]:
@@ -199,4 +247,4 @@ def _tied_head(config: ModelConfig, table: Table, theirs: Tensors) -> set[str]:
 
 
 def _cut(x: Tensor, part: Part) -> Tensor:
-    return x if part.of == 1 else x.chunk(part.of)[part.index].clone()
+    return x if part.of == 1 else x.chunk(part.of, part.dim)[part.index].clone()

@@ -119,7 +119,9 @@ class FusedBlock:
         if config.norm_position != "pre" or config.residual != "sequential" or (block.training and config.dropout):
             return False
         if feed_forward is not None and not (
-            type(feed_forward) is FeedForward and isinstance(feed_forward.inner_norm, nn.Identity)
+            type(feed_forward) is FeedForward
+            and isinstance(feed_forward.inner_norm, nn.Identity)
+            and feed_forward.config.gate_scale == feed_forward.config.down_scale == 1.0
         ):
             return False
         norms = [block.mixer_norm] if feed_forward is None else [block.mixer_norm, block.feed_forward_norm]

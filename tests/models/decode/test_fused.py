@@ -97,6 +97,22 @@ def test_packing_moves_weights_and_copies_none(tmp_path):
     assert run(engine_of(load_model(tmp_path)), Request(prompt(9), 8, GREEDY))[0].tokens == expected
 
 
+def test_feed_forwards_with_factors_run_as_their_own_modules():
+    factors = replace(SHAPES["fla"], feed_forward=replace(GLU, gate_scale=2.0, down_scale=0.25))
+    model = small_model((SHAPES["fla"], factors))
+    assert [FusedBlock.supports(block) for block in model.layers] == [True, False]
+    ids = torch.tensor([prompt(5)])
+    with torch.no_grad():
+        x = model.layers[1].feed_forward_norm(torch.randn(3, model.config.d_model))
+        hidden = torch.nn.functional.silu(2 * model.layers[1].feed_forward.gate_proj(x))
+        hidden = hidden * model.layers[1].feed_forward.up_proj(x)
+        expected = 0.25 * model.layers[1].feed_forward.down_proj(hidden)
+        torch.testing.assert_close(model.layers[1].feed_forward(x), expected)
+        for _ in range(6):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert run(engine_of(model), Request(prompt(5), 6, GREEDY))[0].tokens == ids[0, 5:].tolist()
+
+
 def test_a_wrapped_projection_runs_as_its_own_module():
     class Doubled(torch.nn.Linear):
         def forward(self, x):

@@ -55,7 +55,7 @@ FOUR = {
     "learnt": replace(
         PAPER,
         mixer=replace(PAPER.mixer, num_heads=HEADS, learnable_decay=True, decay="experiment", gate="none"),
-        feed_forward=replace(PAPER.feed_forward, bias=True),
+        feed_forward=replace(PAPER.feed_forward, bias=True, gate_scale=2.0, down_scale=0.5),
         norm_position="post",
     ),
     "norm": replace(PAPER, mixer=replace(PAPER.mixer, num_heads=HEADS, decay_norm=True, head_norm="rms")),
@@ -64,7 +64,11 @@ FOUR = {
     "nope": replace(NOPE, mixer=replace(NOPE.mixer, num_heads=HEADS, num_kv_heads=1)),
     "mamba2": MAMBA2,
     "mamba2 in groups": replace(MAMBA2, mixer=replace(MAMBA2.mixer, num_groups=HEADS, bias=True)),
-    "mamba1": replace(MAMBA1, mixer=replace(MAMBA1.mixer, bias=True)),
+    "mamba2 with factors": replace(
+        MAMBA2, mixer=replace(MAMBA2.mixer, norm="none", projection_scales=(0.5, 2.0, 3.0, 0.25, 1.5))
+    ),
+    "mamba2, norm before the gate": replace(MAMBA2, mixer=replace(MAMBA2.mixer, norm_before_gate=True)),
+    "mamba1": replace(MAMBA1, mixer=replace(MAMBA1.mixer, bias=True, scan_norm="rms")),
 }
 HYBRID = tuple(FOUR.values())
 FUSED = (
