@@ -2,8 +2,9 @@
 
     mlp:   W_down act(W_up x)          gated:  b W_down (act(a W_gate x) * W_up x)
 
-a and b are 1 but for muP-trained models with factors on activations (`gate_scale`, `down_scale`: Falcon-H1, arXiv
-2507.22448). `inner_norm` normalises the input of W_down as well: Sub-LayerNorm (Foundation Transformers, arXiv 2210.06423).
+a and b are 1, except in models trained with factors on activations (`gate_scale`, `down_scale`: Falcon-H1, arXiv
+2507.22448). `inner_norm` normalises the input of W_down as well: Sub-LayerNorm (Foundation Transformers, arXiv
+2210.06423).
 """
 
 import math

@@ -167,7 +167,7 @@ class Mamba1(MixerModule):
     ) -> tuple[Tensor, Mamba1State | Mamba1Draft | None]:
         if layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
-        config, x = self.config, self.entered(x)
+        x = self.entered(x)
         inputs, z = self.in_proj(x).chunk(2, -1)
         u, recent = self.conv(inputs, None if state is None else state.recent, layout)
         low, write, read = self._scan_inputs(u)

@@ -2,9 +2,9 @@
 
     p = softmax(x W_r) or sigmoid(x W_r)        out = sum over the chosen experts of w_e expert_e(x)
 
-w are the chosen p divided by their sum (Mixtral, arXiv 2401.04088), or the chosen p (Jamba). With one expert per token, w is p itself (Switch,
-arXiv 2101.03961): a weight of 1 would give the router no gradient. Tokens are sorted by expert, and each expert reads
-its own tokens alone.
+w are the chosen p divided by their sum (Mixtral, arXiv 2401.04088), or the chosen p (Jamba, arXiv 2403.19887). With one
+expert per token, w is p itself (Switch, arXiv 2101.03961): a weight of 1 would give the router no gradient. Tokens are
+sorted by expert, and each expert reads its own tokens alone.
 
 In training, each expert takes at most capacity_factor * top_k * tokens / num_experts tokens, rounded up, of each
 document: a row, or a part of a packed row. First choices are served before second ones, and earlier tokens before later

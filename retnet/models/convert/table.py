@@ -28,7 +28,7 @@ _TIED = ("embedding.weight", "head.weight")
 
 @dataclass(frozen=True)
 class Part:
-    """One of our matrices in a fused tensor: part `index` of the `of` equal parts of dimension `dim` of tensor `name`."""
+    """One of our matrices in the fused tensor `name`: part `index` of the `of` equal parts of its dimension `dim`."""
 
     name: str
     index: int
