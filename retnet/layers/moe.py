@@ -33,7 +33,7 @@ from retnet.system.choices import check_choices
 class MoEConfig:
     """hidden_dim: of each expert; gated and activation as for `FeedForwardConfig`.
 
-    normalized: the weights of a token's experts are divided by their sum, if it has several.
+    normalize_weights: the weights of a token's experts are divided by their sum, if it has several.
     capacity_factor: None for no limit. capacity_policy, for tokens beyond an expert's capacity: "overflow" sends them
     to the next-best expert with room, "drop" skips that expert, "pad" drops with shapes that depend on the numbers of
     tokens and documents alone.
@@ -49,7 +49,7 @@ class MoEConfig:
     activation: Literal["gelu", "relu", "swish"] = "swish"
     bias: bool = False
     router: Literal["softmax", "sigmoid"] = "softmax"
-    normalized: bool = True
+    normalize_weights: bool = True
     capacity_factor: float | None = None
     capacity_policy: Literal["overflow", "drop", "pad"] = "overflow"
     load_balance_coef: float = 0.01
@@ -147,7 +147,7 @@ class MoE(nn.Module):
                     kept, experts * num_seats + before[:, None] + places, config.num_experts * num_seats
                 )
         weights = scores.gather(-1, experts)
-        if config.normalized and config.top_k > 1:
+        if config.normalize_weights and config.top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         if kept is not None:
             weights = weights.masked_fill(~kept, 0)

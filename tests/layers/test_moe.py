@@ -20,7 +20,7 @@ KINDS = {
     "sigmoid": {"router": "sigmoid"},
     "one expert": {"top_k": 1},
     "all experts": {"top_k": E},
-    "weights as they are": {"normalized": False},
+    "weights as they are": {"normalize_weights": False},
     "plain with bias": {"gated": False, "activation": "gelu", "bias": True},
 }
 
@@ -55,7 +55,7 @@ def by_definition(layer: MoE, x: Tensor) -> Tensor:
         scores = layer.router.weight @ row
         scores = scores.softmax(0) if layer.config.router == "softmax" else scores.sigmoid()
         best = scores.argsort(descending=True)[: layer.config.top_k].tolist()
-        total = sum(scores[e] for e in best) if len(best) > 1 and layer.config.normalized else 1.0
+        total = sum(scores[e] for e in best) if len(best) > 1 and layer.config.normalize_weights else 1.0
         out[i] = sum(scores[e] / total * expert(layer, e, row) for e in best)
     return out
 
