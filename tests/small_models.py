@@ -35,6 +35,14 @@ GLU = FeedForwardConfig(WIDTH, gated=True, activation="swish")
 PAPER = BlockConfig(RetentionConfig(2, WIDTH, 2 * WIDTH), FeedForwardConfig(2 * WIDTH))
 GATED = BlockConfig(RetentionConfig(2, WIDTH, 2 * WIDTH, decay="gated"), GLU)
 CONV = replace(GATED, mixer=replace(GATED.mixer, conv_width=4, gated_start="experiment"))
+LIGHTNING = BlockConfig(
+    RetentionConfig(
+        4, WIDTH, WIDTH, decay="alibi", decay_scale=0.4, rotary="none", qkv_activation="silu", gate="sigmoid",
+        head_norm="rms", head_norm_affine="per_head", head_norm_groups=2,
+    ),
+    GLU, norm="rms", norm_position="shared", skip_scale=0.8, residual_scale=1.3, feed_forward_skip_scale=1.1,
+    feed_forward_residual_scale=0.6,
+)  # fmt: skip
 WINDOW = BlockConfig(AttentionConfig(4, 2, head_dim=8, window=9), GLU, norm="rms")
 MAMBA2 = BlockConfig(Mamba2Config(2 * WIDTH, head_dim=16, state_dim=8), None, norm="rms")
 MAMBA1 = BlockConfig(Mamba1Config(2 * WIDTH, time_step_rank=2), None)
@@ -54,7 +62,7 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
     ),
     "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=EXPERTS)),
     # Every mixer that the engine serves.
-    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE),
+    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE, LIGHTNING),
     # Every mixer, every place of norms and residuals, experts with their losses.
     "every mixer": (
         MAMBA2,

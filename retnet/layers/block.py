@@ -1,10 +1,12 @@
-"""A block: a mixer and a feed-forward on the residual stream, pre- or post-norm, one after the other or side by side.
+"""A block: a mixer and a feed-forward on the residual stream, one after the other or side by side.
 
     pre:       a x + s f(norm(x))               post:  norm(a x + s f(x))
+    shared:    a norm(x) + s f(norm(x))
     parallel:  a x + s (mixer(norm1 x) + feed_forward(norm2 x))
 
 The paper's layer is pre-norm with s = a = 1; DeepNet's (deepnorm, arXiv 2203.00555) is post-norm with a = (2 L)^(1/4),
-which torchscale's `deepnorm` option also combines with pre-norm.
+which torchscale's `deepnorm` option also combines with pre-norm. MiniMax-Text-01 (arXiv 2501.08313) adds the branch to
+the norm's output, which its code calls post-norm: "shared".
 """
 
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ FEED_FORWARDS = {FeedForwardConfig: FeedForward, MoEConfig: MoE}
 class BlockConfig:
     """One layer of a stack. residual_scale is s, skip_scale is a; dropout is on both branches.
 
+    feed_forward_residual_scale, feed_forward_skip_scale: s and a of the feed-forward; those of the mixer if None.
     feed_forward None: the mixer alone, as in Mamba. keeps_state False: no state may be carried
     from call to call.
     """
@@ -42,10 +45,12 @@ class BlockConfig:
     feed_forward: FeedForwardConfig | MoEConfig | None
     norm: Norm = "layer"
     norm_eps: float = 1e-6
-    norm_position: Literal["pre", "post"] = "pre"
+    norm_position: Literal["pre", "post", "shared"] = "pre"
     residual: Literal["sequential", "parallel"] = "sequential"
     residual_scale: float = 1.0
     skip_scale: float = 1.0
+    feed_forward_residual_scale: float | None = None
+    feed_forward_skip_scale: float | None = None
     dropout: float = 0.0
     keeps_state: bool = True
 
@@ -53,12 +58,31 @@ class BlockConfig:
         check_choices(self)
         check_choices(self.mixer)  # one from outside the package may check nothing itself
         check_eps(self, "norm_eps")
-        if self.norm_position == "post" and self.residual == "parallel":
-            raise ValueError("norm_position is 'post' with residual 'parallel'; accepted with parallel: 'pre'")
+        if self.norm_position != "pre" and self.residual == "parallel":
+            raise ValueError(
+                f"norm_position is {self.norm_position!r} with residual 'parallel'; accepted with parallel: 'pre'"
+            )
+        own = self.feed_forward_residual_scale, self.feed_forward_skip_scale
+        if own != (None, None) and (self.feed_forward is None or self.residual == "parallel"):
+            raise ValueError(
+                f"feed_forward_residual_scale is {own[0]}, feed_forward_skip_scale {own[1]}; accepted without a "
+                "feed_forward, or with residual 'parallel': None"
+            )
         if self.feed_forward is None and self.residual == "parallel":
             raise ValueError("residual is 'parallel' without a feed_forward; accepted: 'sequential'")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; accepted: 0 <= dropout < 1")
+
+    @property
+    def mixer_scales(self) -> tuple[float, float]:
+        """(a, s) of the mixer."""
+        return self.skip_scale, self.residual_scale
+
+    @property
+    def feed_forward_scales(self) -> tuple[float, float]:
+        """(a, s) of the feed-forward."""
+        skip, branch = self.feed_forward_skip_scale, self.feed_forward_residual_scale
+        return self.skip_scale if skip is None else skip, self.residual_scale if branch is None else branch
 
 
 class Block(nn.Module):
@@ -85,12 +109,16 @@ class Block(nn.Module):
             of_mixer, of_feed_forward = kept_results(layout.recompute)
             mixed = partial(recomputed, self._mixed, of_mixer)
             fed = partial(recomputed, self._fed, of_feed_forward)
+        config = self.config
+        x = self._shared(self.mixer_norm, x)
         y, state = mixed(x, state, layout)
-        if self.config.residual == "parallel" and self.feed_forward is not None:
-            return self._residual(x, y + fed(x, None, layout)[0]), state
-        x = self._after(self.mixer_norm, self._residual(x, y))
+        if config.residual == "parallel" and self.feed_forward is not None:
+            return self._residual(x, y + fed(x, None, layout)[0], *config.mixer_scales), state
+        x = self._after(self.mixer_norm, self._residual(x, y, *config.mixer_scales))
         if self.feed_forward is not None:
-            x = self._after(self.feed_forward_norm, self._residual(x, fed(x, None, layout)[0]))
+            x = self._shared(self.feed_forward_norm, x)
+            y = fed(x, None, layout)[0]
+            x = self._after(self.feed_forward_norm, self._residual(x, y, *config.feed_forward_scales))
         return x, state
 
     def _mixed(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
@@ -100,14 +128,16 @@ class Block(nn.Module):
         assert self.feed_forward is not None
         return self.feed_forward(self._before(self.feed_forward_norm, x), layout), None
 
+    def _shared(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return norm(x) if self.config.norm_position == "shared" else x
+
     def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x) if self.config.norm_position == "pre" else x
 
     def _after(self, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x) if self.config.norm_position == "post" else x
 
-    def _residual(self, x: Tensor, y: Tensor) -> Tensor:
-        """a x + s y, without a pass over memory where a is 1."""
-        config = self.config
-        skip = x if config.skip_scale == 1.0 else config.skip_scale * x
-        return torch.add(skip, F.dropout(y, config.dropout, self.training), alpha=config.residual_scale)
+    def _residual(self, x: Tensor, y: Tensor, skip: float, branch: float) -> Tensor:
+        """skip x + branch y, without a pass over memory where skip is 1."""
+        y = F.dropout(y, self.config.dropout, self.training)
+        return torch.add(x if skip == 1.0 else skip * x, y, alpha=branch)

@@ -6,8 +6,12 @@ The defaults are the paper's: value width 2 D, decays of Eq. 8, layer norm over 
 makes the decay a function of the token, `sigmoid(x W)^(1/16)` (YOCO, arXiv 2405.05254, Eq. 7). A short causal
 convolution on Q, K and V before the rotation, as in Mamba and H3 (arXiv 2212.14052), lets a head compare a token with
 its neighbours' predecessors, which recall needs.
+
+Lightning attention (arXiv 2401.04658; MiniMax-Text-01, arXiv 2501.08313) is this mixer with other options: decays from
+ALiBi's slopes, scaled per layer; an activation of Q, K and V; a head norm over several heads together; a sigmoid gate.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -44,14 +48,18 @@ class RetentionConfig(MixerConfig):
 
     num_kv_heads: heads of k and v (num_heads if None), each shared by num_heads // num_kv_heads heads of q, whose
     decays stay their own.
-    decay: "paper" (Eq. 8), "experiment" (section 3.1), "none" (gamma 1), "gated", one gamma for all heads, or a gamma
-    for each head. learnable_decay: train the log decays as -exp(a), starting from `decay`. decay_norm: divide by the
-    norm of the decay mask's row, as torchscale does. gated_start: the schedule that the heads of a gated decay start
-    from, as a learnt bias; without one, all heads start near 0.96.
+    decay: "paper" (Eq. 8), "experiment" (section 3.1), "alibi" (lightning attention), "none" (gamma 1), "gated", one
+    gamma for all heads, or a gamma for each head. decay_scale multiplies log gamma. learnable_decay: train the log
+    decays as -exp(a), starting from `decay`. decay_norm: divide by the norm of the decay mask's row, as torchscale
+    does. gated_start: the schedule that the heads of a gated decay start from, as a learnt bias; without one, all heads
+    start near 0.96.
     rotary_yarn_length: stretch rotary positions by rotary_factor with YaRN from this length, instead of dividing them.
     rotary_dim: first components of a head of q and k that rotate (None: all), as in partial rotary.
     conv_width: tokens that the short convolution on each of `conv_on` sees (None: no convolution); conv_activation
-    follows it. qk_norm: norm over each head of q and k before the rotation; "rms" has learnt weights, "l2" has none.
+    follows it. qkv_activation: of q, k and v after their projections. qk_norm: norm over each head of q and k before
+    the rotation; "rms" has learnt weights, "l2" has none.
+    head_norm_groups: parts of equal numbers of heads that the head norm takes together (None: each head alone; 1: all
+    heads).
     """
 
     refused_when_split = ""
@@ -60,6 +68,7 @@ class RetentionConfig(MixerConfig):
     key_dim: int
     value_dim: int
     decay: str | float | tuple[float, ...] = "paper"
+    decay_scale: float = 1.0
     learnable_decay: bool = False
     gated_start: str | None = None
     decay_norm: bool = False
@@ -71,12 +80,14 @@ class RetentionConfig(MixerConfig):
     conv_width: int | None = None
     conv_on: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
     conv_activation: Literal["silu", "none"] = "silu"
+    qkv_activation: Literal["silu", "none"] = "none"
     qk_norm: HeadNorm = "none"
     qk_norm_eps: float = 1e-6
     gate: Literal["swish", "sigmoid", "none"] = "swish"
     head_norm: Literal["layer", "rms", "none"] = "layer"
     head_norm_affine: Literal["none", "shared", "per_head"] = "none"
     head_norm_eps: float = 1e-6
+    head_norm_groups: int | None = None
     num_kv_heads: int | None = None
     bias: bool = False
     mode: Mode = "auto"
@@ -103,6 +114,14 @@ class RetentionConfig(MixerConfig):
         check_eps(self, "head_norm_eps")
         check_eps(self, "qk_norm_eps")
         self._check_convolution()
+        groups = self.head_norm_groups
+        if groups is not None and (groups < 1 or self.num_heads % groups):
+            raise ValueError(
+                f"head_norm_groups is {groups}; accepted: a divisor of num_heads {self.num_heads}, or None"
+            )
+        self._check_decay()
+
+    def _check_decay(self) -> None:
         if isinstance(self.decay, str):
             accepted = (*SCHEDULES, "none", "gated")
             if self.decay not in accepted:
@@ -116,6 +135,11 @@ class RetentionConfig(MixerConfig):
                 raise ValueError(
                     f"decay is {self.decay}; accepted: one number or {self.num_heads} (num_heads) between 0 and 1"
                 )
+        if not 0 < self.decay_scale < math.inf or (self.decay == "gated" and self.decay_scale != 1.0):
+            raise ValueError(
+                f"decay_scale is {self.decay_scale} with decay {self.decay!r}; accepted: a positive number, and 1 with "
+                "decay 'gated'"
+            )
         if self.learnable_decay and (
             self.log_decay is None or bool(((self.log_decay == 0) | self.log_decay.isinf()).any())
         ):
@@ -124,7 +148,6 @@ class RetentionConfig(MixerConfig):
             raise ValueError(
                 "decay_norm is defined for a decay fixed per head; accepted with decay 'gated': decay_norm false"
             )
-
         if self.gated_start is not None and (self.decay != "gated" or self.gated_start not in SCHEDULES):
             raise ValueError(
                 f"gated_start is {self.gated_start!r} with decay {self.decay!r}; accepted: None, or with decay 'gated' "
@@ -137,6 +160,11 @@ class RetentionConfig(MixerConfig):
             raise ValueError(f"conv_width is {width!r}; accepted: None, or 2 to 8 tokens")
         if not parts or parts != tuple(part for part in "qkv" if part in parts):
             raise ValueError(f"conv_on is {parts!r}; accepted: one or more of 'q', 'k', 'v', in this order")
+        if width is not None and self.qkv_activation != "none":
+            raise ValueError(
+                f"qkv_activation is {self.qkv_activation!r} with conv_width {width}; accepted with a convolution: "
+                "'none', as conv_activation follows it"
+            )
 
     @property
     def projected(self) -> dict[str, int]:
@@ -173,8 +201,12 @@ class RetentionConfig(MixerConfig):
         decay, log_decay = self.decay, self.log_decay
         if log_decay is not None:
             decay = tuple(log_decay.exp().tolist())[rank * heads : (rank + 1) * heads]
+        normed = self.head_norm_groups
+        if normed is not None:
+            normed = per_process("head_norm_groups", normed, size)
         widths = {"key_dim": self.key_dim // size, "value_dim": self.value_dim // size}
-        return replace(self, num_heads=heads, num_kv_heads=groups, decay=decay, **widths)
+        decays = {"decay": decay, "decay_scale": 1.0}
+        return replace(self, num_heads=heads, num_kv_heads=groups, head_norm_groups=normed, **decays, **widths)
 
     def for_export(self, one_token: bool) -> Self:
         # "auto" would choose the form by the number of tokens in the example.
@@ -197,8 +229,9 @@ class RetentionConfig(MixerConfig):
         if self.decay == "none":
             return torch.zeros(self.num_heads, dtype=torch.float64, device="cpu")
         if isinstance(self.decay, str):
-            return SCHEDULES[self.decay](self.num_heads, dtype=torch.float64)
-        return torch.tensor(self.decay, dtype=torch.float64, device="cpu").log().expand(self.num_heads).clone()
+            return SCHEDULES[self.decay](self.num_heads, dtype=torch.float64) * self.decay_scale
+        gammas = torch.tensor(self.decay, dtype=torch.float64, device="cpu")
+        return gammas.log().expand(self.num_heads) * self.decay_scale
 
 
 @dataclass
@@ -345,7 +378,10 @@ class MultiScaleRetention(MixerModule):
         if self.conv is not None and layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
         config, x = self.config, self.entered(x)
-        (q, k, v), recent, inputs = self._convolved((self.q_proj(x), self.k_proj(x), self.v_proj(x)), state, layout)
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if config.qkv_activation != "none":
+            projected = F.silu(projected[0]), F.silu(projected[1]), F.silu(projected[2])
+        (q, k, v), recent, inputs = self._convolved(projected, state, layout)
         q, k = (z.unflatten(-1, (-1, config.head_key_dim)) for z in (q, k))
         v = v.unflatten(-1, (-1, config.head_value_dim))
         q = normed_heads(q, config.qk_norm, config.qk_norm_eps, self.q_norm_weight)
@@ -381,8 +417,13 @@ class MultiScaleRetention(MixerModule):
         return tuple(parts.values()), recent, torch.cat(inputs, -1) if layout.deferred else None
 
     def _head_norm(self, out: Tensor) -> Tensor:
-        if self.config.head_norm != "none":
-            out = normalize(out, self.config.head_norm, self.config.head_norm_eps)
+        """out [B, T, H, V], normed over each head, or over the heads of each group."""
+        config = self.config
+        if config.head_norm != "none":
+            together = out
+            if config.head_norm_groups is not None:
+                together = out.unflatten(-2, (config.head_norm_groups, -1)).flatten(-2)
+            out = normalize(together, config.head_norm, config.head_norm_eps).view(out.shape)
         return out if self.head_norm_weight is None else out * self.head_norm_weight
 
 

@@ -21,7 +21,7 @@ class ModelConfig:
     """A language model: embedding, `layers`, final norm, head.
 
     tie_embeddings: the head is the embedding. embedding_scale multiplies embeddings, embedding_norm comes after it.
-    logit_soft_cap c: c tanh(x / c).
+    logit_scale multiplies logits, and logit_soft_cap c comes after it: c tanh(x / c).
     init: a row of `retnet.models.init.INIT`. gradient_checkpointing recomputes blocks in the backward.
     float32_norms: the weights of norms and of MoE routers stay in float32, whatever `dtype` is.
     eos_token_id: the token that ends a text, or several that each do.
@@ -37,6 +37,7 @@ class ModelConfig:
     embedding_norm: Literal["layer", "rms", "none"] = "none"
     final_norm: Literal["layer", "rms", "none"] = "layer"
     norm_eps: float = 1e-6
+    logit_scale: float = 1.0
     logit_soft_cap: float | None = None
     init: Literal["paper", "torchscale", "normal"] = "paper"
     init_std: float = 0.02
@@ -61,6 +62,8 @@ class ModelConfig:
             raise ValueError("layers is empty; accepted: at least one")
         if self.logit_soft_cap is not None and not self.logit_soft_cap > 0:
             raise ValueError(f"logit_soft_cap is {self.logit_soft_cap}; accepted: a positive number or None")
+        if not 0 < self.logit_scale < math.inf:
+            raise ValueError(f"logit_scale is {self.logit_scale}; accepted: a positive number")
         if self.eos_token_id == ():
             raise ValueError("eos_token_id is empty; accepted: a token id, several, or None")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -223,10 +223,14 @@ class LanguageModel(nn.Module):
         return self.final_norm(x), ModelDraft(tuple(drafts))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., vocab], soft-capped if the configuration says so."""
-        logits = self.head(hidden)
+        """[..., D] -> [..., vocab], scaled and soft-capped if the configuration says so."""
+        logits = self.head(self._scaled(hidden))
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        scale = self.config.logit_scale
+        return hidden if scale == 1.0 else hidden * scale
 
     def loss(
         self,
@@ -256,9 +260,9 @@ class LanguageModel(nn.Module):
         The logits of all tokens are not held in memory, unless the head is more than its weight.
         """
         if isinstance(self.head, VocabularyHead):
-            return self.head.mean_nats(hidden, labels, self.config.logit_soft_cap)
+            return self.head.mean_nats(self._scaled(hidden), labels, self.config.logit_soft_cap)
         if is_plain_linear(self.head):
-            return linear_cross_entropy(hidden, self.head.weight, labels, self.config.logit_soft_cap)
+            return linear_cross_entropy(self._scaled(hidden), self.head.weight, labels, self.config.logit_soft_cap)
         logits = self.logits(hidden).flatten(0, -2)
         nats = F.cross_entropy(
             logits.to(wide_dtype(logits.dtype)), labels.flatten(), ignore_index=-100, reduction="sum"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from retnet.ops.decay import alibi_log_decay
 from retnet.ops.derivatives import needs_plain_form
 
 QUERY_BLOCK = 512  # queries per mask
@@ -24,14 +25,8 @@ FLEX_BLOCK = 128  # queries and keys per block that flex attention computes or s
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
-    """Slope of each head [H], float32 (Press et al. 2022, arXiv 2108.12409).
-
-    2^(-8/H), 2^(-16/H), ... if H is a power of 2. Otherwise the slopes of the next lower power, then every other slope
-    of the next higher one, as in the authors' code. Computed on the device: a captured step may not copy from the host.
-    """
-    below = 2 ** math.floor(math.log2(num_heads))
-    heads = torch.arange(num_heads, dtype=torch.float64, device=device)
-    return torch.exp2(-8 / below * torch.where(heads < below, heads + 1, heads - below + 0.5)).float()
+    """Slope of each head [H], float32 (Press et al. 2022, arXiv 2108.12409)."""
+    return -alibi_log_decay(num_heads, device=device)
 
 
 def causal_attention(

@@ -27,7 +27,21 @@ def experiment_log_decay(num_heads: int, *, dtype: torch.dtype = torch.float32) 
     return torch.log1p(-torch.exp(exponent)).to(dtype)
 
 
-SCHEDULES = {"paper": paper_log_decay, "experiment": experiment_log_decay}
+def alibi_log_decay(
+    num_heads: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = "cpu"
+) -> Tensor:
+    """log gamma [H] of lightning attention (arXiv 2401.04658): the slopes of ALiBi (arXiv 2108.12409), negated.
+
+    -2^(-8/H), -2^(-16/H), ... if H is a power of 2. Otherwise the slopes of the next lower power, then every other one
+    of the next higher power, as in the authors' code. Computed on the device: a captured step may not copy from the
+    host.
+    """
+    below = 2 ** math.floor(math.log2(num_heads))
+    heads = torch.arange(num_heads, dtype=torch.float64, device=device)
+    return -torch.exp2(-8 / below * torch.where(heads < below, heads + 1, heads - below + 0.5)).to(dtype)
+
+
+SCHEDULES = {"paper": paper_log_decay, "experiment": experiment_log_decay, "alibi": alibi_log_decay}
 
 
 def window(log_decay: float, floor: float = 0.01) -> float:

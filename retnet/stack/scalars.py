@@ -170,7 +170,7 @@ def _initialisation(value: Any) -> str:
     return value
 
 
-DECAYS = ("paper", "experiment", "none", "gated")
+DECAYS = ("paper", "experiment", "alibi", "none", "gated")
 
 
 def _decay(value: Any) -> str | float | tuple[float, ...]:

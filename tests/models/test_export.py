@@ -11,19 +11,20 @@ from torch.export import ExportedProgram
 
 from retnet.models.export import BLOCK_TOKENS, export_block, export_onnx, export_step, initial_state
 from retnet.models.lm import LanguageModel
-from tests.small_models import PAPER, WINDOW, random_ids, small_model
+from tests.small_models import LIGHTNING, PAPER, WINDOW, random_ids, small_model
 
 LENGTHS = (200, 1, 3, 1, 2, 512)  # tokens of one call after another
 
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    """Fixed and gated decay, with and without rotary, convolution and norms of q and k."""
+    """Fixed and gated decay, with and without rotary, convolution and norms of q and k; lightning attention."""
     options = (
         {"decay_norm": True, "conv_width": 4},
         {"decay": "gated", "rotary": "none", "gate": "sigmoid", "qk_norm": "rms"},
     )
-    return small_model([replace(PAPER, mixer=replace(PAPER.mixer, **option)) for option in options])
+    layers = [replace(PAPER, mixer=replace(PAPER.mixer, **option)) for option in options]
+    return small_model([*layers, LIGHTNING], logit_scale=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,12 @@ VARIANTS = {
     "convolution on q and v": {"conv_width": 2, "conv_on": ("q", "v"), "conv_activation": "none"},
     "wide convolution, shared keys": {"conv_width": 8, "num_kv_heads": 1, "bias": True},
     "q and k normed by weights": {"qk_norm": "rms", "gate": "sigmoid"},
+    "lightning attention": {
+        "decay": "alibi", "decay_scale": 0.7, "qkv_activation": "silu", "gate": "sigmoid", "head_norm": "rms",
+        "head_norm_affine": "per_head", "head_norm_groups": 1, "rotary": "none",
+    },
     "q and k of length 1": {"qk_norm": "l2", "conv_width": 3, "conv_on": ("k",), "rotary": "none"},
-}
+}  # fmt: skip
 
 
 def make_model(block: dict | None = None, dtype: str = "float64", **mixer) -> LanguageModel:
@@ -134,6 +138,8 @@ def test_gradients_of_packed_documents_do_not_leak():
         {"norm": "rms"},
         {"norm_position": "post", "skip_scale": (2 * 2) ** 0.25},
         {"residual": "parallel", "residual_scale": 0.7},
+        {"norm_position": "shared", "skip_scale": 1.4, "residual_scale": 0.7, "feed_forward_skip_scale": 0.6},
+        {"feed_forward_residual_scale": 0.3},
     ],
 )
 def test_block_variants_decode_like_they_train(block):
@@ -207,3 +213,13 @@ def test_training_learns_to_copy():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5 * math.log(16)
+
+
+def test_logits_are_scaled_before_they_are_capped_and_the_loss_is_theirs():
+    plain, ids = small_model(logit_scale=1.0), random_ids(2, 9)
+    scaled = small_model(logit_scale=0.25, logit_soft_cap=2.0)
+    with torch.no_grad():
+        logits = scaled(ids).logits
+        torch.testing.assert_close(logits, 2.0 * torch.tanh(plain(ids).logits * 0.25 / 2.0))
+        expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        torch.testing.assert_close(scaled.loss(ids[:, :-1], ids[:, 1:]), expected)

@@ -155,6 +155,7 @@ HINTS = {
 }
 OPTIONS = {
     "key_dim": "32", "value_dim": "64", "decay": "gated", "learnable_decay": "true", "decay_norm": "true",
+    "decay_scale": "0.5", "qkv_activation": "silu", "head_norm_groups": "1",
     "conv_width": "4", "conv_activation": "none", "qk_norm": "l2",
     "rotary": "half", "gate": "none", "head_norm": "rms", "head_norm_affine": "shared", "head_norm_eps": "1.0e-3",
 }  # fmt: skip

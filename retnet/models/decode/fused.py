@@ -74,11 +74,12 @@ class FusedBlock:
             inputs.append(mixer.gate_proj)
             self.widths.append(mixer.gate_proj.out_features)
         self.inputs = pack(inputs)
-        self.output = FusedOutput(mixer.out_proj, config.skip_scale, config.residual_scale)
+        self.output = FusedOutput(mixer.out_proj, *config.mixer_scales)
         self.convolution = FusedConvolution(mixer)
         self.decay_input = None if mixer.decay_proj is None else pack([mixer.decay_proj])
         head = self.config
-        self.head_norm = InputNorm(head.head_norm, head.num_heads, head.head_norm_eps, _data(mixer.head_norm_weight))
+        groups = head.head_norm_groups or head.num_heads
+        self.head_norm = InputNorm(head.head_norm, groups, head.head_norm_eps, _data(mixer.head_norm_weight))
         self.decay = None
         if mixer.decay_proj is None:
             with torch.inference_mode(False), torch.no_grad():
@@ -95,7 +96,7 @@ class FusedBlock:
         gate = feed_forward.gate_proj
         self.gated = gate is not None
         self.up = pack([feed_forward.up_proj] if gate is None else [gate, feed_forward.up_proj])
-        self.down = FusedOutput(feed_forward.down_proj, block.config.skip_scale, block.config.residual_scale)
+        self.down = FusedOutput(feed_forward.down_proj, *block.config.feed_forward_scales)
 
     @property
     def rotary_key(self) -> RotaryKey | None:
@@ -112,7 +113,10 @@ class FusedBlock:
         config, mixer, feed_forward = block.config, block.mixer, block.feed_forward
         if type(mixer) is not MultiScaleRetention or mixer.config.decay_norm or mixer.config.qk_norm != "none":
             return False
-        if mixer.config.rotary_dim is not None:
+        head = mixer.config
+        if head.rotary_dim is not None or head.qkv_activation != "none":
+            return False
+        if head.head_norm_groups is not None and head.head_norm_affine == "shared":
             return False
         if mixer.conv is not None and type(mixer.conv) is not ShortConvolution:
             return False
@@ -307,6 +311,8 @@ class FusedModel:
         if self.head is None or self.final_norm is None:
             return model.logits(model.final_norm(x))
         logits = decode_linear(x, self.head, norm=self.final_norm)
+        if model.config.logit_scale != 1.0:
+            logits = logits * model.config.logit_scale
         if isinstance(model.head, VocabularyHead):
             logits = model.head.shard.gathered(logits, model.config.vocab_size)
         cap = model.config.logit_soft_cap

@@ -40,6 +40,7 @@ class Retnet(MixerSettings):
     key_dim: MaybePositiveInt = Field(default=None, alias=OURS + "key_dim")  # over all heads; default d_model
     value_dim: MaybePositiveInt = Field(default=None, alias=OURS + "value_dim")  # over all heads; default 2 d_model
     decay: Decay = Field(default="paper", alias=OURS + "decay")
+    decay_scale: Positive = Field(default=1.0, alias=OURS + "decay_scale")
     learnable_decay: Flag = Field(default=False, alias=OURS + "learnable_decay")
     decay_norm: Flag = Field(default=False, alias=OURS + "decay_norm")
     rotary: Annotated[Literal["interleaved", "half"], ONE_OF] = Field(default="interleaved", alias=OURS + "rotary")
@@ -49,6 +50,7 @@ class Retnet(MixerSettings):
         default="qkv", alias=OURS + "conv_on"
     )
     conv_activation: Annotated[Literal["silu", "none"], ONE_OF] = Field(default="silu", alias=OURS + "conv_activation")
+    qkv_activation: Annotated[Literal["silu", "none"], ONE_OF] = Field(default="none", alias=OURS + "qkv_activation")
     qk_norm: Annotated[Literal["rms", "l2", "none"], ONE_OF] = Field(default="none", alias=OURS + "qk_norm")
     gated_start: Annotated[Literal["paper", "experiment", "none"], ONE_OF] = Field(
         default="none", alias=OURS + "gated_start"
@@ -59,6 +61,7 @@ class Retnet(MixerSettings):
         default="none", alias=OURS + "head_norm_affine"
     )
     head_norm_eps: Positive = Field(default=1e-6, alias=OURS + "head_norm_eps")
+    head_norm_groups: MaybePositiveInt = Field(default=None, alias=OURS + "head_norm_groups")
 
     def config(self, spec: Spec) -> RetentionConfig:
         from retnet.layers.retention import RetentionConfig
@@ -68,6 +71,7 @@ class Retnet(MixerSettings):
             key_dim=self.key_dim or spec.model.d_model,
             value_dim=self.value_dim or 2 * spec.model.d_model,
             decay=self.decay,
+            decay_scale=self.decay_scale,
             learnable_decay=self.learnable_decay,
             decay_norm=self.decay_norm,
             rotary=self.rotary if self.rope else "none",
@@ -75,12 +79,14 @@ class Retnet(MixerSettings):
             conv_width=self.conv_width,
             conv_on=cast(Any, tuple(self.conv_on)),
             conv_activation=self.conv_activation,
+            qkv_activation=self.qkv_activation,
             qk_norm=self.qk_norm,
             gated_start=None if self.gated_start == "none" else self.gated_start,
             gate=self.gate,
             head_norm=self.head_norm,
             head_norm_affine=self.head_norm_affine,
             head_norm_eps=self.head_norm_eps,
+            head_norm_groups=self.head_norm_groups,
             mode="chunkwise" if self.chunkwise else "parallel",
             chunk_size=self.chunk_size,
             **spec.rotary(),
@@ -103,8 +109,11 @@ class Retnet(MixerSettings):
         parts = {
             f"{decay} decay{start}": decay != "paper",
             f"rotation of {self.rotary_dim}": self.rotary_dim is not None,
+            f"decay scaled by {self.decay_scale:g}": self.decay_scale != 1,
             f"convolution of {self.conv_width}": self.conv_width is not None,
+            f"{self.qkv_activation} of q, k and v": self.qkv_activation != "none",
             f"{self.qk_norm} norm of q and k": self.qk_norm != "none",
+            f"head norm over {self.head_norm_groups} groups of heads": self.head_norm_groups is not None,
             "no gate" if self.gate == "none" else f"{self.gate} gate": self.gate != "swish",
         }
         return ", ".join([name, *(part for part, given in parts.items() if given)])
@@ -115,6 +124,10 @@ class Retnet(MixerSettings):
             yield Fault(("rope",), what, "write rope: false here, or embedding.positional: rope")
         if model is not None:
             yield from self._widths(model)
+            groups = self.head_norm_groups
+            if groups is not None and model.n_heads % groups:
+                what = f"{model.n_heads} heads (n_heads) are not {groups} equal groups"
+                yield Fault((OURS + "head_norm_groups",), what, f"write a divisor of {model.n_heads}")
             if isinstance(self.decay, tuple) and len(self.decay) != model.n_heads:
                 what = f"{len(self.decay)} gammas for {model.n_heads} heads"
                 yield Fault((OURS + "decay",), what, f"write {model.n_heads} numbers, or one without brackets")
@@ -126,6 +139,12 @@ class Retnet(MixerSettings):
         if self.conv_width is not None and not 2 <= self.conv_width <= 8:
             fix = f"write {min(max(self.conv_width, 2), 8)}"
             yield Fault((OURS + "conv_width",), f"expected 2 to 8 tokens, got {self.conv_width}", fix)
+        if self.conv_width is not None and self.qkv_activation != "none":
+            what = f"qkv_activation {self.qkv_activation} with a convolution, which conv_activation follows"
+            yield Fault((OURS + "qkv_activation",), what, f"remove it, or {OURS}conv_width")
+        if self.decay == "gated" and self.decay_scale != 1:
+            what = "decay_scale multiplies a decay that is fixed per head, not decay: gated"
+            yield Fault((OURS + "decay_scale",), what, "remove it, or write another decay")
         if self.gated_start != "none" and self.decay != "gated":
             what = f"gated_start is the start of a decay that depends on the token, not of decay {show(self.decay)}"
             yield Fault((OURS + "gated_start",), what, f"remove it, or write {OURS}decay: gated")

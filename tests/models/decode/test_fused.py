@@ -37,12 +37,31 @@ SHAPES = {
     "convolution of q and v": BlockConfig(
         RetentionConfig(4, 32, 64, conv_width=3, conv_on=("q", "v"), conv_activation="none", num_kv_heads=2), MLP
     ),
+    "head norm over all heads": BlockConfig(
+        RetentionConfig(
+            4,
+            32,
+            64,
+            decay="alibi",
+            decay_scale=0.5,
+            rotary="half",
+            gate="sigmoid",
+            head_norm="rms",
+            head_norm_affine="per_head",
+            head_norm_groups=1,
+        ),
+        GLU,
+        norm="rms",
+        residual_scale=0.7,
+        feed_forward_residual_scale=0.4,
+        feed_forward_skip_scale=1.2,
+    ),
     "yarn": BlockConfig(RetentionConfig(2, 16, 32, decay=(0.3, 0.99), rotary_factor=4.0, rotary_yarn_length=32), MLP),
 }
 
 
 def shaped_model(shape: str) -> LanguageModel:
-    model = small_model((SHAPES[shape],) * 2, logit_soft_cap=20.0)
+    model = small_model((SHAPES[shape],) * 2, logit_scale=1.25, logit_soft_cap=20.0)
     generator = torch.Generator().manual_seed(3)
     for name, weight in model.named_parameters():
         if name.endswith(("norm.weight", "norm.bias", "norm_weight", "_proj.bias")):

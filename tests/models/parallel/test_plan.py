@@ -22,7 +22,19 @@ from retnet.ops import tensor_shard
 from retnet.ops.tensor_shard import TensorShard
 from tests.lockstep import Lockstep, in_lockstep
 from tests.ops.threads import ContextThread
-from tests.small_models import EXPERTS, GLU, HYENA, MAMBA2, PAPER, WIDTH, WINDOW, random_ids, small_config, small_model
+from tests.small_models import (
+    EXPERTS,
+    GLU,
+    HYENA,
+    LIGHTNING,
+    MAMBA2,
+    PAPER,
+    WIDTH,
+    WINDOW,
+    random_ids,
+    small_config,
+    small_model,
+)
 from tests.torchrun import on_processes
 
 from . import tensor_checks as checks
@@ -36,7 +48,9 @@ def test_each_layer_has_the_loss_logits_and_gradients_of_one_process(layer):
 
 
 def test_float32_tied_embeddings_and_a_soft_cap():
-    on_threads(2, checks.check_training, FUSED[:1], dtype="float32", tie_embeddings=True, logit_soft_cap=5.0)
+    on_threads(
+        2, checks.check_training, FUSED[:1], dtype="float32", tie_embeddings=True, logit_scale=0.7, logit_soft_cap=5.0
+    )
 
 
 def test_states_are_split_by_head_and_decoding_is_that_of_one_process():
@@ -194,6 +208,7 @@ REFUSED = {
     "its filters are one network.*accepted when split: retention, attention, mamba1, mamba2": HYENA,
     "mixture of experts": replace(FOUR["paper"], feed_forward=EXPERTS),
     "hidden_dim is 33 on 4 processes": replace(FOUR["paper"], feed_forward=replace(GLU, hidden_dim=33)),
+    "head_norm_groups is 2 on 4 processes; accepted: a multiple of 4": LIGHTNING,
     "inner_norm is 'rms'": replace(FOUR["paper"], feed_forward=replace(GLU, inner_norm="rms")),
     "inner_dim is 66 on 4": replace(FOUR["mamba1"], mixer=replace(FOUR["mamba1"].mixer, inner_dim=66)),
     "num_heads is 6 on 4": replace(WINDOW, mixer=AttentionConfig(6, 1, head_dim=8)),
