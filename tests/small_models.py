@@ -50,6 +50,20 @@ HYENA = BlockConfig(HyenaConfig(filter_hidden=8, filter_decay=0.05), GLU, residu
 ALIBI = BlockConfig(AttentionConfig(4, 1, head_dim=8, rotary="none", alibi=True), GLU)
 NOPE = BlockConfig(AttentionConfig(2, 1, head_dim=16, rotary="none", qk_norm="rms", gate="sigmoid"), GLU)
 EXPERTS = MoEConfig(num_experts=4, top_k=2, hidden_dim=16)
+# As in DeepSeek-V3: a bias for the choice of experts, groups, a shared expert, a scale.
+GROUPED = MoEConfig(
+    num_experts=6,
+    top_k=2,
+    hidden_dim=16,
+    router="sigmoid",
+    routed_scale=1.5,
+    shared_hidden_dim=24,
+    num_groups=3,
+    top_groups=2,
+    bias_update_rate=1e-3,
+    load_balance_coef=0.0,
+    sequence_balance_coef=0.01,
+)
 
 STACKS: dict[str, tuple[BlockConfig, ...]] = {
     "retention": (PAPER, PAPER),
@@ -60,7 +74,7 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
         replace(PAPER, mixer=replace(PAPER.mixer, conv_width=3, conv_on=("q", "v"))),
         replace(CONV, mixer=replace(CONV.mixer, qk_norm="rms", gate="sigmoid")),
     ),
-    "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=EXPERTS)),
+    "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=GROUPED)),
     # Every mixer that the engine serves.
     "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE, LIGHTNING),
     # Every mixer, every place of norms and residuals, experts with their losses.
@@ -104,13 +118,16 @@ def hf_model(stack: Stack = "both decays", **options: Any) -> RetNetForCausalLM:
 
 @torch.no_grad()
 def unit_gain_(model: LanguageModel, seed: int = 0) -> LanguageModel:
-    """Redraws the matrices so that each keeps the size of a vector."""
+    """Redraws the matrices so that each keeps the size of a vector, and biases that decide which experts are chosen."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if name == "embedding.weight":
             weight.normal_(std=0.5 if model.config.tie_embeddings else 1.0, generator=generator)
         elif name.endswith("weight") and weight.dim() > 1:
             weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+    for name, bias in model.named_buffers():
+        if name.endswith("routing_bias"):
+            bias.normal_(std=0.3, generator=generator)
     return model
 
 

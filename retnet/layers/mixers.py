@@ -14,6 +14,7 @@ from retnet.layers.hyena import Hyena, HyenaConfig, HyenaState, hyena_flops
 from retnet.layers.mamba1 import Mamba1, Mamba1Config, Mamba1Draft, Mamba1State, mamba1_flops
 from retnet.layers.mamba2 import Mamba2, Mamba2Config, Mamba2State, mamba2_flops
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule
+from retnet.layers.moe import MoE
 from retnet.layers.retention import (
     MultiScaleRetention,
     RetentionConfig,
@@ -64,8 +65,9 @@ def mixer_configs() -> Mapping[str, type[MixerConfig]]:
 
 
 def float32_parameters() -> set[str]:
-    """Names of the parameters that stay float32 in a model of half precision, over all mixers."""
-    return {name for mixer in MIXERS.values() for name in mixer.module.FLOAT32_PARAMETERS}
+    """Names of the parameters and buffers that stay float32 in a model of half precision, over all layers."""
+    mixers = {name for mixer in MIXERS.values() for name in mixer.module.FLOAT32_PARAMETERS}
+    return mixers | set(MoE.FLOAT32_PARAMETERS)
 
 
 register(Mixer("retention", RetentionConfig, MultiScaleRetention, RetentionState, RetentionDraft, retention_flops))

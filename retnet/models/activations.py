@@ -56,7 +56,8 @@ def activation_bytes(config: ModelConfig, level: Level, *, autocast: bool = True
     """Bytes per token that all layers hold for the backward of a training step, their inputs included.
 
     autocast: in bfloat16 as with `bf16=true`; otherwise in the configuration's dtype. A mixture of experts is counted
-    as one feed-forward as wide as the experts of a token. Dropout masks count where the configuration has dropout.
+    as one feed-forward as wide as the experts of a token, shared ones included. Dropout masks count where the
+    configuration has dropout.
     """
     return sum(_layer_bytes(layer, config.d_model, config.torch_dtype, level, autocast) for layer in config.layers)
 
@@ -71,7 +72,7 @@ def working_bytes(config: ModelConfig, *, autocast: bool = True) -> float:
 def _layer_bytes(layer: BlockConfig, d_model: int, dtype: torch.dtype, level: Level, autocast: bool) -> float:
     feed_forward = layer.feed_forward
     if isinstance(feed_forward, MoEConfig):  # whose shapes depend on values
-        width = feed_forward.top_k * feed_forward.hidden_dim
+        width = feed_forward.top_k * feed_forward.hidden_dim + (feed_forward.shared_hidden_dim or 0)
         gated, activation = feed_forward.gated, feed_forward.activation
         layer = replace(layer, feed_forward=FeedForwardConfig(width, gated, activation, feed_forward.bias))
     before = torch.get_default_dtype()

@@ -8,20 +8,27 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from retnet.layers.block import BlockConfig
-from retnet.layers.moe import MoE, MoEConfig, assign
+from retnet.layers.moe import MoE, MoEConfig
 from retnet.layers.retention import RetentionConfig
+from retnet.layers.routing import assign
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.lm import LanguageModel
 from tests.small_models import small_model
 
 D, E = 6, 5
+ONE_DOCUMENT = torch.tensor([0, 5])
 KINDS = {
     "softmax": {},
     "sigmoid": {"router": "sigmoid"},
     "one expert": {"top_k": 1},
     "all experts": {"top_k": E},
-    "weights as they are": {"normalize_weights": False},
     "plain with bias": {"gated": False, "activation": "gelu", "bias": True},
+    "square root of softplus, scaled": {"router": "sqrt_softplus", "routed_scale": 2.5},
+    "weights as they are": {"normalize_weights": False},
+    "shared experts": {"shared_hidden_dim": 12, "bias": True},
+    "bias of scores": {"router": "sigmoid", "bias_update_rate": 0.1},
+    "groups": {"num_experts": 6, "num_groups": 3, "top_groups": 2, "router": "sigmoid", "bias_update_rate": 0.1},
+    "groups of one": {"num_groups": 5, "top_groups": 3, "top_k": 3, "bias_update_rate": 0.0},
 }
 
 
@@ -31,6 +38,8 @@ def build(**options) -> MoE:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        if layer.routing_bias is not None:
+            layer.routing_bias.normal_(std=0.5)
     return layer.eval()
 
 
@@ -48,15 +57,41 @@ def expert(layer: MoE, e: int, x: Tensor) -> Tensor:
     return linear(layer.down_proj, layer.activation(linear(layer.gate_proj, x)) * hidden)
 
 
+def scores_of(layer: MoE, row: Tensor) -> Tensor:
+    logits = layer.router.weight @ row
+    match layer.config.router:
+        case "softmax":
+            return logits.exp() / logits.exp().sum()
+        case "sigmoid":
+            return 1 / (1 + (-logits).exp())
+        case _:
+            return (1 + logits.exp()).log().sqrt()
+
+
+def choice(layer: MoE, scores: Tensor) -> list[int]:
+    """The experts of one token: the best of the best groups, by score plus bias."""
+    config, groups = layer.config, []
+    value = (scores + (0 if layer.routing_bias is None else layer.routing_bias)).tolist()
+    size = config.num_experts // config.num_groups
+    for g in range(config.num_groups):
+        members = list(range(g * size, (g + 1) * size))
+        groups.append((sum(sorted((value[e] for e in members), reverse=True)[:2]), members))
+    groups.sort(reverse=True)
+    allowed = [e for _, members in groups[: config.top_groups] for e in members]
+    return sorted(allowed, key=lambda e: value[e], reverse=True)[: config.top_k]
+
+
 def by_definition(layer: MoE, x: Tensor) -> Tensor:
     """One token and one expert at a time."""
-    out = torch.zeros_like(x)
+    out, config = torch.zeros_like(x), layer.config
     for i, row in enumerate(x):
-        scores = layer.router.weight @ row
-        scores = scores.softmax(0) if layer.config.router == "softmax" else scores.sigmoid()
-        best = scores.argsort(descending=True)[: layer.config.top_k].tolist()
-        total = sum(scores[e] for e in best) if len(best) > 1 and layer.config.normalize_weights else 1.0
-        out[i] = sum(scores[e] / total * expert(layer, e, row) for e in best)
+        scores = scores_of(layer, row)
+        best = choice(layer, scores)
+        total = sum(scores[e] for e in best) if config.normalize_weights and len(best) > 1 else 1.0
+        out[i] = config.routed_scale * sum(scores[e] / total * expert(layer, e, row) for e in best)
+        if layer.shared is not None:
+            hidden = layer.activation(layer.shared.gate_proj(row)) * layer.shared.up_proj(row)
+            out[i] += layer.shared.down_proj(hidden)
     return out
 
 
@@ -65,6 +100,10 @@ def test_each_token_gets_its_best_experts_by_the_definition(kind):
     layer, x = build(**KINDS[kind]), tokens(2, 7)
     expected = by_definition(layer, x.flatten(0, 1)).view(2, 7, D)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :3] = mask[1, 5:] = False
+    masked = layer(x, TokenLayout.of((2, 7), x.device, mask=mask, losses=[]))
+    torch.testing.assert_close(masked[mask], expected[mask], rtol=1e-12, atol=1e-12)
     assert layer(x[:, :0]).shape == (2, 0, D)
 
 
@@ -168,15 +207,15 @@ def test_balance_loss_is_its_coefficient_at_balance_and_larger_without():
     even = torch.eye(E, dtype=torch.float64) * 50
     one = torch.zeros(4, E, dtype=torch.float64)
     one[:, 2] = 50
-    assert layer.losses(even, even.softmax(-1)).item() == pytest.approx(0.25)
-    assert layer.losses(one, one.softmax(-1)).item() == pytest.approx(0.25 * E)
+    assert layer.losses(even, even.softmax(-1), ONE_DOCUMENT).item() == pytest.approx(0.25)
+    assert layer.losses(one, one.softmax(-1), ONE_DOCUMENT).item() == pytest.approx(0.25 * E)
 
 
 def test_z_loss_is_the_mean_square_of_the_log_partition():
     layer = build(load_balance_coef=0.0, z_loss_coef=2.0)
     logits = torch.tensor([[0.0] * E, [1.0] * E], dtype=torch.float64)
     expected = 2.0 * (math.log(E) ** 2 + (1 + math.log(E)) ** 2) / 2
-    assert layer.losses(logits, logits.softmax(-1)).item() == pytest.approx(expected)
+    assert layer.losses(logits, logits.softmax(-1), ONE_DOCUMENT).item() == pytest.approx(expected)
 
 
 def test_padding_neither_counts_in_losses_nor_takes_capacity():
@@ -252,6 +291,13 @@ def test_initial_router_weights_have_the_size_asked_for():
         ({"capacity_factor": 0.0}, "capacity_factor is 0.0"),
         ({"router_jitter": 1.0}, "router_jitter is 1.0"),
         ({"z_loss_coef": -1.0}, "z_loss_coef is -1.0"),
+        ({"routed_scale": math.nan}, "routed_scale is nan"),
+        ({"shared_hidden_dim": 0}, "shared_hidden_dim is 0"),
+        ({"bias_update_rate": -0.1}, "bias_update_rate is -0.1"),
+        ({"router": "sqrt"}, "router is 'sqrt'; accepted: softmax, sigmoid, sqrt_softplus"),
+        ({"num_groups": 2}, "num_groups is 2 of 5 experts; accepted: a divisor"),
+        ({"num_groups": 5, "top_groups": 6}, r"top_groups is 6; accepted: 1 to num_groups \(5\)"),
+        ({"num_groups": 5, "top_groups": 1}, "top_k is 2 with 1 groups of 1 experts; accepted: at most 1"),
     ],
 )
 def test_invalid_configurations_are_refused_with_a_reason(options, message):

@@ -77,13 +77,13 @@ def drawn_seed() -> int:
 
 @torch.no_grad()
 def _draw_missing(model: LanguageModel) -> None:
-    """Draw the parameters that no checkpoint gave; transformers marks those that one did."""
+    """Draw the parameters and buffers that no checkpoint gave; transformers marks those that one did."""
     missing = {
         name: weight
-        for name, weight in model.named_parameters()
+        for name, weight in (*model.named_parameters(), *model.named_buffers())
         if not (weight.is_meta or getattr(weight, "_is_hf_initialized", False))
     }
     if missing:
-        fresh = LanguageModel(model.config, seed=drawn_seed())
+        fresh = LanguageModel(model.config, seed=drawn_seed()).state_dict()
         for name, weight in missing.items():
-            weight.copy_(fresh.get_parameter(name))
+            weight.copy_(fresh[name])
