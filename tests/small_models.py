@@ -47,7 +47,7 @@ WINDOW = BlockConfig(AttentionConfig(4, 2, head_dim=8, window=9), GLU, norm="rms
 MAMBA2 = BlockConfig(Mamba2Config(2 * WIDTH, head_dim=16, state_dim=8), None, norm="rms")
 MAMBA1 = BlockConfig(Mamba1Config(2 * WIDTH, time_step_rank=2), None)
 HYENA = BlockConfig(HyenaConfig(filter_hidden=8, filter_decay=0.05), GLU, residual="parallel")
-ALIBI = BlockConfig(AttentionConfig(4, 1, head_dim=8, rotary="none", alibi=True), GLU)
+ALIBI = BlockConfig(AttentionConfig(4, 1, head_dim=8, rotary="none", alibi=True, num_sinks=2), GLU)
 NOPE = BlockConfig(AttentionConfig(2, 1, head_dim=16, rotary="none", qk_norm="rms", gate="sigmoid"), GLU)
 EXPERTS = MoEConfig(num_experts=4, top_k=2, hidden_dim=16)
 # As in DeepSeek-V3: a bias for the choice of experts, groups, a shared expert, a scale.
@@ -86,7 +86,7 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
         HYENA,
         replace(ALIBI, feed_forward=None),
         CONV,
-        replace(NOPE, mixer=replace(NOPE.mixer, rotary="half", qk_norm="l2", window=5)),
+        replace(NOPE, mixer=replace(NOPE.mixer, rotary="half", rotary_dim=6, qk_norm="l2", window=5)),
     ),
 }
 Stack = str | Sequence[BlockConfig]
@@ -121,7 +121,9 @@ def unit_gain_(model: LanguageModel, seed: int = 0) -> LanguageModel:
     """Redraws the matrices so that each keeps the size of a vector, and biases that decide which experts are chosen."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
-        if name == "embedding.weight":
+        if name.endswith("sink_logits"):
+            weight.normal_(generator=generator)
+        elif name == "embedding.weight":
             weight.normal_(std=0.5 if model.config.tie_embeddings else 1.0, generator=generator)
         elif name.endswith("weight") and weight.dim() > 1:
             weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)

@@ -1,16 +1,22 @@
-"""Causal softmax attention on tensors: PyTorch's kernels with windows, ALiBi and packed documents.
+"""Causal softmax attention on tensors: PyTorch's kernels with windows, ALiBi, sinks and packed documents.
 
-    out_i = sum_j softmax_j(q_i k_j / sqrt(K) - slope_h (i - j)) v_j        over 0 <= i - j < window
+    out_i = sum_j p_ij v_j                                     over 0 <= i - j < window
+    p_ij = exp(s_ij) / (exp(sink_h) + sum_j exp(s_ij))         s_ij = scale q_i k_j - slope_h (i - j)
+
+Without a sink, its exponential is 0. A sink takes a share of the weights and has no value, so a head may attend to
+little or nothing (gpt-oss; a logit of 0 is "softmax off by one").
 
 Plain causal attention is one call of `scaled_dot_product_attention`. Windows and ALiBi call it per block of queries,
-each with the keys that it can see, so that memory and work are linear in T for a window. On CUDA, windows, ALiBi and
-packed documents use `flex_attention`, which skips masked blocks. Elsewhere, packed documents are computed one by one:
-no key of one is multiplied with a query of another. The results agree up to rounding.
+each with the keys that it can see, so that memory and work are linear in T for a window. Sinks are products and a
+softmax of our own, because PyTorch's call has neither sinks nor the sum of exponentials. On CUDA, windows, ALiBi, sinks
+and packed documents use `flex_attention`, which skips masked blocks. Elsewhere, packed documents are computed one by
+one: no key of one is multiplied with a query of another. The results agree up to rounding.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from typing import TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +25,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retnet.ops.decay import alibi_log_decay
 from retnet.ops.derivatives import needs_plain_form
+from retnet.ops.dtypes import wide_dtype
 
 QUERY_BLOCK = 512  # queries per mask
+SINK_SCORES = 1 << 22  # scores per head that are held at a time where there are sinks
 FLEX_BLOCK = 128  # queries and keys per block that flex attention computes or skips
+
+
+class ScoreOptions(TypedDict, total=False):
+    """What changes scores and weights. window: tokens that a query sees, itself included (None: all before it).
+
+    slopes: of ALiBi, [H]. sinks: the log of what each head adds to its sum of exponentials, [H]. scale: of q k, None
+    for K ** -0.5. dropout: of the weights.
+    """
+
+    window: int | None
+    slopes: Tensor | None
+    sinks: Tensor | None
+    scale: float | None
+    dropout: float
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
@@ -29,51 +51,34 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     return -alibi_log_decay(num_heads, device=device)
 
 
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None = None,
-    slopes: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """T tokens attend to themselves and to the `window` - 1 tokens before them (all of them if None).
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[ScoreOptions]) -> Tensor:
+    """T tokens attend to themselves and to earlier ones.
 
-    q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] with G dividing H (head h reads group h // (H // G)); slopes [H] of
-    ALiBi. Returns [B, T, H, V].
+    q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] with G dividing H (head h reads group h // (H // G)). Returns
+    [B, T, H, V].
     """
-    T = q.shape[1]
+    T, window = q.shape[1], options.get("window")
     if T == 0:
         return v.new_zeros(*q.shape[:3], v.shape[3])
-    if slopes is None and (window is None or window >= T):
+    plain = options.get("slopes") is None and options.get("sinks") is None
+    if plain and (window is None or window >= T):
         out = _dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            dropout_p=dropout,
+            dropout_p=options.get("dropout", 0.0),
+            scale=options.get("scale"),
             is_causal=True,
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return out.transpose(1, 2)
     positions = torch.arange(T, device=q.device)[None]
-    block = QUERY_BLOCK if window is None else max(64, min(QUERY_BLOCK, window))
+    block = _query_block(T, options) if window is None else max(64, min(QUERY_BLOCK, window))
     out = []
     for start in range(0, T, block):
         queries = slice(start, start + block)
         keys = slice(0 if window is None else max(0, start - window + 1), start + block)
-        out.append(
-            _attend(
-                q[:, queries],
-                k[:, keys],
-                v[:, keys],
-                positions[:, queries],
-                positions[:, keys],
-                window,
-                slopes,
-                dropout,
-            )
-        )
+        out.append(_attend(q[:, queries], k[:, keys], v[:, keys], positions[:, queries], positions[:, keys], **options))
     return torch.cat(out, 1)
 
 
@@ -83,20 +88,25 @@ def cached_attention(
     v: Tensor,
     query_positions: Tensor,
     key_positions: Tensor,
-    *,
-    window: int | None = None,
-    slopes: Tensor | None = None,
-    dropout: float = 0.0,
+    **options: Unpack[ScoreOptions],
 ) -> Tensor:
     """Causal attention by the positions of queries [B, T] and keys [B, S], in any order; a negative one has no token.
 
     q [B, T, H, K], k [B, S, G, K], v [B, S, G, V]. Returns [B, T, H, V].
     """
+    block = _query_block(k.shape[1], options)
     out = [v.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3])]
-    for start in range(0, q.shape[1], QUERY_BLOCK):
-        queries = slice(start, start + QUERY_BLOCK)
-        out.append(_attend(q[:, queries], k, v, query_positions[:, queries], key_positions, window, slopes, dropout))
+    for start in range(0, q.shape[1], block):
+        queries = slice(start, start + block)
+        out.append(_attend(q[:, queries], k, v, query_positions[:, queries], key_positions, **options))
     return torch.cat(out, 1)
+
+
+def _query_block(num_keys: int, options: ScoreOptions) -> int:
+    """Queries whose scores are held at a time."""
+    if options.get("sinks") is None:
+        return QUERY_BLOCK
+    return max(1, min(QUERY_BLOCK, SINK_SCORES // max(1, num_keys)))
 
 
 def _dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
@@ -113,9 +123,12 @@ def _attend(
     v: Tensor,
     query_positions: Tensor,
     key_positions: Tensor,
-    window: int | None,
-    slopes: Tensor | None,
-    dropout: float,
+    *,
+    window: int | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """One block of queries. Heads that share keys are stacked along the queries, so that no key is copied."""
     T, H, G = q.shape[1], q.shape[2], k.shape[2]
@@ -129,8 +142,25 @@ def _attend(
         mask = bias.masked_fill(~mask, -math.inf)
     mask = mask.expand(-1, -1, H // G, -1, -1).flatten(2, 3)
     q = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    out = _dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, dropout_p=dropout)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if sinks is None:
+        out = _dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    else:
+        per_query = sinks.view(G, H // G, 1).expand(-1, -1, T).flatten(1)
+        out = _attend_beside_sinks(q, k, v, mask, per_query, scale, dropout)
     return out.unflatten(2, (H // G, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _attend_beside_sinks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float | None, dropout: float
+) -> Tensor:
+    """q [B, G, N, K], k [B, G, S, K], v [B, G, S, V], a mask [.., .., N, S] as PyTorch takes it, sinks [G, N]."""
+    wide = wide_dtype(q.dtype)
+    scores = ((q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)).to(wide)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
+    sinks = sinks.to(wide)[..., None].expand(len(q), -1, -1, -1)
+    weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+    return F.dropout(weights.to(v.dtype), dropout) @ v
 
 
 def block_mask(first_seen: Tensor, before: int = 0, num_keys: int | None = None):
@@ -169,7 +199,13 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def flex_causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask, slopes: Tensor | None = None, before: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    before: int = 0,
 ) -> Tensor:
     """`causal_attention` on CUDA under a mask made by `block_mask`, without dropout; the same shapes.
 
@@ -179,15 +215,16 @@ def flex_causal_attention(
     def penalised(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score - slopes[h] * (before + i - j)  # type: ignore[index]
 
-    out = _compiled_flex_attention()(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        score_mod=None if slopes is None else penalised,
-        block_mask=mask,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
+    heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    score_mod, attend = None if slopes is None else penalised, _compiled_flex_attention()
+    options = {"score_mod": score_mod, "block_mask": mask, "enable_gqa": q.shape[2] != k.shape[2]}
+    if sinks is None:
+        return attend(*heads, **options).transpose(1, 2)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    out, found = attend(*heads, **options, return_aux=AuxRequest(lse=True))
+    share = torch.sigmoid(found.lse - sinks.to(found.lse.dtype)[:, None])  # of the sum without the sink in the whole
+    return (out * share[..., None].to(out.dtype)).transpose(1, 2)
 
 
 @functools.cache

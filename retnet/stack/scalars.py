@@ -195,6 +195,7 @@ def _schema_version(value: Any) -> int:
 
 
 PositiveInt = Annotated[int, BeforeValidator(_integer(1))]
+Count = Annotated[int, BeforeValidator(_integer(0))]
 # `Maybe...`: the key may be absent (None), but not null. `...OrNull`: null is accepted.
 MaybePositiveInt = Annotated[int | None, BeforeValidator(_integer(1))]
 MaybeProbability = Annotated[float | None, BeforeValidator(_number(0, 1, high_open=True))]

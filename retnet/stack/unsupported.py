@@ -66,7 +66,6 @@ ATTENTION: Keys = {
         takes_null=True,
     ),
     "compression": Unsupported("compressed sparse attention", f"remove it; {_WINDOW}"),
-    "attention_sinks": Unsupported("learned attention sinks", "remove it"),
 }
 ATTENTION_VALUES: Values = {
     "window_mode": {

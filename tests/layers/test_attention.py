@@ -86,6 +86,24 @@ def test_norms_of_q_and_k_and_the_gate_are_their_formulas(qk_norm, gate):
     torch.testing.assert_close(y, out @ layer.out_proj.weight.T, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("learnable", [True, False])
+@torch.no_grad()
+def test_sinks_are_terms_of_the_sum_that_divides_the_weights(learnable):
+    K, config = 6, AttentionConfig(4, 2, head_dim=6, rotary="none", num_sinks=3, learnable_sinks=learnable)
+    layer, x = Attention(config, 8).double(), torch.randn(2, 9, 8, dtype=torch.float64)
+    logits = torch.zeros(4, 3, dtype=torch.float64)
+    if learnable:
+        assert torch.equal(layer.sink_logits, logits)
+        logits = layer.sink_logits.normal_()
+    q, k, v = ((x @ p.weight.T).unflatten(-1, (-1, K)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    scores = torch.einsum("bihk,bjhk->bhij", q, k.repeat_interleave(2, 2)) / K**0.5
+    weights = scores.exp().tril()
+    weights = weights / (weights.sum(-1, keepdim=True) + logits.exp().sum(-1)[:, None, None])
+    out = torch.einsum("bhij,bjhk->bihk", weights, v.repeat_interleave(2, 2)).flatten(-2)
+    y = layer(x, None, TokenLayout.of((2, 9), x.device))[0]
+    torch.testing.assert_close(y, out @ layer.out_proj.weight.T, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -96,6 +114,10 @@ def test_norms_of_q_and_k_and_the_gate_are_their_formulas(qk_norm, gate):
         ({"alibi": True}, "alibi is true with rotary 'half'"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"rotary_factor": 0.0}, "rotary_factor 0.0"),
+        ({"rotary_dim": 8}, "rotary_dim is 8; accepted: an even number from 2 to 6, or None"),
+        ({"rotary_dim": 3}, "rotary_dim is 3; accepted: an even number"),
+        ({"rotary_dim": 4, "rotary": "none"}, "rotary_dim is 4; accepted: None without rotary"),
+        ({"num_sinks": -1}, "num_sinks is -1; accepted: 0 or more logits per head"),
     ],
 )
 def test_invalid_configurations_are_refused_with_a_reason(options, message):
@@ -113,6 +135,8 @@ def test_invalid_configurations_are_refused_with_a_reason(options, message):
         {"qk_norm": "rms", "gate": "sigmoid"},
         {"qk_norm": "l2", "window": 40},
         {"rotary": "none", "qk_norm": "rms", "gate": "sigmoid"},
+        {"rotary_dim": 16, "num_sinks": 1},
+        {"rotary_dim": 16, "num_sinks": 2, "window": 40},
     ],
 )
 def test_cuda_equals_cpu_for_packs_pads_and_decoding(options):

@@ -57,6 +57,11 @@ CASES: dict[str, MixerConfig] = {
     "window of one": AttentionConfig(2, 2, head_dim=6, window=1),
     "alibi": AttentionConfig(4, 2, head_dim=6, rotary="none", alibi=True),
     "alibi in a window": AttentionConfig(3, 1, head_dim=6, rotary="none", alibi=True, window=3),
+    "sinks": AttentionConfig(4, 2, head_dim=6, num_sinks=1),
+    "two sinks, alibi in a window": AttentionConfig(
+        4, 1, head_dim=5, rotary="none", alibi=True, window=4, num_sinks=2, gate="sigmoid"
+    ),
+    "sinks that stay 0": AttentionConfig(2, 2, head_dim=6, window=5, num_sinks=3, learnable_sinks=False),
     "mamba2": Mamba2Config(12, head_dim=3, state_dim=5),
     "mamba2, groups": Mamba2Config(12, head_dim=3, state_dim=4, num_groups=2, conv_width=3, bias=True, chunk_size=4),
     "mamba2 without convolution": Mamba2Config(6, head_dim=6, state_dim=4, conv_width=1, time_step_highest=0.05),
@@ -94,7 +99,7 @@ def unit_gain(config: MixerConfig) -> nn.Module:
                 if module.bias is not None and module.bias.abs().sum() == 0:
                     module.bias.normal_(generator=generator)
         for name, weight in layer.named_parameters():
-            if name.endswith("norm_weight"):
+            if name.endswith(("norm_weight", "sink_logits")):
                 weight.normal_(generator=generator)
     return layer.eval()
 

@@ -11,7 +11,9 @@ from retnet.ops import attention
 from retnet.ops.attention import alibi_slopes, cached_attention, causal_attention
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, window: int | None, slopes: Tensor | None) -> Tensor:
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, slopes: Tensor | None, sinks: Tensor | None = None
+) -> Tensor:
     """One query, one head and one key at a time."""
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
     shared = q.shape[2] // k.shape[2]
@@ -20,7 +22,8 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, window: int | None, slopes: T
         scores = [q[b, i, h] @ k[b, j, h // shared] / math.sqrt(q.shape[3]) for j in keys]
         if slopes is not None:
             scores = [score - slopes[h] * (i - j) for score, j in zip(scores, keys)]
-        weights = torch.stack(scores).softmax(0)
+        exponentials = torch.stack(scores).exp()
+        weights = exponentials / (exponentials.sum() + (0 if sinks is None else sinks[h].exp()))
         out[b, i, h] = sum(weight * v[b, j, h // shared] for weight, j in zip(weights, keys))
     return out
 
@@ -42,16 +45,48 @@ def test_causal_attention_equals_its_definition(window, alibi, heads):
     )
 
 
-@pytest.mark.parametrize("window", [None, 5, 70, 200])
+SINKS = torch.tensor([0.0, 1.5, -2.0, 0.7], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("alibi", [False, True])
-def test_blocks_of_queries_do_not_change_the_result(monkeypatch, window, alibi):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 64)
-    q, k, v = inputs(T=150)
+def test_sinks_take_a_share_of_the_weights(window, alibi):
+    q, k, v = inputs()
     slopes = alibi_slopes(4) if alibi else None
+    out = causal_attention(q, k, v, window=window, slopes=slopes, sinks=SINKS)
+    expected = by_definition(q, k, v, window, slopes, SINKS)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sink_of_no_weight_changes_nothing():
+    q, k, v = inputs()
+    sinks = torch.full((4,), -math.inf)
+    torch.testing.assert_close(causal_attention(q, k, v, sinks=sinks), causal_attention(q, k, v), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("window", [None, 5, 70, 200])
+@pytest.mark.parametrize(
+    "options", [{}, {"slopes": alibi_slopes(4)}, {"sinks": SINKS}], ids=["plain", "alibi", "sinks"]
+)
+def test_blocks_of_queries_do_not_change_the_result(monkeypatch, window, options):
+    q, k, v = inputs(T=150)
     positions = torch.arange(150).expand(2, -1)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(0))
-    whole = cached_attention(q, k[:, order], v[:, order], positions, positions[:, order], window=window, slopes=slopes)
-    torch.testing.assert_close(causal_attention(q, k, v, window=window, slopes=slopes), whole, rtol=1e-12, atol=1e-12)
+    whole = cached_attention(q, k[:, order], v[:, order], positions, positions[:, order], window=window, **options)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 64)
+    monkeypatch.setattr(attention, "SINK_SCORES", 3000)  # 20 queries of 150 keys
+    blocks = cached_attention(q, k[:, order], v[:, order], positions, positions[:, order], window=window, **options)
+    for out in (blocks, causal_attention(q, k, v, window=window, **options)):
+        torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"slopes": alibi_slopes(4)}, {"window": 4}, {"sinks": SINKS}])
+def test_values_may_be_wider_or_narrower_than_keys_and_the_scale_another(options):
+    q, k, v = inputs()
+    v = torch.cat((v, v[..., :3]), -1)
+    out = causal_attention(q, k, v, scale=0.2, **options)
+    scaled = by_definition(q * 0.2 * 6**0.5, k, v, options.get("window"), options.get("slopes"), options.get("sinks"))
+    torch.testing.assert_close(out, scaled, rtol=1e-12, atol=1e-12)
 
 
 def test_alibi_slopes_are_those_of_the_paper():
@@ -72,21 +107,24 @@ def flex_mask(bounds: list[int], window: int | None, device: str):
     return attention.block_mask(layout.first_seen(window))
 
 
-def one_by_one(q, k, v, bounds, window, slopes) -> Tensor:
+def one_by_one(q, k, v, bounds, **options) -> Tensor:
     documents = [slice(a, b) for a, b in pairwise(bounds)]
-    return torch.cat([causal_attention(q[:, d], k[:, d], v[:, d], window=window, slopes=slopes) for d in documents], 1)
+    return torch.cat([causal_attention(q[:, d], k[:, d], v[:, d], **options) for d in documents], 1)
 
 
-VARIANTS = [(None, False), (7, False), (None, True), (7, True)]
+VARIANTS = [(None, False, False), (7, False, False), (None, True, False), (7, True, True), (None, False, True)]
 
 
-@pytest.mark.parametrize(("window", "alibi"), VARIANTS)
-def test_masks_for_flex_attention_separate_documents_and_windows(monkeypatch, window, alibi):
+@pytest.mark.parametrize(("window", "alibi", "sinks"), VARIANTS)
+def test_masks_for_flex_attention_separate_documents_and_windows(monkeypatch, window, alibi, sinks):
     monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)
     q, k, v = (x.detach() for x in flex_inputs("cpu", torch.float64, 40, 16))
+    v = torch.cat((v, v[..., :8]), -1)
     slopes, bounds = alibi_slopes(8) if alibi else None, [0, 12, 12, 13, 40]
-    out = attention.flex_causal_attention(q, k, v, flex_mask(bounds, window, "cpu"), slopes)
-    torch.testing.assert_close(out, one_by_one(q, k, v, bounds, window, slopes), rtol=1e-6, atol=1e-6)
+    logits = torch.linspace(-2, 2, 8) if sinks else None
+    out = attention.flex_causal_attention(q, k, v, flex_mask(bounds, window, "cpu"), slopes, logits)
+    expected = one_by_one(q, k, v, bounds, window=window, slopes=slopes, sinks=logits)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -116,16 +154,20 @@ def test_skipped_blocks_of_a_shard_are_those_of_the_full_mask(before, keys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("window", "alibi"), VARIANTS)
-def test_flex_attention_of_packed_documents_equals_each_document_alone(dtype, window, alibi):
+@pytest.mark.parametrize(("window", "alibi", "sinks"), VARIANTS)
+def test_flex_attention_of_packed_documents_equals_each_document_alone(dtype, window, alibi, sinks):
     bounds = [0, 130, 131, 300, 517]
-    q, k, v = flex_inputs("cuda", dtype, 517, 64)
+    inputs = list(flex_inputs("cuda", dtype, 517, 64))
+    if sinks:
+        inputs.append(torch.linspace(-2, 2, 8, device="cuda").requires_grad_())
     slopes = alibi_slopes(8).cuda() if alibi else None
-    out = attention.flex_causal_attention(q, k, v, flex_mask(bounds, window, "cuda"), slopes)
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = one_by_one(*wide, bounds, window, slopes)
+    mask = flex_mask(bounds, window, "cuda")
+    out = attention.flex_causal_attention(*inputs[:3], mask, slopes, *inputs[3:])
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    options = {"sinks": wide[3]} if sinks else {}
+    expected = one_by_one(*wide[:3], bounds, window=window, slopes=slopes, **options)
     weight = torch.randn_like(expected)
-    grads = torch.autograd.grad((out.double() * weight).sum(), (q, k, v))
+    grads = torch.autograd.grad((out.double() * weight).sum(), inputs)
     expected_grads = torch.autograd.grad((expected * weight).sum(), wide)
     tolerance = 2e-3 if dtype == torch.float32 else 2e-2
     for x, ref in zip((out, *grads), (expected, *expected_grads)):

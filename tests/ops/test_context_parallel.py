@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retnet.layers import attention
+from retnet.layers import softmax_attention
 from retnet.layers.attention import Attention
 from retnet.layers.recompute import Recompute
 from retnet.ops import context_parallel, context_shard
@@ -50,7 +50,9 @@ def test_a_hybrid_on_shards_has_the_loss_and_gradients_of_one_process(packing, s
     on_shards(size, checks.check_model, packing)
 
 
-def by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Any, slopes: Tensor | None, before: int = 0) -> Tensor:
+def by_mask(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, slopes: Tensor | None, sinks: Tensor | None, before: int = 0
+) -> Tensor:
     """`flex_causal_attention` in plain operators."""
     i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
@@ -58,12 +60,15 @@ def by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Any, slopes: Tensor | None, b
     if slopes is not None:
         scores = scores - slopes[:, None, None] * (before + i - j)
     seen = mask.mask_mod(torch.tensor(0), None, i, j)
-    return torch.einsum("bhts,bshv->bthv", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(len(q), -1, q.shape[1], -1)), -1)
+    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1)[..., : k.shape[1]], v)
 
 
 @pytest.mark.parametrize(("packing", "size"), [("rows", 2), ("over borders", 3), ("short", 2)])
 def test_masks_for_flex_attention_on_shards_separate_documents_and_windows(monkeypatch, packing, size):
-    monkeypatch.setattr(attention, "flex_causal_attention", by_mask)
+    monkeypatch.setattr(softmax_attention, "flex_causal_attention", by_mask)
     for name, value in {"FLEX_DEVICES": ("cpu",), "FLEX_TOKENS": 1, "FLEX_HEAD_DIM": 1}.items():
         monkeypatch.setattr(Attention, name, value)
     on_shards(size, checks.check_model, packing, "none", (WINDOW, ALIBI, NOPE))

@@ -90,6 +90,12 @@ CHANGES = {
     ("Attention", "qkv_bias"): ([(ATTENTION, "attention: {qkv_bias: true}")], "layers.2.mixer.qkv_bias", True),
     ("Attention", "attn_drop"): ([(ATTENTION, "attention: {attn_drop: 0.3}")], "layers.2.mixer.dropout", 0.3),
     ("Attention", "window"): ([(ATTENTION, "attention: {window: 8}")], "layers.2.mixer.window", 8),
+    ("Attention", "attention_sinks"): (
+        [(ATTENTION, "attention: {attention_sinks: {}}")], "layers.2.mixer.num_sinks", 1),
+    ("AttentionSinks", "n_per_head"): (
+        [(ATTENTION, "attention: {attention_sinks: {n_per_head: 2}}")], "layers.2.mixer.num_sinks", 2),
+    ("AttentionSinks", "learnable"): (
+        [(ATTENTION, "attention: {attention_sinks: {learnable: false}}")], "layers.2.mixer.learnable_sinks", False),
     ("Attention", "vendor.retnet.rope"): (
         [(ATTENTION, "attention: {vendor.retnet.rope: false}")], "layers.2.mixer.rotary", "none"),
     ("Attention", "vendor.retnet.rotary_dim"): (

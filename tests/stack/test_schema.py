@@ -197,6 +197,9 @@ def test_vendor_options_of_retention_are_validated(option, fault):
 OF_ATTENTION = [
     ("vendor.retnet.rotary_dim: 16", None), ("vendor.retnet.rotary_dim: 17", "vendor.retnet.rotary_dim"),
     ("vendor.retnet.rotary_dim: 18", "vendor.retnet.rotary_dim"),
+    ("attention_sinks: {n_per_head: 0}", None), ("attention_sinks: {n_per_head: -1}", "n_per_head"),
+    ("attention_sinks: {learnable: 1}", "learnable"), ("attention_sinks: null", "attention_sinks"),
+    ("attention_sinks: 4", "attention_sinks"), ("attention_sinks: {heads: 4}", "attention_sinks"),
     ("vendor.retnet.rope: false, vendor.retnet.rotary_dim: 8", "vendor.retnet.rotary_dim"),
 ]  # fmt: skip
 

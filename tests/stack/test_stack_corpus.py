@@ -62,7 +62,6 @@ EXOTIC_FEATURES = {
     ],
     "arch_expert_dsv4_flash_mini.yml": [
         *((f"layer_templates.{name}.mixer.attention.compression", "compression") for name in ("csa", "hca")),
-        ("layer_templates.csa.mixer.attention.attention_sinks", "attention_sinks"),
         *((f"layer_templates.{name}.residual", "type: hyper_connection") for name in ("csa", "hca")),
         *(
             (f"layer_templates.{name}.ffn.moe.{key}", key)

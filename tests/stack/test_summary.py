@@ -37,6 +37,13 @@ def test_parameters_are_those_of_the_built_block():
             "attention, no rotation, rms norm of q and k, sigmoid gate",
             None,
         ),
+        ("type: attention\n      attention: {attention_sinks: {}}", "attention, a sink per head", None),
+        (
+            "type: attention\n      attention: {window: 4, vendor.retnet.rotary_dim: 8, "
+            "attention_sinks: {n_per_head: 2, learnable: false}}",
+            "attention, window 4, rotation of 8, 2 fixed sinks per head",
+            (4.0,),
+        ),
         ("type: mamba", "mamba2, state 64", None),
         ("type: mamba\n      mamba: {variant: mamba1, d_state: 16}", "mamba1, state 16", None),
         ("type: hyena\n      hyena: {depth: 3}", "hyena, order 3", None),

@@ -11,8 +11,8 @@ from retnet.plots.palette import COLOURS
 
 from .. import unsupported
 from ..errors import Category, Fault
-from ..scalars import ONE_OF, Flag, MaybePositiveInt, PositiveInt, PositiveIntOrNull, Probability
-from ..section import OURS
+from ..scalars import ONE_OF, Count, Flag, MaybePositiveInt, PositiveInt, PositiveIntOrNull, Probability
+from ..section import OURS, Section
 from .settings import MixerSettings, partial_rotation_faults
 
 if TYPE_CHECKING:
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from retnet.models.config import ModelConfig
 
     from ..schema import Embedding, Model, Spec
+
+
+class AttentionSinks(Section):
+    """Logits per head that take a share of the attention weights and have no value; they start at 0."""
+
+    n_per_head: Count = 1
+    learnable: Flag = True
 
 
 class Attention(MixerSettings):
@@ -34,6 +41,7 @@ class Attention(MixerSettings):
     window: PositiveIntOrNull = None
     window_mode: Annotated[Literal["standard", "sliding"], ONE_OF] = "standard"
     window_dilation: PositiveInt = 1
+    attention_sinks: AttentionSinks = AttentionSinks(n_per_head=0)
     rope: Flag = Field(default=True, alias=OURS + "rope")  # false: no positions in this layer (NoPE)
     rotary_dim: MaybePositiveInt = Field(default=None, alias=OURS + "rotary_dim")
     qk_norm: Annotated[Literal["rms", "l2", "none"], ONE_OF] = Field(default="none", alias=OURS + "qk_norm")
@@ -55,6 +63,8 @@ class Attention(MixerSettings):
             window=self.window,
             qkv_bias=self.qkv_bias,
             dropout=self.attn_drop,
+            num_sinks=self.attention_sinks.n_per_head,
+            learnable_sinks=self.attention_sinks.learnable,
             **spec.rotary(),
         )
 
@@ -63,6 +73,7 @@ class Attention(MixerSettings):
             f"window {self.window}": self.window is not None,
             "no rotation": not self.rope,
             f"rotation of {self.rotary_dim}": self.rotary_dim is not None,
+            _sinks(self.attention_sinks): self.attention_sinks.n_per_head > 0,
             f"{self.qk_norm} norm of q and k": self.qk_norm != "none",
             f"{self.gate} gate": self.gate != "none",
         }
@@ -84,3 +95,9 @@ class Attention(MixerSettings):
 
     def estimate(self, model: Model) -> int:
         return 2 * model.d_model * model.d_model + 2 * model.d_model * model.kv_heads * model.head_dim
+
+
+def _sinks(sinks: AttentionSinks) -> str:
+    many = sinks.n_per_head != 1
+    kind = "" if sinks.learnable else "fixed "
+    return f"{sinks.n_per_head} {kind}sinks per head" if many else f"{kind or 'a '}sink per head"
