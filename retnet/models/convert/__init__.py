@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retnet.models.config import ModelConfig
-from retnet.models.convert import fla, llama, mamba, syncdoth, torchscale
+from retnet.models.convert import fla, llama, mamba, minimax, syncdoth, torchscale
 from retnet.models.convert.table import Format, in_our_names, in_their_names
 from retnet.models.directory import (
     CONFIG_FILE,
@@ -36,8 +36,13 @@ from retnet.system.outputs import check_new_directory
 from retnet.system.suggest import choices
 
 OURS = "retnet"
-_ALL = (torchscale.FORMAT, fla.FORMAT, syncdoth.FORMAT, llama.FORMAT, mamba.MAMBA1, mamba.MAMBA2)
+_ALL = (torchscale.FORMAT, fla.FORMAT, syncdoth.FORMAT, llama.FORMAT, mamba.MAMBA1, mamba.MAMBA2, minimax.FORMAT)
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
+# Types of transformers' configurations that would be taken for one of FORMATS, or asked for as such.
+REFUSED_TYPES = {
+    "bailing_hybrid": "Kimi delta attention, which our layers do not have; accepted: bailing_moe_linear (Ling- and "
+    "Ring-linear 2.0)",
+}
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
 # Files beside the weights that are the same in every format: they are copied.
@@ -117,6 +122,8 @@ def _open(source: Source | LanguageModel, format: str | None, config: object) ->
     if not is_state_dict and (format == OURS or (format is None and _is_ours(Path(source)))):
         return open_model(source)
     theirs = Tensors.of(source) if is_state_dict else open_tensors(source)
+    if format is None:
+        format = _named_by_type(None if is_state_dict else Path(source), config)
     form = FORMATS[format] if format else _recognise(theirs, "the state dict" if is_state_dict else str(source))
     if form.prefix and form.prefix + form.marker in theirs.specs:
         theirs = theirs.renamed({name.removeprefix(form.prefix): name for name in theirs.specs})
@@ -134,6 +141,23 @@ def _open(source: Source | LanguageModel, format: str | None, config: object) ->
 def _is_ours(path: Path) -> bool:
     file = path / CONFIG_FILE
     return file.is_file() and "model_config" in read_json(file)
+
+
+def _named_by_type(path: Path | None, config: Any) -> str | None:
+    """The format whose model_types have that of the configuration, given or in the directory; None without one.
+
+    Raises ValueError for types that are refused by name.
+    """
+    if config is None and path is not None and (path / CONFIG_FILE).is_file():
+        config = path / CONFIG_FILE
+    if isinstance(config, (str, os.PathLike)):
+        config = read_json(Path(config))
+    kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    if not isinstance(kind, str):
+        return None
+    if kind in REFUSED_TYPES:
+        raise ValueError(f"model_type is {kind!r}: {REFUSED_TYPES[kind]}")
+    return next((name for name, form in FORMATS.items() if kind in form.model_types), None)
 
 
 def _recognise(theirs: Tensors, where: str) -> Format:

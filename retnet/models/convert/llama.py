@@ -7,7 +7,6 @@ fixed when the model is built are read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,10 +19,7 @@ from retnet.models.convert.fields import (
     choice,
     depth,
     flag,
-    is_number,
-    mapping,
     only,
-    positive,
     rate,
     read,
     refuse,
@@ -31,9 +27,9 @@ from retnet.models.convert.fields import (
     token_ids,
     unit_interval,
 )  # fmt: skip
+from retnet.models.convert.rope import ROPE_FIELDS, rope_options
 from retnet.models.convert.table import Format, Table
 from retnet.models.tensor_files import Tensors
-from retnet.ops.rotary import Llama3, Yarn
 from retnet.system.checks import quoted
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -74,17 +70,14 @@ _SHARED = {
         lambda x: isinstance(x, list) and all(isinstance(kind, str) and kind in _WINDOWS for kind in x),
         None,
     ),
+    **ROPE_FIELDS,
     "max_position_embeddings": size(2048),
     "num_attention_heads": size(32),
     "num_hidden_layers": depth(32),
     "num_key_value_heads": size(None),
-    "original_max_position_embeddings": size(None),
     "partial_rotary_factor": only(1, None),
     "pretraining_tp": size(1),
     "rms_norm_eps": unit_interval(1e-6),
-    "rope_parameters": mapping(),
-    "rope_scaling": mapping(),
-    "rope_theta": positive(None),
     "tie_word_embeddings": flag(False),
     "vocab_size": size(),
 }
@@ -111,24 +104,6 @@ _FIELDS: dict[str, dict[str, Field]] = {
     "qwen3": {**_QWEN, "attention_bias": flag(False), "head_dim": size(128)},
 }
 _TOKENS = {"llama": (1, 2), "mistral": (1, 2), "qwen2": (None, None), "qwen3": (None, None)}  # bos and eos by default
-_KINDS = ("default", "linear", "llama3", "yarn")
-_NEEDED = {"linear": ("factor",), "yarn": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-_ROPE = {
-    "rope_theta": positive(None),
-    "rope_type": choice(None, *_KINDS),
-    "type": choice(None, *_KINDS),
-    "partial_rotary_factor": only(1, None),
-    "factor": positive(None),
-    "original_max_position_embeddings": size(None),
-    # llama3
-    "low_freq_factor": positive(None), "high_freq_factor": positive(None),
-    # yarn
-    "attention_factor": positive(None), "beta_fast": positive(32.0), "beta_slow": positive(1.0),
-    "mscale": Field("a number", is_number, None), "mscale_all_dim": Field("a number", is_number, None),
-    "truncate": flag(True),
-    # of types that are refused by name
-    "long_factor": Field("nothing", lambda x: False, None), "short_factor": Field("nothing", lambda x: False, None),
-}  # fmt: skip
 
 
 def config_of(source: Mapping[str, Any]) -> ModelConfig:
@@ -149,7 +124,7 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
         "qkv_bias": biases or family == "qwen2",
         "out_bias": biases,
         "dropout": value["attention_dropout"],
-        **_rotary(family, value),
+        **rope_options(family, value),
     }
     feed_forward = FeedForwardConfig(
         value["intermediate_size"], gated=True, activation="swish", bias=value.get("mlp_bias", False)
@@ -193,51 +168,6 @@ def _windows(family: str, value: Mapping[str, Any]) -> list[int | None]:
     if window is None and "sliding_attention" in kinds:
         refuse(family, ["layer_types has sliding_attention without a window; accepted: use_sliding_window true"])
     return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _rotary(family: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary fields of AttentionConfig, from one mapping (transformers 5) or from several keys (earlier ones)."""
-    name = "rope_scaling" if value["rope_scaling"] else "rope_parameters"
-    given = value[name] or {}
-    unknown = [key for key, x in given.items() if key not in _ROPE and x is not None]
-    refuse(family, [f"{name}.{key} is {quoted(given[key])}; accepted: {', '.join(_ROPE)}" for key in unknown])
-    kind = given.get("rope_type", given.get("type"))
-    if kind in ("dynamic", "longrope"):
-        refuse(family, [f"{name}.rope_type is {kind!r}, which changes with the length; accepted: {', '.join(_KINDS)}"])
-    rope = read(f"{family}: {name}", given, _ROPE)
-    kind = rope["rope_type"] or rope["type"] or "default"
-    most = value["max_position_embeddings"]
-    length = value["original_max_position_embeddings"] or rope["original_max_position_embeddings"] or most
-    if kind == "yarn" and rope["factor"] is None and "factor" in given:
-        rope["factor"] = most / length
-    missing = [key for key in _NEEDED.get(kind, ()) if rope[key] is None]
-    refuse(family, [f"{name}.{key} is missing; accepted with {kind}: a positive number" for key in missing])
-    factor: Any = rope["factor"]
-    options: dict[str, Any] = {"rotary_base": rope["rope_theta"] or value["rope_theta"] or 10000.0}
-    if kind == "linear":
-        options["rotary_factor"] = factor
-    elif kind == "yarn":
-        temperature = _temperature(rope)
-        options["rotary_scaling"] = Yarn(
-            factor, length, rope["beta_fast"], rope["beta_slow"], temperature, rope["truncate"]
-        )
-    elif kind == "llama3":
-        options["rotary_scaling"] = Llama3(factor, length, rope["low_freq_factor"], rope["high_freq_factor"])
-    return options
-
-
-def _temperature(rope: Mapping[str, Any]) -> float | None:
-    """The gain of YaRN: as given, or the quotient of two paper's gains (DeepSeek's `mscale`)."""
-    if rope["attention_factor"] is not None:
-        return rope["attention_factor"]
-    if not (rope["mscale"] and rope["mscale_all_dim"]):
-        return None
-    factor = rope["factor"]
-    above, below = (
-        1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-        for scale in (rope["mscale"], rope["mscale_all_dim"])
-    )
-    return above / below
 
 
 def settle(config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, set[str]]:

@@ -28,12 +28,23 @@ _TIED = ("embedding.weight", "head.weight")
 
 @dataclass(frozen=True)
 class Part:
-    """One of our matrices in the fused tensor `name`: part `index` of the `of` equal parts of its dimension `dim`."""
+    """One of our tensors in the fused tensor `name`: part `index` of its dimension `dim`.
+
+    of: the number of equal parts, or the size of each. groups: equal runs of the dimension that each have all the
+    parts, such as heads. flat: theirs is ours without its division into dimensions.
+    """
 
     name: str
-    index: int
-    of: int
+    index: int = 0
+    of: int | tuple[int, ...] = 1
     dim: int = 0
+    groups: int = 1
+    flat: bool = False
+
+    @property
+    def count(self) -> int:
+        """Parts of the fused tensor."""
+        return self.of if isinstance(self.of, int) else len(self.of)
 
 
 # Our name ({} is the layer) -> theirs. Of several alternatives, the first that exists in the right shape is taken.
@@ -54,6 +65,7 @@ class Format:
     marker: a tensor that only this format has. embedding: the tensor with one row per token of the vocabulary.
     joined: their tensors that are one of ours together, for a configuration of ours; None: there are none.
     effective: a configuration read from theirs, without the features that have no tensors; None: it is taken as it is.
+    model_types: of configurations of transformers in this format, which tell it before the marker does.
     prefix: a prefix that complete checkpoints may put before every name.
     settle: reads the tensors that are not parameters; returns the configuration completed from them, and their names.
     config_to: our configuration -> theirs; raises ValueError for features that their models lack. None: only read.
@@ -66,6 +78,7 @@ class Format:
     embedding: str
     joined: Callable[[ModelConfig], Joined] | None = None
     effective: Callable[[ModelConfig, Tensors], ModelConfig] | None = None
+    model_types: tuple[str, ...] = ()
     prefix: str = ""
     settle: Callable[[ModelConfig, Tensors], tuple[ModelConfig, set[str]]] | None = None
     config_to: Callable[[ModelConfig], dict[str, Any]] | None = None
@@ -113,7 +126,7 @@ def in_our_names(format: Format, config: ModelConfig, theirs: Tensors) -> tuple[
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"these are not the weights of the configuration, read as {format.name}: {shown}")
     specs = {name: wanted[name].to(theirs.specs[part.name].dtype) for name, part in sources.items()}
-    tensors = Tensors(specs, lambda name: _cut(theirs.read(sources[name].name), sources[name]))
+    tensors = Tensors(specs, lambda name: _cut(theirs.read(sources[name].name), sources[name], wanted[name].shape))
     return replace(config, dtype=dtype_of(specs)), tensors
 
 
@@ -219,13 +232,20 @@ def _source(name: str, spec: Tensor, table: Table, held: Mapping[str, Tensor]) -
 
 def _fused_shape(spec: Tensor, part: Part) -> list[int]:
     """The shape of the tensor that our parameter is a part of."""
-    return [size * part.of if dim == part.dim else size for dim, size in enumerate(spec.shape)]
+    if part.flat:
+        return [spec.numel()]
+    shape = list(spec.shape)
+    if isinstance(part.of, int):
+        shape[part.dim] *= part.of
+    else:
+        shape[part.dim] += part.groups * (sum(part.of) - part.of[part.index])
+    return shape
 
 
 def _accounting(parts: Collection[Part], held: Mapping[str, Tensor], consumed: set[str]) -> list[str]:
     """Tensors that are not used exactly once."""
     uses = Counter((part.name, part.index) for part in parts)
-    shares = {part.name: part.of for part in parts}
+    shares = {part.name: part.count for part in parts}
     problems = [f"{name} is left over" for name in sorted(held.keys() - shares.keys() - consumed)]
     for name, of in shares.items():
         counts = [uses[name, index] for index in range(of)]
@@ -246,5 +266,13 @@ def _tied_head(config: ModelConfig, table: Table, theirs: Tensors) -> set[str]:
     return set(heads)
 
 
-def _cut(x: Tensor, part: Part) -> Tensor:
-    return x if part.of == 1 else x.chunk(part.of, part.dim)[part.index].clone()
+def _cut(x: Tensor, part: Part, shape: torch.Size) -> Tensor:
+    """Our tensor of this shape, from the whole one."""
+    if part.flat:
+        return x.view(shape)
+    if part.count == 1:
+        return x
+    grouped = x.unflatten(part.dim, (part.groups, -1))
+    dim = part.dim + 1
+    pieces = grouped.chunk(part.of, dim) if isinstance(part.of, int) else grouped.split(part.of, dim)
+    return pieces[part.index].flatten(part.dim, dim).clone(memory_format=torch.contiguous_format)
