@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import BlockConfig
+from retnet.layers.branched import BranchedConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.mamba1 import Mamba1Config
@@ -49,6 +50,12 @@ MAMBA1 = BlockConfig(Mamba1Config(2 * WIDTH, time_step_rank=2), None)
 HYENA = BlockConfig(HyenaConfig(filter_hidden=8, filter_decay=0.05), GLU, residual="parallel")
 ALIBI = BlockConfig(AttentionConfig(4, 1, head_dim=8, rotary="none", alibi=True, num_sinks=2), GLU)
 NOPE = BlockConfig(AttentionConfig(2, 1, head_dim=16, rotary="none", qk_norm="rms", gate="sigmoid"), GLU)
+BESIDE = BlockConfig(
+    BranchedConfig((WINDOW.mixer, MAMBA2.mixer), "sum", input_scales=(0.8, 1.0), output_scales=(1.2, 0.7)),
+    GLU,
+    norm="rms",
+)
+GATED_BESIDE = BlockConfig(BranchedConfig((GATED.mixer, NOPE.mixer, MAMBA1.mixer), "gate", top_k=2), GLU)
 EXPERTS = MoEConfig(num_experts=4, top_k=2, hidden_dim=16)
 # As in DeepSeek-V3: a bias for the choice of experts, groups, a shared expert, a scale.
 GROUPED = MoEConfig(
@@ -76,7 +83,7 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
     ),
     "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=GROUPED)),
     # Every mixer that the engine serves.
-    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE, LIGHTNING),
+    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE, LIGHTNING, BESIDE),
     # Every mixer, every place of norms and residuals, experts with their losses.
     "every mixer": (
         MAMBA2,
@@ -87,6 +94,8 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
         replace(ALIBI, feed_forward=None),
         CONV,
         replace(NOPE, mixer=replace(NOPE.mixer, rotary="half", rotary_dim=6, qk_norm="l2", window=5)),
+        replace(BESIDE, mixer=replace(BESIDE.mixer, merge="mean")),
+        GATED_BESIDE,
     ),
 }
 Stack = str | Sequence[BlockConfig]

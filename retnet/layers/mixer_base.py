@@ -38,6 +38,11 @@ class MixerConfig:
         """How many tokens the state stores one by one: 0 (a state of constant size), a window, or math.inf."""
         return 0
 
+    @property
+    def leaves(self) -> "tuple[MixerConfig, ...]":
+        """The mixers that hold weights and states: this one, or those inside it."""
+        return (self,)
+
     def on_device(self, work: "Workload") -> str | None:
         """A sentence about how the layer runs there, if its configuration alone does not determine that."""
         return None

@@ -5,6 +5,7 @@ A state is passed in and returned, never hidden in a module. The first dimension
 the same code. The state of each mixer is in the mixer's file.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import ClassVar, Self
@@ -32,6 +33,11 @@ class LayerState:
     position: Tensor
 
     @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of `tensors`."""
+        return cls(**tensors)
+
+    @classmethod
     def after(cls, state: Self | None, layout: TokenLayout, **tensors: Tensor | None) -> Self:
         """The state after this call's tokens: `state` itself if its tensors were overwritten in place."""
         if state is not None and all(getattr(state, name) is x for name, x in tensors.items()):
@@ -40,9 +46,19 @@ class LayerState:
         return cls(layout.advance(None if state is None else state.position), **tensors)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state's tensors by field name, from which the class can be built again."""
+        """The state's tensors by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @property
+    def per_token(self) -> tuple[str, ...]:
+        """The names of the tensors with an entry per token."""
+        return self.PER_TOKEN
+
+    @property
+    def leaves(self) -> "tuple[LayerState, ...]":
+        """The states that hold the tensors: this one, or those inside it."""
+        return (self,)
 
     @property
     def nbytes(self) -> int:

@@ -118,7 +118,7 @@ class TensorParallel(nn.Module):
         """
         if self.shard is not None:
             raise ValueError(f"the module is {self.shard} already; accepted: a whole module")
-        found = {name: split for name, split in self.splits().items() if _owned(self, name) is not None}
+        found = {name: split for name, split in self.splits().items() if owned(self, name) is not None}
         owners = {name: self.get_submodule(name.rpartition(".")[0]) for name in found}
         for name, owner in owners.items():
             check_plain(owner, name)
@@ -141,7 +141,7 @@ class TensorParallel(nn.Module):
         By a hook on the parameter, set anew where a copy or a loader has put another one in its place.
         """
         for name, split in self.split_by.items():
-            weight, shard = _owned(self, name), cast(TensorShard, self.shard)
+            weight, shard = owned(self, name), cast(TensorShard, self.shard)
             places = split.held(shard)
             if weight is None or not places or not weight.requires_grad:
                 continue
@@ -196,7 +196,7 @@ def become_(module: nn.Module, kind: type[nn.Module], shard: TensorShard) -> Non
     module.shard = shard  # type: ignore[assignment]
 
 
-def _owned(module: nn.Module, name: str) -> nn.Parameter | None:
+def owned(module: nn.Module, name: str) -> nn.Parameter | None:
     """A parameter by its name; None where the module has none, or no such submodule."""
     path, _, attribute = name.rpartition(".")
     owner: Any = module

@@ -81,7 +81,8 @@ def merged(
 
 def _num_heads(config: ModelConfig) -> int | None:
     """The heads of the first mixer that has heads."""
-    return next((n for layer in config.layers if (n := getattr(layer.mixer, "num_heads", None)) is not None), None)
+    mixers = (mixer for layer in config.layers for mixer in layer.mixer.leaves)
+    return next((n for mixer in mixers if (n := getattr(mixer, "num_heads", None)) is not None), None)
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:

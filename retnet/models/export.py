@@ -42,7 +42,7 @@ class StatefulModel(nn.Module):
         layers, given = [], iter(tensors)
         for layer, names in zip(self.model.config.layers, _state_fields(self.model), strict=True):
             fields = {name: next(given) for name in names}
-            layers.append(mixer_of(layer.mixer).state(position, **fields))
+            layers.append(mixer_of(layer.mixer).state.from_tensors({"position": position, **fields}))
         hidden, after = self.model.hidden(ids, ModelState(tuple(layers)), carry=True)
         assert after is not None
         return self.model.logits(hidden[:, -1]), *_flat(after)

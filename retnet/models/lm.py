@@ -212,8 +212,9 @@ class LanguageModel(nn.Module):
         ValueError if a layer's mixer has no drafts.
         """
         for i, layer in enumerate(self.config.layers):
-            if mixer_of(layer.mixer).draft is None:
-                raise ValueError(f"layer {i} is {layer.mixer.kind}, which has no drafts; accepted: mixers with drafts")
+            for mixer in layer.mixer.leaves:
+                if mixer_of(mixer).draft is None:
+                    raise ValueError(f"layer {i} has {mixer.kind}, which has no drafts; accepted: mixers with drafts")
         x = self.embedding_norm(self.embedding(ids) * self.config.embedding_scale)
         layout = TokenLayout.of((x.shape[0], x.shape[1]), x.device, start=state.position, deferred=True)
         drafts = []

@@ -72,7 +72,7 @@ class Snapshot:
             raise ValueError(
                 f"state is of type {type(self.state).__name__}; accepted: a ModelState of a model's layers"
             )
-        positions = [layer.position.tolist() for layer in self.state]
+        positions = [leaf.position.tolist() for layer in self.state for leaf in layer.leaves]
         if any(position != [len(self.tokens) - 1] for position in positions):
             raise ValueError(
                 f"state is at position {positions[0]} and there are {len(self.tokens)} tokens; accepted: one sequence "

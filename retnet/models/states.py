@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retnet.layers.draft import Draft
-from retnet.layers.mixers import MIXERS
+from retnet.layers.mixers import MIXERS, kind_of
 from retnet.layers.state import LayerState
 
 
@@ -88,9 +88,8 @@ class ModelState:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All tensors by name, "<layer>.<kind>.<field>", as `from_named` reads them."""
-        kinds = {mixer.state: mixer.name for mixer in MIXERS.values()}
         return {
-            f"{i}.{kinds[type(layer)]}.{name}": x
+            f"{i}.{kind_of(layer)}.{name}": x
             for i, layer in enumerate(self.layers)
             for name, x in layer.tensors().items()
         }
@@ -108,7 +107,7 @@ class ModelState:
             parts.setdefault(int(index), {})[name] = x
         if sorted(parts) != list(range(len(parts))):
             raise ValueError(f"the state has layers {sorted(parts)}; accepted: 0 to their number, none missing")
-        return cls(tuple(MIXERS[kinds[i]].state(**parts[i]) for i in range(len(parts))))
+        return cls(tuple(MIXERS[kinds[i]].state.from_tensors(parts[i]) for i in range(len(parts))))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file that `load` reads."""

@@ -53,7 +53,11 @@ def _required(field: dataclasses.Field) -> bool:
 
 def _convert_field(field: dataclasses.Field, annotation: Any, value: Any, path: str) -> Any:
     kinds = field.metadata.get("kinds")
-    return _convert(annotation, value, path) if kinds is None else _convert_kind(kinds(), value, path)
+    if kinds is None:
+        return _convert(annotation, value, path)
+    if get_origin(annotation) is tuple:
+        return tuple(_convert_kind(kinds(), item, f"{path}[{i}]") for i, item in enumerate(_listed(value, path)))
+    return _convert_kind(kinds(), value, path)
 
 
 def _convert_kind(classes: Mapping[str, type], value: Any, path: str) -> Any:
@@ -77,9 +81,7 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path}: {quoted(value)} given; {choices(value, map(str, args))}")
         return value
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{path}: expected a list, got {_name(value)}")
-        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(_listed(value, path)))
     if dataclasses.is_dataclass(annotation):
         cls = cast(type, annotation)
         return value if isinstance(value, cls) else from_dict(cls, value, path)
@@ -109,6 +111,12 @@ def _convert_union(args: tuple, value: Any, path: str) -> Any:
         except ValueError as error:
             errors.append(str(error))
     raise ValueError(" or ".join(errors))
+
+
+def _listed(value: Any, path: str) -> list | tuple:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{path}: expected a list, got {_name(value)}")
+    return value
 
 
 def _name(value: Any) -> str:

@@ -150,9 +150,11 @@ def _same_shapes(state: ModelState, slots: ModelState) -> bool:
     if [type(layer) for layer in state] != [type(layer) for layer in slots]:
         return False
     for mine, theirs in zip(state, slots, strict=True):
+        if mine.tensors().keys() != theirs.tensors().keys():
+            return False
         for name, x in theirs.tensors().items():
             shape, found = list(x.shape), list(mine.tensors()[name].shape)
-            if name in theirs.PER_TOKEN:
+            if name in theirs.per_token:
                 shape[1:2], found[1:2] = [], []
             if found != [1, *shape[1:]]:
                 return False

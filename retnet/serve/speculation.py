@@ -54,8 +54,9 @@ class Speculation:
         """Raise ValueError for a model whose caches have no room for a draft."""
         width = self.draft_tokens + 1
         for i, layer in enumerate(config.layers):
-            room = min(layer.mixer.kept_tokens, math.inf if max_tokens is None else max_tokens)
-            if layer.mixer.kept_tokens and room < width:
+            kept = min((mixer.kept_tokens for mixer in layer.mixer.leaves if mixer.kept_tokens), default=0)
+            room = min(kept, math.inf if max_tokens is None else max_tokens)
+            if kept and room < width:
                 raise ValueError(
                     f"layer {i} is {layer.mixer.kind}, which keeps {room} tokens; accepted with draft_tokens "
                     f"{self.draft_tokens}: at least {width}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from retnet.layers.attention import AttentionConfig
+from retnet.layers.branched import BranchedConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
@@ -72,6 +73,21 @@ CASES: dict[str, MixerConfig] = {
     "mamba1": Mamba1Config(14, time_step_rank=2, state_dim=3),
     "mamba1, biases": Mamba1Config(6, time_step_rank=1, state_dim=4, conv_width=2, conv_bias=False, bias=True),
     "mamba1, normed scan": Mamba1Config(14, time_step_rank=2, state_dim=3, scan_norm="rms"),
+    "attention beside mamba2": BranchedConfig(
+        (AttentionConfig(4, 2, head_dim=6), Mamba2Config(12, head_dim=3, state_dim=5)), "sum", (1.5, 1.0), (0.7, 2.0)
+    ),
+    "retention beside attention in a window, normed": BranchedConfig(
+        (RetentionConfig(2, 8, 12, conv_width=3), AttentionConfig(2, 1, head_dim=4, window=4)), "mean"
+    ),
+    "three mixers and a gate": BranchedConfig(
+        (Mamba1Config(14, time_step_rank=2, state_dim=3), RetentionConfig(2, 8, 12), HyenaConfig(filter_hidden=6)),
+        "gate",
+    ),
+    "two of three mixers": BranchedConfig(
+        (AttentionConfig(2, 2, head_dim=6), RetentionConfig(2, 8, 12), RetentionConfig(3, 6, 6, decay="gated")),
+        "gate",
+        top_k=2,
+    ),
     "hyena": HyenaConfig(filter_hidden=6),
     "hyena of order three": HyenaConfig(order=3, filter_hidden=5, filter_decay=0.1, conv_width=1),
 }

@@ -9,6 +9,7 @@ import pytest
 
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import FEED_FORWARDS, BlockConfig
+from retnet.layers.branched import BranchedConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.mamba1 import Mamba1Config
@@ -29,6 +30,7 @@ EXAMPLES = [
     Mamba1Config(14, time_step_rank=2),
     Mamba2Config(12, head_dim=3),
     HyenaConfig(),
+    BranchedConfig((RETENTION, AttentionConfig(4, 2, head_dim=6))),
     FeedForwardConfig(8),
     MoEConfig(4, 2, 8),
     BLOCK,

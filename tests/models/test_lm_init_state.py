@@ -7,6 +7,7 @@ import torch
 
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import BlockConfig
+from retnet.layers.branched import BranchedConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
@@ -25,6 +26,7 @@ MIXER_CASES = {
     "mamba1": Mamba1Config(14, time_step_rank=2, state_dim=3),
     "mamba2": Mamba2Config(12, head_dim=3, state_dim=4, num_groups=2),
     "hyena": HyenaConfig(order=3, filter_hidden=6),
+    "branched": BranchedConfig((AttentionConfig(4, 2, head_dim=6), Mamba2Config(12, head_dim=3, state_dim=4)), "gate"),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 

@@ -6,6 +6,7 @@ costs one launch and one wait. On a CPU it runs eagerly: reading the weights tak
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class DecodeStep:
                 self._run(parts)
             sampled = self._run(parts)
         torch.cuda.current_stream().wait_stream(stream)
-        for layer in self.state:
+        for layer in chain.from_iterable(layer.leaves for layer in self.state):
             if isinstance(layer, TokenCache):
                 layer.filled = 0  # asking the device would break the capture; requests are kept within the room
         on_host = sampled.each(lambda x: torch.empty(x.shape, dtype=x.dtype, pin_memory=True))
@@ -133,9 +134,10 @@ class DecodeStep:
         """Let a slot read a chunk of a prompt [1, T]. Returns the final hidden states [T, D]."""
         before = self.state.slot(slot)
         hidden, after = self._fused.read(ids, before)
-        for layer, view, new in zip(self.state, before, after, strict=True):
-            if new is not view:
-                layer.write_(slot, new)
+        for states in zip(self.state, before, after, strict=True):
+            for layer, view, new in zip(*(state.leaves for state in states), strict=True):
+                if new is not view:
+                    layer.write_(slot, new)
         return hidden
 
     def settle(self, counts: list[int]) -> None:

@@ -46,7 +46,7 @@ class StateCache(Cache):
     def _fix_addresses(self) -> None:
         """Tell torch.compile that these tensors are updated in place and need not be copied as inputs."""
         for layer in self.state or ():
-            if layer.PER_TOKEN:
+            if layer.per_token:
                 raise ValueError(
                     f"cache_implementation 'static' needs states of constant size; {type(layer).__name__} grows with "
                     "the tokens. Accepted for this model: cache_implementation None"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
-from retnet.layers.tensor_parallel import Split, TensorParallel
+from retnet.layers.tensor_parallel import Split, TensorParallel, owned
 from retnet.models.lm import LanguageModel
 from retnet.models.parallel.plan import split_
 from retnet.models.parallel.whole import whole_weights
@@ -44,9 +44,8 @@ class ByHeads(TensorParallelLayer):
             raise ValueError(f"{type(module).__name__}: {error}") from error
         for name, split in module.splits().items():
             path, _, attribute = name.rpartition(".")
-            owner: Any = getattr(module, path, None) if path else module
-            if getattr(owner, attribute, None) is not None and _is_one_map(split):
-                place_part(owner, attribute, split.dim, mesh)
+            if owned(module, name) is not None and _is_one_map(split):
+                place_part(module.get_submodule(path), attribute, split.dim, mesh)
         return module
 
 

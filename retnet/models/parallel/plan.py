@@ -76,7 +76,7 @@ def split_(model: LanguageModel, shard: TensorShard) -> LanguageModel:
     check_weights(model)
     split_embeddings_(model, shard)
     for module in model.modules():
-        if isinstance(module, TensorParallel):
+        if isinstance(module, TensorParallel) and module.shard is None:  # one inside another is split by that
             module.split_(shard)
     return model
 

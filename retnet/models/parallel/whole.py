@@ -4,7 +4,6 @@ All processes call these functions together.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -80,7 +79,7 @@ def _with_heads(model: LanguageModel, state: ModelState, change: Callable[[Split
     for block, layer in zip(model.layers, state, strict=True):
         splits, tensors = cast(Block, block).mixer.states_split_by, layer.tensors()
         changed = {name: change(split, tensors[name]) for name, split in splits.items() if name in tensors}
-        layers.append(replace(layer, **changed))
+        layers.append(type(layer).from_tensors(tensors | changed))
     return ModelState(tuple(layers))
 
 

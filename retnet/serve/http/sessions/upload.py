@@ -59,7 +59,7 @@ class StateForm:
         named = state.named_tensors()
         for i, layer in enumerate(state):
             for name in named:
-                if name.split(".")[0] == str(i) and name.split(".")[2] in layer.PER_TOKEN:
+                if name.split(".")[0] == str(i) and name.split(".")[2] in layer.per_token:
                     per_token[name] = named[name].shape[1]
         tensors = {name: (x.dtype, (1, *x.shape[1:])) for name, x in named.items()}
         limit = engine.pool.max_tokens
