@@ -4,7 +4,11 @@
     tokens                int32 [n]: all tokens seen; the state has read the first n - 1
     attachment            uint8 [n]: bytes kept with the state; absent if there are none
     metadata              format, model (fingerprint), position, tokens (SHA-256), content (SHA-256 of all tensors), ...
+                          initial: the identity of a learned initial state; absent after the empty one
                           extra.<name>: texts kept with the state
+
+A learned initial state (`initial_state.py`) is a snapshot at position 0: its one token is the document start, which it
+has not read.
 
 A file is written beside its target, flushed to the disk and renamed, so that a crash leaves the old file intact. A file
 that is truncated, changed, or of another model is refused: continuing a wrong state gives fluent nonsense.
@@ -12,6 +16,7 @@ that is truncated, changed, or of another model is refused: continuing a wrong s
 
 import json
 import math
+import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -33,6 +38,7 @@ FORMAT = "retnet-snapshot"
 EXTRA = "extra."  # before the names of `extra` in the metadata
 ATTACHMENT = "attachment"
 StoredDtype = Literal["float32", "bfloat16"]
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +48,8 @@ class Snapshot:
     model: the fingerprint of the model.
     rounding_error: norm(state - stored) / norm(state), the largest over all tensors; 0 unless stored in fewer bits.
     output_start: where the output begins that penalties count, if the output is continued.
+    initial: the identity of the learned initial state that the sequence began from (SHA-256, hexadecimal), so that
+        states after equal tokens are told apart; None after the empty state. At position 0 it is computed if absent.
     """
 
     state: ModelState
@@ -49,6 +57,7 @@ class Snapshot:
     model: str
     rounding_error: float = 0.0
     output_start: int | None = None
+    initial: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.tokens, Set):
@@ -65,6 +74,15 @@ class Snapshot:
             if not is_integer(self.output_start, 0, len(tokens)):
                 raise ValueError(f"output_start is {quoted(self.output_start)}; accepted: None, or 0 to {len(tokens)}")
             object.__setattr__(self, "output_start", int(self.output_start))
+        if self.initial is None and self.is_initial:
+            object.__setattr__(self, "initial", _identity(self.state))
+        if not (self.initial is None or (isinstance(self.initial, str) and _SHA256.fullmatch(self.initial))):
+            raise ValueError(f"initial is {quoted(self.initial)}; accepted: None, or a SHA-256 in hexadecimal")
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether the state has read no token: a learned initial state, or the empty one."""
+        return len(self.tokens) == 1
 
     def check(self) -> None:
         """Raise ValueError unless the state, whose tensors can change in place, is that of all tokens but the last."""
@@ -150,6 +168,8 @@ class Snapshot:
             "output_start": str(len(self.tokens) if self.output_start is None else self.output_start),
             "dtypes": json.dumps({name: str(x.dtype)[6:] for name, x in state.items()}),
         }
+        if self.initial is not None:
+            metadata["initial"] = self.initial
         if attachment:
             beside[ATTACHMENT] = torch.frombuffer(bytearray(attachment), dtype=torch.uint8)
         metadata |= {EXTRA + name: text for name, text in (extra or {}).items()}
@@ -224,4 +244,12 @@ def _snapshot(tensors: dict[str, Tensor], metadata: dict[str, str], device: torc
     tokens.frombytes(bytes_of(seen.contiguous()))
     named = {name: x.to(device, getattr(torch, dtypes[name])) for name, x in tensors.items()}
     facts = metadata["model"], float(metadata["rounding_error"]), int(metadata["output_start"])
-    return Snapshot(ModelState.from_named(named), tokens, *facts)
+    return Snapshot(ModelState.from_named(named), tokens, *facts, metadata.get("initial"))
+
+
+def _identity(state: ModelState) -> str | None:
+    """The SHA-256 of an initial state; None for the empty one, which is all zeros."""
+    tensors = state.named_tensors()
+    if not any(bool(x.any()) for x in tensors.values()):
+        return None
+    return digest(StoredTensors(tensors, torch.float64), {})

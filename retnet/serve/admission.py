@@ -73,6 +73,7 @@ class Admission:
             constraint=constraint,
             scores=None if request.prompt_logprobs is None else PromptLogprobs(request.prompt_logprobs),
             rounding_error=0.0 if after is None else after.rounding_error,
+            initial=None if after is None else after.initial,
         )
 
     def _constraint(self, grammar: Grammar, logit_bias: Mapping[int, float]) -> ConstrainedOutput:

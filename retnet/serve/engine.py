@@ -356,7 +356,7 @@ class Engine:
         assert generation.slot is not None
         state = self.pool.copy(generation.slot)
         error, output_start = generation.rounding_error, generation.counted_from
-        return Snapshot(state, generation.seen, self.fingerprint, error, output_start)
+        return Snapshot(state, generation.seen, self.fingerprint, error, output_start, generation.initial)
 
     def _fail(self, generation: Generation, error: str) -> None:
         generation.error = error

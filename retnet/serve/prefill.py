@@ -51,7 +51,7 @@ class Prefill:
 
     def expect(self, generation: Generation) -> None:
         """Let the prompts that are read from the next step on take account of one that waits for a slot."""
-        if self.prefixes is not None and generation.request.prefix_group is not None:
+        if self.prefixes is not None and generation.prefix_group is not None:
             self._expected.append(generation)
 
     def enter(self, generation: Generation) -> None:
@@ -96,7 +96,7 @@ class Prefill:
     def keep_prefix(self, generation: Generation, *, branch: bool = False, needed: bool = False) -> ModelState | None:
         """Put the state after the tokens read so far into the prefix cache, unless it is there, has no room, or is not
         finite or not exact. Returns the state if it was put there, or if it is `needed`."""
-        group = generation.request.prefix_group
+        group = generation.prefix_group
         if self.prefixes is None or group is None or generation.slot is None or not generation.read:
             return None
         if generation.rounding_error or self.weights.changed:
@@ -117,7 +117,7 @@ class Prefill:
     def _look_ahead(self) -> None:
         while self.prefixes is not None and self._expected:
             generation = self._expected.popleft()
-            self.prefixes.note(generation.seen, generation.request.prefix_group or "")
+            self.prefixes.note(generation.seen, generation.prefix_group or "")
 
     def _begin(self, generation: Generation, handed: tuple[int, ModelState] | None = None) -> None:
         """Let a prompt in a slot continue from the longest prefix at hand: that of its snapshot, a cached one, or one
@@ -127,7 +127,7 @@ class Prefill:
         generation.awaited, found = None, None
         generation.prefix_miss = self._why_not_looked_up(generation)
         if self.prefixes is not None and generation.prefix_miss is None:
-            tokens, group = generation.seen[:-1], generation.request.prefix_group or ""
+            tokens, group = generation.seen[:-1], generation.prefix_group or ""
             at_hand = max(generation.read, self.prefixes.longest(tokens, group), 0 if handed is None else handed[0])
             generation.awaited = self._longer_prefix(generation, at_hand)
             if generation.awaited is None:
@@ -144,7 +144,7 @@ class Prefill:
             return None
         if self.prefixes is None:
             return "the engine has no prefix cache"
-        if generation.request.prefix_group is None:
+        if generation.prefix_group is None:
             return "the request has no prefix group"
         if generation.scores is not None:
             return "log-probabilities of the prompt are asked for, so every token of it is read"
@@ -165,9 +165,9 @@ class Prefill:
 
         To wait for it is no slower than to read from `at_hand`: both would take turns, and it has come as far already.
         """
-        tokens, longest, group = generation.seen[:-1], None, generation.request.prefix_group
+        tokens, longest, group = generation.seen[:-1], None, generation.prefix_group
         for other in self.stages.reading:
-            if other is generation or other.request.prefix_group != group or other.awaited is not None:
+            if other is generation or other.prefix_group != group or other.awaited is not None:
                 continue
             if other.rounding_error or other.read < at_hand:
                 continue
@@ -196,7 +196,7 @@ class Prefill:
     def _places(self, generation: Generation) -> list[int]:
         """Where states are kept in the rest of a prompt: where it parts from others, and last before its last token."""
         end = len(generation.seen) - 1
-        inside, group = {generation.shared_end}, generation.request.prefix_group
+        inside, group = {generation.shared_end}, generation.prefix_group
         if self.prefixes is not None and group is not None:
             version, cuts = self._cuts.get(generation, (-1, []))
             if version != self.prefixes.version:

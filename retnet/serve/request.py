@@ -154,6 +154,7 @@ class Generation:
     counted_from: where the output begins for penalties; a continued output began earlier.
     shared_end: where the part of the prompt ends that other prompts share.
     rounding_error: that of the snapshot which the state comes from; the prefix cache keeps exact states only.
+    initial: the identity of the learned initial state that the context began from, as in Snapshot.
     awaited: another prompt that is being read, and how many first tokens of it this one will continue from.
     ends: tokens that end the output.
     owner: identifies the engine. It is not the engine itself, whose memory would then wait for the garbage collector.
@@ -178,6 +179,7 @@ class Generation:
     cached: int = 0
     prefix_miss: str | None = None
     rounding_error: float = 0.0
+    initial: str | None = None
     awaited: "tuple[Generation, int] | None" = field(default=None, repr=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     scores: PromptLogprobs | None = field(default=None, repr=False)
@@ -194,6 +196,12 @@ class Generation:
             return []
         first_of_context = len(self.request.prompt) == self.output_start
         return [*([None] if first_of_context else []), *self.scores.tolist()]
+
+    @property
+    def prefix_group(self) -> str | None:
+        """The group of prompts with which this one shares cached prefixes: those that began from the same state."""
+        group = self.request.prefix_group
+        return group if group is None or self.initial is None else f"{group}\0{self.initial}"
 
     @property
     def num_new(self) -> int:
