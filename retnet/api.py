@@ -22,6 +22,7 @@ from retnet.data.tokenizer_json import find_tokenizer
 from retnet.models.decode.generation import PROMPT_CHUNK
 from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
+from retnet.models.snapshot import Snapshot
 from retnet.ops.dtypes import resolve_dtype
 from retnet.serve.engine import Engine
 from retnet.serve.pool import growing_layer
@@ -93,6 +94,7 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     speculate: int = 0,
+    state: Snapshot | str | os.PathLike[str] | None = None,
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
 ) -> str | Iterator[str]:
     """The continuation of a prompt.
@@ -107,10 +109,12 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
         stop: strings that end the text, and are left out of it. The end-of-text token of the model or its tokenizer
             ends it too.
         speculate: draft tokens per step (3, 7, 11, ...), guessed from the context and verified; 0: none.
+        state: a snapshot or its file: the learned initial state that the prompt is read after (`retnet train
+            method=state`), or an earlier text that it continues.
         tokenizer: in place of the model's own; or what names one, as in `retnet data --tokenizer`.
 
-    Raises ValueError for a model without a tokenizer, for options out of range, and for an endless text of a model
-    whose cache grows; retnet.serve.request.Failed if the model's logits are not finite.
+    Raises ValueError for a model without a tokenizer, for options out of range, for a state of another model, and for
+    an endless text of a model whose cache grows; retnet.serve.request.Failed if the model's logits are not finite.
 
     Examples:
         >>> model = retnet.load("retnet-tiny")
@@ -137,9 +141,10 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
         model = load(model)
     found = as_tokenizer(model, tokenizer)
     stops = [stop] if isinstance(stop, str) else list(stop or ())
-    request = request_of(prompt, found, max_tokens, sampling, stops)
-    engine = engine_for(model, request, found, speculate)
-    pieces = stream_text(engine.stream(request), found, stops, request.prompt)
+    after = load_state(state, model)
+    request = request_of(prompt, found, max_tokens, sampling, stops, after)
+    engine = engine_for(model, request, found, speculate, after)
+    pieces = stream_text(engine.stream(request, after), found, stops, request.prompt)
     return pieces if stream else "".join(pieces)
 
 
@@ -183,27 +188,55 @@ def token_ids(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
         raise ValueError(f"prompt is {prompt!r}; accepted: text, or token ids [T]") from error
 
 
+def load_state(state: Snapshot | str | os.PathLike[str] | None, model: LanguageModel) -> Snapshot | None:
+    """A snapshot, read from its file where one is named, on the model's device."""
+    if state is None or isinstance(state, Snapshot):
+        return state
+    return Snapshot.load(os.fspath(state), model.embedding.weight.device)
+
+
 def request_of(
-    prompt: Prompt, tokenizer: Tokenizer, max_tokens: int | None, sampling: Sampling, stops: Sequence[str]
+    prompt: Prompt,
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    sampling: Sampling,
+    stops: Sequence[str],
+    after: Snapshot | None = None,
 ) -> Request:
-    """The request for a prompt's continuation, which the tokenizer's document end stops too."""
+    """The request for a prompt's continuation, which the tokenizer's document end stops too.
+
+    after: a snapshot that it continues. It has the document start already, so a text is read without another.
+    """
     end = tokenizer.document_end
     stop_tokens = () if end is None else (end,)
-    return Request(token_ids(prompt, tokenizer), max_tokens, sampling, stop_tokens, stops)
+    tokens = token_ids(prompt, tokenizer)
+    if after is not None and isinstance(prompt, (str, bytes, bytearray)):
+        tokens = tokens[1:]
+    return Request(tokens, max_tokens, sampling, stop_tokens, stops)
 
 
-def engine_for(model: LanguageModel, request: Request, tokenizer: Tokenizer, speculate: int = 0) -> Engine:
-    """An engine with room for one request. Raises ValueError for an endless text of a model whose cache grows."""
+def engine_for(
+    model: LanguageModel,
+    request: Request,
+    tokenizer: Tokenizer,
+    speculate: int = 0,
+    after: Snapshot | None = None,
+) -> Engine:
+    """An engine with room for one request, which continues `after`, if given.
+
+    Raises ValueError for an endless text of a model whose cache grows.
+    """
     limit, growing = request.max_new_tokens, growing_layer(model.config)
     if limit is None and growing is not None:
         raise ValueError(
             f"the text has no limit and layer {growing} is attention without a window, whose cache grows; accepted "
             "with this model: a maximum of 1 new token or more"
         )
+    earlier = 0 if after is None else len(after.tokens)
     return Engine(
         model,
         num_slots=1,
-        max_tokens=None if limit is None else len(request.prompt) + limit,
+        max_tokens=None if limit is None else earlier + len(request.prompt) + limit,
         prompt_chunk=PROMPT_CHUNK,
         prompt_budget=PROMPT_CHUNK,
         decode=tokenizer.decode,

@@ -59,6 +59,10 @@ def generate(
     frequency_penalty: Annotated[
         float, typer.Option(help="Subtracted from the logits of tokens of the output, per occurrence.")
     ] = 0.0,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Snapshot that the text continues, such as the state.safetensors of `train method=state`."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dtype: Annotated[
@@ -94,7 +98,7 @@ def generate(
     if int8:
         require("quantize", "--int8")
 
-    from retnet.api import engine_for, load_tokenizer, request_of, stream_text
+    from retnet.api import engine_for, load_state, load_tokenizer, request_of, stream_text
     from retnet.eval.meter import StreamMeter
     from retnet.models.cost import model_cost
     from retnet.models.decode.sampling import Sampling
@@ -118,12 +122,13 @@ def generate(
         quantize_int8_(network)
     stops = [unescape(text) for text in stop or []]
     limit = None if max_tokens == ENDLESS else max_tokens
-    request = request_of(text, tokenizer, limit, sampling, stops)
-    engine = engine_for(network, request, tokenizer, speculate)
+    after = load_state(state, network)
+    request = request_of(text, tokenizer, limit, sampling, stops, after)
+    engine = engine_for(network, request, tokenizer, speculate, after)
     meter = StreamMeter()
     failed = None
     try:
-        tokens = engine.stream(request)
+        tokens = engine.stream(request, after)
         _read_prompt(tokens)
         _echo(text, echo)
         for piece in stream_text(_metered(tokens, meter), tokenizer, stops, request.prompt):

@@ -23,6 +23,7 @@ from retnet.train.inputs import RunData
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import WITHOUT_EFFECT, Recipe
 from retnet.train.resume import read_run
+from retnet.train.state_tuning import StateTunedForCausalLM
 
 
 def _names(text: str) -> frozenset[str]:
@@ -57,6 +58,7 @@ SAID = _names(
 # Keys and the facts that they decide.
 REFUSED = {
     "model": "model",
+    "method": "method",
     "data": "data",
     "valid_fraction": "data",
     "chat_template": "data",
@@ -96,11 +98,14 @@ def run_facts(recipe: Recipe, arguments: TrainingArguments, data: RunData, model
         "rows_per_step": arguments.train_batch_size
         * arguments.gradient_accumulation_steps
         * (arguments.world_size // recipe.context_parallel),
+        "method": None if model.trains_weights else recipe.method,
         "data_seed": arguments.seed if arguments.data_seed is None else arguments.data_seed,
         "sharding": "whole" if arguments.fsdp else None,  # of no matter to a sharded checkpoint
         # A schedule that is not a function of the step has a state, which a checkpoint restores with its arguments.
         "schedule": schedule if settings["lr_scheduler_type"] in _STATEFUL_SCHEDULES else "a function of the step",
     }
+    if isinstance(model, StateTunedForCausalLM):
+        facts["weights"] = model.base
     if recipe.carry_state:  # each process keeps its lanes
         facts["lanes"] = [arguments.train_batch_size] * arguments.world_size
     facts |= {fact: settings[fact] for fact in REFUSED.values() if fact not in facts}

@@ -19,6 +19,7 @@ from retnet.data import Corpus
 from retnet.data.chat_files import TEMPLATE_FILE
 from retnet.models.decode.generation import generate
 from retnet.models.directory import PREFIX, load_model, write_model
+from retnet.models.states import ModelState
 from retnet.models.tensor_files import Tensors
 from retnet.ops.device import hardware
 from retnet.stack.resolve import tokenizer_of
@@ -97,15 +98,21 @@ def _save_sharded(trainer: PackedTrainer, directory: Path) -> None:
 
 
 def continuations(
-    output: Path, corpus: Corpus, count: int, seed: int, device: torch.device, stop: TerminationSignal
+    directory: Path,
+    corpus: Corpus,
+    count: int,
+    seed: int,
+    device: torch.device,
+    stop: TerminationSignal,
+    state: ModelState | None = None,
 ) -> list[tuple[str, str]]:
     """Pairs of text: the beginning of a validation document, and a continuation sampled from the saved model.
 
-    stop: once it is received, no more are made.
+    stop: once it is received, no more are made. state: that the texts start from.
     """
     if not count or stop.received:
         return []
-    model = load_model(output, device=device)
+    model = load_model(directory, device=device)
     tokenizer = tokenizer_of(model.config, model.directory)
     generator = torch.Generator(device).manual_seed(seed)
     texts = []
@@ -114,7 +121,7 @@ def continuations(
             break
         tokens = corpus.prompt(document, PROMPT_TOKENS)
         prompt = torch.tensor(tokens.astype("int64"), device=device)[None]
-        new = generate(model, prompt, SAMPLE_TOKENS, temperature=TEMPERATURE, generator=generator)
+        new = generate(model, prompt, SAMPLE_TOKENS, state=state, temperature=TEMPERATURE, generator=generator)
         decoder = tokenizer.stream_decoder()
         begun = "".join(map(decoder.push, prompt[0].tolist()))
         # One decoder for both: the prompt may end inside a character, and its tokens decide about the next space.

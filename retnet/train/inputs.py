@@ -22,6 +22,8 @@ from retnet.models.lm import LanguageModel
 from retnet.stack.resolve import resolve_model, resolve_tokenizer, saved_directory, tokenizer_of
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
+from retnet.train.state_recipe import STATE
+from retnet.train.state_tuning import StateTunedForCausalLM
 
 RECOMPILE_LIMIT = 64
 
@@ -125,7 +127,8 @@ def initial_model(recipe: Recipe, corpus: Corpus, seed: int, template: ChatTempl
     """The model that a recipe names: a preset with weights drawn from the seed, a stack with weights drawn from its own
     seed, or a saved model to continue from. Weights in half precision become float32 for the training.
 
-    template: of conversations; the token that ends a turn then ends a text too.
+    template: of conversations; the token that ends a turn then ends a text too, unless the model's weights stay as they
+    are (method=state), and with them its configuration.
 
     Raises ValueError or OSError if there is none, or if it does not read the corpus's tokens.
     """
@@ -138,6 +141,8 @@ def initial_model(recipe: Recipe, corpus: Corpus, seed: int, template: ChatTempl
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for layer in model.layers:
             layer.compile(**recipe.compile_options)
+    if recipe.method == STATE:
+        return StateTunedForCausalLM.trainable(model)
     end = None if template is None else template.turn_end
     if end is not None and end not in model.config.eos_token_ids:
         ends = (*model.config.eos_token_ids, end)

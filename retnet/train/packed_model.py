@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -35,9 +35,11 @@ class PackedForCausalLM(RetNetForCausalLM):
 
     final_dtypes: of the weights that a finished run saves, by their names in LanguageModel; None: as they are trained.
         Checkpoints hold the weights as they are trained.
+    trains_weights: whether the weights of the language model are trained, with the losses of its routers.
     """
 
     final_dtypes: Mapping[str, torch.dtype] | None = None
+    trains_weights: ClassVar[bool] = True
     _saves_final = False
 
     @classmethod
@@ -102,8 +104,8 @@ class PackedForCausalLM(RetNetForCausalLM):
         bounds, (B, T) = cu_seq_lens_q, input_ids.shape
         torch._dynamo.maybe_mark_dynamic(bounds, 0)  # one graph for any number of documents
         starts = torch.arange(0, B * T, T, device=bounds.device)
-        before = None if lanes is None else _states_before(lanes, begins_fresh, bounds, starts)
-        losses: list[Tensor] = []
+        before = self.states_before(lanes, begins_fresh, bounds, starts)
+        losses: list[Tensor] | None = [] if self.trains_weights else None
         hidden, after = self.model.hidden(
             input_ids.reshape(1, -1), before, cu_seqlens=bounds, carry=carry, losses=losses
         )
@@ -120,6 +122,20 @@ class PackedForCausalLM(RetNetForCausalLM):
             last = torch.searchsorted(bounds, starts + T) - 1  # the end of a row is always a boundary
             cache.update_state(detached(after.select(last)), T)
         return CausalOutput(loss=loss, past_key_values=cache, aux_loss=extra)  # type: ignore[arg-type]
+
+    def states_before(
+        self, lanes: ModelState | None, begins_fresh: Tensor, bounds: Tensor, starts: Tensor
+    ) -> ModelState | None:
+        """The state before each of the N documents of packed rows with these bounds [N + 1]; None: empty ones.
+
+        lanes, begins_fresh: as in `forward`. starts [B]: where the rows begin.
+        """
+        return None if lanes is None else _states_before(lanes, begins_fresh, bounds, starts)
+
+    @property
+    def unsaved_names(self) -> set[str]:
+        """Names of tensors that are not in checkpoints."""
+        return self.tied_names
 
     @property
     def tied_names(self) -> set[str]:

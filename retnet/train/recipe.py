@@ -28,6 +28,7 @@ from retnet.stack.resolve import STACK_SUFFIXES, resolve_stack, saved_directory
 from retnet.stack.training import router_lr_multiplier, training_defaults
 from retnet.system.suggest import choices, did_you_mean_path, nearest
 from retnet.train.muon_recipe import MUON, MuonArgs
+from retnet.train.state_recipe import STATE, STATE_DEFAULTS, Method, excluded
 
 CheckpointForm = Literal["whole", "sharded", "async"]
 
@@ -111,6 +112,8 @@ class Recipe(BaseModel):
     data: a folder of shards, a file or folder of text, jsonl with `messages`, or `stdlib`; or a mapping of several to
         their shares of tokens.
     valid: one source for validation, instead of a share of the documents of `data`.
+    method: `weights` trains the model; `state` trains only the state that every document starts from, which is saved
+        as `state.safetensors` for `retnet generate` and `retnet serve`.
     length: tokens per row. Longer documents are cut into pieces, each of which starts from an empty state.
     context_parallel: processes that share rows: each holds as many contiguous tokens, a part of a row or whole rows.
     carry_state: each piece starts from the state at the end of the piece before instead.
@@ -135,6 +138,7 @@ class Recipe(BaseModel):
     model: Source
     data: Source | Annotated[dict[Source, Weight], Field(min_length=1)]
     valid: Source | None = None
+    method: Method = "weights"
     length: int = Field(default=1024, ge=2)
     context_parallel: int = Field(default=1, ge=1)
     carry_state: bool = False
@@ -205,7 +209,8 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
     problems += [f"{key} is not accepted: {WITHOUT_EFFECT[key]}" for key in values if key in WITHOUT_EFFECT]
     problems += [f"{key} is missing: {meaning}" for key, meaning in _REQUIRED.items() if key not in values]
     stack = resolve_stack(str(values["model"])) if "model" in values else None
-    training = dict(DEFAULTS)
+    tunes_state = values.get("method") == STATE
+    training = DEFAULTS | (STATE_DEFAULTS if tunes_state else {})
     if stack is not None:
         training |= training_defaults(stack.spec, values)
         values.setdefault("router_lr_multiplier", router_lr_multiplier(stack.spec))
@@ -221,10 +226,11 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
     if "bf16" not in values and not training.get("fp16") and "model" in values:
         training |= _precision(str(values["model"]), stack)
     problems += _unusable(training)
+    problems += excluded(values, training) if tunes_state else ()
     if not problems:
         model = Path(str(values["model"]))
         name = model.stem if model.name.endswith(STACK_SUFFIXES) else model.name
-        training.setdefault("output_dir", str(Path("out") / name))
+        training.setdefault("output_dir", str(Path("out") / (f"{name}-state" if tunes_state else name)))
         if Path(training["output_dir"]).resolve() == model.resolve():
             raise ValueError(f"output_dir is {training['output_dir']}, the folder of the model; accepted: another")
         try:

@@ -34,6 +34,8 @@ from retnet.train.recipe import Recipe
 from retnet.train.report import REPORT_FILE, Report, Subject, all_settings, run_tables
 from retnet.train.row_shards import check_row_shards, check_shared_layers
 from retnet.train.saved_tokenizer import tokenizer_to_save
+from retnet.train.state_effect import EFFECT_FILE, effect_of_run
+from retnet.train.state_tuning import STATE_FILE, StateTunedForCausalLM, describe_state, save_state
 from retnet.train.trainer import PackedTrainer, RunOptions
 
 PADDING = 1024  # tokens by which a vocabulary is commonly rounded up, for speed
@@ -147,8 +149,13 @@ def _finish(
     arguments: TrainingArguments = trainer.args
     output, seconds = Path(str(arguments.output_dir)), trainer.clock.read()
     trainer.check_weights()
-    began_from = cast(PackedForCausalLM, trainer.model).model.directory
-    save_whole_model(trainer, output, tokenizer_to_save(data.corpus, began_from, data.chat_template))
+    packed = cast(PackedForCausalLM, trainer.model)
+    directory, state = output, None
+    if isinstance(packed, StateTunedForCausalLM):
+        directory, snapshot = packed.model.directory or output, save_state(trainer, output, data.corpus.document_start)
+        state = None if snapshot is None else snapshot.state
+    else:
+        save_whole_model(trainer, output, tokenizer_to_save(data.corpus, packed.model.directory, data.chat_template))
     trainer.model_saved = True
     metrics = trainer.evaluate() if arguments.do_eval else {}
     tokens = trainer.state.global_step * trainer.options.facts["rows_per_step"] * recipe.length
@@ -157,13 +164,17 @@ def _finish(
     if trainer.is_world_process_zero():
         documents = next(iter(data.valid.values())).corpus
         stop = trainer.signal
-        samples = continuations(output, documents, recipe.num_samples, arguments.seed, arguments.device, stop)
+        samples = continuations(directory, documents, recipe.num_samples, arguments.seed, arguments.device, stop, state)
         if stop.received:
             console.print(f"stopped by a signal after training, with {len(samples)} of {recipe.num_samples} samples")
         record(output, recipe, arguments, summary, trainer.state.log_history, samples, console)
-        config = cast(PackedForCausalLM, trainer.model).model.config
-        tables = run_tables(recipe, arguments, data, config, trainer.options.facts["rows_per_step"])
-        write_card(output, config, summary, tables, arguments.hub_model_id)
+        if isinstance(packed, StateTunedForCausalLM):
+            effect = effect_of_run(packed, data)
+            effect.save(output / EFFECT_FILE)
+            effect.show(console)
+        else:
+            tables = run_tables(recipe, arguments, data, packed.model.config, trainer.options.facts["rows_per_step"])
+            write_card(output, packed.model.config, summary, tables, arguments.hub_model_id)
     if arguments.push_to_hub:
         trainer.push_whole_model()
     return summary, samples
@@ -238,7 +249,8 @@ def _choose_checkpoint(recipe: Recipe, output: Path, console: Console) -> Path |
 
 def _check_no_model(output: Path, force: bool) -> None:
     """Raise FileExistsError if the directory of a run that starts holds a model, which the run would replace."""
-    check_new_file(output / CONFIG_FILE, force=force, accepted="another output_dir, or force=true to replace the model")
+    for name in (CONFIG_FILE, STATE_FILE):
+        check_new_file(output / name, force=force, accepted="another output_dir, or force=true to replace the model")
 
 
 def _describe(
@@ -254,7 +266,10 @@ def _describe(
         f"{recipe.length:,}; validation {valid_bytes / 1e6:.2f} MB",
         soft_wrap=True,
     )
-    _describe_precision(console, cast(PackedForCausalLM, trainer.model), arguments)
+    packed = cast(PackedForCausalLM, trainer.model)
+    _describe_precision(console, packed, arguments)
+    if isinstance(packed, StateTunedForCausalLM):
+        describe_state(console, packed)
     for name, corpus in data.corpora.items():
         if isinstance(corpus, ChatCorpus):
             _describe_chats(console, name, corpus, recipe)

@@ -121,11 +121,12 @@ def memory_gib(device: torch.device) -> float:
 class Meter:
     """Tokens and time since the last reading, without the time of validation and checkpoints (`pause`).
 
-    num_processes: this process's counts are scaled by it, as all processes do equal work.
+    num_processes: this process's counts are scaled by it, as all processes do equal work. trains_weights: False leaves
+        out the gradients of the weights, half of the backward.
     """
 
-    def __init__(self, config: ModelConfig, peak: Peak, num_processes: int):
-        self.peak = peak
+    def __init__(self, config: ModelConfig, peak: Peak, num_processes: int, *, trains_weights: bool = True):
+        self.peak, self._share = peak, 1.0 if trains_weights else 2 / 3
         self._config, self._num_processes = config, num_processes
         self.total_waited = self.total_seconds = 0.0
         self._reset()
@@ -159,9 +160,13 @@ class Meter:
         rate = tokens / seconds
         return {
             "tokens_per_second": rate * self._num_processes,
-            "mfu": rate * flops_per_token(self._config, tokens, seen, self.peak.device) / self.peak.rate,
+            "mfu": rate * self.flops_per_token(tokens, seen) / self.peak.rate,
             "data_wait": waited / seconds,
         }
+
+    def flops_per_token(self, num_tokens: int, seen: int) -> float:
+        """Operations of this run per token; arguments as for the function of this name."""
+        return self._share * flops_per_token(self._config, num_tokens, seen, self.peak.device)
 
     def _reset(self) -> None:
         self._began = time.perf_counter()

@@ -38,7 +38,7 @@ from retnet.train.resume import ProcessState, read_run, save_run
 from retnet.train.row_shards import RowShards
 from retnet.train.staged_trainer import StagedTrainer
 from retnet.train.stopping import ProcessConsensus, RunClock, Terminated, TerminationSignal
-from retnet.train.throughput import Meter, device_peak, flops_per_token, memory_gib
+from retnet.train.throughput import Meter, device_peak, memory_gib
 
 STATE_FILE = "trainer_state.json"
 
@@ -95,10 +95,12 @@ class PackedTrainer(StagedTrainer):
         self.clock = RunClock(options.max_minutes)
         self.watch = LossWatch(self.rows.describe)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
-        self.meter = Meter(model.model.config, device_peak(args.device, dtype), args.world_size)
+        self.meter = Meter(
+            model.model.config, device_peak(args.device, dtype), args.world_size, trains_weights=model.trains_weights
+        )
         self.terminated = self.validation_due = self.model_saved = False
         self.lanes: ModelState | None = None
-        self._has_routers = any(isinstance(module, MoE) for module in model.modules())
+        self._has_routers = model.trains_weights and any(isinstance(module, MoE) for module in model.modules())
         self._router_loss = torch.tensor(0.0, device=args.device)  # since step `_router_logged`, as `_tr_loss`
         self._router_logged = 0
         self.resumed: Path | None = None
@@ -192,8 +194,7 @@ class PackedTrainer(StagedTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
         facts: BatchFacts = inputs[FACTS]
-        config = self.accelerator.unwrap_model(self.model).model.config
-        return facts.num_tokens * flops_per_token(config, facts.num_tokens, facts.seen, self.meter.peak.device)
+        return facts.num_tokens * self.meter.flops_per_token(facts.num_tokens, facts.seen)
 
     def check_losses(self) -> None:
         """Raise NonFiniteLoss if any process has a loss that is not finite. All processes call this together."""
@@ -429,9 +430,9 @@ class PackedTrainer(StagedTrainer):
                 self.lanes = progress.lanes.to(self.args.device)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Raise CheckpointError for weights of another model; the Trainer warns. (A tied head is not stored.)"""
-        tied = cast(PackedForCausalLM, self.model).tied_names
-        wrong = sorted((set(load_result.missing_keys) - tied) | set(load_result.unexpected_keys))
+        """Raise CheckpointError for weights of another model; the Trainer warns."""
+        unsaved = cast(PackedForCausalLM, self.model).unsaved_names
+        wrong = sorted((set(load_result.missing_keys) - unsaved) | set(load_result.unexpected_keys))
         if wrong:
             raise CheckpointError(f"the weights of {self.resumed} are not those of the model: {', '.join(wrong[:5])}")
 
