@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +58,14 @@ def serve(
             "--shared-prefixes", help="Share cached prefixes between API keys; by default each key has its own."
         ),
     ] = False,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="Learned initial state (train method=state) of all requests, or of those whose model is NAME; may be "
+            "repeated.",
+        ),
+    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with a line `name:key` per API key; without it everyone is served.")
     ] = None,
@@ -170,6 +179,8 @@ def serve(
         deferred_writes=deferred_writes,
         prefix_cache=_bytes("prefix-cache", prefix_cache, low=0),
     )
+    name = served_name or Path(model).stem
+    states = _states(state or (), name)
     listener = bound_socket(host, port)
     try:
         from retnet.api import load_tokenizer
@@ -178,9 +189,8 @@ def serve(
         network = load_shown(model, device, dtype, quiet=quiet)
         if int8:
             quantize_int8_(network)
-        name = served_name or Path(model).stem
         with Progress(silent if quiet else errors, "preparing the engine"):
-            service = make_service(network, tokenizer, name, options, settings)
+            service = make_service(network, tokenizer, name, options, settings, states)
         app = create_app(service, settings)
         configure_log(quiet=quiet, prompts=log_prompts)
         address = _address(host, listener.getsockname()[1])
@@ -205,6 +215,23 @@ def _bytes(option: str, text: str, low: int = 1) -> int:
     if size < low:
         raise ValueError(f"--{option} is {text}; accepted: at least {low} byte{'' if low == 1 else 's'}")
     return size
+
+
+def _states(given: Sequence[str], served_name: str) -> dict[str, Path]:
+    """The files of states by the name of the model in requests. Raises ValueError for a name that comes twice."""
+    states: dict[str, Path] = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not equals or "/" in name:  # a path
+            name, file = served_name, text
+        if not name or not file:
+            raise ValueError(f"--state is {text!r}; accepted: FILE, or NAME=FILE")
+        if name in states:
+            raise ValueError(
+                f"--state has two files for {name!r}; accepted: one FILE for all requests, and one per further NAME"
+            )
+        states[name] = Path(file)
+    return states
 
 
 def _address(host: str, port: int) -> str:
@@ -237,6 +264,8 @@ def _greet(service: Service, address: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if further := service.model_names[1:]:
+        console.print(f"learned initial states, as models: {', '.join(further)}\n", highlight=False, markup=False)
     console.print(curl, highlight=False, soft_wrap=True, markup=False)
     console.print(f"retnet chat {address}\n", highlight=False, soft_wrap=True)
     if settings.api_key_file is None and settings.host not in ("127.0.0.1", "localhost", "::1"):

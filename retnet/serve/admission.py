@@ -49,7 +49,7 @@ class Admission:
                 f"{self.max_waiting} waiting (another slot costs {self.pool.cost.total:,} bytes)"
             )
         if after is not None:
-            self._check_snapshot(after)
+            self.check_snapshot(after)
         stops = None
         if request.stop_strings:
             if self.decode is None:
@@ -90,7 +90,7 @@ class Admission:
         if snapshot.model != self.fingerprint:
             return "the weights changed after its snapshot was taken"
         try:
-            self._check_snapshot(snapshot)
+            self.check_snapshot(snapshot)
         except Refused as error:
             return f"while it waited, {error}"
         return None
@@ -128,7 +128,8 @@ class Admission:
             more = "an endless output" if new is None else f"max_new_tokens {quoted(new)}"
             raise Refused(f"{num_tokens} tokens and {more} need more room than a slot has; accepted: {limit} together")
 
-    def _check_snapshot(self, snapshot: Snapshot) -> None:
+    def check_snapshot(self, snapshot: Snapshot) -> None:
+        """Raise Refused for a snapshot that this engine cannot continue."""
         try:
             snapshot.check()
         except ValueError as error:

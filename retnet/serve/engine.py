@@ -298,6 +298,10 @@ class Engine:
             )
         return self._snapshot(generation)
 
+    def check_snapshot(self, snapshot: Snapshot) -> None:
+        """Raise Refused for a snapshot that this engine cannot continue."""
+        self._turns.take(lambda: self._admission.check_snapshot(snapshot))
+
     def fork(self, generation: Generation, request: Request) -> Generation:
         """Continue from the current state of a request, which goes on too; `request` may have more prompt, or none."""
         return self.submit(request, self.snapshot(generation))

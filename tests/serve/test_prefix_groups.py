@@ -9,6 +9,7 @@ from retnet.serve import prefix
 from retnet.serve.prefix import PrefixCache
 from retnet.serve.radix import RadixTree
 from retnet.serve.request import Request
+from tests.models.test_initial_state import start_of
 from tests.small_models import VOCAB, prompt
 
 from .test_engine import GREEDY, alone, engine_of, facts
@@ -124,3 +125,16 @@ def test_a_group_of_a_tree_is_like_a_tree_of_its_own():
             for tree in (common, *own.values()):
                 tree.prune(0)
             assert (common.nbytes, common.roots) == (0, {})
+
+
+def test_prompts_share_prefixes_only_after_the_same_initial_state(small):
+    starts = [None, *(start_of(small, seed=seed) for seed in (0, 1)), start_of(small, scale=0.0)]
+    engine, ids = default_engine(small), prompt(100)
+    found = []
+    for start in [*starts, *starts]:
+        after, rest = (None, ids) if start is None else start.begin_of(ids)
+        found.append(engine.submit(Request(rest, 3, GREEDY), after))
+        engine.run()
+    assert [g.cached for g in found] == [0, 0, 0, 99, 99, 99, 99, 99]  # a state of zeros is the empty one
+    assert len({repr(g.logprobs) for g in found[:3]}) == 3
+    assert [facts(g) for g in found[4:]] == [facts(g) for g in found[:4]]

@@ -50,22 +50,24 @@ async def version() -> dict[str, str]:
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The one model that is served."""
-    return {"object": "list", "data": [_model(request.app.state.service)]}
+    """The model that is served, and its learned initial states, which requests name as they name a model."""
+    service: Service = request.app.state.service
+    return {"object": "list", "data": [_model(service, name) for name in service.model_names]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> dict[str, Any]:
-    """The model, by its name."""
+    """A model, by its name."""
     service: Service = request.app.state.service
-    if name != service.model_name:
-        raise ApiError(
-            404, f"there is no model {name[:80]!r}; accepted: {service.model_name!r}", code="model_not_found"
-        )
-    return _model(service)
+    if name not in service.model_names:
+        accepted = ", ".join(map(repr, service.model_names))
+        raise ApiError(404, f"there is no model {name[:80]!r}; accepted: {accepted}", code="model_not_found")
+    return _model(service, name)
 
 
-def _model(service: Service) -> dict[str, Any]:
-    """OpenAI's fields, and `max_model_len` as vLLM names the longest context (null: any length)."""
-    facts = {"id": service.model_name, "object": "model", "created": STARTED, "owned_by": "retnet"}
-    return facts | {"max_model_len": service.context_limit}
+def _model(service: Service, name: str) -> dict[str, Any]:
+    """OpenAI's fields, and two of vLLM's: `max_model_len`, the longest context (null: any length), and `parent`, the
+    model of a learned initial state."""
+    facts = {"id": name, "object": "model", "created": STARTED, "owned_by": "retnet"}
+    facts |= {"max_model_len": service.context_limit}
+    return facts if name == service.model_name else facts | {"parent": service.model_name}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from retnet.data.tokenizer import Tokenizer
 from retnet.models.decode.sampling import SamplingParts
 from retnet.models.lm import LanguageModel
+from retnet.models.snapshot import Snapshot
 from retnet.serve.engine import Engine
 from retnet.serve.http.service import Service
 from retnet.serve.http.settings import GIB, Settings
 from retnet.serve.pool import growing_layer
+from retnet.serve.request import Refused
 from retnet.serve.speculation import Speculation
 
 SLOTS = {"cpu": 4, "cuda": 16}  # a step computes all slots, which a CPU feels
@@ -36,11 +40,18 @@ class EngineOptions:
 
 
 def make_service(
-    model: LanguageModel, tokenizer: Tokenizer, name: str, options: EngineOptions, settings: Settings
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    name: str,
+    options: EngineOptions,
+    settings: Settings,
+    states: Mapping[str, Path] | None = None,
 ) -> Service:
     """A service over a new engine, with its kernels compiled and its graphs captured where it runs on a GPU.
 
-    Raises ValueError for options that the engine refuses.
+    states: files of learned initial states, by the name of the model in requests that start from them.
+
+    Raises ValueError for options and states that the engine refuses, and FileNotFoundError for a missing state.
     """
     on = model.embedding.weight.device.type
     slots, max_tokens = options.slots, options.max_tokens
@@ -58,6 +69,24 @@ def make_service(
         speculation=Speculation(options.speculate) if options.speculate else None,
         deferred_writes=options.deferred_writes,
     )
+    initial = {model_name: _initial_state(engine, path) for model_name, path in (states or {}).items()}
     if on == "cuda":
         engine.warmup(*WARM)
-    return Service(engine, tokenizer, name, settings)
+    return Service(engine, tokenizer, name, settings, initial)
+
+
+def _initial_state(engine: Engine, path: Path) -> Snapshot:
+    """A learned initial state on the engine's device."""
+    snapshot = Snapshot.load(path, engine.model.embedding.weight.device)
+    if not snapshot.is_initial:
+        raise ValueError(
+            f"{path} is a state after {len(snapshot.tokens) - 1:,} tokens; accepted: a learned initial state "
+            "(retnet train method=state)"
+        )
+    try:
+        engine.check_snapshot(snapshot)
+    except Refused as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not snapshot.state.is_finite:
+        raise ValueError(f"{path} has values that are not finite; accepted: a finite state")
+    return snapshot

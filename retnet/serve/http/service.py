@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Generic, TypeVar
@@ -73,6 +73,7 @@ class _Cancel:
 class Service:
     """One engine behind event loops. `start` before the first request, `stop` at the end.
 
+    states: learned initial states by the name of the model in requests that start from them, which may be model_name.
     settings: None for those of a server by default. on_failure: called in the engine's thread if that ends by an error.
 
     stats: the engine's counts, at most STATS_SECONDS old. failure: the error that ended the engine's thread.
@@ -80,9 +81,16 @@ class Service:
     change something and are being served.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_name: str, settings: Settings | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        model_name: str,
+        settings: Settings | None = None,
+        states: Mapping[str, Snapshot] | None = None,
+    ):
         self.engine, self.tokenizer, self.model_name = engine, tokenizer, model_name
-        self.settings = settings or Settings()
+        self.settings, self.states = settings or Settings(), dict(states or {})
         self.vocab_size: int = engine.model.config.vocab_size
         self.context_limit: int | None = engine.pool.max_tokens
         most_waiting = self.settings.max_waiting
@@ -117,6 +125,11 @@ class Service:
             self._commands.put(None)
             self._thread.join(STOP_SECONDS)
             self._thread = None
+
+    @property
+    def model_names(self) -> list[str]:
+        """The names that a request may give as its model."""
+        return list(dict.fromkeys((self.model_name, *self.states)))
 
     @property
     def alive(self) -> bool:

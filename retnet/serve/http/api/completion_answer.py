@@ -67,7 +67,7 @@ class Answer:
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": self.service.model_name,
+            "model": self.use.model,
         }
 
     @property

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, PlainValidator
 
 from retnet.models.decode.sampling import TOP_LOGPROBS
+from retnet.models.snapshot import Snapshot
 from retnet.serve.http.api.completion_answer import Answer, Choice, Prompt
 from retnet.serve.http.api.fields import MAX_CHOICES, SamplingFields, check_tokens, wrong
 from retnet.serve.http.api.json_body import JsonRoute
@@ -160,7 +161,7 @@ async def submit(body: CompletionBody, service: Service, use: SessionUse, constr
     constraint = constraint_of(body.response_format, body.structured_outputs)
     if constraint is not None:
         options["grammar"] = await constraints.compile(constraint)
-    requests: list[tuple[Prompt, EngineRequest]] = []
+    requests: list[tuple[Prompt, EngineRequest, Snapshot | None]] = []
     num_tokens = num_logprobs = 0
     for given in body.prompt:
         prompt = await read_prompt(given, service, use)
@@ -174,11 +175,11 @@ async def submit(body: CompletionBody, service: Service, use: SessionUse, constr
             made = await off_loop(
                 len(use.prompt), body.to_request, use.prompt, most, service, stops, choice=i, **options
             )
-            requests.append((prompt, made))
+            requests.append((prompt, made, use.after))
     choices: list[Choice] = []
     try:
-        for prompt, made in requests:
-            stream = await service.submit(made, use.after)
+        for prompt, made, after in requests:
+            stream = await service.submit(made, after)
             begin = stream.generation.output_start
             before = stream.generation.seen[max(0, begin - CONTEXT) : begin]
             output = Output(stream, service.tokenizer, stops, logprobs=wanted is not None, after=before)

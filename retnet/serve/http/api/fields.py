@@ -220,10 +220,10 @@ class SamplingFields(BaseModel):
 
     def check_model(self, service: Service) -> None:
         """Raise ApiError, a 404, for the name of another model."""
-        if self.model is not None and self.model != service.model_name:
+        if self.model is not None and self.model not in service.model_names:
             raise ApiError(
                 404,
-                f"there is no model {quoted(self.model)}; accepted: {quoted(service.model_name)}",
+                f"there is no model {quoted(self.model)}; accepted: {', '.join(map(quoted, service.model_names))}",
                 param="model",
                 code="model_not_found",
             )

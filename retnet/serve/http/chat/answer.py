@@ -72,7 +72,7 @@ class ChatAnswer:
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": self.service.model_name,
+            "model": self.use.model,
         }
 
     @property

@@ -13,11 +13,13 @@ from retnet.serve.http.service import Service
 from retnet.serve.http.sessions.record import Session
 from retnet.serve.http.sessions.store import SessionStore
 from retnet.serve.request import Generation
+from retnet.system.checks import quoted
 
 
 class SessionFields(Protocol):
-    """The fields of a request that name a session."""
+    """The fields of a request that name a model and a session."""
 
+    model: str | None
     session_id: str | None
     keep_session: bool | None
 
@@ -27,6 +29,7 @@ class SessionUse:
     """The session of one request: `open` it, choose the prompt by `go_on` or `go_on_with`, submit, then `keep`.
 
     after, prompt: what `Service.submit` gets: a state to continue, if any, and the tokens to read after it.
+    initial: the learned initial state of a context that begins here; None: the empty one.
     not_reused: why the request does not continue the session's state, if it names one.
     """
 
@@ -38,6 +41,8 @@ class SessionUse:
     after: Snapshot | None = None
     prompt: Sequence[int] = ()
     not_reused: str | None = None
+    initial: Snapshot | None = None
+    model: str = ""
 
     @classmethod
     async def open(
@@ -45,7 +50,8 @@ class SessionUse:
     ) -> SessionUse:
         """The session that a request names, if it names one; outputs: of the request, prompts times n.
 
-        Raises ApiError: 404 for a session that the key does not have, 400 for keep_session with several outputs.
+        Raises ApiError: 404 for a session that the key does not have, 400 for keep_session with several outputs, 409
+        for a session that began from another initial state than the one that the request names.
         """
         keeps = bool(fields.keep_session)
         if keeps and outputs != 1:
@@ -56,7 +62,11 @@ class SessionUse:
                 param="keep_session",
             )
         session = None if fields.session_id is None else await store.open(fields.session_id, key)
-        return cls(store, service, key, session, keeps)
+        name = service.model_name if fields.model is None else fields.model
+        initial = service.states.get(name)
+        if session is not None and initial is not None and name != service.model_name:
+            _check_began_from(session, initial, name, service)
+        return cls(store, service, key, session, keeps, initial=initial, model=name)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -82,7 +92,7 @@ class SessionUse:
     async def go_on(self, text: Sequence[int]) -> None:
         """Continue with the tokens of new text. A token that ended the session's last output gives way to it."""
         if self.session is None:
-            self.prompt = text
+            self._begin(text)
             return
         snapshot = self.session.snapshot
         if text and self.session.record.ended:
@@ -96,7 +106,7 @@ class SessionUse:
 
         The last token of a session is not in its state yet, so it may differ.
         """
-        self.prompt = context
+        self._begin(context)
         if self.session is None:
             return
         snapshot = self.session.snapshot
@@ -140,8 +150,25 @@ class SessionUse:
             "not_kept": not_kept,
         }
 
+    def _begin(self, context: Sequence[int]) -> None:
+        """Read a context from its initial state."""
+        begun = None if self.initial is None else self.initial.begin_of(context)
+        self.after, self.prompt = begun or (None, context)
+
     async def _continue(self, snapshot: Snapshot, text: Sequence[int]) -> None:
         self.after, self.prompt = await on_device(self.service, snapshot), text
+
+
+def _check_began_from(session: Session, initial: Snapshot, name: str, service: Service) -> None:
+    """Raise ApiError for a session that began from another initial state than the one that a request names."""
+    if session.snapshot.initial != initial.initial:
+        raise ApiError(
+            409,
+            f"session {session.id} did not begin from the state of {quoted(name)}; accepted: model "
+            f"{quoted(service.model_name)}, which continues any session",
+            code="session_of_another_state",
+            param="session_id",
+        )
 
 
 async def on_host(service: Service, snapshot: Snapshot) -> Snapshot:
