@@ -39,3 +39,38 @@ def test_the_options_reach_the_engine():
 def test_options_that_the_engine_refuses_are_told():
     with pytest.raises(ValueError, match="1 or a multiple of 4"):
         service_of(EngineOptions(slots=5))
+
+
+def test_states_are_loaded_and_checked_before_the_server_starts(tmp_path):
+    from retnet.models.snapshot import Snapshot
+    from retnet.serve.engine import Engine
+    from retnet.serve.request import Request
+    from tests.models.test_initial_state import start_of
+
+    model, file = small_model(**BYTES), tmp_path / "state.safetensors"
+
+    def launched(**states):
+        arguments = model, ByteTokenizer(), "tiny", EngineOptions(), Settings()
+        return make_service(*arguments, {name: tmp_path / path for name, path in states.items()})
+
+    start_of(model).save(file)
+    service = launched(tiny=file.name, austen=file.name)
+    assert service.model_names == ["tiny", "austen"]
+    assert service.states["austen"].initial == start_of(model).initial
+    with pytest.raises(FileNotFoundError, match="no snapshot at"):
+        launched(austen="missing.safetensors")
+    start_of(small_model(**BYTES, name="other", d_model=32, logit_soft_cap=5.0)).save(file)
+    with pytest.raises(ValueError, match=r"state\.safetensors: the snapshot is of another model"):
+        launched(austen=file.name)
+    engine = Engine(model, num_slots=1)
+    generation = engine.submit(Request([1, 2, 3], 2, keep_state=True))
+    engine.run()
+    assert generation.snapshot is not None
+    generation.snapshot.save(file)
+    with pytest.raises(ValueError, match="is a state after 4 tokens; accepted: a learned initial state"):
+        launched(austen=file.name)
+    start = start_of(model)
+    start.state.layers[0].memory[0, 0, 0, 0] = float("nan")
+    Snapshot(start.state, start.tokens, start.model).save(file)
+    with pytest.raises(ValueError, match="has values that are not finite"):
+        launched(austen=file.name)

@@ -292,3 +292,82 @@ def test_a_session_of_another_server_s_model_is_named(tmp_path):
         assert not client.get(f"/v1/sessions/{session_id}").json()["usable"]
         assert refused(client, "d", session_id=session_id)["code"] == "session_of_another_model"
         assert client.get(f"/v1/sessions/{session_id}/state").status_code == 409
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    """A server with two learned initial states beside the model."""
+    from tests.models.test_initial_state import start_of
+
+    with tiny_server(prefix_cache_bytes=2**24) as client:
+        service = client.app.state.service
+        model = service.engine.model
+        service.states = {name: start_of(model, seed=seed) for seed, name in enumerate(("austen", "hardy"))}
+        yield client
+
+
+def test_a_request_starts_from_the_state_that_its_model_names(tuned):
+    from retnet.models.decode.sampling import Sampling
+    from retnet.serve.engine import Engine
+    from retnet.serve.request import Request
+
+    service, prompt = tuned.app.state.service, "It is a truth universally acknowledged, that"
+    found = {name: complete(tuned, prompt, model=name) for name in ("tiny", "austen", "hardy", "austen")}
+    assert {name: body["model"] for name, body in found.items()} == {name: name for name in found}
+    assert {body["usage"]["prompt_tokens"] for body in found.values()} == {1 + len(prompt)}  # no token more
+    engine = Engine(service.engine.model, num_slots=4, max_tokens=512)
+    for name, body in found.items():
+        ids = [256, *prompt.encode()]
+        start = service.states.get(name)
+        after, rest = (None, ids) if start is None else start.begin_of(ids)
+        generation = engine.submit(Request(rest, 8, Sampling(temperature=0)), after)
+        engine.run()
+        assert text_of(body) == service.tokenizer.decode(generation.tokens)
+    assert len({str(body["choices"][0]["logprobs"]) for body in found.values()}) == 3
+    cached = [found[name]["usage"]["prompt_tokens_details"]["cached_tokens"] for name in ("tiny", "austen")]
+    assert cached == [0, len(prompt)]  # the second request of a name finds the first one's prefix
+    assert [model["id"] for model in tuned.get("/v1/models").json()["data"]] == ["tiny", "austen", "hardy"]
+    assert tuned.get("/v1/models/hardy").json()["parent"] == "tiny"
+    assert refused(tuned, "x", model="eliot")["message"] == (
+        "there is no model 'eliot'; accepted: 'tiny', 'austen', 'hardy'"
+    )
+
+
+def test_echo_and_logprobs_after_a_state_are_those_of_the_whole_prompt(tuned):
+    body = complete(tuned, ["ab", "cd"], model="austen", echo=True, max_tokens=1)
+    alone = [complete(tuned, text, model="austen", echo=True, max_tokens=1) for text in ("ab", "cd")]
+    plain = complete(tuned, "ab", echo=True, max_tokens=1)
+    assert [choice["logprobs"] for choice in body["choices"]] == [one["choices"][0]["logprobs"] for one in alone]
+    found = body["choices"][0]["logprobs"]
+    assert found["tokens"][:2] == ["a", "b"]
+    assert found["token_logprobs"][:2] != plain["choices"][0]["logprobs"]["token_logprobs"][:2]
+    ids = complete(tuned, [[97, 98], [256, 97]], model="austen")  # each first token is read after the state
+    parts = [complete(tuned, tokens, model="austen") for tokens in ([97, 98], [256, 97])]
+    assert [choice["text"] for choice in ids["choices"]] == [text_of(part) for part in parts]
+
+
+def test_a_session_keeps_the_state_that_it_began_from(tuned):
+    first = complete(tuned, "Once upon", model="austen", keep_session=True, ignore_eos=True)
+    session = first["session"]["id"]
+    options = {"ignore_eos": True, "max_tokens": 4}
+    texts = {
+        text_of(complete(tuned, " a time", session_id=session, **options, **named))
+        for named in ({}, {"model": "austen"}, {"model": "tiny"})
+    }
+    assert len(texts) == 1
+    whole = [256, *b"Once upon", *tokens_of(tuned, session)[10:], *b" a time"]
+    assert text_of(complete(tuned, whole, model="austen", **options)) in texts
+    error = refused(tuned, " a time", session_id=session, model="hardy")
+    assert error["code"] == "session_of_another_state"
+
+
+def test_a_chat_starts_from_the_state_of_its_model(tuned):
+    def answer(**fields: Any) -> str:
+        messages = [{"role": "user", "content": "Hello"}]
+        body = {"messages": messages, "temperature": 0, "max_tokens": 8, **fields}
+        response = tuned.post("/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        assert response.json()["model"] == fields.get("model", "tiny")
+        return response.json()["choices"][0]["message"]["content"]
+
+    assert len({answer(), answer(model="austen"), answer(model="hardy")}) == 3
