@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -179,6 +179,34 @@ def mapping() -> Field:
 def ignored(accepted: str, kind: type | tuple[type, ...]) -> Field:
     """A key without effect on outputs, or one that other keys imply."""
     return Field(accepted, lambda x: isinstance(x, kind), None)
+
+
+def time_steps() -> Field:
+    """The range of Mamba's time steps."""
+    return Field("two numbers, the first at least 0 and at most the second", _is_range, (0.0, math.inf))
+
+
+def time_step_bounds(given: Sequence[Any]) -> dict[str, Any]:
+    """The fields of Mamba2Config for a value of `time_steps`."""
+    lowest, highest = map(_maybe_infinite, given)
+    return {"time_step_lowest": lowest, "time_step_highest": None if highest == math.inf else highest}
+
+
+def _is_range(x: Any) -> bool:
+    if not isinstance(x, (list, tuple)) or len(x) != 2:
+        return False
+    try:
+        lowest, highest = map(_maybe_infinite, x)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return False
+    return 0 <= lowest <= highest and lowest < math.inf
+
+
+def _maybe_infinite(x: Any) -> float:
+    """A number in a config.json; transformers 5 writes infinity as a mapping."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, Mapping)):
+        raise TypeError(f"{x!r} is no number")
+    return float(x["__float__"]) if isinstance(x, Mapping) else float(x)
 
 
 def is_number(x: Any) -> bool:

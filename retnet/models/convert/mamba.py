@@ -24,6 +24,8 @@ from retnet.models.convert.fields import (
     read,
     refuse,
     size,
+    time_step_bounds,
+    time_steps,
     times,
     token_ids,
     unit_interval,
@@ -91,9 +93,7 @@ _FIELDS2 = {
     "num_hidden_layers": depth(64),
     "state_size": size(128),
     "tie_word_embeddings": flag(False),
-    "time_step_limit": Field(
-        "two numbers, the first at least 0 and at most the second", lambda x: _is_range(x), (0.0, math.inf)
-    ),
+    "time_step_limit": time_steps(),
 }
 
 
@@ -113,14 +113,12 @@ def mamba1_config_of(source: Mapping[str, Any]) -> ModelConfig:
 def mamba2_config_of(source: Mapping[str, Any]) -> ModelConfig:
     """A Mamba-2's config.json as our configuration."""
     value = read("mamba2", source, _FIELDS2)
-    lowest, highest = (_number(x) for x in value["time_step_limit"])
     mixer = Mamba2Config(
         inner_dim=_inner_dim("mamba2", value),
         head_dim=value["head_dim"],
         num_groups=value["n_groups"],
         norm_eps=value["layer_norm_epsilon"],
-        time_step_lowest=lowest,
-        time_step_highest=None if highest == math.inf else highest,
+        **time_step_bounds(value["time_step_limit"]),
         **_mixer_options(value),
     )
     if value["num_heads"] not in (None, mixer.num_heads):
@@ -137,24 +135,6 @@ def _inner_dim(name: str, value: Mapping[str, Any]) -> int:
         given = value["intermediate_size"]
         refuse(name, [f"intermediate_size is {given}; accepted: expand * hidden_size = {inner}"])
     return inner
-
-
-def _is_range(x: Any) -> bool:
-    """Whether a value is a range of time steps."""
-    if not isinstance(x, (list, tuple)) or len(x) != 2:
-        return False
-    try:
-        lowest, highest = map(_number, x)
-    except (TypeError, ValueError, KeyError, OverflowError):
-        return False
-    return 0 <= lowest <= highest and lowest < math.inf
-
-
-def _number(x: Any) -> float:
-    """A number in a config.json; transformers 5 writes infinity as a mapping."""
-    if isinstance(x, bool) or not isinstance(x, (int, float, Mapping)):
-        raise TypeError(f"{x!r} is no number")
-    return float(x["__float__"]) if isinstance(x, Mapping) else float(x)
 
 
 def _mixer_options(value: Mapping[str, Any]) -> dict[str, Any]:

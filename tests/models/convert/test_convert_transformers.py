@@ -5,14 +5,10 @@ to float32 whatever the model's dtype; `float64_inside` widens these casts, so t
 """
 
 import inspect
-import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import modeling_rope_utils
 from transformers.models.llama import modeling_llama
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
@@ -21,16 +17,15 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 import retnet.hf  # registers the classes  # noqa: F401
-from retnet.models.config import ModelConfig
 from retnet.models.convert import convert, load
 from retnet.models.cost import model_cost
 from retnet.models.decode.sampling import Sampling
 from retnet.models.directory import load_config, load_model
-from retnet.models.lm import LanguageModel
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 
-VOCAB = 53
+from .transformers_peers import VOCAB, compare, error, peer, widen
+
 _BASE = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2}
 _MAMBA2 = {**_BASE, "model_type": "mamba2", "num_heads": 6, "head_dim": 8, "state_size": 7, "chunk_size": 4}
 _LLAMA = {**_BASE, "model_type": "llama", "intermediate_size": 40, "num_attention_heads": 4, "pad_token_id": None}
@@ -83,21 +78,10 @@ CASES = {
 }  # fmt: skip
 
 
-class _Widened(SimpleNamespace):
-    """torch with float64 in place of float32."""
-
-    float = float32 = torch.float64
-
-    def __getattr__(self, name: str):
-        return getattr(torch, name)
-
-
 @pytest.fixture
 def float64_inside(monkeypatch):
     attention = (modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3)
-    for module in (*attention, modeling_mamba, modeling_mamba2, modeling_rope_utils):
-        monkeypatch.setattr(module, "torch", _Widened())
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    widen(monkeypatch, *attention, modeling_mamba, modeling_mamba2)
 
 
 def needs_right_groups(case: str) -> None:
@@ -105,74 +89,6 @@ def needs_right_groups(case: str) -> None:
     norm = inspect.signature(modeling_mamba2.MambaRMSNormGated.__init__)
     if case == "mamba2, groups" and "group_size" not in norm.parameters:
         pytest.skip("the gated norm of Mamba-2 knows no groups in this version of transformers")
-
-
-def peer(options: dict, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    options = dict(options)
-    config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2 and "A_log" not in name:
-                parameter.copy_(noise * (1.0 if "embed" in name else parameter.shape[1] ** -0.5))
-            elif name.endswith(("norm.weight", "norm_f.weight", "layernorm.weight", ".D", "A_log")):
-                parameter.add_(0.2 * noise)
-            else:
-                parameter.copy_(0.5 * noise)
-    return model
-
-
-def stepwise(model: nn.Module, ids: Tensor, split: int) -> Tensor:
-    """Their logits from a cached prefix, then one token at a time."""
-    name = "cache_params" if hasattr(model, "backbone") else "past_key_values"
-    out = model(ids[:, :split], use_cache=True)
-    logits = [out.logits]
-    for t in range(split, ids.shape[1]):
-        out = model(ids[:, t : t + 1], use_cache=True, **{name: getattr(out, name)})
-        logits.append(out.logits)
-    return torch.cat(logits, 1)
-
-
-def our_stepwise(model: LanguageModel, ids: Tensor, split: int) -> Tensor:
-    out = model(ids[:, :split], carry=True)
-    logits = [out.logits]
-    for t in range(split, ids.shape[1]):
-        out = model(ids[:, t : t + 1], out.state, carry=True, in_place=True)
-        logits.append(out.logits)
-    return torch.cat(logits, 1)
-
-
-def error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
-def compare(options: dict, dtype: torch.dtype, tolerance: float, path) -> None:
-    theirs = peer(options, dtype)
-    theirs.save_pretrained(path)
-    ours = load(path)
-    assert next(ours.parameters()).dtype == dtype
-    assert ModelConfig.from_dict(json.loads(json.dumps(ours.config.to_dict()))) == ours.config
-    ids = torch.randint(VOCAB, (2, 13), generator=torch.Generator().manual_seed(4))
-    with torch.no_grad():
-        expected = theirs(ids, use_cache=False).logits
-        assert expected.std() > 0.3
-        assert error(ours(ids).logits, expected) <= tolerance
-        cached = stepwise(theirs, ids, 6)
-        assert error(cached, expected) <= tolerance
-        assert error(our_stepwise(ours, ids, 6), cached) <= tolerance
-        assert error(our_stepwise(ours, ids, 1), cached) <= tolerance
-        greedy = theirs.generate(ids[:, :6], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert torch.equal(our_greedy(ours, ids[:, :6], 8), greedy)
-
-
-def our_greedy(model: LanguageModel, ids: Tensor, count: int) -> Tensor:
-    out, tokens = model(ids, carry=True), [ids]
-    for _ in range(count):
-        tokens.append(out.logits[:, -1:].argmax(-1))
-        out = model(tokens[-1], out.state, carry=True, in_place=True)
-    return torch.cat(tokens, 1)
 
 
 @pytest.mark.usefixtures("float64_inside")

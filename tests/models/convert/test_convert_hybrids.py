@@ -1,0 +1,124 @@
+"""Jamba and Bamba of transformers: equal weights give equal logits, whole, cached and greedy; what is refused."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.models.bamba import modeling_bamba
+from transformers.models.jamba import modeling_jamba
+
+from retnet.models.convert import convert, load
+from retnet.models.decode.sampling import Sampling
+from retnet.models.directory import load_model
+from retnet.serve.engine import Engine
+from retnet.serve.request import Request
+
+from .transformers_peers import VOCAB, compare, error, peer, widen
+
+_BASE = {
+    "vocab_size": VOCAB, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40,
+}  # fmt: skip
+_JAMBA = {
+    **_BASE, "model_type": "jamba", "num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 1,
+    "num_experts": 3, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1,
+    "mamba_d_state": 5,
+}  # fmt: skip
+_BAMBA = {
+    **_BASE, "model_type": "bamba", "num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_n_heads": 6,
+    "mamba_d_state": 7, "mamba_chunk_size": 4, "num_attention_heads": 3, "num_key_value_heads": 3,
+}  # fmt: skip
+CASES = {
+    "jamba": _JAMBA,
+    "jamba, attention first, no experts": {
+        **_JAMBA, "attn_layer_offset": 0, "num_experts": 1, "num_experts_per_tok": 1, "mamba_dt_rank": 3,
+        "mamba_conv_bias": False, "mamba_proj_bias": True, "mamba_d_conv": 3, "tie_word_embeddings": True,
+    },
+    "bamba": _BAMBA,
+    "bamba, groups, biases": {
+        **_BAMBA, "mamba_n_groups": 3, "mamba_proj_bias": True, "attention_bias": True, "mlp_bias": True,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-3, "attn_layer_indices": [0],
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def float64_inside(monkeypatch):
+    widen(monkeypatch, modeling_jamba, modeling_bamba)
+
+
+@pytest.mark.usefixtures("float64_inside")
+@pytest.mark.parametrize("case", list(CASES))
+def test_float64_logits_are_those_of_transformers_whole_cached_and_greedy(case, tmp_path):
+    compare(CASES[case], torch.float64, 1e-10, tmp_path)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_float32_logits_are_those_of_transformers_whole_cached_and_greedy(case, tmp_path):
+    compare(CASES[case], torch.float32, 1e-5, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["jamba", "bamba, groups, biases"])
+def test_state_dicts_in_memory_with_fused_experts_give_the_same_model(case, tmp_path):
+    theirs = peer(CASES[case], torch.float32)
+    theirs.save_pretrained(tmp_path)
+    names = theirs.state_dict().keys()
+    assert ("model.layers.1.feed_forward.experts.gate_up_proj" in names) == case.startswith("jamba")
+    ours, again = load(tmp_path), load(theirs.state_dict(), config=theirs.config)
+    assert again.config == ours.config
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_converted_model_is_served_as_transformers_generates(case, tmp_path):
+    theirs = peer(CASES[case], torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    ids = torch.randint(VOCAB, (1, 9), generator=torch.Generator().manual_seed(6))
+    expected = theirs.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)[0, 9:]
+    engine = Engine(load_model(tmp_path / "ours"), num_slots=1, max_tokens=64, prompt_chunk=4)
+    generation = engine.submit(Request(ids[0].tolist(), 12, Sampling(temperature=0), ignore_eos=True))
+    engine.run()
+    assert generation.tokens == expected.tolist()
+    padded, mask = torch.cat([ids[:, :4], ids], 1), torch.tensor([[False] * 4 + [True] * 9])
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+        assert error(engine.model(padded, mask=mask).logits[:, 4:], wanted) <= 1e-5
+        packed = engine.model(torch.cat([ids, ids], 1), cu_seqlens=torch.tensor([0, 9, 18])).logits
+        assert error(packed[:, 9:], wanted) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("jamba", {"model_type": None}, "model_type is missing; accepted: jamba, bamba"),
+        ("jamba", {"model_type": "granitemoehybrid"}, "model_type is 'granitemoehybrid'; accepted: jamba, bamba"),
+        ("jamba", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; accepted: 'silu'"),
+        ("jamba", {"mamba_inner_layernorms": False}, "mamba_inner_layernorms is False; accepted: True"),
+        ("jamba", {"attn_layer_offset": 3}, r"attn_layer_offset is 3; accepted: below attn_layer_period \(3\)"),
+        ("jamba", {"num_experts_per_tok": 4}, "num_experts_per_tok is 4; accepted: 1 to 3"),
+        ("jamba", {"num_attention_heads": 5}, "num_attention_heads is 5; accepted: a divisor of hidden_size 24"),
+        ("jamba", {"sliding_window": 8}, "sliding_window is 8, which changes what the layers compute"),
+        ("jamba", {"num_experts": 2}, "router.weight has shape"),
+        ("jamba", {"expert_layer_offset": 0}, "model.layers.0.feed_forward"),
+        ("bamba", {"attn_layer_indices": [2]}, "attn_layer_indices has 2; accepted: 0 to 1"),
+        ("bamba", {"attn_rotary_emb": 8}, "attn_rotary_emb is 8; accepted: half of the heads' width, 4"),
+        ("bamba", {"rope_parameters": {"partial_rotary_factor": 1.0}}, "partial_rotary_factor is 1.0; accepted: 0.5"),
+        ("bamba", {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type is 'dynamic', which changes with the len"),
+        ("bamba", {"mamba_d_head": 5}, "mamba_n_heads is 6, mamba_d_head 5; accepted: a product of 48"),
+        ("bamba", {"time_step_limit": [0.5, 0.1]}, "time_step_limit is .*; accepted: two numbers, the first"),
+    ],
+)  # fmt: skip
+def test_what_our_models_lack_and_what_does_not_fit_is_refused_by_name(case, change, message):
+    state = peer(CASES[case], torch.float32).state_dict()
+    with pytest.raises(ValueError, match=message):
+        load(state, config={**CASES[case], **change})
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    theirs = peer(CASES["jamba"], torch.float32)
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.feed_forward.experts.1.up_proj.weight"]
+    with pytest.raises(ValueError, match=r"model.layers.1.feed_forward.*up_proj.* is missing"):
+        load(tensors, config=theirs.config)
