@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from retnet.layers.block import BlockConfig
+from retnet.layers.multi_token import MultiTokenConfig
 from retnet.layers.norm import check_eps
 from retnet.models.strict_json import from_dict, to_dict
 from retnet.system.choices import check_choices
@@ -25,6 +26,7 @@ class ModelConfig:
     init: a row of `retnet.models.init.INIT`. gradient_checkpointing recomputes blocks in the backward.
     float32_norms: the weights of norms and of MoE routers stay in float32, whatever `dtype` is.
     eos_token_id: the token that ends a text, or several that each do.
+    mtp: modules that predict further tokens, for training and for drafts (`layers/multi_token.py`); None: none.
     source: the text of the stack file that it was compiled from; ignored when configurations are compared.
     """
 
@@ -48,6 +50,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    mtp: MultiTokenConfig | None = None
     source: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

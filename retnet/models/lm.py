@@ -16,9 +16,11 @@ from retnet.layers.block import Block
 from retnet.layers.linear import is_plain_linear
 from retnet.layers.mixers import MIXERS, mixer_of
 from retnet.layers.moe import MoE, MoEConfig
+from retnet.layers.multi_token import MultiTokenPrediction, Run, run_block
 from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
 from retnet.layers.offload import waiting_on_host
 from retnet.layers.recompute import Recompute, with_losses
+from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
 from retnet.models.config import ModelConfig
@@ -39,6 +41,16 @@ class ModelOutput:
     logits: Tensor
     state: ModelState | None
     auxiliary_loss: Tensor | None = None
+
+
+@dataclass
+class Ahead:
+    """Multi-token prediction: hidden states [B, T, D] of each module, ready for `logits`, and the states after them with
+    `carry`. loss: weighted, None without labels."""
+
+    hidden: list[Tensor]
+    states: tuple[LayerState, ...]
+    loss: Tensor | None
 
 
 class LanguageModel(nn.Module):
@@ -70,6 +82,7 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Block(layer, config.d_model) for layer in config.layers)
         self.final_norm = make_norm(config.final_norm, config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.mtp = None if config.mtp is None else MultiTokenPrediction(config.mtp, config.d_model)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         initialize(self, config, config.seed if seed is None else seed)
@@ -142,9 +155,8 @@ class LanguageModel(nn.Module):
             self._check_shard(context, state, mask, cu_seqlens, carry)
         if self._stateless and (carry or state is not None):
             raise ValueError(f"{self._stateless}: keeps_state is False; accepted there: no state, and carry False")
-        again = self.recompute if self.training and torch.is_grad_enabled() else Recompute()
-        x = self.embedding(ids) if embeddings is None else embeddings
-        x = self.embedding_norm(x * self.config.embedding_scale)
+        again = self._recompute_now
+        x = self._embedded(ids, embeddings)
         start = None if state is None else state.position
         if context is not None:
             start, cu_seqlens = context.sequences(x.shape[0], x.shape[1], x.device)
@@ -162,22 +174,83 @@ class LanguageModel(nn.Module):
         )
         for layer in self.layers:
             cast(Block, layer).prepare(layout, x.dtype)
-        states, offloaded = [], waiting_on_host(x.device) if again.offload else nullcontext()
+        states, run = [], self._run_block(again, x.device)
         if inner is not None:
             inner.append(x)
         for i, layer in enumerate(self.layers):
-            before = None if state is None else state.layers[i]
-            if again.level == "layer":
-                with offloaded:
-                    x, after, own = self.checkpoint(with_losses, layer, x, before, layout)
-                if losses is not None and own is not None:
-                    losses.append(own)
-            else:
-                x, after = layer(x, before, layout)
+            x, after = run(layer, x, None if state is None else state.layers[i], layout)
             states.append(after)
             if inner is not None:
                 inner.append(x)
         return self.final_norm(x), ModelState(tuple(states)) if carry else None
+
+    @property
+    def _recompute_now(self) -> Recompute:
+        return self.recompute if self.training and torch.is_grad_enabled() else Recompute()
+
+    def _embedded(self, ids: Tensor | None, embeddings: Tensor | None = None) -> Tensor:
+        """The input of the first layer [B, T, D]."""
+        x = self.embedding(ids) if embeddings is None else embeddings
+        return self.embedding_norm(x * self.config.embedding_scale)
+
+    def _run_block(self, again: Recompute, device: torch.device) -> Run:
+        """Runs one block, which the backward runs again with level "layer"."""
+        if again.level != "layer":
+            return run_block
+        offloaded = waiting_on_host(device) if again.offload else nullcontext()
+
+        def run(block: nn.Module, x: Tensor, before: Any, layout: TokenLayout) -> tuple[Tensor, Any]:
+            with offloaded:
+                x, after, own = self.checkpoint(with_losses, block, x, before, layout)
+            if layout.losses is not None and own is not None:
+                layout.losses.append(own)
+            return x, after
+
+        return run
+
+    def ahead(
+        self,
+        hidden: Tensor,
+        ids: Tensor | None,
+        state: ModelState | None = None,
+        *,
+        labels: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        carry: bool = False,
+        in_place: bool = False,
+        losses: list[Tensor] | None = None,
+        context: ContextShard | None = None,
+    ) -> Ahead:
+        """Multi-token prediction over tokens whose final hidden states [B, T, D] `hidden` returned.
+
+        The other arguments are those of that call. state: continued if it has states of multi-token prediction.
+        labels [B, T]: as for `loss`, which needs them.
+        """
+        if self.mtp is None:
+            raise ValueError("the model has no multi-token prediction; accepted: a configuration with mtp")
+        x, again = self._embedded(ids, embeddings), self._recompute_now
+        before = None if state is None or not state.mtp else state.mtp
+        start = None if before is None else before[0].position
+        if context is not None:
+            start, cu_seqlens = context.sequences(x.shape[0], x.shape[1], x.device)
+        layout = TokenLayout.of(
+            (x.shape[0], x.shape[1]),
+            x.device,
+            start=start,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            carry=carry,
+            in_place=in_place,
+            losses=losses,
+            context=context,
+            recompute="none" if again.level == "layer" else again.level,
+        )
+        self.mtp.prepare(layout, x.dtype)
+        outputs, after = self.mtp(hidden, x, before, layout, self._run_block(again, x.device))
+        loss = None if labels is None else self.mtp.loss(outputs, labels, layout.positions, self.mean_nats)
+        return Ahead(outputs, after, loss)
 
     def _check_shard(self, context: ContextShard, *others: object) -> None:
         """Raise ValueError for layers and arguments that context parallelism does not take."""
@@ -192,6 +265,7 @@ class LanguageModel(nn.Module):
         num_tokens: int = 0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        mtp: bool = False,
     ) -> ModelState:
         """The state of `batch` sequences before their first token; the model does not run.
 
@@ -199,10 +273,13 @@ class LanguageModel(nn.Module):
             num_tokens: KV caches (and Hyena's inputs) get room for so many tokens per sequence, or for their window
                 where that is smaller. A cache without room grows when tokens come.
             device, dtype: of the activations that the state belongs to; those of the embedding if None.
+            mtp: with the states of multi-token prediction.
         """
         device, dtype = device or self.embedding.weight.device, dtype or self.embedding.weight.dtype
         blocks = cast(Iterable[Block], self.layers)
-        return ModelState(tuple(block.mixer.init_state(batch, device, dtype, num_tokens) for block in blocks))
+        layers = tuple(block.mixer.init_state(batch, device, dtype, num_tokens) for block in blocks)
+        ahead = self.mtp.init_state(batch, device, dtype, num_tokens) if mtp and self.mtp is not None else ()
+        return ModelState(layers, ahead)
 
     @torch.no_grad()
     def draft(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelDraft]:
@@ -215,13 +292,31 @@ class LanguageModel(nn.Module):
             for mixer in layer.mixer.leaves:
                 if mixer_of(mixer).draft is None:
                     raise ValueError(f"layer {i} has {mixer.kind}, which has no drafts; accepted: mixers with drafts")
-        x = self.embedding_norm(self.embedding(ids) * self.config.embedding_scale)
+        x = embedded = self._embedded(ids)
         layout = TokenLayout.of((x.shape[0], x.shape[1]), x.device, start=state.position, deferred=True)
         drafts = []
         for layer, before in zip(self.layers, state, strict=True):
             x, draft = layer(x, before, layout)
             drafts.append(draft)
-        return self.final_norm(x), ModelDraft(tuple(drafts))
+        hidden, ahead = self.final_norm(x), ()
+        if state.mtp and self.mtp is not None:
+            layout = TokenLayout.of((x.shape[0], x.shape[1]), x.device, start=state.mtp[0].position, deferred=True)
+            _, ahead = self.mtp(hidden, embedded, state.mtp, layout, run_block)
+        return hidden, ModelDraft(tuple(drafts), ahead)
+
+    @torch.no_grad()
+    def guess(
+        self, tokens: Tensor, state: ModelState, count: int, choose: Callable[[Tensor, int], Tensor]
+    ) -> Tensor:
+        """Guesses [S, count] by multi-token prediction of the tokens after `tokens` [S], which the state has not read.
+
+        choose: (logits [S, vocab], number of the guess from 1) -> tokens [S]. The state, which has states of multi-token
+        prediction, is left as it is.
+        """
+        assert self.mtp is not None
+        return self.mtp.guess(
+            tokens, state.mtp, count, self._embedded, lambda hidden, number: choose(self.logits(hidden), number)
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., vocab], scaled and soft-capped if the configuration says so."""
@@ -244,12 +339,17 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy in nats of labels [B, T] (already shifted; -100 is ignored) given ids [B, T].
 
-        In training, plus the losses of routers, if there are any. With `context`, this shard's share of the mean over
-        whole rows: loss and gradients of all shards add up to those of one process.
+        In training, plus the losses of routers and of multi-token prediction, if there are any. With `context`, this
+        shard's share of the mean over whole rows: loss and gradients of all shards add up to those of one process.
         """
         losses: list[Tensor] | None = [] if self.training else None
         hidden, _ = self.hidden(ids, mask=mask, cu_seqlens=cu_seqlens, losses=losses, context=context)
         nats = self.mean_nats(hidden, labels)
+        if self.training and self.mtp is not None:
+            ahead = self.ahead(
+                hidden, ids, labels=labels, mask=mask, cu_seqlens=cu_seqlens, losses=losses, context=context
+            )
+            nats = nats + ahead.loss
         if context is not None:
             count = (labels != -100).sum()
             return nats * (count.to(nats.dtype) / context.total(count).clamp_min(1))
@@ -273,14 +373,17 @@ class LanguageModel(nn.Module):
 
 def check_layers_on_shards(config: ModelConfig) -> None:
     """Raise ValueError for layers that context parallelism does not take."""
-    for i, layer in enumerate(config.layers):
+    layers = [(f"layer {i}", layer) for i, layer in enumerate(config.layers)]
+    if config.mtp is not None:
+        layers.append(("mtp.block", config.mtp.block))
+    for place, layer in layers:
         if layer.mixer.refused_on_shards:
             names = ", ".join(name for name, mixer in MIXERS.items() if not mixer.config.refused_on_shards)
             raise ValueError(
-                f"layer {i} is {layer.mixer.kind}: {layer.mixer.refused_on_shards}; accepted with context: {names}"
+                f"{place} is {layer.mixer.kind}: {layer.mixer.refused_on_shards}; accepted with context: {names}"
             )
         if isinstance(layer.feed_forward, MoEConfig):
             raise ValueError(
-                f"layer {i} is a mixture of experts, whose balance is that of whole rows; accepted with context: "
+                f"{place} is a mixture of experts, whose balance is that of whole rows; accepted with context: "
                 "feed-forwards of one expert"
             )

@@ -99,7 +99,7 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
 def _convert_union(args: tuple, value: Any, path: str) -> Any:
     if value is None and type(None) in args:
         return None
-    classes = {cast(Any, a).kind: cast(type, a) for a in args if dataclasses.is_dataclass(a)}
+    classes = {cast(Any, a).kind: cast(type, a) for a in args if dataclasses.is_dataclass(a) and hasattr(a, "kind")}
     if classes and isinstance(value, Mapping):
         return _convert_kind(classes, value, path)
     errors = []
