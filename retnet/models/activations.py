@@ -5,14 +5,15 @@ forward is what its backward will read, whoever saved it. The operators are thos
 short convolutions keep their input alone, and torch.compile keeps less at level "none".
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,10 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from retnet.layers.block import Block, BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.moe import MoEConfig
+from retnet.layers.multi_token import MultiTokenConfig, MultiTokenPrediction, Run
 from retnet.layers.recompute import Level, with_losses
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.config import ModelConfig
 
+Part = Block | MultiTokenPrediction
+Step = Callable[[Any, Tensor, TokenLayout, Run], Tensor]  # (part, x, layout, how blocks run) -> its result
 _SIZES = 64, 128  # tokens; the difference leaves out what does not grow with them, such as weights cast by autocast
 
 
@@ -53,13 +57,17 @@ class AliveStorages(TorchDispatchMode):
 
 
 def activation_bytes(config: ModelConfig, level: Level, *, autocast: bool = True) -> float:
-    """Bytes per token that all layers hold for the backward of a training step, their inputs included.
+    """Bytes per token that all layers hold for the backward of a training step, their inputs included, and the modules of
+    multi-token prediction with theirs.
 
     autocast: in bfloat16 as with `bf16=true`; otherwise in the configuration's dtype. A mixture of experts is counted
     as one feed-forward as wide as the experts of a token, shared ones included. Dropout masks count where the
     configuration has dropout.
     """
-    return sum(_layer_bytes(layer, config.d_model, config.torch_dtype, level, autocast) for layer in config.layers)
+    held = sum(_layer_bytes(layer, config.d_model, config.torch_dtype, level, autocast) for layer in config.layers)
+    if config.mtp is not None:
+        held += config.mtp.num_modules * _module_bytes(config.mtp, config.d_model, config.torch_dtype, level, autocast)
+    return held
 
 
 def working_bytes(config: ModelConfig, *, autocast: bool = True) -> float:
@@ -70,31 +78,58 @@ def working_bytes(config: ModelConfig, *, autocast: bool = True) -> float:
 
 @lru_cache(maxsize=256)
 def _layer_bytes(layer: BlockConfig, d_model: int, dtype: torch.dtype, level: Level, autocast: bool) -> float:
-    feed_forward = layer.feed_forward
-    if isinstance(feed_forward, MoEConfig):  # whose shapes depend on values
-        width = feed_forward.top_k * feed_forward.hidden_dim + (feed_forward.shared_hidden_dim or 0)
-        gated, activation = feed_forward.gated, feed_forward.activation
-        layer = replace(layer, feed_forward=FeedForwardConfig(width, gated, activation, feed_forward.bias))
+    made = partial(Block, _with_equal_shapes(layer))
+    return _held_per_token(
+        made, lambda block, x, layout, run: run(block, x, None, layout)[0], d_model, dtype, level, autocast
+    )
+
+
+@lru_cache(maxsize=64)
+def _module_bytes(mtp: MultiTokenConfig, d_model: int, dtype: torch.dtype, level: Level, autocast: bool) -> float:
+    """As `_layer_bytes`, of one module of multi-token prediction."""
+    made = partial(MultiTokenPrediction, replace(mtp, block=_with_equal_shapes(mtp.block), num_modules=1))
+    return _held_per_token(
+        made, lambda modules, x, layout, run: modules(x, x, None, layout, run)[0][0], d_model, dtype, level, autocast
+    )
+
+
+def _with_equal_shapes(layer: BlockConfig) -> BlockConfig:
+    """The layer with one feed-forward in place of a mixture of experts, whose shapes depend on values."""
+    moe = layer.feed_forward
+    if not isinstance(moe, MoEConfig):
+        return layer
+    width = moe.top_k * moe.hidden_dim + (moe.shared_hidden_dim or 0)
+    return replace(layer, feed_forward=FeedForwardConfig(width, moe.gated, moe.activation, moe.bias))
+
+
+def _held_per_token(
+    make: Callable[[int], Part], step: Step, d_model: int, dtype: torch.dtype, level: Level, autocast: bool
+) -> float:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-            block = Block(layer, d_model).train()
-            few, many = (_held(block, d_model, tokens, level, autocast) for tokens in _SIZES)
+            part = make(d_model)
+            part.train()
+            few, many = (_held(part, step, d_model, tokens, level, autocast) for tokens in _SIZES)
     finally:
         torch.set_default_dtype(before)
     return (many - few) / (_SIZES[1] - _SIZES[0])
 
 
-def _held(block: Block, d_model: int, tokens: int, level: Level, autocast: bool) -> int:
+def _held(part: Part, step: Step, d_model: int, tokens: int, level: Level, autocast: bool) -> int:
     """Bytes alive after the forward of `tokens` tokens, its result (the input of the next layer) included."""
     x = torch.empty(1, tokens, d_model, requires_grad=True)
     layout = TokenLayout.of((1, tokens), x.device, losses=[], recompute="none" if level == "layer" else level)
-    block.prepare(layout, x.dtype)
-    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(), AliveStorages() as alive:
+
+    part.prepare(layout, x.dtype)
+
+    def run(block: nn.Module, x: Tensor, state: None, layout: TokenLayout) -> tuple[Tensor, Any]:
         if level == "layer":
-            y = checkpoint(with_losses, block, x, None, layout, use_reentrant=False)[0]
-        else:
-            y = block(x, None, layout)[0]
+            return checkpoint(with_losses, block, x, state, layout, use_reentrant=False)[:2]
+        return block(x, state, layout)
+
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(), AliveStorages() as alive:
+        y = step(part, x, layout, run)
         assert y.requires_grad
         return alive.nbytes

@@ -33,7 +33,10 @@ class MixerCost:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Totals of a model at a context of T tokens; operations are for one token of one sequence."""
+    """Totals of a model at a context of T tokens; operations are for one token of one sequence.
+
+    Multi-token prediction counts in training alone.
+    """
 
     parameters: int
     embedding_parameters: int
@@ -73,7 +76,8 @@ def _empty_model(config: ModelConfig) -> LanguageModel:
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part, counted from the model built on the meta device: embedding, layers, head, total.
+    """Parameters by part, counted from the model built on the meta device: embedding, layers, head, total, and mtp where
+    there is multi-token prediction.
 
     A tied head is counted once, under embedding.
     """
@@ -85,6 +89,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         "layers": _size(model.embedding_norm) + sum(sizes[layer] for layer in config.layers) + _size(model.final_norm),
         "head": 0 if config.tie_embeddings else model.head.weight.numel(),
     }
+    if model.mtp is not None:
+        counts["mtp"] = _size(model.mtp)
     return counts | {"total": sum(counts.values())}
 
 
@@ -108,10 +114,21 @@ def model_cost(config: ModelConfig, context: int, device: str = "cpu") -> ModelC
         parameters=counts["total"],
         embedding_parameters=counts["embedding"] + counts["head"],
         forward_flops=forward,
-        training_flops=3 * forward,
+        training_flops=3 * (forward + _ahead_flops(config, context, device)),
         decode_flops=weights + sum(m.decode_flops for m in mixers),
         state_bytes=sum(m.state_bytes for m in mixers),
     )
+
+
+def _ahead_flops(config: ModelConfig, context: int, device: str) -> float:
+    """Forward operations per token of multi-token prediction, each module with the head."""
+    mtp = config.mtp
+    if mtp is None:
+        return 0.0
+    one = replace(config, layers=(mtp.block,), mtp=None)
+    weights = parameter_counts(config)["mtp"] - mtp.num_modules * mtp.num_blocks * idle_parameters(one)
+    mixing = mtp.num_modules * mtp.num_blocks * mixer_costs(one, context, device)[0].forward_flops
+    return 2 * (weights + mtp.num_modules * config.vocab_size * config.d_model) + mixing
 
 
 def transformer_cache_bytes(config: ModelConfig, context: int) -> int:

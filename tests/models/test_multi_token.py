@@ -138,3 +138,25 @@ def test_a_configuration_with_mtp_survives_json_and_bad_values_are_refused():
         replace(config.mtp, num_modules=0)
     with pytest.raises(ValueError, match="norm_eps is 0; accepted: a number above 0"):
         replace(config.mtp, norm_eps=0)
+
+
+def test_cost_counts_the_modules_and_their_head_in_training_alone():
+    from retnet.models.activations import activation_bytes
+    from retnet.models.cost import model_cost, parameter_counts
+
+    config = model_with(num_modules=2, dtype="float32").config
+    plain = replace(config, mtp=None)
+    counts = parameter_counts(config)
+    assert counts["mtp"] == sum(p.numel() for p in LanguageModel(config).mtp.parameters())
+    assert counts["total"] - counts["mtp"] == parameter_counts(plain)["total"]
+    ours, without = model_cost(config, 100), model_cost(plain, 100)
+    assert (ours.decode_flops, ours.forward_flops, ours.state_bytes) == (
+        without.decode_flops, without.forward_flops, without.state_bytes
+    )  # fmt: skip
+    # A model of the module's block, whose head and final norm it has too, and the projection with two norms more.
+    one = model_cost(replace(plain, layers=(config.mtp.block,), final_norm="rms"), 100)
+    extra = 2 * (2 * config.d_model**2 + 3 * config.d_model) - 2 * config.d_model
+    assert ours.training_flops - without.training_flops == 3 * 2 * (one.forward_flops + extra)
+    held = activation_bytes(config, "none", autocast=False) - activation_bytes(plain, "none", autocast=False)
+    block = activation_bytes(replace(plain, layers=(config.mtp.block,)), "none", autocast=False)
+    assert 2 * block < held < 2 * block + 2 * 16 * 4 * config.d_model
