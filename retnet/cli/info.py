@@ -112,7 +112,8 @@ def _print(model: str, summary: dict) -> None:
     console.print(
         f"[bold]{escape(model)}[/]: {summary['layers']} layers of width {summary['width']:,}, vocabulary "
         f"{summary['vocabulary']:,}, [bold]{parts['total']:,}[/] parameters ({parts['layers']:,} in layers, "
-        f"{parts['embedding']:,} embedding, {parts['head']:,} head)",
+        f"{parts['embedding']:,} embedding, {parts['head']:,} head"
+        + (f", {parts['mtp']:,} multi-token prediction)" if "mtp" in parts else ")"),
         highlight=False,
         soft_wrap=True,
     )

@@ -94,6 +94,7 @@ def explain(
     stack = _open(name)
     config = model_config(stack)
     _print_layers(stack, config)
+    _print_multi_token(stack)
     _print_parameters(config)
     _print_costs(config)
     for note in device_notes(config, stack.spec.model.max_seq_len, resolve_device("auto").type):
@@ -325,6 +326,22 @@ def _print_layers(stack: Stack, config: ModelConfig) -> None:
         parameters = short_count(turns * count * (row.mixer_parameters + row.feed_forward_parameters))
         table.add_row(*map(Text, (span, layer.template, row.mixer, row.feed_forward, norm, parameters)))
     console.print(table)
+
+
+def _print_multi_token(stack: Stack) -> None:
+    from retnet.stack.layers import multi_token_layer
+    from retnet.stack.summary import feed_forward_words
+
+    mtp, layer = stack.spec.head.mtp, multi_token_layer(stack.spec)
+    if mtp is None or layer is None:
+        return
+    modules = f"{mtp.n_predict} module{'' if mtp.n_predict == 1 else 's'}"
+    each = f"{mtp.head_layers} layer{'' if mtp.head_layers == 1 else 's'} of template {layer.template}"
+    console.print(
+        f"multi-token prediction: {modules}, each {each} ({layer.mixer.words(layer.mixer_type)}; "
+        f"{feed_forward_words(layer, stack)}), loss weight {mtp.train_loss_weight:g}",
+        markup=False, soft_wrap=True, highlight=False,
+    )  # fmt: skip
 
 
 def _period(rows: list[tuple[int, LayerSummary]]) -> int:

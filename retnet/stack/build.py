@@ -9,10 +9,11 @@ from retnet.data.tokenizer import BYTES, DOCUMENT_START
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.moe import MoEConfig
+from retnet.layers.multi_token import MultiTokenConfig
 from retnet.models.config import ModelConfig
 from retnet.ops.norms import Norm
 
-from .layers import Layer, one_per_entry
+from .layers import Layer, multi_token_layer, one_per_entry
 from .load import Stack
 from .scalars import init_std
 from .schema import Spec, TrainingHints
@@ -44,6 +45,7 @@ def model_config(stack: Stack) -> ModelConfig:
         dtype=spec.model.dtype,
         float32_norms=spec.compatibility is not None and spec.compatibility.dtype_policy == "layered_safe",
         gradient_checkpointing=hints.checkpointing,
+        mtp=_multi_token(spec, hints),
         source=stack.text,
         bos_token_id=DOCUMENT_START if spec.tokenizer_contract.pretrained == BYTES else None,
     )
@@ -58,6 +60,19 @@ def tied(spec: Spec) -> bool:
 
 def _final_norm(last: Layer) -> Norm | Literal["none"]:
     return "none" if last.norm.position == "post" else _NORMS[last.norm.type]
+
+
+def _multi_token(spec: Spec, hints: TrainingHints) -> MultiTokenConfig | None:
+    mtp, layer = spec.head.mtp, multi_token_layer(spec)
+    if mtp is None or layer is None:
+        return None
+    return MultiTokenConfig(
+        _block(layer, spec, hints),
+        num_modules=mtp.n_predict,
+        num_blocks=mtp.head_layers,
+        loss_weight=mtp.train_loss_weight,
+        norm=_NORMS[layer.norm.type],
+    )
 
 
 def _block(layer: Layer, spec: Spec, hints: TrainingHints) -> BlockConfig:

@@ -50,6 +50,14 @@ def expand(spec: Spec) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
+def multi_token_layer(spec: Spec) -> Layer | None:
+    """The layer that modules of multi-token prediction are made of; None without them."""
+    mtp = spec.head.mtp
+    if mtp is None:
+        return None
+    return _layer(0, 0, Entry(template=mtp.head_template), spec.layer_templates[mtp.head_template])
+
+
 def one_per_entry(layers: Sequence[Layer]) -> list[Layer]:
     """The first layer of each entry of the schedule; the others of an entry differ from it in their index only."""
     return list({layer.entry: layer for layer in reversed(layers)}.values())

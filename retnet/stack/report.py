@@ -149,8 +149,10 @@ def reserved_namespace(stack: Stack) -> Iterator[str]:
 
 @_rule(Severity.WARNING)
 def unused_template(stack: Stack) -> Iterator[str]:
+    mtp = stack.spec.head.mtp
+    used = {layer.template for layer in stack.layers} | ({mtp.head_template} if mtp else set())
     for name in stack.spec.layer_templates:
-        if not any(layer.template == name for layer in stack.layers):
+        if name not in used:
             yield f"template '{plain(name)}' is not in layer_schedule"
 
 

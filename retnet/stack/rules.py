@@ -32,6 +32,7 @@ class _Rules:
         yield from self.vocabulary()
         yield from self.rotary()
         yield from self.tying()
+        yield from self.multi_token()
         for name, template in self.sections.templates.items():
             path: Path = ("layer_templates", name)
             yield from self.mixer(path, template)
@@ -96,6 +97,19 @@ class _Rules:
             what = f"tie_weights {show(head.tie_weights)} contradicts embedding.tie_word_embeddings"
             yield self.fault(("head", "tie_weights"), what, "give one of the two, or the same value in both")
 
+    def multi_token(self) -> Iterator[Fault]:
+        head, path, names = self.sections.head, ("head", "mtp"), self.sections.names
+        if head is None:
+            return
+        given = "mtp" in head.model_fields_set
+        if head.type == "causal_lm" and given:
+            yield self.fault(path, "`mtp` cannot be given with type: causal_lm", "remove it, or write type: causal_lm_mtp")
+        elif head.type == "causal_lm_mtp" and head.mtp is None:
+            what, fix = "type: causal_lm_mtp needs the key 'mtp'", "add mtp: {head_template: NAME}"
+            yield self.fault(path, what, fix, at=None if given else ("head",))
+        elif head.mtp is not None and names and head.mtp.head_template not in names:
+            yield self.unknown_template((*path, "head_template"), head.mtp.head_template)
+
     def length(self) -> Iterator[Fault]:
         total = 0
         for number, entry in self.sections.entries.items():
@@ -142,13 +156,16 @@ class _Rules:
 
     # One schedule entry
 
+    def unknown_template(self, path: Path, name: str, at: Path | None = None) -> Fault:
+        names = self.sections.names
+        close = nearest(name, tuple(names))
+        fix = f"did you mean {plain(close)}?" if close else f"defined are: {listing(sorted(names)[:20])}"
+        return self.fault(path, f"there is no template {show(name)}", fix, at=at)
+
     def entry(self, path: Path, entry: Entry) -> Iterator[Fault]:
         names = self.sections.names
         if names and entry.template not in names:
-            close = nearest(entry.template, tuple(names))
-            fix = f"did you mean {plain(close)}?" if close else f"defined are: {listing(sorted(names)[:20])}"
-            what = f"there is no template {show(entry.template)}"
-            yield self.fault(path, what, fix, at=(*path, "template"))
+            yield self.unknown_template(path, entry.template, at=(*path, "template"))
         template = self.sections.templates.get(entry.template)
         if template is None or entry.override is None:
             return

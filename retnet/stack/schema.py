@@ -21,6 +21,7 @@ from .scalars import (
     MaybePositive,
     MaybePositiveInt,
     MaybeProbability,
+    ModuleCount,
     NonNegative,
     ParameterCount,
     Positive,
@@ -208,13 +209,20 @@ class Entry(Section):
     override: Override | None = None
 
 
-class Head(Section):
-    UNSUPPORTED = unsupported.HEAD
-    UNSUPPORTED_VALUES = unsupported.HEAD_VALUES
+class MultiToken(Section):
+    """Multi-token prediction: n_predict modules of head_layers layers, each as the template has them."""
 
-    type: Annotated[Literal["causal_lm"], ONE_OF]
+    head_template: Text
+    n_predict: ModuleCount = 1
+    head_layers: ModuleCount = 1
+    train_loss_weight: NonNegative = 0.1
+
+
+class Head(Section):
+    type: Annotated[Literal["causal_lm", "causal_lm_mtp"], ONE_OF]
     tie_weights: Flag = True
     logit_softcap: PositiveOrNull = None
+    mtp: MultiToken | None = None
 
 
 class TrainingHints(Section):

@@ -97,12 +97,6 @@ ENTRY_KINDS: Keys = {
     "parallel": Unsupported("parallel streams of layers", "write the layers one after another, each as `template`"),
     "integrator": Unsupported("layers as steps of an integrator", "write `template` with `repeat`"),
 }
-HEAD: Keys = {"mtp": Unsupported("multi-token prediction", "remove it")}
-HEAD_VALUES: Values = {
-    "type": {
-        "causal_lm_mtp": UnsupportedValue("multi-token prediction", "write type: causal_lm", companions=("mtp",)),
-    }
-}
 TRAINING_HINTS: Keys = {
     "optimizer_groups": Unsupported("parameter groups by pattern", "remove it; the training recipe groups parameters"),
     "muon": Unsupported("settings of Muon", "remove it"),

@@ -54,6 +54,10 @@ def head(line: str) -> tuple[str, str]:
     return "type: causal_lm", f"type: causal_lm\n  {line}"
 
 
+def multi_token(option: str) -> tuple[str, str]:
+    return "type: causal_lm", f"type: causal_lm_mtp\n  mtp: {{head_template: a, {option}}}"
+
+
 def mamba(options: str) -> tuple[str, str]:
     return MIXER_A, f"type: mamba\n      mamba: {{{options}}}"
 
@@ -149,6 +153,12 @@ CHANGES = {
     ("Entry", "override"): (
         [("template: a", "template: a\n  override: {residual: {scaling: 0.1}}")], "layers.2.residual_scale", 0.1),
     ("Head", "tie_weights"): ([head("tie_weights: false")], "tie_embeddings", False),
+    ("Head", "type"): ([multi_token("n_predict: 1")], "mtp.block.mixer.kind", "attention"),
+    ("Head", "mtp"): ([multi_token("n_predict: 1")], "mtp.loss_weight", 0.1),
+    ("MultiToken", "head_template"): ([multi_token("n_predict: 1")], "mtp.block.norm", "rms"),
+    ("MultiToken", "n_predict"): ([multi_token("n_predict: 3")], "mtp.num_modules", 3),
+    ("MultiToken", "head_layers"): ([multi_token("head_layers: 2")], "mtp.num_blocks", 2),
+    ("MultiToken", "train_loss_weight"): ([multi_token("train_loss_weight: 0.5")], "mtp.loss_weight", 0.5),
     ("Head", "logit_softcap"): ([head("logit_softcap: 30.0")], "logit_soft_cap", 30.0),
 }  # fmt: skip
 HINTS = {
@@ -233,7 +243,7 @@ ELSEWHERE = {
     ("TokenizerContract", "type"): "one value", ("TokenizerContract", "add_bos"): "tokenizer",
     ("TokenizerContract", "add_eos"): "tokenizer", ("TokenizerContract", "pad_token"): "tokenizer",
     ("Embedding", "type"): "one value", ("Attention", "window_mode"): "both values mean `window`",
-    ("Attention", "window_dilation"): "one value", ("Head", "type"): "one value",
+    ("Attention", "window_dilation"): "one value",
     ("Compatibility", "compile_target"): "one value", ("Compatibility", "dtype_policy"): "tested below",
 }  # fmt: skip
 CONTAINERS = {"Mixer", "Template", "Spec"}  # sections that hold sections

@@ -344,6 +344,25 @@ def test_the_consequences_of_a_fault_are_not_reported(pairs, more, path):
     assert only(changed(*pairs, more=more)).dotted == path
 
 
+@pytest.mark.parametrize(
+    ("head", "path", "fix"),
+    [
+        ("causal_lm_mtp", "head.mtp", "add mtp: {head_template: NAME}"),
+        ("causal_lm_mtp\n  mtp: null", "head.mtp", "add mtp: {head_template: NAME}"),
+        ("causal_lm\n  mtp: null", "head.mtp", "remove it, or write type: causal_lm_mtp"),
+        ("causal_lm_mtp\n  mtp: {head_template: b}", "head.mtp.head_template", "defined are: a, r"),
+        ("causal_lm_mtp\n  mtp: {head_template: a, n_predict: 65}", "head.mtp.n_predict", "write 64"),
+        ("causal_lm_mtp\n  mtp: {head_template: a, head_layers: 0}", "head.mtp.head_layers", "write 1"),
+        ("causal_lm_mtp\n  mtp: {head_template: a, train_loss_weight: -1}", "head.mtp.train_loss_weight", "write"),
+        ("causal_lm_mtp\n  mtp: {n_predict: 2}", "head.mtp", "add `head_template`"),
+    ],
+)
+def test_multi_token_prediction_is_given_with_its_type_and_a_template(head, path, fix):
+    fault = only(changed(("type: causal_lm", f"type: {head}")))
+    assert fault.dotted == path
+    assert fault.fix.startswith(fix)
+
+
 def test_a_template_named_by_a_number_is_one_fault():
     text = (
         BASE[: BASE.index("  r:\n")]
@@ -379,8 +398,6 @@ def test_missing_keys_are_reported_at_their_mapping_with_accepted_values():
         ([in_ffn("type: mlp}\n    residual: {hyper: null")], "layer_templates.a.residual.hyper"),
         ([("template: a", "template: a\n  merge: {type: add}")], "layer_schedule[1].merge"),
         ([("template: a", "template: a\n  parallel: []\n  merge: {type: add}")], "layer_schedule[1]"),
-        ([("type: causal_lm", "type: causal_lm_mtp")], "head"),
-        ([("type: causal_lm", "type: causal_lm\n  mtp: null")], "head.mtp"),
     ],
 )  # fmt: skip
 def test_an_unsupported_feature_is_refused_once_at_its_place(pairs, path):
