@@ -22,6 +22,7 @@ from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.mixers import MIXERS, Mixer
 from retnet.layers.moe import MoEConfig
+from retnet.layers.multi_token import MultiTokenConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
@@ -56,6 +57,7 @@ BESIDE = BlockConfig(
     norm="rms",
 )
 GATED_BESIDE = BlockConfig(BranchedConfig((GATED.mixer, NOPE.mixer, MAMBA1.mixer), "gate", top_k=2), GLU)
+MTP = MultiTokenConfig(WINDOW, num_modules=2, loss_weight=0.3)
 EXPERTS = MoEConfig(num_experts=4, top_k=2, hidden_dim=16)
 # As in DeepSeek-V3: a bias for the choice of experts, groups, a shared expert, a scale.
 GROUPED = MoEConfig(

@@ -138,14 +138,18 @@ class MultiTokenPrediction(nn.ModuleList):
         return list(outputs.chunk(len(self), -1)), tuple(after) if layout.carry or layout.deferred else ()
 
     def loss(
-        self, outputs: Sequence[Tensor], labels: Tensor, positions: Tensor, mean_nats: Callable[[Tensor, Tensor], Tensor]
+        self,
+        outputs: Sequence[Tensor],
+        labels: Tensor,
+        positions: Tensor,
+        mean_nats: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         """The weighted loss of h_1 .. h_n [B, T, D] in nats: loss_weight / n times the sum over modules of
 
             sum over targets of -log p(label) / number of labels of the model
 
-        labels [B, T] are those of the model (the token after each, -100: ignored). Module k has no targets at the first
-        k tokens of a document, whose positions [B, T] are below k. mean_nats: of (hidden, labels).
+        labels [B, T] are those of the model (the token after each, -100: ignored). Module k has no targets where
+        positions [B, T] in documents are below k: at the first k tokens, and at masked ones, whose position is -1. mean_nats: of (hidden, labels).
         """
         total = torch.zeros((), dtype=wide_dtype(outputs[0].dtype), device=labels.device)
         count = (labels != -100).sum().clamp_min(1).to(total.dtype)

@@ -249,7 +249,8 @@ class LanguageModel(nn.Module):
         )
         self.mtp.prepare(layout, x.dtype)
         outputs, after = self.mtp(hidden, x, before, layout, self._run_block(again, x.device))
-        loss = None if labels is None else self.mtp.loss(outputs, labels, layout.positions, self.mean_nats)
+        positions = layout.positions if mask is None else layout.positions.masked_fill(~mask, -1)
+        loss = None if labels is None else self.mtp.loss(outputs, labels, positions, self.mean_nats)
         return Ahead(outputs, after, loss)
 
     def _check_shard(self, context: ContextShard, *others: object) -> None:
@@ -305,9 +306,7 @@ class LanguageModel(nn.Module):
         return hidden, ModelDraft(tuple(drafts), ahead)
 
     @torch.no_grad()
-    def guess(
-        self, tokens: Tensor, state: ModelState, count: int, choose: Callable[[Tensor, int], Tensor]
-    ) -> Tensor:
+    def guess(self, tokens: Tensor, state: ModelState, count: int, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Guesses [S, count] by multi-token prediction of the tokens after `tokens` [S], which the state has not read.
 
         choose: (logits [S, vocab], number of the guess from 1) -> tokens [S]. The state, which has states of multi-token

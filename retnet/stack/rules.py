@@ -103,7 +103,9 @@ class _Rules:
             return
         given = "mtp" in head.model_fields_set
         if head.type == "causal_lm" and given:
-            yield self.fault(path, "`mtp` cannot be given with type: causal_lm", "remove it, or write type: causal_lm_mtp")
+            yield self.fault(
+                path, "`mtp` cannot be given with type: causal_lm", "remove it, or write type: causal_lm_mtp"
+            )
         elif head.type == "causal_lm_mtp" and head.mtp is None:
             what, fix = "type: causal_lm_mtp needs the key 'mtp'", "add mtp: {head_template: NAME}"
             yield self.fault(path, what, fix, at=None if given else ("head",))

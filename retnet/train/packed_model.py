@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -22,7 +23,7 @@ from retnet.data import IGNORED
 from retnet.models.directory import PREFIX, in_dtypes
 from retnet.models.hf import RetNetForCausalLM, StateCache
 from retnet.models.hf.model import CausalOutput
-from retnet.models.lm import LanguageModel
+from retnet.models.lm import Ahead, LanguageModel
 from retnet.models.states import ModelState
 from retnet.ops.context_shard import ContextShard
 
@@ -92,36 +93,41 @@ class PackedForCausalLM(RetNetForCausalLM):
         cu_seq_lens_q: Tensor | None = None,
         context: ContextShard | None = None,
     ) -> CausalOutput:
-        """The summed cross-entropy of the targets, divided by num_items_in_batch; in training, plus aux_loss.
+        """The summed cross-entropy of the targets, divided by num_items_in_batch; in training, plus aux_loss and mtp_loss.
 
         With context, all is of this shard of the rows, which knows the documents; then no states are carried.
         """
+        trains_ahead = self.training and self.trains_weights and self.model.mtp is not None
         if context is not None:
             hidden, _ = self.model.hidden(input_ids, context=context)
             nats = self.model.mean_nats(hidden, shift_labels)
-            return CausalOutput(loss=nats * _share(shift_labels, num_items_in_batch, nats.dtype))  # type: ignore[arg-type]
+            further = (
+                self.model.ahead(hidden, input_ids, labels=shift_labels, context=context) if trains_ahead else None
+            )
+            return _output(nats, None, further, _share(shift_labels, num_items_in_batch, nats.dtype))
         assert cu_seq_lens_q is not None
         bounds, (B, T) = cu_seq_lens_q, input_ids.shape
         torch._dynamo.maybe_mark_dynamic(bounds, 0)  # one graph for any number of documents
         starts = torch.arange(0, B * T, T, device=bounds.device)
         before = self.states_before(lanes, begins_fresh, bounds, starts)
         losses: list[Tensor] | None = [] if self.trains_weights else None
-        hidden, after = self.model.hidden(
-            input_ids.reshape(1, -1), before, cu_seqlens=bounds, carry=carry, losses=losses
+        ids, targets = input_ids.reshape(1, -1), shift_labels.reshape(1, -1)
+        hidden, after = self.model.hidden(ids, before, cu_seqlens=bounds, carry=carry, losses=losses)
+        nats, further = self.model.mean_nats(hidden, targets), None
+        if trains_ahead:
+            further = self.model.ahead(
+                hidden, ids, before, labels=targets, cu_seqlens=bounds, carry=carry, losses=losses
+            )
+        output = _output(
+            nats, losses if self.training else None, further, _share(targets, num_items_in_batch, nats.dtype)
         )
-        targets = shift_labels.flatten()
-        nats = self.model.mean_nats(hidden[0], targets)
-        share = _share(targets, num_items_in_batch, nats.dtype)
-        loss = nats * share
-        extra = torch.stack(losses).sum() * share if self.training and losses else None
-        if extra is not None:
-            loss = loss + extra
-        cache = None
         if after is not None:
+            after = after if further is None else replace(after, mtp=further.states)
             cache = StateCache()
             last = torch.searchsorted(bounds, starts + T) - 1  # the end of a row is always a boundary
             cache.update_state(detached(after.select(last)), T)
-        return CausalOutput(loss=loss, past_key_values=cache, aux_loss=extra)  # type: ignore[arg-type]
+            output.past_key_values = cache  # type: ignore[assignment]
+        return output
 
     def states_before(
         self, lanes: ModelState | None, begins_fresh: Tensor, bounds: Tensor, starts: Tensor
@@ -153,6 +159,15 @@ class PackedForCausalLM(RetNetForCausalLM):
             named = None if state_dict is None else {n.removeprefix(PREFIX): x for n, x in state_dict.items()}
             model, state_dict = in_dtypes(model, self.final_dtypes, named), None
         RetNetForCausalLM.wrap(model).save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+
+def _output(nats: Tensor, router_losses: list[Tensor] | None, ahead: Ahead | None, share: Tensor) -> CausalOutput:
+    """All losses, which are means over the targets of a batch with this share in the step."""
+    loss = nats * share
+    routers = torch.stack(router_losses).sum() * share if router_losses else None
+    further = None if ahead is None or ahead.loss is None else ahead.loss * share
+    total = sum((x for x in (routers, further) if x is not None), loss)
+    return CausalOutput(loss=total, aux_loss=routers, mtp_loss=further)  # type: ignore[arg-type]
 
 
 def _share(targets: Tensor, num_items: Tensor | int, dtype: torch.dtype) -> Tensor:

@@ -12,23 +12,24 @@ from retnet.system.checks import is_number, quoted
 from retnet.system.files import read_json, write_json
 
 RUN_FILE = "run.json"
-_SUMS = {"loss", "router_loss", "last_logged"}
+_SUMS = {"loss", "router_loss", "mtp_loss", "last_logged"}
 
 
 @dataclass(frozen=True)
 class ProcessState:
     """The state of one process between two steps that the Trainer does not save.
 
-    loss, router_loss: the sums since step `last_logged`. lanes: the carried states, if states are carried.
+    loss, router_loss, mtp_loss: the sums since step `last_logged`. lanes: the carried states, if states are carried.
     """
 
     loss: float
     last_logged: int
     lanes: ModelState | None = None
     router_loss: float = 0.0
+    mtp_loss: float = 0.0
 
     def save(self, checkpoint: Path, process: int) -> None:
-        sums = {"loss": self.loss, "router_loss": self.router_loss, "last_logged": self.last_logged}
+        sums = {name: getattr(self, name) for name in sorted(_SUMS)}
         write_json(_progress_file(checkpoint, process), sums)
         if self.lanes is not None:
             self.lanes.trim().save(_lanes_file(checkpoint, process))

@@ -100,9 +100,13 @@ class PackedTrainer(StagedTrainer):
         )
         self.terminated = self.validation_due = self.model_saved = False
         self.lanes: ModelState | None = None
-        self._has_routers = model.trains_weights and any(isinstance(module, MoE) for module in model.modules())
-        self._router_loss = torch.tensor(0.0, device=args.device)  # since step `_router_logged`, as `_tr_loss`
-        self._router_logged = 0
+        has_routers = any(isinstance(module, MoE) for module in model.modules())
+        extra = {"router_loss": has_routers, "mtp_loss": model.model.mtp is not None}
+        # The parts of the loss beside the cross-entropy, summed since step `_extra_logged`, as `_tr_loss`.
+        self._extra = {
+            name: torch.tensor(0.0, device=args.device) for name, there in extra.items() if there and model.trains_weights
+        }
+        self._extra_logged = 0
         self.resumed: Path | None = None
         self._ahead: ReadAhead | None = None
         self._source: Iterator[Any] | None = None
@@ -179,18 +183,19 @@ class PackedTrainer(StagedTrainer):
             self.lanes = outputs.past_key_values.state
         self.meter.count(facts)
         self.watch.add(self.state.global_step + 1, facts.rows, loss.detach())
-        self._router_part = None if outputs.aux_loss is None else outputs.aux_loss.detach()
-        if self._router_part is not None and self.args.average_tokens_across_devices:
-            self._router_part = self._router_part * self.accelerator.num_processes  # as the Trainer scales the loss
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # as the Trainer's
+        parts = {"router_loss": outputs.aux_loss, "mtp_loss": outputs.mtp_loss}
+        self._extra_parts = {name: part.detach() * scale for name, part in parts.items() if part is not None}
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's; returns the cross-entropy alone, which is logged. Router losses are logged beside it."""
+        """As the Trainer's; returns the cross-entropy alone, which is logged. The losses of routers and of multi-token
+        prediction are logged beside it."""
         loss = super().training_step(*args, **kwargs)
-        if self._router_part is None:
-            return loss
-        self._router_loss += self._router_part
-        return loss - self._router_part
+        for name, part in self._extra_parts.items():
+            self._extra[name] += part
+            loss = loss - part
+        return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
         facts: BatchFacts = inputs[FACTS]
@@ -359,11 +364,11 @@ class PackedTrainer(StagedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.check_losses()
-            if self._has_routers:
-                steps = self.state.global_step - self._router_logged
-                logs["router_loss"] = cast(Tensor, self.accelerator.gather(self._router_loss)).mean().item() / steps
-                self._router_loss.zero_()
-                self._router_logged = self.state.global_step
+            steps = self.state.global_step - self._extra_logged
+            for name, total in self._extra.items():
+                logs[name] = cast(Tensor, self.accelerator.gather(total)).mean().item() / steps
+                total.zero_()
+            self._extra_logged = self.state.global_step
             logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.rows.rows.bytes_per_target
             logs |= self.meter.read()
             logs["memory_gib"] = memory_gib(self.args.device)
@@ -396,9 +401,8 @@ class PackedTrainer(StagedTrainer):
 
     def _save_progress(self, folder: Path, output: Path) -> None:
         """Save the files of `resume.py`."""
-        progress = ProcessState(
-            float(self._tr_loss), self._globalstep_last_logged, self.lanes, float(self._router_loss)
-        )
+        extra = {name: float(total) for name, total in self._extra.items()}
+        progress = ProcessState(float(self._tr_loss), self._globalstep_last_logged, self.lanes, **extra)
         progress.save(folder, self.args.process_index)
         if self.args.should_save:
             before_validation = epoch_validation_follows(self) and self.state.global_step not in self._validations
@@ -424,8 +428,9 @@ class PackedTrainer(StagedTrainer):
         progress = ProcessState.load(self.resumed, self.args.process_index)
         if progress is not None:
             self._tr_loss.fill_(progress.loss)
-            self._router_loss.fill_(progress.router_loss)
-            self._globalstep_last_logged = self._router_logged = progress.last_logged
+            for name, total in self._extra.items():
+                total.fill_(getattr(progress, name))
+            self._globalstep_last_logged = self._extra_logged = progress.last_logged
             if self.options.carry_state and progress.lanes is not None:
                 self.lanes = progress.lanes.to(self.args.device)
 

@@ -12,7 +12,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from retnet.layers.recompute import Recompute
 from retnet.models.hf.inputs import document_bounds, last_columns, without_first_labels
-from tests.small_models import EXPERTS, GATED, HYENA, MAMBA1, MAMBA2, PAPER, WINDOW, hf_model
+from tests.small_models import EXPERTS, GATED, HYENA, MAMBA1, MAMBA2, MTP, PAPER, WINDOW, hf_model
 
 from .conftest import STACKS, random_ids
 
@@ -236,6 +236,29 @@ def test_a_loss_outside_the_model_finds_the_losses_of_routers_beside_the_logits(
     assert shared.aux_loss.item() == pytest.approx(inside.aux_loss.item() / 4, rel=1e-6)
     assert model.eval()(input_ids=IDS).aux_loss is None
     assert hf_model("hybrid").train()(input_ids=IDS, labels=IDS).aux_loss is None
+
+
+def test_multi_token_prediction_joins_the_loss_of_training_alone_whatever_the_layout():
+    model = hf_model(mtp=MTP).train()
+    ids = IDS[:, :8]
+    padded, mask = F.pad(ids, (0, 2), value=7), F.pad(torch.ones_like(ids), (0, 2))
+    labels = padded.masked_fill(mask == 0, -100)
+    plain = model(input_ids=ids, labels=ids)
+    nats = F.cross_entropy(plain.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert (nats + plain.mtp_loss).item() == pytest.approx(plain.loss.item(), rel=1e-6)
+    for inputs in (
+        {"input_ids": padded, "attention_mask": mask, "labels": labels},
+        {"input_ids": ids.reshape(1, -1), "labels": ids.reshape(1, -1),
+         "position_ids": torch.arange(8).repeat(len(ids))[None]},
+        {"inputs_embeds": model.model.embedding(ids), "labels": ids},
+    ):  # fmt: skip
+        assert model(**inputs).mtp_loss.item() == pytest.approx(plain.mtp_loss.item(), rel=1e-5)
+    shared = model(input_ids=ids, labels=ids, num_items_in_batch=4 * ids[:, 1:].numel())
+    assert shared.mtp_loss.item() == pytest.approx(plain.mtp_loss.item() / 4, rel=1e-6)
+    assert model.eval()(input_ids=ids, labels=ids).mtp_loss is None
+    without = hf_model(mtp=None)
+    without.model.load_state_dict(model.model.state_dict(), strict=False)
+    assert torch.equal(model(input_ids=ids).logits, without(input_ids=ids).logits)
 
 
 def test_label_smoothing_says_that_it_leaves_out_the_losses_of_routers(monkeypatch):

@@ -90,7 +90,9 @@ def test_tokens_may_be_read_in_any_parts_and_drafts_are_those_of_reading(block):
     for row, count in enumerate((12, 17)):
         _, expected = ahead_of(model, ids[row : row + 1, :count])
         for name, x in before.select(torch.tensor([row])).trim().named_tensors().items():
-            torch.testing.assert_close(x, expected.trim().named_tensors()[name], msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                x, expected.trim().named_tensors()[name], msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 @torch.no_grad()

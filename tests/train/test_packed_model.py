@@ -16,7 +16,7 @@ from retnet.train.batches import FACTS, RowStream, collate
 from retnet.train.inputs import open_data
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.trainer import PackedTrainer, RunOptions
-from tests.small_models import BYTES, EXPERTS, PAPER, small_model
+from tests.small_models import BYTES, EXPERTS, MTP, PAPER, small_model
 
 from .conftest import recipe_for
 
@@ -141,6 +141,33 @@ def test_with_carried_states_the_loss_is_that_of_whole_documents(corpus, stack):
     assert nats == pytest.approx(expected, rel=1e-4)
 
 
+def test_multi_token_prediction_continues_over_rows_where_states_are_carried(corpus):
+    """Its loss over the steps of an epoch is that of each document read in one piece, without its first k tokens."""
+    model = make_model(mtp=MTP).train()
+    rows = PackedDataset(corpus, LENGTH, 0, carry_state=True, lanes=LANES)
+    stream, lanes, ours, count = RowStream(rows), None, 0.0, 0
+    texts: list[list[torch.Tensor]] = [[] for _ in range(LANES)]
+    with torch.no_grad():
+        for step in range(6):
+            batch = collate([stream[step * LANES + lane] for lane in range(LANES)])
+            output = forward(model, batch, lanes=lanes, carry=True)
+            lanes = output.past_key_values.state
+            ours += output.mtp_loss.item() * batch[FACTS].num_targets
+            count += batch[FACTS].num_targets
+            for lane in range(LANES):
+                texts[lane].append(torch.stack([batch["input_ids"][lane], batch["shift_labels"][lane]]))
+        theirs = 0.0
+        for lane in range(LANES):
+            ids, targets = torch.cat(texts[lane], 1)
+            starts = [0, *(i for i in range(1, len(ids)) if ids[i] == 256), len(ids)]
+            for begin, end in pairwise(starts):
+                one, labels = ids[None, begin:end], targets[None, begin:end]
+                hidden, _ = model.model.hidden(one)
+                theirs += model.model.ahead(hidden, one, labels=labels).loss.item() * (labels != -100).sum().item()
+    assert ours / count == pytest.approx(theirs / count, rel=1e-5)
+    assert forward(model.eval(), batch).mtp_loss is None
+
+
 def test_no_gradient_flows_into_the_carried_state(corpus):
     model = make_model().train()
     stream = RowStream(PackedDataset(corpus, LENGTH, 0, carry_state=True, lanes=LANES))
@@ -174,7 +201,7 @@ def test_router_losses_count_by_a_batchs_share_of_the_step(corpus):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_logged_loss_is_the_cross_entropy_with_the_losses_of_routers_beside_it(
+def test_the_logged_loss_is_the_cross_entropy_with_the_other_losses_beside_it(
     byte_model, text_folder, tmp_path, accumulation
 ):
     """The first step's log equals the parts of its batches, computed from the weights before it."""
@@ -183,23 +210,26 @@ def test_the_logged_loss_is_the_cross_entropy_with_the_losses_of_routers_beside_
     arguments = recipe.training_arguments()
     data = open_data(recipe, arguments)
     weighted = replace(EXPERTS, load_balance_coef=0.5, z_loss_coef=0.1)
-    model = make_model(stack=[replace(PAPER, feed_forward=weighted)] * 2).train()
+    model = make_model(stack=[replace(PAPER, feed_forward=weighted)] * 2, mtp=MTP).train()
     trainer = PackedTrainer(model, arguments, data.train, data.valid, RunOptions())
     batches = list(islice(trainer.get_train_dataloader(), accumulation))
     total = sum(batch[FACTS].num_targets for batch in batches)
-    both = nats = 0.0
+    total_loss = ahead = nats = 0.0
     with torch.no_grad():
         for batch in batches:
             inputs = {name: x for name, x in batch.items() if name != FACTS}
-            both += model(**inputs, num_items_in_batch=total).loss.item()
+            output = model(**inputs, num_items_in_batch=total)
+            total_loss, ahead = total_loss + output.loss.item(), ahead + output.mtp_loss.item()
             hidden, _ = model.model.hidden(inputs["input_ids"].view(1, -1), cu_seqlens=inputs["cu_seq_lens_q"])
             targets = inputs["shift_labels"].flatten()
             nats += model.model.mean_nats(hidden[0], targets).item() * (targets != -100).sum().item() / total
     trainer.train()
     log = trainer.state.log_history[0]
-    assert both - nats > 0.1
+    routers = total_loss - ahead - nats
+    assert min(routers, ahead) > 0.1
     assert log["loss"] == pytest.approx(nats, rel=1e-5)
-    assert log["router_loss"] == pytest.approx(both - nats, rel=1e-4)
+    assert log["router_loss"] == pytest.approx(routers, rel=1e-4)
+    assert log["mtp_loss"] == pytest.approx(ahead, rel=1e-4)
     assert log["bits_per_byte"] == pytest.approx(log["loss"] / math.log(2) / trainer.rows.rows.bytes_per_target)
 
 

@@ -32,9 +32,11 @@ _LEFT_OUT = (
 
 @dataclass
 class CausalOutput(CausalLMOutputWithPast):
-    """aux_loss: the weighted losses of routers in training, None without routers; `loss` holds them already."""
+    """aux_loss: the weighted losses of routers in training, None without routers. mtp_loss: the weighted loss of
+    multi-token prediction in training with labels, None without it. `loss` holds both already."""
 
     aux_loss: Tensor | None = None
+    mtp_loss: Tensor | None = None
 
 
 class RetNetForCausalLM(RetNetModel, GenerationMixin):
@@ -115,7 +117,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
             use_cache = False
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        loss, logits, body, extra = None, None, None, None
+        loss, logits, body, extra, ahead = None, None, None, None, None
         with nullcontext() if torch.compiler.is_compiling() else running(self.model):
             if (
                 input_ids is not None
@@ -129,12 +131,13 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
                 losses: list[Tensor] | None = [] if self.training else None
                 inputs = (input_ids, inputs_embeds, past_key_values)
                 body = self._body(tokens, *inputs, use_cache, output_hidden_states, losses)
-                extra = torch.stack(losses).sum() if losses else None
                 if labels is not None:
-                    loss, logits, extra = self._loss_and_logits(
-                        body.hidden, labels, tokens, logits_to_keep, extra, **for_loss
+                    given = (input_ids, inputs_embeds)
+                    loss, logits, extra, ahead = self._loss_and_logits(
+                        body.hidden, labels, tokens, logits_to_keep, losses, given, **for_loss
                     )
                 else:
+                    extra = torch.stack(losses).sum() if losses else None
                     if extra is not None and "num_items_in_batch" in for_loss:
                         logger.warning_once(_LEFT_OUT)
                     hidden = body.hidden if tokens.mask is None else repeat_last_real(body.hidden, tokens.mask)
@@ -146,6 +149,7 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
             past_key_values=past_key_values if body is None else body.cache,
             hidden_states=None if body is None else body.hidden_states,  # type: ignore[arg-type]
             aux_loss=extra,
+            mtp_loss=ahead,
         )
         return self._returned(output, return_dict)
 
@@ -173,16 +177,18 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         labels: Tensor,
         tokens: Tokens,
         logits_to_keep: int | Tensor | None,
-        router_loss: Tensor | None,
+        router_losses: list[Tensor] | None,
+        given: tuple[Tensor | None, Tensor | None],
         *,
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
         ignore_index: int = IGNORED,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The loss, the logits unless it is computed without them, and the router loss that it holds.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The loss, the logits unless it is computed without them, and the losses that it holds of routers and of
+        multi-token prediction.
 
-        router_loss is a mean over the batch, as the cross-entropy is: both count by the batch's share of the targets of
-        their optimizer step, if their number is given.
+        All are means over the batch, as the cross-entropy is: they count by the batch's share of the targets of their
+        optimizer step, if their number is given. given: ids and embeddings.
         """
         if logits_to_keep is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(f"logits_to_keep is {logits_to_keep} with labels; accepted with labels: None or 0")
@@ -193,16 +199,39 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
         if ignore_index != IGNORED:
             shift_labels = shift_labels.masked_fill(shift_labels == ignore_index, IGNORED)
         share = 1.0 if num_items_in_batch is None else (shift_labels != IGNORED).sum() / num_items_in_batch
-        extra = None if router_loss is None else router_loss * share
+        ahead = self._loss_ahead(hidden, shift_labels, tokens, router_losses, *given)
+        ahead = None if ahead is None else ahead * share
+        extra = torch.stack(router_losses).sum() * share if router_losses else None
         without = self.config.loss_without_logits and logits_to_keep is None
         if without and self.model.training and is_plain_linear(self.model.head):
             loss = self.model.mean_nats(hidden, shift_labels) * share
-            return loss if extra is None else loss + extra, None, extra
+            return sum((x for x in (extra, ahead) if x is not None), loss), None, extra, ahead
         logits = self.model.logits(hidden)
         options = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
         size = self.model.config.vocab_size
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **options)
-        return loss if extra is None else loss + extra, logits, extra
+        return sum((x for x in (extra, ahead) if x is not None), loss), logits, extra, ahead
+
+    def _loss_ahead(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        tokens: Tokens,
+        router_losses: list[Tensor] | None,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor | None:
+        """The loss of multi-token prediction in training, which router losses of its own are added to."""
+        if self.model.mtp is None or not self.model.training:
+            return None
+        if tokens.bounds is not None:  # documents laid end to end
+            hidden, labels = hidden.flatten(0, 1)[None], labels.reshape(1, -1)
+            input_ids = None if input_ids is None else input_ids.reshape(1, -1)
+            inputs_embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[None]
+        return self.model.ahead(
+            hidden, input_ids, embeddings=inputs_embeds, labels=labels, mask=tokens.mask, cu_seqlens=tokens.bounds,
+            losses=router_losses,
+        ).loss  # fmt: skip
 
     @property
     def base_model(self) -> RetNetModel:

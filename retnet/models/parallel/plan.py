@@ -98,6 +98,8 @@ def check_weights(model: LanguageModel) -> None:
 
 def check_splits(config: ModelConfig, size: int) -> None:
     """Raise ValueError for the first layer that cannot be divided by `size` processes."""
+    if config.mtp is not None:
+        raise ValueError("the model has multi-token prediction, which is not divided; accepted when split: mtp None")
     accepted = ", ".join(name for name, mixer in MIXERS.items() if not mixer.config.refused_when_split)
     for i, layer in enumerate(config.layers):
         mixer, feed_forward = layer.mixer, layer.feed_forward
