@@ -135,7 +135,8 @@ class MultiTokenPrediction(nn.ModuleList):
             outputs, after = layout.on_real_tokens(through, inputs, states)
         else:
             outputs, after = through(inputs, states, layout)
-        return list(outputs.chunk(len(self), -1)), tuple(after) if layout.carry or layout.deferred else ()
+        kept = layout.carry or layout.deferred
+        return list(outputs.chunk(len(self), -1)), tuple(after or ()) if kept else ()
 
     def loss(
         self,
@@ -149,7 +150,8 @@ class MultiTokenPrediction(nn.ModuleList):
             sum over targets of -log p(label) / number of labels of the model
 
         labels [B, T] are those of the model (the token after each, -100: ignored). Module k has no targets where
-        positions [B, T] in documents are below k: at the first k tokens, and at masked ones, whose position is -1. mean_nats: of (hidden, labels).
+        positions [B, T] in documents are below k: at the first k tokens, and at masked ones, whose position is -1.
+        mean_nats: of (hidden, labels).
         """
         total = torch.zeros((), dtype=wide_dtype(outputs[0].dtype), device=labels.device)
         count = (labels != -100).sum().clamp_min(1).to(total.dtype)

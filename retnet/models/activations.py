@@ -57,8 +57,8 @@ class AliveStorages(TorchDispatchMode):
 
 
 def activation_bytes(config: ModelConfig, level: Level, *, autocast: bool = True) -> float:
-    """Bytes per token that all layers hold for the backward of a training step, their inputs included, and the modules of
-    multi-token prediction with theirs.
+    """Bytes per token that all layers and modules of multi-token prediction hold for the backward of a training step,
+    their inputs included.
 
     autocast: in bfloat16 as with `bf16=true`; otherwise in the configuration's dtype. A mixture of experts is counted
     as one feed-forward as wide as the experts of a token, shared ones included. Dropout masks count where the

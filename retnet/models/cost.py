@@ -76,8 +76,8 @@ def _empty_model(config: ModelConfig) -> LanguageModel:
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part, counted from the model built on the meta device: embedding, layers, head, total, and mtp where
-    there is multi-token prediction.
+    """Parameters by part, counted from the model built on the meta device: embedding, layers, head, total, and those of
+    multi-token prediction (mtp) if there is any.
 
     A tied head is counted once, under embedding.
     """

@@ -45,8 +45,11 @@ class ModelOutput:
 
 @dataclass
 class Ahead:
-    """Multi-token prediction: hidden states [B, T, D] of each module, ready for `logits`, and the states after them with
-    `carry`. loss: weighted, None without labels."""
+    """Multi-token prediction over some tokens.
+
+    hidden: [B, T, D] of each module, ready for `logits`. states: after the tokens, with `carry`. loss: weighted, None
+    without labels.
+    """
 
     hidden: list[Tensor]
     states: tuple[LayerState, ...]
@@ -309,8 +312,8 @@ class LanguageModel(nn.Module):
     def guess(self, tokens: Tensor, state: ModelState, count: int, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Guesses [S, count] by multi-token prediction of the tokens after `tokens` [S], which the state has not read.
 
-        choose: (logits [S, vocab], number of the guess from 1) -> tokens [S]. The state, which has states of multi-token
-        prediction, is left as it is.
+        choose: (logits [S, vocab], number of the guess from 1) -> tokens [S]. The state needs states of multi-token
+        prediction, and is left as it is.
         """
         assert self.mtp is not None
         return self.mtp.guess(
@@ -348,6 +351,7 @@ class LanguageModel(nn.Module):
             ahead = self.ahead(
                 hidden, ids, labels=labels, mask=mask, cu_seqlens=cu_seqlens, losses=losses, context=context
             )
+            assert ahead.loss is not None
             nats = nats + ahead.loss
         if context is not None:
             count = (labels != -100).sum()

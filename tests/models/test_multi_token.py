@@ -75,7 +75,7 @@ def ahead_of(model: LanguageModel, ids: Tensor, state: ModelState | None = None,
 @torch.no_grad()
 def test_tokens_may_be_read_in_any_parts_and_drafts_are_those_of_reading(block):
     model, ids = model_with(block, num_modules=3), random_ids(2, 23)
-    whole, end = ahead_of(model, ids)
+    whole, _ = ahead_of(model, ids)
     for cuts in ([5, 1, 1, 16], [1] * 23):
         parts, state = [], model.init_state(2, num_tokens=23, mtp=True)
         for part in ids.split(cuts, 1):

@@ -24,7 +24,7 @@ from retnet.ops.context_attention import has_ring_kernel
 from retnet.ops.context_parallel import When, context_retention, context_scan
 from retnet.ops.context_shard import ContextShard
 from retnet.ops.selective_scan import selective_scan
-from tests.small_models import ALIBI, CONV, LIGHTNING, MAMBA1, MAMBA2, NOPE, PAPER, VOCAB, WINDOW, small_model
+from tests.small_models import ALIBI, CONV, LIGHTNING, MAMBA1, MAMBA2, MTP, NOPE, PAPER, VOCAB, WINDOW, small_model
 
 Shards = Callable[[int, list[int] | None], ContextShard]  # the shard of the caller
 
@@ -196,10 +196,10 @@ def balanced(dtype: torch.dtype) -> Iterator[Any]:
 
 
 def check_model(
-    of: Shards, size: int, packing: str, level: Level = "none", layers=HYBRID, order: Order = in_order
+    of: Shards, size: int, packing: str, level: Level = "none", layers=HYBRID, order: Order = in_order, mtp=None
 ) -> None:
     """Loss and gradients of a hybrid of every mixer that takes shards; labels were shifted on the whole row."""
-    model = small_model(layers, dtype="float64").train()
+    model = small_model(layers, dtype="float64", mtp=mtp).train()
     model.recompute = Recompute(level)
     tokens = 12
     bounds, T = bounds_of(packing, tokens, size), tokens * size
@@ -262,6 +262,7 @@ def check_all(of: Shards, size: int) -> None:
         check_scan(of, size, packing, seed)
     for packing in PACKINGS:
         check_model(of, size, packing)
+        check_model(of, size, packing, layers=(PAPER,), mtp=MTP)
     for level in ("light", "layer"):
         check_model(of, size, "rows", level)
     check_ring(of, size)

@@ -156,6 +156,11 @@ def test_rows_that_do_not_split_evenly_are_refused(tokens):
         ContextShard.part(0, 2, tokens, None)
 
 
+@pytest.mark.parametrize("packing", ["rows", "over borders", "short"])
+def test_multi_token_prediction_on_shards_trains_as_on_whole_rows(packing):
+    on_shards(3, partial(checks.check_model, layers=(checks.PAPER,), mtp=checks.MTP), packing)
+
+
 @pytest.mark.parametrize(
     ("layer", "message"), [(HYENA, "as long as the row"), (replace(PAPER, feed_forward=EXPERTS), "mixture of experts")]
 )
