@@ -17,6 +17,7 @@ from retnet.data.corpus import token_kind
 from retnet.data.tokenizer import BYTES, DOCUMENT_START, VOCAB_SIZE
 from retnet.data.tokenizer_json import TOKENIZER_FILE
 from retnet.data.whole_rows import packed
+from retnet.layers.block import Block
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.stack.resolve import resolve_model, resolve_tokenizer, saved_directory, tokenizer_of
@@ -139,8 +140,9 @@ def initial_model(recipe: Recipe, corpus: Corpus, seed: int, template: ChatTempl
     if recipe.compile_options is not None:
         # Blocks are compiled once per configuration, with and without gradients.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-        for layer in model.layers:
-            layer.compile(**recipe.compile_options)
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile(**recipe.compile_options)
     if recipe.method == STATE:
         return StateTunedForCausalLM.trainable(model)
     end = None if template is None else template.turn_end
