@@ -104,7 +104,9 @@ class PackedTrainer(StagedTrainer):
         extra = {"router_loss": has_routers, "mtp_loss": model.model.mtp is not None}
         # The parts of the loss beside the cross-entropy, summed since step `_extra_logged`, as `_tr_loss`.
         self._extra = {
-            name: torch.tensor(0.0, device=args.device) for name, there in extra.items() if there and model.trains_weights
+            name: torch.tensor(0.0, device=args.device)
+            for name, there in extra.items()
+            if there and model.trains_weights
         }
         self._extra_logged = 0
         self.resumed: Path | None = None
