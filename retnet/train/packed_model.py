@@ -93,8 +93,8 @@ class PackedForCausalLM(RetNetForCausalLM):
         cu_seq_lens_q: Tensor | None = None,
         context: ContextShard | None = None,
     ) -> CausalOutput:
-        """The summed cross-entropy of the targets, divided by num_items_in_batch; in training, plus the losses of routers
-        and of multi-token prediction.
+        """The summed cross-entropy of the targets, divided by num_items_in_batch; in training, plus the losses of
+        routers and of multi-token prediction.
 
         With context, all is of this shard of the rows, which knows the documents; then no states are carried.
         """
