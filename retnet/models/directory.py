@@ -258,9 +258,9 @@ def _model_config(directory: Path, data: dict[str, Any]) -> ModelConfig:
 def dtype_of(weights: Mapping[str, Tensor]) -> Any:
     """The dtype of a model with these weights: the narrowest that holds its matrices.
 
-    Vectors (norms, biases), routers and the parameters that mixers keep in float32 do not count.
+    Norms, biases, routers and the parameters that mixers keep in float32 do not count.
     """
-    wide = {*float32_parameters(), "router"}
+    wide = {*float32_parameters(), "router", "head_norm_weight"}
     matrices = [x.dtype for name, x in weights.items() if x.dim() > 1 and wide.isdisjoint(name.split("."))]
     return str(reduce(torch.promote_types, matrices)).removeprefix("torch.")
 
