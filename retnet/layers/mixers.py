@@ -8,6 +8,13 @@ is added by `register`, before a configuration names it.
 from retnet.layers.attention import Attention, AttentionConfig, AttentionDraft, AttentionState, attention_flops
 from retnet.layers.branched import Branched, BranchedConfig, BranchedDraft, BranchedState, branched_flops
 from retnet.layers.hyena import Hyena, HyenaConfig, HyenaState, hyena_flops
+from retnet.layers.latent_attention import (
+    LatentAttention,
+    LatentAttentionConfig,
+    LatentDraft,
+    LatentState,
+    latent_attention_flops,
+)
 from retnet.layers.mamba1 import Mamba1, Mamba1Config, Mamba1Draft, Mamba1State, mamba1_flops
 from retnet.layers.mamba2 import Mamba2, Mamba2Config, Mamba2State, mamba2_flops
 from retnet.layers.moe import MoE
@@ -31,6 +38,9 @@ def float32_parameters() -> set[str]:
 
 register(Mixer("retention", RetentionConfig, MultiScaleRetention, RetentionState, RetentionDraft, retention_flops))
 register(Mixer("attention", AttentionConfig, Attention, AttentionState, AttentionDraft, attention_flops))
+register(
+    Mixer("latent_attention", LatentAttentionConfig, LatentAttention, LatentState, LatentDraft, latent_attention_flops)
+)
 register(Mixer("mamba1", Mamba1Config, Mamba1, Mamba1State, Mamba1Draft, mamba1_flops))
 register(Mixer("mamba2", Mamba2Config, Mamba2, Mamba2State, RetentionDraft, mamba2_flops))
 register(Mixer("hyena", HyenaConfig, Hyena, HyenaState, None, hyena_flops))

@@ -50,22 +50,29 @@ def prepare_rotation(options: RotaryOptions, layout: TokenLayout, head_dim: int,
         _cos_sin(options, layout, options.rotary_dim or head_dim, dtype)
 
 
-def rotate_heads(options: RotaryOptions, layout: TokenLayout, *heads: Tensor) -> tuple[Tensor, ...]:
+def rotate_heads(
+    options: RotaryOptions, layout: TokenLayout, *heads: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Tensors [B, T, H, K], each rotated by its token's position; as they are if rotary is "none".
 
-    With rotary_dim, its first components rotate, as a head of that width would, and the others stay.
+    With rotary_dim, its first components rotate, as a head of that width would, and the others stay. positions [B, T]:
+    those of the tokens, if they are not the layout's.
     """
     if options.rotary == "none":
         return heads
     width = options.rotary_dim or heads[0].shape[-1]
-    cos, sin = _cos_sin(options, layout, width, heads[0].dtype)
+    cos, sin = _cos_sin(options, layout, width, heads[0].dtype, positions)
     return tuple(rotate_first(x, cos, sin, cast(Rotary, options.rotary)) for x in heads)
 
 
-def _cos_sin(options: RotaryOptions, layout: TokenLayout, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [B, T, K / 2] at the layout's positions. head_dim: K, the components that rotate."""
+def _cos_sin(
+    options: RotaryOptions, layout: TokenLayout, head_dim: int, dtype: torch.dtype, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [B, T, K / 2]. head_dim: K, the components that rotate. Those at the layout's positions are shared."""
     rotary, base, dtype = cast(Rotary, options.rotary), options.rotary_base, wide_dtype(dtype)
     factor = options.position_scaling
+    if positions is not None and positions is not layout.positions:
+        return rotation(positions, rotary, head_dim, base, factor=factor, dtype=dtype)
     return layout.shared(
         ("rotation", rotary, head_dim, base, factor, dtype),
         lambda: rotation(layout.positions, rotary, head_dim, base, factor=factor, dtype=dtype),

@@ -159,7 +159,6 @@ class SoftmaxAttention(MixerModule):
     FLEX_TOKENS = 128  # for fewer tokens, compiling and masking blocks costs more than it saves
     FLEX_HEAD_DIM = 16  # flex attention does not support narrower heads
 
-    config: SoftmaxConfig
     gate_proj: nn.Linear | None
     out_proj: nn.Linear
 

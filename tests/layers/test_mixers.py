@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.branched import BranchedConfig
 from retnet.layers.hyena import HyenaConfig
+from retnet.layers.latent_attention import LatentAttentionConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.mixer_base import MixerConfig
@@ -63,6 +64,21 @@ CASES: dict[str, MixerConfig] = {
         4, 1, head_dim=5, rotary="none", alibi=True, window=4, num_sinks=2, gate="sigmoid"
     ),
     "sinks that stay 0": AttentionConfig(2, 2, head_dim=6, window=5, num_sinks=3, learnable_sinks=False),
+    "latents": LatentAttentionConfig(4, 4, 6, latent_dim=5),
+    "latents, rotary beside them": LatentAttentionConfig(
+        4, 4, 5, "half", latent_dim=7, rope_dim=4, q_rank=6, latent_norm="rms", qkv_bias=True, out_bias=True
+    ),
+    "latents, rotary beside them in a window, groups, sinks": LatentAttentionConfig(
+        4, 2, 5, "interleaved", latent_dim=7, rope_dim=2, window=4, num_sinks=1, gate="sigmoid"
+    ),
+    "latents, rotated keys": LatentAttentionConfig(4, 2, 6, "half", latent_dim=5, rotary_factor=2.0),
+    "latents, some of the keys rotated, in a window": LatentAttentionConfig(
+        2, 1, 7, "half", latent_dim=5, rotary_dim=4, window=3, qk_norm="rms"
+    ),
+    "latents, normed keys beside rotary": LatentAttentionConfig(
+        2, 2, 4, "half", latent_dim=5, rope_dim=2, qk_norm="l2"
+    ),
+    "latents, alibi": LatentAttentionConfig(4, 1, 6, latent_dim=3, alibi=True, num_sinks=2, learnable_sinks=False),
     "mamba2": Mamba2Config(12, head_dim=3, state_dim=5),
     "mamba2, groups": Mamba2Config(12, head_dim=3, state_dim=4, num_groups=2, conv_width=3, bias=True, chunk_size=4),
     "mamba2 without convolution": Mamba2Config(6, head_dim=6, state_dim=4, conv_width=1, time_step_highest=0.05),
