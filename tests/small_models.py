@@ -18,6 +18,7 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.branched import BranchedConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
+from retnet.layers.latent_attention import LatentAttentionConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.mixers import MIXERS, Mixer
@@ -51,6 +52,10 @@ MAMBA1 = BlockConfig(Mamba1Config(2 * WIDTH, time_step_rank=2), None)
 HYENA = BlockConfig(HyenaConfig(filter_hidden=8, filter_decay=0.05), GLU, residual="parallel")
 ALIBI = BlockConfig(AttentionConfig(4, 1, head_dim=8, rotary="none", alibi=True, num_sinks=2), GLU)
 NOPE = BlockConfig(AttentionConfig(2, 1, head_dim=16, rotary="none", qk_norm="rms", gate="sigmoid"), GLU)
+LATENT = BlockConfig(
+    LatentAttentionConfig(4, 4, 8, "half", latent_dim=12, rope_dim=4, q_rank=16, latent_norm="rms"), GLU, norm="rms"
+)
+REBUILT = replace(LATENT, mixer=LatentAttentionConfig(4, 2, 8, "half", latent_dim=12, window=5, gate="sigmoid"))
 BESIDE = BlockConfig(
     BranchedConfig((WINDOW.mixer, MAMBA2.mixer), "sum", input_scales=(0.8, 1.0), output_scales=(1.2, 0.7)),
     GLU,
@@ -85,7 +90,7 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
     ),
     "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=GROUPED)),
     # Every mixer that the engine serves.
-    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE, LIGHTNING, BESIDE),
+    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE, LIGHTNING, BESIDE, LATENT),
     # Every mixer, every place of norms and residuals, experts with their losses.
     "every mixer": (
         MAMBA2,
@@ -98,6 +103,8 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
         replace(NOPE, mixer=replace(NOPE.mixer, rotary="half", rotary_dim=6, qk_norm="l2", window=5)),
         replace(BESIDE, mixer=replace(BESIDE.mixer, merge="mean")),
         GATED_BESIDE,
+        LATENT,
+        REBUILT,
     ),
 }
 Stack = str | Sequence[BlockConfig]

@@ -141,6 +141,17 @@ def window_without_length(stack: Stack) -> Iterator[str]:
 
 
 @_rule(Severity.WARNING)
+def mla_latent_dim_range(stack: Stack) -> Iterator[str]:
+    width = stack.spec.model.d_model
+    for name, template in stack.spec.layer_templates.items():
+        settings = template.mixer.settings
+        latent = settings.latent_dim if isinstance(settings, Attention) else None
+        if latent is not None and not width / 16 <= latent <= 3 * width / 4:
+            usual = f"{width // 8} to {width // 2} (d_model / 8 to d_model / 2)"
+            yield f"template '{plain(name)}' has latent_dim {latent}; {usual} is usual"
+
+
+@_rule(Severity.WARNING)
 def reserved_namespace(stack: Stack) -> Iterator[str]:
     for key in stack.reserved:
         place = f" (line {key.mark.line}, column {key.mark.column})" if key.mark else ""

@@ -60,11 +60,6 @@ MIXER_VALUES: Values = {
 STATE_KEYS: dict[str, Literal["kv_cache", "ssm_state"] | None] = {"branched": None, "ttt_layer": "ssm_state"}
 _WINDOW = "write window_mode: sliding with a window, or global attention without one"
 ATTENTION: Keys = {
-    "latent_dim": Unsupported(
-        "latent (compressed) keys and values",
-        "remove it, and lower model.n_kv_heads for a smaller cache",
-        takes_null=True,
-    ),
     "compression": Unsupported("compressed sparse attention", f"remove it; {_WINDOW}"),
 }
 ATTENTION_VALUES: Values = {

@@ -6,6 +6,7 @@ import torch
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.latent_attention import LatentAttentionConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.retention import RetentionConfig
@@ -17,6 +18,8 @@ MIXERS = {
     "gated": RetentionConfig(2, 12, 24, decay="gated"),
     "attention": AttentionConfig(4, 2, head_dim=4),
     "window": AttentionConfig(4, 2, head_dim=4, window=6),
+    "latents": LatentAttentionConfig(4, 2, 4, "half", latent_dim=6, rope_dim=2),
+    "latents, rotated keys in a window": LatentAttentionConfig(4, 2, 4, "half", latent_dim=6, window=6),
     "mamba1": Mamba1Config(24, time_step_rank=2),
     "mamba2": Mamba2Config(24, head_dim=6, state_dim=4, num_groups=2),
 }

@@ -12,6 +12,7 @@ from retnet.layers.block import FEED_FORWARDS, BlockConfig
 from retnet.layers.branched import BranchedConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
+from retnet.layers.latent_attention import LatentAttentionConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.mixer_base import MixerConfig
@@ -27,6 +28,7 @@ BLOCK = BlockConfig(RETENTION, FeedForwardConfig(8))
 EXAMPLES = [
     RETENTION,
     AttentionConfig(4, 2, head_dim=6),
+    LatentAttentionConfig(4, 2, head_dim=6, latent_dim=5),
     Mamba1Config(14, time_step_rank=2),
     Mamba2Config(12, head_dim=3),
     HyenaConfig(),

@@ -8,6 +8,7 @@ from retnet.layers.attention import AttentionConfig, attention_flops
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
+from retnet.layers.latent_attention import LatentAttentionConfig, latent_attention_flops
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config, mamba2_flops
 from retnet.layers.mixer_base import Workload
@@ -28,9 +29,27 @@ def test_attention_does_four_operations_per_pair_and_element(window, context):
 
 
 @pytest.mark.parametrize(
+    ("options", "step"),
+    [
+        ({}, 4 * 2 * (2 * 12) * 7 + 2 * 2 * 12 * 16),  # latents alone, and the maps of 4 heads instead of 2
+        ({"rotary": "half", "rope_dim": 4}, 4 * 2 * (2 * 12 + 4) * 7 + 2 * 2 * 12 * 16),
+        ({"rotary": "half"}, 4 * 4 * 8 * 7 + 2 * 2 * 12 * 16 * 6),  # keys, and the maps of 2 groups for 6 tokens
+        ({"qk_norm": "rms", "window": 3}, 4 * 4 * 8 * 3 + 2 * 2 * 12 * 16 * 2),
+    ],
+)
+def test_latent_attention_reads_latents_or_makes_the_keys_of_the_context(options, step):
+    config = LatentAttentionConfig(4, 2, 8, latent_dim=12, **options)
+    flops = latent_attention_flops(config, Workload(32, 7))
+    seen = [min(t + 1, config.window or 7) for t in range(7)]
+    assert flops.forward == pytest.approx(2 * 4 * (config.query_dim + 8) * sum(seen) / 7)
+    assert flops.decode == step
+
+
+@pytest.mark.parametrize(
     "mixer",
     [
         AttentionConfig(4, 2, 8, window=6),
+        LatentAttentionConfig(4, 2, 8, "half", latent_dim=12, rope_dim=4, window=6),
         RetentionConfig(4, 32, 64),
         Mamba1Config(64, 3, state_dim=5),
         Mamba2Config(64, head_dim=16, state_dim=5),

@@ -9,6 +9,7 @@ from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import BlockConfig
 from retnet.layers.branched import BranchedConfig
 from retnet.layers.hyena import HyenaConfig
+from retnet.layers.latent_attention import LatentAttentionConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.retention import RetentionConfig
@@ -23,6 +24,7 @@ MIXER_CASES = {
     "convolution of q and v": RetentionConfig(2, 8, 12, conv_width=3, conv_on=("q", "v")),
     "attention": AttentionConfig(4, 2, head_dim=6),
     "sliding window": AttentionConfig(4, 1, head_dim=6, window=3),
+    "latents": LatentAttentionConfig(4, 2, head_dim=6, rotary="half", latent_dim=5, rope_dim=2),
     "mamba1": Mamba1Config(14, time_step_rank=2, state_dim=3),
     "mamba2": Mamba2Config(12, head_dim=3, state_dim=4, num_groups=2),
     "hyena": HyenaConfig(order=3, filter_hidden=6),

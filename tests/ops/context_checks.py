@@ -24,7 +24,21 @@ from retnet.ops.context_attention import has_ring_kernel
 from retnet.ops.context_parallel import When, context_retention, context_scan
 from retnet.ops.context_shard import ContextShard
 from retnet.ops.selective_scan import selective_scan
-from tests.small_models import ALIBI, CONV, LIGHTNING, MAMBA1, MAMBA2, MTP, NOPE, PAPER, VOCAB, WINDOW, small_model
+from tests.small_models import (
+    ALIBI,
+    CONV,
+    LATENT,
+    LIGHTNING,
+    MAMBA1,
+    MAMBA2,
+    MTP,
+    NOPE,
+    PAPER,
+    REBUILT,
+    VOCAB,
+    WINDOW,
+    small_model,
+)
 
 Shards = Callable[[int, list[int] | None], ContextShard]  # the shard of the caller
 
@@ -170,7 +184,7 @@ def check_scan(of: Shards, size: int, packing: str, seed: int) -> None:
 
 
 GATED = replace(PAPER, mixer=replace(PAPER.mixer, decay="gated", conv_width=4))
-HYBRID = (MAMBA2, PAPER, WINDOW, MAMBA1, ALIBI, CONV, NOPE, GATED, LIGHTNING)
+HYBRID = (MAMBA2, PAPER, WINDOW, MAMBA1, ALIBI, CONV, NOPE, GATED, LIGHTNING, LATENT, REBUILT)
 
 
 IN_ORDER = context_attention._in_order

@@ -100,6 +100,13 @@ CHANGES = {
         [(ATTENTION, "attention: {attention_sinks: {n_per_head: 2}}")], "layers.2.mixer.num_sinks", 2),
     ("AttentionSinks", "learnable"): (
         [(ATTENTION, "attention: {attention_sinks: {learnable: false}}")], "layers.2.mixer.learnable_sinks", False),
+    ("Attention", "latent_dim"): ([(ATTENTION, "attention: {latent_dim: 16}")], "layers.2.mixer.latent_dim", 16),
+    ("Attention", "vendor.retnet.mla.rope_dim"): (
+        [(ATTENTION, "attention: {latent_dim: 16, vendor.retnet.mla.rope_dim: 8}")], "layers.2.mixer.rope_dim", 8),
+    ("Attention", "vendor.retnet.mla.q_rank"): (
+        [(ATTENTION, "attention: {latent_dim: 16, vendor.retnet.mla.q_rank: 24}")], "layers.2.mixer.q_rank", 24),
+    ("Attention", "vendor.retnet.mla.norm"): (
+        [(ATTENTION, "attention: {latent_dim: 16, vendor.retnet.mla.norm: rms}")], "layers.2.mixer.latent_norm", "rms"),
     ("Attention", "vendor.retnet.rope"): (
         [(ATTENTION, "attention: {vendor.retnet.rope: false}")], "layers.2.mixer.rotary", "none"),
     ("Attention", "vendor.retnet.rotary_dim"): (
@@ -216,6 +223,25 @@ def test_a_vendor_option_reaches_the_retention_field_of_the_same_name(option):
     others = "vendor.retnet.conv_width: 4, " if option == "conv_activation" else ""
     mixer = built((RETNET, f"retnet: {{{others}vendor.retnet.{option}: {OPTIONS[option]}}}")).layers[0].mixer
     assert getattr(mixer, option) != getattr(built().layers[0].mixer, option)
+
+
+@pytest.mark.parametrize(
+    ("options", "rotary", "absorbs"),
+    [
+        ("", "none", True),
+        (", vendor.retnet.rope: false", "none", True),
+        (", vendor.retnet.rope: true", "half", False),
+        (", vendor.retnet.mla.rope_dim: 8", "half", True),
+        (", vendor.retnet.rope: true, vendor.retnet.mla.rope_dim: 8", "half", True),
+        (", vendor.retnet.qk_norm: rms", "none", False),
+    ],
+)
+def test_latents_have_no_positions_unless_they_are_asked_for(options, rotary, absorbs):
+    found = stack((ATTENTION, f"attention: {{latent_dim: 16{options}}}"))
+    mixer = model_config(found).layers[2].mixer
+    assert (mixer.kind, mixer.rotary, mixer.absorbs) == ("latent_attention", rotary, absorbs)
+    words = found.layers[2].mixer.words("attention")
+    assert ("absorbed" in words, "keys rebuilt" in words) == (absorbs, not absorbs)
 
 
 def test_a_list_of_decays_reaches_the_layer():

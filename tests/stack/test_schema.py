@@ -197,6 +197,18 @@ def test_vendor_options_of_retention_are_validated(option, fault):
 OF_ATTENTION = [
     ("vendor.retnet.rotary_dim: 16", None), ("vendor.retnet.rotary_dim: 17", "vendor.retnet.rotary_dim"),
     ("vendor.retnet.rotary_dim: 18", "vendor.retnet.rotary_dim"),
+    ("latent_dim: 16", None), ("latent_dim: null", None), ("latent_dim: 0", "latent_dim"),
+    ("latent_dim: 64", "latent_dim"), ("latent_dim: 16, vendor.retnet.rope: true", None),
+    ("latent_dim: 16, vendor.retnet.mla.rope_dim: 8", None),
+    ("latent_dim: 16, vendor.retnet.mla.rope_dim: 7", "vendor.retnet.mla.rope_dim"),
+    ("vendor.retnet.mla.rope_dim: 8", "vendor.retnet.mla.rope_dim"),
+    ("vendor.retnet.mla.q_rank: 8", "vendor.retnet.mla.q_rank"),
+    ("vendor.retnet.mla.norm: rms", "vendor.retnet.mla.norm"),
+    ("latent_dim: 16, vendor.retnet.mla.norm: layer", "vendor.retnet.mla.norm"),
+    ("latent_dim: 16, vendor.retnet.rope: false, vendor.retnet.mla.rope_dim: 8", "vendor.retnet.mla.rope_dim"),
+    ("latent_dim: 16, vendor.retnet.rotary_dim: 8", "vendor.retnet.rotary_dim"),
+    ("latent_dim: 16, vendor.retnet.rope: true, vendor.retnet.rotary_dim: 8", None),
+    ("latent_dim: 16, vendor.retnet.mla.rope_dim: 4, vendor.retnet.rotary_dim: 8", "vendor.retnet.rotary_dim"),
     ("attention_sinks: {n_per_head: 0}", None), ("attention_sinks: {n_per_head: -1}", "n_per_head"),
     ("attention_sinks: {learnable: 1}", "learnable"), ("attention_sinks: null", "attention_sinks"),
     ("attention_sinks: 4", "attention_sinks"), ("attention_sinks: {heads: 4}", "attention_sinks"),
@@ -218,6 +230,14 @@ def test_a_word_for_a_key_of_ours_is_answered_with_the_key(word, key):
     fault = only(changed(("{chunk_size: 32}", f"{{{word}: 0.9}}")))
     assert fault.what == f"unknown key '{word}'"
     assert fault.fix.startswith(f"did you mean vendor.retnet.{key}? ")
+
+
+@pytest.mark.parametrize(
+    "word", ["vendor.retnet.mla", "rope_dim", "vendor.retnet.rope_dim", "vendor.retnet.mla.ropedim"]
+)
+def test_a_word_for_the_width_of_decoupled_rotary_is_answered_with_the_key(word):
+    fault = only(changed(in_mixer(f"{{type: attention, attention: {{latent_dim: 16, {word}: 8}}}}")))
+    assert fault.fix.startswith("did you mean vendor.retnet.mla.rope_dim? ")
 
 
 def test_unknown_keys_with_our_vendor_prefix_are_refused():
@@ -391,7 +411,7 @@ def test_missing_keys_are_reported_at_their_mapping_with_accepted_values():
         ([("{window: 16}", "{window: 16, window_dilation: 2}")], "layer_templates.a.mixer.attention.window_dilation"),
         ([("{window: 16}", "{window: 16, window_mode: dilated, window_dilation: 2}")],
          "layer_templates.a.mixer.attention"),
-        ([("{window: 16}", "{latent_dim: 16}")], "layer_templates.a.mixer.attention.latent_dim"),
+        ([("{window: 16}", "{compression: {type: hca}}")], "layer_templates.a.mixer.attention.compression"),
         ([in_mixer("type: branched")], "layer_templates.a.mixer"),
         ([in_ffn("type: mlp}\n    residual: {type: hyper_connection, hyper: {expand: 2}")],
          "layer_templates.a.residual"),

@@ -77,7 +77,6 @@ EXOTIC_FEATURES = {
     "integrator_ode_euler.yml": [("layer_schedule[1]", "integrator")],
     "integrator_ode_rk4.yml": [("layer_schedule[1]", "integrator")],
     "kitchen_sink.yml": [
-        ("layer_templates.mla.mixer.attention.latent_dim", "latent_dim"),
         ("layer_templates.mla.memory", "memory"),
         ("layer_templates.br.mixer", "type: branched"),
         ("layer_templates.ttt.mixer", "type: ttt_layer"),
@@ -118,8 +117,14 @@ def test_a_core_fault_is_the_only_one_and_at_its_path(name, entry):
     assert fault.category == entry["category"]
 
 
+SUPPORTED = {"attn_latent_too_big.yml"}  # EXOTIC parts that exist here: their faults are found as core ones are
+
+
 @pytest.mark.parametrize(("name", "entry"), cases("invalid", "EXOTIC"))
 def test_an_exotic_fault_is_refused_at_a_prefix_of_its_path(name, entry):
+    if name in SUPPORTED:
+        test_a_core_fault_is_the_only_one_and_at_its_path(name, entry)
+        return
     faults = refused("invalid", name).faults
     if name in SUPPORTED_FAULTS:
         assert [fault.dotted in entry["path"].split("|") for fault in faults] == [True]

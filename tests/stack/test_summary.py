@@ -44,6 +44,22 @@ def test_parameters_are_those_of_the_built_block():
             "attention, window 4, rotation of 8, 2 fixed sinks per head",
             (4.0,),
         ),
+        (
+            "type: attention\n      attention: {latent_dim: 16}",
+            "attention, latents of 16, absorbed, no rotation",
+            None,
+        ),
+        (
+            "type: attention\n      attention: {latent_dim: 16, vendor.retnet.mla.rope_dim: 8, "
+            "vendor.retnet.mla.q_rank: 24, vendor.retnet.mla.norm: rms}",
+            "attention, latents of 16, absorbed, queries of rank 24, rotation of 8 beside, rms norm of latents",
+            None,
+        ),
+        (
+            "type: attention\n      attention: {latent_dim: 16, window: 4, vendor.retnet.rope: true}",
+            "attention, latents of 16, keys rebuilt, window 4",
+            (4.0,),
+        ),
         ("type: mamba", "mamba2, state 64", None),
         ("type: mamba\n      mamba: {variant: mamba1, d_state: 16}", "mamba1, state 16", None),
         ("type: hyena\n      hyena: {depth: 3}", "hyena, order 3", None),

@@ -53,8 +53,11 @@ def test_float32_tied_embeddings_and_a_soft_cap():
     )
 
 
+DECODED = ("gated", "groups", "window", "latents", "latents, keys of one head", "mamba2", "mamba1")
+
+
 def test_states_are_split_by_head_and_decoding_is_that_of_one_process():
-    on_threads(2, checks.check_decoding, [FOUR[name] for name in ("gated", "groups", "window", "mamba2", "mamba1")])
+    on_threads(2, checks.check_decoding, [FOUR[name] for name in DECODED])
 
 
 def test_generation_has_the_tokens_of_one_process():
@@ -205,7 +208,7 @@ REFUSED = {
     "num_groups is 2 on 4 processes; accepted: a multiple of 4, or 1": replace(
         MAMBA2, mixer=replace(MAMBA2.mixer, num_groups=2)
     ),
-    "its filters are one network.*accepted when split: retention, attention, mamba1, mamba2": HYENA,
+    "its filters are one network.*accepted when split: retention, attention, latent_attention, mamba1, mamba2": HYENA,
     "mixture of experts": replace(FOUR["paper"], feed_forward=EXPERTS),
     "hidden_dim is 33 on 4 processes": replace(FOUR["paper"], feed_forward=replace(GLU, hidden_dim=33)),
     "head_norm_groups is 2 on 4 processes; accepted: a multiple of 4": LIGHTNING,
