@@ -6,6 +6,7 @@ The KV cache holds rotated keys and values of real tokens (`TokenCache`); with a
 window. Positions come from the layout, so padding, masked tokens and packing change no result.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,9 +25,18 @@ from retnet.layers.weight_roles import WeightRoles
 
 @dataclass(frozen=True)
 class AttentionConfig(SoftmaxConfig):
-    """Attention to keys and values of every token; the fields are those of `SoftmaxConfig`."""
+    """Attention to keys and values of every token; the fields are those of `SoftmaxConfig`.
 
+    scale: of the products of queries and keys (None: head_dim ** -0.5).
+    """
+
+    scale: float | None = None
     kind: Literal["attention"] = "attention"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise ValueError(f"scale is {self.scale}; accepted: a positive number, or None for head_dim ** -0.5")
 
 
 @dataclass
@@ -93,6 +103,8 @@ class Attention(SoftmaxAttention):
         q = normed_heads(q, config.qk_norm, config.qk_norm_eps, self.q_norm_weight)
         k = normed_heads(k, config.qk_norm, config.qk_norm_eps, self.k_norm_weight)
         q, k = rotate_heads(config, layout, q, k)
+        if config.scale is not None:  # on the queries, which the operators multiply by head_dim ** -0.5
+            q = q * (config.scale * config.head_dim**0.5)
         return q, {"keys": k, "values": v}
 
     def keys_values(self, entries: Entries, positions: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:

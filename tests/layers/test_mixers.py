@@ -50,7 +50,7 @@ CASES: dict[str, MixerConfig] = {
     "attention, unit q and k in a window": AttentionConfig(4, 2, head_dim=6, qk_norm="l2", window=4),
     "attention without positions": AttentionConfig(2, 1, head_dim=5, rotary="none", qk_norm="rms", gate="sigmoid"),
     "grouped attention with bias": AttentionConfig(
-        4, 2, head_dim=6, rotary="interleaved", qkv_bias=True, out_bias=True
+        4, 2, head_dim=6, rotary="interleaved", qkv_bias=True, out_bias=True, scale=0.7
     ),
     "multi-query attention, scaled rotary": AttentionConfig(4, 1, head_dim=6, rotary_base=100.0, rotary_factor=2.0),
     "attention, YaRN": AttentionConfig(4, 2, head_dim=8, window=5, rotary_scaling=Yarn(4.0, 8, fast=2.0, slow=0.5)),

@@ -36,7 +36,11 @@ _MATHEMATICS: dict[str, tuple[Any, ...]] = {
         "qkv_bias", "quantization_config", "query_pre_attn_scalar", "rope_interleaved", "scale_embedding",
         "scale_embeddings", "sliding_window", "use_bias", "use_parallel_residual", "use_qk_norm",
     ), ()),
-    **dict.fromkeys(("embedding_multiplier", "logit_scale", "logits_scaling", "residual_multiplier"), (1,)),
+    **dict.fromkeys((
+        "attention_in_multiplier", "attention_out_multiplier", "embedding_multiplier", "key_multiplier",
+        "lm_head_multiplier", "logit_scale", "logits_scaling", "residual_multiplier", "ssm_in_multiplier",
+        "ssm_out_multiplier",
+    ), (1,)),
     **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), (1,)),
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), (1,)),
     "hidden_activation": ("silu", "swish"),

@@ -1,10 +1,12 @@
-"""Jamba and Bamba of transformers: equal weights give equal logits, whole, cached and greedy; what is refused."""
+"""Jamba, Bamba and Falcon-H1 of transformers: equal weights give equal logits, whole, cached and greedy."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers.models.bamba import modeling_bamba
+from transformers.models.falcon_h1 import modeling_falcon_h1
 from transformers.models.jamba import modeling_jamba
+from transformers.models.zamba2 import modeling_zamba2
 
 from retnet.models.convert import convert, load
 from retnet.models.decode.sampling import Sampling
@@ -26,6 +28,16 @@ _BAMBA = {
     **_BASE, "model_type": "bamba", "num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_n_heads": 6,
     "mamba_d_state": 7, "mamba_chunk_size": 4, "num_attention_heads": 3, "num_key_value_heads": 3,
 }  # fmt: skip
+_FALCON = {
+    **_BASE, "model_type": "falcon_h1", "num_hidden_layers": 2, "mamba_d_state": 7, "mamba_chunk_size": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}  # fmt: skip
+_FACTORS = {
+    "attention_in_multiplier": 0.8, "attention_out_multiplier": 1.3, "embedding_multiplier": 2.5, "key_multiplier": 0.4,
+    "lm_head_multiplier": 0.7, "mlp_multipliers": [1.7, 0.6], "ssm_in_multiplier": 1.25,
+    # float32 holds these exactly: they are a float32 buffer there.
+    "ssm_multipliers": [0.375, 0.5, 2.0, 0.75, 1.5], "ssm_out_multiplier": 0.9,
+}  # fmt: skip
 CASES = {
     "jamba": _JAMBA,
     "jamba, attention first, no experts": {
@@ -38,12 +50,27 @@ CASES = {
         "num_key_value_heads": 1, "rms_norm_eps": 1e-3, "attn_layer_indices": [0],
         "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
     },
+    "falcon_h1": {**_FALCON, "mamba_d_ssm": 30, "mamba_n_heads": 6},
+    "falcon_h1, factors": {
+        **_FALCON, **_FACTORS, "mamba_rms_norm": True, "mamba_n_groups": 2, "mamba_n_heads": 4, "mamba_d_ssm": 16,
+        "mlp_bias": True, "attention_bias": True, "head_dim": 6,
+    },
+    "falcon_h1, gate first, biases": {
+        **_FALCON, **_FACTORS, "mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_d_ssm": None,
+        "mamba_n_heads": 6, "mamba_proj_bias": True, "projectors_bias": True, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+_ZAMBA2 = {
+    "model_type": "zamba2", "vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "n_mamba_heads": 6,
+    "layers_block_type": ["mamba", "mamba"], "num_attention_heads": 4, "mamba_d_state": 5, "mamba_ngroups": 2,
 }  # fmt: skip
 
 
 @pytest.fixture
 def float64_inside(monkeypatch):
-    widen(monkeypatch, modeling_jamba, modeling_bamba)
+    widen(monkeypatch, modeling_jamba, modeling_bamba, modeling_falcon_h1, modeling_zamba2)
 
 
 @pytest.mark.usefixtures("float64_inside")
@@ -91,8 +118,8 @@ def test_a_converted_model_is_served_as_transformers_generates(case, tmp_path):
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
-        ("jamba", {"model_type": None}, "model_type is missing; accepted: jamba, bamba"),
-        ("jamba", {"model_type": "granitemoehybrid"}, "model_type is 'granitemoehybrid'; accepted: jamba, bamba"),
+        ("jamba", {"model_type": None}, "model_type is missing; accepted: jamba, bamba, falcon_h1, zamba2"),
+        ("jamba", {"model_type": "granitemoehybrid"}, "model_type is 'granitemoehybrid'; accepted: jamba, bamba, falc"),
         ("jamba", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; accepted: 'silu'"),
         ("jamba", {"mamba_inner_layernorms": False}, "mamba_inner_layernorms is False; accepted: True"),
         ("jamba", {"attn_layer_offset": 3}, r"attn_layer_offset is 3; accepted: below attn_layer_period \(3\)"),
@@ -101,6 +128,11 @@ def test_a_converted_model_is_served_as_transformers_generates(case, tmp_path):
         ("jamba", {"sliding_window": 8}, "sliding_window is 8, which changes what the layers compute"),
         ("jamba", {"num_experts": 2}, "router.weight has shape"),
         ("jamba", {"expert_layer_offset": 0}, "model.layers.0.feed_forward"),
+        ("falcon_h1", {"projectors_bias": True}, "mamba_proj_bias is False, projectors_bias True; accepted: equal"),
+        ("falcon_h1", {"mlp_multipliers": [1.0]}, r"mlp_multipliers is \[1.0\]; accepted: a list of 2 numbers, or nu"),
+        ("falcon_h1", {"ssm_multipliers": [1, 1, 1, 1, "2"]}, "ssm_multipliers is .*; accepted: a list of 5 numbers"),
+        ("falcon_h1", {"key_multiplier": 0}, "key_multiplier is 0; accepted: a positive number"),
+        ("bamba", {"lm_head_multiplier": 2.0}, "lm_head_multiplier is 2.0, which changes what the layers compute"),
         ("bamba", {"attn_layer_indices": [2]}, "attn_layer_indices has 2; accepted: 0 to 1"),
         ("bamba", {"attn_rotary_emb": 8}, "attn_rotary_emb is 8; accepted: half of the heads' width, 4"),
         ("bamba", {"rope_parameters": {"partial_rotary_factor": 1.0}}, "partial_rotary_factor is 1.0; accepted: 0.5"),
@@ -113,6 +145,22 @@ def test_what_our_models_lack_and_what_does_not_fit_is_refused_by_name(case, cha
     state = peer(CASES[case], torch.float32).state_dict()
     with pytest.raises(ValueError, match=message):
         load(state, config={**CASES[case], **change})
+
+
+@pytest.mark.usefixtures("float64_inside")
+def test_a_zamba2_of_mamba_alone_has_the_logits_of_transformers():
+    theirs = peer({**_ZAMBA2, "time_step_min": 0.3, "time_step_max": 0.5}, torch.float64)
+    ours = load(theirs.state_dict(), config=theirs.config)
+    ids = torch.randint(VOCAB, (2, 13), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert error(ours(ids).logits, theirs(ids, use_cache=False).logits) <= 1e-10
+
+
+@pytest.mark.parametrize("kinds", [["mamba", "hybrid"], ["hybrid", "linear_attention"], None])
+def test_shared_blocks_of_zamba2_are_refused_with_the_reason(kinds):
+    state = {"model.embed_tokens.weight": torch.zeros(VOCAB, 24)}
+    with pytest.raises(ValueError, match=r"layers_block_type is .* a shared block has the same weights"):
+        load(state, config={**_ZAMBA2, "layers_block_type": kinds})
 
 
 def test_a_missing_expert_is_named(tmp_path):
