@@ -28,6 +28,11 @@ class Layer:
     residual: Residual
     keeps_state: bool
 
+    @property
+    def mixers(self) -> tuple[tuple[str, MixerSettings], ...]:
+        """The mixers that do the work, with their names in YAML: several in a branched layer."""
+        return self.mixer.leaves(self.mixer_type)
+
 
 def keeps_state(template: Template) -> bool:
     """Whether decoding carries the layer's state: as `state` says, true by default.

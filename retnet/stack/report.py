@@ -95,7 +95,7 @@ def moe_expert_ratio(stack: Stack) -> Iterator[str]:
 def seq_len_ratio(stack: Stack) -> Iterator[str]:
     model = stack.spec.model
     ratio = model.max_seq_len / model.d_model
-    if ratio > 64 and any(layer.mixer_type == "attention" for layer in stack.layers):
+    if ratio > 64 and any(kind == "attention" for layer in stack.layers for kind, _ in layer.mixers):
         yield f"max_seq_len is {ratio:.0f} times d_model: the KV cache of attention will be larger than the model"
 
 
@@ -110,7 +110,7 @@ def dropout_regularization(stack: Stack) -> Iterator[str]:
 @_rule(Severity.WARNING)
 def family_hint_consistency(stack: Stack) -> Iterator[str]:
     hint = (stack.spec.model.family_hint or "").lower()
-    mixers = {layer.mixer_type for layer in stack.layers}
+    mixers = {kind for layer in stack.layers for kind, _ in layer.mixers}
     if "llama" in hint and mixers != {"attention"}:
         yield f"family_hint says llama, but the mixers are {', '.join(sorted(mixers))}"
     if "mamba" in hint and "mamba" not in mixers:
@@ -135,7 +135,7 @@ def rope_scaling_factor(stack: Stack) -> Iterator[str]:
 @_rule(Severity.WARNING)
 def window_without_length(stack: Stack) -> Iterator[str]:
     for name in dict.fromkeys(layer.template for layer in stack.layers):
-        settings = [layer.mixer for layer in stack.layers if layer.template == name]
+        settings = [mixer for layer in stack.layers if layer.template == name for _, mixer in layer.mixers]
         if any(isinstance(m, Attention) and m.window_mode == "sliding" and m.window is None for m in settings):
             yield f"template '{plain(name)}' has window_mode: sliding without a window, so its attention is global"
 

@@ -4,13 +4,12 @@ Only the keys that act on the model or its training are fields; `unsupported` na
 are in `mixers`, rules between sections in `rules`. Defaults are the schema's; where it is silent, the paper's.
 """
 
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
-from pydantic import Field, PlainValidator, create_model
+from pydantic import Field
 
 from . import unsupported
-from .mixers import MIXERS, MixerSettings
+from .mixers import AnyMixer
 from .scalars import (
     LARGEST,
     ONE_OF,
@@ -94,36 +93,6 @@ class Embedding(Section):
     scale: PositiveOrNull = None
 
 
-class Mixer(Section):
-    """The type of a mixer, with its settings under the key of the same name. Types are the names in `MIXERS`."""
-
-    UNSUPPORTED_VALUES = unsupported.MIXER_VALUES
-
-    type: str
-
-    @classmethod
-    def keys(cls) -> dict[str, Any]:
-        return {name: info.annotation for name, info in cls.with_known_mixers().model_fields.items()}
-
-    @classmethod
-    def with_known_mixers(cls) -> "type[Mixer]":
-        """This section with one key per mixer that is registered now."""
-        return _with_mixers(tuple(MIXERS.items()))
-
-    @property
-    def settings(self) -> MixerSettings:
-        """The settings of the mixer, or their defaults."""
-        return getattr(self, self.type) or MIXERS[self.type]()
-
-
-@cache
-def _with_mixers(mixers: tuple[tuple[str, type[MixerSettings]], ...]) -> type[Mixer]:
-    names = tuple(name for name, _ in mixers)
-    fields: dict[str, Any] = {"type": (Annotated[Literal[names], ONE_OF], ...)}
-    fields |= {name: (settings | None, None) for name, settings in mixers}
-    return create_model("Mixer", __base__=Mixer, **fields)
-
-
 class Moe(Section):
     UNSUPPORTED = unsupported.MOE
 
@@ -166,8 +135,7 @@ class State(Section):
 class Template(Section):
     UNSUPPORTED = unsupported.TEMPLATE
 
-    # The class is made when a file is read, so that a mixer may be registered after this module is imported.
-    mixer: Annotated[Mixer, PlainValidator(lambda value: Mixer.with_known_mixers().model_validate(value))]
+    mixer: AnyMixer
     ffn: Ffn
     norm: Norm | None = None
     residual: Residual | None = None

@@ -44,11 +44,6 @@ TEMPLATE: Keys = {
 }
 MIXER_VALUES: Values = {
     "type": {
-        "branched": UnsupportedValue(
-            "several mixers in one layer",
-            "write one template per mixer and alternate them",
-            companions=("branched",),
-        ),
         "ttt_layer": UnsupportedValue(
             "test-time training layers",
             "use retnet or mamba, whose state is also updated at every token",
@@ -57,7 +52,7 @@ MIXER_VALUES: Values = {
     }
 }
 # The key of `state` that an unsupported mixer may set; None: neither.
-STATE_KEYS: dict[str, Literal["kv_cache", "ssm_state"] | None] = {"branched": None, "ttt_layer": "ssm_state"}
+STATE_KEYS: dict[str, Literal["kv_cache", "ssm_state"] | None] = {"ttt_layer": "ssm_state"}
 _WINDOW = "write window_mode: sliding with a window, or global attention without one"
 ATTENTION: Keys = {
     "compression": Unsupported("compressed sparse attention", f"remove it; {_WINDOW}"),

@@ -66,6 +66,13 @@ def hyena(options: str) -> tuple[str, str]:
     return MIXER_A, f"type: hyena\n      hyena: {{{options}}}"
 
 
+def branched(options: str) -> tuple[str, str]:
+    return (
+        MIXER_A,
+        f"type: branched\n      branched: {{branches: {{m: {{type: mamba}}, a: {{type: attention}}}}, {options}}}",
+    )
+
+
 def moe(option: str, experts: int = 4, top_k: int = 2) -> tuple[str, str]:
     return FFN, f"ffn: {{type: moe, moe: {{experts: {experts}, top_k: {top_k}, {option}}}}}"
 
@@ -147,6 +154,15 @@ CHANGES = {
     ("Moe", "router_jitter"): ([moe("router_jitter: 0.2")], "layers.2.feed_forward.router_jitter", 0.2),
     ("Moe", "capacity_drop_policy"): (
         [moe("capacity_drop_policy: pad")], "layers.2.feed_forward.capacity_policy", "pad"),
+    ("Branched", "branches"): ([branched("selector: null")], "layers.2.mixer.leaves.0.kind", "mamba2"),
+    ("Branched", "selector"): ([branched("selector: {type: top_k}")], "layers.2.mixer.top_k", 1),
+    ("Selector", "type"): ([branched("selector: {type: top_k}")], "layers.2.mixer.top_k", 1),
+    ("Selector", "top_k"): ([branched("selector: {top_k: 2}")], "layers.2.mixer.top_k", 2),
+    ("Branched", "vendor.retnet.merge"): ([branched("vendor.retnet.merge: mean")], "layers.2.mixer.merge", "mean"),
+    ("Branched", "vendor.retnet.input_scales"): (
+        [branched("vendor.retnet.input_scales: {a: 2.0}")], "layers.2.mixer.input_scales", (1.0, 2.0)),
+    ("Branched", "vendor.retnet.output_scales"): (
+        [branched("vendor.retnet.output_scales: {m: 0.5, a: 2}")], "layers.2.mixer.output_scales", (0.5, 2.0)),
     ("Ffn", "type"): ([(FFN, "ffn: {type: gated_mlp}")], "layers.2.feed_forward.gated", True),
     ("Ffn", "activation"): ([(FFN, "ffn: {type: mlp, activation: relu}")], "layers.2.feed_forward.activation", "relu"),
     ("Ffn", "bias"): ([(FFN, "ffn: {type: mlp, bias: true}")], "layers.2.feed_forward.bias", True),
@@ -268,6 +284,7 @@ ELSEWHERE = {
     ("Model", "family_hint"): "report", ("Model", "target_params"): "report",
     ("TokenizerContract", "type"): "one value", ("TokenizerContract", "add_bos"): "tokenizer",
     ("TokenizerContract", "add_eos"): "tokenizer", ("TokenizerContract", "pad_token"): "tokenizer",
+    ("Selector", "input"): "one value",
     ("Embedding", "type"): "one value", ("Attention", "window_mode"): "both values mean `window`",
     ("Attention", "window_dilation"): "one value",
     ("Compatibility", "compile_target"): "one value", ("Compatibility", "dtype_policy"): "tested below",

@@ -77,7 +77,7 @@ def test_a_registered_mixer_may_not_set_the_state_key_of_another():
 
 def test_a_misspelt_type_is_answered_with_the_registered_mixer():
     fault = only(changed((MIXER_A, "type: toi")))
-    assert fault.fix == "did you mean toy? write one of: attention, mamba, retnet, hyena, toy"
+    assert fault.fix == "did you mean toy? write one of: attention, mamba, retnet, hyena, branched, toy"
 
 
 def test_a_registered_mixer_is_in_the_report_the_table_and_the_picture(tmp_path):

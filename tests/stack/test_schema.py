@@ -323,9 +323,8 @@ def test_a_mixer_accepts_only_its_own_state_key(mixer, state, fault, value):
 
 @pytest.mark.parametrize(
     ("mixer", "state", "fault"),
-    [("branched\n      branched: {branches: {x: {type: attention}, y: {type: mamba}}}", "kv_cache", True),
-     ("ttt_layer", "kv_cache", True), ("ttt_layer", "ssm_state", False)],
-)  # fmt: skip
+    [("ttt_layer", "kv_cache", True), ("ttt_layer", "ssm_state", False)],
+)
 def test_the_state_key_of_an_unsupported_mixer_is_checked_too(mixer, state, fault):
     text = changed(in_mixer(f"type: {mixer}"), in_ffn(f"type: mlp}}\n    state: {{{state}: true"))
     found = [(fault.category, fault.dotted) for fault in faults(text)]
@@ -412,7 +411,7 @@ def test_missing_keys_are_reported_at_their_mapping_with_accepted_values():
         ([("{window: 16}", "{window: 16, window_mode: dilated, window_dilation: 2}")],
          "layer_templates.a.mixer.attention"),
         ([("{window: 16}", "{compression: {type: hca}}")], "layer_templates.a.mixer.attention.compression"),
-        ([in_mixer("type: branched")], "layer_templates.a.mixer"),
+        ([in_mixer("type: ttt_layer")], "layer_templates.a.mixer"),
         ([in_ffn("type: mlp}\n    residual: {type: hyper_connection, hyper: {expand: 2}")],
          "layer_templates.a.residual"),
         ([in_ffn("type: mlp}\n    residual: {hyper: null")], "layer_templates.a.residual.hyper"),

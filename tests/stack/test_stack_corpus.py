@@ -78,7 +78,6 @@ EXOTIC_FEATURES = {
     "integrator_ode_rk4.yml": [("layer_schedule[1]", "integrator")],
     "kitchen_sink.yml": [
         ("layer_templates.mla.memory", "memory"),
-        ("layer_templates.br.mixer", "type: branched"),
         ("layer_templates.ttt.mixer", "type: ttt_layer"),
         ("layer_schedule[1].depth_gating", "depth_gating"),
         ("layer_schedule[2]", "parallel"),
@@ -107,7 +106,12 @@ def test_an_exotic_file_is_refused_with_exactly_its_unsupported_features(name, e
 
 
 # Faults of features that are supported here: the only one, at its path, as in a CORE file.
-SUPPORTED_FAULTS = {"head_mtp_missing.yml", "head_mtp_n_predict_zero.yml", "head_mtp_on_causal_lm.yml"}
+SUPPORTED_FAULTS = {
+    "branched_topk.yml",
+    "head_mtp_missing.yml",
+    "head_mtp_n_predict_zero.yml",
+    "head_mtp_on_causal_lm.yml",
+}
 
 
 @pytest.mark.parametrize(("name", "entry"), cases("invalid", "CORE"))

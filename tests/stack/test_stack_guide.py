@@ -20,13 +20,14 @@ def guide() -> str:
     return GUIDE.read_text()
 
 
-def sections(annotation=Spec) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+def sections(annotation=Spec, outer: tuple[type[Section], ...] = ()) -> Iterator[type[Section]]:
+    """The sections in an annotation; a mixer that is made of mixers holds itself, and is not entered again."""
+    if isinstance(annotation, type) and issubclass(annotation, Section) and annotation not in outer:
         yield annotation
         for inner in annotation.keys().values():
-            yield from sections(inner)
+            yield from sections(inner, (*outer, annotation))
     for inner in get_args(annotation):
-        yield from sections(inner)
+        yield from sections(inner, outer)
 
 
 def test_every_section_that_errors_point_to_exists(guide):

@@ -18,11 +18,13 @@ way, before a file is read. A mixer of the package also has a section in docs/re
 """
 
 from .attention import Attention
+from .branched import Branched
 from .hyena import Hyena
 from .mamba import Mamba
+from .mixer import MIXERS, AnyMixer
 from .retnet import Retnet
 from .settings import MixerSettings
 
-__all__ = ["MIXERS", "Attention", "Hyena", "Mamba", "MixerSettings", "Retnet"]
+__all__ = ["MIXERS", "AnyMixer", "Attention", "Branched", "Hyena", "Mamba", "MixerSettings", "Retnet"]
 
-MIXERS: dict[str, type[MixerSettings]] = {"attention": Attention, "mamba": Mamba, "retnet": Retnet, "hyena": Hyena}
+MIXERS |= {"attention": Attention, "mamba": Mamba, "retnet": Retnet, "hyena": Hyena, "branched": Branched}

@@ -148,6 +148,10 @@ class Attention(MixerSettings):
     def rotates_heads(self) -> bool:
         return self._rotates(None) and self.rotary_dim is None and self.mla_rope_dim is None
 
+    @property
+    def reaches_all(self) -> bool:
+        return self.window is None
+
     def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
         return None if self.window is None else (float(self.window),)
 

@@ -103,6 +103,10 @@ class Retnet(MixerSettings):
     def reach_depends_on_input(self) -> bool:
         return self._is_gated
 
+    @property
+    def reaches_all(self) -> bool:
+        return self.decay == "none"
+
     def words(self, name: str) -> str:
         decay = self.decay if isinstance(self.decay, str) else "custom"
         start = "" if self.gated_start == "none" else f" from {self.gated_start}"

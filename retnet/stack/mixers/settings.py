@@ -52,6 +52,15 @@ class MixerSettings(Section):
         """Whether rotary positions apply to all d_model / n_heads components of a head."""
         return False
 
+    def leaves(self, name: str) -> tuple[tuple[str, MixerSettings], ...]:
+        """The mixers that do the work, with their names in YAML: this one, or those inside it."""
+        return ((name, self),)
+
+    @property
+    def reaches_all(self) -> bool:
+        """Whether every token can use all tokens before it."""
+        return not self.reach_depends_on_input
+
     @property
     def reach_depends_on_input(self) -> bool:
         """Whether no limit is known because the mixer decides from its inputs what it forgets."""
