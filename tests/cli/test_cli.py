@@ -147,6 +147,22 @@ def test_generate_streams_text_and_reports_time_and_memory(capsys, byte_model, t
     assert second.err == ""
 
 
+def test_generate_starts_from_a_state(capsys, byte_model, tmp_path):
+    from retnet.models.directory import load_model
+    from tests.models.test_initial_state import start_of
+
+    file, words = tmp_path / "state.safetensors", ("--max-tokens", 12, "--temperature", 0, "--no-stats")
+    start_of(load_model(byte_model)).save(file)
+    texts = []
+    for prompt, more in (("", ()), ("", ("--state", file)), ("def f(", ("--state", file))):
+        assert run("generate", byte_model, prompt, *more, *words) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 3
+    message = wrong_input(capsys, "generate", "retnet-tiny", "x", "--state", file)
+    assert "the snapshot is of another model" in message
+    assert "no snapshot at" in wrong_input(capsys, "generate", byte_model, "x", "--state", tmp_path / "missing")
+
+
 def test_generate_reports_a_single_token_too(capsys, byte_model):
     assert run("generate", byte_model, "x", "--max-tokens", 1) == 0
     assert capsys.readouterr().err.startswith("1 token, after ")

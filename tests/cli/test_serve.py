@@ -34,6 +34,10 @@ DOCS = (ROOT / "docs/do/serve.md").read_text()
         (["--max-body", "0"], "--max-body is 0; accepted: at least 1 byte"),
         (["--slots", 5], "1 or a multiple of 4"),
         (["--api-key-file", "none/there"], "No such file or directory: none/there"),
+        (["--state", "a=x", "--state", "a=y"], "--state has two files for 'a'; accepted: one FILE for all requests"),
+        (["--state", "x", "--state", "y"], "--state has two files for 'retnet-tiny'"),
+        (["--state", "=x"], "--state is '=x'; accepted: FILE, or NAME=FILE"),
+        (["--state", "a=none/there"], "no snapshot at none/there: no such file"),
         (["--device", "tpu"], "accepted: auto, cpu, cuda"),
     ],
 )
