@@ -36,7 +36,7 @@ from retnet.models.states import ModelState
 from retnet.ops.device import hardware
 from retnet.system.machine import source_commit
 
-RATES = {"state": (0.03, 0.1, 0.3), "lora": (1e-3, 3e-3, 1e-2)}
+RATES = {"state": (0.03, 0.1), "lora": (3e-3, 1e-2)}
 TASKS: dict[str, Callable[..., dict[str, Examples]]] = {"style": style, "author": authors}
 SPANS = ((0, 15), (16, 63), (64, 127), (128, 255), (256, 511), (512, 1023))  # positions
 ROWS = "rows.jsonl"
@@ -48,9 +48,9 @@ class Setting:
     """length: tokens per example. counts: examples of training, validation and test. steps, batch: of both methods."""
 
     length: int = 256
-    counts: tuple[int, int, int] = (2000, 160, 400)
-    steps: int = 120
-    batch: int = 16
+    counts: tuple[int, int, int] = (1500, 80, 240)
+    steps: int = 80
+    batch: int = 8
     rank: int = 8
 
 
