@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.recording import launch
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -41,8 +43,8 @@ class Segments:
         table = torch.zeros(num_slots, 4, dtype=torch.int32, device=cu_seqlens.device)
         first_slot = torch.zeros(num_sequences + 1, dtype=torch.int32, device=cu_seqlens.device)
         if num_sequences > 0:
-            _first_slot_kernel[(1,)](cu_seqlens, first_slot, num_sequences, L=length, BLOCK=1024)
-            _slot_table_kernel[(num_sequences,)](cu_seqlens, first_slot, table, L=length, BLOCK=128)
+            launch(_first_slot_kernel, (1,), cu_seqlens, first_slot, num_sequences, L=length, BLOCK=1024)
+            launch(_slot_table_kernel, (num_sequences,), cu_seqlens, first_slot, table, L=length, BLOCK=128)
         return cls(num_sequences, tokens, tokens, length, num_slots, cu_seqlens, table, first_slot)
 
     @property

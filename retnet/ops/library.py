@@ -17,6 +17,7 @@ from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops import cpu_chunkwise, cpu_recurrent, reference
 from retnet.ops.derivatives import has_tangent, needs_plain_form, plain_gradients
 from retnet.ops.device import current_device_of
+from retnet.ops.direct import is_direct
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.plan import CPU_CHUNK_SIZE
 from retnet.ops.ragged import Compaction
@@ -173,6 +174,8 @@ class _Retention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, state, mask, cu_seqlens)
         ctx.scale, ctx.chunk_size, ctx.options = scale, chunk_size, arguments[_FIELDS:]
+        if is_direct(*tensors, state, mask, cu_seqlens):
+            return _retention_cuda(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.retnet.retention.default(*arguments)
 
@@ -185,12 +188,23 @@ class _Retention(torch.autograd.Function):
         if torch.is_grad_enabled() or has_tangent(dout, dfinal):
             dq, dk, dv, dlog, dstate = _plain_backward(problem, ctx.options, [*needed[:4], needed[5]], dout, dfinal)
         else:
-            dq, dk, dv, dlog, dstate = torch.ops.retnet.retention_backward.default(
-                torch.zeros_like(v) if dout is None else dout, dfinal, *problem.arguments, needed[3], needed[5]
-            )
+            direct = is_direct(*problem.tensors, dout, dfinal)
+            run = _retention_backward_cuda if direct else torch.ops.retnet.retention_backward.default
+            dout = torch.zeros_like(v) if dout is None else dout
+            dq, dk, dv, dlog, dstate = run(dout, dfinal, *problem.arguments, needed[3], needed[5])
             dlog = dlog if needed[3] else None
             dstate = dstate.to(state.dtype) if needed[5] else None
         return dq, dk, dv, dlog, None, dstate, None, None, None, None, None, None
+
+
+def call(*arguments) -> tuple[Tensor, Tensor]:
+    """The operator `retnet::retention`. An eager call on a GPU goes round the dispatcher (`is_direct`)."""
+    problem = RetentionProblem(*arguments[:_FIELDS])
+    if not is_direct(*problem.tensors):
+        return torch.ops.retnet.retention(*arguments)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem.tensors[:5]):
+        return _Retention.apply(*arguments)
+    return _retention_cuda(*arguments)
 
 
 def _plain_backward(

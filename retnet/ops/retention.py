@@ -17,7 +17,7 @@ from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops import reference
 from retnet.ops.derivatives import needs_plain_form
 from retnet.ops.dtypes import wide_dtype
-from retnet.ops.library import check_values
+from retnet.ops.library import call, check_values
 from retnet.ops.plan import Backend, Mode, RetentionPlan, autocast_dtype, resolve
 from retnet.ops.plan import chunk_tokens as chunk_tokens
 from retnet.ops.plan import retention_plan as retention_plan
@@ -73,7 +73,7 @@ def retention(
     if plan.backend == "aten":
         out, final = reference.in_wide_dtype(plan.mode, problem)
         return out, final.to(state_dtype) if return_state else None
-    out, final = torch.ops.retnet.retention(*problem.arguments, plan.mode, state_dtype, return_state)
+    out, final = call(*problem.arguments, plan.mode, state_dtype, return_state)
     return out, final if return_state else None
 
 

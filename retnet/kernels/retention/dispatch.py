@@ -13,14 +13,24 @@ import torch
 from torch import Tensor
 
 from retnet.kernels.device import device_family, is_hopper
+from retnet.kernels.recording import Recordings
+from retnet.kernels.retention import tiles
 from retnet.kernels.retention.portable.border_states import stored_dtype
 from retnet.kernels.retention.portable.passes import portable_backward, portable_forward, portable_tiles
-from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
+from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem, layout
 from retnet.kernels.retention.tiles import SEGMENT_LENGTHS, nearest_segment, shared_tile, step_tile
+
+forward_passes, backward_passes = Recordings(), Recordings()
 
 
 def retention_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not computed)."""
+    kind = (problem.kind, state_dtype, tiles.readings)
+    out, final = forward_passes.run(kind, problem.tensors, lambda: _forward(problem, state_dtype))
+    return out, final
+
+
+def _forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     if _may_walk(problem.q, problem.v):
         from retnet.kernels.retention.hopper import passes as hopper
 
@@ -49,6 +59,18 @@ def retention_backward(
     problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, *, need_dlog_decay: bool, need_dstate: bool
 ) -> RetentionGradients:
     """The gradients, from those of the output and of the final state, if any."""
+    kind = (problem.kind, layout(dout), layout(dfinal), need_dlog_decay, need_dstate, tiles.readings)
+    gradients = backward_passes.run(
+        kind,
+        (*problem.tensors, dout, dfinal),
+        lambda: _backward(problem, dout, dfinal, need_dlog_decay, need_dstate).tensors,
+    )
+    return RetentionGradients(*gradients)
+
+
+def _backward(
+    problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, need_dlog_decay: bool, need_dstate: bool
+) -> RetentionGradients:
     if not need_dlog_decay and _may_walk(problem.q, problem.v):
         from retnet.kernels.retention.hopper import passes as hopper
 
@@ -73,15 +95,15 @@ def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: boo
     shape = v.shape[:3] if per_token else v.shape[2:3]
     log_decay = torch.empty(shape, dtype=torch.float32, device=v.device)
     problem = RetentionProblem(q, q, v, log_decay, 1.0, chunk_size=chunk_size)
-    tiles = portable_tiles(problem)
-    shared = shared_tile(family, stored_dtype(v.dtype), q.shape[-1], v.shape[-1], tiles.segment)
+    shapes = portable_tiles(problem)
+    shared = shared_tile(family, stored_dtype(v.dtype), q.shape[-1], v.shape[-1], shapes.segment)
     result: dict[str, Any] = {
         "kernels": "portable",
-        "chunk": tiles.segment,
+        "chunk": shapes.segment,
         "device_family": family,
-        "segment": tiles.segment,
+        "segment": shapes.segment,
         "stored_states": str(stored_dtype(v.dtype)).removeprefix("torch."),
-        **{name: asdict(getattr(tiles, name)) for name in ("state", "key_contraction", "value_contraction")},
+        **{name: asdict(getattr(shapes, name)) for name in ("state", "key_contraction", "value_contraction")},
     }
     if q.shape[2] < v.shape[2] and shared is not None:
         result["heads_that_share"] = asdict(shared)  # in place of the contractions

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+def layout(x: Tensor | None) -> tuple | None:
+    """What kernels depend on of a tensor: shape, strides, dtype, device, and the alignment of its address."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+
+
 # Not frozen: a frozen dataclass takes three times as long to make, and one is made per call. Nobody assigns to it.
 @dataclass(slots=True, eq=False)
 class RetentionProblem:
@@ -30,6 +35,15 @@ class RetentionProblem:
         return (
             self.q, self.k, self.v, self.log_decay, self.scale, self.state, self.mask, self.cu_seqlens, self.chunk_size,
         )  # fmt: skip
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.q, self.k, self.v, self.log_decay, self.state, self.mask, self.cu_seqlens
+
+    @property
+    def kind(self) -> tuple:
+        """Everything that a pass over this problem depends on except the values of its tensors."""
+        return (*map(layout, self.tensors), self.scale, self.chunk_size)
 
     @property
     def num_sequences(self) -> int:
@@ -67,3 +81,8 @@ class RetentionGradients:
     dv: Tensor
     dlog_decay: Tensor | None
     dstate: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields in order."""
+        return self.dq, self.dk, self.dv, self.dlog_decay, self.dstate

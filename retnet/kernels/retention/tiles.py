@@ -113,8 +113,13 @@ def device_key(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str:
     return f"{torch.cuda.get_device_name(device)}, {dtype}, {K}, {V}"
 
 
+readings = 0  # how often stored tiles have been forgotten: a part of what a recorded pass depends on
+
+
 def forget_stored_tiles() -> None:
     """Make the next call read `cache_file` again."""
+    global readings
+    readings += 1
     stored_tiles.cache_clear()
     tiles_on.cache_clear()
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from retnet.kernels.recording import launch
 from retnet.kernels.retention.hopper.warp_roles import CHUNK
 
 KEYS = 64
@@ -67,7 +68,9 @@ def walk_dk_dv(
     (B, T, H, K), V = q.shape, v.shape[3]
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     dstate = torch.empty(B, H, K, V, dtype=torch.float32, device=q.device) if need_dstate else None
-    dk_dv_kernel[(B * H * parts,)](
+    launch(
+        dk_dv_kernel,
+        (B * H * parts,),
         *map(_matrix, (q, k, v, dout, dk, dv)),
         log_decay,
         scale,

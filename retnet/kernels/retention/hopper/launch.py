@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
+from retnet.kernels.recording import is_recording, launch
 from retnet.kernels.retention.hopper.walk import walk_kernel
 from retnet.kernels.retention.hopper.warp_roles import CHUNK, GROUP_VALUES
 
@@ -90,7 +91,7 @@ def variant_of(
 _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
 
-def launch(variant: Variant, programs: int, arguments: tuple) -> None:
+def launch_walk(variant: Variant, programs: int, arguments: tuple) -> None:
     """Launch the walk. Compiled code is kept by everything it depends on; unaligned pointers go through Triton."""
     log_decay, states_in, states_out, codes, documents, factors = arguments[4], *arguments[6:11]
     key = (
@@ -103,10 +104,10 @@ def launch(variant: Variant, programs: int, arguments: tuple) -> None:
     compiled = _compiled.get(key)
     bits = log_decay.data_ptr() | states_in.data_ptr() | states_out.data_ptr() | codes.data_ptr()
     aligned = (bits | documents.data_ptr() | factors.data_ptr()) % 16 == 0
-    if compiled is not None and aligned:
+    if compiled is not None and aligned and not is_recording():
         compiled[programs, 1, 1](*arguments, *variant.constants)
         return
-    compiled = walk_kernel[(programs,)](*arguments, *variant.constants, num_warps=4)
+    compiled = launch(walk_kernel, (programs,), *arguments, *variant.constants, num_warps=4)
     if aligned:
         _compiled[key] = compiled
 

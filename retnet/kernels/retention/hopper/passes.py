@@ -32,9 +32,10 @@ import triton
 from torch import Tensor
 
 from retnet.kernels.device import is_hopper, multiprocessors
+from retnet.kernels.recording import launch
 from retnet.kernels.retention.hopper.dk_dv import dk_dv_supported, fits_dk_dv, walk_dk_dv
 from retnet.kernels.retention.hopper.float16_range import state_factors
-from retnet.kernels.retention.hopper.launch import descriptor, launch, tile_of, tma_readable, variant_of
+from retnet.kernels.retention.hopper.launch import descriptor, launch_walk, tile_of, tma_readable, variant_of
 from retnet.kernels.retention.hopper.part_starts import part_starts_kernel
 from retnet.kernels.retention.hopper.token_codes import token_codes
 from retnet.kernels.retention.hopper.warp_roles import CHUNK, GROUP_VALUES
@@ -145,7 +146,9 @@ class WalkCall:
             return PartStarts(None if state is None else state.contiguous().unsqueeze(2), factors)
         states = self.walk(None, y, z, PartStarts(None, factors), reverse=reverse, out=None, store_final=True)
         (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
-        part_starts_kernel[(B * H, triton.cdiv(K * V, 1024))](
+        launch(
+            part_starts_kernel,
+            (B * H, triton.cdiv(K * V, 1024)),
             states,
             states if state is None else state.contiguous(),
             self.log_decay,
@@ -232,7 +235,7 @@ class WalkCall:
             part_chunks,
         )
         walked = parts - 1 if x is None and documents is None else parts
-        launch(variant, B * H * walked * variant.programs, arguments)
+        launch_walk(variant, B * H * walked * variant.programs, arguments)
         return ends
 
 

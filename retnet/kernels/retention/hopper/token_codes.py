@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.recording import launch
 from retnet.kernels.retention.hopper.warp_roles import CHUNK
 
 
@@ -24,7 +25,9 @@ def token_codes(B: int, T: int, mask: Tensor | None, cu_seqlens: Tensor | None, 
     chunks = triton.cdiv(T, CHUNK)
     codes = torch.empty(B, chunks * CHUNK, dtype=torch.int32, device=device)
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _token_codes_kernel[(B * chunks,)](
+    launch(
+        _token_codes_kernel,
+        (B * chunks,),
         codes,
         codes if mask is None else mask.contiguous().view(torch.uint8),
         codes if cu_seqlens is None else cu_seqlens,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from retnet.kernels.decay import decay_parts
 from retnet.kernels.device import multiprocessors, precision
+from retnet.kernels.recording import launch
 from retnet.kernels.retention.portable.segment_decay import (
     SegmentDecay,
     decay_of_head,
@@ -72,7 +73,9 @@ def border_states(
     to_tf32 = x.dtype == torch.float16
     if parts > 1:
         ends = torch.empty(segments.num_sequences, parts, H, K, V, dtype=torch.float32, device=x.device)
-    _border_states_kernel[(programs * parts,)](
+    launch(
+        _border_states_kernel,
+        (programs * parts,),
         x,
         y,
         None if initial is None else initial.contiguous(),

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.recording import launch
 from retnet.kernels.retention.portable.segment_decay import SegmentDecay, running
 from retnet.kernels.segments import Segments, segment_bounds, sequence_of, state_of, tokens_ok
 
@@ -36,7 +37,9 @@ def decay_gradient(
     grad = torch.zeros(segments.num_tokens, H, dtype=torch.float32, device=states.device)
     if segments.num_slots == 0:
         return grad
-    _decay_gradient_kernel[(segments.num_slots, H)](
+    launch(
+        _decay_gradient_kernel,
+        (segments.num_slots, H),
         q_dot_dq,
         k_dot_dk,
         states,

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.recording import launch
 from retnet.kernels.segments import Segments, segment_bounds, tokens_ok
 
 
@@ -45,7 +46,9 @@ class SegmentDecay:
         elif mask is not None:
             sums = torch.empty(2, segments.num_tokens, dtype=torch.float32, device=log_decay.device)
         if sums is not log_decay and segments.num_slots > 0:
-            _running_sums_kernel[(segments.num_slots, heads if per_token else 1)](
+            launch(
+                _running_sums_kernel,
+                (segments.num_slots, heads if per_token else 1),
                 log_decay,
                 mask,
                 sums,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retnet.kernels.device import device_family
+from retnet.kernels.recording import launch
 from retnet.kernels.retention.portable.segment_decay import (
     between,
     between_all,
@@ -46,7 +47,9 @@ def read_segments(read: SegmentRead, tile: SegmentTile) -> tuple[Tensor, Tensor 
     if slots == 0:
         return out, dots
     BM, partner = min(tile.BM, L), read.partner
-    _segment_kernel[(slots * out_heads * (L // BM) * column_tiles,)](
+    launch(
+        _segment_kernel,
+        (slots * out_heads * (L // BM) * column_tiles,),
         *read.tensors,
         out,
         partner,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from retnet.kernels.chain import chain_states
 from retnet.kernels.decay import decay_parts
+from retnet.kernels.recording import launch
 from retnet.kernels.retention.portable.segment_decay import SegmentDecay, decay_of_head, enter_exponent
 from retnet.kernels.segments import Segments, sequence_bounds, sequence_of, state_of
 
@@ -45,11 +46,14 @@ def join_parts(
         "MASKED": decay.mask is not None,
         "PACKED": segments.packed,
     }
-    _chain_kernel[(N * H, triton.cdiv(K * V, 1024))](ends, final, *where, parts, **constants, BLOCK=1024, num_warps=4)
+    grid = N * H, triton.cdiv(K * V, 1024)
+    launch(_chain_kernel, grid, ends, final, *where, parts, **constants, BLOCK=1024, num_warps=4)
     block = min(8192, triton.next_power_of_2(K * V))
-    _add_starts_kernel[(segments.num_slots * H, triton.cdiv(K * V, block))](
-        states, ends, *where, parts, N, **constants, TO_TF32=to_tf32, BLOCK=block, num_warps=8
-    )
+    grid = segments.num_slots * H, triton.cdiv(K * V, block)
+    launch(
+        _add_starts_kernel, grid, states, ends, *where, parts, N, **constants,
+        TO_TF32=to_tf32, BLOCK=block, num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retnet.kernels.device import power_of_two
+from retnet.kernels.recording import launch
 from retnet.kernels.retention.portable.segment_decay import (
     between_all,
     decay_of_head,
@@ -31,7 +32,9 @@ def read_shared_segments(read: SegmentRead, tile: SharedTile) -> tuple[Tensor, T
         heads = max(n for n in range(1, tile.heads + 1) if heads % n == 0)
     partner = read.partner
     kernel = _sum_kernel if sum_heads else _read_kernel
-    kernel[(read.segments.num_slots * (H // heads),)](
+    launch(
+        kernel,
+        (read.segments.num_slots * (H // heads),),
         *read.tensors,
         out,
         *((partner, dots) if sum_heads else ()),
