@@ -6,6 +6,7 @@ tens of microseconds, once for autograd and once for the device: as long as a la
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 
 from retnet.ops.derivatives import transforms_active
 
@@ -21,7 +22,7 @@ def is_direct(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     for x in tensors:
-        if x is not None and not (type(x) in _PLAIN and x.is_cuda):
+        if x is not None and not (type(x) in _PLAIN and x.is_cuda and not is_legacy_batchedtensor(x)):
             return False
     return not (
         torch._C._len_torch_dispatch_stack()
@@ -29,5 +30,4 @@ def is_direct(*tensors: Tensor | None) -> bool:
         or transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
-        or any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
     )

@@ -7,8 +7,11 @@ and its backward are registered piece by piece, not as a `torch.library.custom_o
 time per call than all kernel launches together.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -28,6 +31,7 @@ _PROBLEM = (
     "int chunk_size"
 )
 _FIELDS = _PROBLEM.count(",") + 1
+_OPTIONS = 4  # arguments of `_Retention` before the tensors
 _library = torch.library.Library("retnet", "FRAGMENT")
 _library.define(
     f"retention({_PROBLEM}, str mode, ScalarType state_dtype, bool return_state) -> (Tensor, Tensor)",
@@ -105,19 +109,21 @@ def _retention_step(
 
 @torch.library.impl(_library, "retention", "CUDA")
 def _retention_cuda(*arguments):
-    problem = RetentionProblem(*arguments[:_FIELDS])
-    mode, state_dtype, return_state = arguments[_FIELDS:]
+    return _forward_cuda(RetentionProblem(*arguments[:_FIELDS]), *arguments[_FIELDS:])
+
+
+def _forward_cuda(
+    problem: RetentionProblem, mode: str, state_dtype: torch.dtype, return_state: bool
+) -> tuple[Tensor, Tensor]:
     packed, one_token = problem.cu_seqlens is not None, problem.q.shape[1] == 1  # for one token, all forms are the same
     if mode == "recurrent" and packed and not one_token:  # no kernel: operator by operator, as on a CPU
-        return _retention_cpu(*arguments)
-    from retnet.kernels.decode.recurrent import retention_recurrent
-    from retnet.kernels.retention.dispatch import retention_forward
-
+        return _retention_cpu(*problem.arguments, mode, state_dtype, return_state)
+    kernels = _kernels()
     with current_device_of(problem.q):
         if mode == "recurrent" and not packed:
-            out, final = retention_recurrent(problem, state_dtype)
+            out, final = kernels.retention_recurrent(problem, state_dtype)
         else:
-            out, final = retention_forward(problem, state_dtype if return_state else None)
+            out, final = kernels.retention_forward(problem, state_dtype if return_state else None)
     return out, final if return_state else problem.v.new_empty(0, dtype=state_dtype)
 
 
@@ -125,15 +131,32 @@ def _retention_cuda(*arguments):
 def _retention_backward_cuda(
     dout: Tensor, dfinal: Tensor | None, *arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from retnet.kernels.retention.dispatch import retention_backward
+    return _backward_cuda(dout, dfinal, RetentionProblem(*arguments[:_FIELDS]), *arguments[_FIELDS:])
 
-    problem = RetentionProblem(*arguments[:_FIELDS])
-    need_dlog_decay, need_dstate = arguments[_FIELDS:]
+
+def _backward_cuda(
+    dout: Tensor, dfinal: Tensor | None, problem: RetentionProblem, need_dlog_decay: bool, need_dstate: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with current_device_of(problem.q):
-        grads = retention_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
-    nothing = problem.log_decay.new_empty(0)
+        grads = _kernels().retention_backward(
+            problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate
+        )
+    nothing = problem.log_decay.new_empty(0) if grads.dlog_decay is None or grads.dstate is None else None
     dlog, dstate = (nothing if x is None else x for x in (grads.dlog_decay, grads.dstate))
     return grads.dq, grads.dk, grads.dv, dlog, dstate
+
+
+@cache
+def _kernels() -> SimpleNamespace:
+    """The kernels' functions, imported with the first CUDA tensor: they need Triton."""
+    from retnet.kernels.decode.recurrent import retention_recurrent
+    from retnet.kernels.retention.dispatch import retention_backward, retention_forward
+
+    return SimpleNamespace(
+        retention_recurrent=retention_recurrent,
+        retention_forward=retention_forward,
+        retention_backward=retention_backward,
+    )
 
 
 @_retention_step.register_kernel("cuda")
@@ -169,46 +192,46 @@ def _(q, k, v, log_decay, state, scale, mask):
 
 class _Retention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, scale, state, mask, cu_seqlens, chunk_size = arguments[:_FIELDS]
+    def forward(ctx, problem: RetentionProblem, mode: str, state_dtype: torch.dtype, return_state: bool, *tensors):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, state, mask, cu_seqlens)
-        ctx.scale, ctx.chunk_size, ctx.options = scale, chunk_size, arguments[_FIELDS:]
-        if is_direct(*tensors, state, mask, cu_seqlens):
-            return _retention_cuda(*arguments)
+        ctx.save_for_backward(*tensors)
+        ctx.scale, ctx.chunk_size, ctx.options = problem.scale, problem.chunk_size, (mode, state_dtype, return_state)
+        if problem.direct:
+            return _forward_cuda(problem, *ctx.options)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.retnet.retention.default(*arguments)
+            return torch.ops.retnet.retention.default(*problem.arguments, *ctx.options)
 
     @staticmethod
     def backward(ctx, dout: Tensor | None, dfinal: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, log_decay, state, mask, cu_seqlens = ctx.saved_tensors
-        problem = RetentionProblem(q, k, v, log_decay, ctx.scale, state, mask, cu_seqlens, ctx.chunk_size)
-        needed = ctx.needs_input_grad
+        *tensors, state, mask, cu_seqlens = ctx.saved_tensors
+        problem = RetentionProblem(*tensors, ctx.scale, state, mask, cu_seqlens, ctx.chunk_size)
+        needed = ctx.needs_input_grad[_OPTIONS:]
         dfinal = dfinal if ctx.options[-1] else None
         if torch.is_grad_enabled() or has_tangent(dout, dfinal):
-            dq, dk, dv, dlog, dstate = _plain_backward(problem, ctx.options, [*needed[:4], needed[5]], dout, dfinal)
+            grads = _plain_backward(problem, ctx.options, needed[:5], dout, dfinal)
         else:
-            direct = is_direct(*problem.tensors, dout, dfinal)
-            run = _retention_backward_cuda if direct else torch.ops.retnet.retention_backward.default
-            dout = torch.zeros_like(v) if dout is None else dout
-            dq, dk, dv, dlog, dstate = run(dout, dfinal, *problem.arguments, needed[3], needed[5])
-            dlog = dlog if needed[3] else None
-            dstate = dstate.to(state.dtype) if needed[5] else None
-        return dq, dk, dv, dlog, None, dstate, None, None, None, None, None, None
+            dout = torch.zeros_like(problem.v) if dout is None else dout
+            if is_direct(*problem.tensors, dout, dfinal):
+                grads = _backward_cuda(dout, dfinal, problem, needed[3], needed[4])
+            else:
+                run = torch.ops.retnet.retention_backward.default
+                grads = run(dout, dfinal, *problem.arguments, needed[3], needed[4])
+            dstate = grads[4].to(state.dtype) if needed[4] else None
+            grads = (*grads[:3], grads[3] if needed[3] else None, dstate)
+        return *(None,) * _OPTIONS, *grads, None, None
 
 
-def call(*arguments) -> tuple[Tensor, Tensor]:
-    """The operator `retnet::retention`. An eager call on a GPU goes round the dispatcher (`is_direct`)."""
-    problem = RetentionProblem(*arguments[:_FIELDS])
-    if not is_direct(*problem.tensors):
-        return torch.ops.retnet.retention(*arguments)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem.tensors[:5]):
-        return _Retention.apply(*arguments)
-    return _retention_cuda(*arguments)
+def call(problem: RetentionProblem, mode: str, state_dtype: torch.dtype, return_state: bool) -> tuple[Tensor, Tensor]:
+    """The operator `retnet::retention`. An eager call on a GPU (`problem.direct`) goes round the dispatcher."""
+    if not problem.direct:
+        return torch.ops.retnet.retention(*problem.arguments, mode, state_dtype, return_state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem.tensors):
+        return _Retention.apply(problem, mode, state_dtype, return_state, *problem.tensors)
+    return _forward_cuda(problem, mode, state_dtype, return_state)
 
 
 def _plain_backward(
-    problem: RetentionProblem, options: tuple, needed: list[bool], dout: Tensor | None, dfinal: Tensor | None
+    problem: RetentionProblem, options: tuple, needed: Sequence[bool], dout: Tensor | None, dfinal: Tensor | None
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, log_decay and state that can be differentiated again."""
 
@@ -227,11 +250,11 @@ def _plain(problem: RetentionProblem, mode: str, state_dtype: torch.dtype, retur
 
 @torch.library.impl(_library, "retention", "Autograd")
 def _retention_autograd(*arguments):
-    q, k, v, log_decay, _, state, *_ = arguments
-    differentiable = (q, k, v, log_decay, state)
+    problem, options = RetentionProblem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    differentiable = problem.tensors[:5]
     if needs_plain_form(*differentiable):
-        return _plain(RetentionProblem(*arguments[:_FIELDS]), *arguments[_FIELDS:])
+        return _plain(problem, *options)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
-        return _Retention.apply(*arguments)
+        return _Retention.apply(problem, *options, *problem.tensors)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.retnet.retention.default(*arguments)

@@ -16,6 +16,7 @@ from torch import Tensor
 from retnet.kernels.retention.problem import RetentionProblem
 from retnet.ops import reference
 from retnet.ops.derivatives import needs_plain_form
+from retnet.ops.direct import is_direct
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.library import call, check_values
 from retnet.ops.plan import Backend, Mode, RetentionPlan, autocast_dtype, resolve
@@ -73,7 +74,7 @@ def retention(
     if plan.backend == "aten":
         out, final = reference.in_wide_dtype(plan.mode, problem)
         return out, final.to(state_dtype) if return_state else None
-    out, final = call(*problem.arguments, plan.mode, state_dtype, return_state)
+    out, final = call(problem, plan.mode, state_dtype, return_state)
     return out, final if return_state else None
 
 
@@ -92,14 +93,38 @@ def checked_call(
 ) -> tuple[RetentionProblem, RetentionPlan]:
     """The inputs of a call of `retention` as the operators take them, and the form and backend that run."""
     q, k, v = _autocast(q, k, v)
-    problem = RetentionProblem(q, k, v, log_decay, 1.0, state, mask, cu_seqlens)
-    _check(problem)
-    problem.scale = _scale(scale, q)
-    if cu_seqlens is not None:
-        problem.cu_seqlens = cu_seqlens.contiguous()
-    plan = resolve(q.shape[1], v.dtype, q.device, mode, chunk_size, backend)
+    problem = RetentionProblem(q, k, v, log_decay, 1.0, state, mask, cu_seqlens, chunk_size)
+    key = _key(problem, scale, mode, backend)
+    plan = _known.get(key) if key is not None else None
+    if plan is None:
+        problem = RetentionProblem(q, k, v, log_decay, 1.0, state, mask, cu_seqlens)
+        _check(problem)
+        problem.scale = _scale(scale, q)
+        if cu_seqlens is not None:
+            problem.cu_seqlens = cu_seqlens.contiguous()
+        plan = resolve(q.shape[1], v.dtype, q.device, mode, chunk_size, backend)
+        if key is not None:
+            if len(_known) >= MOST_KNOWN:
+                _known.clear()
+            _known[key] = plan
     problem.chunk_size = plan.chunk_size
     return problem, plan
+
+
+MOST_KNOWN = 4096
+_known: dict[tuple, RetentionPlan] = {}  # the plans of checked calls, by all that the checks look at
+
+
+def _key(problem: RetentionProblem, scale: float | None, mode: Mode, backend: Backend) -> tuple | None:
+    """What an eager call on a GPU (`is_direct`) is known by; None for other calls, which are checked every time."""
+    problem.direct = is_direct(*problem.tensors)
+    plain = type(mode) is str and type(backend) is str and type(problem.chunk_size) in (int, type(None))
+    if not problem.direct or not plain or problem.q.dim() != 4 or os.environ.get("RETNET_DEBUG") == "1":
+        return None
+    if type(scale) not in (float, type(None)) or not (problem.cu_seqlens is None or problem.cu_seqlens.is_contiguous()):
+        return None
+    problem.scale = _scale(scale, problem.q)
+    return problem.kind, problem.chunk_size, mode, backend
 
 
 def retention_step_(

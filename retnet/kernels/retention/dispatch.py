@@ -25,7 +25,7 @@ forward_passes, backward_passes = Recordings(), Recordings()
 
 def retention_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not computed)."""
-    kind = (problem.kind, state_dtype, tiles.readings)
+    kind = (problem.kind, problem.chunk_size, state_dtype, tiles.readings)
     out, final = forward_passes.run(kind, problem.tensors, lambda: _forward(problem, state_dtype))
     return out, final
 
@@ -59,7 +59,15 @@ def retention_backward(
     problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, *, need_dlog_decay: bool, need_dstate: bool
 ) -> RetentionGradients:
     """The gradients, from those of the output and of the final state, if any."""
-    kind = (problem.kind, layout(dout), layout(dfinal), need_dlog_decay, need_dstate, tiles.readings)
+    kind = (
+        problem.kind,
+        problem.chunk_size,
+        layout(dout),
+        layout(dfinal),
+        need_dlog_decay,
+        need_dstate,
+        tiles.readings,
+    )
     gradients = backward_passes.run(
         kind,
         (*problem.tensors, dout, dfinal),

@@ -1,6 +1,6 @@
 """The inputs and the gradients of one retention call, passed by reference through the CPU forms and the GPU kernels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ class RetentionProblem:
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     chunk_size: int | None = None
+    direct: bool = field(default=False, init=False)  # whether the call may go round the dispatcher (ops/direct.py)
+    _kind: tuple | None = field(default=None, init=False)
 
     @property
     def arguments(self) -> tuple:
@@ -42,8 +44,13 @@ class RetentionProblem:
 
     @property
     def kind(self) -> tuple:
-        """Everything that a pass over this problem depends on except the values of its tensors."""
-        return (*map(layout, self.tensors), self.scale, self.chunk_size)
+        """Everything that a pass over this problem depends on, except the values of its tensors and `chunk_size`.
+
+        Kept from the first time it is asked for.
+        """
+        if self._kind is None:
+            self._kind = (*map(layout, self.tensors), self.scale)
+        return self._kind
 
     @property
     def num_sequences(self) -> int:
