@@ -10,6 +10,7 @@ from retnet.ops import reference
 
 pytest.importorskip("triton")
 
+from retnet.kernels.retention import dispatch
 from retnet.kernels.retention.dispatch import retention_backward, retention_forward
 from retnet.kernels.retention.portable import border_states as states
 from retnet.kernels.retention.portable.sequence_parts import join_parts
@@ -158,6 +159,25 @@ def test_kernels_agree_with_the_oracle(case, device):
     assert not bad, bad
 
 
+def is_slow(case: Case):
+    return () if case.name == "one ragged segment" else pytest.mark.slow
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=is_slow(case)) for case in SMALL])
+def test_calls_of_one_kind_are_replayed_on_their_own_tensors(case, device):
+    recordings = dispatch.forward_passes, dispatch.backward_passes
+    for passes in recordings:
+        passes.forget()
+    inputs = make_inputs(case, device)
+    halved = inputs | {name: None if inputs[name] is None else inputs[name] / 2 for name in ("k", "state", "dfinal")}
+    problems = [make_problem(case, given) for given in (inputs, halved)]
+    wanted = [run(*problem) for problem in problems]  # the first runs, the second is recorded
+    found = [run(*problem) for problem in problems]
+    assert all(any(passes._found.values()) for passes in recordings)
+    for a, b in zip(wanted, found):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 PARTED = [
     Case("fixed", T=330),
     pytest.param(Case("fixed, masked, float16", T=330, H=4, masked=True, dtype=torch.float16), marks=pytest.mark.slow),
@@ -173,6 +193,8 @@ def test_parts_of_a_sequence_are_joined(case, device, monkeypatch):
     monkeypatch.setattr(states, "LEAST_SEGMENTS", 1)
     monkeypatch.setattr(states, "MOST_PARTS", 3 if case.cu is None else 2)
     monkeypatch.setattr(states, "multiprocessors", lambda device: 1000)
+    dispatch.forward_passes.forget()
+    dispatch.backward_passes.forget()
     joined = []
     monkeypatch.setattr(states, "join_parts", lambda *args, **kwargs: joined.append(join_parts(*args, **kwargs)))
     test_kernels_agree_with_the_oracle(case, device)
