@@ -29,5 +29,5 @@ def is_direct(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_function_stack()
         or transforms_active()
         or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or torch.autograd._profiler_enabled()
     )

@@ -141,7 +141,7 @@ def _backward_cuda(
         grads = _kernels().retention_backward(
             problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate
         )
-    nothing = problem.log_decay.new_empty(0) if grads.dlog_decay is None or grads.dstate is None else None
+    nothing = problem.log_decay.new_empty(0)
     dlog, dstate = (nothing if x is None else x for x in (grads.dlog_decay, grads.dstate))
     return grads.dq, grads.dk, grads.dv, dlog, dstate
 
@@ -203,8 +203,8 @@ class _Retention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor | None, dfinal: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *tensors, state, mask, cu_seqlens = ctx.saved_tensors
-        problem = RetentionProblem(*tensors, ctx.scale, state, mask, cu_seqlens, ctx.chunk_size)
+        q, k, v, log_decay, state, mask, cu_seqlens = ctx.saved_tensors
+        problem = RetentionProblem(q, k, v, log_decay, ctx.scale, state, mask, cu_seqlens, ctx.chunk_size)
         needed = ctx.needs_input_grad[_OPTIONS:]
         dfinal = dfinal if ctx.options[-1] else None
         if torch.is_grad_enabled() or has_tangent(dout, dfinal):
