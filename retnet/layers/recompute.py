@@ -13,7 +13,7 @@ selective activation checkpointing, which works inside torch.compile too. Their 
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -82,7 +82,7 @@ def recomputed(run: Branch, kept: frozenset[str], x: Tensor, state: Any, layout:
 def with_losses(run: Branch, x: Tensor, state: Any, layout: TokenLayout) -> tuple[Tensor, Any, Tensor | None]:
     """run(x, state, layout) and the sum of its own losses, which only as a result have a gradient if recomputed."""
     losses: list[Tensor] | None = None if layout.losses is None else []
-    y, state = run(x, state, replace(layout, losses=losses))
+    y, state = run(x, state, layout.with_losses(losses))
     return y, state, torch.stack(losses).sum() if losses else None
 
 

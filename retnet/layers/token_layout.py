@@ -5,8 +5,8 @@ each document, or from the position of its state, so that padding, masked tokens
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from copy import copy
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ Value = TypeVar("Value")
 State = TypeVar("State")
 
 
-@dataclass
 class TokenLayout:
     """Tokens [B, T] of N sequences: N = B rows, or N documents packed into one row.
 
@@ -28,19 +27,35 @@ class TokenLayout:
     `deferred`: layers leave the state as it is and return a draft in its place (`layers/draft.py`). `context`: the
     tokens are this process's shard of longer rows, and layers exchange what crosses its borders. `recompute`:
     a level of `layers/recompute.py` below "layer", which blocks carry out.
+
+    Not a dataclass: FSDP rebuilds those among the arguments of a block, with a copy of `losses`, to which the block's
+    losses would go and be lost, and with positions and rotary angles in the dtype of mixed precision.
     """
 
-    positions: Tensor
-    lengths: Tensor
-    mask: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    carry: bool = False
-    in_place: bool = False
-    losses: list[Tensor] | None = None
-    deferred: bool = False
-    context: ContextShard | None = None
-    recompute: Literal["none", "light", "medium"] = "none"
-    _shared: dict = field(default_factory=dict, repr=False)
+    def __init__(
+        self,
+        positions: Tensor,
+        lengths: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        carry: bool = False,
+        in_place: bool = False,
+        losses: list[Tensor] | None = None,
+        deferred: bool = False,
+        context: ContextShard | None = None,
+        recompute: Literal["none", "light", "medium"] = "none",
+    ):
+        self.positions, self.lengths, self.mask, self.cu_seqlens = positions, lengths, mask, cu_seqlens
+        self.carry, self.in_place, self.losses, self.deferred = carry, in_place, losses, deferred
+        self.context: ContextShard | None = context
+        self.recompute: Literal["none", "light", "medium"] = recompute
+        self._shared: dict[Hashable, Any] = {}
+
+    def with_losses(self, losses: list[Tensor] | None) -> "TokenLayout":
+        """This layout with another list of losses; what is computed once per call is still shared."""
+        other = copy(self)
+        other.losses = losses
+        return other
 
     @classmethod
     def of(
@@ -130,7 +145,7 @@ class TokenLayout:
         if mask is None:
             return layer(x, state, self)
         compaction, dense = self.shared("real_tokens", lambda: self._real_tokens(mask))
-        y, state = layer(compaction.gather(x), state, replace(dense, losses=self.losses))
+        y, state = layer(compaction.gather(x), state, dense.with_losses(self.losses))
         return compaction.scatter(y), state
 
     def _real_tokens(self, mask: Tensor) -> "tuple[Compaction, TokenLayout]":

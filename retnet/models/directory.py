@@ -123,7 +123,7 @@ def load_model(
 ) -> LanguageModel:
     """A saved model, in evaluation mode.
 
-    dtype: of the weights; as saved if None.
+    dtype: of the weights; as saved if None. In half precision, decay rates and such (`float32_parameters`) are float32.
 
     Raises FileNotFoundError or ValueError if the directory holds no model, one of something else, or one whose weights
     are missing, damaged, or not those of its configuration.
@@ -183,7 +183,8 @@ def fill(
     model: LanguageModel, tensors: Tensors, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> LanguageModel:
     """Give a model on the meta device its weights: `tensors` named as in LanguageModel, without a tied head."""
-    model.load_state_dict(read_all(tensors, device=device, dtype=dtype), strict=False, assign=True)
+    weights = read_all(tensors, device=device, dtype=dtype, wide=float32_parameters())
+    model.load_state_dict(weights, strict=False, assign=True)
     if model.config.tie_embeddings:
         model.head.weight = model.embedding.weight
     return model.eval()

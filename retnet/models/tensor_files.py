@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -254,10 +254,20 @@ def _shards(tensors: Tensors, shard_bytes: int) -> Iterator[list[str]]:
 
 
 def read_all(
-    tensors: Tensors, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    tensors: Tensors,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    wide: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Every tensor in memory of its own, on `device`, floating-point ones in `dtype` (their own if None)."""
-    return {
-        name: tensors.read(name).to(device, dtype if spec.is_floating_point() else None, copy=True)
-        for name, spec in tensors.specs.items()
-    }
+    """Every tensor in memory of its own, on `device`, floating-point ones in `dtype` (their own if None).
+
+    wide: last parts of the names of tensors that half precision leaves in float32.
+    """
+
+    def cast(name: str, spec: Tensor) -> torch.dtype | None:
+        if dtype is None or not spec.is_floating_point():
+            return None
+        return torch.promote_types(dtype, torch.float32) if name.rpartition(".")[2] in wide else dtype
+
+    return {name: tensors.read(name).to(device, cast(name, spec), copy=True) for name, spec in tensors.specs.items()}

@@ -121,6 +121,8 @@ def _notes(logs: dict[str, float]) -> list[str]:
         notes.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
     if "router_loss" in logs:
         notes.append(f"router loss {logs['router_loss']:.4f}")
+    if "expert_peak" in logs:
+        notes.append(f"busiest expert {logs['expert_peak']:.2f} times its share")
     if "tokens_per_second" in logs:
         notes += [f"MFU {logs['mfu']:.1%}", f"waiting for data {logs['data_wait']:.2%}"]
     return [*notes, format_bytes(logs["memory_gib"] * 2**30, 3)]

@@ -26,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from retnet.data import PackedDataset, Rows
 from retnet.layers.moe import MoE
+from retnet.models.hf.routing import UpdateRoutingBiases
 from retnet.models.states import ModelState
 from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainBatches, ValidBatches, collate, to_device
 from retnet.train.checkpoints import CheckpointError, list_checkpoints
@@ -89,6 +90,8 @@ class PackedTrainer(StagedTrainer):
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingHooks(self))
+        self.routing = UpdateRoutingBiases()
+        self.add_callback(self.routing)
         self.consensus, self.signal = ProcessConsensus(), TerminationSignal(announces=args.process_index == 0)
         self.shards = RowShards.of(options.context_parallel, args)
         self.prepare_checkpoints(options.checkpoints)
@@ -371,6 +374,8 @@ class PackedTrainer(StagedTrainer):
                 logs[name] = cast(Tensor, self.accelerator.gather(total)).mean().item() / steps
                 total.zero_()
             self._extra_logged = self.state.global_step
+            if self.routing.peak is not None:
+                logs["expert_peak"] = self.routing.peak.item()
             logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.rows.rows.bytes_per_target
             logs |= self.meter.read()
             logs["memory_gib"] = memory_gib(self.args.device)

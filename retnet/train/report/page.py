@@ -32,6 +32,7 @@ _CHARTS = (  # key of the log, title, unit, factor, whether the axis begins at 0
     ("data_wait", "Waiting for data", "% of the time", 100.0, True),
     ("memory_gib", "Peak memory", "GiB", 1.0, True),
     ("router_loss", "Router loss", "nats", 1.0, False),
+    ("expert_peak", "Busiest expert", "load / its share", 1.0, False),
 )
 
 Table = Sequence[tuple[str, str]]
