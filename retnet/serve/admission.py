@@ -149,9 +149,12 @@ class Admission:
 
 def _same_shapes(state: ModelState, slots: ModelState) -> bool:
     """Whether the state of one sequence fits into the slots; caches may hold any number of tokens."""
-    if [type(layer) for layer in state] != [type(layer) for layer in slots]:
+    parts, places = state.layers, slots.layers
+    if state.mtp and slots.mtp:  # otherwise it begins anew, or is left out
+        parts, places = state.parts, slots.parts
+    if [type(part) for part in parts] != [type(place) for place in places]:
         return False
-    for mine, theirs in zip(state, slots, strict=True):
+    for mine, theirs in zip(parts, places, strict=True):
         if mine.tensors().keys() != theirs.tensors().keys():
             return False
         for name, x in theirs.tensors().items():

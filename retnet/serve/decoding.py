@@ -7,9 +7,10 @@ import torch
 from retnet.models.decode.sampling import Sampled, SamplingParts
 from retnet.models.decode.step import FAILED, DecodeStep
 from retnet.serve.constrained import GrammarFailed
+from retnet.serve.drafting import Drafter
 from retnet.serve.pool import SlotPool
 from retnet.serve.request import Generation, TokenLogprobs
-from retnet.serve.speculation import Drafter, VerifyStep
+from retnet.serve.speculation import VerifyStep
 from retnet.serve.stages import Stages
 
 NOT_FINITE = "the logits of token {} are not finite: its state or the weights are not"
@@ -98,6 +99,7 @@ class Decoding:
         """Draft tokens by slot, no more than the request still asks for."""
         if self.drafter is None or not isinstance(self.step, VerifyStep):
             return {}
+        self.drafter.prepare(self._needed_parts())
         drafts = {}
         for slot, generation in self.stages.decoding.items():
             limit, most = generation.request.max_new_tokens, self.step.drafts.shape[1]

@@ -30,6 +30,7 @@ from retnet.ops.device import own_modes
 from retnet.serve.admission import Admission
 from retnet.serve.constrained import GrammarFailed
 from retnet.serve.decoding import Decoding
+from retnet.serve.drafting import Drafter, LookupDrafter
 from retnet.serve.options import (
     MOST,
     check_decode,
@@ -45,7 +46,8 @@ from retnet.serve.pool import SlotPool
 from retnet.serve.prefill import Prefill
 from retnet.serve.prefix import PrefixCache
 from retnet.serve.request import Generation, Request, Status
-from retnet.serve.speculation import Drafter, Speculation, VerifyStep
+from retnet.serve.speculation import Speculation, VerifyStep
+from retnet.serve.self_speculation import ModelDrafter, SelfVerifyStep
 from retnet.serve.stages import Stages
 from retnet.serve.stats import EngineStats
 from retnet.serve.stopping import Decode
@@ -93,7 +95,8 @@ class Engine:
             common beginnings are read once; prefix_interval: also keep a state every so many tokens.
         max_waiting: requests that may wait for a slot (any number if None).
         decode: token ids to text; needed for stop strings. A tokenizer's own `decode` knows its unfinished characters.
-        speculation: draft tokens from the context and check several per step (`serve/speculation.py`).
+        speculation: draft tokens from the context, or by the model's multi-token prediction, and check several per step
+            (`serve/speculation.py`).
         deferred_writes: how many tokens retention states may lag behind; the last keys and values are read beside
             them. That nearly halves the memory traffic of states. 16, 32 or 64; 0 writes every token.
         graphs: capture decode steps as CUDA graphs. None: on a GPU, except for mixtures of experts, whose shapes depend
@@ -139,11 +142,15 @@ class Engine:
         )
         width = 1 if speculation is None else speculation.draft_tokens + 1
         self.table = SamplingTable(self.pool.num_slots, model.config.vocab_size, device, width, model.shard)
+        self.drafter: Drafter | None = None
         if speculation is None:
             self._step = DecodeStep(model, self.pool.state, self.table, captured, self.pool.deferred)
+        elif speculation.uses_mtp:
+            self._step = SelfVerifyStep(model, self.pool.state, self.table, captured, width)
+            self.drafter = ModelDrafter(self._step)
         else:
             self._step = VerifyStep(model, self.pool.state, self.table, captured, width)
-        self.drafter = None if speculation is None else Drafter(speculation, self.pool.num_slots, max_tokens)
+            self.drafter = LookupDrafter(speculation, self.pool.num_slots, max_tokens)
         self.prefixes = None if prefix_cache_bytes is None else PrefixCache(prefix_cache_bytes, chunk)
         self._weights = WeightsWatch(model, self._step)
         self._stages = Stages()

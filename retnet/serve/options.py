@@ -82,14 +82,14 @@ def use_graphs(asked: object, model: LanguageModel) -> bool:
     """Whether to capture graphs: by default on a GPU, except for mixtures of experts."""
     device = model.embedding.weight.device
     on_gpu = device.type == "cuda"
-    routed = next((i for i, block in enumerate(model.layers) if isinstance(block.feed_forward, MoE)), None)
+    routed = next((name.rpartition(".")[0] for name, module in model.named_modules() if isinstance(module, MoE)), None)
     if not (asked is None or isinstance(asked, bool)):
         raise ValueError(f"graphs is {quoted(asked)}; accepted: True, False or None")
     if asked and not on_gpu:
         raise ValueError(f"graphs is True for a model on {device}; accepted there: False or None")
     if asked and routed is not None:
         raise ValueError(
-            f"graphs is True and layer {routed} is a mixture of experts, whose shapes depend on its routing; accepted: "
+            f"graphs is True and {routed} has a mixture of experts, whose shapes depend on its routing; accepted: "
             "False or None"
         )
     return on_gpu and routed is None if asked is None else asked

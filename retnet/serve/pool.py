@@ -61,12 +61,13 @@ class SlotPool:
         check_servable(model.config, max_tokens)
         if (num_slots is None) == (memory_bytes is None):
             raise ValueError(f"num_slots is {num_slots}, memory_bytes {memory_bytes}; accepted: one of the two")
-        one = _empty_state(model, 1, max_tokens, torch.device("meta"))  # for its size
+        uses_mtp = speculation is not None and speculation.uses_mtp
+        one = _empty_state(model, 1, max_tokens, uses_mtp, torch.device("meta"))  # for its size
         beside = sum(ring.nbytes for ring in empty_deferred_writes(model, one, deferred_writes) if ring is not None)
         index, width = 0, 1
         if speculation is not None:
             width = speculation.draft_tokens + 1
-            beside += _draft_bytes(model, width)
+            beside += _draft_bytes(model, width, uses_mtp)
             index = speculation.index_bytes(max_tokens)
         self.cost = SlotCost(one.nbytes + beside, SamplingTable.bytes_per_slot(model.config.vocab_size, width), index)
         if memory_bytes is not None:
@@ -84,7 +85,7 @@ class SlotPool:
         self.max_tokens = max_tokens
         self.num_slots = num_slots
         self._shard = model.shard
-        self.state = _empty_state(model, num_slots, max_tokens)
+        self.state = _empty_state(model, num_slots, max_tokens, uses_mtp)
         self.deferred = empty_deferred_writes(model, self.state, deferred_writes)
         self._free = list(range(num_slots))[::-1]
 
@@ -174,16 +175,20 @@ def growing_layer(config: ModelConfig) -> int | None:
 
 
 @torch.no_grad()
-def _draft_bytes(model: LanguageModel, width: int) -> int:
+def _draft_bytes(model: LanguageModel, width: int, mtp: bool) -> int:
     """Memory of the draft updates of `width` tokens of one sequence."""
-    state = model.init_state(1, num_tokens=width)
+    state = model.init_state(1, num_tokens=width, mtp=mtp)
     _, draft = model.draft(torch.zeros(1, width, dtype=torch.long, device=state.position.device), state)
     return draft.nbytes
 
 
 def _empty_state(
-    model: LanguageModel, num_sequences: int, max_tokens: int | None, device: torch.device | None = None
+    model: LanguageModel, num_sequences: int, max_tokens: int | None, mtp: bool, device: torch.device | None = None
 ) -> ModelState:
-    """States of sequences before their first token, with room for max_tokens, or for every window if None."""
-    room = max(layer.mixer.kept_tokens for layer in model.config.layers) if max_tokens is None else max_tokens
-    return model.init_state(num_sequences, num_tokens=int(room), device=device)
+    """States of sequences before their first token, with room for max_tokens, or for every window if None. mtp: with
+    those of multi-token prediction."""
+    config = model.config
+    if max_tokens is None:
+        blocks = [*config.layers, *([config.mtp.block] if mtp and config.mtp is not None else [])]
+        max_tokens = int(max(block.mixer.kept_tokens for block in blocks))
+    return model.init_state(num_sequences, num_tokens=max_tokens, device=device, mtp=mtp)

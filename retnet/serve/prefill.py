@@ -13,11 +13,11 @@ import torch
 
 from retnet.models.decode.step import DecodeStep
 from retnet.models.states import ModelState
+from retnet.serve.drafting import Drafter
 from retnet.serve.pool import SlotPool
 from retnet.serve.prefix import PrefixCache
 from retnet.serve.radix import common_length
 from retnet.serve.request import Generation, Status
-from retnet.serve.speculation import Drafter
 from retnet.serve.stages import Stages
 from retnet.serve.weights import WeightsWatch
 

@@ -1,4 +1,5 @@
-"""Speculative decoding by prompt lookup: the draft is the text that followed the last few tokens at an earlier place.
+"""Speculative decoding: draft tokens are checked several at a time. They come from the context (`drafting.py`) or from
+the model's own multi-token prediction (`self_speculation.py`).
 
 Every step reads W tokens per slot (the last token and the draft tokens) in one pass over the weights. It samples after
 each of them as plain decoding would, with the same random numbers. Draft tokens are accepted as long as they equal the
@@ -11,10 +12,13 @@ The shapes do not depend on whether there is a draft, so a request keeps its bit
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+from retnet.layers.block import BlockConfig
+from retnet.layers.mixers import mixer_of
 
 from retnet.models.config import ModelConfig
 from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
@@ -23,17 +27,25 @@ from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelDraft, ModelState
 from retnet.serve.lookup import PromptLookup, table_entries
 from retnet.system.checks import is_integer, quoted
+from retnet.system.choices import check_choices
 
 LONGEST_DRAFT = 1023  # tokens; a step of more is a prompt
 LONGEST_LOOKUP = 64  # tokens
+DRAFTS = ("auto", "mtp", "context")  # what users may ask for
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """draft_tokens: drafted per step. longest: tokens of the n-gram that is looked up; shorter ones are tried next."""
+    """draft_tokens: drafted per step.
+
+    source: "context" takes what followed the last few tokens at an earlier place; "mtp" lets the model's modules of
+    multi-token prediction guess.
+    longest: tokens of the n-gram that is looked up; shorter ones are tried next.
+    """
 
     draft_tokens: int = 7
     longest: int = 3
+    source: Literal["context", "mtp"] = "context"
 
     def __post_init__(self) -> None:
         if not is_integer(self.draft_tokens, 1, LONGEST_DRAFT) or (self.draft_tokens + 1) % 4:
@@ -43,43 +55,61 @@ class Speculation:
             )
         if not is_integer(self.longest, 1, LONGEST_LOOKUP):
             raise ValueError(f"longest is {quoted(self.longest)}; accepted: an integer of 1 to {LONGEST_LOOKUP}")
+        check_choices(self)
         for name in ("draft_tokens", "longest"):
             object.__setattr__(self, name, int(getattr(self, name)))
 
+    @classmethod
+    def of(cls, draft_tokens: int, drafts: str, config: ModelConfig) -> "Speculation | None":
+        """As users ask for it: None for 0 tokens. drafts: a source, or "auto" for mtp where the model has it."""
+        if drafts not in DRAFTS:
+            raise ValueError(f"drafts is {quoted(drafts)}; accepted: {', '.join(DRAFTS)}")
+        if not draft_tokens:
+            return None
+        found = "context" if config.mtp is None else "mtp"
+        return cls(draft_tokens, source=found if drafts == "auto" else drafts)  # type: ignore[arg-type]
+
+    @property
+    def uses_mtp(self) -> bool:
+        return self.source == "mtp"
+
     def index_bytes(self, max_tokens: int | None) -> int:
         """Memory of one slot's index of n-grams."""
+        if self.uses_mtp:
+            return 0
         return PromptLookup.bytes_of(self.longest, table_entries(max_tokens))
 
     def check(self, config: ModelConfig, max_tokens: int | None) -> None:
-        """Raise ValueError for a model whose caches have no room for a draft."""
+        """Raise ValueError for a model whose caches have no room for a draft, or that cannot make the drafts."""
         width = self.draft_tokens + 1
-        for i, layer in enumerate(config.layers):
+        layers = [(f"layer {i}", layer) for i, layer in enumerate(config.layers)]
+        if self.uses_mtp:
+            layers.append(("mtp.block", _checked_block(config, max_tokens)))
+        for place, layer in layers:
             kept = min((mixer.kept_tokens for mixer in layer.mixer.leaves if mixer.kept_tokens), default=0)
             room = min(kept, math.inf if max_tokens is None else max_tokens)
             if kept and room < width:
                 raise ValueError(
-                    f"layer {i} is {layer.mixer.kind}, which keeps {room} tokens; accepted with draft_tokens "
+                    f"{place} is {layer.mixer.kind}, which keeps {room} tokens; accepted with draft_tokens "
                     f"{self.draft_tokens}: at least {width}"
                 )
 
 
-class Drafter:
-    """Draft tokens for the requests in their slots."""
-
-    def __init__(self, speculation: Speculation, num_slots: int, max_tokens: int | None):
-        entries = table_entries(max_tokens)
-        self.lookups = [PromptLookup(speculation.longest, entries) for _ in range(num_slots)]
-
-    def enter(self, slot: int) -> None:
-        self.lookups[slot].clear()
-
-    def index(self, slot: int, seen: Sequence[int], length: int) -> None:
-        """Index the first `length` tokens of a prompt."""
-        self.lookups[slot].index(seen, length)
-
-    def draft(self, slot: int, seen: Sequence[int], count: int) -> list[int]:
-        """At most `count` draft tokens after those seen."""
-        return self.lookups[slot].draft(seen, count) if count > 0 else []
+def _checked_block(config: ModelConfig, max_tokens: int | None) -> BlockConfig:
+    """The block of multi-token prediction. Raises ValueError unless drafts can come from it."""
+    if config.mtp is None:
+        raise ValueError("drafts come from mtp, which the model does not have; accepted for it: context")
+    block = config.mtp.block
+    without = [leaf.kind for leaf in block.mixer.leaves if mixer_of(leaf).draft is None]
+    if without or not block.keeps_state:
+        why = f"is {without[0]}, which has no drafts" if without else "has keeps_state False"
+        raise ValueError(f"drafts come from mtp, whose block {why}; accepted for this model: context")
+    if block.mixer.kept_tokens == math.inf and max_tokens is None:
+        raise ValueError(
+            f"drafts come from mtp, whose block is {block.mixer.kind} without a window, whose state grows; accepted: "
+            "max_tokens, the tokens that a slot has room for, or drafts from the context"
+        )
+    return block
 
 
 class VerifyStep(DecodeStep):

@@ -9,7 +9,7 @@ from retnet.models.decode.sampling import Sampling, SamplingParts
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
-from tests.small_models import prompt, small_model
+from tests.small_models import MTP, prompt, small_model
 
 from .automaton import cycle
 
@@ -31,9 +31,9 @@ def outputs(model, graphs: bool, device="cuda", **options) -> list:
 
 
 @pytest.mark.parametrize("stack", ["retention", "convolution", "hybrid"])
-@pytest.mark.parametrize("speculation", [None, Speculation(3)])
+@pytest.mark.parametrize("speculation", [None, Speculation(3), Speculation(3, source="mtp")])
 def test_captured_steps_give_the_bits_of_plain_ones(stack, speculation):
-    model = small_model(stack)
+    model = small_model(stack, mtp=MTP)
     assert outputs(model, True, speculation=speculation) == outputs(model, False, speculation=speculation)
 
 

@@ -45,7 +45,7 @@ class DecodeStep:
         self.tokens = torch.zeros(len(state.position), dtype=torch.long, device=device)
         self.active = torch.zeros_like(self.tokens, dtype=torch.bool)
         self.launched: Callable[[], None] = lambda: None
-        self._captured: dict[SamplingParts, tuple[torch.cuda.CUDAGraph, Sampled]] = {}
+        self._captured: dict[tuple[str, SamplingParts], tuple[torch.cuda.CUDAGraph, Sampled]] = {}
         self._memory = torch.cuda.graph_pool_handle() if graphs else None
 
     @property
@@ -69,45 +69,60 @@ class DecodeStep:
 
     def __call__(self, parts: SamplingParts) -> Sampled:
         """One token [S, 1] per active slot, on the host; FAILED where there is none. Read it before the next call."""
+        return self._result("step", self._run, parts, self.launched)
+
+    def _result(
+        self,
+        name: str,
+        run: Callable[[SamplingParts], Sampled],
+        parts: SamplingParts,
+        launched: Callable[[], None] = lambda: None,
+    ) -> Sampled:
+        """run(parts) on the host: replayed where graphs are in use, captured under `name` before its first use."""
         if not self.graphs:
-            self.launched()
-            return self._run(parts).each(Tensor.cpu)
-        if parts not in self._captured:
-            self.capture(parts)
-        graph, on_host = self._captured[parts]
+            launched()
+            return run(parts).each(Tensor.cpu)
+        self._capture_if_new(name, run, parts)
+        graph, on_host = self._captured[name, parts]
         graph.replay()
-        self.launched()
+        launched()
         torch.cuda.current_stream().synchronize()
         return on_host
 
     @torch.no_grad()
     def capture(self, parts: SamplingParts) -> None:
-        """Compile and capture the step ahead of use. Meanwhile all slots are masked, so that no request changes."""
-        if parts in self._captured:
+        """Compile and capture the step ahead of use."""
+        self._capture_if_new("step", self._run, parts)
+
+    def _capture_if_new(self, name: str, run: Callable[[SamplingParts], Sampled], parts: SamplingParts) -> None:
+        """Meanwhile all slots are masked, so that no request changes."""
+        if (name, parts) in self._captured:
             return
         active = self.active.clone()
         try:
             self.active.zero_()
-            self._captured[parts] = self._capture(parts)
+            self._captured[name, parts] = self._capture(run, parts)
         finally:  # otherwise the running requests would sample on and their states stand still
             self.active.copy_(active)
 
-    def _capture(self, parts: SamplingParts) -> tuple[torch.cuda.CUDAGraph, Sampled]:
+    def _capture(
+        self, run: Callable[[SamplingParts], Sampled], parts: SamplingParts
+    ) -> tuple[torch.cuda.CUDAGraph, Sampled]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_RUNS - 1):
-                self._run(parts)
-            sampled = self._run(parts)
+                run(parts)
+            sampled = run(parts)
         torch.cuda.current_stream().wait_stream(stream)
-        for layer in chain.from_iterable(layer.leaves for layer in self.state):
+        for layer in chain.from_iterable(part.leaves for part in self.state.parts):
             if isinstance(layer, TokenCache):
                 layer.filled = 0  # asking the device would break the capture; requests are kept within the room
         on_host = sampled.each(lambda x: torch.empty(x.shape, dtype=x.dtype, pin_memory=True))
         graph = torch.cuda.CUDAGraph()
         # On this stream: torch's default capture stream is one per process, on the GPU that captured first.
         with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
-            sampled = self._run(parts)
+            sampled = run(parts)
             for here, there in zip(on_host, sampled, strict=True):
                 if here is not None and there is not None:
                     here.copy_(there, non_blocking=True)
