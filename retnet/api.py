@@ -94,6 +94,7 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     speculate: int = 0,
+    drafts: str = "auto",
     state: Snapshot | str | os.PathLike[str] | None = None,
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
 ) -> str | Iterator[str]:
@@ -108,7 +109,9 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
             temperature 0 takes the likeliest token, and the same seed gives the same text.
         stop: strings that end the text, and are left out of it. The end-of-text token of the model or its tokenizer
             ends it too.
-        speculate: draft tokens per step (3, 7, 11, ...), guessed from the context and verified; 0: none.
+        speculate: draft tokens per step (3, 7, 11, ...), which are verified; 0: none.
+        drafts: their source: "mtp", the model's multi-token prediction; "context", earlier text; "auto", mtp where the
+            model has it.
         state: a snapshot or its file: the learned initial state that the prompt is read after (`retnet train
             method=state`), or an earlier text that it continues.
         tokenizer: in place of the model's own; or what names one, as in `retnet data --tokenizer`.
@@ -143,7 +146,7 @@ def generate(  # pyright: ignore[reportInconsistentOverload] (the overloads leav
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     after = load_state(state, model)
     request = request_of(prompt, found, max_tokens, sampling, stops, after)
-    engine = engine_for(model, request, found, speculate, after)
+    engine = engine_for(model, request, found, speculate, after, drafts)
     pieces = stream_text(engine.stream(request, after), found, stops, request.prompt)
     return pieces if stream else "".join(pieces)
 
@@ -221,6 +224,7 @@ def engine_for(
     tokenizer: Tokenizer,
     speculate: int = 0,
     after: Snapshot | None = None,
+    drafts: str = "auto",
 ) -> Engine:
     """An engine with room for one request, which continues `after`, if given.
 
@@ -240,7 +244,7 @@ def engine_for(
         prompt_chunk=PROMPT_CHUNK,
         prompt_budget=PROMPT_CHUNK,
         decode=tokenizer.decode,
-        speculation=Speculation(draft_tokens=speculate) if speculate else None,
+        speculation=Speculation.of(speculate, drafts, model.config),
     )
 
 

@@ -46,6 +46,9 @@ def chat(
     speculate: Annotated[
         int, typer.Option(min=0, help="Model: draft tokens per step, guessed from the context: 3, 7, 11, ...")
     ] = 0,
+    drafts: Annotated[
+        str, typer.Option(help="Source of draft tokens: mtp (modules of the model), context, or auto (mtp if there).")
+    ] = "auto",
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"Server: file that holds an API key; by default ${KEY_VARIABLE}.")
     ] = None,
@@ -68,7 +71,7 @@ def chat(
     if model.startswith(("http://", "https://")):
         backend = _server(model, api_key_file, sampling, limit)
     else:
-        backend = _local(model, chat_template, device, dtype, sampling, limit, speculate)
+        backend = _local(model, chat_template, device, dtype, sampling, limit, (speculate, drafts))
     terminal = Terminal(backend, system)
     try:
         if load is not None:
@@ -99,7 +102,7 @@ def _local(
     dtype: str | None,
     sampling: dict[str, Any],
     max_tokens: int | None,
-    speculate: int,
+    speculate: tuple[int, str],
 ) -> Backend:
     from retnet.api import load_tokenizer
     from retnet.cli.chat_local import LocalBackend
@@ -111,4 +114,4 @@ def _local(
     template = find_chat_template(chat_template, tokenizer, network.directory)
     if template is None:
         raise ValueError("--chat-template is none, and a chat needs one; accepted: plain, or a file")
-    return LocalBackend(network, tokenizer, template, Sampling(**sampling), max_tokens, speculate)
+    return LocalBackend(network, tokenizer, template, Sampling(**sampling), max_tokens, *speculate)

@@ -38,15 +38,18 @@ class LocalBackend(Backend):
         sampling: Sampling,
         max_tokens: int | None,
         speculate: int = 0,
+        drafts: str = "auto",
     ):
         self.tokenizer, self.template, self.sampling, self.max_tokens = tokenizer, template, sampling, max_tokens
         self.config = model.config
+        speculation = Speculation.of(speculate, drafts, model.config)
+        grows = growing_layer(model.config) is not None or (speculation is not None and speculation.grows(model.config))
         self.engine = Engine(
             model,
             num_slots=1,
-            max_tokens=None if growing_layer(model.config) is None else GROWING_CONTEXT,
+            max_tokens=GROWING_CONTEXT if grows else None,
             decode=tokenizer.decode,
-            speculation=Speculation(draft_tokens=speculate) if speculate else None,
+            speculation=speculation,
         )
 
     def ask(self, turn: Turn, text: str) -> Answer:

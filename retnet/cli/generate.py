@@ -70,9 +70,10 @@ def generate(
         typer.Option(help="Dtype of the weights: float32, bfloat16, float16 or float64; by default as saved."),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help=r"Quantise weights to int8 (needs retnet\[quantize]).")] = False,
-    speculate: Annotated[
-        int, typer.Option(min=0, help="Draft tokens per step, guessed from the context: 3, 7, 11, ...; 0 is off.")
-    ] = 0,
+    speculate: Annotated[int, typer.Option(min=0, help="Draft tokens per step: 3, 7, 11, ...; 0 is off.")] = 0,
+    drafts: Annotated[
+        str, typer.Option(help="Source of draft tokens: mtp (modules of the model), context, or auto (mtp if there).")
+    ] = "auto",
     echo: Annotated[
         bool | None,
         typer.Option(help="Show the prompt before the output, dimmed; by default on a terminal, its end."),
@@ -124,7 +125,7 @@ def generate(
     limit = None if max_tokens == ENDLESS else max_tokens
     after = load_state(state, network)
     request = request_of(text, tokenizer, limit, sampling, stops, after)
-    engine = engine_for(network, request, tokenizer, speculate, after)
+    engine = engine_for(network, request, tokenizer, speculate, after, drafts)
     meter = StreamMeter()
     failed = None
     try:
@@ -143,6 +144,13 @@ def generate(
     sizes = [model_cost(network.config, len(request.prompt) + count).state_bytes for count in (0, meter.tokens)]
     if stats:
         _report(meter, *sizes)
+        counts = engine.stats()
+        if counts.drafted:
+            errors.print(
+                f"[dim]{counts.accepted:,} of {counts.drafted:,} draft tokens accepted "
+                f"({counts.accepted / counts.drafted:.0%})[/]",
+                highlight=False,
+            )
     if png is not None:
         from retnet.eval.figures import save_stream_figure
         from retnet.ops.device import hardware

@@ -43,9 +43,10 @@ def serve(
         str | None, typer.Option(help="Dtype of the weights: float32, bfloat16, float16; by default as saved.")
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help=r"Quantise weights to int8 (needs retnet\[quantize]).")] = False,
-    speculate: Annotated[
-        int, typer.Option(min=0, help="Draft tokens per step, guessed from the context: 3, 7, 11, ...; 0 is off.")
-    ] = 0,
+    speculate: Annotated[int, typer.Option(min=0, help="Draft tokens per step: 3, 7, 11, ...; 0 is off.")] = 0,
+    drafts: Annotated[
+        str, typer.Option(help="Source of draft tokens: mtp (modules of the model), context, or auto (mtp if there).")
+    ] = "auto",
     deferred_writes: Annotated[
         int, typer.Option(help="Tokens that states may lag behind: 16, 32, 64; faster from 16 streams on a GPU.")
     ] = 0,
@@ -176,6 +177,7 @@ def serve(
         memory=None if memory is None else _bytes("memory", memory),
         max_tokens=max_tokens,
         speculate=speculate,
+        drafts=drafts,
         deferred_writes=deferred_writes,
         prefix_cache=_bytes("prefix-cache", prefix_cache, low=0),
     )

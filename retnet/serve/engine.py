@@ -46,8 +46,8 @@ from retnet.serve.pool import SlotPool
 from retnet.serve.prefill import Prefill
 from retnet.serve.prefix import PrefixCache
 from retnet.serve.request import Generation, Request, Status
-from retnet.serve.speculation import Speculation, VerifyStep
 from retnet.serve.self_speculation import ModelDrafter, SelfVerifyStep
+from retnet.serve.speculation import Speculation, VerifyStep
 from retnet.serve.stages import Stages
 from retnet.serve.stats import EngineStats
 from retnet.serve.stopping import Decode

@@ -19,7 +19,6 @@ import torch
 
 from retnet.layers.block import BlockConfig
 from retnet.layers.mixers import mixer_of
-
 from retnet.models.config import ModelConfig
 from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
 from retnet.models.decode.step import DecodeStep
@@ -72,6 +71,10 @@ class Speculation:
     @property
     def uses_mtp(self) -> bool:
         return self.source == "mtp"
+
+    def grows(self, config: ModelConfig) -> bool:
+        """Whether drafts come from modules whose cache grows with every token."""
+        return self.uses_mtp and config.mtp is not None and config.mtp.block.mixer.kept_tokens == math.inf
 
     def index_bytes(self, max_tokens: int | None) -> int:
         """Memory of one slot's index of n-grams."""

@@ -28,13 +28,15 @@ class EngineOptions:
 
     slots, memory: how many requests run at a time, or the bytes that they may take; neither: the default of the device.
     max_tokens: the longest context; None for 8,192 where a layer's cache grows with it, and any length elsewhere.
-    speculate: draft tokens per step, 0 for none. prefix_cache: its budget in bytes, 0 for none.
+    speculate: draft tokens per step, 0 for none; drafts: their source, as in `Speculation.of`.
+    prefix_cache: its budget in bytes, 0 for none.
     """
 
     slots: int | None = None
     memory: int | None = None
     max_tokens: int | None = None
     speculate: int = 0
+    drafts: str = "auto"
     deferred_writes: int = 0
     prefix_cache: int = GIB
 
@@ -57,7 +59,9 @@ def make_service(
     slots, max_tokens = options.slots, options.max_tokens
     if slots is None and options.memory is None:
         slots = SLOTS.get(on, SLOTS["cpu"])
-    if max_tokens is None and growing_layer(model.config) is not None:
+    speculation = Speculation.of(options.speculate, options.drafts, model.config)
+    grows = growing_layer(model.config) is not None or (speculation is not None and speculation.grows(model.config))
+    if max_tokens is None and grows:
         max_tokens = CONTEXT
     engine = Engine(
         model,
@@ -66,7 +70,7 @@ def make_service(
         max_tokens=max_tokens,
         prefix_cache_bytes=options.prefix_cache or None,
         decode=tokenizer.decode,
-        speculation=Speculation(options.speculate) if options.speculate else None,
+        speculation=speculation,
         deferred_writes=options.deferred_writes,
     )
     initial = {model_name: _initial_state(engine, path) for model_name, path in (states or {}).items()}
