@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from retnet.eval.meter import Bin
-from retnet.layers.attention import AttentionConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.retention import RetentionConfig
+from retnet.layers.softmax_attention import SoftmaxConfig
 from retnet.models.config import ModelConfig
 from retnet.models.cost import model_cost, parameter_counts, transformer_cache_bytes
 from retnet.ops.decay import pairwise_decay, running_log_decay, window
@@ -104,8 +104,9 @@ def _why_no_windows(config: ModelConfig) -> str:
 def rival_of(config: ModelConfig) -> str:
     """The rival whose colour a model has in pictures, by its mixers."""
     kinds = {type(layer.mixer) for layer in config.layers}
-    named = {RIVALS.get(kind, "other") for kind in kinds - {AttentionConfig}}
-    if AttentionConfig in kinds:
+    attention = {kind for kind in kinds if issubclass(kind, SoftmaxConfig)}
+    named = {RIVALS.get(kind, "other") for kind in kinds - attention}
+    if attention:
         return "attention" if not named else "tri-mixer" if {"mamba", "retention"} <= named else "hybrid"
     if named == {"retention"}:
         gated = all(isinstance(x.mixer, RetentionConfig) and x.mixer.decay == "gated" for x in config.layers)

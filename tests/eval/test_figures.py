@@ -8,6 +8,7 @@ import torch
 from retnet.eval.figures import draw_model, draw_stream, first_fixed, gamma_text, rival_of
 from retnet.eval.meter import Bin
 from retnet.layers.attention import AttentionConfig
+from retnet.layers.latent_attention import LatentAttentionConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.cost import model_cost
 from retnet.models.presets import preset, retnet_config
@@ -33,6 +34,7 @@ def hybrid(*mixers):
 
 GATED = RetentionConfig(4, key_dim=64, value_dim=128, decay="gated")
 ATTENTION = AttentionConfig(4, num_kv_heads=4, head_dim=16)
+LATENT = LatentAttentionConfig(4, num_kv_heads=4, head_dim=16, latent_dim=32)
 MODELS = {
     "24 layers of 16 heads": (config_of(24, 16), NAME),
     "32 heads": (config_of(1, 32), "m"),
@@ -130,7 +132,7 @@ def test_a_model_without_fixed_decays_has_one_panel_and_says_why():
         (preset("retnet-tiny"), "retention"),
         (preset("retnet-tiny-conv"), "gated retention"),
         (preset("retnet-tiny-hybrid"), "hybrid"),
-        (hybrid(ATTENTION), "attention"),
+        (hybrid(ATTENTION, LATENT), "attention"),
         (resolve_config("arch_expert_research_mini"), "tri-mixer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

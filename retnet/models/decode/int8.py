@@ -4,7 +4,7 @@ Each row of a weight is rounded to 127 steps (torchao's Int8WeightOnlyConfig); a
 precision. torchao defines and stores the weights, and multiplies them wherever a module runs, as in prefill. The fused
 decode step reads the same tensors in its own product; on a CPU that rounds inputs to bfloat16. Embeddings, norms,
 routers and the projection of gated decays are not quantised: they are small, and the error of a decay grows with the
-context.
+context. The maps from latents to keys and values are not either: decoding absorbs their weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from retnet.layers.latent_attention import LatentAttention
 from retnet.models.lm import LanguageModel
 from retnet.system.extras import needs
 
@@ -26,8 +27,11 @@ def quantize_int8_(model: LanguageModel) -> LanguageModel:
     with needs("quantize", "int8"):
         from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
 
+    layers = [module for module in model.modules() if isinstance(module, LatentAttention)]
+    absorbed = {proj for layer in layers for proj in (layer.k_proj, layer.v_proj)}
+
     def chosen(module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] not in KEPT
+        return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] not in KEPT and module not in absorbed
 
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=chosen)
     return model

@@ -1,5 +1,7 @@
 """Weight-only int8: the engine gives the same tokens as the quantised model's own modules."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from retnet.models.decode.sampling import Sampling
 from retnet.models.fingerprint import fingerprint
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
-from tests.small_models import prompt, small_model
+from tests.small_models import LATENT, PAPER, prompt, small_model
 
 pytest.importorskip("torchao")
 
@@ -43,6 +45,18 @@ def test_int8_is_near_the_weights_that_it_rounds():
     with torch.no_grad():
         exact, rounded = (model(ids).logits for model in (plain, quantized()))
     assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
+
+
+@torch.no_grad()
+def test_maps_that_decoding_absorbs_keep_their_weights():
+    model, ids = quantize_int8_(small_model([LATENT, PAPER])), torch.tensor([prompt(9)])
+    mixer = model.layers[0].mixer
+    assert [int8_parts(getattr(mixer, f"{name}_proj").weight) is None for name in "qkv"] == [False, True, True]
+    state = model(ids[:, :8], carry=True).state
+    with patch.object(type(mixer), "keys_values", side_effect=AssertionError("keys are made in a step")):
+        step = model(ids[:, 8:], state).logits
+    exact = model(ids).logits[:, 8:]
+    assert (step - exact).norm() < 0.05 * exact.norm()
 
 
 def test_int8_weights_are_another_model_to_a_snapshot():
