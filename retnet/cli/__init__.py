@@ -19,6 +19,7 @@ from retnet.cli.chat import chat
 from retnet.cli.check import check
 from retnet.cli.convert import convert
 from retnet.cli.data import data_app
+from retnet.cli.distil import distil
 from retnet.cli.doctor import doctor
 from retnet.cli.eval import evaluate
 from retnet.cli.generate import generate
@@ -42,7 +43,7 @@ app = typer.Typer(
 
 # By panel of `retnet --help`: verbs, and groups of verbs.
 _PANELS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
-    "Train and evaluate": {"data": data_app, "train": train, "eval": evaluate, "check": check},
+    "Train and evaluate": {"data": data_app, "train": train, "distil": distil, "eval": evaluate, "check": check},
     "Generate and serve": {"generate": generate, "chat": chat, "serve": serve},
     "Models": {"info": info, "stack": stack_app, "convert": convert},
     "This machine": {"doctor": doctor, "tune": tune},

@@ -40,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(begin, begin + rows)
             ignored = ~real[part]
             h = hidden[part].masked_fill(ignored[:, None], 0)
-            logits, log_p, slope = _log_probabilities(h, weight, soft_cap, wide)
+            logits, log_p, slope = log_probabilities(h, weight, soft_cap, wide)
             target = labels[part].clamp_min(0)[:, None]
             log_p_target = log_p.gather(1, target)
             total -= log_p_target[:, 0].masked_fill(ignored, 0).sum()
@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(dlogits, weight, out=dhidden[part])
                     dhidden[part].masked_fill_(ignored[:, None], 0)
                 if dweight is not None:
-                    _add_product(dweight, dlogits.T, h)
+                    add_product(dweight, dlogits.T, h)
         # Divided by the count only in the backward: beside a loss scale, float16 would underflow here.
         dweight = None if dweight is None else dweight.to(dtype)
         ctx.save_for_backward(dhidden, dweight, count, *given)
@@ -88,7 +88,7 @@ def _plain_cross_entropy(
     return nats / (~ignored).sum().clamp_min(1)
 
 
-def _log_probabilities(
+def log_probabilities(
     hidden: Tensor, weight: Tensor, soft_cap: float | None, wide: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits [R, vocab], their log-softmax in the wide dtype, and with a soft cap its slope at the logits."""
@@ -109,7 +109,7 @@ def _logit_gradient(
     return torch.exp(log_p, out=logits).scatter_(1, target, at_target.to(logits.dtype))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, in one call where they are of one dtype."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from retnet.train.state_recipe import STATE
 from retnet.train.state_tuning import StateTunedForCausalLM
 
 RECOMPILE_LIMIT = 64
+Wrap = Callable[[LanguageModel], PackedForCausalLM]
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,18 @@ def _valid_rows(corpus: Corpus, recipe: Recipe, arguments: TrainingArguments) ->
     return PackedDataset(corpus, recipe.length, None, carry_state=True, lanes=lanes)
 
 
-def initial_model(recipe: Recipe, corpus: Corpus, seed: int, template: ChatTemplate | None = None) -> PackedForCausalLM:
+def initial_model(
+    recipe: Recipe,
+    corpus: Corpus,
+    seed: int,
+    template: ChatTemplate | None = None,
+    wrap: Wrap = PackedForCausalLM.trainable,
+) -> PackedForCausalLM:
     """The model that a recipe names: a preset with weights drawn from the seed, a stack with weights drawn from its own
     seed, or a saved model to continue from. Weights in half precision become float32 for the training.
 
     template: of conversations; the token that ends a turn then ends a text too, unless the model's weights stay as they
-    are (method=state), and with them its configuration.
+    are (method=state), and with them its configuration. wrap: makes the model for training.
 
     Raises ValueError or OSError if there is none, or if it does not read the corpus's tokens.
     """
@@ -149,7 +156,7 @@ def initial_model(recipe: Recipe, corpus: Corpus, seed: int, template: ChatTempl
     if end is not None and end not in model.config.eos_token_ids:
         ends = (*model.config.eos_token_ids, end)
         model.config = replace(model.config, eos_token_id=end if len(ends) == 1 else ends)
-    return PackedForCausalLM.trainable(model)
+    return wrap(model)
 
 
 def _check_tokenizer(model: LanguageModel, corpus: Corpus) -> None:

@@ -37,8 +37,10 @@ class PackedForCausalLM(RetNetForCausalLM):
     final_dtypes: of the weights that a finished run saves, by their names in LanguageModel; None: as they are trained.
         Checkpoints hold the weights as they are trained.
     trains_weights: whether the weights of the language model are trained, with the losses of its routers.
+    loss_name: of the training loss; "" for cross-entropy, which is also given in bits per byte.
     """
 
+    loss_name = ""
     final_dtypes: Mapping[str, torch.dtype] | None = None
     trains_weights: ClassVar[bool] = True
     _saves_final = False
@@ -105,7 +107,7 @@ class PackedForCausalLM(RetNetForCausalLM):
             further = (
                 self.model.ahead(hidden, input_ids, labels=shift_labels, context=context) if trains_ahead else None
             )
-            return _output(nats, None, further, _share(shift_labels, num_items_in_batch, nats.dtype))
+            return _output(nats, None, further, target_share(shift_labels, num_items_in_batch, nats.dtype))
         assert cu_seq_lens_q is not None
         bounds, (B, T) = cu_seq_lens_q, input_ids.shape
         torch._dynamo.maybe_mark_dynamic(bounds, 0)  # one graph for any number of documents
@@ -120,7 +122,7 @@ class PackedForCausalLM(RetNetForCausalLM):
                 hidden, ids, before, labels=targets, cu_seqlens=bounds, carry=carry, losses=losses
             )
         output = _output(
-            nats, losses if self.training else None, further, _share(targets, num_items_in_batch, nats.dtype)
+            nats, losses if self.training else None, further, target_share(targets, num_items_in_batch, nats.dtype)
         )
         if after is not None:
             after = after if further is None else replace(after, mtp=further.states)
@@ -171,7 +173,7 @@ def _output(nats: Tensor, router_losses: list[Tensor] | None, ahead: Ahead | Non
     return CausalOutput(loss=total, aux_loss=routers, mtp_loss=further)  # type: ignore[arg-type]
 
 
-def _share(targets: Tensor, num_items: Tensor | int, dtype: torch.dtype) -> Tensor:
+def target_share(targets: Tensor, num_items: Tensor | int, dtype: torch.dtype) -> Tensor:
     """The share of these targets in all num_items targets of a step."""
     return (targets != IGNORED).sum().to(dtype) / num_items
 

@@ -116,7 +116,8 @@ class ProgressCallback(TrainerCallback):
 
 def _notes(logs: dict[str, float]) -> list[str]:
     """The values of a log entry in words, the most important first."""
-    notes = [f"loss {logs['loss']:.3f} ({logs['bits_per_byte']:.3f} bits per byte)"]
+    bits = f" ({logs['bits_per_byte']:.3f} bits per byte)" if "bits_per_byte" in logs else ""
+    notes = [f"loss {logs['loss']:.3f}{bits}"]
     if "tokens_per_second" in logs:
         notes.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
     if "router_loss" in logs:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +29,7 @@ from retnet.train.changes import check_changes, run_facts, said_settings
 from retnet.train.checkpoints import CheckpointError, choose, inspect, list_checkpoints
 from retnet.train.cpu_fsdp import sharding_on_cpus
 from retnet.train.finish import TrainingSummary, continuations, record, save_whole_model
-from retnet.train.inputs import RunData, initial_model, open_data
+from retnet.train.inputs import RunData, Wrap, initial_model, open_data
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.progress import ProgressCallback
 from retnet.train.recipe import Recipe
@@ -42,8 +44,20 @@ PADDING = 1024  # tokens by which a vocabulary is commonly rounded up, for speed
 NEWEST = ("auto", "true")  # values of resume_from_checkpoint that select the newest checkpoint
 
 
-def train(recipe: Recipe, console: Console) -> TrainingSummary:
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimises. wrap: of the initial model, the model for training. facts: what a checkpoint of the run
+    must share with it to be resumed, as plain JSON values.
+    """
+
+    wrap: Wrap = PackedForCausalLM.trainable
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def train(recipe: Recipe, console: Console, objective: Objective | None = None) -> TrainingSummary:
     """Run a recipe. Afterwards the output directory holds the model, its tokenizer, and the files of `finish.py`.
+
+    objective: cross-entropy if None.
 
     Raises ValueError or OSError for a model or data that cannot be used, NonFiniteLoss (a ValueError) if the loss is
     not finite, CheckpointError (an OSError) if a checkpoint cannot be written or read, Terminated after a SIGTERM or
@@ -63,15 +77,21 @@ def train(recipe: Recipe, console: Console) -> TrainingSummary:
     with Progress(console, "opening the data") as shown:
         data = open_data(recipe, arguments)
         shown.begin("building the model")
-        model = initial_model(recipe, data.corpus, arguments.seed, data.chat_template)
+        objective = objective or Objective()
+        model = initial_model(recipe, data.corpus, arguments.seed, data.chat_template, objective.wrap)
     check_shared_layers(recipe, model.model.config)
     lock = locked(output) if arguments.should_save else nullcontext()
     with lost_process_named(arguments.process_index), lock:
-        return _train(recipe, arguments, data, model, console)
+        return _train(recipe, arguments, data, model, objective.facts, console)
 
 
 def _train(
-    recipe: Recipe, arguments: TrainingArguments, data: RunData, model: PackedForCausalLM, console: Console
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    data: RunData,
+    model: PackedForCausalLM,
+    facts: Mapping[str, Any],
+    console: Console,
 ) -> TrainingSummary:
     options = RunOptions(
         context_parallel=recipe.context_parallel,
@@ -79,7 +99,7 @@ def _train(
         router_lr_multiplier=recipe.router_lr_multiplier,
         max_minutes=recipe.max_minutes,
         checkpoints=recipe.checkpoints,
-        facts=run_facts(recipe, arguments, data, model),
+        facts=run_facts(recipe, arguments, data, model) | dict(facts),
         settings=said_settings(recipe, arguments),
     )
     resumed = _checkpoint(recipe, arguments, options, console)

@@ -103,6 +103,7 @@ class PackedTrainer(StagedTrainer):
         )
         self.terminated = self.validation_due = self.model_saved = False
         self.lanes: ModelState | None = None
+        self._loss_name = model.loss_name
         has_routers = any(isinstance(module, MoE) for module in model.modules())
         extra = {"router_loss": has_routers, "mtp_loss": model.model.mtp is not None}
         # The parts of the loss beside the cross-entropy, summed since step `_extra_logged`, as `_tr_loss`.
@@ -376,7 +377,8 @@ class PackedTrainer(StagedTrainer):
             self._extra_logged = self.state.global_step
             if self.routing.peak is not None:
                 logs["expert_peak"] = self.routing.peak.item()
-            logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.rows.rows.bytes_per_target
+            if not self._loss_name:
+                logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.rows.rows.bytes_per_target
             logs |= self.meter.read()
             logs["memory_gib"] = memory_gib(self.args.device)
         super().log(logs, start_time)

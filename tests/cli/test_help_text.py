@@ -26,7 +26,7 @@ COMMAND = typer.main.get_command(app)
 EXAMPLES = dict(all_examples(COMMAND))
 # What a test runs instead, where the example takes minutes or does not end.
 SHORTER = {"max_steps=1000": "max_steps=2 length=16 num_samples=0", "arch_expert_research_mini": "small.yml"}
-SLOW = ("retnet train",)
+SLOW = ("retnet train", "retnet distil")
 
 
 def test_every_verb_has_an_example_that_begins_with_the_verb():

@@ -109,10 +109,15 @@ def convert(
         write_tensors(out, in_their_names(FORMATS[to], ours, tensors))
         write_config(out, data)
     if isinstance(source, (str, os.PathLike)):
-        for name in _SIDE_FILES:
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, out / name)
+        copy_side_files(Path(source), out)
     return ours
+
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Copy the tokenizer and the generation settings of a model directory."""
+    for name in _SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
 
 
 def _open(source: Source | LanguageModel, format: str | None, config: object) -> tuple[ModelConfig, Tensors]:

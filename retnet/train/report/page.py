@@ -109,6 +109,8 @@ def _tiles(page: Page) -> str:
     ]
     if "bits_per_byte" in last:
         tiles.append((f"{last['bits_per_byte']:.3f}", f"bits per byte, training (loss {last['loss']:.3f})"))
+    elif "loss" in last:  # of another kind than the validation's
+        tiles.append((f"{last['loss']:.3f}", "training loss"))
     if "eval_bits_per_byte" in valid:
         text = f"bits per byte, validation (perplexity {valid['eval_perplexity']:.2f})"
         tiles.append((f"{valid['eval_bits_per_byte']:.3f}", text))

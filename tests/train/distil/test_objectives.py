@@ -1,0 +1,65 @@
+"""The losses of the two stages: what they are a mean of, what they train, and what validation shows."""
+
+import pytest
+import torch
+
+from retnet.train.distil.choice import divergence
+from retnet.train.distil.fit import layer_errors
+from retnet.train.distil.objectives import AlignedForCausalLM, LogitsForCausalLM
+from tests.train.distil.models import sample, teacher
+from tests.train.distil.test_student import student_of
+
+
+def batch(rows=1):
+    ids, targets, bounds = sample()
+    shape = rows, ids.shape[1] // rows
+    return {
+        "input_ids": ids.view(shape),
+        "labels": targets.view(shape),
+        "shift_labels": targets.view(shape),
+        "cu_seq_lens_q": bounds,
+        "begins_fresh": torch.ones(rows, dtype=torch.bool),
+        "num_items_in_batch": int((targets != -100).sum()),
+    }
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_layers_are_trained_on_their_error_and_nothing_else_is(recompute):
+    taught = teacher(3)
+    student = student_of(taught, layers=(0, 2))
+    wanted = layer_errors(student, taught, [0, 2], [sample()])
+    student.recompute = type(student.recompute)(recompute)
+    model = AlignedForCausalLM.of(student, taught, [0, 2]).train()
+    loss = model(**batch()).loss
+    assert loss.item() == pytest.approx(sum(wanted.values()) / 2, rel=1e-5)
+    loss.backward()
+    trained = {name.split(".mixer.")[0] for name, x in model.named_parameters() if x.grad is not None}
+    assert trained == {"model.layers.0", "model.layers.2"}
+    assert all(x.grad is None for x in taught.parameters())
+
+
+def test_logits_are_trained_on_the_divergence_and_a_share_of_cross_entropy():
+    taught = teacher(2)
+    student = student_of(taught, layers=(0,))
+    nats, kl = cross_entropy(student), divergence(student, taught, [sample()])
+    for share in (0.0, 0.25):
+        model = LogitsForCausalLM.of(student_of(taught, layers=(0,)), taught, share).train()
+        assert model(**batch(rows=2)).loss.item() == pytest.approx((1 - share) * kl + share * nats, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda s, t: AlignedForCausalLM.of(s, t, [0]), lambda s, t: LogitsForCausalLM.of(s, t, 0.0)]
+)
+def test_validation_shows_the_cross_entropy_of_the_student(make):
+    taught = teacher(2)
+    student = student_of(taught, layers=(0,))
+    wanted = cross_entropy(student)
+    model = make(student, taught).eval()
+    assert model(**batch()).loss.item() == pytest.approx(wanted, rel=1e-5)
+    assert not any("teacher" in name for name, _ in model.named_parameters())
+
+
+@torch.no_grad()
+def cross_entropy(model):
+    ids, targets, bounds = sample()
+    return model.loss(ids, targets[None], cu_seqlens=bounds).item()
