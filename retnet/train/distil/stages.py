@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -97,6 +98,8 @@ def distil(request: Request, console: Console) -> Outcome:
     Raises what `train` raises; ValueError for a teacher or a stack that cannot be used, and for a call that resumes
     with another request; FileExistsError for an output that holds something else.
     """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError("distillation runs in one process; accepted: a call without torchrun")
     if request.resume and not (request.output / RECORD_FILE).is_file():
         raise FileNotFoundError(f"{request.output} holds no {RECORD_FILE}; accepted: a distillation that was begun")
     if not request.resume:

@@ -59,6 +59,23 @@ def test_validation_shows_the_cross_entropy_of_the_student(make):
     assert not any("teacher" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.parametrize(
+    "make", [lambda s, t: AlignedForCausalLM.of(s, t, [0]), lambda s, t: LogitsForCausalLM.of(s, t, 0.0)]
+)
+def test_steps_against_the_gradient_lower_the_loss(make):
+    taught = teacher(2)
+    model = make(student_of(taught, layers=(0,)), taught).train()
+    optimizer = torch.optim.Adam([x for x in model.parameters() if x.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(**batch()).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True)
+
+
 @torch.no_grad()
 def cross_entropy(model):
     ids, targets, bounds = sample()
