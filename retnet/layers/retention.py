@@ -135,11 +135,8 @@ class RetentionConfig(MixerConfig):
                 raise ValueError(
                     f"decay is {self.decay}; accepted: one number or {self.num_heads} (num_heads) between 0 and 1"
                 )
-        if not 0 < self.decay_scale < math.inf or (self.decay == "gated" and self.decay_scale != 1.0):
-            raise ValueError(
-                f"decay_scale is {self.decay_scale} with decay {self.decay!r}; accepted: a positive number, and 1 with "
-                "decay 'gated'"
-            )
+        if not 0 < self.decay_scale < math.inf:
+            raise ValueError(f"decay_scale is {self.decay_scale}; accepted: a positive number")
         if self.learnable_decay and (
             self.log_decay is None or bool(((self.log_decay == 0) | self.log_decay.isinf()).any())
         ):
@@ -198,14 +195,14 @@ class RetentionConfig(MixerConfig):
         groups = self.num_kv_heads
         if groups is not None:
             groups = per_process("num_kv_heads", groups, size, or_one=True)
-        decay, log_decay = self.decay, self.log_decay
+        decays, log_decay = {}, self.log_decay
         if log_decay is not None:
-            decay = tuple(log_decay.exp().tolist())[rank * heads : (rank + 1) * heads]
+            own = tuple(log_decay.exp().tolist())[rank * heads : (rank + 1) * heads]
+            decays = {"decay": own, "decay_scale": 1.0}
         normed = self.head_norm_groups
         if normed is not None:
             normed = per_process("head_norm_groups", normed, size)
         widths = {"key_dim": self.key_dim // size, "value_dim": self.value_dim // size}
-        decays = {"decay": decay, "decay_scale": 1.0}
         return replace(self, num_heads=heads, num_kv_heads=groups, head_norm_groups=normed, **decays, **widths)
 
     def for_export(self, one_token: bool) -> Self:
@@ -314,7 +311,7 @@ class MultiScaleRetention(MixerModule):
                 self.log_rate.copy_((-cast(Tensor, config.log_decay)).log())
             if self.decay_proj is not None and config.gated_start is not None:
                 gamma = SCHEDULES[config.gated_start](config.num_heads, dtype=torch.float64).exp()
-                self.decay_proj.bias.copy_(torch.logit(gamma ** (1 / self.GATE_POWER)))
+                self.decay_proj.bias.copy_(torch.logit(gamma ** (1 / (self.GATE_POWER * config.decay_scale))))
 
     def split_(self, shard: TensorShard) -> None:
         super().split_(shard)
@@ -355,8 +352,8 @@ class MultiScaleRetention(MixerModule):
         return self._fixed_log_decay[key]
 
     def gated_log_decay(self, opened: Tensor) -> Tensor:
-        """log sigmoid(x W)^(1/16) from x W [..., H]."""
-        return F.logsigmoid(opened.to(wide_dtype(opened.dtype))) * self.GATE_POWER
+        """log sigmoid(x W)^(decay_scale / 16) from x W [..., H]."""
+        return F.logsigmoid(opened.to(wide_dtype(opened.dtype))) * (self.GATE_POWER * self.config.decay_scale)
 
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
         """Compute rotary angles that layers share, and fixed decays that calls share."""

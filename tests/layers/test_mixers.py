@@ -28,7 +28,16 @@ CASES: dict[str, MixerConfig] = {
     "gated retention": RetentionConfig(2, key_dim=8, value_dim=12, decay="gated"),
     "retention, convolution, unit q and k": RetentionConfig(2, 8, 12, conv_width=4, qk_norm="l2"),
     "retention, convolution of q and v, normed q and k": RetentionConfig(
-        2, 8, 12, decay="gated", gated_start="paper", conv_width=3, conv_on=("q", "v"), qk_norm="rms", gate="sigmoid"
+        2,
+        8,
+        12,
+        decay="gated",
+        decay_scale=2.0,
+        gated_start="paper",
+        conv_width=3,
+        conv_on=("q", "v"),
+        qk_norm="rms",
+        gate="sigmoid",
     ),
     "retention, partial rotary": RetentionConfig(2, key_dim=14, value_dim=12, rotary_dim=4),
     "lightning attention": RetentionConfig(

@@ -170,7 +170,7 @@ OURS = [
     ("decay: [0, 0.5, 0.5, 0.5], vendor.retnet.learnable_decay: true", "learnable_decay"),
     ("decay: gated, vendor.retnet.decay_norm: true", "decay_norm"), ("decay_norm: true", None),
     ("decay: alibi, vendor.retnet.decay_scale: 0.5", None), ("decay_scale: 0", "decay_scale"),
-    ("decay: gated, vendor.retnet.decay_scale: 0.5", "decay_scale"), ("qkv_activation: silu", None),
+    ("decay: gated, vendor.retnet.decay_scale: 0.5", None), ("qkv_activation: silu", None),
     ("qkv_activation: silu, vendor.retnet.conv_width: 4", "qkv_activation"), ("head_norm_groups: 2", None),
     ("head_norm_groups: 3", "head_norm_groups"),
     ("conv_width: 4", None), ("conv_width: 1", "conv_width"), ("conv_width: 9", "conv_width"),

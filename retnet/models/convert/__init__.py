@@ -45,6 +45,8 @@ FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 REFUSED_TYPES = {
     "bailing_hybrid": "Kimi delta attention, which our layers do not have; accepted: bailing_moe_linear (Ling- and "
     "Ring-linear 2.0)",
+    "yoco": "its cross-decoder layers share the keys and values of one layer; accepted: its GatedRetention layers, one "
+    "by one, by retnet.models.convert.fla_layers",
 }
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 

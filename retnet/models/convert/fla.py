@@ -1,8 +1,9 @@
-"""flash-linear-attention's `RetNetForCausalLM`, read and written as directories of the hub (fla-hub, m-a-p).
+"""flash-linear-attention's `RetNetForCausalLM` and `TransformerForCausalLM`, read and written as hub directories.
 
-Its rotary embedding has the "half" convention, its head norm is RMS with one weight shared by the heads, and it has no
-decay normalisation. Some of its layers may be softmax attention (`attn`). Early versions stored the gate and up
-projections of the feed-forward as one tensor.
+RetNet's rotary embedding has the "half" convention, its head norm is RMS with one weight shared by the heads, and it
+has no decay normalisation. Some of its layers may be softmax attention (`attn`). Early versions stored the gate and up
+projections of the feed-forward as one tensor. In a Transformer of theirs all layers are such attention, in the same
+blocks. Their Mamba is read with transformers' (`mamba.py`), single layers by `fla_layers.py`.
 
 `use_short_conv` has an effect only with the convolutions' tensors: FLA's block does not pass it on to its layer, but
 models with a block that does have them. Such models are read, and not written, as FLA would not build them.
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.mixer_base import MixerConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.config_json import token_fields
@@ -27,7 +29,6 @@ from retnet.models.convert.fields import (
     choice,
     depth,
     flag,
-    mapping,
     only,
     positive,
     read,
@@ -55,6 +56,8 @@ NAMES: Table = {
     "layers.{}.mixer.q_proj.bias": "model.layers.{}.attn.q_proj.bias",
     "layers.{}.mixer.k_proj.bias": "model.layers.{}.attn.k_proj.bias",
     "layers.{}.mixer.v_proj.bias": "model.layers.{}.attn.v_proj.bias",
+    "layers.{}.mixer.q_norm_weight": "model.layers.{}.attn.q_norm.weight",
+    "layers.{}.mixer.k_norm_weight": "model.layers.{}.attn.k_norm.weight",
     "layers.{}.mixer.gate_proj.weight": "model.layers.{}.attn.g_proj.weight",
     "layers.{}.mixer.conv.weight": _CONVOLUTIONS,
     "layers.{}.mixer.head_norm_weight": (_FUSED_NORM, _PLAIN_NORM),
@@ -73,34 +76,46 @@ _MODES: dict[str, Mode] = {
     "parallel": "parallel",
     "fused_recurrent": "recurrent",
 }
-_FIELDS = {
-    "model_type": only("retnet"),
-    "attn": mapping(),
-    "attn_mode": choice("chunk", *_MODES),
+_BLOCKS = {
     "attnres_block_size": only(None),
+    "hidden_act": only("swish"),
+    "hidden_size": size(2048),
+    "initializer_range": unit_interval(0.02),
+    "intermediate_size": size(None),
+    "norm_eps": unit_interval(1e-6),
+    "num_hidden_layers": depth(24),
+    "num_kv_heads": size(None),
+    "tie_word_embeddings": flag(False),
+    "vocab_size": size(),
+    # without effect on outputs: training and kernels
+    "fuse_cross_entropy": flag(False), "fuse_linear_cross_entropy": flag(False), "fuse_norm": flag(False),
+    "fuse_swiglu": flag(False), "max_position_embeddings": size(None), "use_l2warp": flag(False),
+}  # fmt: skip
+_FIELDS = {
+    **_BLOCKS,
+    "attn": Field("an object, a list of objects, or null", lambda x: _is_attention(x), None),
+    "attn_mode": choice("chunk", *_MODES),
     "conv_size": size(4),
     "elementwise_affine": flag(True),
     "expand_k": times(1.0),
     "expand_v": times(2.0),
     "feature_map": only(None),
-    "hidden_act": only("swish"),
     "hidden_ratio": times(2, null=4),
-    "hidden_size": size(2048),
-    "initializer_range": unit_interval(0.02),
-    "intermediate_size": size(None),
-    "norm_eps": unit_interval(1e-6),
     "num_heads": size(8),
-    "num_hidden_layers": depth(24),
-    "num_kv_heads": size(None),
-    "tie_word_embeddings": flag(False),
+    "share_conv_kernel": flag(False),  # without effect on outputs
     "use_output_gate": flag(True),
-    "vocab_size": size(),
     "use_short_conv": flag(False),
-    # without effect on outputs: training and kernels
-    "fuse_cross_entropy": flag(False), "fuse_linear_cross_entropy": flag(False),
-    "fuse_norm": flag(False), "fuse_swiglu": flag(False), "max_position_embeddings": size(None),
-    "share_conv_kernel": flag(False), "use_l2warp": flag(False),
-}  # fmt: skip
+}
+_TRANSFORMER = {
+    **_BLOCKS,
+    "elementwise_affine": flag(True),  # without effect: their blocks do not pass it on
+    "hidden_ratio": times(4, null=4),
+    "num_heads": size(32),
+    "qk_norm": flag(False),
+    "qkv_bias": flag(False),
+    "rope_theta": positive(10000.0),
+    "window_size": size(None),
+}
 _ATTENTION = {
     "layers": Field(
         "a list of layer numbers", lambda x: isinstance(x, list) and all(is_integer(i, -math.inf) for i in x)
@@ -111,12 +126,15 @@ _ATTENTION = {
     "rope_theta": positive(10000.0),
     "window_size": size(None),
 }
+QK_NORM_EPS = 1e-5  # of the norms of q and k, which no key of theirs sets
 MAX_HEAD_KEY_DIM = 256
 _CANNOT = "FLA's RetNet cannot express this model"
 
 
 def config_of(source: Mapping[str, Any]) -> ModelConfig:
     """Their config.json as our configuration."""
+    if choice("retnet", "retnet", "transformer").read(source, "model_type") == "transformer":
+        return transformer_config_of(source)
     value = read("fla", source, _FIELDS)
     width, heads, norm_eps = value["hidden_size"], value["num_heads"], value["norm_eps"]
     conv_width = value["conv_size"] if value["use_short_conv"] else None
@@ -135,13 +153,41 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
         head_norm_eps=norm_eps,
         mode=_MODES[value["attn_mode"]],
     )
+    num_layers, attention = value["num_hidden_layers"], {}
+    for attn in _specifications(value["attn"]):
+        found = _attention(attn, width, num_layers)
+        again = [f"attn has layer {i} twice; accepted: once" for i in found if i in attention]
+        refuse("fla", again)
+        attention |= found
+    return _model(source, value, [attention.get(i, retention) for i in range(num_layers)])
+
+
+def transformer_config_of(source: Mapping[str, Any]) -> ModelConfig:
+    """The config.json of a Transformer of theirs as our configuration."""
+    value = read("fla", source, _TRANSFORMER)
+    width, heads = value["hidden_size"], value["num_heads"]
+    if width % heads:
+        refuse("fla", [f"num_heads is {heads}; accepted: a divisor of hidden_size {width}"])
+    mixer = AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=value["num_kv_heads"] or heads,
+        head_dim=width // heads,
+        rotary="half",
+        rotary_base=value["rope_theta"],
+        qk_norm="rms" if value["qk_norm"] else "none",
+        qk_norm_eps=QK_NORM_EPS,
+        window=value["window_size"],
+        qkv_bias=value["qkv_bias"],
+    )
+    return _model(source, value, [mixer] * value["num_hidden_layers"])
+
+
+def _model(source: Mapping[str, Any], value: Mapping[str, Any], mixers: Sequence[MixerConfig]) -> ModelConfig:
+    """Their blocks around the mixers."""
+    width, norm_eps = value["hidden_size"], value["norm_eps"]
     hidden = value["intermediate_size"] or _intermediate_size(width, value["hidden_ratio"])
     feed_forward = FeedForwardConfig(hidden, gated=True, activation="swish")
-    num_layers = value["num_hidden_layers"]
-    attention = {} if value["attn"] is None else _attention(value["attn"], width, num_layers)
-    layers = (
-        BlockConfig(attention.get(i, retention), feed_forward, norm="rms", norm_eps=norm_eps) for i in range(num_layers)
-    )
+    layers = (BlockConfig(mixer, feed_forward, norm="rms", norm_eps=norm_eps) for mixer in mixers)
     return ModelConfig(
         vocab_size=value["vocab_size"],
         d_model=width,
@@ -161,6 +207,15 @@ def _intermediate_size(width: int, ratio: float) -> int:
     return 256 * -(-int(width * ratio * 2 / 3) // 256)
 
 
+def _is_attention(x: Any) -> bool:
+    return isinstance(x, Mapping) or (isinstance(x, list) and all(isinstance(spec, Mapping) for spec in x))
+
+
+def _specifications(attn: Any) -> list[Mapping[str, Any]]:
+    """The specifications of attention layers; each gives some layers their options."""
+    return [] if attn is None else [attn] if isinstance(attn, Mapping) else attn
+
+
 def _attention(attn: Mapping[str, Any], width: int, num_layers: int) -> dict[int, AttentionConfig]:
     """The layers that are softmax attention."""
     unknown = [f"attn.{key} is {quoted(attn[key])}" for key in attn if key not in _ATTENTION and attn[key]]
@@ -177,6 +232,7 @@ def _attention(attn: Mapping[str, Any], width: int, num_layers: int) -> dict[int
         head_dim=width // heads,
         rotary="half",
         rotary_base=value["rope_theta"],
+        qk_norm_eps=QK_NORM_EPS,
         window=value["window_size"],
         qkv_bias=value["qkv_bias"],
     )
@@ -199,10 +255,34 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
     Raises ValueError that names every feature that FLA cannot express: those that reading the result would change.
     """
     retention = next((x.mixer for x in config.layers if isinstance(x.mixer, RetentionConfig)), None)
+    attention = next((x.mixer for x in config.layers if isinstance(x.mixer, AttentionConfig)), None)
     feed_forward = next((x.feed_forward for x in config.layers if x.feed_forward is not None), None)
-    if retention is None or feed_forward is None:
-        raise ValueError(f"{_CANNOT}: it has no {'feed_forward' if retention else 'retention layer'}")
+    if (retention is None and attention is None) or feed_forward is None:
+        missing = "retention or attention layer" if feed_forward else "feed_forward"
+        missing = "retention or attention layer" if feed_forward else "feed_forward"
+        raise ValueError(f"{_CANNOT}: it has no {missing}")
     data = {
+        "hidden_act": "swish",
+        "hidden_size": config.d_model,
+        "initializer_range": config.init_std,
+        "intermediate_size": feed_forward.hidden_dim,
+        "norm_eps": config.norm_eps,
+        "num_hidden_layers": len(config.layers),
+        "tie_word_embeddings": config.tie_embeddings,
+        "vocab_size": config.vocab_size,
+        "dtype": config.dtype,
+        **token_fields(config),
+    }
+    if retention is not None:
+        data |= _retnet_data(config, retention)
+    elif attention is not None:
+        data |= _transformer_data(attention)
+    refuse(_CANNOT, _lost(config, config_of(data)))
+    return data
+
+
+def _retnet_data(config: ModelConfig, retention: RetentionConfig) -> dict[str, Any]:
+    return {
         "architectures": ["RetNetForCausalLM"],
         "model_type": "retnet",
         "attn": _attn(config),
@@ -210,22 +290,23 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "elementwise_affine": retention.head_norm_affine != "none",
         "expand_k": retention.key_dim / config.d_model,
         "expand_v": retention.value_dim / config.d_model,
-        "hidden_act": "swish",
-        "hidden_size": config.d_model,
-        "initializer_range": config.init_std,
-        "intermediate_size": feed_forward.hidden_dim,
-        "norm_eps": config.norm_eps,
         "num_heads": retention.num_heads,
-        "num_hidden_layers": len(config.layers),
         "num_kv_heads": retention.num_kv_heads,
-        "tie_word_embeddings": config.tie_embeddings,
         "use_output_gate": retention.gate == "swish",
-        "vocab_size": config.vocab_size,
-        "dtype": config.dtype,
-        **token_fields(config),
     }
-    refuse(_CANNOT, _lost(config, config_of(data)))
-    return data
+
+
+def _transformer_data(attention: AttentionConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["TransformerForCausalLM"],
+        "model_type": "transformer",
+        "num_heads": attention.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "qk_norm": attention.qk_norm == "rms",
+        "qkv_bias": attention.qkv_bias,
+        "rope_theta": attention.rotary_base,
+        "window_size": attention.window,
+    }
 
 
 def _attn(config: ModelConfig) -> dict[str, Any] | None:
@@ -261,10 +342,11 @@ def _lost(config: ModelConfig, said: ModelConfig) -> list[str]:
 
 
 def _differences(ours: Any, theirs: Any, path: str) -> list[str]:
-    """The fields of one dataclass that differ."""
+    """The fields of one dataclass that differ, and change its outputs."""
     if type(ours) is not type(theirs):
         return [f"{path[:-1]} is {getattr(ours, 'kind', None)!r} (there: {theirs.kind!r})"]
-    names = [f.name for f in fields(ours) if f.name not in _FREE[type(ours)]]
+    free = _FREE[type(ours)] | ({"qk_norm_eps"} if getattr(ours, "qk_norm", None) == "none" else set())
+    names = [f.name for f in fields(ours) if f.name not in free]
     return [
         f"{path}{name} is {getattr(ours, name)!r} (there: {getattr(theirs, name)!r})"
         for name in names
@@ -321,6 +403,7 @@ FORMAT = Format(
     embedding="model.embeddings.weight",
     joined=joined,
     effective=effective,
+    model_types=("transformer",),
     settle=settle,
     config_to=config_to,
 )

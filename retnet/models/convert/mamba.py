@@ -1,7 +1,8 @@
-"""transformers' `MambaForCausalLM` and `Mamba2ForCausalLM`, and the authors' checkpoints with these tensor names.
+"""transformers' and FLA's `MambaForCausalLM` and `Mamba2ForCausalLM`, and the authors' checkpoints with their names.
 
 A layer is a mixer without a feed-forward. With `residual_in_fp32`, their half-precision models keep the residual stream
-in float32. Ours keep it in the model's dtype, so half-precision logits differ by that rounding.
+in float32. Ours keep it in the model's dtype, so half-precision logits differ by that rounding. flash-linear-attention
+has the same tensors and other names of fields; `norm_eps` tells its configurations.
 """
 
 from __future__ import annotations
@@ -95,11 +96,36 @@ _FIELDS2 = {
     "tie_word_embeddings": flag(False),
     "time_step_limit": time_steps(),
 }
+# FLA's names of fields, and its defaults and fields of its own.
+_FLA_NAMES = {
+    "layer_norm_epsilon": "norm_eps", "time_step_floor": "dt_init_floor", "time_step_init_scheme": "dt_init_scheme",
+    "time_step_limit": "dt_limit", "time_step_max": "dt_max", "time_step_min": "dt_min", "time_step_rank": "dt_rank",
+    "time_step_scale": "dt_scale",
+}  # fmt: skip
+_FLA1 = {
+    "hidden_act": only("silu", "swish"),
+    "hidden_size": size(2048),
+    "initializer_range": unit_interval(0.02),
+    "num_hidden_layers": depth(48),
+    "tie_word_embeddings": flag(False),
+    # without effect on outputs: training and kernels
+    "fuse_cross_entropy": flag(False), "fuse_linear_cross_entropy": flag(False), "fuse_norm": flag(False),
+    "use_l2warp": flag(False),
+}  # fmt: skip
+_FLA2 = {
+    **_FLA1,
+    "A_init_range": ignored("two numbers", (list, tuple)),
+    "D_has_hdim": only(False),
+    "conv_init": ignored("a number", (int, float)),
+    "n_groups": size(1),
+    "norm_before_gate": flag(False),
+    "rmsnorm": flag(True),
+}
 
 
 def mamba1_config_of(source: Mapping[str, Any]) -> ModelConfig:
     """A Mamba's config.json as our configuration."""
-    value = read("mamba", source, _FIELDS1)
+    value = _read("mamba", source, _FIELDS1, _FLA1)
     rank = value["time_step_rank"]
     mixer = Mamba1Config(
         inner_dim=_inner_dim("mamba", value),
@@ -112,11 +138,14 @@ def mamba1_config_of(source: Mapping[str, Any]) -> ModelConfig:
 
 def mamba2_config_of(source: Mapping[str, Any]) -> ModelConfig:
     """A Mamba-2's config.json as our configuration."""
-    value = read("mamba2", source, _FIELDS2)
+    value = _read("mamba2", source, _FIELDS2, _FLA2)
+    normed = value.get("rmsnorm", True)
     mixer = Mamba2Config(
         inner_dim=_inner_dim("mamba2", value),
         head_dim=value["head_dim"],
         num_groups=value["n_groups"],
+        norm="rms" if normed else "none",
+        norm_before_gate=normed and value.get("norm_before_gate", False),
         norm_eps=value["layer_norm_epsilon"],
         **time_step_bounds(value["time_step_limit"]),
         **_mixer_options(value),
@@ -127,6 +156,17 @@ def mamba2_config_of(source: Mapping[str, Any]) -> ModelConfig:
             [f"num_heads is {value['num_heads']}; accepted: expand * hidden_size / head_dim = {mixer.num_heads}"],
         )
     return _model("mamba2", source, value, mixer)
+
+
+def _read(
+    name: str, source: Mapping[str, Any], fields: Mapping[str, Field], of_fla: Mapping[str, Field]
+) -> dict[str, Any]:
+    """The values of the fields, under transformers' names."""
+    if "norm_eps" not in source:
+        return read(name, source, fields)
+    value = read(name, source, {_FLA_NAMES.get(key, key): field for key, field in {**fields, **of_fla}.items()})
+    ours = {theirs: key for key, theirs in _FLA_NAMES.items()}
+    return {ours.get(key, key): given for key, given in value.items()}
 
 
 def _inner_dim(name: str, value: Mapping[str, Any]) -> int:

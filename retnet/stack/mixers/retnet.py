@@ -146,9 +146,6 @@ class Retnet(MixerSettings):
         if self.conv_width is not None and self.qkv_activation != "none":
             what = f"qkv_activation {self.qkv_activation} with a convolution, which conv_activation follows"
             yield Fault((OURS + "qkv_activation",), what, f"remove it, or {OURS}conv_width")
-        if self.decay == "gated" and self.decay_scale != 1:
-            what = "decay_scale multiplies a decay that is fixed per head, not decay: gated"
-            yield Fault((OURS + "decay_scale",), what, "remove it, or write another decay")
         if self.gated_start != "none" and self.decay != "gated":
             what = f"gated_start is the start of a decay that depends on the token, not of decay {show(self.decay)}"
             yield Fault((OURS + "gated_start",), what, f"remove it, or write {OURS}decay: gated")

@@ -271,7 +271,7 @@ def test_fla_intermediate_size_follows_from_the_ratio():
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; accepted: 'swish'"),
         ({"use_short_conv": True, "conv_size": 9}, "conv_size is 9 with use_short_conv; accepted: 2 to 8"),
         ({"attn_mode": "triton"}, "attn_mode is 'triton'; accepted: chunk"),
-        ({"model_type": "gla"}, "model_type is 'gla'; accepted: 'retnet'"),
+        ({"model_type": "gla"}, "model_type is 'gla'; accepted: retnet, transformer"),
         ({"attn": {"num_heads": 4}}, "attn: layers is missing; accepted: a list of layer numbers"),
         ({"attn": ATTENTION | {"sink": 1}}, "attn.sink is 1; accepted: layers"),
         ({"num_kv_heads": 3}, "num_kv_heads is 3; accepted: a divisor"),

@@ -86,7 +86,7 @@ def test_an_eps_that_is_none_is_refused(name, eps, weights, tmp_path):
     ("name", "change", "message"),
     [
         ("fla", {"num_heads": "2"}, "num_heads is '2'; accepted: an integer from 1"),
-        ("fla", {"attn": 5}, "attn is 5; accepted: an object, or null"),
+        ("fla", {"attn": 5}, "attn is 5; accepted: an object, a list of objects, or null"),
         ("fla", {"attn": {"layers": "x", "num_heads": 4}}, "attn: layers is 'x'; accepted: a list of layer numbers"),
         ("fla", {"attn": {"layers": [3], "num_heads": 4}}, "attn.layers has 3; accepted: 0 to 2"),
         ("fla", {"attn": {"layers": [1], "num_heads": 5}}, "attn.num_heads is 5; accepted: a divisor of hidden_size"),
