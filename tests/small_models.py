@@ -25,6 +25,7 @@ from retnet.layers.mixers import MIXERS, Mixer
 from retnet.layers.moe import MoEConfig
 from retnet.layers.multi_token import MultiTokenConfig
 from retnet.layers.retention import RetentionConfig
+from retnet.layers.streams import StreamsConfig, streams_block
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 
@@ -61,6 +62,8 @@ BESIDE = BlockConfig(
     GLU,
     norm="rms",
 )
+STREAMS = streams_block(StreamsConfig(((WINDOW, MAMBA2), (PAPER,)), "concat"))
+GATED_STREAMS = streams_block(StreamsConfig(((CONV,), (NOPE, MAMBA1)), "gate"))
 GATED_BESIDE = BlockConfig(BranchedConfig((GATED.mixer, NOPE.mixer, MAMBA1.mixer), "gate", top_k=2), GLU)
 MTP = MultiTokenConfig(WINDOW, num_modules=2, loss_weight=0.3)
 EXPERTS = MoEConfig(num_experts=4, top_k=2, hidden_dim=16)
@@ -90,7 +93,7 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
     ),
     "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=GROUPED)),
     # Every mixer that the engine serves.
-    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE, LIGHTNING, BESIDE, LATENT),
+    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE, LIGHTNING, BESIDE, LATENT, STREAMS),
     # Every mixer, every place of norms and residuals, experts with their losses.
     "every mixer": (
         MAMBA2,
@@ -103,6 +106,7 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
         replace(NOPE, mixer=replace(NOPE.mixer, rotary="half", rotary_dim=6, qk_norm="l2", window=5)),
         replace(BESIDE, mixer=replace(BESIDE.mixer, merge="mean")),
         GATED_BESIDE,
+        GATED_STREAMS,
         LATENT,
         REBUILT,
     ),

@@ -150,7 +150,8 @@ def _print_windows(layers: list[int], windows: list[list[float | None]]) -> None
     """Print windows by layer; layers of equal windows share a line."""
     by_windows: dict[tuple[float | None, ...], list[int]] = {}
     for layer, heads in zip(layers, windows, strict=True):
-        by_windows.setdefault(tuple(heads), []).append(layer)
+        numbers = by_windows.setdefault(tuple(heads), [])
+        numbers += [layer] * (layer not in numbers)
     for heads, numbers in by_windows.items():
         name = f"layer{'s' if len(numbers) > 1 else ''} {spans(numbers)}"
         shown = ", ".join("no decay" if w is None else f"{w:,.0f}" for w in heads) or "gated, by token"

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from retnet.layers.feed_forward import FeedForward, FeedForwardConfig
 from retnet.layers.mixer_base import MixerConfig
-from retnet.layers.mixers import mixer_configs, mixer_of
 from retnet.layers.moe import MoE, MoEConfig
 from retnet.layers.norm import check_eps, make_norm
 from retnet.layers.recompute import kept_results, recomputed
+from retnet.layers.registry import mixer_configs, mixer_of
 from retnet.layers.state import LayerState
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.norms import Norm
@@ -43,7 +43,7 @@ class BlockConfig:
 
     mixer: MixerConfig = field(metadata={"kinds": mixer_configs})
     feed_forward: FeedForwardConfig | MoEConfig | None
-    norm: Norm = "layer"
+    norm: Norm | Literal["none"] = "layer"
     norm_eps: float = 1e-6
     norm_position: Literal["pre", "post", "shared"] = "pre"
     residual: Literal["sequential", "parallel"] = "sequential"
@@ -105,7 +105,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, state: LayerState | None, layout: TokenLayout) -> tuple[Tensor, LayerState | None]:
         """The second result is the mixer's: a state, or a draft with `layout.deferred`."""
         mixed, fed = self._mixed, self._fed
-        if layout.recompute != "none":
+        if layout.recompute != "none" and not self.mixer.RECOMPUTES_ITSELF:
             of_mixer, of_feed_forward = kept_results(layout.recompute)
             mixed = partial(recomputed, self._mixed, of_mixer)
             fed = partial(recomputed, self._fed, of_feed_forward)
@@ -138,6 +138,8 @@ class Block(nn.Module):
         return norm(x) if self.config.norm_position == "post" else x
 
     def _residual(self, x: Tensor, y: Tensor, skip: float, branch: float) -> Tensor:
-        """skip x + branch y, without a pass over memory where skip is 1."""
+        """skip x + branch y, without a pass over memory where skip is 1 or 0."""
         y = F.dropout(y, self.config.dropout, self.training)
+        if skip == 0.0:
+            return y if branch == 1.0 else branch * y
         return torch.add(x if skip == 1.0 else skip * x, y, alpha=branch)

@@ -43,6 +43,15 @@ class MixerConfig:
         """The mixers that hold weights and states: this one, or those inside it."""
         return (self,)
 
+    @property
+    def depth(self) -> int:
+        """The layers that a token passes one after another here."""
+        return 1
+
+    def idle_parameters(self, d_model: int) -> int:
+        """Weights that a token does not use."""
+        return 0
+
     def on_device(self, work: "Workload") -> str | None:
         """A sentence about how the layer runs there, if its configuration alone does not determine that."""
         return None
@@ -60,9 +69,11 @@ class MixerModule(Float32Parameters, TensorParallel):
     """Base of mixers: `forward(x [B, T, D], state, layout) -> (y [B, T, D], state)`.
 
     The returned state is None unless `layout.carry`; with `layout.deferred` it is the draft of these tokens.
-    WEIGHT_ROLES, weight_parts: as in `retnet.layers.weight_roles`.
+    WEIGHT_ROLES, weight_parts: as in `retnet.layers.weight_roles`. RECOMPUTES_ITSELF: the mixer consists of blocks,
+    which carry out `layout.recompute`.
     """
 
+    RECOMPUTES_ITSELF: ClassVar[bool] = False
     WEIGHT_ROLES: ClassVar[WeightRoles] = {}
     config: Any
 

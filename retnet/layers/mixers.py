@@ -26,6 +26,7 @@ from retnet.layers.retention import (
     RetentionState,
     retention_flops,
 )
+from retnet.layers.streams import Streams, StreamsConfig, StreamsDraft, StreamsState, streams_flops
 
 __all__ = ["MIXERS", "Mixer", "float32_parameters", "kind_of", "mixer_configs", "mixer_of", "register"]
 
@@ -45,3 +46,4 @@ register(Mixer("mamba1", Mamba1Config, Mamba1, Mamba1State, Mamba1Draft, mamba1_
 register(Mixer("mamba2", Mamba2Config, Mamba2, Mamba2State, RetentionDraft, mamba2_flops))
 register(Mixer("hyena", HyenaConfig, Hyena, HyenaState, None, hyena_flops))
 register(Mixer("branched", BranchedConfig, Branched, BranchedState, BranchedDraft, branched_flops))
+register(Mixer("streams", StreamsConfig, Streams, StreamsState, StreamsDraft, streams_flops))

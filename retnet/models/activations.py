@@ -24,6 +24,7 @@ from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.moe import MoEConfig
 from retnet.layers.multi_token import MultiTokenConfig, MultiTokenPrediction, Run
 from retnet.layers.recompute import Level, with_losses
+from retnet.layers.streams import StreamsConfig
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.config import ModelConfig
 
@@ -95,6 +96,8 @@ def _module_bytes(mtp: MultiTokenConfig, d_model: int, dtype: torch.dtype, level
 
 def _with_equal_shapes(layer: BlockConfig) -> BlockConfig:
     """The layer with one feed-forward in place of a mixture of experts, whose shapes depend on values."""
+    if isinstance(layer.mixer, StreamsConfig):
+        layer = replace(layer, mixer=layer.mixer.with_blocks(map(_with_equal_shapes, layer.mixer.blocks)))
     moe = layer.feed_forward
     if not isinstance(moe, MoEConfig):
         return layer

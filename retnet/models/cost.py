@@ -97,7 +97,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 def idle_parameters(config: ModelConfig) -> int:
     """Weights that a token does not use: those of the experts not chosen for it."""
     feed_forwards = (layer.feed_forward for layer in config.layers)
-    return sum(each.idle_parameters(config.d_model) for each in feed_forwards if each is not None)
+    inside = sum(layer.mixer.idle_parameters(config.d_model) for layer in config.layers)
+    return inside + sum(each.idle_parameters(config.d_model) for each in feed_forwards if each is not None)
 
 
 def _size(module: nn.Module) -> int:
@@ -137,16 +138,16 @@ def transformer_cache_bytes(config: ModelConfig, context: int) -> int:
 
 
 def retention_layers(config: ModelConfig) -> list[int]:
-    """The numbers of the layers of retention, which are those of `head_windows`."""
-    return [i for i, layer in enumerate(config.layers) if isinstance(layer.mixer, RetentionConfig)]
+    """The numbers of the layers of retention, which are those of `head_windows`; a layer of several comes as often."""
+    layers = enumerate(config.layers)
+    return [i for i, layer in layers for mixer in layer.mixer.leaves if isinstance(mixer, RetentionConfig)]
 
 
 def head_windows(config: ModelConfig) -> list[list[float]]:
     """For each retention layer, tokens until each head's decay passes 1%; inf without decay. Gated layers give []."""
     windows = []
     known: dict[RetentionConfig, list[float]] = {}
-    for layer in config.layers:
-        mixer = layer.mixer
+    for mixer in (mixer for layer in config.layers for mixer in layer.mixer.leaves):
         if isinstance(mixer, RetentionConfig):
             if mixer not in known:
                 known[mixer] = [] if mixer.log_decay is None else [window(x) for x in mixer.log_decay.tolist()]

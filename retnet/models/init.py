@@ -67,7 +67,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
 def _initialize_weight(weight: Tensor, role: WeightRole, config: ModelConfig, generator: torch.Generator) -> None:
     if weight.is_meta:
         return
-    L = len(config.layers)
+    L = sum(layer.mixer.depth for layer in config.layers)
     if role == "embedding":
         nn.init.normal_(weight, std=min(config.init_std, 0.5 * config.d_model**-0.5), generator=generator)
     elif config.init == "normal":

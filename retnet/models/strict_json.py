@@ -16,6 +16,7 @@ from retnet.system.choices import is_choice
 from retnet.system.suggest import choices, did_you_mean
 
 T = TypeVar("T")
+MAX_DEPTH = 32  # of dataclasses in dataclasses
 
 
 def to_dict(value: Any) -> Any:
@@ -31,6 +32,8 @@ def from_dict(cls: type[T], data: Any, path: str = "config") -> T:
     """Build dataclass `cls` from `data`. Raises ValueError naming the path, what was given and what is accepted."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{path}: expected a mapping of {cls.__name__}, got {_name(data)}")
+    if path.count(".") > MAX_DEPTH:
+        raise ValueError(f"{path}: nested more than {MAX_DEPTH} levels deep")
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in known:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from retnet.layers.attention import AttentionConfig
+from retnet.layers.block import BlockConfig
 from retnet.layers.branched import BranchedConfig
+from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
 from retnet.layers.latent_attention import LatentAttentionConfig
 from retnet.layers.mamba1 import Mamba1Config
@@ -17,6 +19,7 @@ from retnet.layers.mixer_base import MixerConfig
 from retnet.layers.mixers import mixer_of
 from retnet.layers.retention import RetentionConfig
 from retnet.layers.state import LayerState
+from retnet.layers.streams import StreamsConfig
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.rotary import Llama3, Yarn
 
@@ -106,6 +109,23 @@ CASES: dict[str, MixerConfig] = {
     ),
     "three mixers and a gate": BranchedConfig(
         (Mamba1Config(14, time_step_rank=2, state_dim=3), RetentionConfig(2, 8, 12), HyenaConfig(filter_hidden=6)),
+        "gate",
+    ),
+    "streams of blocks, concatenated": StreamsConfig(
+        (
+            (
+                BlockConfig(RetentionConfig(2, 8, 12), FeedForwardConfig(10)),
+                BlockConfig(AttentionConfig(2, 1, 6), None),
+            ),
+            (BlockConfig(Mamba2Config(12, head_dim=3, state_dim=5), None, norm="rms", residual_scale=0.5),),
+        )
+    ),
+    "streams with a gate": StreamsConfig(
+        (
+            (BlockConfig(AttentionConfig(4, 2, head_dim=6, window=4), FeedForwardConfig(10), residual="parallel"),),
+            (BlockConfig(Mamba1Config(14, time_step_rank=2, state_dim=3), None, norm_position="post"),),
+            (BlockConfig(HyenaConfig(filter_hidden=6), None),),
+        ),
         "gate",
     ),
     "two of three mixers": BranchedConfig(

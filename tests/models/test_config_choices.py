@@ -17,7 +17,9 @@ from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.mixer_base import MixerConfig
 from retnet.layers.moe import MoEConfig
+from retnet.layers.multi_token import MultiTokenConfig
 from retnet.layers.retention import RetentionConfig
+from retnet.layers.streams import StreamsConfig
 from retnet.models.config import ModelConfig
 from retnet.ops.rotary import Llama3, Yarn
 from retnet.system.choices import check_choices
@@ -33,6 +35,8 @@ EXAMPLES = [
     Mamba2Config(12, head_dim=3),
     HyenaConfig(),
     BranchedConfig((RETENTION, AttentionConfig(4, 2, head_dim=6))),
+    StreamsConfig(((BLOCK,), (BLOCK, BLOCK))),
+    MultiTokenConfig(BLOCK),
     FeedForwardConfig(8),
     MoEConfig(4, 2, 8),
     BLOCK,

@@ -13,6 +13,7 @@ from retnet.layers.latent_attention import LatentAttentionConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.retention import RetentionConfig
+from retnet.layers.streams import StreamsConfig
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
@@ -29,6 +30,9 @@ MIXER_CASES = {
     "mamba2": Mamba2Config(12, head_dim=3, state_dim=4, num_groups=2),
     "hyena": HyenaConfig(order=3, filter_hidden=6),
     "branched": BranchedConfig((AttentionConfig(4, 2, head_dim=6), Mamba2Config(12, head_dim=3, state_dim=4)), "gate"),
+    "streams": StreamsConfig(
+        ((BlockConfig(AttentionConfig(4, 2, head_dim=6), None),), (BlockConfig(RetentionConfig(2, 8, 12), None),) * 2)
+    ),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 

@@ -1,0 +1,181 @@
+"""Parallel streams of blocks: each reads the same input, and one layer's output is what they are merged to.
+
+    h_i = blocks_i(x)        concat  y = [h_1, ..., h_n] W        add  y = sum_i h_i
+                             gate    y = sum_i g_i h_i            g = softmax(x W_g)
+
+The blocks have residuals of their own, so a block whose mixer this is adds nothing to the merge: its `skip_scale` is 0
+and its `norm` "none" (`streams_block`). To the rest of the package the streams are one mixer, made of the mixers of all
+their blocks, with the feed-forwards among them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from retnet.layers.block import Block, BlockConfig
+from retnet.layers.composed import ComposedConfig, ComposedDraft, ComposedModule, ComposedState, composed_flops
+from retnet.layers.linear import WideLinear
+from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
+from retnet.layers.moe import MoEConfig
+from retnet.layers.tensor_parallel import Splits, TensorParallel
+from retnet.layers.token_layout import TokenLayout
+from retnet.layers.weight_roles import WeightRoles
+from retnet.ops.tensor_shard import TensorShard
+
+MOST_BLOCKS = 4096
+
+
+@dataclass(frozen=True)
+class StreamsConfig(ComposedConfig):
+    """streams: the blocks of each, in the order of their states. merge: of the streams' outputs."""
+
+    streams: tuple[tuple[BlockConfig, ...], ...]
+    merge: Literal["concat", "add", "gate"] = "concat"
+    kind: Literal["streams"] = "streams"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "streams", tuple(map(tuple, self.streams)))
+        if len(self.streams) < 2 or not all(self.streams):
+            lengths = [len(stream) for stream in self.streams]
+            raise ValueError(f"streams have {lengths} blocks; accepted: at least two streams of at least one block")
+        if len(self.blocks) > MOST_BLOCKS:
+            raise ValueError(f"streams have {len(self.blocks)} blocks together; accepted: at most {MOST_BLOCKS}")
+        for block in self.blocks:
+            if isinstance(block.mixer, StreamsConfig):
+                raise ValueError("a stream has streams in it; accepted: blocks of other mixers")
+        super().__post_init__()
+        if any(isinstance(block.feed_forward, MoEConfig) for block in self.blocks):
+            reasons = {
+                "refused_on_shards": "it contains a mixture of experts, whose balance is that of whole rows",
+                "refused_when_split": "it contains a mixture of experts, which is not divided",
+            }
+            for name, reason in reasons.items():
+                object.__setattr__(self, name, getattr(self, name) or reason)
+
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        return tuple(block for stream in self.streams for block in stream)
+
+    @property
+    def inside(self) -> tuple[MixerConfig, ...]:
+        return tuple(block.mixer for block in self.blocks)
+
+    @property
+    def depth(self) -> int:
+        return max(map(len, self.streams))
+
+    def idle_parameters(self, d_model: int) -> int:
+        feed_forwards = (block.feed_forward for block in self.blocks)
+        return sum(each.idle_parameters(d_model) for each in feed_forwards if each is not None)
+
+    def with_blocks(self, blocks: Iterator[BlockConfig]) -> Self:
+        """These streams of other blocks, given in the order of `blocks`."""
+        return replace(self, streams=tuple(tuple(next(blocks) for _ in stream) for stream in self.streams))
+
+    def part(self, rank: int, size: int) -> Self:
+        def own(block: BlockConfig) -> BlockConfig:
+            feed_forward = block.feed_forward
+            if isinstance(feed_forward, MoEConfig):
+                raise ValueError(self.refused_when_split)
+            part = None if feed_forward is None else feed_forward.part(rank, size)
+            return replace(block, mixer=block.mixer.part(rank, size), feed_forward=part)
+
+        return self.with_blocks(map(own, self.blocks))
+
+    def for_export(self, one_token: bool) -> Self | None:
+        mixers = [block.mixer.for_export(one_token) for block in self.blocks]
+        if None in mixers:
+            return None
+        pairs = zip(self.blocks, cast(list[MixerConfig], mixers), strict=True)
+        return self.with_blocks(replace(block, mixer=mixer) for block, mixer in pairs)
+
+
+def streams_block(config: StreamsConfig) -> BlockConfig:
+    """The layer whose output is the merge of the streams."""
+    keeps_state = all(block.keeps_state for block in config.blocks)
+    return BlockConfig(config, None, norm="none", skip_scale=0.0, keeps_state=keeps_state)
+
+
+class StreamsState(ComposedState):
+    """The states of all blocks, stream after stream."""
+
+
+class StreamsDraft(ComposedDraft):
+    """The drafts of all blocks, stream after stream."""
+
+
+class Streams(ComposedModule):
+    """x [B, T, D] -> y [B, T, D], the states of all blocks."""
+
+    STATE, DRAFT = StreamsState, StreamsDraft
+    RECOMPUTES_ITSELF = True
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {"merge_proj": "other", "gate_proj": "other"}
+
+    def __init__(self, config: StreamsConfig, d_model: int):
+        super().__init__()
+        self.config = config
+        count = len(config.streams)
+        self.streams = nn.ModuleList(
+            nn.ModuleList(Block(block, d_model) for block in stream) for stream in config.streams
+        )
+        self.merge_proj = nn.Linear(count * d_model, d_model, bias=False) if config.merge == "concat" else None
+        self.gate_proj = WideLinear(d_model, count, bias=False) if config.merge == "gate" else None
+
+    def inside(self) -> dict[str, MixerModule]:
+        return {f"{path}.mixer": block.mixer for path, block in self._blocks().items()}
+
+    def _blocks(self) -> dict[str, Block]:
+        streams = enumerate(cast(Any, self.streams))
+        return {f"streams.{i}.{j}": block for i, stream in streams for j, block in enumerate(stream)}
+
+    def _feed_forwards(self) -> dict[str, TensorParallel]:
+        """Those that can be divided."""
+        found = {f"{path}.feed_forward": block.feed_forward for path, block in self._blocks().items()}
+        return {path: module for path, module in found.items() if isinstance(module, TensorParallel)}
+
+    def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
+        for block in self._blocks().values():
+            block.prepare(layout, dtype)
+
+    def splits(self) -> Splits:
+        fed = self._feed_forwards().items()
+        return {
+            **super().splits(),
+            **{f"{path}.{name}": split for path, m in fed for name, split in m.splits().items()},
+        }
+
+    def split_(self, shard: TensorShard) -> None:
+        super().split_(shard)
+        for module in self._feed_forwards().values():
+            module.split_(shard)
+
+    def forward(
+        self, x: Tensor, state: StreamsState | None, layout: TokenLayout
+    ) -> tuple[Tensor, ComposedState | ComposedDraft | None]:
+        outs, results = [], []
+        for stream in cast(Any, self.streams):
+            h = x
+            for block in stream:
+                h, result = block(h, None if state is None else state.states[len(results)], layout)
+                results.append(result)
+            outs.append(h)
+        return self._merged(x, outs), self.composed(results, layout)
+
+    def _merged(self, x: Tensor, outs: list[Tensor]) -> Tensor:
+        if self.merge_proj is not None:
+            return self.merge_proj(torch.cat(outs, -1))
+        if self.gate_proj is not None:
+            gates = self.gate_proj(x).softmax(-1).to(x.dtype)
+            outs = [gate[..., None] * out for gate, out in zip(gates.unbind(-1), outs, strict=True)]
+        return sum(outs[1:], outs[0])
+
+
+def streams_flops(config: StreamsConfig, work: Workload) -> MixerFlops:
+    """The operations of all mixers, and a multiply-add per stream and channel."""
+    flops, merge = composed_flops(config.inside, work), 2 * len(config.streams) * work.d_model
+    if config.merge == "concat":  # a product, which counts as the weight that it is
+        merge = 0
+    return MixerFlops(flops.forward + merge, flops.decode + merge)
