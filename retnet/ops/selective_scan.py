@@ -21,6 +21,7 @@ from torch import Tensor
 
 from retnet.ops.derivatives import has_tangent, needs_plain_form, plain_gradients
 from retnet.ops.device import current_device_of
+from retnet.ops.direct import is_direct
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import equal_blocks
 
@@ -58,7 +59,12 @@ def selective_scan(
     if needs_plain_form(*given):
         return _per_sequence(_plain_scan, *given, cu_seqlens)
     if x.is_cuda and wide_dtype(x.dtype) == torch.float32 and chunk_size is None and blocks is None:
-        y, final, _ = torch.ops.retnet.selective_scan(*given, cu_seqlens)
+        if not is_direct(*given, cu_seqlens):
+            y, final, _ = torch.ops.retnet.selective_scan(*given, cu_seqlens)
+        elif torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in given):
+            y, final = _Scan.apply(*given, cu_seqlens)
+        else:
+            y, final, _ = _scan(*given, cu_seqlens)
         return y, final
     defaults = _CUDA if x.is_cuda else _CPU
     plan = (chunk_size or defaults[0], blocks or defaults[1])
@@ -196,8 +202,7 @@ class _SelectiveScan(torch.autograd.Function):
         return dx, dstep, drate, dwrite, dread, carried, None, None
 
 
-@torch.library.custom_op("retnet::selective_scan", mutates_args=(), device_types="cuda")
-def _scan_cuda(
+def _scan(
     x: Tensor,
     step: Tensor,
     rate: Tensor,
@@ -207,15 +212,13 @@ def _scan_cuda(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, the last state, the state [segments, N, D] before each segment)."""
-    from retnet.kernels.scan.forward import scan_forward
-    from retnet.kernels.scan.inputs import Scan
+    from retnet.kernels.scan.recorded import scan
 
     with current_device_of(x):
-        return scan_forward(Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT))
+        return scan(x, step, rate, write, read, state, cu_seqlens, _SEGMENT)
 
 
-@torch.library.custom_op("retnet::selective_scan_backward", mutates_args=(), device_types="cuda")
-def _scan_backward_cuda(
+def _scan_backward(
     dy: Tensor,
     dfinal: Tensor | None,
     x: Tensor,
@@ -227,13 +230,17 @@ def _scan_backward_cuda(
     cu_seqlens: Tensor | None,
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from retnet.kernels.scan.backward import scan_backward
-    from retnet.kernels.scan.inputs import Scan
+    from retnet.kernels.scan.recorded import scan_gradients
 
     with current_device_of(x):
-        scan = Scan.of(x, step, rate, write, read, state, cu_seqlens, _SEGMENT)
-        dx, dstep, drate, dwrite, dread, dstate = scan_backward(scan, starts, dy, dfinal)
+        inputs = x, step, rate, write, read, state, cu_seqlens
+        dx, dstep, drate, dwrite, dread, dstate = scan_gradients(dy, dfinal, starts, *inputs, _SEGMENT)
     return dx, dstep, drate.to(rate.dtype), dwrite, dread, dstate
+
+
+_operator = partial(torch.library.custom_op, mutates_args=(), device_types="cuda")
+_scan_cuda = _operator("retnet::selective_scan", _scan)
+_scan_backward_cuda = _operator("retnet::selective_scan_backward", _scan_backward)
 
 
 @_scan_cuda.register_fake
@@ -267,8 +274,23 @@ def _gradients(ctx, dy, dfinal, _):
         plain = partial(_per_sequence, _plain_scan, cu_seqlens=cu_seqlens)
         return *plain_gradients(plain, inputs, ctx.needs_input_grad[:6], (dy, dfinal)), None
     dy = torch.zeros_like(x) if dy is None else dy
-    *grads, dstate = torch.ops.retnet.selective_scan_backward(dy, dfinal, *ctx.saved_tensors)
+    run = _scan_backward if is_direct(dy, dfinal, *ctx.saved_tensors) else torch.ops.retnet.selective_scan_backward
+    *grads, dstate = run(dy, dfinal, *ctx.saved_tensors)
     return *grads, None if state is None else dstate.to(state.dtype), None
 
 
 _scan_cuda.register_autograd(_gradients, setup_context=_save)
+
+
+class _Scan(torch.autograd.Function):
+    """The operator for calls that go round the dispatcher (`is_direct`)."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        y, final, starts = _scan(*inputs)
+        _save(ctx, inputs, (y, final, starts))
+        return y, final
+
+    @staticmethod
+    def backward(ctx, dy, dfinal):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _gradients(ctx, dy, dfinal, None)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from retnet.ops.derivatives import has_tangent, needs_plain_form, plain_gradients, transforms_active
 from retnet.ops.device import current_device_of
+from retnet.ops.direct import is_direct
 from retnet.ops.plan import is_exporting
 
 Activation = Literal["none", "silu"]
@@ -46,7 +47,12 @@ def short_convolution(
     Returns y [B, T, C] in x's dtype, and the inputs [N, W - 1, C] that a next call needs.
     """
     if _has_kernel(x, weight) and not needs_plain_form(x, weight, bias, recent):
-        return torch.ops.retnet.short_convolution(x, weight, bias, recent, cu_seqlens, activation)
+        arguments = x, weight, bias, recent, cu_seqlens, activation
+        if not is_direct(x, weight, bias, recent, cu_seqlens):
+            return torch.ops.retnet.short_convolution(*arguments)
+        if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, weight, bias, recent)):
+            return _Convolution.apply(*arguments)
+        return _convolve(*arguments)
     return _plain_convolution(x, weight, bias, recent, cu_seqlens, activation)
 
 
@@ -145,18 +151,16 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     return x.is_cuda and supported and not is_exporting()
 
 
-@torch.library.custom_op("retnet::short_convolution", mutates_args=(), device_types="cuda")
-def _convolution_cuda(
+def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, recent: Tensor | None, cu_seqlens: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    from retnet.kernels.convolution.short import Convolution, convolution_forward
+    from retnet.kernels.convolution.short import convolve
 
     with current_device_of(x):
-        return convolution_forward(Convolution(x, weight, bias, recent, cu_seqlens, activation))
+        return convolve(x, weight, bias, recent, cu_seqlens, activation)
 
 
-@torch.library.custom_op("retnet::short_convolution_backward", mutates_args=(), device_types="cuda")
-def _convolution_backward_cuda(
+def _convolve_backward(
     dy: Tensor,
     dfinal: Tensor | None,
     x: Tensor,
@@ -166,10 +170,15 @@ def _convolution_backward_cuda(
     cu_seqlens: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from retnet.kernels.convolution.short import Convolution, convolution_backward
+    from retnet.kernels.convolution.short import convolve_backward
 
     with current_device_of(x):
-        return convolution_backward(Convolution(x, weight, bias, recent, cu_seqlens, activation), dy, dfinal)
+        return convolve_backward(dy, dfinal, x, weight, bias, recent, cu_seqlens, activation)
+
+
+_operator = partial(torch.library.custom_op, mutates_args=(), device_types="cuda")
+_convolution_cuda = _operator("retnet::short_convolution", _convolve)
+_convolution_backward_cuda = _operator("retnet::short_convolution_backward", _convolve_backward)
 
 
 @_convolution_cuda.register_fake
@@ -202,11 +211,24 @@ def _gradients(ctx, dy, dfinal):
         plain = partial(_plain_convolution, cu_seqlens=cu_seqlens, activation=ctx.activation)
         return *plain_gradients(plain, inputs, ctx.needs_input_grad[:4], (dy, dfinal)), None, None
     dy = x.new_zeros(x.shape) if dy is None else dy
-    dx, dweight, dbias, drecent = torch.ops.retnet.short_convolution_backward(
-        dy, dfinal, *inputs, cu_seqlens, ctx.activation
-    )
+    direct = is_direct(dy, dfinal, *ctx.saved_tensors)
+    run = _convolve_backward if direct else torch.ops.retnet.short_convolution_backward
+    dx, dweight, dbias, drecent = run(dy, dfinal, *inputs, cu_seqlens, ctx.activation)
     drecent = None if recent is None else drecent.to(recent.dtype)
     return dx, dweight, None if bias is None else dbias, drecent, None, None
 
 
 _convolution_cuda.register_autograd(_gradients, setup_context=_save)
+
+
+class _Convolution(torch.autograd.Function):
+    """The operator for calls that go round the dispatcher (`is_direct`)."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _save(ctx, inputs, None)
+        return _convolve(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy, dfinal):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _gradients(ctx, dy, dfinal)

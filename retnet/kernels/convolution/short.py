@@ -28,6 +28,8 @@ from torch import Tensor
 from retnet.kernels.convolution.activation import activated, activation_gradient, per_unit
 from retnet.kernels.convolution.geometry import Geometry, geometry
 from retnet.kernels.convolution.sums import add_up
+from retnet.kernels.layout import layout
+from retnet.kernels.recording import Recordings, launch
 from retnet.kernels.segments import Segments, segment_bounds, sequence_bounds, sequence_of
 
 
@@ -67,13 +69,14 @@ class Convolution:
     def segments(self, tile: Geometry) -> Segments:
         return Segments.of(*self.x.shape[:2], tile.segment, self.cu_seqlens)
 
-    def launch(self, kernel, tile: Geometry, segments: Segments, *tensors: Tensor | None, rows: list[Tensor]) -> None:
+    def run(self, kernel, tile: Geometry, segments: Segments, *tensors: Tensor | None, rows: list[Tensor]) -> None:
         """Run a kernel over all segments and, after them, all sequences. rows: what is read in place by its strides."""
         programs = (segments.num_slots + segments.num_sequences) * triton.cdiv(self.num_channels, tile.channels)
         strides = [stride for x in rows for stride in x.stride()[:2]]
         unit = gcd(8, *strides)  # tells the compiler how rows are aligned
         if programs:
-            kernel[(programs,)](
+            launch(
+                kernel, (programs,),
                 self.x, self.weight, self.bias, self.recent, *tensors, segments.table, segments.cu_seqlens,
                 segments.first_slot, segments.tokens_per_sequence, segments.num_slots, segments.num_sequences,
                 *(stride // unit for stride in strides), UNIT=unit, C=self.num_channels, W=self.width,
@@ -87,7 +90,7 @@ def convolution_forward(call: Convolution, tile: Geometry | None = None) -> tupl
     x, tile = call.x, tile or call.tile(backward=False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(call.num_sequences, call.width - 1, call.num_channels, dtype=x.dtype, device=x.device)
-    call.launch(_forward_kernel, tile, call.segments(tile), y, final, rows=[x])
+    call.run(_forward_kernel, tile, call.segments(tile), y, final, rows=[x])
     return y, final
 
 
@@ -101,12 +104,44 @@ def convolution_backward(
     segments = call.segments(tile)
     sums = torch.empty(segments.num_slots, W + 1, call.num_channels, dtype=torch.float32, device=x.device)
     dfinal, dy = None if dfinal is None else dfinal.contiguous(), _with_contiguous_channels(dy)
-    call.launch(_backward_kernel, tile, segments, dy, dfinal, dx, drecent, sums, rows=[x, dy])
+    call.run(_backward_kernel, tile, segments, dy, dfinal, dx, drecent, sums, rows=[x, dy])
     dweight = torch.empty_like(call.weight)
     dbias = torch.empty(
         call.num_channels, dtype=torch.float32 if call.bias is None else call.bias.dtype, device=x.device
     )
     add_up(sums, dweight, dbias)
+    return dx, dweight, dbias, drecent
+
+
+_forward_passes, _backward_passes = Recordings(), Recordings()
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, recent: Tensor | None, cu_seqlens: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """`convolution_forward`, recorded and replayed."""
+    inputs = x, weight, bias, recent, cu_seqlens
+    key = (*map(layout, inputs), activation)
+    y, final = _forward_passes.run(key, inputs, lambda: convolution_forward(Convolution(*inputs, activation)))
+    return y, final
+
+
+def convolve_backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recent: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`convolution_backward`, recorded and replayed."""
+    inputs = x, weight, bias, recent, cu_seqlens
+    key = (*map(layout, (*inputs, dy, dfinal)), activation)
+    dx, dweight, dbias, drecent = _backward_passes.run(
+        key, (*inputs, dy, dfinal), lambda: convolution_backward(Convolution(*inputs, activation), dy, dfinal)
+    )
     return dx, dweight, dbias, drecent
 
 

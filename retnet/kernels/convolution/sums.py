@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.recording import launch
+
 COLUMNS = 32  # channels per program
 SLOTS = 64  # segments that it adds at once
 
@@ -13,9 +15,8 @@ def add_up(sums: Tensor, dweight: Tensor, dbias: Tensor) -> None:
     num_slots, rows, C = sums.shape
     grid = rows * triton.cdiv(C, COLUMNS)
     if grid:
-        _sums_kernel[(grid,)](
-            sums, dweight, dbias, num_slots, C=C, W=rows - 1, COLUMNS=COLUMNS, SLOTS=SLOTS, num_warps=4
-        )
+        constants = {"C": C, "W": rows - 1, "COLUMNS": COLUMNS, "SLOTS": SLOTS}
+        launch(_sums_kernel, (grid,), sums, dweight, dbias, num_slots, **constants, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["num_slots"])

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from retnet.kernels.device import device_family, is_hopper
+from retnet.kernels.layout import layout
 from retnet.kernels.recording import Recordings
 from retnet.kernels.retention import tiles
 from retnet.kernels.retention.portable.border_states import stored_dtype
 from retnet.kernels.retention.portable.passes import portable_backward, portable_forward, portable_tiles
-from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem, layout
+from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
 from retnet.kernels.retention.tiles import SEGMENT_LENGTHS, nearest_segment, shared_tile, step_tile
 
 forward_passes, backward_passes = Recordings(), Recordings()

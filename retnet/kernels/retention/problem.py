@@ -4,10 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-
-def layout(x: Tensor | None) -> tuple | None:
-    """What kernels depend on of a tensor: shape, strides, dtype, device, and the alignment of its address."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+from retnet.kernels.layout import layout
 
 
 # Not frozen: a frozen dataclass takes three times as long to make, and one is made per call. Nobody assigns to it.

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.recording import launch
 from retnet.kernels.scan.chain import chain_segments
 from retnet.kernels.scan.inputs import Scan, load_rates, load_row, next_state, tile
 from retnet.kernels.segments import segment_bounds
@@ -39,14 +40,16 @@ def scan_backward(
     by_block = torch.empty(2, narrow.blocks, B * T, scan.N, dtype=torch.float32, device=device)
     drate = scan.per_slot(scan.N, D)
     if segments.num_slots:
-        _segment_adjoints[(segments.num_slots * scan.blocks,)](
+        launch(
+            _segment_adjoints, (segments.num_slots * scan.blocks,),
             dy, scan.step, scan.rate, scan.read, after, sums, segments.table, segments.tokens_per_sequence,
             scan.step.stride(1), scan.read.stride(1), **scan.shapes, num_warps=1,
         )  # fmt: skip
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     chain_segments(scan, after, sums, dfinal, dstate, reverse=True)
     if segments.num_slots:
-        _gradients[(segments.num_slots * narrow.blocks,)](
+        launch(
+            _gradients, (segments.num_slots * narrow.blocks,),
             scan.x, scan.step, scan.rate, scan.write, scan.read, dy, starts, after, dx, dstep, by_block[0],
             by_block[1], drate, segments.table, segments.tokens_per_sequence, B * T,
             scan.x.stride(1), scan.step.stride(1), scan.write.stride(1), scan.read.stride(1),

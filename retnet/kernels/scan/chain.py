@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retnet.kernels.chain import chain_states
+from retnet.kernels.recording import launch
 from retnet.kernels.scan.inputs import Scan, load_rates, tile
 from retnet.kernels.segments import sequence_bounds
 
@@ -22,7 +23,8 @@ def chain_segments(
     segments = scan.segments
     if segments.num_sequences == 0:
         return
-    _chain_kernel[(segments.num_sequences * scan.blocks,)](
+    launch(
+        _chain_kernel, (segments.num_sequences * scan.blocks,),
         local, sums, scan.rate, first, last, segments.cu_seqlens, segments.first_slot, segments.tokens_per_sequence,
         **scan.shapes, REVERSE=reverse, num_warps=1,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.recording import launch
 from retnet.kernels.scan.chain import chain_segments
 from retnet.kernels.scan.inputs import Scan, load_rates, load_row, next_state, tile
 from retnet.kernels.segments import segment_bounds
@@ -26,13 +27,15 @@ def scan_forward(scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty(scan.x.shape, dtype=scan.x.dtype, device=scan.x.device)
     final = torch.empty(segments.num_sequences, scan.D, scan.N, dtype=torch.float32, device=scan.x.device)
     if segments.num_slots:
-        _segment_states[(segments.num_slots * scan.blocks,)](
+        launch(
+            _segment_states, (segments.num_slots * scan.blocks,),
             scan.x, scan.step, scan.rate, scan.write, starts, sums, segments.table, segments.tokens_per_sequence,
             scan.x.stride(1), scan.step.stride(1), scan.write.stride(1), **scan.shapes, num_warps=1,
         )  # fmt: skip
     chain_segments(scan, starts, sums, scan.state, final, reverse=False)
     if segments.num_slots:
-        _outputs[(segments.num_slots * scan.blocks,)](
+        launch(
+            _outputs, (segments.num_slots * scan.blocks,),
             scan.x, scan.step, scan.rate, scan.write, scan.read, starts, y,
             segments.table, segments.tokens_per_sequence,
             scan.x.stride(1), scan.step.stride(1), scan.write.stride(1), scan.read.stride(1),

@@ -11,8 +11,15 @@ from retnet.ops import short_convolution as ops
 
 pytest.importorskip("triton")
 
+from retnet.kernels.convolution import short
 from retnet.kernels.convolution.geometry import Geometry
-from retnet.kernels.convolution.short import Convolution, convolution_backward, convolution_forward
+from retnet.kernels.convolution.short import (
+    Convolution,
+    convolution_backward,
+    convolution_forward,
+    convolve,
+    convolve_backward,
+)
 
 NAMES = ("y", "final", "dx", "dweight", "dbias", "drecent")
 
@@ -146,16 +153,34 @@ def test_half_precision_is_rounded_once(dtype, weight_dtype, device):
     assert torch.equal(found[1].double(), final)
 
 
+def test_calls_of_one_kind_are_replayed_on_their_own_tensors(device):
+    short._forward_passes.forget()
+    short._backward_passes.forget()
+    cu_seqlens = torch.tensor([0, 2, 2, 6], device=device)
+    first = inputs(1, 6, 5, 4, 3, device)
+    wide = torch.randn(1, 6, 2 * 5 + 3, device=device)
+    second = [wide[..., 3 : 3 + 5], *(z / 2 for z in first[1:])]
+    dys = [torch.randn(1, 6, 5, device=device) for _ in range(2)]
+    for n in range(4):  # the first runs, the second is recorded
+        tensors, dy = (first, second)[n % 2], dys[n % 2]
+        found = convolve(*tensors, cu_seqlens, "silu")
+        gradients = convolve_backward(dy, None, *tensors, cu_seqlens, "silu")
+        for a, b in zip((*found, *gradients), by_kernels(tensors, cu_seqlens, dy, None), strict=True):
+            assert torch.equal(a, b)
+    assert any(short._forward_passes._found.values())
+    assert any(short._backward_passes._found.values())
+
+
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_the_operator_has_the_shapes_and_gradients_of_its_kernels(activation, device):
     """`torch.ops.retnet.short_convolution` and its autograd, on a CPU through kernels registered there."""
     if device == "cpu":
 
         def forward(*arguments):
-            return convolution_forward(Convolution(*arguments))
+            return convolve(*arguments)
 
         def backward(dy, dfinal, *arguments):
-            return convolution_backward(Convolution(*arguments), dy, dfinal)
+            return convolve_backward(dy, dfinal, *arguments)
 
         ops._convolution_cuda.register_kernel("cpu")(forward)
         ops._convolution_backward_cuda.register_kernel("cpu")(backward)

@@ -11,6 +11,8 @@ pytest.importorskip("triton")
 
 from retnet import retention
 from retnet.kernels.retention import dispatch
+from retnet.ops.selective_scan import selective_scan
+from retnet.ops.short_convolution import short_convolution
 
 pytestmark = pytest.mark.gpu
 
@@ -93,6 +95,29 @@ def test_alternating_tensors_of_one_kind_get_their_own_results(kind):
         del found
     assert any(dispatch.forward_passes._found.values())
     assert any(dispatch.backward_passes._found.values())
+
+
+def test_convolution_and_scan_replay_on_their_own_tensors():
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda").requires_grad_()
+
+    for _ in range(6):
+        x, weight, bias = normal(2, 70, 96), normal(96, 1, 4), normal(96)
+        y, final = short_convolution(x, weight, bias, activation="silu")
+        operator = torch.ops.retnet.short_convolution(x, weight, bias, None, None, "silu")
+        leaves = (x, weight, bias)
+        found = torch.autograd.grad(y.square().sum() + final.sum(), leaves)
+        wanted = torch.autograd.grad(operator[0].square().sum() + operator[1].sum(), leaves)
+        assert all(torch.equal(a, b) for a, b in zip((y, final, *found), (*operator, *wanted), strict=True))
+        step, rate = normal(2, 70, 96).exp(), -normal(96, 8).exp()
+        tensors = x, step, rate, normal(2, 70, 8), normal(2, 70, 8), normal(2, 96, 8)
+        y, final = selective_scan(*tensors[:5], state=tensors[5])
+        operator = torch.ops.retnet.selective_scan(*tensors, None)
+        found = torch.autograd.grad(y.square().sum() + final.sum(), tensors)
+        wanted = torch.autograd.grad(operator[0].square().sum() + operator[1].sum(), tensors)
+        assert all(torch.equal(a, b) for a, b in zip((y, final, *found), (*operator[:2], *wanted), strict=True))
 
 
 def test_calls_on_another_stream_and_in_a_captured_graph_replay_there():

@@ -83,20 +83,38 @@ def test_a_packed_sequence_is_bit_identical_to_the_same_sequence_alone(device):
     assert torch.equal(packed[7][:1], alone[7])
 
 
+def test_calls_of_one_kind_are_replayed_on_their_own_tensors(device):
+    from retnet.kernels.scan import recorded
+
+    recorded.forward_passes.forget()
+    recorded.backward_passes.forget()
+    cu_seqlens = torch.tensor([0, 7, 19], device=device)
+    first = inputs(1, 19, 5, 4, 2, device)
+    joint = torch.randn(1, 19, 11, device=device)
+    second = [first[0] / 2, first[1] / 3, first[2] / 4, joint[..., 3:7], joint[..., 7:], first[5] / 5]
+    dys = [torch.randn(1, 19, 5, device=device) for _ in range(2)]
+    for n in range(4):  # the first runs, the second is recorded
+        tensors, dy = (first, second)[n % 2], dys[n % 2]
+        y, final, starts = recorded.scan(*tensors, cu_seqlens, 16)
+        gradients = recorded.scan_gradients(dy, None, starts, *tensors, cu_seqlens, 16)
+        for a, b in zip((y, final, *gradients), both(tensors, cu_seqlens, dy, None), strict=True):
+            assert torch.equal(a, b)
+    assert any(recorded.forward_passes._found.values())
+    assert any(recorded.backward_passes._found.values())
+
+
 def test_the_operator_has_the_shapes_and_gradients_of_its_kernels(device):
     """`torch.ops.retnet.selective_scan` and its autograd, on a CPU through kernels registered there."""
-    from retnet.kernels.scan.backward import scan_backward
-    from retnet.kernels.scan.forward import scan_forward
-    from retnet.kernels.scan.inputs import Scan
+    from retnet.kernels.scan.recorded import scan, scan_gradients
     from retnet.ops import selective_scan as ops
 
     if device == "cpu":
 
         def forward(*arguments):
-            return scan_forward(Scan.of(*arguments, 32))
+            return scan(*arguments, 32)
 
         def backward(dy, dfinal, *rest):
-            return scan_backward(Scan.of(*rest[:-1], 32), rest[-1], dy, dfinal)
+            return scan_gradients(dy, dfinal, rest[-1], *rest[:-1], 32)
 
         ops._scan_cuda.register_kernel("cpu")(forward)
         ops._scan_backward_cuda.register_kernel("cpu")(backward)
