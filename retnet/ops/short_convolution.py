@@ -205,8 +205,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dy, dfinal):
-    *inputs, cu_seqlens = ctx.saved_tensors
-    x, _, bias, recent = inputs
+    x, weight, bias, recent, cu_seqlens = ctx.saved_tensors
+    inputs = x, weight, bias, recent
     if torch.is_grad_enabled() or has_tangent(dy, dfinal):
         plain = partial(_plain_convolution, cu_seqlens=cu_seqlens, activation=ctx.activation)
         return *plain_gradients(plain, inputs, ctx.needs_input_grad[:4], (dy, dfinal)), None, None
