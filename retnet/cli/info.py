@@ -45,7 +45,8 @@ def info(
     from retnet.stack.resolve import resolve_config
 
     config = resolve_config(model)
-    contexts = tuple(context or _CONTEXTS)
+    longest = min(layer.mixer.longest_context for layer in config.layers)
+    contexts = tuple(context or sorted({int(min(c, longest)) for c in _CONTEXTS}))
     summary = _summary(config, contexts)
     if png is not None:
         from retnet.eval.figures import save_model_figure

@@ -93,7 +93,7 @@ class Attention(SoftmaxAttention):
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> AttentionState:
         """The state of `batch` sequences before their first token, with room for `num_tokens` each."""
         config = self.config
-        room = num_tokens if config.window is None else min(num_tokens, config.window)
+        room = config.room(num_tokens)
         keys = torch.zeros(batch, room, config.num_kv_heads, config.head_dim, device=device, dtype=dtype)
         return AttentionState(no_tokens(batch, device), keys, torch.zeros_like(keys), filled=0)
 

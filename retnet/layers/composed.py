@@ -48,6 +48,10 @@ class ComposedConfig(MixerConfig):
     def kept_tokens(self) -> float:
         return max(mixer.kept_tokens for mixer in self.inside)
 
+    @property
+    def longest_context(self) -> float:
+        return min(mixer.longest_context for mixer in self.inside)
+
     def on_device(self, work: Workload) -> str | None:
         notes = dict.fromkeys(note for mixer in self.inside if (note := mixer.on_device(work)))
         return "; ".join(notes) or None

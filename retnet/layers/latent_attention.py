@@ -153,7 +153,7 @@ class LatentAttention(SoftmaxAttention):
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype, num_tokens: int = 0) -> LatentState:
         """The state of `batch` sequences before their first token, with room for `num_tokens` each."""
         config = self.config
-        room = num_tokens if config.window is None else min(num_tokens, config.window)
+        room = config.room(num_tokens)
         latents = torch.zeros(batch, room, config.entry_dim, device=device, dtype=dtype)
         return LatentState(no_tokens(batch, device), latents, filled=0)
 

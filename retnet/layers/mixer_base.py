@@ -4,6 +4,7 @@ One file per mixer holds its configuration, state, draft, module and cost; a lin
 it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -51,6 +52,11 @@ class MixerConfig:
     def idle_parameters(self, d_model: int) -> int:
         """Weights that a token does not use."""
         return 0
+
+    @property
+    def longest_context(self) -> float:
+        """Tokens of the longest sequence that the mixer is defined for."""
+        return math.inf
 
     def on_device(self, work: "Workload") -> str | None:
         """A sentence about how the layer runs there, if its configuration alone does not determine that."""

@@ -19,7 +19,7 @@ from retnet.layers.mixer_base import MixerConfig, MixerModule
 from retnet.layers.norm import HeadNorm, check_eps, head_norm_weight
 from retnet.layers.recompute import last_product
 from retnet.layers.rotary import check_rotary, prepare_rotation
-from retnet.layers.state import TokenCache
+from retnet.layers.state import TokenCache, context_error
 from retnet.layers.tensor_parallel import Part, Split, Splits, by_columns, by_rows, per_process
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.attention import (
@@ -49,7 +49,8 @@ class SoftmaxConfig(MixerConfig):
     place, scales frequencies. rotary_dim: first components of a head that rotate (None: all). qk_norm: norm over each
     head of q and k before the rotation; "rms" has learnt weights, "l2" has none. gate: "sigmoid" multiplies the heads'
     outputs by sigmoid(x W) (arXiv 2505.06708). alibi: a penalty linear in the distance. window: tokens that a query
-    sees, itself included (None: all). num_sinks: logits per head whose exponentials are added to the sum that divides
+    sees, itself included (None: all). max_context: tokens of the longest sequence that the layer is defined for; longer
+    ones raise ValueError. num_sinks: logits per head whose exponentials are added to the sum that divides
     the weights (`retnet.ops.attention`); learnable_sinks false: they stay 0. dropout: of attention weights, in
     training.
     """
@@ -70,6 +71,7 @@ class SoftmaxConfig(MixerConfig):
     gate: Literal["sigmoid", "none"] = "none"
     alibi: bool = False
     window: int | None = None
+    max_context: int | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     dropout: float = 0.0
@@ -78,7 +80,7 @@ class SoftmaxConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_yarn_length"):
+        for name in ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_yarn_length", "max_context"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; accepted: a positive integer")
@@ -99,6 +101,8 @@ class SoftmaxConfig(MixerConfig):
             raise ValueError(f"alibi is true with rotary {self.rotary!r}; accepted with alibi: 'none'")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; accepted: 0 <= dropout < 1")
+        if self.max_context is not None and self.window is not None:
+            raise ValueError(f"max_context is {self.max_context} with window {self.window}; accepted: one of them")
         if self.num_sinks < 0:
             raise ValueError(f"num_sinks is {self.num_sinks}; accepted: 0 or more logits per head")
 
@@ -119,6 +123,16 @@ class SoftmaxConfig(MixerConfig):
     @property
     def kept_tokens(self) -> float:
         return math.inf if self.window is None else self.window
+
+    @property
+    def longest_context(self) -> float:
+        return math.inf if self.max_context is None else self.max_context
+
+    def room(self, num_tokens: int) -> int:
+        """Tokens that a cache for sequences of `num_tokens` has room for. Raises ValueError above max_context."""
+        if num_tokens > self.longest_context:
+            raise ValueError(context_error(num_tokens, int(self.longest_context)))
+        return num_tokens if self.window is None else min(num_tokens, self.window)
 
     def groups(self, width: int) -> Part:
         """Keys or values, `width` places per head, as processes divide them: a single head is held by all."""
@@ -216,10 +230,11 @@ class SoftmaxAttention(MixerModule):
     ) -> tuple[Tensor, TokenCache | TokenDraft | None]:
         if layout.must_pack(state):
             return layout.on_real_tokens(self, x, state)
+        self._check_context(state, layout)
         config, x = self.config, self.entered(x)
         q, new = self.projected(x, layout)
         if state is not None and layout.one_per_row and not layout.deferred:
-            state = type(state).append(state, dict(new), layout, config.window)
+            state = type(state).append(state, dict(new), layout, config.window, config.max_context)
             cached = {name: getattr(state, name) for name in state.PER_TOKEN}
             out = self.attend_to_entries(q, cached, layout.positions, state.slot_positions(layout), layout)
             if layout.mask is not None:
@@ -232,7 +247,7 @@ class SoftmaxAttention(MixerModule):
             else:
                 out = self._continued(q, new, state, layout)
             if layout.carry:
-                state = self.STATE.append(state, dict(new), layout, config.window)
+                state = self.STATE.append(state, dict(new), layout, config.window, config.max_context)
         out = out.flatten(-2)
         if self.gate_proj is not None:
             out = torch.sigmoid(self.gate_proj(x)) * out
@@ -240,6 +255,20 @@ class SoftmaxAttention(MixerModule):
         if layout.deferred:
             return out, self.DRAFT(**new)
         return out, state if layout.carry else None
+
+    def _check_context(self, state: TokenCache | None, layout: TokenLayout) -> None:
+        """Raise ValueError for sequences of more than max_context tokens.
+
+        Steps of one token need no look at the device: a cache does not grow past the limit. Drafts have their room.
+        """
+        limit = self.config.max_context
+        if limit is None or layout.deferred or (state is not None and layout.one_per_row):
+            return
+        longest = layout.longest + (0 if state is None else state.bound)
+        if longest > limit and state is not None:
+            longest = layout.longest + state.exact_bound()
+        if longest > limit:
+            raise ValueError(context_error(longest, limit))
 
     def _on_shard(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, shard: ContextShard) -> Tensor:
         """The first sequence attends to its keys on earlier shards too, in a form of `ops/context_attention.py`."""

@@ -7,7 +7,6 @@ the same code. The state of each mixer is in the mixer's file.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from typing import ClassVar, Self
 
 import torch
@@ -119,10 +118,12 @@ class TokenCache(LayerState):
         tokens: dict[str, Tensor],
         layout: TokenLayout,
         window: int | None = None,
+        limit: int | None = None,
         **others: Tensor,
     ) -> Self:
         """The cache with this call's tokens [B, T, ...] of each PER_TOKEN field; in place if the layout allows it.
 
+        limit: tokens that a sequence may have; more raise ValueError.
         others: new values of the other fields. A mask is supported for one token per row; longer masked calls come here
         packed (`TokenLayout.on_real_tokens`).
         """
@@ -130,10 +131,8 @@ class TokenCache(LayerState):
             zero = layout.lengths.new_zeros(len(layout.lengths))
             none = {name: x.new_zeros(len(zero), 0, *x.shape[2:]) for name, x in tokens.items()}
             state = cls(zero, **none, **others, filled=0)
-        bounds = layout.bounds
-        lengths = [layout.positions.shape[1]] if bounds is None else [b - a for a, b in pairwise(bounds)]
-        longest = max(lengths, default=0)
-        roomy = state.reserve(longest, window)
+        longest = layout.longest
+        roomy = state.reserve(longest, window, limit)
         end, capacity = state.position + layout.lengths, roomy._capacity
         index = layout.shared(
             ("slots", capacity),
@@ -157,9 +156,9 @@ class TokenCache(LayerState):
                 if getattr(state, name) is not x:
                     getattr(state, name).copy_(x)
             state.position.add_(layout.lengths)
-            state.filled = state._filled() + longest
+            state.filled = state.bound + longest
             return state
-        return replace(state, position=end, filled=roomy._filled() + longest, **changed)
+        return replace(state, position=end, filled=roomy.bound + longest, **changed)
 
     def slot_positions(self, layout: TokenLayout | None = None) -> Tensor:
         """The position of the token in each slot [N, capacity]; negative in empty slots.
@@ -171,15 +170,17 @@ class TokenCache(LayerState):
         newest = self.position[:, None] - 1
         return newest - (newest - torch.arange(self._capacity, device=newest.device)) % max(1, self._capacity)
 
-    def reserve(self, num_tokens: int, window: int | None = None) -> Self:
+    def reserve(self, num_tokens: int, window: int | None = None, limit: int | None = None) -> Self:
         """The cache with room for `num_tokens` more per sequence, so that adding them moves no memory (CUDA graphs)."""
         capacity = self._capacity
-        if capacity != window and self._filled() + num_tokens > capacity:
-            self.filled = None  # the bound counts pads: ask the device before growing
-        if capacity == window or self._filled() + num_tokens <= capacity:
+        if capacity == window or self.bound + num_tokens <= capacity:
             return self
-        grown = max(self._filled() + num_tokens, int(capacity * self.GROWTH))
-        grown = grown if window is None else min(grown, window)
+        needed = self.exact_bound() + num_tokens
+        if needed <= capacity:
+            return self
+        if limit is not None and needed > limit:
+            raise ValueError(context_error(needed, limit))
+        grown = min(x for x in (max(needed, int(capacity * self.GROWTH)), window, limit) if x is not None)
         roomy = {}
         for name in self.PER_TOKEN:
             x: Tensor = getattr(self, name)
@@ -214,7 +215,16 @@ class TokenCache(LayerState):
     def _capacity(self) -> int:
         return getattr(self, self.PER_TOKEN[0]).shape[1]
 
-    def _filled(self) -> int:
-        if self.filled is None:
-            self.filled = int(self.position.max()) if len(self.position) else 0
+    @property
+    def bound(self) -> int:
+        """An upper bound of the tokens of every sequence."""
+        return self.exact_bound() if self.filled is None else self.filled
+
+    def exact_bound(self) -> int:
+        """The tokens of the longest sequence, from the device; `filled` counts pads too."""
+        self.filled = int(self.position.max()) if len(self.position) else 0
         return self.filled
+
+
+def context_error(tokens: int, limit: int) -> str:
+    return f"a sequence has {tokens} tokens; accepted by this layer: at most {limit} (max_context)"

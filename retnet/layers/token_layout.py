@@ -6,6 +6,7 @@ each document, or from the position of its state, so that padding, masked tokens
 
 from collections.abc import Callable, Hashable
 from copy import copy
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -136,6 +137,13 @@ class TokenLayout:
     def bounds(self) -> list[int] | None:
         """cu_seqlens as Python integers, or None. Waits for a GPU, once per call."""
         return None if self.cu_seqlens is None else self.shared("bounds", self.cu_seqlens.tolist)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence in this call, pads included."""
+        if self.bounds is None:
+            return self.positions.shape[1]
+        return max((end - start for start, end in pairwise(self.bounds)), default=0)
 
     def on_real_tokens(
         self, layer: Callable[[Tensor, State, "TokenLayout"], tuple[Tensor, State]], x: Tensor, state: State

@@ -1,5 +1,6 @@
 """The language model: embedding, blocks, final norm, head. Plain torch; the Hugging Face classes are in `models/hf`."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -384,6 +385,11 @@ def check_layers_on_shards(config: ModelConfig) -> None:
             names = ", ".join(name for name, mixer in MIXERS.items() if not mixer.config.refused_on_shards)
             raise ValueError(
                 f"{place} is {layer.mixer.kind}: {layer.mixer.refused_on_shards}; accepted with context: {names}"
+            )
+        if layer.mixer.longest_context < math.inf:
+            raise ValueError(
+                f"{place} has max_context {layer.mixer.longest_context}, and no process holds a whole row; accepted "
+                "with context: max_context None"
             )
         if isinstance(layer.feed_forward, MoEConfig):
             raise ValueError(

@@ -157,6 +157,12 @@ def check_servable(config: ModelConfig, max_tokens: int | None) -> None:
         )
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; accepted: a positive integer or None")
+    longest = [layer.mixer.longest_context for layer in config.layers]
+    if max_tokens is not None and max_tokens > min(longest):
+        where = longest.index(min(longest))
+        raise ValueError(
+            f"max_tokens is {max_tokens}; accepted: at most {min(longest)}, the max_context of layer {where}"
+        )
 
 
 def _check_fits(needed: int, num_slots: int, max_tokens: int | None, device: torch.device) -> None:

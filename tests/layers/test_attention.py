@@ -117,6 +117,8 @@ def test_sinks_are_terms_of_the_sum_that_divides_the_weights(learnable):
         ({"rotary_dim": 8}, "rotary_dim is 8; accepted: an even number from 2 to 6, or None"),
         ({"rotary_dim": 3}, "rotary_dim is 3; accepted: an even number"),
         ({"rotary_dim": 4, "rotary": "none"}, "rotary_dim is 4; accepted: None without rotary"),
+        ({"max_context": 0}, "max_context is 0"),
+        ({"max_context": 8, "window": 4}, "max_context is 8 with window 4; accepted: one of them"),
         ({"num_sinks": -1}, "num_sinks is -1; accepted: 0 or more logits per head"),
     ],
 )
@@ -158,3 +160,46 @@ def test_cuda_equals_cpu_for_packs_pads_and_decoding(options):
         results.append([packed.cpu(), padded.cpu(), stepped.cpu()])
     for cpu, cuda in zip(*results):
         torch.testing.assert_close(cuda, cpu, rtol=1e-2, atol=1e-2)
+
+
+class TestMaxContext:
+    """Attention that is defined for 6 tokens."""
+
+    @pytest.fixture
+    def layer(self) -> Attention:
+        return Attention(AttentionConfig(2, 1, head_dim=4, max_context=6), 8)
+
+    def test_longer_rows_and_documents_are_refused_and_packs_of_short_ones_are_not(self, layer):
+        x = torch.randn(1, 12, 8)
+        with pytest.raises(ValueError, match=r"a sequence has 12 tokens; accepted by this layer: at most 6 \(max_cont"):
+            layer(x, None, TokenLayout.of((1, 12), x.device))
+        layer(x, None, TokenLayout.of((1, 12), x.device, cu_seqlens=torch.tensor([0, 6, 12])))
+        with pytest.raises(ValueError, match="a sequence has 7 tokens"):
+            layer(x, None, TokenLayout.of((1, 12), x.device, cu_seqlens=torch.tensor([0, 5, 12])))
+
+    def test_pads_do_not_count(self, layer):
+        x, mask = torch.randn(2, 9, 8), torch.arange(9) >= torch.tensor([[3], [5]])
+        layer(x, None, TokenLayout.of((2, 9), x.device, mask=mask))
+        mask[0, 2] = True
+        with pytest.raises(ValueError, match="a sequence has 7 tokens"):
+            layer(x, None, TokenLayout.of((2, 9), x.device, mask=mask))
+
+    @pytest.mark.parametrize("in_place", [False, True])
+    @pytest.mark.parametrize("room", [0, 4, 6])
+    def test_steps_pieces_and_scores_of_a_continuation_end_at_the_limit(self, layer, in_place, room):
+        x = torch.randn(2, 12, 8)
+        state = layer.init_state(2, x.device, x.dtype, room)
+        state = decode(layer, state, x[:, :3], in_place)
+        for t in range(3, 6):
+            state = decode(layer, state, x[:, t : t + 1], in_place)
+        assert state.keys.shape[1] == 6
+        for more in (1, 2):
+            with pytest.raises(ValueError, match=f"a sequence has {6 + more} tokens"):
+                decode(layer, state, x[:, 6 : 6 + more], in_place)
+        with pytest.raises(ValueError, match="a sequence has 8 tokens"), torch.no_grad():
+            layer(x[:, 6:8], state, TokenLayout.of((2, 2), x.device, start=state.position))
+        assert state.position.tolist() == [6, 6]
+
+    def test_a_longer_cache_is_refused(self, layer):
+        with pytest.raises(ValueError, match="a sequence has 7 tokens"):
+            layer.init_state(1, torch.device("cpu"), torch.float32, 7)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retnet.models.config import ModelConfig
-from retnet.models.convert import bailing, fla, hybrid, llama, mamba, minimax, syncdoth, torchscale
+from retnet.models.convert import bailing, fla, hybrid, llama, mamba, minicpm_sala, minimax, syncdoth, torchscale
 from retnet.models.convert.table import Format, in_our_names, in_their_names
 from retnet.models.directory import (
     CONFIG_FILE,
@@ -38,7 +38,7 @@ from retnet.system.suggest import choices
 OURS = "retnet"
 _ALL = (
     torchscale.FORMAT, fla.FORMAT, syncdoth.FORMAT, llama.FORMAT, mamba.MAMBA1, mamba.MAMBA2, minimax.FORMAT,
-    bailing.FORMAT, hybrid.FORMAT,
+    bailing.FORMAT, minicpm_sala.FORMAT, hybrid.FORMAT,
 )  # fmt: skip
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 # Types of transformers' configurations that would be taken for one of FORMATS, or asked for as such.

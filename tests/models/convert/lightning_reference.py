@@ -6,13 +6,34 @@ Weights are their tensors by name; every sum is written out, without state and w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Weights = Mapping[str, Tensor]
+
+
+def glu_shapes(place: str, width: int, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from ((f"{place}.{name}_proj.weight", (hidden, width)) for name in ("gate", "up"))
+    yield f"{place}.down_proj.weight", (width, hidden)
+
+
+def random_weights(
+    named: Iterator[tuple[str, tuple[int, ...]]], dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Random tensors at unit gain: norms around 1, biases of experts that change their order."""
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    for name, shape in named:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if len(shape) == 2:
+            x = x * (1.0 if "embed" in name else shape[1] ** -0.5)
+        else:
+            x = 0.2 * x + (0.0 if name.endswith("bias") else 1.0)
+        found[name] = x.to(dtype)
+    return found
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -107,3 +128,34 @@ def bailing(ids: Tensor, w: Weights, c: Mapping) -> Tensor:
         is_dense = i < c["first_k_dense_replace"] or c["num_experts"] == 1
         x = x + (glu(y, w, f"{place}.mlp") if is_dense else experts(y, w, f"{place}.mlp", c))
     return rms(x, w["model.norm.weight"], eps) @ w["lm_head.weight"].T
+
+
+def minicpm_sala(ids: Tensor, w: Weights, c: Mapping) -> Tensor:
+    """Logits [B, T, vocab] of `minicpm_sala` for T below dense_len."""
+    H, G, K, eps = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"], c["rms_norm_eps"]
+    N, S, d = c["lightning_nh"], c["lightning_nkv"], c["lightning_head_dim"]
+    scale = {"1/sqrt(d)": d**-0.5, "1/d": 1 / d, "1": 1.0}[c["lightning_scale"]]
+    branch = c["scale_depth"] / math.sqrt(c["num_hidden_layers"])
+    x = w["model.embed_tokens.weight"][ids] * c["scale_emb"]
+    for i, kind in enumerate(c["mixer_types"]):
+        place = f"model.layers.{i}.self_attn"
+        y = rms(x, w[f"model.layers.{i}.input_layernorm.weight"], eps)
+        q, k, v = (y @ w[f"{place}.{name}_proj.weight"].T for name in "qkv")
+        if kind == "minicpm4":
+            q, k, v = (z.unflatten(-1, (n, K)) for z, n in ((q, H), (k, G), (v, G)))
+            if c["attn_use_rope"]:
+                q, k = rotated(q, K, c["rope_theta"]), rotated(k, K, c["rope_theta"])
+            out, gate = softmax_attention(q, k, v).flatten(-2), "o_gate"
+        else:
+            q, k, v = (z.unflatten(-1, (n, d)) for z, n in ((q, N), (k, S), (v, S)))
+            q, k = rms(q, w[f"{place}.q_norm.weight"], eps), rms(k, w[f"{place}.k_norm.weight"], eps)
+            q, k = rotated(q, d, c["rope_theta"]), rotated(k, d, c["rope_theta"])
+            k, v = (z.repeat_interleave(N // S, 2) for z in (k, v))
+            out = rms(lightning(q, k, v, slopes(N), scale).flatten(-2), w[f"{place}.o_norm.weight"], eps)
+            gate = "z_proj"
+        out = out * torch.sigmoid(y @ w[f"{place}.{gate}.weight"].T)
+        x = x + branch * (out @ w[f"{place}.o_proj.weight"].T)
+        y = rms(x, w[f"model.layers.{i}.post_attention_layernorm.weight"], eps)
+        x = x + branch * glu(y, w, f"model.layers.{i}.mlp")
+    hidden = rms(x, w["model.norm.weight"], eps) / (c["hidden_size"] / c["dim_model_base"])
+    return hidden @ w["lm_head.weight"].T

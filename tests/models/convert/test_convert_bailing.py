@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from retnet.models.convert import convert, load
 from retnet.models.directory import load_model
 from tests.small_models import random_ids
 
 from . import lightning_reference as reference
+from .lightning_reference import glu_shapes, random_weights
 from .transformers_peers import VOCAB, error, our_stepwise
 
 RING = {
@@ -52,41 +52,22 @@ def shapes(c: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{mixer}.dense.weight", (D, H * K)
         yield f"{layer}.post_attention_layernorm.weight", (D,)
         if i < c["first_k_dense_replace"] or c["num_experts"] == 1:
-            yield from glu(fed, D, c["intermediate_size"])
+            yield from glu_shapes(fed, D, c["intermediate_size"])
             continue
         yield f"{fed}.gate.weight", (c["num_experts"], D)
         yield f"{fed}.gate.expert_bias", (c["num_experts"],)
         for e in range(c["num_experts"]):
-            yield from glu(f"{fed}.experts.{e}", D, c["moe_intermediate_size"])
+            yield from glu_shapes(f"{fed}.experts.{e}", D, c["moe_intermediate_size"])
         if c["num_shared_experts"]:
-            yield from glu(f"{fed}.shared_experts", D, c["num_shared_experts"] * c["moe_intermediate_size"])
+            yield from glu_shapes(f"{fed}.shared_experts", D, c["num_shared_experts"] * c["moe_intermediate_size"])
     yield "model.norm.weight", (D,)
     yield "lm_head.weight", (c["vocab_size"], D)
-
-
-def glu(place: str, width: int, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from ((f"{place}.{name}_proj.weight", (hidden, width)) for name in ("gate", "up"))
-    yield f"{place}.down_proj.weight", (width, hidden)
-
-
-def weights(named: Iterator[tuple[str, tuple[int, ...]]], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Random tensors at unit gain: norms around 1, biases of experts that change their order."""
-    generator = torch.Generator().manual_seed(3)
-    found = {}
-    for name, shape in named:
-        x = torch.randn(shape, generator=generator, dtype=torch.float64)
-        if len(shape) == 2:
-            x = x * (1.0 if "embed" in name else shape[1] ** -0.5)
-        else:
-            x = 0.2 * x + (0.0 if name.endswith("bias") else 1.0)
-        found[name] = x.to(dtype)
-    return found
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_the_reference_whole_and_cached(case):
     config, ids = CASES[case], random_ids(2, 11, high=VOCAB)
-    theirs = weights(shapes(config))
+    theirs = random_weights(shapes(config))
     expected = reference.bailing(ids, theirs, config)
     assert expected.std() > 0.3
     ours = load(theirs, config=config)
@@ -99,7 +80,7 @@ def test_logits_are_those_of_the_reference_whole_and_cached(case):
 
 
 def test_a_directory_in_half_precision_keeps_routers_and_norms_as_they_are(tmp_path):
-    theirs = weights(shapes(RING), torch.bfloat16)
+    theirs = random_weights(shapes(RING), torch.bfloat16)
     theirs = {name: x.float() if "mlp.gate." in name or "g_norm" in name else x for name, x in theirs.items()}
     (tmp_path / "theirs").mkdir()
     save_file(theirs, tmp_path / "theirs" / "model.safetensors")
@@ -137,4 +118,4 @@ def test_a_directory_in_half_precision_keeps_routers_and_norms_as_they_are(tmp_p
 )
 def test_features_that_our_models_lack_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
-        load(weights(shapes(RING), torch.float32), config={**RING, **change})
+        load(random_weights(shapes(RING), torch.float32), config={**RING, **change})
