@@ -94,6 +94,14 @@ class ComposedState(LayerState):
             tensors |= {f"{i}/{kind_of(state)}/{name}": x for name, x in inside.items() if name != "position"}
         return tensors
 
+    def replaced(self, tensors: Mapping[str, Tensor]) -> Self:
+        parts = []
+        for i, state in enumerate(self.states):
+            prefix = f"{i}/{kind_of(state)}/"
+            own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            parts.append(state.replaced(own))
+        return self.of(parts)
+
     @property
     def per_token(self) -> tuple[str, ...]:
         return tuple(f"{i}/{kind_of(state)}/{name}" for i, state in enumerate(self.states) for name in state.per_token)

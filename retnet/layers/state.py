@@ -49,6 +49,10 @@ class LayerState:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
+    def replaced(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The state with these tensors in the place of its own, by the names of `tensors`."""
+        return replace(self, **tensors)
+
     @property
     def per_token(self) -> tuple[str, ...]:
         """The names of the tensors with an entry per token."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -142,15 +142,16 @@ def _log_survival(packed: StateTunedForCausalLM, ids: Tensor) -> dict[int, list[
         start = packed.initial(model, 1)
         begun, leaves = list(start.layers), {}
         for i, names in enumerate(fields):
-            leaves[i] = {name: getattr(begun[i], name).detach().clone().requires_grad_() for name in names}
-            begun[i] = replace(begun[i], **leaves[i])
+            own = begun[i].tensors()
+            leaves[i] = {name: own[name].detach().clone().requires_grad_() for name in names}
+            begun[i] = begun[i].replaced(leaves[i])
         _, after = model.hidden(ids[None], ModelState(tuple(begun)), carry=True)
         assert after is not None
         tiny = torch.finfo(torch.float32).tiny
         found: dict[int, list[Tensor]] = {}
         for i, leaf in leaves.items():
             for name, before in leaf.items():
-                total = getattr(after.layers[i], name).double().sum()
+                total = after.layers[i].tensors()[name].double().sum()
                 (slope,) = torch.autograd.grad(total, before, retain_graph=True, materialize_grads=True)
                 found.setdefault(i, []).append(slope.double().clamp(tiny, 1).log().cpu())
     return found

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from retnet.models.fingerprint import fingerprint
-from retnet.models.initial_state import LearnedState, layers_left_out
+from retnet.models.initial_state import LearnedState
 from retnet.models.lm import LanguageModel
 from retnet.models.snapshot import Snapshot
 from retnet.models.states import ModelState
@@ -95,7 +95,7 @@ def describe_state(console: Console, packed: StateTunedForCausalLM) -> None:
     config, trained = packed.model.config, packed.initial.trained_layers
     count = sum(x.numel() for x in packed.initial.parameters())
     text = f"trained: {count:,} values of the initial state of {len(trained)} of {len(config.layers)} layers"
-    for kind, layers in layers_left_out(config, trained):
+    for kind, layers in packed.initial.left_out.items():
         numbers = ", ".join(map(str, layers))
         text += f"; {kind} has no such state (layer{'' if len(layers) == 1 else 's'} {numbers})"
     console.print(text, highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from retnet.models.fingerprint import fingerprint
-from retnet.models.initial_state import LearnedState, layers_left_out
+from retnet.models.initial_state import LearnedState
 from retnet.models.snapshot import Snapshot
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
@@ -90,9 +90,12 @@ def test_a_state_has_the_memories_and_the_inputs_of_convolutions_and_no_caches()
     model = small_model("hybrid")
     state = LearnedState(model)
     names = [("memory",), (), ("memory", "recent"), ("memory", "recent"), (), ("memory", "recent"), ()]
-    assert state.fields == names
+    assert state.fields[:7] == names
+    branches = [i for i, layer in enumerate(model.config.layers) if layer.mixer.kind == "branched"]
+    assert {name.rpartition("/")[2] for i in branches for name in state.fields[i]} == {"memory", "recent"}
     assert all(not x.any() for x in state.parameters())
-    assert dict(layers_left_out(model.config, state.trained_layers)) == {"attention": [1, 4, 6]}
+    assert state.left_out["attention"][:3] == [1, 4, 6]
+    assert set(branches) <= set(state.left_out["attention"]) & set(state.trained_layers)  # attention beside Mamba
     empty, start = model.init_state(2), state(model, 2)
     expected = empty.named_tensors()
     for name, x in start.named_tensors().items():
