@@ -11,7 +11,7 @@ from retnet.layers.branched import BranchedConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.models.config import ModelConfig
 from retnet.models.convert.bamba import BAMBA_FIELDS, mamba2_of
-from retnet.models.convert.fields import Field, flag, is_number, number, only, positive, read, refuse, size
+from retnet.models.convert.fields import Field, flag, ignored, is_number, number, only, positive, read, refuse, size
 from retnet.models.convert.hybrid_fields import heads_of, hybrid_model, inner_width
 from retnet.models.convert.rope import rope_options
 
@@ -32,7 +32,9 @@ _FIELDS = {
     "mamba_d_ssm": size(1024, null=None),
     "mamba_norm_before_gate": flag(True),
     "mamba_rms_norm": flag(False),
+    "mamba_use_mlp": only(True),
     "max_position_embeddings": size(8192),
+    "mlp_expansion_factor": ignored("a number", (int, float)),  # intermediate_size is given
     "mlp_multipliers": _factors(2),
     "partial_rotary_factor": only(1, None),
     "projectors_bias": flag(False),

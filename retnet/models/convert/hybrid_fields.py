@@ -7,7 +7,19 @@ from typing import Any
 
 from retnet.layers.block import BlockConfig
 from retnet.models.config import ModelConfig
-from retnet.models.convert.fields import depth, flag, only, rate, refuse, size, times, token_ids, unit_interval
+from retnet.models.convert.fields import (
+    depth,
+    flag,
+    ignored,
+    only,
+    positive,
+    rate,
+    refuse,
+    size,
+    times,
+    token_ids,
+    unit_interval,
+)
 
 SHARED_FIELDS = {
     "attention_dropout": rate(0.0),
@@ -25,8 +37,10 @@ SHARED_FIELDS = {
     "num_key_value_heads": size(8, null=None),
     "tie_word_embeddings": flag(False),
     "vocab_size": size(),
-    # without effect on outputs: how many logits a call computes, kernels
-    "calc_logits_for_entire_prompt": flag(False), "mamba_chunk_size": size(None), "num_logits_to_keep": size(None),
+    # without effect on outputs: initialisation, the longest text of training, how many logits a call computes, kernels
+    "calc_logits_for_entire_prompt": flag(False), "mamba_chunk_size": size(None), "n_ctx": size(None),
+    "num_logits_to_keep": size(None, least=0), "time_step_floor": positive(None), "time_step_max": positive(None),
+    "time_step_min": positive(None), "time_step_rank": ignored("an integer, or text", (int, str)),
     "use_associative_scan": flag(True), "use_mamba_kernels": flag(True), "use_mambapy": flag(False),
 }  # fmt: skip
 

@@ -9,6 +9,8 @@ from transformers.models.jamba import modeling_jamba
 from transformers.models.zamba2 import modeling_zamba2
 
 from retnet.models.convert import convert, load
+from retnet.models.convert.hybrid import config_of
+from retnet.models.cost import parameter_counts
 from retnet.models.decode.sampling import Sampling
 from retnet.models.directory import load_model
 from retnet.serve.engine import Engine
@@ -145,6 +147,43 @@ def test_what_our_models_lack_and_what_does_not_fit_is_refused_by_name(case, cha
     state = peer(CASES[case], torch.float32).state_dict()
     with pytest.raises(ValueError, match=message):
         load(state, config={**CASES[case], **change})
+
+
+# The shapes of published models, and their numbers of parameters.
+PUBLISHED = {
+    "Falcon-H1-0.5B": ({
+        "model_type": "falcon_h1", "attention_bias": False, "attention_dropout": 0.0, "attention_in_multiplier": 1.0,
+        "attention_out_multiplier": 0.9375, "attn_layer_indices": None, "bos_token_id": 1,
+        "embedding_multiplier": 5.656854249492381, "eos_token_id": 11, "head_dim": 64, "hidden_act": "silu",
+        "hidden_size": 1024, "initializer_range": 0.02, "intermediate_size": 2048, "key_multiplier": 0.390625,
+        "lm_head_multiplier": 0.0390625, "mamba_chunk_size": 128, "mamba_conv_bias": True, "mamba_d_conv": 4,
+        "mamba_d_head": 64, "mamba_d_ssm": 1536, "mamba_d_state": 128, "mamba_expand": 2, "mamba_n_groups": 1,
+        "mamba_n_heads": 24, "mamba_norm_before_gate": False, "mamba_proj_bias": False, "mamba_rms_norm": False,
+        "mamba_use_mlp": True, "max_position_embeddings": 16384, "mlp_bias": False, "mlp_expansion_factor": 8,
+        "mlp_multipliers": [0.8838834764831844, 0.5859375], "num_attention_heads": 8, "num_hidden_layers": 36,
+        "num_key_value_heads": 2, "num_logits_to_keep": 1, "pad_token_id": 0, "projectors_bias": False,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1e11, "ssm_in_multiplier": 1.25,
+        "ssm_multipliers": [0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738],
+        "ssm_out_multiplier": 0.23570226039551587, "tie_word_embeddings": False, "time_step_floor": 0.0001,
+        "time_step_max": 0.1, "time_step_min": 0.001, "time_step_rank": "auto", "vocab_size": 32784,
+    }, 521e6),
+    "Bamba-9B": ({
+        "model_type": "bamba", "attn_layer_indices": [9, 18, 27], "attn_rotary_emb": 64, "mamba_d_state": 128,
+        "num_logits_to_keep": 1, "rope_theta": 10000.0, "vocab_size": 128256,
+    }, 9.78e9),
+    "Jamba-v0.1": ({
+        "model_type": "jamba", "calc_logits_for_entire_prompt": False, "mamba_dt_rank": 256, "n_ctx": 262144,
+        "mamba_inner_layernorms": True, "sliding_window": None, "num_logits_to_keep": 1, "vocab_size": 65536,
+    }, 51.57e9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes_are_read_without_a_warning_and_have_their_parameters(name, recwarn):
+    source, parameters = PUBLISHED[name]
+    config = config_of(source)
+    assert not recwarn.list
+    assert parameter_counts(config)["total"] == pytest.approx(parameters, rel=2e-3)
 
 
 @pytest.mark.usefixtures("float64_inside")
