@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from retnet.layers.block import Block
+from retnet.layers.mixer_base import MixerModule
 from retnet.layers.retention import MultiScaleRetention
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.lm import LanguageModel
@@ -24,7 +25,8 @@ RIDGE = 1e-2  # of the output projections, relative to the mean square of their 
 Seen = dict[int, tuple[Tensor, Tensor]]
 
 
-def mixer_of_layer(model: LanguageModel, i: int) -> nn.Module:
+def mixer_of_layer(model: LanguageModel, i: int) -> MixerModule:
+    """The mixer of layer i."""
     return cast(Block, model.layers[i]).mixer
 
 

@@ -20,22 +20,64 @@ from retnet.layers.block import Block
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.hf.model import CausalOutput
 from retnet.models.lm import LanguageModel
-from retnet.train.distil.fit import layer_error, watched_mixers
+from retnet.train.distil.fit import layer_error, mixer_of_layer, watched_mixers
 from retnet.train.distil.soft_loss import SoftTargets, linear_divergence
 from retnet.train.packed_model import PackedForCausalLM, target_share
 
 
+def layers_loss(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    layers: Sequence[int],
+    ids: Tensor,
+    bounds: Tensor | None = None,
+) -> Tensor:
+    """The mean over layers of `layer_error`, for the hidden states of the teacher on ids [B, T].
+
+    bounds [N + 1]: of documents laid end to end in one row.
+    """
+    with torch.no_grad(), watched_mixers(teacher, layers) as seen:
+        teacher.hidden(ids, cu_seqlens=bounds)
+    layout = TokenLayout.of((ids.shape[0], ids.shape[1]), ids.device, cu_seqlens=bounds)
+    errors = []
+    for i in layers:
+        given, wanted = seen.pop(i)
+        mixer = mixer_of_layer(student, i)
+        mixer.prepare(layout, given.dtype)
+        again = student.recompute.level != "none" and student.training
+        made = student.checkpoint(mixer, given, None, layout) if again else mixer(given, None, layout)
+        errors.append(layer_error(made[0], wanted))
+    return torch.stack(errors).mean()
+
+
+def logits_loss(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    ids: Tensor,
+    targets: Tensor,
+    bounds: Tensor | None = None,
+    *,
+    cross_entropy: float = 0.0,
+) -> Tensor:
+    """KL(teacher || student) per target, and the cross-entropy of targets [B, T] with its weight, of ids [B, T]."""
+    with torch.no_grad():
+        taught, _ = teacher.hidden(ids, cu_seqlens=bounds)
+    hidden, _ = student.hidden(ids, cu_seqlens=bounds)
+    soft = SoftTargets(taught, teacher.head.weight, teacher.config.logit_soft_cap)
+    return linear_divergence(
+        hidden, student.head.weight, targets, student.config.logit_soft_cap, soft,
+        of_divergence=1 - cross_entropy, of_labels=cross_entropy,
+    )  # fmt: skip
+
+
 @dataclass
 class Frozen:
-    """The teacher, which is no part of the model that is trained and saved. It moves to the device of its first ids."""
+    """The teacher, which is no part of the model that is trained and saved."""
 
     model: LanguageModel
 
-    @torch.no_grad()
-    def hidden(self, ids: Tensor, bounds: Tensor) -> Tensor:
-        """Final hidden states [1, T, D] of packed documents."""
-        self.model.to(ids.device)
-        return self.model.hidden(ids, cu_seqlens=bounds)[0]
+    def on(self, device: torch.device) -> LanguageModel:
+        return self.model.to(device)
 
 
 class DistilledForCausalLM(PackedForCausalLM):
@@ -74,20 +116,7 @@ class AlignedForCausalLM(DistilledForCausalLM):
         return model
 
     def training_loss(self, ids: Tensor, targets: Tensor, bounds: Tensor) -> Tensor:
-        with watched_mixers(self.teacher.model, self.aligned) as seen:
-            self.teacher.hidden(ids, bounds)
-        layout = TokenLayout.of((1, ids.shape[1]), ids.device, cu_seqlens=bounds)
-        errors = []
-        for i in self.aligned:
-            given, wanted = seen.pop(i)
-            errors.append(layer_error(self._mixed(i, given, layout), wanted))
-        return torch.stack(errors).mean()
-
-    def _mixed(self, i: int, x: Tensor, layout: TokenLayout) -> Tensor:
-        mixer = cast(Block, self.model.layers[i]).mixer
-        if self.model.recompute.level == "none":
-            return mixer(x, None, layout)[0]
-        return self.model.checkpoint(mixer, x, None, layout)[0]
+        return layers_loss(self.model, self.teacher.on(ids.device), self.aligned, ids, bounds)
 
 
 class LogitsForCausalLM(DistilledForCausalLM):
@@ -102,10 +131,5 @@ class LogitsForCausalLM(DistilledForCausalLM):
         return model
 
     def training_loss(self, ids: Tensor, targets: Tensor, bounds: Tensor) -> Tensor:
-        taught = self.teacher.model
-        soft = SoftTargets(self.teacher.hidden(ids, bounds)[0], taught.head.weight, taught.config.logit_soft_cap)
-        hidden, _ = self.model.hidden(ids, cu_seqlens=bounds)
-        return linear_divergence(
-            hidden[0], self.model.head.weight, targets, self.model.config.logit_soft_cap, soft,
-            of_divergence=1 - self.cross_entropy, of_labels=self.cross_entropy,
-        )  # fmt: skip
+        teacher = self.teacher.on(ids.device)
+        return logits_loss(self.model, teacher, ids, targets[None], bounds, cross_entropy=self.cross_entropy)
