@@ -323,6 +323,7 @@ def _print_layers(stack: Stack, config: ModelConfig) -> None:
         norm = f"{layer.norm.position}-{layer.norm.type}" + (
             "" if layer.residual.type == "sequential" else ", parallel"
         )
+        norm = "in the streams" if layer.streams else norm
         parameters = short_count(turns * count * (row.mixer_parameters + row.feed_forward_parameters))
         table.add_row(*map(Text, (span, layer.template, row.mixer, row.feed_forward, norm, parameters)))
     console.print(table)

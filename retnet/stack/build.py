@@ -10,6 +10,7 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.moe import MoEConfig
 from retnet.layers.multi_token import MultiTokenConfig
+from retnet.layers.streams import StreamsConfig, streams_block
 from retnet.models.config import ModelConfig
 from retnet.ops.norms import Norm
 
@@ -29,7 +30,7 @@ def model_config(stack: Stack) -> ModelConfig:
     spec = stack.spec
     hints = spec.training_hints or TrainingHints()
     std = init_std(hints.init)
-    blocks = {layer.entry: _block(layer, spec, hints) for layer in one_per_entry(stack.layers)}
+    blocks = {layer.entry: block_of(layer, spec) for layer in one_per_entry(stack.layers)}
     return ModelConfig(
         vocab_size=spec.model.vocab_size,
         d_model=spec.model.d_model,
@@ -45,7 +46,7 @@ def model_config(stack: Stack) -> ModelConfig:
         dtype=spec.model.dtype,
         float32_norms=spec.compatibility is not None and spec.compatibility.dtype_policy == "layered_safe",
         gradient_checkpointing=hints.checkpointing,
-        mtp=_multi_token(spec, hints),
+        mtp=_multi_token(spec),
         source=stack.text,
         bos_token_id=DOCUMENT_START if spec.tokenizer_contract.pretrained == BYTES else None,
     )
@@ -62,12 +63,12 @@ def _final_norm(last: Layer) -> Norm | Literal["none"]:
     return "none" if last.norm.position == "post" else _NORMS[last.norm.type]
 
 
-def _multi_token(spec: Spec, hints: TrainingHints) -> MultiTokenConfig | None:
+def _multi_token(spec: Spec) -> MultiTokenConfig | None:
     mtp, layer = spec.head.mtp, multi_token_layer(spec)
     if mtp is None or layer is None:
         return None
     return MultiTokenConfig(
-        _block(layer, spec, hints),
+        block_of(layer, spec),
         num_modules=mtp.n_predict,
         num_blocks=mtp.head_layers,
         loss_weight=mtp.train_loss_weight,
@@ -75,9 +76,13 @@ def _multi_token(spec: Spec, hints: TrainingHints) -> MultiTokenConfig | None:
     )
 
 
-def _block(layer: Layer, spec: Spec, hints: TrainingHints) -> BlockConfig:
+def block_of(layer: Layer, spec: Spec) -> BlockConfig:
+    """The block that a layer is."""
+    hints, mixer = spec.training_hints or TrainingHints(), layer.mixer.config(spec)
+    if isinstance(mixer, StreamsConfig):
+        return streams_block(mixer)
     return BlockConfig(
-        mixer=layer.mixer.config(spec),
+        mixer=mixer,
         feed_forward=_feed_forward(layer, spec, hints),
         norm=_NORMS[layer.norm.type],
         norm_position=layer.norm.position,
@@ -89,6 +94,7 @@ def _block(layer: Layer, spec: Spec, hints: TrainingHints) -> BlockConfig:
 
 
 def _feed_forward(layer: Layer, spec: Spec, hints: TrainingHints) -> FeedForwardConfig | MoEConfig:
+    assert layer.ffn is not None
     hidden, activation = spec.model.d_model * spec.model.mlp_ratio, _ACTIVATIONS[layer.activation]
     moe = layer.ffn.moe
     if moe is None:

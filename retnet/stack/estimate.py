@@ -12,7 +12,7 @@ def estimate_parameters(spec: Spec, layers: tuple[Layer, ...]) -> int:
     """Parameters as EulerStack's `validate --report` prints them."""
     model = spec.model
     embeddings = model.vocab_size * model.d_model * (1 if spec.head.tie_weights else 2)
-    return embeddings + model.d_model + sum(_layer(layer, model) for layer in layers)
+    return embeddings + model.d_model + sum(_layer(inner, model) for layer in layers for inner in layer.inner)
 
 
 def _layer(layer: Layer, model: Model) -> int:
@@ -21,6 +21,7 @@ def _layer(layer: Layer, model: Model) -> int:
 
 def _ffn(layer: Layer, model: Model) -> int:
     matrix = model.d_model * model.d_model * model.mlp_ratio
+    assert layer.ffn is not None
     match layer.ffn.type:
         case "mlp":
             return 2 * matrix

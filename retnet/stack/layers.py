@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from .mixers import MIXERS, MixerSettings
-from .schema import DEFAULT_ACTIVATION, Entry, Ffn, Norm, Override, Residual, Spec, Template
+from .parallel import TYPE as PARALLEL
+from .parallel import Parallel
+from .schema import DEFAULT_ACTIVATION, Entry, Ffn, Norm, Override, ParallelEntry, Residual, Spec, Template
 from .section import Section
 
 MAX_LAYERS = 4096
@@ -15,18 +17,27 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class Layer:
-    """Layer `index` of the model. entry: its place in layer_schedule. keeps_state: decoding carries its state."""
+    """Layer `index` of the model. entry: its place in layer_schedule. keeps_state: decoding carries its state.
+
+    ffn None: a layer of parallel streams, whose layers have their own; `streams` are those.
+    """
 
     index: int
     template: str
     entry: int
     mixer_type: str
     mixer: MixerSettings
-    ffn: Ffn
+    ffn: Ffn | None
     activation: str
     norm: Norm
     residual: Residual
     keeps_state: bool
+    streams: tuple["Layer", ...] = ()
+
+    @property
+    def inner(self) -> tuple["Layer", ...]:
+        """The layers of templates: this one, or those of its streams."""
+        return self.streams or (self,)
 
     @property
     def mixers(self) -> tuple[tuple[str, MixerSettings], ...]:
@@ -50,6 +61,9 @@ def expand(spec: Spec) -> tuple[Layer, ...]:
     """All layers in order."""
     layers: list[Layer] = []
     for number, entry in enumerate(spec.layer_schedule):
+        if isinstance(entry, ParallelEntry):
+            layers.append(_parallel_layer(len(layers), number, entry, spec))
+            continue
         layer = _layer(len(layers), number, entry, spec.layer_templates[entry.template])
         layers += [replace(layer, index=len(layers) + i) for i in range(entry.repeat)]
     return tuple(layers)
@@ -81,6 +95,31 @@ def _layer(index: int, number: int, entry: Entry, template: Template) -> Layer:
         norm=_overridden(template.norm or Norm(), override.norm),
         residual=_overridden(template.residual or Residual(), override.residual),
         keeps_state=keeps_state(template),
+    )
+
+
+def _parallel_layer(index: int, number: int, entry: ParallelEntry, spec: Spec) -> Layer:
+    """The layer of streams; its norm is the one that a norm after it would have."""
+    streams: dict[str, tuple[Layer, ...]] = {}
+    for stream in entry.parallel:
+        body: list[Layer] = []
+        for part in stream.body:
+            layer = _layer(index, number, Entry(template=part.template), spec.layer_templates[part.template])
+            body += [layer] * part.repeat
+        streams[stream.stream] = tuple(body)
+    inner = tuple(layer for body in streams.values() for layer in body)
+    return Layer(
+        index=index,
+        template=" | ".join(streams),
+        entry=number,
+        mixer_type=PARALLEL,
+        mixer=Parallel(streams=streams, merge=entry.merge.type if entry.merge else "concat"),
+        ffn=None,
+        activation="",
+        norm=Norm(type=next(iter(streams.values()))[-1].norm.type),
+        residual=Residual(),
+        keeps_state=all(layer.keeps_state for layer in inner),
+        streams=inner,
     )
 
 

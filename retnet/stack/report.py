@@ -102,9 +102,10 @@ def seq_len_ratio(stack: Stack) -> Iterator[str]:
 @_rule(Severity.WARNING)
 def dropout_regularization(stack: Stack) -> Iterator[str]:
     hints = stack.spec.training_hints
-    unusual = any(layer.mixer.NEEDS_REGULARISATION or layer.ffn.type == "moe" for layer in stack.layers)
-    if len(stack.layers) > 16 and unusual and not (hints and (hints.dropout or hints.checkpointing)):
-        yield f"{len(stack.layers)} layers are trained with neither dropout nor checkpointing"
+    layers = [inner for layer in stack.layers for inner in layer.inner]
+    unusual = any(layer.mixer.NEEDS_REGULARISATION or (layer.ffn and layer.ffn.type == "moe") for layer in layers)
+    if len(layers) > 16 and unusual and not (hints and (hints.dropout or hints.checkpointing)):
+        yield f"{len(layers)} layers are trained with neither dropout nor checkpointing"
 
 
 @_rule(Severity.WARNING)
@@ -134,8 +135,9 @@ def rope_scaling_factor(stack: Stack) -> Iterator[str]:
 
 @_rule(Severity.WARNING)
 def window_without_length(stack: Stack) -> Iterator[str]:
-    for name in dict.fromkeys(layer.template for layer in stack.layers):
-        settings = [mixer for layer in stack.layers if layer.template == name for _, mixer in layer.mixers]
+    layers = [inner for layer in stack.layers for inner in layer.inner]
+    for name in dict.fromkeys(layer.template for layer in layers):
+        settings = [mixer for layer in layers if layer.template == name for _, mixer in layer.mixers]
         if any(isinstance(m, Attention) and m.window_mode == "sliding" and m.window is None for m in settings):
             yield f"template '{plain(name)}' has window_mode: sliding without a window, so its attention is global"
 
@@ -144,11 +146,12 @@ def window_without_length(stack: Stack) -> Iterator[str]:
 def mla_latent_dim_range(stack: Stack) -> Iterator[str]:
     width = stack.spec.model.d_model
     for name, template in stack.spec.layer_templates.items():
-        settings = template.mixer.settings
-        latent = settings.latent_dim if isinstance(settings, Attention) else None
-        if latent is not None and not width / 16 <= latent <= 3 * width / 4:
-            usual = f"{width // 8} to {width // 2} (d_model / 8 to d_model / 2)"
-            yield f"template '{plain(name)}' has latent_dim {latent}; {usual} is usual"
+        mixers = template.mixer.settings.leaves(template.mixer.type)
+        latents = [each.latent_dim for _, each in mixers if isinstance(each, Attention) and each.latent_dim is not None]
+        for latent in latents:
+            if not width / 16 <= latent <= 3 * width / 4:
+                usual = f"{width // 8} to {width // 2} (d_model / 8 to d_model / 2)"
+                yield f"template '{plain(name)}' has latent_dim {latent}; {usual} is usual"
 
 
 @_rule(Severity.WARNING)
@@ -161,7 +164,7 @@ def reserved_namespace(stack: Stack) -> Iterator[str]:
 @_rule(Severity.WARNING)
 def unused_template(stack: Stack) -> Iterator[str]:
     mtp = stack.spec.head.mtp
-    used = {layer.template for layer in stack.layers} | ({mtp.head_template} if mtp else set())
+    used = {inner.template for layer in stack.layers for inner in layer.inner} | ({mtp.head_template} if mtp else set())
     for name in stack.spec.layer_templates:
         if name not in used:
             yield f"template '{plain(name)}' is not in layer_schedule"
@@ -175,6 +178,6 @@ def param_count_info(stack: Stack) -> Iterator[str]:
 
 @_rule(Severity.INFO)
 def layer_count_info(stack: Stack) -> Iterator[str]:
-    kinds = [layer.mixer_type for layer in stack.layers]
+    kinds = [inner.mixer_type for layer in stack.layers for inner in layer.inner]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     yield f"{len(kinds)} layers: {counts}"

@@ -13,7 +13,7 @@ from .document import Document
 from .errors import Category, Fault, Path, listing, plain, show
 from .layers import MAX_LAYERS
 from .mixers import MIXERS, Attention
-from .schema import DEFAULT_ROPE_THETA, Entry, Ffn, Template
+from .schema import DEFAULT_ROPE_THETA, Entry, Ffn, ParallelEntry, Template
 from .validate import ParsedSections
 
 
@@ -39,7 +39,8 @@ class _Rules:
             yield from self.ffn(path, template.ffn)
             yield from self.residual((*path, "norm", "position"), template, template.norm and template.norm.position)
         for number, entry in self.sections.entries.items():
-            yield from self.entry(("layer_schedule", number), entry)
+            path = ("layer_schedule", number)
+            yield from self.parallel(path, entry) if isinstance(entry, ParallelEntry) else self.entry(path, entry)
         yield from self.length()
 
     def fault(
@@ -115,9 +116,9 @@ class _Rules:
     def length(self) -> Iterator[Fault]:
         total = 0
         for number, entry in self.sections.entries.items():
-            total += entry.repeat
+            total += entry.num_layers
             if total > MAX_LAYERS:
-                path = ("layer_schedule", number, "repeat")
+                path = ("layer_schedule", number, *(("repeat",) if isinstance(entry, Entry) else ("parallel",)))
                 yield self.fault(path, f"the schedule has more than {MAX_LAYERS} layers", "repeat less often")
                 return
 
@@ -157,6 +158,27 @@ class _Rules:
             yield self.fault(path, what, "write position: pre, or type: sequential")
 
     # One schedule entry
+
+    def parallel(self, path: Path, entry: ParallelEntry) -> Iterator[Fault]:
+        here, seen = (*path, "parallel"), set[str]()
+        if len(entry.parallel) < 2:
+            what = f"expected at least two streams, got {len(entry.parallel)}"
+            yield self.fault(here, what, "add a stream, or write the layers as entries of the schedule")
+        for i, stream in enumerate(entry.parallel):
+            if stream.stream in seen:
+                what = f"there are two streams {show(stream.stream)}"
+                yield self.fault((*here, i, "stream"), what, "give each stream a name of its own")
+            seen.add(stream.stream)
+            if not stream.body:
+                yield self.fault((*here, i, "body"), "expected at least one layer, got none", "add a layer")
+            for j, part in enumerate(stream.body):
+                name, place = part.template, (*here, i, "body", j)
+                if self.sections.names and name not in self.sections.names:
+                    yield self.unknown_template(place, name, at=(*place, "template"))
+        merge = entry.merge
+        if merge is not None and merge.type == "concat" and not merge.projection:
+            what = f"without a projection, {len(entry.parallel)} streams are wider than d_model"
+            yield self.fault((*path, "merge", "projection"), what, "remove it, or write type: add or gated")
 
     def unknown_template(self, path: Path, name: str, at: Path | None = None) -> Fault:
         names = self.sections.names

@@ -4,9 +4,9 @@ Only the keys that act on the model or its training are fields; `unsupported` na
 are in `mixers`, rules between sections in `rules`. Defaults are the schema's; where it is silent, the paper's.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from . import unsupported
 from .mixers import AnyMixer
@@ -176,6 +176,10 @@ class Entry(Section):
     repeat: PositiveInt = 1
     override: Override | None = None
 
+    @property
+    def num_layers(self) -> int:
+        return self.repeat
+
 
 class MultiToken(Section):
     """Multi-token prediction: n_predict modules of head_layers layers, each as the template has them."""
@@ -184,6 +188,50 @@ class MultiToken(Section):
     n_predict: ModuleCount = 1
     head_layers: ModuleCount = 1
     train_loss_weight: NonNegative = 0.1
+
+
+class BodyEntry(Section):
+    """Layers of a stream."""
+
+    template: Text
+    repeat: PositiveInt = 1
+
+
+class Stream(Section):
+    stream: Text
+    body: list[BodyEntry]
+
+
+class Merge(Section):
+    """How the outputs of parallel streams become one."""
+
+    UNSUPPORTED = unsupported.MERGE
+    UNSUPPORTED_VALUES = unsupported.MERGE_VALUES
+
+    type: Annotated[Literal["concat", "add", "gated"], ONE_OF] = "concat"
+    projection: Flag = True
+
+
+class ParallelEntry(Section):
+    """A schedule entry of streams of layers that read the same input."""
+
+    UNSUPPORTED = unsupported.PARALLEL_ENTRY
+
+    parallel: list[Stream]
+    merge: Merge | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """The layers of all streams."""
+        return sum(entry.repeat for stream in self.parallel for entry in stream.body)
+
+
+def entry_section(raw: Any) -> type[Entry] | type[ParallelEntry]:
+    """The section that a schedule entry is."""
+    return ParallelEntry if isinstance(raw, dict) and "parallel" in raw else Entry
+
+
+AnyEntry = Annotated[Entry | ParallelEntry, PlainValidator(lambda value: entry_section(value).model_validate(value))]
 
 
 class Head(Section):
@@ -228,7 +276,7 @@ class Spec(Section):
     tokenizer_contract: TokenizerContract
     embedding: Embedding
     layer_templates: Annotated[dict[str, Template], Field(min_length=1)]
-    layer_schedule: Annotated[list[Entry], Field(min_length=1)]
+    layer_schedule: Annotated[list[AnyEntry], Field(min_length=1)]
     head: Head
     training_hints: TrainingHints | None = None
     compatibility: Compatibility | None = None

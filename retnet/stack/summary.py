@@ -65,12 +65,15 @@ def runs(rows: list[LayerSummary]) -> list[tuple[int, LayerSummary]]:
 def _parameters(block: BlockConfig, d_model: int) -> tuple[int, int]:
     with torch.device("meta"):
         module = Block(block, d_model)
-    mixer = sum(p.numel() for name, p in module.named_parameters() if name.startswith("mixer"))
+    names = ((name, p.numel()) for name, p in module.named_parameters())
+    mixer = sum(size for name, size in names if name.startswith("mixer") and ".feed_forward" not in name)
     return mixer, sum(p.numel() for p in module.parameters()) - mixer
 
 
 def feed_forward_words(layer: Layer, stack: Stack) -> str:
     """'SwiGLU 8192', 'MLP (gelu) 512', '2 of 8 experts, SwiGLU 4096'."""
+    if layer.ffn is None:
+        return ", ".join(dict.fromkeys(feed_forward_words(inner, stack) for inner in layer.streams))
     width = stack.spec.model.d_model * stack.spec.model.mlp_ratio
     gated = layer.ffn.type == "gated_mlp" or layer.activation == "swiglu"
     names = {"swiglu": "SwiGLU", "gelu": "GeGLU", "relu": "ReGLU"}

@@ -80,11 +80,26 @@ RESIDUAL_VALUES: Values = {
 }
 ENTRY: Keys = {
     "depth_gating": Unsupported("mixture of depths", "remove it; every layer processes every token", takes_null=True),
-    "merge": Unsupported("merging parallel streams", takes_null=True),
+    "merge": Unsupported("a merge without streams", "remove it, or write parallel: for template:", takes_null=True),
 }
-# Schedule entries that are not a template; the whole entry is refused.
+PARALLEL_ENTRY: Keys = {
+    "template": Unsupported("a template beside parallel streams", "write it as an entry of its own"),
+    "repeat": Unsupported("repeated streams, of which EulerStack builds one copy", "write the entry several times"),
+    "override": Unsupported("changes to a template beside parallel streams", "write a template with the changes"),
+    "depth_gating": Unsupported("mixture of depths", "remove it; every layer processes every token", takes_null=True),
+}
+_CROSS_ATTENTION = "write merge: {type: gated}, concat or add"
+MERGE: Keys = {
+    "from": Unsupported("the source of attention between streams", _CROSS_ATTENTION, takes_null=True),
+    "to": Unsupported("the target of attention between streams", _CROSS_ATTENTION, takes_null=True),
+}
+MERGE_VALUES: Values = {
+    "type": {
+        "cross_attn": UnsupportedValue("attention between streams", _CROSS_ATTENTION, companions=("from", "to")),
+    }
+}
+# Schedule entries of a kind that is refused as a whole.
 ENTRY_KINDS: Keys = {
-    "parallel": Unsupported("parallel streams of layers", "write the layers one after another, each as `template`"),
     "integrator": Unsupported("layers as steps of an integrator", "write `template` with `repeat`"),
 }
 TRAINING_HINTS: Keys = {

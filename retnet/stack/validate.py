@@ -18,7 +18,20 @@ from .document import Document
 from .errors import Category, Fault, Mark, Path, listing, plain, show
 from .mixers import MIXERS
 from .scalars import FAULT
-from .schema import Embedding, Entry, Head, Model, Spec, State, Template, TokenizerContract, TrainingHints
+from .schema import (
+    BodyEntry,
+    Embedding,
+    Entry,
+    Head,
+    Model,
+    ParallelEntry,
+    Spec,
+    State,
+    Template,
+    TokenizerContract,
+    TrainingHints,
+    entry_section,
+)
 from .section import OURS, RESERVED_PREFIXES, Section
 from .unsupported import ENTRY_KINDS, STATE_KEYS, Unsupported
 
@@ -43,7 +56,7 @@ class ParsedSections:
     head: Head | None
     hints: TrainingHints | None
     templates: dict[str, Template]
-    entries: dict[int, Entry]
+    entries: dict[int, Entry | ParallelEntry]
     names: frozenset[str]  # of all templates in the file, valid or not
 
 
@@ -88,6 +101,13 @@ class _Pruner:
                 self._refuse(path, kind, ENTRY_KINDS[kind], self.document.mark((*path, kind), key=True))
                 self.document.broken.add(path)
                 return raw
+            section = entry_section(raw)
+        if section is BodyEntry and (nested := next((key for key in ("parallel", "integrator") if key in raw), None)):
+            mark = self.document.mark((*path, nested), key=True)
+            fix = "write its layers in the body, each as `template`"
+            self.faults.append(Fault(path, f"a stream cannot contain `{nested}`", fix, mark=mark))
+            self.document.broken.add(path)
+            return raw
         if section is Template:
             raw = self._without_foreign_states(raw, path)
         raw = self._without_unsupported_values(section, raw, path)
@@ -224,7 +244,7 @@ def _valid_sections(raw: dict[str, Any]) -> ParsedSections:
     templates = templates if isinstance(templates, dict) else {}
     schedule = schedule if isinstance(schedule, list) else []
     valid_templates = {name: _valid(Template, value) for name, value in templates.items()}
-    valid_entries = {i: _valid(Entry, value) for i, value in enumerate(schedule)}
+    valid_entries = {i: _valid(entry_section(value), value) for i, value in enumerate(schedule)}
     hints = raw.get("training_hints")
     return ParsedSections(
         model=_valid(Model, raw.get("model")),

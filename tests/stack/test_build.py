@@ -66,6 +66,11 @@ def hyena(options: str) -> tuple[str, str]:
     return MIXER_A, f"type: hyena\n      hyena: {{{options}}}"
 
 
+def parallel(merge: str) -> tuple[str, str]:
+    streams = "{stream: x, body: [{template: r, repeat: 2}]}, {stream: y, body: [{template: a}]}"
+    return "- template: a", f"- parallel: [{streams}]\n  merge: {{{merge}}}"
+
+
 def branched(options: str) -> tuple[str, str]:
     return (
         MIXER_A,
@@ -154,6 +159,14 @@ CHANGES = {
     ("Moe", "router_jitter"): ([moe("router_jitter: 0.2")], "layers.2.feed_forward.router_jitter", 0.2),
     ("Moe", "capacity_drop_policy"): (
         [moe("capacity_drop_policy: pad")], "layers.2.feed_forward.capacity_policy", "pad"),
+    ("ParallelEntry", "parallel"): ([parallel("type: add")], "layers.2.mixer.kind", "streams"),
+    ("ParallelEntry", "merge"): ([parallel("type: add")], "layers.2.mixer.merge", "add"),
+    ("Merge", "type"): ([parallel("type: gated")], "layers.2.mixer.merge", "gate"),
+    ("Merge", "projection"): ([parallel("projection: true")], "layers.2.mixer.merge", "concat"),
+    ("Stream", "stream"): ([parallel("type: add")], "layers.2.skip_scale", 0.0),
+    ("Stream", "body"): ([parallel("type: add")], "layers.2.mixer.depth", 2),
+    ("BodyEntry", "template"): ([parallel("type: add")], "layers.2.mixer.leaves.0.kind", "retention"),
+    ("BodyEntry", "repeat"): ([parallel("type: add")], "layers.2.mixer.depth", 2),
     ("Branched", "branches"): ([branched("selector: null")], "layers.2.mixer.leaves.0.kind", "mamba2"),
     ("Branched", "selector"): ([branched("selector: {type: top_k}")], "layers.2.mixer.top_k", 1),
     ("Selector", "type"): ([branched("selector: {type: top_k}")], "layers.2.mixer.top_k", 1),

@@ -416,7 +416,7 @@ def test_missing_keys_are_reported_at_their_mapping_with_accepted_values():
          "layer_templates.a.residual"),
         ([in_ffn("type: mlp}\n    residual: {hyper: null")], "layer_templates.a.residual.hyper"),
         ([("template: a", "template: a\n  merge: {type: add}")], "layer_schedule[1].merge"),
-        ([("template: a", "template: a\n  parallel: []\n  merge: {type: add}")], "layer_schedule[1]"),
+        ([("template: a", "integrator: {type: discrete, steps: 2, body: a}")], "layer_schedule[1]"),
     ],
 )  # fmt: skip
 def test_an_unsupported_feature_is_refused_once_at_its_place(pairs, path):

@@ -72,7 +72,6 @@ EXOTIC_FEATURES = {
         ("training_hints.muon", "muon"),
         ("compatibility.quant_aware_training", "quant_aware_training"),
     ],
-    "arch_expert_dual_stream_mini.yml": [("layer_schedule[1]", "parallel")],
     "head_mtp.yml": [],
     "integrator_ode_euler.yml": [("layer_schedule[1]", "integrator")],
     "integrator_ode_rk4.yml": [("layer_schedule[1]", "integrator")],
@@ -80,14 +79,14 @@ EXOTIC_FEATURES = {
         ("layer_templates.mla.memory", "memory"),
         ("layer_templates.ttt.mixer", "type: ttt_layer"),
         ("layer_schedule[1].depth_gating", "depth_gating"),
-        ("layer_schedule[2]", "parallel"),
         ("layer_schedule[3]", "integrator"),
         ("layer_schedule[4]", "integrator"),
         ("execution_modes", "execution_modes"),
         ("transition", "transition"),
     ],
-    "parallel_add.yml": [("layer_schedule[0]", "parallel")],
-    "parallel_default_merge.yml": [("layer_schedule[1]", "parallel")],
+    "arch_expert_dual_stream_mini.yml": [],
+    "parallel_add.yml": [],
+    "parallel_default_merge.yml": [],
     "shape_change.yml": [("layer_templates.a.shape_change", "shape_change")],
 }
 
@@ -108,6 +107,9 @@ def test_an_exotic_file_is_refused_with_exactly_its_unsupported_features(name, e
 # Faults of features that are supported here: the only one, at its path, as in a CORE file.
 SUPPORTED_FAULTS = {
     "branched_topk.yml",
+    "parallel_bad_merge.yml",
+    "parallel_nested.yml",
+    "parallel_unknown_template.yml",
     "head_mtp_missing.yml",
     "head_mtp_n_predict_zero.yml",
     "head_mtp_on_causal_lm.yml",
@@ -145,7 +147,7 @@ def test_an_exotic_fault_is_refused_at_a_prefix_of_its_path(name, entry):
 
 # Files that EulerStack accepts or crashes on: the path and the start of the fix, or the reason why they are valid.
 REFUSED_QUIRKS = {
-    "cross_attn_merge_without_from_to.yml": ("layer_schedule[1]", "write the layers one after another"),
+    "cross_attn_merge_without_from_to.yml": ("layer_schedule[1].merge", "write merge: {type: gated}"),
     "d_model_64_text.yml": ("model.d_model", "write 64, without quotes"),
     "dropout_2_0.yml": ("training_hints.dropout", "write a number in [0, 1)"),
     "dropout_text.yml": ("training_hints.dropout", "write a number in [0, 1)"),
@@ -162,7 +164,7 @@ REFUSED_QUIRKS = {
     "mamba_expand_1_5.yml": ("layer_templates.mamba_layer.mixer.mamba.expand", "write 2"),
     "moe_capacity_factor_1_drop.yml": ("layer_templates.attn_layer.ffn.moe.capacity_factor", "write a number above 0"),
     "n_layers_etc_d_model_true_1_n_heads_1.yml": ("model.d_model", "write 1"),
-    "repeat_on_a_parallel_entry.yml": ("layer_schedule[1]", "write the layers one after another"),
+    "repeat_on_a_parallel_entry.yml": ("layer_schedule[1].repeat", "write the entry several times"),
     "repeat_true.yml": ("layer_schedule[1].repeat", "write 1"),
     "retnet_chunk_size_abc.yml": ("layer_templates.retnet_layer.mixer.retnet.chunk_size", "write a positive integer"),
     "rope_scaling_text.yml": ("embedding.rope_scaling", "write a mapping"),

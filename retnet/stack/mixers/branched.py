@@ -14,12 +14,12 @@ from retnet.system.suggest import nearest
 from ..errors import Fault, listing, plain
 from ..scalars import ONE_OF, MaybePositiveInt, Positive
 from ..section import OURS, Section
+from .composed import Composed
 from .mixer import MIXERS, AnyMixer, Mixer
 from .settings import MixerSettings
 
 if TYPE_CHECKING:
     from retnet.layers.branched import BranchedConfig
-    from retnet.models.config import ModelConfig
 
     from ..schema import Embedding, Model, Spec
 
@@ -37,12 +37,11 @@ class Selector(Section):
         return 1 if self.top_k is None and self.type == "top_k" else self.top_k
 
 
-class Branched(MixerSettings):
+class Branched(Composed):
     """Branches by name; scales are numbers by the names of branches."""
 
     GUIDE = "branched"
     COLOUR: ClassVar[str] = COLOURS["hybrid"]
-    NEEDS_REGULARISATION = True
 
     branches: dict[str, AnyMixer] = Field(default={})
     selector: Selector | None = None
@@ -65,8 +64,9 @@ class Branched(MixerSettings):
     def _in_order(self, scales: dict[str, float]) -> tuple[float, ...]:
         return tuple(scales.get(name, 1.0) for name in self.branches) if scales else ()
 
-    def leaves(self, name: str) -> tuple[tuple[str, MixerSettings], ...]:
-        return tuple(leaf for mixer in self.branches.values() for leaf in mixer.settings.leaves(mixer.type))
+    @property
+    def inside(self) -> tuple[tuple[str, MixerSettings], ...]:
+        return tuple((mixer.type, mixer.settings) for mixer in self.branches.values())
 
     def words(self, name: str) -> str:
         used = (self.selector or Selector()).used
@@ -94,29 +94,6 @@ class Branched(MixerSettings):
                 close = nearest(name, tuple(self.branches))
                 fix = f"did you mean {plain(close)}?" if close else f"the branches are: {listing(self.branches)}"
                 yield Fault((OURS + key, name), f"there is no branch '{plain(name)}'", fix)
-
-    @property
-    def rotates_heads(self) -> bool:
-        return any(mixer.settings.rotates_heads for mixer in self.branches.values())
-
-    @property
-    def reach_depends_on_input(self) -> bool:
-        return not self.reaches_all and any(mixer.settings.reach_depends_on_input for mixer in self.branches.values())
-
-    @property
-    def reaches_all(self) -> bool:
-        return any(mixer.settings.reaches_all for mixer in self.branches.values())
-
-    def reach(self, config: ModelConfig) -> tuple[float, ...] | None:
-        """The reaches of all branches' heads, one after another."""
-        found: list[float] = []
-        [layer] = config.layers
-        for mixer, branch in zip(self.branches.values(), layer.mixer.leaves, strict=True):
-            reach = mixer.settings.reach(replace(config, layers=(replace(layer, mixer=branch),)))
-            if reach is None:
-                return None
-            found += reach
-        return tuple(found)
 
 
 def _branch_faults(
