@@ -111,6 +111,19 @@ def test_a_gpu_benchmark_without_a_gpu_ends_with_a_message(script):
     )
 
 
+def test_the_benchmark_of_minimax_converts_fills_caches_and_finds_equal_logits(tmp_path):
+    file = tmp_path / "rows.csv"
+    done = run("bench_minimax", "--tiny", "--steps", 6, "--device", "cpu", "--folder", tmp_path, "--csv", file)
+    assert done.returncode == 0, done.stderr
+    steps = {row["implementation"]: row for row in rows(file) if row["what"] == "step"}
+    assert steps.keys() == {"ours, model", "ours, engine", "transformers"}
+    difference, ours, theirs = re.findall(
+        r"logits differ from ours by (\S+), the best token is (\d+) and (\d+)", steps["transformers"]["note"]
+    )[0]
+    assert float(difference) < 1e-5
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("script", sorted(file.stem for file in BENCHMARKS.glob("bench_*.py")))
 def test_every_benchmark_has_help(script):
     done = run(script, "--help")
