@@ -1,8 +1,11 @@
 """Jamba, Bamba and Falcon-H1 of transformers: equal weights give equal logits, whole, cached and greedy."""
 
+import inspect
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import DynamicCache
 from transformers.models.bamba import modeling_bamba
 from transformers.models.falcon_h1 import modeling_falcon_h1
 from transformers.models.jamba import modeling_jamba
@@ -75,14 +78,32 @@ def float64_inside(monkeypatch):
     widen(monkeypatch, modeling_jamba, modeling_bamba, modeling_falcon_h1, modeling_zamba2)
 
 
+# One case of each kind in the fast tests: the others have the same code behind them.
+ONE_EACH = [
+    case if case in ("jamba", "bamba", "falcon_h1, factors") else pytest.param(case, marks=pytest.mark.slow)
+    for case in CASES
+]
+
+
+def needs_a_right_peer(case: str) -> None:
+    """Older versions norm over all groups at once, and fail in cached decoding of Falcon-H1 with a norm."""
+    norm = inspect.signature(modeling_bamba.BambaRMSNormGated.__init__)
+    if case == "bamba, groups, biases" and "group_size" not in norm.parameters:
+        pytest.skip("the gated norm of Bamba knows no groups in this version of transformers")
+    if CASES[case].get("mamba_rms_norm") and not hasattr(DynamicCache, "get_conv_state"):
+        pytest.skip("a cache of Falcon-H1 with a norm does not work in this version of transformers")
+
+
 @pytest.mark.usefixtures("float64_inside")
 @pytest.mark.parametrize("case", list(CASES))
 def test_float64_logits_are_those_of_transformers_whole_cached_and_greedy(case, tmp_path):
+    needs_a_right_peer(case)
     compare(CASES[case], torch.float64, 1e-10, tmp_path)
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", ONE_EACH)
 def test_float32_logits_are_those_of_transformers_whole_cached_and_greedy(case, tmp_path):
+    needs_a_right_peer(case)
     compare(CASES[case], torch.float32, 1e-5, tmp_path)
 
 
@@ -98,8 +119,9 @@ def test_state_dicts_in_memory_with_fused_experts_give_the_same_model(case, tmp_
         assert torch.equal(weight, again.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", ONE_EACH)
 def test_a_converted_model_is_served_as_transformers_generates(case, tmp_path):
+    needs_a_right_peer(case)
     theirs = peer(CASES[case], torch.float32)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     convert(tmp_path / "theirs", tmp_path / "ours")
