@@ -24,7 +24,7 @@ from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workl
 from retnet.layers.norm import HeadNorm, check_eps, head_norm_weight, normed_heads
 from retnet.layers.recompute import last_product
 from retnet.layers.retention_call import RetentionCall
-from retnet.layers.rotary import check_rotary, prepare_rotation, rotate_heads
+from retnet.layers.rotary import check_rotary, check_rotary_scaling, prepare_rotation, rotate_heads
 from retnet.layers.short_convolution import ShortConvolution, advance_recent_
 from retnet.layers.state import LayerState, no_tokens
 from retnet.layers.tensor_parallel import Part, Split, Splits, by_columns, by_rows, per_process
@@ -34,7 +34,7 @@ from retnet.ops.decay import SCHEDULES, decay_norm
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode, retention_step_
-from retnet.ops.rotary import Scaling, scaling
+from retnet.ops.rotary import Llama3, Scaling, Yarn, scaling
 from retnet.ops.tensor_shard import TensorShard
 from retnet.system.checks import is_integer
 from retnet.system.suggest import did_you_mean
@@ -54,6 +54,7 @@ class RetentionConfig(MixerConfig):
     does. gated_start: the schedule that the heads of a gated decay start from, as a learnt bias; without one, all heads
     start near 0.96.
     rotary_yarn_length: stretch rotary positions by rotary_factor with YaRN from this length, instead of dividing them.
+    rotary_scaling, in their place, scales frequencies.
     rotary_dim: first components of a head of q and k that rotate (None: all), as in partial rotary.
     conv_width: tokens that the short convolution on each of `conv_on` sees (None: no convolution); conv_activation
     follows it. qkv_activation: of q, k and v after their projections. qk_norm: norm over each head of q and k before
@@ -76,6 +77,7 @@ class RetentionConfig(MixerConfig):
     rotary_base: float = 10000.0
     rotary_factor: float = 1.0
     rotary_yarn_length: int | None = None
+    rotary_scaling: Yarn | Llama3 | None = None
     rotary_dim: int | None = None
     conv_width: int | None = None
     conv_on: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
@@ -111,6 +113,7 @@ class RetentionConfig(MixerConfig):
                 f"rotary turns pairs, but key_dim / num_heads is {self.head_key_dim}; accepted: an even number"
             )
         check_rotary(self, self.head_key_dim)
+        check_rotary_scaling(self.rotary_scaling, self.rotary_factor, self.rotary_yarn_length)
         check_eps(self, "head_norm_eps")
         check_eps(self, "qk_norm_eps")
         self._check_convolution()
@@ -176,7 +179,7 @@ class RetentionConfig(MixerConfig):
 
     @property
     def position_scaling(self) -> Scaling:
-        return scaling(self.rotary_factor, self.rotary_yarn_length)
+        return self.rotary_scaling or scaling(self.rotary_factor, self.rotary_yarn_length)
 
     @property
     def head_key_dim(self) -> int:

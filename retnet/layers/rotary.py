@@ -8,7 +8,8 @@ from torch import Tensor
 
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.dtypes import wide_dtype
-from retnet.ops.rotary import Rotary, Scaling, Yarn, rotate_first, rotation
+from retnet.ops.rotary import Llama3, Rotary, Scaling, Yarn, rotate_first, rotation
+from retnet.system.choices import check_choices
 
 
 class RotaryOptions(Protocol):
@@ -42,6 +43,15 @@ def check_rotary(options: _RotaryNumbers, head_dim: int) -> None:
             "None without rotary" if options.rotary == "none" else f"an even number from 2 to {head_dim}, or None"
         )
         raise ValueError(f"rotary_dim is {turned}; accepted: {accepted}")
+
+
+def check_rotary_scaling(given: Yarn | Llama3 | None, factor: float, yarn_length: int | None) -> None:
+    """Raise ValueError for a scaling of frequencies with bad values, or beside one of positions."""
+    if given is None:
+        return
+    check_choices(given)
+    if factor != 1.0 or yarn_length is not None:
+        raise ValueError("rotary_scaling is given with rotary_factor or rotary_yarn_length; accepted: one of them")
 
 
 def prepare_rotation(options: RotaryOptions, layout: TokenLayout, head_dim: int, dtype: torch.dtype) -> None:

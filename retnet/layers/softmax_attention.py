@@ -18,7 +18,7 @@ from retnet.layers.draft import Draft, accepted
 from retnet.layers.mixer_base import MixerConfig, MixerModule
 from retnet.layers.norm import HeadNorm, check_eps, head_norm_weight
 from retnet.layers.recompute import last_product
-from retnet.layers.rotary import check_rotary, prepare_rotation
+from retnet.layers.rotary import check_rotary, check_rotary_scaling, prepare_rotation
 from retnet.layers.state import TokenCache, context_error
 from retnet.layers.tensor_parallel import Part, Split, Splits, by_columns, by_rows, per_process
 from retnet.layers.token_layout import TokenLayout
@@ -35,7 +35,6 @@ from retnet.ops.context_shard import ContextShard
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.ragged import equal_blocks
 from retnet.ops.rotary import Llama3, Scaling, Yarn, scaling
-from retnet.system.choices import check_choices
 
 Entries = Mapping[str, Tensor]  # what is cached of each token, by the field of the state: [B, T, ...]
 
@@ -93,10 +92,7 @@ class SoftmaxConfig(MixerConfig):
             raise ValueError(f"rotary turns pairs, but {name} is {width}; accepted: an even number")
         check_rotary(self, width)
         check_eps(self, "qk_norm_eps")
-        if self.rotary_scaling is not None:
-            check_choices(self.rotary_scaling)
-        if self.rotary_scaling is not None and (self.rotary_factor != 1.0 or self.rotary_yarn_length is not None):
-            raise ValueError("rotary_scaling is given with rotary_factor or rotary_yarn_length; accepted: one of them")
+        check_rotary_scaling(self.rotary_scaling, self.rotary_factor, self.rotary_yarn_length)
         if self.rotary != "none" and self.alibi:
             raise ValueError(f"alibi is true with rotary {self.rotary!r}; accepted with alibi: 'none'")
         if not 0.0 <= self.dropout < 1.0:

@@ -42,7 +42,9 @@ CASES: dict[str, MixerConfig] = {
         qk_norm="rms",
         gate="sigmoid",
     ),
-    "retention, partial rotary": RetentionConfig(2, key_dim=14, value_dim=12, rotary_dim=4),
+    "retention, partial rotary, YaRN": RetentionConfig(
+        2, key_dim=14, value_dim=12, rotary="half", rotary_dim=4, rotary_scaling=Yarn(4.0, 8)
+    ),
     "lightning attention": RetentionConfig(
         4,
         8,

@@ -5,7 +5,7 @@ import torch
 
 from retnet.layers.retention import RetentionConfig
 from retnet.models.directory import load_model, save_model
-from retnet.ops.rotary import rotate, rotation
+from retnet.ops.rotary import Llama3, rotate, rotation
 from retnet.train.distil.fit import fit_outputs_, layer_error, layer_errors, scale_heads_to_, watched
 from retnet.train.distil.student import converted_layers, make_student, retention_of, scale_heads_, student_config
 from tests.small_models import random_ids
@@ -123,6 +123,8 @@ def test_sizes_heads_and_rotation_are_the_teachers():
     assert isinstance(config, RetentionConfig)
     assert (config.num_heads, config.num_kv_heads, config.key_dim, config.value_dim) == (4, 2, 32, 32)
     assert (config.rotary, config.rotary_base, config.rotary_factor) == ("half", 5e5, 2.0)
+    stretched = teacher(1, rotary_scaling=Llama3(8.0, 32)).config.layers[0].mixer
+    assert retention_of(stretched, {}).position_scaling == stretched.position_scaling
     assert (config.qk_norm, config.qk_norm_eps, config.conv_width, config.gate) == ("rms", 1e-5, 2, "sigmoid")
 
 
@@ -130,6 +132,7 @@ def test_sizes_heads_and_rotation_are_the_teachers():
     ("attention", "given", "message"),
     [
         ({"rotary": "none", "alibi": True}, {}, "alibi True, which retention has no counterpart of"),
+        ({"num_sinks": 1}, {}, "num_sinks 1, which retention has no counterpart of; accepted: num_sinks 0"),
         ({}, {"key_dim": 64}, "key_dim is 64 and the teacher's is 32"),
         ({}, {"gate": "swish"}, "gate is 'swish', which has no weights at which it is constant"),
         ({"qk_norm": "rms"}, {"qk_norm": "l2"}, "qk_norm is 'l2' and the teacher's is 'rms'"),
