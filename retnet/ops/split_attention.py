@@ -36,13 +36,13 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float 
     mask: as `scaled_dot_product_attention` takes it, to [B, G, N, S]: bool, or added to the scores. Every query sees at
     least one key. No key is copied: k and v may be views of [B, S, G, ...].
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     mask = mask.expand(*q.shape[:3], k.shape[2])
     out = q.new_empty(*q.shape[:3], v.shape[3], dtype=v.dtype)
     for b in range(q.shape[0]):
         for g in range(q.shape[1]):
             spans = _spans(k.shape[2])
-            found = [_parts(q[b, g], k[b, g, s], v[b, g, s], mask[b, g, :, s], n, scale) for s, n in spans]
+            found = [_parts(q[b, g], k[b, g, s], v[b, g, s], mask[b, g, :, s], n, factor) for s, n in spans]
             largest, total, values = (torch.cat(pieces) for pieces in zip(*found, strict=True))
             share = torch.exp(largest - largest.amax(0))  # [P, N]
             out[b, g] = (share[..., None] * values).sum(0) / (share * total).sum(0)[..., None]
