@@ -100,19 +100,10 @@ def _feed_forward(layer: Layer, spec: Spec, hints: TrainingHints) -> FeedForward
     if moe is None:
         gated = layer.ffn.type == "gated_mlp"
         return FeedForwardConfig(hidden, gated=gated, activation=activation, bias=layer.ffn.bias)
-    balance = hints.router_aux_loss_coef if moe.load_balance_coef is None else moe.load_balance_coef
-    return MoEConfig(
-        num_experts=moe.experts,
-        top_k=moe.top_k,
+    return moe.config(
         hidden_dim=hidden,
+        balance_coef=hints.router_aux_loss_coef,
         gated=layer.activation == "swiglu",
         activation=activation,
         bias=layer.ffn.bias,
-        router=moe.router,
-        capacity_factor=moe.capacity_factor,
-        capacity_policy=moe.capacity_drop_policy,
-        load_balance_coef=balance,
-        z_loss_coef=moe.z_loss,
-        router_jitter=moe.router_jitter,
-        router_init_std=moe.router_init_std,
     )

@@ -92,6 +92,43 @@ def moe_expert_ratio(stack: Stack) -> Iterator[str]:
 
 
 @_rule(Severity.WARNING)
+def affinity_consistency(stack: Stack) -> Iterator[str]:
+    for name, template in stack.spec.layer_templates.items():
+        moe = template.ffn.moe
+        if moe and moe.score == "sqrt_softplus" and not moe.bias_correction.enabled:
+            yield f"template '{plain(name)}': sqrt_softplus is meant for experts balanced by bias_correction"
+        if moe and moe.affinity and "router" in moe.model_fields_set and moe.affinity != moe.router:
+            yield f"template '{plain(name)}': affinity {moe.affinity} is used, not router {moe.router}"
+
+
+@_rule(Severity.WARNING)
+def bias_correction_disabled(stack: Stack) -> Iterator[str]:
+    for name, template in stack.spec.layer_templates.items():
+        correction = template.ffn.moe.bias_correction if template.ffn.moe else None
+        if correction and correction.model_fields_set and not correction.enabled:
+            yield f"template '{plain(name)}': bias_correction has no effect without enabled: true"
+
+
+@_rule(Severity.WARNING)
+def execution_modes(stack: Stack) -> Iterator[str]:
+    modes = stack.spec.execution_modes
+    if modes:
+        names = ", ".join(plain(mode.name) for mode in modes)
+        yield f"execution_modes ({names}) have no effect on the model, its training or generation"
+    total, length = sum(mode.max_tokens for mode in modes or ()), stack.spec.model.max_seq_len
+    if total > length:
+        yield f"the max_tokens of execution_modes add up to {total}, more than max_seq_len {length}"
+
+
+@_rule(Severity.WARNING)
+def muon_without_optimizer(stack: Stack) -> Iterator[str]:
+    hints = stack.spec.training_hints
+    for key in ("muon", "optimizer_groups"):
+        if hints and key in hints.model_fields_set and hints.optimizer == "adamw":
+            yield f"training_hints.{key} has no effect with optimizer adamw"
+
+
+@_rule(Severity.WARNING)
 def seq_len_ratio(stack: Stack) -> Iterator[str]:
     model = stack.spec.model
     ratio = model.max_seq_len / model.d_model

@@ -42,6 +42,7 @@ class _Rules:
             path = ("layer_schedule", number)
             yield from self.parallel(path, entry) if isinstance(entry, ParallelEntry) else self.entry(path, entry)
         yield from self.length()
+        yield from self.modes()
 
     def fault(
         self, path: Path, what: str, fix: str, category: Category = Category.VALIDATION, at: Path | None = None
@@ -122,6 +123,14 @@ class _Rules:
                 yield self.fault(path, f"the schedule has more than {MAX_LAYERS} layers", "repeat less often")
                 return
 
+    def modes(self) -> Iterator[Fault]:
+        seen: set[str] = set()
+        for number, mode in self.sections.modes.items():
+            if mode.name in seen:
+                what = f"there is another mode {show(mode.name)}"
+                yield self.fault(("execution_modes", number, "name"), what, "write another name")
+            seen.add(mode.name)
+
     # One template
 
     def mixer(self, path: Path, template: Template) -> Iterator[Fault]:
@@ -144,6 +153,8 @@ class _Rules:
         if ffn.moe is not None and ffn.moe.top_k > ffn.moe.experts:
             what = f"ffn.moe.top_k {ffn.moe.top_k} is more than ffn.moe.experts {ffn.moe.experts}"
             yield self.fault(path, what, f"write top_k: {ffn.moe.experts} or less", at=(*here, "moe", "top_k"))
+        for fault in ffn.moe.faults() if ffn.moe is not None else ():
+            yield self.fault((*here, "moe", *fault.path), fault.what, fault.fix)
         yield from self.activation((*here, "activation"), ffn.type, ffn.activation)
 
     def activation(self, path: Path, ffn_type: str, activation: str | None) -> Iterator[Fault]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, get_args
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler, PlainValidator
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, PlainValidator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from retnet.system.suggest import nearest
@@ -19,6 +19,7 @@ from .document import LARGEST_INTEGER
 from .errors import listing, show
 
 LARGEST = 2**31 - 1
+MOST_STEPS = 99  # of the iteration of an optimizer
 FAULT = "stack_fault"  # pydantic's error type for faults raised here; the context holds `what` and `fix`
 
 
@@ -80,14 +81,16 @@ def _integer(low: int, high: int = LARGEST, *, nullable: bool = False) -> Callab
 
 
 def _number(
-    low: float,
+    low: float = -math.inf,
     high: float = math.inf,
     *,
     low_open: bool = False,
     high_open: bool = False,
     nullable: bool = False,
 ) -> Callable[[Any], Any]:
-    if high == math.inf:
+    if low == -math.inf:
+        wanted = "a number"
+    elif high == math.inf:
         wanted = f"a number {'above' if low_open else 'of at least'} {low:g}"
     else:
         wanted = f"a number in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
@@ -196,6 +199,9 @@ def _schema_version(value: Any) -> int:
 
 PositiveInt = Annotated[int, BeforeValidator(_integer(1))]
 Count = Annotated[int, BeforeValidator(_integer(0))]
+Steps = Annotated[int, BeforeValidator(_integer(1, MOST_STEPS))]
+StepsOrNone = Annotated[int, BeforeValidator(_integer(0, MOST_STEPS))]
+Coefficients = Annotated[list[Annotated[float, BeforeValidator(_number())]], Field(min_length=3, max_length=3)]
 # `Maybe...`: the key may be absent (None), but not null. `...OrNull`: null is accepted.
 MaybePositiveInt = Annotated[int | None, BeforeValidator(_integer(1))]
 MaybeProbability = Annotated[float | None, BeforeValidator(_number(0, 1, high_open=True))]

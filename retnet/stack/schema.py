@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 from pydantic import Field, PlainValidator
 
 from . import unsupported
+from .experts import Moe
 from .mixers import AnyMixer
 from .scalars import (
     LARGEST,
     ONE_OF,
+    Coefficients,
     Flag,
     Fraction,
     Initialisation,
     MaybeNonNegative,
-    MaybePositive,
     MaybePositiveInt,
     MaybeProbability,
     ModuleCount,
@@ -30,6 +31,8 @@ from .scalars import (
     Probability,
     SchemaVersion,
     Seed,
+    Steps,
+    StepsOrNone,
     Text,
     TextOrNull,
 )
@@ -91,20 +94,6 @@ class Embedding(Section):
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: Flag = True
     scale: PositiveOrNull = None
-
-
-class Moe(Section):
-    UNSUPPORTED = unsupported.MOE
-
-    experts: PositiveInt
-    top_k: PositiveInt
-    router: Annotated[Literal["softmax", "sigmoid"], ONE_OF] = "softmax"
-    z_loss: NonNegative = 0.0
-    capacity_factor: Positive = 1.0
-    load_balance_coef: MaybeNonNegative = None
-    router_init_std: MaybePositive = None
-    router_jitter: Probability = 0.0
-    capacity_drop_policy: Annotated[Literal["overflow", "drop", "pad"], ONE_OF] = "overflow"
 
 
 class Ffn(Section):
@@ -241,9 +230,23 @@ class Head(Section):
     mtp: MultiToken | None = None
 
 
-class TrainingHints(Section):
-    UNSUPPORTED = unsupported.TRAINING_HINTS
+class MuonHints(Section):
+    """The Newton-Schulz iteration: ns_iters steps with ns_coefs, then stabilize_iters steps with stabilize_coefs."""
 
+    ns_iters: Steps = 8
+    ns_coefs: Coefficients = Field(default=[3.4445, -4.775, 2.0315])
+    stabilize_iters: StepsOrNone = 2
+    stabilize_coefs: Coefficients = Field(default=[2.0, -1.5, 0.5])
+
+
+class OptimizerGroups(Section):
+    """Patterns of the names of parameters, for each algorithm."""
+
+    muon: list[Text] = Field(default=[])
+    adamw: list[Text] = Field(default=[])
+
+
+class TrainingHints(Section):
     init: Initialisation = "normal_0.02"
     dropout: Probability = 0.0
     checkpointing: Flag = False
@@ -257,6 +260,8 @@ class TrainingHints(Section):
     warmup_steps_ratio: Fraction = 0.03
     router_lr_multiplier: NonNegative = 1.0
     optimizer: Annotated[Literal["adamw", "muon", "hybrid"], ONE_OF] = "adamw"
+    optimizer_groups: OptimizerGroups = OptimizerGroups()
+    muon: MuonHints = MuonHints()
 
 
 class Compatibility(Section):
@@ -264,6 +269,17 @@ class Compatibility(Section):
 
     compile_target: Annotated[Literal["huggingface"], ONE_OF] = "huggingface"
     dtype_policy: Annotated[Literal["uniform", "layered_safe"], ONE_OF] = "uniform"
+
+
+class ExecutionMode(Section):
+    """A phase of reasoning. Nothing here acts on the model, and the report says so."""
+
+    name: Text
+    max_tokens: PositiveInt
+    kv_share: Flag = True
+    loss_weight: NonNegative = 1.0
+    visible_to_user: Flag = True
+    per_token_rationale: Flag = False
 
 
 class Spec(Section):
@@ -280,6 +296,7 @@ class Spec(Section):
     head: Head
     training_hints: TrainingHints | None = None
     compatibility: Compatibility | None = None
+    execution_modes: Annotated[list[ExecutionMode] | None, Field(min_length=1)] = None
 
     def rotary(self) -> "Rotary":
         """Rotary positions as the layers' configs take them. YaRN extends max_seq_len / factor to max_seq_len."""

@@ -79,4 +79,4 @@ def feed_forward_words(layer: Layer, stack: Stack) -> str:
     names = {"swiglu": "SwiGLU", "gelu": "GeGLU", "relu": "ReGLU"}
     words = f"{names[layer.activation] if gated else f'MLP ({layer.activation})'} {width}"
     moe = layer.ffn.moe
-    return words if moe is None else f"{moe.top_k} of {moe.experts} experts, {words}"
+    return words if moe is None else f"{moe.words()}, {words}"

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from .schema import Spec, TrainingHints
+from .schema import MuonHints, Spec, TrainingHints
 
 _FIELDS = {
     "lr_peak": "learning_rate",
@@ -19,10 +19,7 @@ _WHOLE_RUN = math.nextafter(1.0, 0.0)  # warmup_steps of TrainingArguments: a sh
 
 
 def training_defaults(spec: Spec, given: Collection[str] = ()) -> dict[str, Any]:
-    """Values for TrainingArguments, without the fields that the user has `given`.
-
-    Raises ValueError for an optimizer that `retnet train` does not have, unless the user chose another.
-    """
+    """Values for TrainingArguments, without the fields that the user has `given`."""
     hints = spec.training_hints or TrainingHints()
     known = hints.model_fields_set
     values: dict[str, Any] = {field: getattr(hints, hint) for hint, field in _FIELDS.items() if hint in known}
@@ -33,14 +30,33 @@ def training_defaults(spec: Spec, given: Collection[str] = ()) -> dict[str, Any]
     if "lr_floor_ratio" in known and "lr_scheduler_type" not in given:
         values["lr_scheduler_type"] = "cosine_with_min_lr"
         values["lr_scheduler_kwargs"] = {"min_lr_rate": hints.lr_floor_ratio}
-    if hints.optimizer == "muon":
+    if _is_muon(hints) and "optim" not in given:
         values["optim"] = "muon"
-    elif hints.optimizer != "adamw" and "optim" not in given:
-        raise ValueError(
-            f"training_hints.optimizer is {hints.optimizer}; `retnet train` accepts adamw and muon there "
-            "(optim=... overrides)"
-        )
+        if "muon" in known:
+            values["optim_args"] = _iteration(hints.muon)
     return {field: value for field, value in values.items() if field not in given}
+
+
+def optimizer_groups(spec: Spec) -> dict[str, list[str]] | None:
+    """Patterns of the names of parameters that Muon and AdamW train; None without any, or without Muon."""
+    hints = spec.training_hints or TrainingHints()
+    groups = hints.optimizer_groups
+    if not _is_muon(hints) or not (groups.muon or groups.adamw):
+        return None
+    return {"muon": list(groups.muon), "adamw": list(groups.adamw)}
+
+
+def _is_muon(hints: TrainingHints) -> bool:
+    """Muon here is a hybrid: what is no matrix is trained by AdamW."""
+    return hints.optimizer in ("muon", "hybrid")
+
+
+def _iteration(muon: MuonHints) -> str:
+    """The settings as `optim_args` of muon."""
+    values = {"ns_steps": muon.ns_iters, "ns_coefs": muon.ns_coefs}
+    values |= {"stabilize_steps": muon.stabilize_iters, "stabilize_coefs": muon.stabilize_coefs}
+    texts = (f"{key}={':'.join(map(str, x)) if isinstance(x, list) else x}" for key, x in values.items())
+    return ",".join(texts)
 
 
 def router_lr_multiplier(spec: Spec) -> float:

@@ -27,9 +27,6 @@ Keys = dict[str, Unsupported]
 Values = dict[str, dict[str, UnsupportedValue]]
 
 TOP: Keys = {
-    "execution_modes": Unsupported(
-        "reasoning phases", "remove it, and limit the number of generated tokens", takes_null=True
-    ),
     "transition": Unsupported("transitions between reasoning phases", "remove it", takes_null=True),
 }
 TEMPLATE: Keys = {
@@ -63,12 +60,10 @@ ATTENTION_VALUES: Values = {
         "nsa": UnsupportedValue("native sparse attention", _WINDOW, companions=("window_dilation",)),
     }
 }
-MOE: Keys = {
-    "bias_correction": Unsupported("routing biases instead of a loss", "remove it and balance with load_balance_coef"),
-    "affinity": Unsupported("a second routing function", "remove it and choose router: softmax or sigmoid"),
-    "shared_experts": Unsupported("experts that process every token"),
-    "routing": Unsupported("a choice between learned and hashed routing", "remove it; routing is learned"),
-    "balance": Unsupported("balancing by sequence or group", "remove it and balance with load_balance_coef"),
+ROUTING_VALUES: Values = {
+    "type": {
+        "hash": UnsupportedValue("routing by a hash of the token", "write type: learned", companions=("hash_salt",))
+    }
 }
 RESIDUAL: Keys = {"hyper": Unsupported("hyper-connections", "remove it; write type: sequential or parallel")}
 RESIDUAL_VALUES: Values = {
@@ -101,9 +96,5 @@ MERGE_VALUES: Values = {
 # Schedule entries of a kind that is refused as a whole.
 ENTRY_KINDS: Keys = {
     "integrator": Unsupported("layers as steps of an integrator", "write `template` with `repeat`"),
-}
-TRAINING_HINTS: Keys = {
-    "optimizer_groups": Unsupported("parameter groups by pattern", "remove it; the training recipe groups parameters"),
-    "muon": Unsupported("settings of Muon", "remove it"),
 }
 COMPATIBILITY: Keys = {"quant_aware_training": Unsupported("quantisation-aware training", "remove it")}

@@ -22,6 +22,7 @@ from .schema import (
     BodyEntry,
     Embedding,
     Entry,
+    ExecutionMode,
     Head,
     Model,
     ParallelEntry,
@@ -58,6 +59,7 @@ class ParsedSections:
     templates: dict[str, Template]
     entries: dict[int, Entry | ParallelEntry]
     names: frozenset[str]  # of all templates in the file, valid or not
+    modes: dict[int, ExecutionMode]
 
 
 @dataclass
@@ -133,7 +135,7 @@ class _Pruner:
             return value
         if get_origin(annotation) is dict and isinstance(value, dict):
             return {key: self.prune(section, item, (*path, key)) for key, item in value.items()}
-        if get_origin(annotation) is list and isinstance(value, list):
+        if list in (get_origin(annotation), *map(get_origin, get_args(annotation))) and isinstance(value, list):
             return [self.prune(section, item, (*path, i)) for i, item in enumerate(value)]
         return self.prune(section, value, path)
 
@@ -208,6 +210,10 @@ def _fault(details: ErrorDetails, document: Document) -> Fault | None:
             return None
         case "too_short" if path in (("layer_templates",), ("layer_schedule",)):
             return Fault(path, "expected at least one layer, got none", "add a layer", mark=mark)
+        case "too_short" if path == ("execution_modes",):
+            return Fault(
+                path, "expected at least one mode, got none", "add {name, max_tokens}, or remove it", mark=mark
+            )
         case "too_short" | "too_long":
             wanted = details.get("ctx", {}).get("min_length") or details.get("ctx", {}).get("max_length")
             count = len(given) if isinstance(given, list) else 0
@@ -245,6 +251,8 @@ def _valid_sections(raw: dict[str, Any]) -> ParsedSections:
     schedule = schedule if isinstance(schedule, list) else []
     valid_templates = {name: _valid(Template, value) for name, value in templates.items()}
     valid_entries = {i: _valid(entry_section(value), value) for i, value in enumerate(schedule)}
+    modes = raw.get("execution_modes")
+    valid_modes = {i: _valid(ExecutionMode, value) for i, value in enumerate(modes if isinstance(modes, list) else [])}
     hints = raw.get("training_hints")
     return ParsedSections(
         model=_valid(Model, raw.get("model")),
@@ -255,4 +263,5 @@ def _valid_sections(raw: dict[str, Any]) -> ParsedSections:
         templates={name: template for name, template in valid_templates.items() if template},
         entries={i: entry for i, entry in valid_entries.items() if entry},
         names=frozenset(templates),
+        modes={i: mode for i, mode in valid_modes.items() if mode},
     )

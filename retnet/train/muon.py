@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -29,8 +29,11 @@ from retnet.layers.moe import ExpertLinear
 from retnet.layers.weight_roles import named_roles, parts_of_products
 from retnet.ops.dtypes import wide_dtype
 from retnet.train.optimizer import decayed_parameters
+from retnet.train.parameter_patterns import Patterns, algorithm_of
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon: the slope at 0 is as large as it can be
+Coefficients = tuple[float, float, float]
+COEFFICIENTS: Coefficients = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon: the slope at 0 is as large as it can be
+STABILIZING: Coefficients = (2.0, -1.5, 0.5)  # singular values near 1 come closer to it
 NORM_EPS = 1e-7
 _BATCH_ELEMENTS = 2**27  # of the matrices that are orthogonalised together: bounds the memory for copies
 
@@ -43,6 +46,8 @@ class Muon(Optimizer):
             map in its matrices.
         lr, weight_decay: of both algorithms; the decay is decoupled.
         momentum, nesterov, ns_steps: of Muon.
+        ns_coefs: of the polynomial of a step. stabilize_steps, stabilize_coefs: of steps after those, as DeepSeek-V4
+            takes after 8 of the others.
         betas, eps: of AdamW.
         ns_dtype: of the Newton-Schulz iteration; bfloat16 on a GPU and float32 on a CPU if None.
         process_group: processes that hold the same gradients, or shards of them; they share the orthogonalisation.
@@ -62,8 +67,13 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         ns_dtype: torch.dtype | None = None,
         process_group: dist.ProcessGroup | None = None,
+        ns_coefs: Coefficients = COEFFICIENTS,
+        stabilize_steps: int = 0,
+        stabilize_coefs: Coefficients = STABILIZING,
     ):
         self.ns_dtype, self.process_group = ns_dtype, process_group
+        check_iteration(ns_steps, stabilize_steps, ns_coefs=ns_coefs, stabilize_coefs=stabilize_coefs)
+        self.ns_coefs, self.stabilizing = ns_coefs, (stabilize_coefs,) * stabilize_steps
         defaults = {
             "algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_steps": ns_steps, "parts": None, "betas": tuple(betas), "eps": eps, "fused": True,
@@ -140,11 +150,11 @@ class Muon(Optimizer):
 
     def _apply(self, kind: _Kind, changes: list[_Change]) -> None:
         wholes = torch.cat([change.whole for change in changes]).to(self._dtype(changes[0].whole))
-        ns_steps = kind.ns_steps
+        iteration = (*(self.ns_coefs,) * kind.ns_steps, *self.stabilizing)
         if self.process_group is None or not kind.is_shared:
-            directions = orthogonalize(wholes, ns_steps)
+            directions = orthogonalize(wholes, iteration)
         else:
-            directions = _shared(wholes, ns_steps, self.process_group)
+            directions = _shared(wholes, iteration, self.process_group)
         directions = directions.to(kind.dtype).split([len(change.whole) for change in changes])
         moved = [(change, d) for change, d in zip(changes, directions, strict=True) if change.weight.numel()]
         if not moved:
@@ -240,15 +250,18 @@ def _bounded(changes: list[_Change]) -> Iterator[list[_Change]]:
     yield batch
 
 
-def orthogonalize(x: Tensor, steps: int) -> Tensor:
+def orthogonalize(x: Tensor, iteration: int | Sequence[Coefficients]) -> Tensor:
     """[N, A, B] -> matrices with the same singular vectors, and singular values between about 0.7 and 1.2.
 
-    Singular values far below the largest (by 1e-3 after 5 steps) stay smaller; a matrix of zeros stays one.
+    iteration: the coefficients (a, b, c) of each step, x <- a x + (b x x^T + c (x x^T)^2) x; a number of steps means so
+    many of `COEFFICIENTS`. Singular values far below the largest (by 1e-3 after 5 steps) stay smaller; a matrix of
+    zeros stays one.
     """
-    a, b, c = COEFFICIENTS
+    if isinstance(iteration, int):
+        iteration = (COEFFICIENTS,) * iteration
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=NORM_EPS)
     is_tall = x.shape[-2] > x.shape[-1]
-    for _ in range(steps):
+    for a, b, c in iteration:
         gram = x.mT @ x if is_tall else x @ x.mT
         change = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         left, right = (x, change) if is_tall else (change, x)
@@ -256,16 +269,26 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
     return x
 
 
-def _shared(x: Tensor, steps: int, processes: dist.ProcessGroup) -> Tensor:
+def _shared(x: Tensor, iteration: Sequence[Coefficients], processes: dist.ProcessGroup) -> Tensor:
     """`orthogonalize` of matrices that every process has, each process doing its share."""
     world, rank = dist.get_world_size(processes), dist.get_rank(processes)
     share = math.ceil(len(x) / world)
     own = x[rank * share : (rank + 1) * share]
     done = x.new_zeros(share, *x.shape[1:])
-    done[: len(own)] = orthogonalize(own, steps)
+    done[: len(own)] = orthogonalize(own, iteration)
     out = x.new_empty(world * share, *x.shape[1:])
     dist.all_gather(list(out.split(share)), done, group=processes)
     return out[: len(x)]
+
+
+def check_iteration(ns_steps: int, stabilize_steps: int = 0, **coefficients: Sequence[float]) -> None:
+    """Raise ValueError for numbers of steps out of range, and for coefficients that are not three finite numbers."""
+    for name, steps, least in (("ns_steps", ns_steps, 1), ("stabilize_steps", stabilize_steps, 0)):
+        if not least <= steps < 100:
+            raise ValueError(f"{name} is {steps}; accepted: {least} to 99")
+    for name, values in coefficients.items():
+        if len(values) != 3 or not all(math.isfinite(x) for x in values):
+            raise ValueError(f"{name} is {values}; accepted: three finite numbers")
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -277,8 +300,7 @@ def _check_group(group: dict[str, Any]) -> None:
     for name, values in (("momentum", (group["momentum"],)), ("betas", group["betas"])):
         if not all(0 <= value < 1 for value in values):
             raise ValueError(f"{name} is {group[name]}; accepted: 0 or more, and below 1")
-    if not 1 <= group["ns_steps"] < 100:
-        raise ValueError(f"ns_steps is {group['ns_steps']}; accepted: 1 to 99")
+    check_iteration(group["ns_steps"])
     for p in group["params"] if group["algorithm"] == "muon" else ():
         parts = group["parts"]
         if p.ndim not in (2, 3) or not p.is_floating_point():
@@ -291,32 +313,43 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def muon_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.1, adamw_lr_multiplier: float = 1.0
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.1,
+    adamw_lr_multiplier: float = 1.0,
+    patterns: Patterns | None = None,
 ) -> list[dict[str, Any]]:
     """The parameters of a model that are trained, as groups for `Muon`.
 
     Muon gets the linear maps that their layer names in WEIGHT_ROLES, as a role other than an embedding's. Maps without
     a name (decay projections, routers, time steps, Hyena's filters, adapters), embeddings, the head, convolutions and
     vectors go to AdamW, with `adamw_lr_multiplier` times the rate. Weight decay as in `decayed_parameters`.
+    patterns: exceptions by name, as in `parameter_patterns.py`; Muon takes matrices alone, embeddings included.
     """
     roles, parts_of = named_roles(model), parts_of_products(model)
+    matrices = {
+        id(module.weight): module
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Embedding, ExpertLinear))
+    }
     embeddings = {id(module.weight) for module, role in roles.items() if role == "embedding"}
-    parts: dict[int, tuple[int, ...] | None] = {
-        id(module.weight): parts_of.get(module)
-        for module, role in roles.items()
-        if isinstance(module, (nn.Linear, ExpertLinear)) and role != "embedding" and id(module.weight) not in embeddings
+    usual = {
+        id(module.weight)
+        for module in roles
+        if isinstance(module, (nn.Linear, ExpertLinear)) and id(module.weight) not in embeddings
     }
     decayed = set(decayed_parameters(model))
     groups: dict[Any, dict[str, Any]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        is_muon, decay = id(p) in parts, weight_decay if name in decayed else 0.0
+        algorithm = algorithm_of(name, patterns)
+        is_muon = id(p) in usual if algorithm is None else algorithm == "muon" and id(p) in matrices
         options = {
             "algorithm": "muon" if is_muon else "adamw",
             "lr": lr if is_muon else adamw_lr_multiplier * lr,
-            "weight_decay": decay,
-            "parts": parts.get(id(p)),
+            "weight_decay": weight_decay if name in decayed else 0.0,
+            "parts": parts_of.get(matrices[id(p)]) if is_muon else None,
         }
         groups.setdefault(tuple(options.values()), {"params": [], **options})["params"].append(p)
     return list(groups.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from retnet.system.suggest import choices, nearest
-from retnet.train.muon import Muon, muon_groups
+from retnet.train.muon import COEFFICIENTS, STABILIZING, Coefficients, Muon, check_iteration, muon_groups
+from retnet.train.parameter_patterns import Patterns
 
 MUON = "muon"  # value of `optim`
 NS_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,7 +24,7 @@ class MuonArgs:
     """The keys of `optim_args`.
 
     adamw_lr_multiplier: the rate of AdamW's parameters, relative to Muon's. ns_dtype: of the Newton-Schulz iteration;
-    "auto" is bfloat16 on a GPU and float32 on a CPU.
+    "auto" is bfloat16 on a GPU and float32 on a CPU. Coefficients are written as 2.0:-1.5:0.5.
     """
 
     momentum: float = 0.95
@@ -31,12 +32,16 @@ class MuonArgs:
     ns_steps: int = 5
     ns_dtype: str = "auto"
     adamw_lr_multiplier: float = 1.0
+    ns_coefs: tuple[float, ...] = COEFFICIENTS
+    stabilize_steps: int = 0
+    stabilize_coefs: tuple[float, ...] = STABILIZING
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}; accepted: 0 or more, and below 1")
-        if not 1 <= self.ns_steps < 100:
-            raise ValueError(f"ns_steps is {self.ns_steps}; accepted: 1 to 99")
+        check_iteration(
+            self.ns_steps, self.stabilize_steps, ns_coefs=self.ns_coefs, stabilize_coefs=self.stabilize_coefs
+        )
         if self.ns_dtype not in NS_DTYPES:
             raise ValueError(f"ns_dtype is {self.ns_dtype!r}; {choices(self.ns_dtype, NS_DTYPES)}")
         if not 0 <= self.adamw_lr_multiplier < math.inf:
@@ -63,17 +68,27 @@ def _value(kind: type, key: str, text: str) -> Any:
     if kind is str:
         return text
     try:
+        if kind is tuple:
+            return tuple(map(float, text.split(":")))
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError) as error:
-        accepted = {bool: "true or false", int: "an integer", float: "a number"}[kind]
+        accepted = {bool: "true or false", int: "an integer", float: "a number", tuple: "numbers"}[kind]
         raise ValueError(f"{key} is {text!r} in optim_args of muon; accepted: {accepted}") from error
 
 
 class MuonFactory:
     """An optimizer factory of transformers: called with the model and the second value of `muon_cls_and_kwargs`."""
 
-    def __call__(self, model: nn.Module, settings: MuonArgs, lr: float, weight_decay: float, **options: Any) -> Muon:
-        groups = muon_groups(model, lr, weight_decay, settings.adamw_lr_multiplier)
+    def __call__(
+        self,
+        model: nn.Module,
+        settings: MuonArgs,
+        lr: float,
+        weight_decay: float,
+        patterns: Patterns | None = None,
+        **options: Any,
+    ) -> Muon:
+        groups = muon_groups(model, lr, weight_decay, settings.adamw_lr_multiplier, patterns)
         return Muon(
             groups,
             lr=lr,
@@ -82,11 +97,16 @@ class MuonFactory:
             nesterov=settings.nesterov,
             ns_steps=settings.ns_steps,
             ns_dtype=NS_DTYPES[settings.ns_dtype],
+            ns_coefs=cast(Coefficients, settings.ns_coefs),
+            stabilize_steps=settings.stabilize_steps,
+            stabilize_coefs=cast(Coefficients, settings.stabilize_coefs),
             **options,
         )
 
 
-def muon_cls_and_kwargs(args: TrainingArguments) -> tuple[type[MuonFactory], dict[str, Any]] | None:
+def muon_cls_and_kwargs(
+    args: TrainingArguments, patterns: Patterns | None = None
+) -> tuple[type[MuonFactory], dict[str, Any]] | None:
     """The Trainer's `optimizer_cls_and_kwargs`; None for another optimizer. Raises ValueError as `MuonArgs.parse`."""
     if args.optim != MUON:
         return None
@@ -96,5 +116,6 @@ def muon_cls_and_kwargs(args: TrainingArguments) -> tuple[type[MuonFactory], dic
         "weight_decay": args.weight_decay,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
+        "patterns": patterns,
         "process_group": dist.group.WORLD if args.world_size > 1 else None,
     }

@@ -25,9 +25,10 @@ from retnet.stack.document import MAX_BYTES, Document, compose
 from retnet.stack.errors import StackError
 from retnet.stack.load import Stack
 from retnet.stack.resolve import STACK_SUFFIXES, resolve_stack, saved_directory
-from retnet.stack.training import router_lr_multiplier, training_defaults
+from retnet.stack.training import optimizer_groups, router_lr_multiplier, training_defaults
 from retnet.system.suggest import choices, did_you_mean_path, nearest
 from retnet.train.muon_recipe import MUON, MuonArgs
+from retnet.train.parameter_patterns import Algorithm
 from retnet.train.state_recipe import STATE, STATE_DEFAULTS, Method, excluded
 
 CheckpointForm = Literal["whole", "sharded", "async"]
@@ -98,6 +99,7 @@ _MINIMUMS: dict[str, tuple[float, float | None]] = {
 }
 _POSITIVE = ("eval_steps", "logging_steps", "num_train_epochs", "save_steps")
 _EXPONENT_FORM = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_MAPPINGS = ("data", "optimizer_groups")  # keys of ours that take a mapping
 _METRICS = ("loss", "perplexity", "bits_per_byte")
 
 
@@ -123,6 +125,7 @@ class Recipe(BaseModel):
     max_minutes: a time limit on training, resumed parts included; the learning-rate schedule ends with it.
     num_samples: the number of validation documents to write continuations of at the end.
     router_lr_multiplier: the learning rate of MoE routers, divided by that of all other parameters.
+    optimizer_groups: with optim=muon, patterns of the names of parameters that each of `muon` and `adamw` trains.
     checkpoints: `whole`: a model directory beside the Trainer's states; `sharded`: each process writes its share, which
         any number of processes resume; `async`: sharded, written while training goes on. None: as fsdp_config says, or
         whole.
@@ -148,6 +151,7 @@ class Recipe(BaseModel):
     max_minutes: float | None = Field(default=None, gt=0)
     num_samples: int = Field(default=3, ge=0)
     router_lr_multiplier: float = Field(default=1.0, ge=0)
+    optimizer_groups: dict[Algorithm, list[Source]] | None = None
     checkpoints: CheckpointForm | None = None
     force: bool = False
     recompute: Level | None = None
@@ -225,6 +229,10 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
             problems.append(f"{key} is {training[key]!r}; {choices(training[key], accepted)}")
     if "bf16" not in values and not training.get("fp16") and "model" in values:
         training |= _precision(str(values["model"]), stack)
+    if stack is not None and training.get("optim") == MUON and (groups := optimizer_groups(stack.spec)):
+        values.setdefault("optimizer_groups", groups)
+    if values.get("optimizer_groups") and training.get("optim") != MUON:
+        problems.append(f"optimizer_groups with optim {training.get('optim')!r}; accepted with it: {MUON!r}")
     problems += _unusable(training)
     problems += excluded(values, training) if tunes_state else ()
     if not problems:
@@ -351,7 +359,7 @@ def _parsed(key: str, value: Any, hint: Any) -> Any:
     """A setting; where a list or mapping is accepted, text that starts like one is read as one."""
     kinds = get_args(hint) or (hint,)
     is_collection = any((get_origin(kind) or kind) in (dict, list) for kind in kinds)
-    starts = ("[", "{") if is_collection else ("{",) if key == "data" else ()
+    starts = ("[", "{") if is_collection else ("{",) if key in _MAPPINGS else ()
     if not isinstance(value, str) or not value.lstrip().startswith(starts):
         return value
     try:

@@ -31,6 +31,7 @@ from retnet.train.cpu_fsdp import sharding_on_cpus
 from retnet.train.finish import TrainingSummary, continuations, record, save_whole_model
 from retnet.train.inputs import RunData, Wrap, initial_model, open_data
 from retnet.train.packed_model import PackedForCausalLM
+from retnet.train.parameter_patterns import without_a_match
 from retnet.train.progress import ProgressCallback
 from retnet.train.recipe import Recipe
 from retnet.train.report import REPORT_FILE, Report, Subject, all_settings, run_tables
@@ -97,6 +98,7 @@ def _train(
         context_parallel=recipe.context_parallel,
         carry_state=recipe.carry_state,
         router_lr_multiplier=recipe.router_lr_multiplier,
+        optimizer_groups=recipe.optimizer_groups,
         max_minutes=recipe.max_minutes,
         checkpoints=recipe.checkpoints,
         facts=run_facts(recipe, arguments, data, model) | dict(facts),
@@ -288,6 +290,8 @@ def _describe(
     )
     packed = cast(PackedForCausalLM, trainer.model)
     _describe_precision(console, packed, arguments)
+    for pattern in without_a_match((name for name, _ in model.named_parameters()), recipe.optimizer_groups):
+        console.print(f"optimizer_groups: {pattern!r} matches no parameter", markup=False, highlight=False)
     if isinstance(packed, StateTunedForCausalLM):
         describe_state(console, packed)
     for name, corpus in data.corpora.items():

@@ -35,6 +35,7 @@ from retnet.train.losses import LossWatch, NonFiniteLoss, all_finite
 from retnet.train.muon_recipe import muon_cls_and_kwargs
 from retnet.train.optimizer import check_schedule, complete_schedule, decayed_parameters, separate_routers
 from retnet.train.packed_model import PackedForCausalLM
+from retnet.train.parameter_patterns import Patterns
 from retnet.train.resume import ProcessState, read_run, save_run
 from retnet.train.row_shards import RowShards
 from retnet.train.staged_trainer import StagedTrainer
@@ -49,7 +50,7 @@ class RunOptions:
     """The settings of a run that are not in TrainingArguments.
 
     context_parallel: processes that share rows (`row_shards.py`).
-    checkpoints: their form (`sharded_trainer.py`).
+    checkpoints: their form (`sharded_trainer.py`). optimizer_groups: patterns (`parameter_patterns.py`).
     facts, settings: what a checkpoint records of the run (`changes.py`).
     """
 
@@ -57,6 +58,7 @@ class RunOptions:
     checkpoints: str | None = None
     carry_state: bool = False
     router_lr_multiplier: float = 1.0
+    optimizer_groups: Patterns | None = None
     max_minutes: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +88,7 @@ class PackedTrainer(StagedTrainer):
             train_dataset=self.rows,
             eval_dataset=valid,
             callbacks=callbacks,
-            optimizer_cls_and_kwargs=muon_cls_and_kwargs(args),  # type: ignore[arg-type]
+            optimizer_cls_and_kwargs=muon_cls_and_kwargs(args, options.optimizer_groups),  # type: ignore[arg-type]
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingHooks(self))

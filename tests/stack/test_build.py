@@ -11,12 +11,11 @@ from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
-from retnet.stack import parse_stack
 from retnet.stack.build import model_config
 from retnet.stack.report import realism_report
-from tests.small_models import unit_gain_
+from retnet.stack.schema import ExecutionMode, MuonHints, OptimizerGroups
 
-from .specs import changed, stack
+from .specs import stack
 from .test_stack_guide import sections
 
 FFN = "ffn: {type: mlp}"
@@ -169,6 +168,26 @@ CHANGES = {
     ("Stream", "body"): ([parallel("type: add")], "layers.2.mixer.depth", 2),
     ("BodyEntry", "template"): ([parallel("type: add")], "layers.2.mixer.leaves.0.kind", "retention"),
     ("BodyEntry", "repeat"): ([parallel("type: add")], "layers.2.mixer.depth", 2),
+    ("Moe", "affinity"): ([moe("affinity: sqrt_softplus")], "layers.2.feed_forward.router", "sqrt_softplus"),
+    ("Moe", "shared_experts"): ([moe("shared_experts: 2")], "layers.2.feed_forward.shared_hidden_dim", 512),
+    ("Moe", "bias_correction"): (
+        [moe("bias_correction: {enabled: true}")], "layers.2.feed_forward.bias_update_rate", 1e-3),
+    ("BiasCorrection", "enabled"): (
+        [moe("bias_correction: {enabled: true}")], "layers.2.feed_forward.bias_update_rate", 1e-3),
+    ("BiasCorrection", "update_rate"): (
+        [moe("bias_correction: {enabled: true, update_rate: 0.01}")], "layers.2.feed_forward.bias_update_rate", 0.01),
+    ("BiasCorrection", "target_imbalance"): (
+        [moe("bias_correction: {target_imbalance: 0.2}")], "layers.2.feed_forward.bias_tolerance", 0.2),
+    ("Moe", "balance"): ([moe("balance: {group_limit: 1}")], "layers.2.feed_forward.top_groups", 1),
+    ("Balance", "sequence_aux_coef"): (
+        [moe("balance: {sequence_aux_coef: 0.1}")], "layers.2.feed_forward.sequence_balance_coef", 0.1),
+    ("Balance", "group_limit"): ([moe("balance: {group_limit: 3}")], "layers.2.feed_forward.top_groups", 3),
+    ("Moe", "vendor.retnet.groups"): (
+        [moe("balance: {group_limit: 1}, vendor.retnet.groups: 2")], "layers.2.feed_forward.num_groups", 2),
+    ("Moe", "vendor.retnet.routed_scale"): (
+        [moe("vendor.retnet.routed_scale: 2.5")], "layers.2.feed_forward.routed_scale", 2.5),
+    ("Moe", "vendor.retnet.normalize_weights"): (
+        [moe("vendor.retnet.normalize_weights: false")], "layers.2.feed_forward.normalize_weights", False),
     ("Branched", "branches"): ([branched("selector: null")], "layers.2.mixer.leaves.0.kind", "mamba2"),
     ("Branched", "selector"): ([branched("selector: {type: top_k}")], "layers.2.mixer.top_k", 1),
     ("Selector", "type"): ([branched("selector: {type: top_k}")], "layers.2.mixer.top_k", 1),
@@ -275,37 +294,6 @@ def test_latents_have_no_positions_unless_they_are_asked_for(options, rotary, ab
     assert ("absorbed" in words, "keys rebuilt" in words) == (absorbs, not absorbs)
 
 
-KINDS_OF_ATTENTION = [
-    "window: 4, vendor.retnet.rotary_dim: 8",
-    "attention_sinks: {n_per_head: 2}, vendor.retnet.rope: false, vendor.retnet.gate: sigmoid",
-    "vendor.retnet.qk_norm: l2, vendor.retnet.rope: false",
-    "latent_dim: 16, qkv_bias: true",
-    "latent_dim: 16, vendor.retnet.mla.rope_dim: 8, vendor.retnet.mla.q_rank: 24, vendor.retnet.mla.norm: rms",
-    "latent_dim: 16, window: 5, vendor.retnet.rope: true, attention_sinks: {}",
-]
-
-
-@torch.no_grad()
-def test_attention_of_every_kind_beside_rotary_retention_decodes_as_one_forward():
-    kinds = "".join(
-        f"\n  {name}:\n    mixer: {{type: attention, attention: {{{options}}}}}\n    ffn: {{type: mlp}}"
-        for name, options in zip("bcdefg", KINDS_OF_ATTENTION, strict=True)
-    )
-    listed = "".join(f"\n- template: {name}" for name in "bcdrefgr")
-    text = changed(
-        ("    ffn: {type: mlp}", f"    ffn: {{type: mlp}}{kinds}"), ("- template: a", f"- template: a{listed}")
-    )
-    model = unit_gain_(LanguageModel(model_config(parse_stack(text))).double()).eval()
-    ids = torch.arange(11)[None] % 7
-    whole = model(ids).logits
-    state, logits = None, []
-    for part in ids.split((5, 1, 1, 3, 1), 1):
-        output = model(part, state, carry=True)
-        state = output.state
-        logits.append(output.logits)
-    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-10, atol=1e-10)
-
-
 def test_a_list_of_decays_reaches_the_layer():
     config = built((RETNET, "retnet: {vendor.retnet.decay: [0.5, 0.6, 0.7, 1]}"))
     assert config.layers[0].mixer.decay == (0.5, 0.6, 0.7, 1.0)
@@ -333,6 +321,10 @@ ELSEWHERE = {
     ("Selector", "input"): "one value",
     ("Embedding", "type"): "one value", ("Attention", "window_mode"): "both values mean `window`",
     ("Attention", "window_dilation"): "one value",
+    ("Moe", "routing"): "one value", ("Routing", "type"): "one value",
+    **dict.fromkeys([("MuonHints", key) for key in MuonHints.model_fields], "training"),
+    **dict.fromkeys([("OptimizerGroups", key) for key in OptimizerGroups.model_fields], "training"),
+    **dict.fromkeys([("ExecutionMode", key) for key in ExecutionMode.model_fields], "report"),
     ("Compatibility", "compile_target"): "one value", ("Compatibility", "dtype_policy"): "tested below",
 }  # fmt: skip
 CONTAINERS = {"Mixer", "Template", "Spec"}  # sections that hold sections

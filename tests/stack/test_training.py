@@ -11,6 +11,7 @@ from retnet.stack.presets import load_preset
 from retnet.stack.schema import TrainingHints
 from retnet.stack.training import router_lr_multiplier, training_defaults
 from retnet.train.inputs import open_data
+from retnet.train.muon_recipe import MuonArgs
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import DEFAULTS, load_recipe
 from retnet.train.trainer import PackedTrainer, RunOptions
@@ -54,9 +55,36 @@ def test_hints_become_fields_of_training_arguments(tmp_path):
     assert router_lr_multiplier(spec) == 0.5
 
 
-def test_an_unsupported_optimizer_is_refused():
-    with pytest.raises(ValueError, match="optimizer is hybrid; `retnet train` accepts adamw and muon"):
-        training_defaults(stack(more="training_hints: {optimizer: hybrid}\n").spec)
+MUON = """\
+training_hints:
+  optimizer: hybrid
+  optimizer_groups: {muon: ['**.weight'], adamw: ['embed_tokens.*', '*.router.weight']}
+  muon: {ns_coefs: [3.4, -4.7, 2.0], stabilize_iters: 1}
+"""
+
+
+def test_settings_and_groups_of_muon_are_those_of_the_recipe(tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_text(changed(more=MUON))
+    recipe = load_recipe(None, [f"model={path}", "data=stdlib"])
+    assert recipe.training_arguments().optim == "muon"
+    expected = MuonArgs(ns_steps=8, ns_coefs=(3.4, -4.7, 2.0), stabilize_steps=1, stabilize_coefs=(2.0, -1.5, 0.5))
+    assert MuonArgs.parse(recipe.training["optim_args"]) == expected
+    assert recipe.optimizer_groups == {"muon": ["**.weight"], "adamw": ["embed_tokens.*", "*.router.weight"]}
+    own = load_recipe(
+        None, [f"model={path}", "data=x", "optimizer_groups={muon: [head.weight]}", "optim_args=ns_steps=3"]
+    )
+    assert own.optimizer_groups == {"muon": ["head.weight"]}
+    assert MuonArgs.parse(own.training["optim_args"]) == MuonArgs(ns_steps=3)
+    other = load_recipe(None, [f"model={path}", "data=x", "optim=adamw_torch"])
+    assert (other.optimizer_groups, other.training.get("optim_args")) == (None, None)
+
+
+def test_groups_without_muon_and_of_other_algorithms_are_refused():
+    with pytest.raises(ValueError, match=r"optimizer_groups with optim .*; accepted with it: 'muon'"):
+        load_recipe(None, ["model=retnet-tiny", "data=x", "optimizer_groups={muon: ['*']}"])
+    with pytest.raises(ValueError, match="optimizer_groups"):
+        load_recipe(None, ["model=retnet-tiny", "data=x", "optim=muon", "optimizer_groups={sgd: ['*']}"])
 
 
 def test_the_optimizer_of_a_stack_is_that_of_its_recipe(tmp_path):

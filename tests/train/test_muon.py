@@ -14,6 +14,7 @@ from retnet.layers.moe import ExpertLinear
 from retnet.train import muon
 from retnet.train.muon import Muon, muon_groups, orthogonalize
 from retnet.train.optimizer import separate_routers
+from retnet.train.parameter_patterns import without_a_match
 from tests.small_models import EXPERTS, GATED, PAPER, small_model
 from tests.torchrun import on_processes
 
@@ -87,6 +88,41 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
         torch.testing.assert_close(u.mT @ y @ v.mT, torch.diag_embed((u.mT @ y @ v.mT).diagonal(dim1=1, dim2=2)))
 
 
+def test_stabilising_steps_bring_singular_values_to_one_and_a_run_takes_them():
+    """Eight steps and two of (2, -1.5, 0.5), as in DeepSeek-V4: x <- a x + b x x^T x + c (x x^T)^2 x."""
+    x = torch.randn(2, 12, 9, dtype=torch.float64)
+    expected = x / x.norm(dim=(1, 2), keepdim=True)
+    for a, b, c in [muon.COEFFICIENTS] * 8 + [muon.STABILIZING] * 2:
+        gram = expected @ expected.mT
+        expected = a * expected + b * gram @ expected + c * gram @ gram @ expected
+    iteration = [muon.COEFFICIENTS] * 8 + [muon.STABILIZING] * 2
+    torch.testing.assert_close(orthogonalize(x, iteration), expected, rtol=1e-10, atol=1e-12)
+    off = [(torch.linalg.svdvals(orthogonalize(x, n)) - 1).abs().max() for n in (8, iteration)]
+    assert off[1] < 0.1 * off[0]
+    (p,) = matrices(0, [(12, 9)], torch.float64)
+    before, p.grad = p.detach().clone(), x[0]
+    Muon([p], lr=1.0, weight_decay=0.0, momentum=0.0, ns_steps=8, stabilize_steps=2).step()
+    torch.testing.assert_close(p.detach(), before - 0.2 * 12**0.5 * expected[0], rtol=1e-10, atol=1e-12)
+
+
+def test_patterns_choose_the_algorithm_of_matrices_by_name():
+    model = small_model([replace(GATED, feed_forward=EXPERTS)])
+    patterns = {"muon": ["**.weight", "head*"], "adamw": ["embed_tokens.*", "*.k_proj.weight"]}
+    chosen = {}
+    for group in muon_groups(model, 1e-3, patterns=patterns):
+        chosen |= {id(p): group["algorithm"] for p in group["params"]}
+    for name, p in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        is_matrix = name.endswith(".weight") and isinstance(module, (nn.Linear, ExpertLinear))
+        is_muon = is_matrix and "k_proj" not in name  # routers, the head and decay projections too
+        assert chosen[id(p)] == ("muon" if is_muon else "adamw"), name
+    usual = muon_groups(model, 1e-3)
+    none = muon_groups(model, 1e-3, patterns={"muon": ["nothing"], "adamw": []})
+    assert [[id(p) for p in g["params"]] for g in usual] == [[id(p) for p in g["params"]] for g in none]
+    names = ["model." + name for name, _ in model.named_parameters()]
+    assert without_a_match(names, patterns | {"muon": ["lm_head.weight", "lm.*"]}) == ["lm.*"]
+
+
 def test_the_other_group_moves_as_under_torchs_adamw():
     shapes = [(3,), (4, 5), (2, 3, 4), ()]
     ours, theirs = matrices(0, shapes), matrices(0, shapes)
@@ -123,9 +159,10 @@ def test_a_zero_gradient_moves_a_matrix_by_its_decay_alone():
 
 
 GROUPS = {
-    "muon": "in_proj x_proj out_proj q_proj k_proj v_proj gate_proj up_proj down_proj",
+    "muon": "in_proj x_proj out_proj q_proj k_proj v_proj gate_proj up_proj down_proj "
+    "latent_proj q_down_proj rope_key_proj",
     "adamw with decay": "embedding head router time_step_proj filter_in filter_hidden filter_out",
-    "adamw": "decay_proj conv norm mixer_norm feed_forward_norm final_norm",
+    "adamw": "decay_proj conv norm mixer_norm feed_forward_norm final_norm latent_norm q_latent_norm 0 1",
 }
 
 

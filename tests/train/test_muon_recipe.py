@@ -27,7 +27,7 @@ def test_the_arguments_of_a_recipe_are_those_of_the_optimizer():
 
 REFUSED = [
     ("momentun=0.9", "unknown key 'momentun' in optim_args of muon, did you mean 'momentum'?"),
-    ("x=1", "unknown key 'x'.*accepted: momentum, nesterov, ns_steps, ns_dtype, adamw_lr_multiplier"),
+    ("x=1", "unknown key 'x'.*accepted: momentum, nesterov, ns_steps, ns_dtype, adamw_lr_multiplier, ns_coefs"),
     ("ns_dtype=int8", "ns_dtype is 'int8'; accepted: auto, float32, bfloat16"),
     ("momentum", "momentum is ''.*accepted: a number"),
     ("momentum=1", "momentum is 1.0; accepted: 0 or more, and below 1"),
@@ -36,6 +36,9 @@ REFUSED = [
     ("ns_steps=2.5", "ns_steps is '2.5'.*accepted: an integer"),
     ("adamw_lr_multiplier=inf", "adamw_lr_multiplier is inf"),
     ("ns_steps=3,ns_steps=4", "given twice"),
+    ("ns_coefs=1:2", r"ns_coefs is \(1.0, 2.0\); accepted: three finite numbers"),
+    ("ns_coefs=1:2:x", "ns_coefs is '1:2:x'.*accepted: numbers"),
+    ("stabilize_steps=-1", "stabilize_steps is -1; accepted: 0 to 99"),
 ]
 
 
