@@ -26,8 +26,7 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from retnet.layers.attention import AttentionConfig
-from retnet.layers.moe import MoEConfig
-from retnet.models.convert import copy_side_files, load
+from retnet.models.convert import copy_side_files
 from retnet.models.directory import save_model, write_model_config
 from retnet.models.fingerprint import fingerprint
 from retnet.models.lm import LanguageModel
@@ -35,7 +34,6 @@ from retnet.stack.load import Stack
 from retnet.stack.resolve import resolve_model
 from retnet.system.outputs import check_new_directory
 from retnet.system.progress import Progress
-from retnet.system.suggest import did_you_mean_path
 from retnet.train.distil.choice import choose_attention
 from retnet.train.distil.fit import fit_outputs_, layer_errors, mixer_of_layer, scale_heads_to_
 from retnet.train.distil.from_stack import Mixers, all_retention, retention_everywhere, stack_mixers
@@ -44,6 +42,7 @@ from retnet.train.distil.record import RECORD_FILE, Record
 from retnet.train.distil.samples import every, mean_nats, spread
 from retnet.train.distil.settings import LAYERS, LOGITS, stage_recipe
 from retnet.train.distil.student import converted_layers, make_student, student_config
+from retnet.train.distil.teacher import open_teacher
 from retnet.train.finish import TrainingSummary
 from retnet.train.inputs import RunData, Wrap, open_data
 from retnet.train.recipe import Recipe
@@ -118,6 +117,11 @@ class _Stages:
         self.mixers = self._mixers()
         self.config = replace(student_config(self.teacher.config, self.mixers), name=request.output.name)
         self.layers = converted_layers(self.teacher.config, self.config)
+        if request.keep_attention is not None and request.keep_attention >= len(self.layers):
+            raise ValueError(
+                f"keep_attention is {request.keep_attention} of {len(self.layers)} attention layers; accepted: 1 to "
+                f"{len(self.layers) - 1}"
+            )
         self.taught = fingerprint(self.teacher)
         asked = {
             "teacher": self.taught,
@@ -262,25 +266,6 @@ class _Stages:
 
     def _say_errors(self, when: str, errors: Mapping[str, float]) -> None:
         self._say(f"layer errors, {when}: " + ", ".join(f"{i} {error:.3f}" for i, error in errors.items()))
-
-
-def open_teacher(path: Path) -> LanguageModel:
-    """The teacher, in the dtype of its files. Raises FileNotFoundError or ValueError if it is none."""
-    if not path.is_dir():
-        accepted = "a directory that retnet saved or retnet convert reads"
-        raise FileNotFoundError(f"no teacher at {path}; accepted: {accepted}{did_you_mean_path(path)}")
-    teacher = load(path)
-    if not any(isinstance(layer.mixer, AttentionConfig) for layer in teacher.config.layers):
-        raise ValueError(f"{path} has no attention layer; accepted: a teacher with attention")
-    if any(isinstance(layer.feed_forward, MoEConfig) for layer in teacher.config.layers):
-        raise ValueError(
-            f"{path} has mixtures of experts, whose balance is not distilled; accepted: feed-forwards of one expert"
-        )
-    if teacher.config.mtp is not None:
-        raise ValueError(
-            f"{path} predicts several tokens ahead, which is not distilled; accepted: the next token alone"
-        )
-    return teacher.requires_grad_(False)
 
 
 def _by_name(errors: Mapping[int, float]) -> dict[str, float]:

@@ -85,6 +85,8 @@ def test_an_output_that_holds_something_is_left_alone(taught, short_texts, tmp_p
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="a new or empty directory, or --resume"):
         distil(request(taught, tmp_path, short_texts), QUIET)
+    with pytest.raises(ValueError, match="keep_attention is 2 of 2 attention layers; accepted: 1 to 1"):
+        distil(request(taught, tmp_path / "new", short_texts, keep_attention=2), QUIET)
     with pytest.raises(FileNotFoundError, match=r"holds no distil\.json"):
         distil(request(taught, tmp_path, short_texts, resume=True), QUIET)
 

@@ -16,8 +16,8 @@ from retnet.models.convert.llama import NAMES, config_of
 from retnet.models.directory import build_empty, load_model, save_model
 from retnet.models.tensor_files import SHARD_BYTES
 from retnet.train.distil.from_stack import all_retention
-from retnet.train.distil.stages import open_teacher
 from retnet.train.distil.student import converted_layers, make_student, student_config
+from retnet.train.distil.teacher import open_teacher
 from tests.paths import ROOT
 from tests.small_models import BYTES, random_ids, small_model
 from tests.train.distil.models import LLAMA
@@ -114,7 +114,7 @@ from pathlib import Path
 from retnet.models.directory import save_model
 from retnet.models.tensor_files import SHARD_BYTES
 from retnet.train.distil.from_stack import all_retention
-from retnet.train.distil.stages import open_teacher
+from retnet.train.distil.teacher import open_teacher
 from retnet.train.distil.student import make_student, student_config
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 teacher = open_teacher(Path(sys.argv[1]))
