@@ -14,7 +14,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,8 +36,9 @@ from retnet.models.states import ModelState
 from retnet.ops.device import hardware
 from retnet.system.machine import source_commit
 
-RATES = {"state": (0.03, 0.1), "lora": (3e-3, 1e-2)}
+RATES = {"state": (0.03, 0.1, 1.0), "lora": (3e-3, 1e-2)}
 TASKS: dict[str, Callable[..., dict[str, Examples]]] = {"style": style, "author": authors}
+METHODS = ["none", *RATES]
 SPANS = ((0, 15), (16, 63), (64, 127), (128, 255), (256, 511), (512, 1023))  # positions
 ROWS = "rows.jsonl"
 WIDTH = 128
@@ -52,6 +53,10 @@ class Setting:
     steps: int = 80
     batch: int = 8
     rank: int = 8
+
+
+# The letters of `author` are one label per example, so there are more examples, and shorter ones.
+SETTINGS = {"style": Setting(), "author": Setting(length=128, counts=(6000, 200, 400), steps=120, batch=32)}
 
 
 @dataclass(frozen=True)
@@ -166,14 +171,24 @@ def base(books: dict[str, str], out: Path, minutes: float) -> None:
     train(load_recipe(None, [f"{key}={value}" for key, value in settings.items()]), Console())
 
 
-def run(model: LanguageModel, tokenizer: Tokenizer, books: dict[str, str], setting: Setting, out: Path) -> None:
-    """Every task, method and rate; rows are added to those of `out`."""
+def run(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    books: dict[str, str],
+    out: Path,
+    *,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    changes: dict[str, int],
+) -> None:
+    """Every rate of the tasks and methods; rows are added to those of `out`. changes: of the settings."""
     out.mkdir(parents=True, exist_ok=True)
     facts = hardware(model.embedding.weight.device), source_commit() or "unknown"
-    for task, make in TASKS.items():
-        parts = make(books, tokenizer, setting.length, setting.counts)
-        for name, rates in {"none": (0.0,), **RATES}.items():
-            for rate in rates:
+    for task in tasks:
+        setting = replace(SETTINGS[task], **changes)
+        parts = TASKS[task](books, tokenizer, setting.length, setting.counts)
+        for name in methods:
+            for rate in RATES.get(name, (0.0,)):
                 method = Method(name, model, setting.rank)
                 seconds = method.train(parts["train"], setting, rate) if method.trained else 0.0
                 valid, *_ = method.scores(parts["valid"])
@@ -195,7 +210,7 @@ def table(out: Path) -> str:
     lines = ["| task | method | trained values | rate | seconds | test loss | accuracy | loss by position |",
              "|---|---|---:|---:|---:|---:|---:|---|"]  # fmt: skip
     for task in TASKS:
-        for name in ("none", *RATES):
+        for name in METHODS:
             found = [row for row in rows if (row["task"], row["method"]) == (task, name)]
             if not found:
                 continue
@@ -216,9 +231,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", help="a saved directory in place of the base model")
     parser.add_argument("--minutes", type=float, default=10.0, help="training of the base model")
-    parser.add_argument("--steps", type=int, default=Setting.steps)
-    parser.add_argument("--length", type=int, default=Setting.length)
-    parser.add_argument("--batch", type=int, default=Setting.batch)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    for name in ("steps", "length", "batch"):
+        parser.add_argument(f"--{name}", type=int, help=f"in place of the task's own {name}")
     options = parser.parse_args(words)
     if options.part != "table":
         if options.books is None:
@@ -228,8 +244,10 @@ def main(words: Sequence[str] | None = None) -> None:
             base(books, options.out, options.minutes)
             return
         name = options.model or str(options.out / "base")
-        setting = Setting(length=options.length, steps=options.steps, batch=options.batch)
-        run(retnet.load(name), retnet.load_tokenizer(name), books, setting, options.out)
+        given = {key: getattr(options, key) for key in ("steps", "length", "batch")}
+        changes = {key: value for key, value in given.items() if value is not None}
+        model, tokenizer = retnet.load(name), retnet.load_tokenizer(name)
+        run(model, tokenizer, books, options.out, tasks=options.tasks, methods=options.methods, changes=changes)
     print(table(options.out))
 
 

@@ -21,7 +21,8 @@ from retnet.train.state_tuning import STATE_FILE, StateTunedForCausalLM
 from tests.models.test_initial_state import DOCUMENTS, learned, recurrent_loss
 from tests.small_models import ALIBI, BYTES, CONV, EXPERTS, PAPER, random_ids, small_model
 
-from .conftest import recipe_for
+from .conftest import recipe_for, words_for
+from .test_run_distributed import train_on_processes
 
 QUICK = {
     "method": "state",
@@ -121,6 +122,18 @@ def test_other_ways_to_compute_a_step_give_the_same_state(stack_model, text_fold
         recipe_for(stack_model, text_folder, tmp_path / "b", **QUICK | changed | {"per_device_train_batch_size": rows}),
         console,
     )
+    one, other = (Snapshot.load(tmp_path / name / STATE_FILE).state.named_tensors() for name in "ab")
+    for name, x in one.items():
+        torch.testing.assert_close(x, other[name], rtol=0, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_state_of_one(stack_model, text_folder, tmp_path, console):
+    shown = train_on_processes(
+        2, words_for(stack_model, text_folder, tmp_path / "b", **QUICK | {"per_device_train_batch_size": 2})
+    )
+    assert shown.count("values of the initial state") == 1
+    train(recipe_for(stack_model, text_folder, tmp_path / "a", **QUICK), console)
     one, other = (Snapshot.load(tmp_path / name / STATE_FILE).state.named_tensors() for name in "ab")
     for name, x in one.items():
         torch.testing.assert_close(x, other[name], rtol=0, atol=2e-3)
