@@ -26,7 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from retnet.ops.decay import alibi_log_decay
 from retnet.ops.derivatives import needs_plain_form
 from retnet.ops.dtypes import wide_dtype
-from retnet.ops.split_attention import attend_in_parts, reads_in_parts
 
 QUERY_BLOCK = 512  # queries per mask
 SINK_SCORES = 1 << 22  # scores per head that are held at a time where there are sinks
@@ -144,9 +143,7 @@ def _attend(
     mask = mask.expand(-1, -1, H // G, -1, -1).flatten(2, 3)
     q = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if sinks is None and not dropout and reads_in_parts(q, k):
-        out = attend_in_parts(q, k, v, mask, scale)
-    elif sinks is None:
+    if sinks is None:
         out = _dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     else:
         per_query = sinks.view(G, H // G, 1).expand(-1, -1, T).flatten(1)
