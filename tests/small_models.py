@@ -63,6 +63,9 @@ BESIDE = BlockConfig(
     norm="rms",
 )
 STREAMS = streams_block(StreamsConfig(((WINDOW, MAMBA2), (PAPER,)), "concat"))
+CROSSED_STREAMS = streams_block(
+    StreamsConfig(((GATED,), (MAMBA2,)), "cross", AttentionConfig(4, 1, head_dim=8, rotary="none"), (0, 1))
+)
 GATED_STREAMS = streams_block(StreamsConfig(((CONV,), (NOPE, MAMBA1)), "gate"))
 GATED_BESIDE = BlockConfig(BranchedConfig((GATED.mixer, NOPE.mixer, MAMBA1.mixer), "gate", top_k=2), GLU)
 MTP = MultiTokenConfig(WINDOW, num_modules=2, loss_weight=0.3)
@@ -93,7 +96,7 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
     ),
     "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=GROUPED)),
     # Every mixer that the engine serves.
-    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE, LIGHTNING, BESIDE, LATENT, STREAMS),
+    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE, LIGHTNING, BESIDE, LATENT, STREAMS, CROSSED_STREAMS),
     # Every mixer, every place of norms and residuals, experts with their losses.
     "every mixer": (
         MAMBA2,

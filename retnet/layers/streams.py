@@ -2,6 +2,7 @@
 
     h_i = blocks_i(x)        concat  y = [h_1, ..., h_n] W        add  y = sum_i h_i
                              gate    y = sum_i g_i h_i            g = softmax(x W_g)
+                             cross   y = h_q + attention of h_q's tokens to those of h_s before and at them
 
 The blocks have residuals of their own, so a block whose mixer this is adds nothing to the merge: its `skip_scale` is 0
 and its `norm` "none" (`streams_block`). To the rest of the package the streams are one mixer, made of the mixers of all
@@ -15,11 +16,13 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
+from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.block import Block, BlockConfig
 from retnet.layers.composed import ComposedConfig, ComposedDraft, ComposedModule, ComposedState, composed_flops
 from retnet.layers.linear import WideLinear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.moe import MoEConfig
+from retnet.layers.softmax_attention import Entries
 from retnet.layers.tensor_parallel import Splits, TensorParallel
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
@@ -30,10 +33,16 @@ MOST_BLOCKS = 4096
 
 @dataclass(frozen=True)
 class StreamsConfig(ComposedConfig):
-    """streams: the blocks of each, in the order of their states. merge: of the streams' outputs."""
+    """streams: the blocks of each, in the order of their states. merge: of the streams' outputs.
+
+    cross, cross_streams: with merge "cross", the attention, and the numbers (q, s) of the streams that its queries, and
+    its keys and values, are of. Its positions are those of the streams: rotary "none", and no alibi.
+    """
 
     streams: tuple[tuple[BlockConfig, ...], ...]
-    merge: Literal["concat", "add", "gate"] = "concat"
+    merge: Literal["concat", "add", "gate", "cross"] = "concat"
+    cross: AttentionConfig | None = None
+    cross_streams: tuple[int, ...] = ()
     kind: Literal["streams"] = "streams"
 
     def __post_init__(self) -> None:
@@ -46,6 +55,8 @@ class StreamsConfig(ComposedConfig):
         for block in self.blocks:
             if isinstance(block.mixer, StreamsConfig):
                 raise ValueError("a stream has streams in it; accepted: blocks of other mixers")
+        object.__setattr__(self, "cross_streams", tuple(self.cross_streams))
+        self._check_cross()
         super().__post_init__()
         if any(isinstance(block.feed_forward, MoEConfig) for block in self.blocks):
             reasons = {
@@ -55,13 +66,31 @@ class StreamsConfig(ComposedConfig):
             for name, reason in reasons.items():
                 object.__setattr__(self, name, getattr(self, name) or reason)
 
+    def _check_cross(self) -> None:
+        cross, pair = self.cross, self.cross_streams
+        if (cross is not None) != (self.merge == "cross"):
+            given = "given" if cross is not None else "None"
+            raise ValueError(f"cross is {given} with merge {self.merge!r}; accepted: attention with 'cross' alone")
+        known = len(set(pair)) == 2 == len(pair) and all(0 <= i < len(self.streams) for i in pair)
+        if known != (cross is not None) or (pair and cross is None):
+            raise ValueError(
+                f"cross_streams is {pair} with merge {self.merge!r}; accepted: two numbers of streams with 'cross', ()"
+            )
+        if cross is None:
+            return
+        if cross.rotary != "none" or cross.alibi or cross.qk_norm != "none" or cross.gate != "none":
+            raise ValueError(
+                f"cross has rotary {cross.rotary!r}, alibi {cross.alibi}, qk_norm {cross.qk_norm!r}, gate "
+                f"{cross.gate!r}; accepted between streams: 'none', False, 'none', 'none'"
+            )
+
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
         return tuple(block for stream in self.streams for block in stream)
 
     @property
     def inside(self) -> tuple[MixerConfig, ...]:
-        return tuple(block.mixer for block in self.blocks)
+        return tuple(block.mixer for block in self.blocks) + (() if self.cross is None else (self.cross,))
 
     @property
     def depth(self) -> int:
@@ -83,11 +112,12 @@ class StreamsConfig(ComposedConfig):
             part = None if feed_forward is None else feed_forward.part(rank, size)
             return replace(block, mixer=block.mixer.part(rank, size), feed_forward=part)
 
-        return self.with_blocks(map(own, self.blocks))
+        cross = None if self.cross is None else self.cross.part(rank, size)
+        return replace(self.with_blocks(map(own, self.blocks)), cross=cross)
 
     def for_export(self, one_token: bool) -> Self | None:
         mixers = [block.mixer.for_export(one_token) for block in self.blocks]
-        if None in mixers:
+        if None in mixers or self.cross is not None:
             return None
         pairs = zip(self.blocks, cast(list[MixerConfig], mixers), strict=True)
         return self.with_blocks(replace(block, mixer=mixer) for block, mixer in pairs)
@@ -107,6 +137,16 @@ class StreamsDraft(ComposedDraft):
     """The drafts of all blocks, stream after stream."""
 
 
+class CrossAttention(Attention):
+    """x [B, T, 2 D], two streams side by side -> y [B, T, D]: queries of the first, keys and values of the second."""
+
+    def projected(self, x: Tensor, layout: TokenLayout) -> tuple[Tensor, Entries]:
+        target, source = x.chunk(2, -1)
+        q, k, v = self.q_proj(target), self.k_proj(source), self.v_proj(source)
+        q, k, v = (z.unflatten(-1, (-1, self.config.head_dim)) for z in (q, k, v))
+        return q, {"keys": k, "values": v}
+
+
 class Streams(ComposedModule):
     """x [B, T, D] -> y [B, T, D], the states of all blocks."""
 
@@ -123,9 +163,11 @@ class Streams(ComposedModule):
         )
         self.merge_proj = nn.Linear(count * d_model, d_model, bias=False) if config.merge == "concat" else None
         self.gate_proj = WideLinear(d_model, count, bias=False) if config.merge == "gate" else None
+        self.cross = None if config.cross is None else CrossAttention(config.cross, d_model)
 
     def inside(self) -> dict[str, MixerModule]:
-        return {f"{path}.mixer": block.mixer for path, block in self._blocks().items()}
+        mixers: dict[str, MixerModule] = {f"{path}.mixer": block.mixer for path, block in self._blocks().items()}
+        return mixers if self.cross is None else {**mixers, "cross": self.cross}
 
     def _blocks(self) -> dict[str, Block]:
         streams = enumerate(cast(Any, self.streams))
@@ -139,6 +181,8 @@ class Streams(ComposedModule):
     def prepare(self, layout: TokenLayout, dtype: torch.dtype) -> None:
         for block in self._blocks().values():
             block.prepare(layout, dtype)
+        if self.cross is not None:
+            self.cross.prepare(layout, dtype)
 
     def splits(self) -> Splits:
         fed = self._feed_forwards().items()
@@ -162,7 +206,12 @@ class Streams(ComposedModule):
                 h, result = block(h, None if state is None else state.states[len(results)], layout)
                 results.append(result)
             outs.append(h)
-        return self._merged(x, outs), self.composed(results, layout)
+        if self.cross is None:
+            return self._merged(x, outs), self.composed(results, layout)
+        target, source = (outs[i] for i in self.config.cross_streams)
+        before = None if state is None else state.states[len(results)]
+        y, result = self.cross(torch.cat([target, source], -1), before, layout)
+        return target + y, self.composed([*results, result], layout)
 
     def _merged(self, x: Tensor, outs: list[Tensor]) -> Tensor:
         if self.merge_proj is not None:

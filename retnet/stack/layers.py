@@ -7,7 +7,7 @@ from typing import TypeVar
 from .mixers import MIXERS, MixerSettings
 from .parallel import TYPE as PARALLEL
 from .parallel import Parallel
-from .schema import DEFAULT_ACTIVATION, Entry, Ffn, Norm, Override, ParallelEntry, Residual, Spec, Template
+from .schema import DEFAULT_ACTIVATION, Entry, Ffn, Merge, Norm, Override, ParallelEntry, Residual, Spec, Template
 from .section import Section
 
 MAX_LAYERS = 4096
@@ -107,13 +107,14 @@ def _parallel_layer(index: int, number: int, entry: ParallelEntry, spec: Spec) -
             layer = _layer(index, number, Entry(template=part.template), spec.layer_templates[part.template])
             body += [layer] * part.repeat
         streams[stream.stream] = tuple(body)
-    inner = tuple(layer for body in streams.values() for layer in body)
+    inner, merge = tuple(layer for body in streams.values() for layer in body), entry.merge or Merge()
+    ends = (merge.target, merge.source) if merge.target and merge.source else None
     return Layer(
         index=index,
         template=" | ".join(streams),
         entry=number,
         mixer_type=PARALLEL,
-        mixer=Parallel(streams=streams, merge=entry.merge.type if entry.merge else "concat"),
+        mixer=Parallel(streams=streams, merge=merge.type, ends=ends),
         ffn=None,
         activation="",
         norm=Norm(type=next(iter(streams.values()))[-1].norm.type),

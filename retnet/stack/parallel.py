@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from .schema import Model, Spec
 
 TYPE = "parallel"  # the name of such a layer's mixer in tables and pictures
-_MERGES: dict[str, Literal["concat", "add", "gate"]] = {"concat": "concat", "add": "add", "gated": "gate"}
+_MERGES: dict[str, Literal["concat", "add", "gate", "cross"]] = {
+    "concat": "concat", "add": "add", "gated": "gate", "cross_attn": "cross"
+}  # fmt: skip
 
 
 class Parallel(Composed):
@@ -25,6 +27,7 @@ class Parallel(Composed):
 
     streams: dict[str, Any]
     merge: str
+    ends: tuple[str, str] | None = None  # with cross_attn, the streams that queries, and keys and values, are of
 
     def config(self, spec: Spec) -> StreamsConfig:
         from retnet.layers.streams import StreamsConfig
@@ -32,7 +35,17 @@ class Parallel(Composed):
         from .build import block_of
 
         blocks = tuple(tuple(block_of(layer, spec) for layer in stream) for stream in self.streams.values())
-        return StreamsConfig(blocks, _MERGES[self.merge])
+        if self.ends is None:
+            return StreamsConfig(blocks, _MERGES[self.merge])
+        from retnet.layers.attention import AttentionConfig
+
+        model, names = spec.model, list(self.streams)
+        cross = AttentionConfig(model.n_heads, model.kv_heads, model.head_dim, rotary="none")
+        return StreamsConfig(blocks, "cross", cross, tuple(names.index(end) for end in self.ends))
+
+    @property
+    def reaches_all(self) -> bool:
+        return self.ends is not None or super().reaches_all
 
     @property
     def inside(self) -> tuple[tuple[str, MixerSettings], ...]:

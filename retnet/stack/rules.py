@@ -13,7 +13,7 @@ from .document import Document
 from .errors import Category, Fault, Path, listing, plain, show
 from .layers import MAX_LAYERS
 from .mixers import MIXERS, Attention
-from .schema import DEFAULT_ROPE_THETA, Entry, Ffn, ParallelEntry, Template
+from .schema import DEFAULT_ROPE_THETA, Entry, Ffn, Merge, ParallelEntry, Template
 from .validate import ParsedSections
 
 
@@ -190,6 +190,23 @@ class _Rules:
         if merge is not None and merge.type == "concat" and not merge.projection:
             what = f"without a projection, {len(entry.parallel)} streams are wider than d_model"
             yield self.fault((*path, "merge", "projection"), what, "remove it, or write type: add or gated")
+        if merge is not None:
+            yield from self.cross_attention((*path, "merge"), merge, [stream.stream for stream in entry.parallel])
+
+    def cross_attention(self, path: Path, merge: Merge, streams: list[str]) -> Iterator[Fault]:
+        ends = {"from": merge.source, "to": merge.target}
+        if merge.type != "cross_attn":
+            for key in (key for key, name in ends.items() if name is not None):
+                what = f"`{key}` has no meaning with type: {merge.type}"
+                yield self.fault((*path, key), what, "remove it, or write type: cross_attn")
+        elif None in ends.values() or merge.source == merge.target:
+            what = f"cross_attn is between two streams, not from {show(merge.source)} to {show(merge.target)}"
+            yield self.fault(path, what, f"write from and to as two of: {listing(streams)}")
+        else:
+            for key, name in ends.items():
+                if name not in streams:
+                    what = f"there is no stream {show(name)}"
+                    yield self.fault((*path, key), what, f"write one of: {listing(streams)}")
 
     def unknown_template(self, path: Path, name: str, at: Path | None = None) -> Fault:
         names = self.sections.names

@@ -194,11 +194,10 @@ class Stream(Section):
 class Merge(Section):
     """How the outputs of parallel streams become one."""
 
-    UNSUPPORTED = unsupported.MERGE
-    UNSUPPORTED_VALUES = unsupported.MERGE_VALUES
-
-    type: Annotated[Literal["concat", "add", "gated"], ONE_OF] = "concat"
+    type: Annotated[Literal["concat", "add", "gated", "cross_attn"], ONE_OF] = "concat"
     projection: Flag = True
+    source: TextOrNull = Field(default=None, alias="from")  # the stream of keys and values, and that of queries
+    target: TextOrNull = Field(default=None, alias="to")
 
 
 class ParallelEntry(Section):

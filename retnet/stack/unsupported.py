@@ -83,16 +83,6 @@ PARALLEL_ENTRY: Keys = {
     "override": Unsupported("changes to a template beside parallel streams", "write a template with the changes"),
     "depth_gating": Unsupported("mixture of depths", "remove it; every layer processes every token", takes_null=True),
 }
-_CROSS_ATTENTION = "write merge: {type: gated}, concat or add"
-MERGE: Keys = {
-    "from": Unsupported("the source of attention between streams", _CROSS_ATTENTION, takes_null=True),
-    "to": Unsupported("the target of attention between streams", _CROSS_ATTENTION, takes_null=True),
-}
-MERGE_VALUES: Values = {
-    "type": {
-        "cross_attn": UnsupportedValue("attention between streams", _CROSS_ATTENTION, companions=("from", "to")),
-    }
-}
 # Schedule entries of a kind that is refused as a whole.
 ENTRY_KINDS: Keys = {
     "integrator": Unsupported("layers as steps of an integrator", "write `template` with `repeat`"),

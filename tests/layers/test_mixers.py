@@ -122,6 +122,15 @@ CASES: dict[str, MixerConfig] = {
             (BlockConfig(Mamba2Config(12, head_dim=3, state_dim=5), None, norm="rms", residual_scale=0.5),),
         )
     ),
+    "attention between streams": StreamsConfig(
+        (
+            (BlockConfig(RetentionConfig(2, 8, 12), None),),
+            (BlockConfig(Mamba2Config(12, head_dim=3, state_dim=5), None),),
+        ),
+        "cross",
+        AttentionConfig(4, 2, head_dim=6, rotary="none"),
+        (1, 0),
+    ),
     "streams with a gate": StreamsConfig(
         (
             (BlockConfig(AttentionConfig(4, 2, head_dim=6, window=4), FeedForwardConfig(10), residual="parallel"),),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from retnet.layers.attention import AttentionConfig
 from retnet.layers.block import Block, BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.moe import MoEConfig
@@ -48,6 +49,22 @@ def test_a_layer_of_streams_returns_their_merge_alone(merge):
     torch.testing.assert_close(run(layer, x), expected, **EXACT)
 
 
+def test_attention_between_streams_is_causal_and_adds_to_the_stream_of_its_queries():
+    cross = AttentionConfig(4, 2, head_dim=8, rotary="none")
+    layer = layer_of(StreamsConfig(STREAMS, "cross", cross, (1, 0)))
+    x = torch.randn(2, 7, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mixer = layer.mixer
+    source = run(mixer.streams[0][1], run(mixer.streams[0][0], x))
+    target = run(mixer.streams[1][0], x)
+    q = (target @ mixer.cross.q_proj.weight.T).unflatten(-1, (4, 8))
+    k, v = ((source @ proj.weight.T).unflatten(-1, (2, 8)) for proj in (mixer.cross.k_proj, mixer.cross.v_proj))
+    k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * 8**-0.5
+    weights = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf).softmax(-1)
+    out = torch.einsum("bhts,bshk->bthk", weights, v).flatten(-2) @ mixer.cross.out_proj.weight.T
+    torch.testing.assert_close(run(layer, x), target + out, **EXACT)
+
+
 def test_experts_inside_streams_are_idle_parameters_and_add_their_losses():
     experts = replace(PAPER, feed_forward=EXPERTS)
     config = small_config((streams_block(StreamsConfig(((experts,), (experts, GATED)), "add")),))
@@ -88,6 +105,18 @@ def test_what_cannot_be_built_is_refused():
         StreamsConfig(((PAPER,),))
     with pytest.raises(ValueError, match=r"streams have \[1, 0\] blocks"):
         StreamsConfig(((PAPER,), ()))
+    cross = AttentionConfig(4, 2, head_dim=8, rotary="none")
+    with pytest.raises(ValueError, match="cross is None with merge 'cross'"):
+        StreamsConfig(STREAMS, "cross")
+    with pytest.raises(ValueError, match="cross is given with merge 'add'"):
+        StreamsConfig(STREAMS, "add", cross, (0, 1))
+    for pair in ((), (0, 0), (0, 2), (0,)):
+        with pytest.raises(ValueError, match=r"cross_streams is .* with merge 'cross'; accepted: two numbers"):
+            StreamsConfig(STREAMS, "cross", cross, pair)
+    with pytest.raises(ValueError, match=r"cross_streams is .* with merge 'add'"):
+        StreamsConfig(STREAMS, "add", None, (0, 1))
+    with pytest.raises(ValueError, match="cross has rotary 'half'"):
+        StreamsConfig(STREAMS, "cross", AttentionConfig(4, 2, head_dim=8), (0, 1))
     with pytest.raises(ValueError, match="a stream has streams in it"):
         StreamsConfig(((PAPER,), (streams_block(StreamsConfig(STREAMS)),)))
 

@@ -163,6 +163,8 @@ CHANGES = {
     ("ParallelEntry", "parallel"): ([parallel("type: add")], "layers.2.mixer.kind", "streams"),
     ("ParallelEntry", "merge"): ([parallel("type: add")], "layers.2.mixer.merge", "add"),
     ("Merge", "type"): ([parallel("type: gated")], "layers.2.mixer.merge", "gate"),
+    ("Merge", "from"): ([parallel("type: cross_attn, from: y, to: x")], "layers.2.mixer.cross_streams", (0, 1)),
+    ("Merge", "to"): ([parallel("type: cross_attn, from: x, to: y")], "layers.2.mixer.cross_streams", (1, 0)),
     ("Merge", "projection"): ([parallel("projection: true")], "layers.2.mixer.merge", "concat"),
     ("Stream", "stream"): ([parallel("type: add")], "layers.2.skip_scale", 0.0),
     ("Stream", "body"): ([parallel("type: add")], "layers.2.mixer.depth", 2),

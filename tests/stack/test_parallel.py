@@ -33,7 +33,7 @@ def test_an_entry_is_one_layer_whose_streams_have_the_templates_layers():
     assert (mixer.merge, config.final_norm) == ("concat", "rms")
 
 
-@pytest.mark.parametrize("merge", ["concat", "add", "gated"])
+@pytest.mark.parametrize("merge", ["concat", "add", "gated", "cross_attn, from: y, to: x"])
 def test_a_stack_with_streams_decodes_as_it_reads(merge):
     config = model_config(stack(parallel(more=f"\n  merge: {{type: {merge}}}"), FLOAT32))
     model, ids = LanguageModel(config).double().eval(), torch.arange(9)[None]
@@ -64,6 +64,12 @@ def test_a_stack_with_streams_decodes_as_it_reads(merge):
         (f"{X}, {Y}", "\n  merge: {type: mean}", ".merge.type", "unknown value 'mean'"),
         (f"{X}, {Y}", "\n  merge: {projection: false}", ".merge.projection",
          "without a projection, 2 streams are wider than d_model"),
+        (f"{X}, {Y}", "\n  merge: {type: gated, from: x}", ".merge.from", "`from` has no meaning with type: gated"),
+        (f"{X}, {Y}", "\n  merge: {type: cross_attn, from: x}", ".merge",
+         "cross_attn is between two streams, not from 'x' to null"),
+        (f"{X}, {Y}", "\n  merge: {type: cross_attn, from: x, to: x}", ".merge",
+         "cross_attn is between two streams, not from 'x' to 'x'"),
+        (f"{X}, {Y}", "\n  merge: {type: cross_attn, from: x, to: z}", ".merge.to", "there is no stream 'z'"),
         (f"{X}, {{stream: y, body: [{{template: a, repeat: 5000}}]}}", "", ".parallel",
          "the schedule has more than 4096 layers"),
     ],
@@ -78,8 +84,7 @@ def test_a_fault_is_named_at_its_place(streams, more, path, what):
     [
         ("\n  repeat: 3", ".repeat"),
         ("\n  override: {}", ".override"),
-        ("\n  merge: {type: cross_attn, from: x, to: y}", ".merge"),
-        ("\n  merge: {type: gated, from: x}", ".merge.from"),
+        ("\n  depth_gating: {}", ".depth_gating"),
     ],
 )
 def test_what_is_not_supported_beside_streams_is_refused_by_name(more, path):

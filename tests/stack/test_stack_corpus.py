@@ -136,7 +136,7 @@ def test_an_exotic_fault_is_refused_at_a_prefix_of_its_path(name, entry):
 
 # Files that EulerStack accepts or crashes on: the path and the start of the fix, or the reason why they are valid.
 REFUSED_QUIRKS = {
-    "cross_attn_merge_without_from_to.yml": ("layer_schedule[1].merge", "write merge: {type: gated}"),
+    "cross_attn_merge_without_from_to.yml": ("layer_schedule[1].merge", "write from and to as two of"),
     "d_model_64_text.yml": ("model.d_model", "write 64, without quotes"),
     "dropout_2_0.yml": ("training_hints.dropout", "write a number in [0, 1)"),
     "dropout_text.yml": ("training_hints.dropout", "write a number in [0, 1)"),

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from retnet.serve import snapshot
+from retnet.models import snapshot
 from retnet.serve.http.sessions import store
 from retnet.serve.http.settings import Settings
 from tests.serve.http.server import LiveServer, live_server
