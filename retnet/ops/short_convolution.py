@@ -154,7 +154,7 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, recent: Tensor | None, cu_seqlens: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    from retnet.kernels.convolution.short import convolve
+    from retnet.kernels.convolution.recorded import convolve
 
     with current_device_of(x):
         return convolve(x, weight, bias, recent, cu_seqlens, activation)
@@ -170,7 +170,7 @@ def _convolve_backward(
     cu_seqlens: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from retnet.kernels.convolution.short import convolve_backward
+    from retnet.kernels.convolution.recorded import convolve_backward
 
     with current_device_of(x):
         return convolve_backward(dy, dfinal, x, weight, bias, recent, cu_seqlens, activation)

@@ -28,8 +28,7 @@ from torch import Tensor
 from retnet.kernels.convolution.activation import activated, activation_gradient, per_unit
 from retnet.kernels.convolution.geometry import Geometry, geometry
 from retnet.kernels.convolution.sums import add_up
-from retnet.kernels.layout import layout
-from retnet.kernels.recording import Recordings, launch
+from retnet.kernels.recording import launch
 from retnet.kernels.segments import Segments, segment_bounds, sequence_bounds, sequence_of
 
 
@@ -110,38 +109,6 @@ def convolution_backward(
         call.num_channels, dtype=torch.float32 if call.bias is None else call.bias.dtype, device=x.device
     )
     add_up(sums, dweight, dbias)
-    return dx, dweight, dbias, drecent
-
-
-_forward_passes, _backward_passes = Recordings(), Recordings()
-
-
-def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, recent: Tensor | None, cu_seqlens: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor]:
-    """`convolution_forward`, recorded and replayed."""
-    inputs = x, weight, bias, recent, cu_seqlens
-    key = (*map(layout, inputs), activation)
-    y, final = _forward_passes.run(key, inputs, lambda: convolution_forward(Convolution(*inputs, activation)))
-    return y, final
-
-
-def convolve_backward(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    recent: Tensor | None,
-    cu_seqlens: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`convolution_backward`, recorded and replayed."""
-    inputs = x, weight, bias, recent, cu_seqlens
-    key = (*map(layout, (*inputs, dy, dfinal)), activation)
-    dx, dweight, dbias, drecent = _backward_passes.run(
-        key, (*inputs, dy, dfinal), lambda: convolution_backward(Convolution(*inputs, activation), dy, dfinal)
-    )
     return dx, dweight, dbias, drecent
 
 

@@ -11,14 +11,12 @@ from retnet.ops import short_convolution as ops
 
 pytest.importorskip("triton")
 
-from retnet.kernels.convolution import short
+from retnet.kernels.convolution import recorded
 from retnet.kernels.convolution.geometry import Geometry
 from retnet.kernels.convolution.short import (
     Convolution,
     convolution_backward,
     convolution_forward,
-    convolve,
-    convolve_backward,
 )
 
 NAMES = ("y", "final", "dx", "dweight", "dbias", "drecent")
@@ -154,8 +152,8 @@ def test_half_precision_is_rounded_once(dtype, weight_dtype, device):
 
 
 def test_calls_of_one_kind_are_replayed_on_their_own_tensors(device):
-    short._forward_passes.forget()
-    short._backward_passes.forget()
+    recorded.forward_passes.forget()
+    recorded.backward_passes.forget()
     cu_seqlens = torch.tensor([0, 2, 2, 6], device=device)
     first = inputs(1, 6, 5, 4, 3, device)
     wide = torch.randn(1, 6, 2 * 5 + 3, device=device)
@@ -163,12 +161,12 @@ def test_calls_of_one_kind_are_replayed_on_their_own_tensors(device):
     dys = [torch.randn(1, 6, 5, device=device) for _ in range(2)]
     for n in range(4):  # the first runs, the second is recorded
         tensors, dy = (first, second)[n % 2], dys[n % 2]
-        found = convolve(*tensors, cu_seqlens, "silu")
-        gradients = convolve_backward(dy, None, *tensors, cu_seqlens, "silu")
+        found = recorded.convolve(*tensors, cu_seqlens, "silu")
+        gradients = recorded.convolve_backward(dy, None, *tensors, cu_seqlens, "silu")
         for a, b in zip((*found, *gradients), by_kernels(tensors, cu_seqlens, dy, None), strict=True):
             assert torch.equal(a, b)
-    assert any(short._forward_passes._found.values())
-    assert any(short._backward_passes._found.values())
+    assert any(recorded.forward_passes._found.values())
+    assert any(recorded.backward_passes._found.values())
 
 
 @pytest.mark.parametrize("activation", ["none", "silu"])
@@ -177,10 +175,10 @@ def test_the_operator_has_the_shapes_and_gradients_of_its_kernels(activation, de
     if device == "cpu":
 
         def forward(*arguments):
-            return convolve(*arguments)
+            return recorded.convolve(*arguments)
 
         def backward(dy, dfinal, *arguments):
-            return convolve_backward(dy, dfinal, *arguments)
+            return recorded.convolve_backward(dy, dfinal, *arguments)
 
         ops._convolution_cuda.register_kernel("cpu")(forward)
         ops._convolution_backward_cuda.register_kernel("cpu")(backward)
