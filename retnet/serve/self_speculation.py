@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from retnet.models.decode.sampling import Sampled, SamplingParts
+from retnet.models.decode.step import write_back_
 from retnet.serve.drafting import Drafter
 from retnet.serve.speculation import VerifyStep
 
@@ -39,9 +40,7 @@ class SelfVerifyStep(VerifyStep):
         before = self.state.slot(slot)
         hidden = super().read(slot, ids)
         after = self.model.ahead(hidden[None], ids, before, carry=True, in_place=True).states
-        for part, view, new in zip(self.state.mtp, before.mtp, after, strict=True):
-            if new is not view:
-                part.write_(slot, new)
+        write_back_(slot, self.state.mtp, before.mtp, after)
         return hidden
 
 

@@ -8,13 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retnet.layers.multi_token import MultiTokenConfig, run_block
+from retnet.layers.recompute import LEVELS, Recompute
 from retnet.layers.token_layout import TokenLayout
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from tests.small_models import CONV, GATED, MAMBA2, NOPE, PAPER, WINDOW, random_ids, small_model
 
-BLOCKS = {"retention": PAPER, "convolution": CONV, "window": WINDOW, "mamba2": MAMBA2, "attention": NOPE}
+BLOCKS = [
+    pytest.param(block, id=name, marks=() if name in ("convolution", "window") else pytest.mark.slow)
+    for name, block in {
+        "retention": PAPER, "convolution": CONV, "window": WINDOW, "mamba2": MAMBA2, "attention": NOPE
+    }.items()
+]  # fmt: skip
 DOCUMENTS = (7, 1, 12, 2, 3)
 
 
@@ -45,7 +51,7 @@ def reference_loss(model: LanguageModel, documents: list[Tensor], labels: list[T
     return config.loss_weight / config.num_modules * sum(nats) / count
 
 
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_the_loss_of_packed_documents_is_that_of_a_plain_reference(block):
     model = model_with(block, num_blocks=2).train()
     documents = [random_ids(length, seed=length) for length in DOCUMENTS]
@@ -71,7 +77,7 @@ def ahead_of(model: LanguageModel, ids: Tensor, state: ModelState | None = None,
     return torch.stack(ahead.hidden), replace(after, mtp=ahead.states)
 
 
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("block", BLOCKS)
 @torch.no_grad()
 def test_tokens_may_be_read_in_any_parts_and_drafts_are_those_of_reading(block):
     model, ids = model_with(block, num_modules=3), random_ids(2, 23)
@@ -131,6 +137,16 @@ def test_guesses_are_those_of_reading_each_guess_before_the_next():
         tokens = torch.cat([tokens, model.logits(out[:, -1:]).argmax(-1)], 1)
         before = out if number == 1 else torch.cat([before, out[:, -1:]], 1)
     assert torch.equal(tokens[:, 11:], found)
+
+
+def test_recomputing_changes_no_gradient():
+    gradients, ids, bounds = [], random_ids(1, 26), torch.tensor([0, 9, 10, 25])
+    for level in LEVELS:
+        model = model_with(WINDOW).train()
+        model.recompute = Recompute(level)
+        model.loss(ids[:, :-1], ids[:, 1:], cu_seqlens=bounds).backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 def test_a_configuration_with_mtp_survives_json_and_bad_values_are_refused():

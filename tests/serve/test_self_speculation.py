@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from retnet.layers.block import BlockConfig
 from retnet.models.decode.sampling import Sampling
 from retnet.models.snapshot import Snapshot
 from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
+from tests import small_models
 from tests.small_models import CONV, HYENA, MTP, NOPE, PAPER, WINDOW, random_ids, small_model
 
 from .automaton import cycle
@@ -167,6 +169,26 @@ def test_auto_takes_the_modules_where_the_model_has_them_and_slots_count_their_s
     states = sum(part.nbytes for part in ours.state.mtp) // ours.num_slots
     assert ours.cost.state > plain.cost.state + states
     assert ours.cost.index == 0
+
+
+BLOCKS = {name: block for name, block in vars(small_models).items() if isinstance(block, BlockConfig)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - {"HYENA"}))
+def test_modules_of_any_block_draft_for_the_engine(name):
+    model = model_of(mtp=replace(MTP, block=BLOCKS[name]))
+    outputs = []
+    for engine in (engine_of(model), engine_of(model, speculation=SELF)):
+        generations = [engine.submit(request) for request in REQUESTS]
+        for _ in range(6):
+            engine.step()
+        if engine.drafter is not None:
+            check_states(engine)
+        engine.run()
+        outputs.append([generation.tokens for generation in generations])
+    assert outputs[0] == outputs[1]
+    assert engine.stats().accepted > 0
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from retnet.models.decode.sampling import Sampling, mask_words
 from retnet.serve.lookup import PromptLookup
 from retnet.serve.request import Request
 from retnet.serve.speculation import Speculation
-from tests.small_models import VOCAB, prompt, random_ids, small_model
+from tests.small_models import MTP, VOCAB, prompt, random_ids, small_model
 
 from .test_engine import alone, engine_of, facts, text_of
 
@@ -74,11 +74,15 @@ def test_a_snapshot_after_a_stop_inside_a_draft_continues_like_plain_decoding(ex
     assert after.tokens == alone(exact_model, Request(prompt(9) + [5] * 6, 12, GREEDY)).tokens
 
 
-def test_sampled_output_has_the_distribution_of_plain_decoding(small):
+@pytest.mark.parametrize("source", ["context", pytest.param("mtp", marks=pytest.mark.slow)])
+def test_sampled_output_has_the_distribution_of_plain_decoding(source):
     """Two tokens after a prompt whose continuation is drafted: frequencies over seeds against exact probabilities."""
+    small = small_model(mtp=MTP)
     draws, sampling = 480, {"temperature": 0.7, "top_k": 3}
     ids = [*prompt(6), 9, *prompt(6)]
-    engine = engine_of(small, num_slots=60, prompt_chunk=16, prompt_budget=480, speculation=Speculation(3))
+    engine = engine_of(
+        small, num_slots=60, prompt_chunk=16, prompt_budget=480, speculation=Speculation(3, source=source)
+    )
     generations = [engine.submit(Request(ids, 2, Sampling(seed=1000 + n, **sampling))) for n in range(draws)]
     engine.run()
     assert engine.stats().drafted >= draws

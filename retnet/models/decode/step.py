@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from retnet.layers.state import TokenCache
+from retnet.layers.state import LayerState, TokenCache
 from retnet.models.decode.fused import FusedModel
 from retnet.models.decode.sampling import Sampled, SamplingParts, SamplingTable
 from retnet.models.lm import LanguageModel
@@ -149,11 +149,18 @@ class DecodeStep:
         """Let a slot read a chunk of a prompt [1, T]. Returns the final hidden states [T, D]."""
         before = self.state.slot(slot)
         hidden, after = self._fused.read(ids, before)
-        for states in zip(self.state, before, after, strict=True):
-            for layer, view, new in zip(*(state.leaves for state in states), strict=True):
-                if new is not view:
-                    layer.write_(slot, new)
+        write_back_(slot, self.state.layers, before.layers, after.layers)
         return hidden
 
     def settle(self, counts: list[int]) -> None:
         """Write what the first counts [S] tokens of the last call add to the states. Here they are written already."""
+
+
+def write_back_(
+    slot: int, states: Sequence[LayerState], before: Sequence[LayerState], after: Sequence[LayerState]
+) -> None:
+    """Write the states after a call into a slot. Those that are the views `before` it were updated in place."""
+    for parts in zip(states, before, after, strict=True):
+        for part, view, new in zip(*(state.leaves for state in parts), strict=True):
+            if new is not view:
+                part.write_(slot, new)
