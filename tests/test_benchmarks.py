@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from retnet.models.directory import save_model
 from tests.paths import ROOT
+from tests.small_models import BYTES, MTP, small_model
 from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.slow
@@ -42,6 +44,17 @@ def test_the_benchmark_of_split_models_finds_them_equal_to_whole_ones(device):
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_the_benchmark_of_speculation_finds_the_tokens_of_plain_decoding(tmp_path):
+    save_model(small_model(mtp=MTP, **BYTES), tmp_path / "model")
+    (tmp_path / "text.txt").write_text("abc def ghi " * 60)
+    words = ["--tokens", 12, "--prompt", 20, "--prompts", 2, "--draft-tokens", 3]
+    done = run("bench_speculation", tmp_path / "model", tmp_path / "text.txt", *words)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [line[1] for line in lines] == ["none", "3, context", "3, mtp"] * 2
+    assert all(float(line[3]) >= 1 and float(line[4]) > 0 for line in lines)
 
 
 def test_the_generation_benchmark_writes_rows_and_plots_them(tmp_path):

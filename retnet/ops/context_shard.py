@@ -190,7 +190,7 @@ class ContextShard:
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
         """The sum over all shards of their parts [size, ...] for this one."""
-        out = torch.empty_like(parts[0])
+        out = parts.new_empty(parts.shape[1:])  # contiguous, whatever the strides of the parts
         reduce_scatter_single(out.view(-1), parts.contiguous().view(-1), group=self.group)
         return out
 

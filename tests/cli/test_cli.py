@@ -22,7 +22,7 @@ from retnet.serve.engine import Engine
 from retnet.system.extras import LIBRARIES
 from tests.cli.command import run, wrong_input
 from tests.paths import ROOT
-from tests.small_models import ALIBI, BYTES, PAPER, small_model
+from tests.small_models import ALIBI, BYTES, MTP, PAPER, small_model
 
 
 def test_help_names_every_verb(capsys):
@@ -145,6 +145,19 @@ def test_generate_streams_text_and_reports_time_and_memory(capsys, byte_model, t
     second = capsys.readouterr()
     assert second.out == first.out
     assert second.err == ""
+
+
+def test_generate_drafts_with_the_modules_of_the_model(capsys, tmp_path):
+    save_model(small_model(mtp=MTP, **BYTES), tmp_path)
+    outputs = []
+    for words in ((), ("--speculate", 3), ("--speculate", 3, "--drafts", "context")):
+        assert run("generate", tmp_path, "def f(", "--max-tokens", 20, "--seed", 3, *words) == 0
+        captured = capsys.readouterr()
+        outputs.append(captured.out)
+        assert ("draft tokens accepted (" in captured.err) == bool(words) or "context" in words
+    assert outputs[1] == outputs[2] == outputs[0]
+    assert run("generate", tmp_path, "def f(", "--speculate", 3, "--drafts", "modules") == 2
+    assert "drafts is 'modules'; accepted: auto, mtp, context" in capsys.readouterr().err
 
 
 def test_generate_starts_from_a_state(capsys, byte_model, tmp_path):

@@ -6,7 +6,10 @@ from functools import partial
 
 import pytest
 
+from retnet.models.cost import parameter_counts
 from retnet.models.directory import load_model, save_model
+from retnet.stack import load_stack
+from retnet.stack.build import model_config
 from retnet.stack.presets import preset_names, preset_text
 from retnet.stack.resolve import resolve_tokenizer
 from tests.cli import command
@@ -66,6 +69,19 @@ def test_explain_prints_layers_and_draws_them(capsys, monkeypatch, tmp_path):
     assert text.count("GeGLU 432") == 2
     assert "tokens per chunk" not in text
     assert picture.read_text().startswith("<?xml")
+
+
+def test_explain_and_info_show_multi_token_prediction(capsys, tmp_path):
+    path = tmp_path / "mtp.yml"
+    head = "type: causal_lm_mtp\n  mtp: {head_template: a, n_predict: 2, head_layers: 3}"
+    path.write_text(BASE.replace("type: causal_lm", head))
+    assert run("explain", path) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "multi-token prediction: 2 modules, each 3 layers of template a (attention, window 16" in text
+    counts = parameter_counts(model_config(load_stack(path)))
+    assert f"head 0, mtp {counts['mtp']:,})" in text
+    assert command.run("info", path) == 0
+    assert f"{counts['mtp']:,} multi-token prediction)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_explain_tells_the_chunk_size_of_retention_on_this_device(capsys):

@@ -20,7 +20,7 @@ from retnet.models.directory import load_model, save_model
 from retnet.models.hf import RetNetForCausalLM, RetNetModel
 from retnet.models.hf.card import model_card
 from retnet.models.hf.tokenizer import byte_tokenizer
-from tests.small_models import hf_model
+from tests.small_models import MTP, hf_model
 
 from .conftest import STACKS, random_ids
 
@@ -32,9 +32,12 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize(("stack", "tied"), [("both decays", True), ("both decays", False), ("hybrid", True)])
-def test_shards_are_written_and_read_by_retnet_and_transformers(tmp_path, stack, tied):
-    model = hf_model(stack, tie_embeddings=tied)
+@pytest.mark.parametrize(
+    ("stack", "tied", "mtp"),
+    [("both decays", True, None), ("both decays", False, MTP), ("hybrid", True, None)],
+)
+def test_shards_are_written_and_read_by_retnet_and_transformers(tmp_path, stack, tied, mtp):
+    model = hf_model(stack, tie_embeddings=tied, mtp=mtp)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     ids = random_ids(2, 7)
@@ -42,6 +45,10 @@ def test_shards_are_written_and_read_by_retnet_and_transformers(tmp_path, stack,
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert torch.equal(load_model(tmp_path)(ids).logits, model(ids).logits)
     assert (again.model.head.weight is again.model.embedding.weight) == tied
+    if mtp is not None:
+        for read in (load_model(tmp_path), again.model):
+            for name, weight in read.mtp.state_dict().items():
+                assert torch.equal(weight, model.model.mtp.get_parameter(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retnet import LanguageModel, retention
-from retnet.layers.attention import Attention
 from retnet.layers.recompute import Level, Recompute
+from retnet.layers.softmax_attention import SoftmaxAttention
 from retnet.ops import context_attention
 from retnet.ops.context_attention import has_ring_kernel
 from retnet.ops.context_parallel import When, context_retention, context_scan
@@ -237,10 +237,13 @@ def check_model(
 
 def check_ring(of: Shards, size: int) -> None:
     """Rows of one document in a ring, whatever PyTorch's global options say; queries share keys."""
-    with patch.multiple(Attention, RING_DEVICES=("cpu",)):
+    # Keys that are wider than values have no ring; those of the other latents do.
+    wide, rebuilt = replace(LATENT.mixer, rope_dim=8), replace(REBUILT.mixer, window=None)
+    layers = (PAPER, ROTARY, NOPE, replace(LATENT, mixer=wide), replace(REBUILT, mixer=rebuilt))
+    with patch.multiple(SoftmaxAttention, RING_DEVICES=("cpu",)):
         assert has_ring_kernel(torch.device("cpu"), torch.float64, 12, 2, 16)
         for level in ("none", "light"):
-            check_model(of, size, "rows", level, layers=(PAPER, ROTARY, NOPE))
+            check_model(of, size, "rows", level, layers=layers)
         with patch.multiple(context_attention, _in_order=balanced):
             try:
                 check_model(of, size, "rows", layers=(PAPER, ROTARY, NOPE))

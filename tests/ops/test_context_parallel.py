@@ -74,6 +74,17 @@ def test_masks_for_flex_attention_on_shards_separate_documents_and_windows(monke
     on_shards(size, checks.check_model, packing, "none", (WINDOW, ALIBI, NOPE))
 
 
+def test_parts_of_any_strides_are_summed(monkeypatch):
+    """Of gradients that a product left in another order."""
+
+    def alone(out: Tensor, parts: Tensor, group: None) -> None:
+        out.copy_(parts.view(2, -1)[1])
+
+    monkeypatch.setattr(context_shard, "reduce_scatter_single", alone)
+    parts = torch.randn(3, 4, 2).permute(2, 1, 0)
+    assert torch.equal(ContextShard(None, 1, 2, 3, (0, 0), None, 0, False).reduce_scatter(parts), parts[1])
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_rows_in_another_order_are_noticed(size):
     with pytest.raises(AssertionError, match="loss differs"):

@@ -11,11 +11,13 @@ from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
+from retnet.stack import parse_stack
 from retnet.stack.build import model_config
 from retnet.stack.report import realism_report
 from retnet.stack.schema import ExecutionMode, MuonHints, OptimizerGroups
+from tests.small_models import unit_gain_
 
-from .specs import stack
+from .specs import changed, stack
 from .test_stack_guide import sections
 
 FFN = "ffn: {type: mlp}"
@@ -294,6 +296,37 @@ def test_latents_have_no_positions_unless_they_are_asked_for(options, rotary, ab
     assert (mixer.kind, mixer.rotary, mixer.absorbs) == ("latent_attention", rotary, absorbs)
     words = found.layers[2].mixer.words("attention")
     assert ("absorbed" in words, "keys rebuilt" in words) == (absorbs, not absorbs)
+
+
+KINDS_OF_ATTENTION = [
+    "window: 4, vendor.retnet.rotary_dim: 8",
+    "attention_sinks: {n_per_head: 2}, vendor.retnet.rope: false, vendor.retnet.gate: sigmoid",
+    "vendor.retnet.qk_norm: l2, vendor.retnet.rope: false",
+    "latent_dim: 16, qkv_bias: true",
+    "latent_dim: 16, vendor.retnet.mla.rope_dim: 8, vendor.retnet.mla.q_rank: 24, vendor.retnet.mla.norm: rms",
+    "latent_dim: 16, window: 5, vendor.retnet.rope: true, attention_sinks: {}",
+]
+
+
+@torch.no_grad()
+def test_attention_of_every_kind_beside_rotary_retention_decodes_as_one_forward():
+    kinds = "".join(
+        f"\n  {name}:\n    mixer: {{type: attention, attention: {{{options}}}}}\n    ffn: {{type: mlp}}"
+        for name, options in zip("bcdefg", KINDS_OF_ATTENTION, strict=True)
+    )
+    listed = "".join(f"\n- template: {name}" for name in "bcdrefgr")
+    text = changed(
+        ("    ffn: {type: mlp}", f"    ffn: {{type: mlp}}{kinds}"), ("- template: a", f"- template: a{listed}")
+    )
+    model = unit_gain_(LanguageModel(model_config(parse_stack(text))).double()).eval()
+    ids = torch.arange(11)[None] % 7
+    whole = model(ids).logits
+    state, logits = None, []
+    for part in ids.split((5, 1, 1, 3, 1), 1):
+        output = model(part, state, carry=True)
+        state = output.state
+        logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-10, atol=1e-10)
 
 
 def test_a_list_of_decays_reaches_the_layer():

@@ -22,6 +22,8 @@ def test_a_usual_stack_has_no_warnings():
     report = realism_report(stack(WIDE))
     assert [finding.rule for finding in report] == ["param_count_info", "layer_count_info"]
     assert report[1].message == "3 layers: 2 retnet, 1 attention"
+    for latent_dim in (16, 192):
+        assert warnings(WIDE, ("{window: 16}", f"{{latent_dim: {latent_dim}}}")) == []
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,8 @@ def test_a_usual_stack_has_no_warnings():
         ("vocab_tokenizer_consistency", [WIDE, ("pretrained: bytes", "pretrained: google/byt5-small")], ""),
         ("rope_scaling_factor", [WIDE, ("positional: rope", "positional: rope\n  rope_scaling: {factor: 33}")], ""),
         ("window_without_length", [WIDE, ("{window: 16}", "{window_mode: sliding}")], ""),
+        ("mla_latent_dim_range", [WIDE, ("{window: 16}", "{latent_dim: 15}")], ""),
+        ("mla_latent_dim_range", [WIDE, ("{window: 16}", "{latent_dim: 193}")], ""),
         ("unused_template", [WIDE, ("- template: a", "- template: r")], ""),
         ("reserved_namespace", [WIDE], "vendor.acme.x: 1\n"),
     ],

@@ -346,7 +346,7 @@ def _differences(ours: Any, theirs: Any, path: str) -> list[str]:
     if type(ours) is not type(theirs):
         return [f"{path[:-1]} is {getattr(ours, 'kind', None)!r} (there: {theirs.kind!r})"]
     free = _FREE[type(ours)] | ({"qk_norm_eps"} if getattr(ours, "qk_norm", None) == "none" else set())
-    names = [f.name for f in fields(ours) if f.name not in free]
+    names = [f.name for f in fields(ours) if f.compare and f.name not in free]
     return [
         f"{path}{name} is {getattr(ours, name)!r} (there: {getattr(theirs, name)!r})"
         for name in names

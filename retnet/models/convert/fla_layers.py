@@ -230,7 +230,6 @@ class _Layer:
     names: Names
 
 
-# The first name of the head norm is of the form that is fused with the gate.
 LAYERS = {
     "MultiScaleRetention": _Layer(_RETENTION, _retention, _GATED),
     "SimpleGatedLinearAttention": _Layer(_SIMPLE_GLA, _simple_gla, _GATED),
@@ -251,6 +250,7 @@ LAYERS = {
         {**_LINEAR, **_OUT, "q_norm_weight": ("q_norm.weight",), "k_norm_weight": ("k_norm.weight",)},
     ),
 }  # fmt: skip
+# Of the head norm's weights: fused with the gate, and alone.
 _HEAD_NORMS = ("g_norm_swish_gate.weight", "g_norm.weight")
 
 

@@ -46,6 +46,7 @@ SHARED_FIELDS = {
 
 
 def inner_width(name: str, value: Mapping[str, Any]) -> int:
+    """The width of Mamba's x. Raises ValueError where it is no integer."""
     inner = value["mamba_expand"] * value["hidden_size"]
     if inner != int(inner):
         refuse(name, [f"mamba_expand is {value['mamba_expand']}; accepted: an integer times hidden_size"])
@@ -66,6 +67,7 @@ def heads_of(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mamba_options(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that Mamba1Config and Mamba2Config share."""
     return {
         "state_dim": value["mamba_d_state"],
         "conv_width": value["mamba_d_conv"],

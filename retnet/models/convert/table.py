@@ -180,7 +180,7 @@ def _stack(theirs: Tensors, table: Table) -> Tensors:
     for whole, group in groups.items():
         held = [specs[group[i]] for i in range(len(group)) if i in group]
         kinds = {(x.dtype, x.layout, x.shape) for x in held}
-        if len(held) < len(group) or len(kinds) != 1 or held[0].layout is not torch.strided:
+        if len(held) < len(group) or len(kinds) != 1 or held[0].layout is not torch.strided or whole in specs:
             continue
         stacks[whole] = [group[i] for i in range(len(group))]
         for part in stacks[whole]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from retnet.cli import main
 from retnet.layers.attention import AttentionConfig
+from retnet.layers.latent_attention import LatentAttentionConfig
 from retnet.models import convert
 from retnet.models.config import ModelConfig
 from retnet.models.directory import load_model, save_model
@@ -387,6 +388,26 @@ def test_features_that_fla_cannot_express_are_named(tmp_path, changes):
     with pytest.raises(ValueError, match=f"FLA's RetNet cannot express this model: .*{expected}"):
         convert.convert(LanguageModel(config), tmp_path / "out", to="fla")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("mixer", "named"),
+    [
+        (AttentionConfig(4, 4, 8, num_sinks=1), "mixer.num_sinks is 1"),
+        (AttentionConfig(4, 4, 8, rotary_dim=4), "mixer.rotary_dim is 4"),
+        (LatentAttentionConfig(4, 4, 8, latent_dim=6), "mixer is 'latent_attention'"),
+    ],
+)
+def test_kinds_of_attention_that_fla_does_not_have_are_named(mixer, named):
+    config = convert.fla.config_of(FLA_CONFIG)
+    layers = (config.layers[0], replace(config.layers[1], mixer=mixer), *config.layers[2:])
+    with pytest.raises(ValueError, match=named):
+        convert.fla.config_to(replace(config, layers=layers))
+
+
+def test_a_model_of_a_stack_file_is_written_without_the_file():
+    config = convert.fla.config_of(FLA_CONFIG)
+    assert convert.fla.config_to(replace(config, source="schema_version: 1")) == convert.fla.config_to(config)
 
 
 def test_wide_key_heads_are_beyond_fla():

@@ -224,10 +224,14 @@ def test_shared_blocks_of_zamba2_are_refused_with_the_reason(kinds):
         load(state, config={**_ZAMBA2, "layers_block_type": kinds})
 
 
-def test_a_missing_expert_is_named(tmp_path):
+def test_experts_that_are_missing_or_there_twice_are_named(tmp_path):
     theirs = peer(CASES["jamba"], torch.float32)
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.feed_forward.experts.1.up_proj.weight"]
     with pytest.raises(ValueError, match=r"model.layers.1.feed_forward.*up_proj.* is missing"):
+        load(tensors, config=theirs.config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.feed_forward.experts.[].up_proj.weight"] = torch.zeros(3, 40, 24)
+    with pytest.raises(ValueError, match=r"experts.0.up_proj.weight is left over"):
         load(tensors, config=theirs.config)

@@ -28,6 +28,7 @@ from tests.small_models import (
     HYENA,
     LIGHTNING,
     MAMBA2,
+    MTP,
     PAPER,
     WIDTH,
     WINDOW,
@@ -226,6 +227,13 @@ def test_layers_that_do_not_divide_are_refused_by_name(message):
         split_(model, TensorShard(None, 0, 4))
     assert model.shard is None
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_multi_token_prediction_is_refused_by_name():
+    model = small_model([FOUR["paper"]], mtp=MTP)
+    with pytest.raises(ValueError, match="multi-token prediction, which is not divided; accepted when split: mtp None"):
+        split_(model, TensorShard(None, 0, 2))
+    assert model.shard is None
 
 
 def test_the_plan_names_every_module_that_is_split():
