@@ -6,9 +6,11 @@
     python recipes/distil_125m.py --tiny --teacher-steps 20                  a trial on a CPU, seconds
 
 The teacher is `llama:muon:4e-3` of `quality.py` on 172 million tokens. Every arm then reads a share of as many tokens
-(10% by default, all its stages counted), in another order. An arm is `kind:optimizer:rate[:rate of layers[:share]]`:
+(10% by default, all its stages counted), in another order. An arm is
+`kind:optimizer:rate[:rate of layers[:share[:cross-entropy]]]`:
 
-    distil     retention in three layers of four: layers aligned for a share of the tokens (0.4), then KL on the logits
+    distil     retention in three layers of four: layers aligned for a share of the tokens (0.4), then KL on the logits,
+               with a weight of cross-entropy (0.5)
     chosen     the same, with as many attention layers in the places where they lower the loss most
     copied     the start of `distil`, trained with cross-entropy alone
     scratch    the same hybrid from random weights
@@ -50,10 +52,11 @@ from retnet.train.distil.student import converted_layers, make_student, student_
 
 KINDS = ("distil", "chosen", "copied", "scratch", "further")
 EVERY = 4  # one layer of attention in so many
-ALIGN_SHARE = 0.4
+ALIGN_SHARE, CROSS_ENTROPY = 0.4, 0.5
 TEACHER = "llama:muon:4e-3:0"
 DEFAULT_ARMS = (
-    "distil:adamw:1e-3:2e-3", "chosen:adamw:1e-3:2e-3", "further:adamw:3e-4", "copied:adamw:1e-3", "scratch:muon:4e-3",
+    "distil:adamw:1e-3:2e-3", "chosen:adamw:1e-3:2e-3", "distil:adamw:1e-3:2e-3:0.4:0", "further:adamw:3e-4",
+    "copied:adamw:1e-3", "scratch:muon:4e-3",
 )  # fmt: skip
 FIT_ROWS, CHOICE_ROWS = 16, 32  # of training data
 Loss = Callable[[Tensor, Tensor], Tensor]  # (ids [B, T], targets [B, T]) -> mean
@@ -61,7 +64,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (ids [B, T], targets [B, T]) -> mea
 
 @dataclass(frozen=True)
 class Trial:
-    """An arm: its kind, its optimizer, the peak rate of its last stage, and the rate and the share of aligning."""
+    """An arm: its kind, its optimizer, the peak rate of its last stage, the rate and the share of aligning, and the
+    weight of cross-entropy.
+    """
 
     name: str
     kind: str
@@ -69,28 +74,31 @@ class Trial:
     rate: float
     align_rate: float
     align_share: float
+    cross_entropy: float
 
     @classmethod
     def parse(cls, name: str) -> "Trial":
         """The arm of a name. Raises ValueError for any other text."""
         parts = name.split(":")
-        accepted = f"kind:optimizer:rate[:rate of layers[:share]], kind one of {', '.join(KINDS)}"
+        accepted = f"kind:optimizer:rate[:rate of layers[:share[:cross-entropy]]], kind one of {', '.join(KINDS)}"
         try:
             kind, optimizer, rate = parts[0], parts[1], float(parts[2])
             align_rate = float(parts[3]) if len(parts) > 3 else 2 * rate
             share = float(parts[4]) if len(parts) > 4 else ALIGN_SHARE
+            labels = float(parts[5]) if len(parts) > 5 else CROSS_ENTROPY
         except (IndexError, ValueError):
             raise ValueError(f"arm is {name!r}; accepted: {accepted}") from None
         is_rate = 0 < rate < math.inf and 0 < align_rate < math.inf
         if (
             kind not in KINDS
             or optimizer not in ("adamw", "muon")
-            or len(parts) > 5
+            or len(parts) > 6
             or not is_rate
             or not 0 < share < 1
+            or not 0 <= labels < 1
         ):
             raise ValueError(f"arm is {name!r}; accepted: {accepted}")
-        return cls(name, kind, optimizer, rate, align_rate, share)
+        return cls(name, kind, optimizer, rate, align_rate, share, labels)
 
 
 class Session:
@@ -240,7 +248,7 @@ class Session:
         student.requires_grad_(True)
         row["seconds"] = spent + self.fit(
             student, trial, trial.rate, self.steps - align,
-            lambda ids, targets: logits_loss(student, teacher, ids, targets), seed=2,
+            lambda ids, targets: logits_loss(student, teacher, ids, targets, cross_entropy=trial.cross_entropy), seed=2,
         )  # fmt: skip
         return student
 
