@@ -67,7 +67,7 @@ def test_the_gradient_of_packed_documents_is_that_of_the_recurrence_in_float64()
         size = reference.grad.norm()
         assert size > 1e-4
         assert (two.grad - reference.grad).norm() < 1e-10 * size
-        assert (one.grad - reference.grad).norm() < 1e-5 * size
+        assert (one.grad - reference.grad).norm() < 5e-5 * size  # float32 through every layer
 
 
 def test_the_gradient_is_the_slope_of_the_loss():
