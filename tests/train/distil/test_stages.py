@@ -49,6 +49,7 @@ def stop_at(monkeypatch, stage, step):
     monkeypatch.setattr(PackedTrainer, "_save_checkpoint", saved_then_stopped)
 
 
+@pytest.mark.slow
 def test_a_distillation_aligns_chooses_and_trains(taught, short_texts, tmp_path):
     output, options = tmp_path / "out", {"keep_attention": 1}
     outcome = distil(request(taught, output, short_texts, **options), QUIET)
