@@ -83,10 +83,10 @@ def evaluate(
     _refuse_unused("--tasks", tasks, {"--samples": samples})
     if part is Part.all and valid_fraction is not None:
         raise ValueError("--valid-fraction is for --part valid; --part all holds nothing out")
-    if tasks is not None:
-        require("eval", "--tasks")
     if samples is not None:
         check_new_file(samples, force=force)
+    if tasks is not None:
+        require("eval", "--tasks")
     from retnet.eval.processes import SharedError, launched
 
     with launched() as processes:
