@@ -162,13 +162,12 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
     return _model(source, value, [attention.get(i, retention) for i in range(num_layers)])
 
 
-def transformer_config_of(source: Mapping[str, Any]) -> ModelConfig:
-    """The config.json of a Transformer of theirs as our configuration."""
-    value = read("fla", source, _TRANSFORMER)
+def attention_of(value: Mapping[str, Any], name: str) -> AttentionConfig:
+    """The attention layer that their fields describe. name: whose fields they are, for errors."""
     width, heads = value["hidden_size"], value["num_heads"]
     if width % heads:
-        refuse("fla", [f"num_heads is {heads}; accepted: a divisor of hidden_size {width}"])
-    mixer = AttentionConfig(
+        refuse(name, [f"num_heads is {heads}; accepted: a divisor of hidden_size {width}"])
+    return AttentionConfig(
         num_heads=heads,
         num_kv_heads=value["num_kv_heads"] or heads,
         head_dim=width // heads,
@@ -179,6 +178,12 @@ def transformer_config_of(source: Mapping[str, Any]) -> ModelConfig:
         window=value["window_size"],
         qkv_bias=value["qkv_bias"],
     )
+
+
+def transformer_config_of(source: Mapping[str, Any]) -> ModelConfig:
+    """The config.json of a Transformer of theirs as our configuration."""
+    value = read("fla", source, _TRANSFORMER)
+    mixer = attention_of(value, "fla")
     return _model(source, value, [mixer] * value["num_hidden_layers"])
 
 

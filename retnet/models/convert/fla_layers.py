@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.layers.attention import AttentionConfig
 from retnet.layers.mamba2 import Mamba2Config
 from retnet.layers.mixer_base import MixerConfig, MixerModule
 from retnet.layers.registry import mixer_of
@@ -41,7 +40,7 @@ from retnet.models.convert.fields import (
     times,
     unit_interval,
 )  # fmt: skip
-from retnet.models.convert.fla import QK_NORM_EPS
+from retnet.models.convert.fla import attention_of
 from retnet.system.suggest import choices
 
 Names = Mapping[str, tuple[str, ...]]  # our parameter -> theirs, whose rows are joined
@@ -192,23 +191,6 @@ def _mamba2(value: Mapping[str, Any]) -> Mamba2Config:
     return mixer
 
 
-def _attention(value: Mapping[str, Any]) -> AttentionConfig:
-    width, heads = value["hidden_size"], value["num_heads"]
-    if width % heads:
-        refuse("Attention", [f"num_heads is {heads}; accepted: a divisor of hidden_size {width}"])
-    return AttentionConfig(
-        num_heads=heads,
-        num_kv_heads=value["num_kv_heads"] or heads,
-        head_dim=width // heads,
-        rotary="half",
-        rotary_base=value["rope_theta"],
-        qk_norm="rms" if value["qk_norm"] else "none",
-        qk_norm_eps=QK_NORM_EPS,
-        window=value["window_size"],
-        qkv_bias=value["qkv_bias"],
-    )
-
-
 _LINEAR: Names = {f"{name}_proj.{part}": (f"{name}_proj.{part}",) for name in "qkv" for part in ("weight", "bias")}
 _OUT: Names = {"out_proj.weight": ("o_proj.weight",)}
 _GATED: Names = {
@@ -246,7 +228,7 @@ LAYERS = {
     ),
     "Attention": _Layer(
         _ATTENTION,
-        _attention,
+        lambda value: attention_of(value, "Attention"),
         {**_LINEAR, **_OUT, "q_norm_weight": ("q_norm.weight",), "k_norm_weight": ("k_norm.weight",)},
     ),
 }  # fmt: skip
