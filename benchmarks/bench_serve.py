@@ -36,6 +36,8 @@ from rivals import LLAMAS, write_llama, write_tokenizer
 from runner import Point, arguments, report
 from serve_client import Seen
 
+from retnet.stack.resolve import model_label
+
 if TYPE_CHECKING:
     from retnet import Engine
 
@@ -264,7 +266,7 @@ def main() -> None:
             for streams in options.streams:
                 report(measured(options, address, pid, streams, None), options.csv)
         return
-    options.name = options.name or Path(options.model).stem
+    options.name = options.name or model_label(options.model)
     if options.url is not None:
         parts = urlsplit(options.url)
         for streams in options.streams:

@@ -26,6 +26,7 @@ import retnet
 from retnet.serve.http.app import create_app
 from retnet.serve.http.launch import EngineOptions, make_service
 from retnet.serve.http.settings import Settings
+from retnet.stack.resolve import model_label
 
 
 class Options(BaseModel):
@@ -65,7 +66,7 @@ def build(options: Options) -> Application:
             max_waiting=options.waiting,
         )
         network = retnet.load(options.model, options.device, options.dtype)
-        name = options.name or Path(options.model).stem
+        name = options.name or model_label(options.model)
         engine = EngineOptions(slots=options.slots, max_tokens=options.max_tokens)
         return create_app(make_service(network, retnet.load_tokenizer(network), name, engine, settings), settings)
 

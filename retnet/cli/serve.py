@@ -138,6 +138,7 @@ def serve(
     from retnet.serve.http.run import bound_socket
     from retnet.serve.http.run import serve as run_server
     from retnet.serve.http.settings import Settings
+    from retnet.stack.resolve import model_label
 
     if api_key_file is None and not allow_public and not is_loopback(host):
         raise ValueError(
@@ -181,7 +182,7 @@ def serve(
         deferred_writes=deferred_writes,
         prefix_cache=_bytes("prefix-cache", prefix_cache, low=0),
     )
-    name = served_name or Path(model).stem
+    name = served_name or model_label(model)
     states = _states(state or (), name)
     listener = bound_socket(host, port)
     try:

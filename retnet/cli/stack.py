@@ -262,9 +262,9 @@ def _open(name: str) -> Stack:
         return stack
     from retnet.stack import load_stack
     from retnet.stack.presets import load_preset, preset_names
-    from retnet.stack.resolve import STACK_SUFFIXES
+    from retnet.stack.resolve import STACK_SUFFIXES, is_stack_file
 
-    if name not in preset_names() and not name.endswith(STACK_SUFFIXES) and not Path(name).exists():
+    if name not in preset_names() and not is_stack_file(name) and not Path(name).exists():
         raise FileNotFoundError(
             f"no stack {name!r}; accepted: a stack file ({', '.join(STACK_SUFFIXES)}), a stack preset (`retnet stack "
             "presets list`), or the directory of a model compiled from a stack"

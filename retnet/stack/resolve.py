@@ -24,11 +24,27 @@ from .presets import load_preset, preset_names
 STACK_SUFFIXES = (".yml", ".yaml")
 
 
+def is_stack_file(name: str) -> bool:
+    """Whether a name is that of a stack file, by its end."""
+    return name.endswith(STACK_SUFFIXES)
+
+
+def model_label(name: str) -> str:
+    """A short name of a model, for the API and for paths: its preset, its directory, or its stack file without suffix.
+
+    "retnet-1.3b" is whole: only the suffix of a stack file is cut.
+    """
+    path = Path(name)
+    if is_stack_file(name):
+        return path.stem
+    return path.resolve().name if path.name in ("", "..") else path.name
+
+
 def written_stack(name: str) -> Stack | None:
     """The stack preset or stack file of a name, None for other names. Raises StackError for a file with faults."""
     if name in preset_names():
         return load_preset(name)
-    return load_stack(name) if name.endswith(STACK_SUFFIXES) else None
+    return load_stack(name) if is_stack_file(name) else None
 
 
 def resolve_stack(name: str) -> Stack | None:
@@ -104,7 +120,7 @@ def saved_directory(name: str) -> Path | None:
 
     Warns where there is a model in that directory.
     """
-    is_new = name in PRESETS or name in preset_names() or name.endswith(STACK_SUFFIXES)
+    is_new = name in PRESETS or name in preset_names() or is_stack_file(name)
     if is_new and (Path(name) / CONFIG_FILE).is_file():
         warnings.warn(
             f"{name!r} is the preset, not the model in the directory {name}; that one is ./{name}", stacklevel=3

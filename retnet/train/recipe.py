@@ -24,7 +24,7 @@ from retnet.models.directory import load_config
 from retnet.stack.document import MAX_BYTES, Document, compose
 from retnet.stack.errors import StackError
 from retnet.stack.load import Stack
-from retnet.stack.resolve import STACK_SUFFIXES, resolve_stack, saved_directory
+from retnet.stack.resolve import model_label, resolve_stack, saved_directory
 from retnet.stack.training import optimizer_groups, router_lr_multiplier, training_defaults
 from retnet.system.suggest import choices, did_you_mean_path, nearest
 from retnet.train.muon_recipe import MUON, MuonArgs
@@ -236,10 +236,10 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
     problems += _unusable(training)
     problems += excluded(values, training) if tunes_state else ()
     if not problems:
-        model = Path(str(values["model"]))
-        name = model.stem if model.name.endswith(STACK_SUFFIXES) else model.name
+        model = str(values["model"])
+        name = model_label(model)
         training.setdefault("output_dir", str(Path("out") / (f"{name}-state" if tunes_state else name)))
-        if Path(training["output_dir"]).resolve() == model.resolve():
+        if Path(training["output_dir"]).resolve() == Path(model).resolve():
             raise ValueError(f"output_dir is {training['output_dir']}, the folder of the model; accepted: another")
         try:
             recipe = Recipe(training=training, **{key: values[key] for key in own & values.keys()})

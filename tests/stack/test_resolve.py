@@ -8,7 +8,7 @@ from retnet.models.lm import LanguageModel
 from retnet.models.presets import preset, retnet_config
 from retnet.stack import StackError
 from retnet.stack.presets import preset_text
-from retnet.stack.resolve import resolve_config, resolve_model, resolve_stack
+from retnet.stack.resolve import model_label, resolve_config, resolve_model, resolve_stack
 
 from .specs import changed
 
@@ -55,6 +55,15 @@ def test_a_preset_its_file_and_its_directory_are_the_same_model(tmp_path):
 def test_retnet_presets_are_not_stacks():
     assert resolve_stack("retnet-tiny") is None
     assert resolve_config("retnet-tiny") == preset("retnet-tiny")
+
+
+def test_the_label_of_a_model_keeps_its_dots(tmp_path, monkeypatch):
+    (tmp_path / "run-0.5").mkdir()
+    monkeypatch.chdir(tmp_path / "run-0.5")
+    names = ("retnet-1.3b", "out/run-0.5/", "stacks/llama-1.3b.yml", MINI, ".", "..")
+    assert [model_label(name) for name in names] == [
+        "retnet-1.3b", "run-0.5", "llama-1.3b", MINI, "run-0.5", tmp_path.name,
+    ]  # fmt: skip
 
 
 def test_an_unknown_name_is_refused_with_the_accepted_ones(tmp_path):
