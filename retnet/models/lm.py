@@ -323,11 +323,12 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., vocab], scaled and soft-capped if the configuration says so."""
-        logits = self.head(self._scaled(hidden))
+        logits = self.head(self.before_head(hidden))
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _scaled(self, hidden: Tensor) -> Tensor:
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """Final hidden states times config.logit_scale, whose products with the head's weight are the logits."""
         scale = self.config.logit_scale
         return hidden if scale == 1.0 else hidden * scale
 
@@ -365,9 +366,9 @@ class LanguageModel(nn.Module):
         The logits of all tokens are not held in memory, unless the head is more than its weight.
         """
         if isinstance(self.head, VocabularyHead):
-            return self.head.mean_nats(self._scaled(hidden), labels, self.config.logit_soft_cap)
+            return self.head.mean_nats(self.before_head(hidden), labels, self.config.logit_soft_cap)
         if is_plain_linear(self.head):
-            return linear_cross_entropy(self._scaled(hidden), self.head.weight, labels, self.config.logit_soft_cap)
+            return linear_cross_entropy(self.before_head(hidden), self.head.weight, labels, self.config.logit_soft_cap)
         logits = self.logits(hidden).flatten(0, -2)
         nats = F.cross_entropy(
             logits.to(wide_dtype(logits.dtype)), labels.flatten(), ignore_index=-100, reduction="sum"

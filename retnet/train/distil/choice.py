@@ -15,8 +15,8 @@ import torch
 
 from retnet.layers.block import Block
 from retnet.models.lm import LanguageModel
+from retnet.train.distil.objectives import logits_loss
 from retnet.train.distil.samples import Sample
-from retnet.train.distil.soft_loss import SoftTargets, linear_divergence
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,8 @@ def divergence(student: LanguageModel, teacher: LanguageModel, samples: Sequence
     """Mean KL(teacher || student) over the targets of the samples, in nats."""
     total, count = 0.0, 0
     for ids, targets, bounds in samples:
-        soft = SoftTargets(
-            teacher.hidden(ids, cu_seqlens=bounds)[0][0], teacher.head.weight, teacher.config.logit_soft_cap
-        )
-        hidden, _ = student.hidden(ids, cu_seqlens=bounds)
         number = int((targets != -100).sum())
-        cap = student.config.logit_soft_cap
-        total += number * float(linear_divergence(hidden[0], student.head.weight, targets, cap, soft))
+        total += number * float(logits_loss(student, teacher, ids, targets[None], bounds))
         count += number
     return total / max(1, count)
 

@@ -63,9 +63,9 @@ def logits_loss(
     with torch.no_grad():
         taught, _ = teacher.hidden(ids, cu_seqlens=bounds)
     hidden, _ = student.hidden(ids, cu_seqlens=bounds)
-    soft = SoftTargets(taught, teacher.head.weight, teacher.config.logit_soft_cap)
+    soft = SoftTargets(teacher.before_head(taught), teacher.head.weight, teacher.config.logit_soft_cap)
     return linear_divergence(
-        hidden, student.head.weight, targets, student.config.logit_soft_cap, soft,
+        student.before_head(hidden), student.head.weight, targets, student.config.logit_soft_cap, soft,
         of_divergence=1 - cross_entropy, of_labels=cross_entropy,
     )  # fmt: skip
 

@@ -17,7 +17,8 @@ from retnet.ops.dtypes import wide_dtype
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """The teacher's final hidden states [R, D], the weight of its head [vocab, D] and its soft cap."""
+    """Of the teacher: hidden states [R, D] as its head takes them (`LanguageModel.before_head`), the weight of its head
+    [vocab, D], and its soft cap."""
 
     hidden: Tensor
     weight: Tensor
@@ -93,7 +94,8 @@ def linear_divergence(
 ) -> Tensor:
     """Mean nats per token of KL(teacher || student), times `of_divergence`, plus `of_labels` times the cross-entropy.
 
-    hidden [..., D] and weight [vocab, D] are the student's; labels [...], where -100 leaves a token out of both terms.
+    hidden [..., D], as its head takes them, and weight [vocab, D] are the student's; labels [...], where -100 leaves a
+    token out of both terms.
     0 where every label is -100. There is no gradient for the teacher.
     """
     dtype = hidden.dtype

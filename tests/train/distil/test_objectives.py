@@ -5,7 +5,7 @@ import torch
 
 from retnet.train.distil.choice import divergence
 from retnet.train.distil.fit import layer_errors
-from retnet.train.distil.objectives import AlignedForCausalLM, LogitsForCausalLM
+from retnet.train.distil.objectives import AlignedForCausalLM, LogitsForCausalLM, logits_loss
 from tests.train.distil.models import sample, teacher
 from tests.train.distil.test_student import student_of
 
@@ -45,6 +45,17 @@ def test_logits_are_trained_on_the_divergence_and_a_share_of_cross_entropy():
     for share in (0.0, 0.25):
         model = LogitsForCausalLM.of(student_of(taught, layers=(0,)), taught, share).train()
         assert model(**batch(rows=2)).loss.item() == pytest.approx((1 - share) * kl + share * nats, rel=1e-4)
+
+
+def test_the_divergence_is_that_of_the_logits_with_their_scale_and_soft_cap():
+    taught = teacher(2, options={"logit_scale": 0.3, "logit_soft_cap": 2.0})
+    student = student_of(taught, layers=(0,))
+    ids, targets, bounds = sample()
+    mine, theirs = (model(ids, cu_seqlens=bounds).logits[0].double().log_softmax(-1) for model in (student, taught))
+    wanted = (theirs.exp() * (theirs - mine)).sum(-1)[targets != -100].mean().item()
+    assert wanted > 0.01
+    assert logits_loss(student, taught, ids, targets[None], bounds).item() == pytest.approx(wanted, rel=1e-4)
+    assert divergence(student, taught, [sample()]) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize(
