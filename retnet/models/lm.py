@@ -159,26 +159,12 @@ class LanguageModel(nn.Module):
             self._check_shard(context, state, mask, cu_seqlens, carry)
         if self._stateless and (carry or state is not None):
             raise ValueError(f"{self._stateless}: keeps_state is False; accepted there: no state, and carry False")
-        again = self._recompute_now
         x = self._embedded(ids, embeddings)
         start = None if state is None else state.position
-        if context is not None:
-            start, cu_seqlens = context.sequences(x.shape[0], x.shape[1], x.device)
-        layout = TokenLayout.of(
-            (x.shape[0], x.shape[1]),
-            x.device,
-            start=start,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            carry=carry,
-            in_place=in_place,
-            losses=losses,
-            context=context,
-            recompute="none" if again.level == "layer" else again.level,
-        )
+        layout = self._layout(x, start, mask, cu_seqlens, carry, in_place, losses, context)
         for layer in self.layers:
             cast(Block, layer).prepare(layout, x.dtype)
-        states, run = [], self._run_block(again, x.device)
+        states, run = [], self._run_block(x.device)
         if inner is not None:
             inner.append(x)
         for i, layer in enumerate(self.layers):
@@ -197,8 +183,37 @@ class LanguageModel(nn.Module):
         x = self.embedding(ids) if embeddings is None else embeddings
         return self.embedding_norm(x * self.config.embedding_scale)
 
-    def _run_block(self, again: Recompute, device: torch.device) -> Run:
+    def _layout(
+        self,
+        x: Tensor,
+        start: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        carry: bool,
+        in_place: bool,
+        losses: list[Tensor] | None,
+        context: ContextShard | None,
+    ) -> TokenLayout:
+        """The layout of the tokens x [B, T, D] after `start` [N] tokens, as blocks of `_run_block` take it."""
+        if context is not None:
+            start, cu_seqlens = context.sequences(x.shape[0], x.shape[1], x.device)
+        level = self._recompute_now.level
+        return TokenLayout.of(
+            (x.shape[0], x.shape[1]),
+            x.device,
+            start=start,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            carry=carry,
+            in_place=in_place,
+            losses=losses,
+            context=context,
+            recompute="none" if level == "layer" else level,
+        )
+
+    def _run_block(self, device: torch.device) -> Run:
         """Runs one block, which the backward runs again with level "layer"."""
+        again = self._recompute_now
         if again.level != "layer":
             return run_block
         offloaded = waiting_on_host(device) if again.offload else nullcontext()
@@ -234,25 +249,12 @@ class LanguageModel(nn.Module):
         """
         if self.mtp is None:
             raise ValueError("the model has no multi-token prediction; accepted: a configuration with mtp")
-        x, again = self._embedded(ids, embeddings), self._recompute_now
+        x = self._embedded(ids, embeddings)
         before = None if state is None or not state.mtp else state.mtp
         start = None if before is None else before[0].position
-        if context is not None:
-            start, cu_seqlens = context.sequences(x.shape[0], x.shape[1], x.device)
-        layout = TokenLayout.of(
-            (x.shape[0], x.shape[1]),
-            x.device,
-            start=start,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            carry=carry,
-            in_place=in_place,
-            losses=losses,
-            context=context,
-            recompute="none" if again.level == "layer" else again.level,
-        )
+        layout = self._layout(x, start, mask, cu_seqlens, carry, in_place, losses, context)
         self.mtp.prepare(layout, x.dtype)
-        outputs, after = self.mtp(hidden, x, before, layout, self._run_block(again, x.device))
+        outputs, after = self.mtp(hidden, x, before, layout, self._run_block(x.device))
         positions = layout.positions if mask is None else layout.positions.masked_fill(~mask, -1)
         loss = None if labels is None else self.mtp.loss(outputs, labels, positions, self.mean_nats)
         return Ahead(outputs, after, loss)
