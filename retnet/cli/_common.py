@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -29,9 +28,6 @@ console = Console(force_interactive=None if sys.stdout.isatty() else False)
 errors = Console(stderr=True, force_interactive=None if sys.stderr.isatty() else False)
 silent = Console(quiet=True)
 
-MODEL_HELP = "Preset, stack file or saved directory."
-Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
-DEVICE_HELP = "auto (the GPU if there is one), cpu, cuda or cuda:N."
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retnet.cli._common import DEVICE_HELP, console, load_shown
+from retnet.cli._common import console, load_shown
+from retnet.cli._options import DEVICE_HELP, Drafts, MinP, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
     from retnet.cli.chat_turn import Backend
@@ -24,14 +25,10 @@ def chat(
     system: Annotated[str | None, typer.Option(help="Message that every conversation begins with.")] = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
     max_tokens: Annotated[int, typer.Option(min=0, help="Tokens of an answer at most; 0 for any number.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the likeliest tokens of total probability p.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Sample from tokens at least p times as likely as the likeliest.")
-    ] = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1: tokens of the messages and the answer become less likely.")
     ] = 1.0,
@@ -43,12 +40,8 @@ def chat(
     dtype: Annotated[
         str | None, typer.Option(help="Model: dtype of the weights, such as bfloat16; by default as saved.")
     ] = None,
-    speculate: Annotated[
-        int, typer.Option(min=0, help="Model: draft tokens per step, guessed from the context: 3, 7, 11, ...")
-    ] = 0,
-    drafts: Annotated[
-        str, typer.Option(help="Source of draft tokens: mtp (modules of the model), context, or auto (mtp if there).")
-    ] = "auto",
+    speculate: Annotated[int, typer.Option(min=0, help="Model: draft tokens per step: 3, 7, 11, ...; 0 is off.")] = 0,
+    drafts: Drafts = "auto",
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"Server: file that holds an API key; by default ${KEY_VARIABLE}.")
     ] = None,

@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retnet.cli._common import DEVICE_HELP, console, errors, load_shown, print_json
+from retnet.cli._common import console, errors, load_shown, print_json
+from retnet.cli._options import AsJson, Device
 from retnet.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def check(
         list[str] | None, typer.Option(help="float64, float32, float16, bfloat16; may be repeated.")
     ] = None,
     chunk_size: Annotated[list[int] | None, typer.Option(help="Chunk sizes to try; may be repeated.")] = None,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of random inputs.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare every form with a float64 reference: parallel, recurrent, chunkwise, and prefill followed by decode.
 

@@ -12,7 +12,8 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from retnet.cli._common import Force, console, errors, print_json, unescape
+from retnet.cli._common import console, errors, print_json, unescape
+from retnet.cli._options import AsJson, Force
 from retnet.system.extras import MissingExtra, require
 from retnet.system.outputs import check_new_file
 from retnet.system.progress import BYTES
@@ -165,7 +166,7 @@ def show(
         typer.Option(help=f"File for a plot of the document lengths; {PLOT} in a folder of shards by default."),
     ] = None,
     force: Force = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show a corpus: counts, document lengths as numbers and as a plot, and some decoded documents.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from retnet.cli._common import console
+from retnet.cli._options import TrainingData
 from retnet.system.extras import needs, require
 from retnet.system.progress import Progress
 from retnet.system.sizes import format_count
@@ -22,9 +23,7 @@ def distil(
             metavar="[KEY=VALUE]...", help="Settings as of `retnet train`; layers.KEY or logits.KEY: of one stage."
         ),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Shards, file or folder of text, or 'stdlib'; same as data=...")
-    ] = None,
+    data: TrainingData = None,
     stack: Annotated[
         str | None, typer.Option(help="Stack file: which layers become retention (retnet), and with which settings.")
     ] = None,

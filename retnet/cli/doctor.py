@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from retnet.cli._common import console, errors, print_json, silent
+from retnet.cli._options import AsJson
 from retnet.system.progress import Progress
 
 SECONDS = 20.0
@@ -17,7 +18,7 @@ _STYLES = {"ok": "green", "note": "dim", "slow": "yellow", "problem": "bold red"
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
     seconds: Annotated[float, typer.Option(min=1, help="Time limit of the self-check.")] = SECONDS,
 ) -> None:
     """Check this installation: versions, devices, speed, missing extras, and a self-check of the package.

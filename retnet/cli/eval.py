@@ -17,7 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, Force, console, errors, load_shown, print_json, silent
+from retnet.cli._common import console, errors, load_shown, print_json, silent
+from retnet.cli._options import AsJson, Device, Force, Model
 from retnet.system.extras import needs, require
 from retnet.system.outputs import check_new_file
 from retnet.system.progress import Progress
@@ -36,7 +37,7 @@ class Part(StrEnum):
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     data: Annotated[
         str | None, typer.Option(help="Shards, file or folder of text, or 'stdlib': bits per byte.")
     ] = None,
@@ -62,8 +63,8 @@ def evaluate(
         typer.Option(help="With --tasks: file for requests and scores per document, as JSON lines."),
     ] = None,
     force: Force = False,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate a model on text: one of --data, --file and --tasks.
 

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from retnet.cli._common import (
-    DEVICE_HELP,
-    MODEL_HELP,
+from retnet.cli._common import console, errors, load_shown, printable, read_text, unescape, write_text
+from retnet.cli._options import (
+    Device,
+    Drafts,
     Force,
-    console,
-    errors,
-    load_shown,
-    printable,
-    read_text,
-    unescape,
-    write_text,
+    Int8,
+    MinP,
+    Model,
+    Speculate,
+    Temperature,
+    TopK,
+    TopP,
+    WeightDtype,
 )
 from retnet.system.extras import require
 from retnet.system.outputs import check_new_file
@@ -35,21 +37,17 @@ LONGEST_ECHO = 2000  # characters of a prompt on a terminal
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; also from --file or standard input.")] = None,
     file: Annotated[Path | None, typer.Option(help="File that holds the prompt; - is standard input.")] = None,
     max_tokens: Annotated[int, typer.Option(min=0, help="New tokens at most; 0 continues until interrupted.")] = 256,
     stop: Annotated[
         list[str] | None, typer.Option(help=r"Text that ends the output, such as '\n\n'; may be repeated.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the likeliest tokens of total probability p.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Sample from tokens at least p times as likely as the likeliest.")
-    ] = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1: tokens of the prompt and the output become less likely.")
     ] = 1.0,
@@ -64,16 +62,11 @@ def generate(
         typer.Option(help="Snapshot that the text continues, such as the state.safetensors of `train method=state`."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Dtype of the weights: float32, bfloat16, float16 or float64; by default as saved."),
-    ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help=r"Quantise weights to int8 (needs retnet\[quantize]).")] = False,
-    speculate: Annotated[int, typer.Option(min=0, help="Draft tokens per step: 3, 7, 11, ...; 0 is off.")] = 0,
-    drafts: Annotated[
-        str, typer.Option(help="Source of draft tokens: mtp (modules of the model), context, or auto (mtp if there).")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: WeightDtype = None,
+    int8: Int8 = False,
+    speculate: Speculate = 0,
+    drafts: Drafts = "auto",
     echo: Annotated[
         bool | None,
         typer.Option(help="Show the prompt before the output, dimmed; by default on a terminal, its end."),

@@ -9,7 +9,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retnet.cli._common import MODEL_HELP, Force, console, print_json
+from retnet.cli._common import console, print_json
+from retnet.cli._options import MODEL_HELP, AsJson, Force
 from retnet.system.extras import require
 from retnet.system.outputs import check_new_file
 from retnet.system.sizes import format_bytes, spans
@@ -23,7 +24,7 @@ _CONTEXTS = (512, 2048, 8192, 32768, 131072, 1048576)
 def info(
     model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} Without: the presets with their sizes.")] = None,
     context: Annotated[list[int] | None, typer.Option(min=1, help="Context lengths; may be repeated.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
     png: Annotated[Path | None, typer.Option(help="Plot state size, windows and decay masks into this file.")] = None,
     force: Force = False,
 ) -> None:

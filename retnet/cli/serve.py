@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retnet import __version__
-from retnet.cli._common import DEVICE_HELP, MODEL_HELP, console, errors, load_shown, silent
+from retnet.cli._common import console, errors, load_shown, silent
+from retnet.cli._options import Device, Drafts, Int8, Model, Speculate, WeightDtype
 from retnet.system.extras import require
 from retnet.system.progress import Progress
 from retnet.system.sizes import format_bytes, parse_bytes
@@ -25,7 +26,7 @@ COMPARED = (8192, 131_072)  # tokens, for the memory of a KV cache
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
     slots: Annotated[
@@ -38,15 +39,11 @@ def serve(
         int | None,
         typer.Option(min=1, help="Longest context; needed where a layer's cache grows, otherwise any length."),
     ] = None,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the weights: float32, bfloat16, float16; by default as saved.")
-    ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help=r"Quantise weights to int8 (needs retnet\[quantize]).")] = False,
-    speculate: Annotated[int, typer.Option(min=0, help="Draft tokens per step: 3, 7, 11, ...; 0 is off.")] = 0,
-    drafts: Annotated[
-        str, typer.Option(help="Source of draft tokens: mtp (modules of the model), context, or auto (mtp if there).")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: WeightDtype = None,
+    int8: Int8 = False,
+    speculate: Speculate = 0,
+    drafts: Drafts = "auto",
     deferred_writes: Annotated[
         int, typer.Option(help="Tokens that states may lag behind: 16, 32, 64; faster from 16 streams on a GPU.")
     ] = 0,

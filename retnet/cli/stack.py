@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from retnet.cli._common import Force, console, errors
+from retnet.cli._common import console, errors
+from retnet.cli._options import Force
 from retnet.system.extras import MissingExtra, needs, require
 from retnet.system.files import written_whole
 from retnet.system.outputs import check_new_directory, check_new_file, replaced_directory

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from retnet.cli._common import console
+from retnet.cli._options import TrainingData
 from retnet.system.extras import needs, require
 from retnet.system.progress import Progress
 from retnet.system.sizes import format_count
@@ -20,9 +21,7 @@ def train(
             metavar="[RECIPE] [KEY=VALUE]...", help="A YAML file of settings, then settings that override it."
         ),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Shards, file or folder of text, or 'stdlib'; same as data=...")
-    ] = None,
+    data: TrainingData = None,
     model: Annotated[str | None, typer.Option(help="Preset, stack file or saved directory; same as model=...")] = None,
 ) -> None:
     """Train a model on text.
