@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retnet.system.sizes import quantity
+
 
 class ChatError(ValueError):
     """The answer failed, or a command cannot be carried out; the message says why. The conversation goes on."""
@@ -49,7 +51,7 @@ class Figures:
         self.first = self.last if self.first is None else self.first
 
     def __str__(self) -> str:
-        parts = [f"{self.new_tokens} token{'' if self.new_tokens == 1 else 's'}"]
+        parts = [quantity(self.new_tokens, "token")]
         if self.first is not None and self.last is not None:
             parts.append(f"the first after {1e3 * (self.first - self.began):.0f} ms")
             if self.new_tokens > 1 and self.last > self.first:

@@ -18,7 +18,7 @@ from retnet.system.extras import MissingExtra, require
 from retnet.system.outputs import check_new_file
 from retnet.system.progress import BYTES
 from retnet.system.progress import Progress as Shown
-from retnet.system.sizes import format_count
+from retnet.system.sizes import format_count, quantity
 from retnet.system.suggest import nearest
 
 if TYPE_CHECKING:
@@ -226,13 +226,13 @@ def check(directory: Annotated[Path, typer.Argument(help="A folder that `retnet 
         errors.print(f"[bold red]damaged:[/] {escape(problem)}", soft_wrap=True, highlight=False)
     if problems:
         raise typer.Exit(1)
-    console.print(f"{escape(str(directory))}: {_count(shards, 'shard')}, all as written", soft_wrap=True)
+    console.print(f"{escape(str(directory))}: {quantity(shards, 'shard')}, all as written", soft_wrap=True)
 
 
 def _describe(manifest: dict[str, Any]) -> str:
     return (
-        f"{_count(manifest['documents'], 'document')}, {format_count(manifest['tokens'])} tokens, "
-        f"{manifest['bytes'] / 1e6:,.2f} MB of text in {_count(len(manifest['shards']), 'shard')}"
+        f"{quantity(manifest['documents'], 'document')}, {format_count(manifest['tokens'])} tokens, "
+        f"{manifest['bytes'] / 1e6:,.2f} MB of text in {quantity(len(manifest['shards']), 'shard')}"
     )
 
 
@@ -240,8 +240,8 @@ def _describe_part(result: PartResult) -> str:
     before = result.shards - result.written
     there = f" ({before} more {'was' if before == 1 else 'were'} there)" if before else ""
     return (
-        f"{_count(result.written, 'shard')} written{there}, of {result.all_shards} in all parts; "
-        f"{_count(result.counts.documents, 'document')}, {format_count(result.counts.tokens)} tokens"
+        f"{quantity(result.written, 'shard')} written{there}, of {result.all_shards} in all parts; "
+        f"{quantity(result.counts.documents, 'document')}, {format_count(result.counts.tokens)} tokens"
     )
 
 
@@ -263,7 +263,7 @@ def _draw(corpus: Corpus, source: str, plot: Path | None) -> Path | None:
         from retnet.data.lengths_plot import save_lengths_plot
         from retnet.plots.frame import facts
 
-        under = facts(_count(len(corpus), "document"), f"{corpus.num_tokens:,} tokens", corpus.tokenizer_id)
+        under = facts(quantity(len(corpus), "document"), f"{corpus.num_tokens:,} tokens", corpus.tokenizer_id)
         save_lengths_plot(corpus.lengths, f"Document lengths of {source}", under, path)
     except MissingExtra as error:
         errors.print(f"[dim]{escape(str(error))}[/]", soft_wrap=True)
@@ -306,11 +306,7 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
             if not begun:
                 shown.begin("writing", progress.size, BYTES, done=size)
                 begun = True
-            notes = (f"{tokens / 1e6:,.1f}M tokens", _count(documents, "document"))
+            notes = (f"{tokens / 1e6:,.1f}M tokens", quantity(documents, "document"))
             shown.update(size, total=progress.size, notes=notes)
 
         yield show_progress
-
-
-def _count(number: int, unit: str) -> str:
-    return f"{number:,} {unit}{'' if number == 1 else 's'}"

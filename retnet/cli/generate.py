@@ -26,7 +26,7 @@ from retnet.cli._options import (
 from retnet.system.extras import require
 from retnet.system.outputs import check_new_file
 from retnet.system.progress import Progress
-from retnet.system.sizes import format_bytes
+from retnet.system.sizes import format_bytes, quantity
 
 if TYPE_CHECKING:
     from retnet.eval.meter import StreamMeter
@@ -191,7 +191,7 @@ def _report(meter: StreamMeter, first_state_bytes: int, last_state_bytes: int) -
     bins = meter.bins
     if not bins:
         first = f", after {1e3 * meter.seconds_to_first:.0f} ms" if meter.tokens else ""
-        errors.print(f"[dim]{meter.tokens:,} token{'' if meter.tokens == 1 else 's'}{first}[/]", highlight=False)
+        errors.print(f"[dim]{quantity(meter.tokens, 'token')}{first}[/]", highlight=False)
         return
     tenth = max(1, len(bins) // 10)
     (early_ms, early_bytes), (late_ms, late_bytes) = (

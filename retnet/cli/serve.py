@@ -16,7 +16,7 @@ from retnet.cli._common import console, errors, load_shown, silent
 from retnet.cli._options import Device, Drafts, Int8, Model, Speculate, WeightDtype
 from retnet.system.extras import require
 from retnet.system.progress import Progress
-from retnet.system.sizes import format_bytes, parse_bytes
+from retnet.system.sizes import format_bytes, parse_bytes, quantity
 
 if TYPE_CHECKING:
     from retnet.serve.http.service import Service
@@ -213,7 +213,7 @@ def _bytes(option: str, text: str, low: int = 1) -> int:
     except ValueError as error:
         raise ValueError(f"--{option}: {error}") from error
     if size < low:
-        raise ValueError(f"--{option} is {text}; accepted: at least {low} byte{'' if low == 1 else 's'}")
+        raise ValueError(f"--{option} is {text}; accepted: at least {quantity(low, 'byte')}")
     return size
 
 

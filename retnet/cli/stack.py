@@ -15,6 +15,7 @@ from retnet.system.extras import MissingExtra, needs, require
 from retnet.system.files import written_whole
 from retnet.system.outputs import check_new_directory, check_new_file, replaced_directory
 from retnet.system.progress import Progress
+from retnet.system.sizes import quantity
 from retnet.system.suggest import did_you_mean_path
 
 if TYPE_CHECKING:
@@ -275,8 +276,7 @@ def _open(name: str) -> Stack:
 
 
 def _print_problems(name: str, error: StackError) -> None:
-    count = len(error.faults)
-    errors.print(Text.assemble((name, "bold"), f": {count} fault{'s' * (count > 1)}"), soft_wrap=True)
+    errors.print(Text.assemble((name, "bold"), f": {quantity(len(error.faults), 'fault')}"), soft_wrap=True)
     errors.print(Text(str(error)), soft_wrap=True)
 
 
@@ -337,8 +337,8 @@ def _print_multi_token(stack: Stack) -> None:
     mtp, layer = stack.spec.head.mtp, multi_token_layer(stack.spec)
     if mtp is None or layer is None:
         return
-    modules = f"{mtp.n_predict} module{'' if mtp.n_predict == 1 else 's'}"
-    each = f"{mtp.head_layers} layer{'' if mtp.head_layers == 1 else 's'} of template {layer.template}"
+    modules = quantity(mtp.n_predict, "module")
+    each = f"{quantity(mtp.head_layers, 'layer')} of template {layer.template}"
     console.print(
         f"multi-token prediction: {modules}, each {each} ({layer.mixer.words(layer.mixer_type)}; "
         f"{feed_forward_words(layer, stack)}), loss weight {mtp.train_loss_weight:g}",

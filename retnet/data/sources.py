@@ -20,6 +20,7 @@ from typing import NoReturn, cast
 from retnet.data.compression import is_compressed
 from retnet.data.kinds import READ, Kind, kind_of_file, kind_of_folder, syntax_of
 from retnet.data.stores import Location, StorePath, location, size_of, walk
+from retnet.system.sizes import quantity
 from retnet.system.suggest import did_you_mean_path
 
 STDLIB = "stdlib"
@@ -71,7 +72,7 @@ class Split:
 
 @dataclass
 class PathsByKind:
-    """Paths counted by kind, and the names of the first few."""
+    """Paths quantity by kind, and the names of the first few."""
 
     counts: Counter[str] = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class PathsByKind:
     def _describe(self, kind: str, number: int) -> str:
         names = ", ".join(self.names[kind])
         more = ", ..." if number > len(self.names[kind]) else ""
-        return f"{number:,} {kind}{'' if number == 1 else 's'} ({names}{more})"
+        return f"{quantity(number, kind)} ({names}{more})"
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """Devices: the one that a user names, whether a tensor goes to kernels, and the GPU that Triton launches on."""
 
-import platform
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from retnet.system.checks import quoted
+from retnet.system.machine import cpu_name
+from retnet.system.sizes import quantity
 from retnet.system.suggest import did_you_mean
 
 _NAMES = ("auto", "cpu", "cuda")
@@ -43,22 +42,12 @@ def hardware(device: torch.device) -> str:
     """A device for captions and reports: 'NVIDIA H200', or 'AMD EPYC 9654, 2 threads' for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {num_threads()}"
+    return f"{cpu_name()}, {num_threads()}"
 
 
 def num_threads() -> str:
     """The threads of torch's operators in words: '1 thread', '2 threads'."""
-    threads = torch.get_num_threads()
-    return f"{threads} thread{'' if threads == 1 else 's'}"
-
-
-@cache
-def _processor() -> str:
-    """The processor's name as Linux gives it, elsewhere its architecture."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(filter(None, named), platform.processor() or platform.machine() or "CPU")
+    return quantity(torch.get_num_threads(), "thread")
 
 
 def current_device_of(x: Tensor) -> AbstractContextManager[None]:

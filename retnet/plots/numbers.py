@@ -13,12 +13,12 @@ def tokens(count: float) -> str:
     return f"{count:,g}" if count < 1e6 else f"{count:,.0f}"
 
 
-def short(count: float) -> str:
+def short(count: float, digits: int = 4) -> str:
     """1500000 -> '1.5M': decimal units, for tokens of training, parameters and documents."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= size:
-            return f"{count / size:.4g}{unit}"
-    return f"{count:.4g}"
+            return f"{count / size:.{digits}g}{unit}"
+    return f"{count:.{digits}g}"
 
 
 def plain(value: float) -> str:

@@ -18,6 +18,7 @@ from retnet.plots.frame import NORMAL, SMALL, facts, framed, legend, save, style
 from retnet.plots.numbers import bytes_of, short, tokens
 from retnet.plots.palette import DASHES, INK, PALE, Fill, Look
 from retnet.system.extras import needs
+from retnet.system.sizes import quantity
 
 from .errors import plain
 from .load import Stack
@@ -58,9 +59,9 @@ def draw_stack(stack: Stack, config: ModelConfig) -> Figure:
     context = model.max_seq_len
     under = facts(
         f"{short_count(parameter_counts(config)['total'])} parameters",
-        f"{len(rows)} layer{'' if len(rows) == 1 else 's'}",
+        quantity(len(rows), "layer"),
         f"width {model.d_model:,}",
-        f"{model.n_heads} head{'' if model.n_heads == 1 else 's'}",
+        quantity(model.n_heads, "head"),
         f"context of {tokens(context)} tokens",
     )
     height = min(max(LEAST_ROW * len(rows), SMALLEST), LARGEST)

@@ -22,6 +22,11 @@ def format_count(count: int) -> str:
     return f"{count:,}" if count < 10**6 else f"{count / 10**6:,.2f}M"
 
 
+def quantity(number: int, noun: str, plural: str = "") -> str:
+    """1 -> '1 token', 3412 -> '3,412 tokens'; the plural has an s unless it is given."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def parse_bytes(text: str) -> int:
     """'8GiB' -> 8589934592. Units are binary (KiB, MiB, GiB, TiB) or decimal (KB, MB, GB, TB), in any case; none is
     bytes. Raises ValueError."""

@@ -22,6 +22,7 @@ from retnet.data import IGNORED
 from retnet.models.config import ModelConfig
 from retnet.models.lm import check_layers_on_shards
 from retnet.ops.context_shard import ContextShard
+from retnet.system.sizes import quantity
 from retnet.train.batches import FACTS, BatchFacts
 from retnet.train.recipe import Recipe
 
@@ -102,8 +103,8 @@ def check_row_shards(recipe: Recipe, arguments: TrainingArguments) -> None:
     if world % size:
         fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         raise ValueError(
-            f"{given} with {_count(world, 'process')}; accepted: a divisor of the number of processes ({fitting}), or "
-            f"torchrun --nproc_per_node=N with a multiple of {size}"
+            f"{given} with {quantity(world, 'process', 'processes')}; accepted: a divisor of the number of processes "
+            f"({fitting}), or torchrun --nproc_per_node=N with a multiple of {size}"
         )
     if recipe.length % size:
         below, above = recipe.length // size * size, -(-recipe.length // size) * size
@@ -127,7 +128,3 @@ def check_shared_layers(recipe: Recipe, config: ModelConfig) -> None:
             check_layers_on_shards(config)
         except ValueError as error:
             raise ValueError(f"context_parallel is {recipe.context_parallel} with {recipe.model}: {error}") from error
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 'es'}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from retnet.system.sizes import format_bytes, format_count, spans
+from retnet.system.sizes import format_bytes, format_count, quantity, spans
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,11 @@ def test_rounding_keeps_the_unit():
 )
 def test_counts_have_separators(count, words):
     assert format_count(count) == words
+
+
+def test_counted_things_have_their_plural():
+    assert [quantity(n, "token") for n in (0, 1, 1000)] == ["0 tokens", "1 token", "1,000 tokens"]
+    assert quantity(2, "process", "processes") == "2 processes"
 
 
 @pytest.mark.parametrize(

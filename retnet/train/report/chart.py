@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from retnet.plots.numbers import short
+
 POINT_WIDTH = 4
 NARROW, WIDE = (490, 190), (760, 260)  # width and height of a picture, in units that are pixels at full width
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 36
+DIGITS = 3  # of numbers beside the curves and in the tables of the page
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
@@ -64,14 +67,6 @@ def chart(
     return f'<svg {box} role="img" aria-label="{escape(label)}">{inside}</svg>'
 
 
-def short(value: float) -> str:
-    """1234567 -> '1.23M', 0.00012 -> '0.00012'."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
 @dataclass(frozen=True)
 class _Frame:
     """The size of a picture, the ranges of its axes, and where their values lie in it."""
@@ -118,10 +113,10 @@ def _axes(frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], uni
     for value in y_ticks:
         y = frame.y(value)
         parts.append(f'<path class="grid" d="M{left} {y}H{right}"/><text x="{left - 6}" y="{y + 4}" class="end">')
-        parts.append(f"{short(value)}</text>")
+        parts.append(f"{short(value, DIGITS)}</text>")
     for value in x_ticks:
         if value <= frame.x_range[1] * (1 + 1e-9):
-            parts.append(f'<text x="{frame.x(value)}" y="{bottom + 15}" class="middle">{short(value)}</text>')
+            parts.append(f'<text x="{frame.x(value)}" y="{bottom + 15}" class="middle">{short(value, DIGITS)}</text>')
     parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
     parts.append(f'<text x="{(left + right) / 2}" y="{frame.height - 4}" class="middle faint">{escape(x_unit)}</text>')
     middle = (_TOP + bottom) / 2
@@ -150,8 +145,8 @@ def _tooltips(
     """Strips under the pointer: around the marks of a marked curve, over the whole height for the others."""
     parts = []
     for index, (x, y, low, high) in enumerate(points):
-        spread = f" (from {short(low)} to {short(high)})" if high > low else ""
-        text = f"{curve.name}: {y:.4g} {unit}{spread} at {short(x)} {x_unit}"
+        spread = f" (from {short(low, DIGITS)} to {short(high, DIGITS)})" if high > low else ""
+        text = f"{curve.name}: {y:.4g} {unit}{spread} at {short(x, DIGITS)} {x_unit}"
         if curve.marks:
             left, top, width, height = frame.x(x) - 6, frame.y(y) - 6, 12.0, 12.0
         else:

@@ -15,9 +15,10 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from retnet.plots.numbers import short
 from retnet.system.durations import format_seconds
 from retnet.system.sizes import format_bytes
-from retnet.train.report.chart import WIDE, Curve, chart, short
+from retnet.train.report.chart import DIGITS, WIDE, Curve, chart
 
 RELOAD_SECONDS = 15
 RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"  # also classes of the style sheet
@@ -104,7 +105,7 @@ def _tiles(page: Page) -> str:
     last, valid = _last(page.log, "loss"), _last(page.log, "eval_loss")
     tiles = [
         (f"{page.step:,} of {page.max_steps:,}", "steps"),
-        (short(page.step * page.tokens_per_step), "tokens"),
+        (short(page.step * page.tokens_per_step, DIGITS), "tokens"),
         (format_seconds(page.seconds), "of training"),
     ]
     if "bits_per_byte" in last:
@@ -153,8 +154,8 @@ def _validations(page: Page) -> str:
         return ""
     head = "".join(f"<th>{name}</th>" for name in ("step", "tokens", "loss", "perplexity", "bits per byte"))
     rows = [
-        f"<tr><td>{e['step']:,}</td><td>{short(e['step'] * page.tokens_per_step)}</td><td>{e['eval_loss']:.4f}</td>"
-        f"<td>{e['eval_perplexity']:.3f}</td><td>{e['eval_bits_per_byte']:.4f}</td></tr>"
+        f"<tr><td>{e['step']:,}</td><td>{short(e['step'] * page.tokens_per_step, DIGITS)}</td>"
+        f"<td>{e['eval_loss']:.4f}</td><td>{e['eval_perplexity']:.3f}</td><td>{e['eval_bits_per_byte']:.4f}</td></tr>"
         for e in entries[-SHOWN_VALIDATIONS:]
     ]
     earlier = len(entries) - len(rows)

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from retnet.train.report.chart import NARROW, POINT_WIDTH, Curve, _ticks, chart, short
+from retnet.train.report.chart import NARROW, POINT_WIDTH, Curve, _ticks, chart
 
 
 def drawn(points: list[tuple[float, float]], **options) -> ElementTree.Element:
@@ -74,7 +74,3 @@ def test_ticks_are_few_and_enclose_the_values(low, high):
     assert ticks[0] <= low + 1e-9 * abs(low)
     assert ticks[-1] >= high - 1e-9 * abs(high)
     assert 2 <= len(ticks) <= 7
-
-
-def test_short_numbers():
-    assert [short(x) for x in (0, 0.00012, 999, 1234567, 2.5e9)] == ["0", "0.00012", "999", "1.23M", "2.5B"]

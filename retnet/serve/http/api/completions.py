@@ -27,6 +27,7 @@ from retnet.serve.http.service import Service
 from retnet.serve.http.sessions.use import SessionUse
 from retnet.serve.request import Request as EngineRequest
 from retnet.serve.stopping import CONTEXT
+from retnet.system.sizes import quantity
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI's
 MAX_TOKENS = 2**24  # of all prompts, each counted n times: they are held in memory
@@ -89,7 +90,7 @@ class CompletionBody(SamplingFields):
         if len(self.prompt) * self.choices > most:
             raise ApiError(
                 400,
-                f"n is {self.choices} for {len(self.prompt)} prompt{'' if len(self.prompt) == 1 else 's'}, "
+                f"n is {self.choices} for {quantity(len(self.prompt), 'prompt')}, "
                 f"{len(self.prompt) * self.choices} choices; "
                 f"accepted: {most} in one request",
                 param="n" if len(self.prompt) <= most else "prompt",
