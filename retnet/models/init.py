@@ -52,7 +52,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         role = roles.get(module, "other")
         if isinstance(module, (nn.Linear, nn.Embedding)):
             _initialize_weight(module.weight, role, config, generator)
-        elif isinstance(module, ExpertLinear):
+        elif isinstance(module, ExpertLinear) and device.type != "meta":  # there any number of experts costs nothing
             for weight in module.get_parameter("weight").unbind(0):
                 _initialize_weight(weight, role, config, generator)
         if isinstance(module, (nn.Linear, ExpertLinear)) and module.bias is not None:

@@ -82,3 +82,10 @@ def test_the_normal_init_scales_what_writes_to_the_residual_stream():
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 def test_the_parts_that_a_mixer_names_are_parts_of_the_table(mixer):
     assert set(mixer.module.WEIGHT_ROLES.values()) <= set(INIT["paper"])
+
+
+def test_a_model_without_memory_may_have_any_number_of_experts():
+    layer = BlockConfig(RetentionConfig(2, 16, 16), MoEConfig(num_experts=2**40, top_k=2, hidden_dim=16))
+    with torch.device("meta"):
+        model = LanguageModel(ModelConfig(64, 16, (layer,)))
+    assert model.layers[0].feed_forward.up_proj.weight.shape == (2**40, 16, 16)

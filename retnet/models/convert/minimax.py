@@ -41,6 +41,7 @@ _MIXER, _EXPERTS, _THEIRS = (
     f"model.layers.{{}}.{name}" for name in ("self_attn", "mlp.experts", "block_sparse_moe.experts.[]")
 )
 _KINDS = ("full_attention", "linear_attention")
+MOST_HEADS = 65536  # whose decays are listed in the configuration, before the weights have been looked at
 _NORM_EPS = 1e-6  # of the norm over all heads, which no key of theirs sets
 # What their modules compute from the configuration and keep with the weights.
 _CONSTANTS = ("query_decay", "key_decay", "diagonal_decay")
@@ -72,7 +73,7 @@ _FIELDS: dict[str, Field] = {
     "max_position_embeddings": size(131072),
     "mlp_alpha_factor": _FACTOR,
     "mlp_beta_factor": _FACTOR,
-    "num_attention_heads": size(32),
+    "num_attention_heads": size(32, most=MOST_HEADS),
     "num_experts_per_tok": size(2),
     "num_hidden_layers": depth(32),
     "num_key_value_heads": size(8, null=None),

@@ -134,6 +134,8 @@ def test_decays_shrink_from_layer_to_layer():
         ({"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1; accepted: 0"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic', which changes with"),
         ({"num_attention_heads": 5}, "num_attention_heads is 5; accepted: a divisor of hidden_size 24"),
+        ({"num_attention_heads": 2**31 - 1}, "num_attention_heads is 2147483647; accepted: an integer from 1 to 65536"),
+        ({"num_local_experts": 2**31 - 1}, r"not \[2147483647, 24\]"),
         ({"model_type": "bailing_hybrid"}, "model_type is 'bailing_hybrid': Kimi delta attention, which our layers"),
         (authors(postnorm=False), "postnorm is False; accepted: True"),
         (authors(shared_intermediate_size=[8]), r"shared_intermediate_size is \[8\]; accepted: 0"),
