@@ -162,7 +162,8 @@ def rate(default: float) -> Field:
 
 
 def flag(default: bool) -> Field:
-    return Field("true or false", lambda x: isinstance(x, bool), default)
+    """True or false. Null is neither: libraries take it for false, whatever their default."""
+    return Field("true or false", lambda x: isinstance(x, bool), default, _REQUIRED if default else False)
 
 
 def choice(default: Any, *accepted: str) -> Field:

@@ -147,6 +147,7 @@ def test_a_converted_model_is_served_as_transformers_generates(case, tmp_path):
         ("jamba", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; accepted: 'silu'"),
         ("jamba", {"mamba_inner_layernorms": False}, "mamba_inner_layernorms is False; accepted: True"),
         ("jamba", {"attn_layer_offset": 3}, r"attn_layer_offset is 3; accepted: below attn_layer_period \(3\)"),
+        ("jamba", {"mamba_conv_bias": None}, "mamba_conv_bias is null; accepted: true or false"),
         ("jamba", {"num_experts_per_tok": 4}, "num_experts_per_tok is 4; accepted: 1 to 3"),
         ("jamba", {"num_attention_heads": 5}, "num_attention_heads is 5; accepted: a divisor of hidden_size 24"),
         ("jamba", {"sliding_window": 8}, "sliding_window is 8, which changes what the layers compute"),
