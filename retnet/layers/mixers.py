@@ -8,6 +8,7 @@ is added by `register`, before a configuration names it.
 from retnet.layers.attention import Attention, AttentionConfig, AttentionDraft, AttentionState, attention_flops
 from retnet.layers.branched import Branched, BranchedConfig, BranchedDraft, BranchedState, branched_flops
 from retnet.layers.hyena import Hyena, HyenaConfig, HyenaState, hyena_flops
+from retnet.layers.hyper_connection import HyperConnection
 from retnet.layers.latent_attention import (
     LatentAttention,
     LatentAttentionConfig,
@@ -34,7 +35,7 @@ __all__ = ["MIXERS", "Mixer", "float32_parameters", "kind_of", "mixer_configs", 
 def float32_parameters() -> set[str]:
     """Names of the parameters and buffers that stay float32 in a model of half precision, over all layers."""
     mixers = {name for mixer in MIXERS.values() for name in mixer.module.FLOAT32_PARAMETERS}
-    return mixers | set(MoE.FLOAT32_PARAMETERS)
+    return mixers | {*MoE.FLOAT32_PARAMETERS, *HyperConnection.FLOAT32_PARAMETERS}
 
 
 register(Mixer("retention", RetentionConfig, MultiScaleRetention, RetentionState, RetentionDraft, retention_flops))

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from retnet.layers.block import Block, BlockConfig
+from retnet.layers.block import Block, BlockConfig, connect_streams
 from retnet.layers.draft import Draft
 from retnet.layers.norm import make_norm
 from retnet.layers.short_convolution import advance_recent_
@@ -86,6 +86,7 @@ class MultiTokenModule(nn.Module):
         self.embedding_norm = make_norm(config.norm, d_model, config.norm_eps)
         self.projection = nn.Linear(2 * d_model, d_model, bias=False)
         self.blocks = nn.ModuleList(Block(config.block, d_model) for _ in range(config.num_blocks))
+        connect_streams(self.blocks)
         self.final_norm = make_norm(config.norm, d_model, config.norm_eps)
 
     def forward(

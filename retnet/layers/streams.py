@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from retnet.layers.attention import Attention, AttentionConfig
-from retnet.layers.block import Block, BlockConfig
+from retnet.layers.block import Block, BlockConfig, connect_streams
 from retnet.layers.composed import ComposedConfig, ComposedDraft, ComposedModule, ComposedState, composed_flops
+from retnet.layers.hyper_connection import hyper_connection_flops
 from retnet.layers.linear import WideLinear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.moe import MoEConfig
@@ -161,6 +162,8 @@ class Streams(ComposedModule):
         self.streams = nn.ModuleList(
             nn.ModuleList(Block(block, d_model) for block in stream) for stream in config.streams
         )
+        for stream in cast(Any, self.streams):
+            connect_streams(stream)
         self.merge_proj = nn.Linear(count * d_model, d_model, bias=False) if config.merge == "concat" else None
         self.gate_proj = WideLinear(d_model, count, bias=False) if config.merge == "gate" else None
         self.cross = None if config.cross is None else CrossAttention(config.cross, d_model)
@@ -223,8 +226,9 @@ class Streams(ComposedModule):
 
 
 def streams_flops(config: StreamsConfig, work: Workload) -> MixerFlops:
-    """The operations of all mixers, and a multiply-add per stream and channel."""
-    flops, merge = composed_flops(config.inside, work), 2 * len(config.streams) * work.d_model
+    """The operations of all mixers and hyper-connections, and a multiply-add per stream and channel."""
+    flops, more = composed_flops(config.inside, work), 2 * len(config.streams) * work.d_model
     if config.merge == "concat":  # a product, which counts as the weight that it is
-        merge = 0
-    return MixerFlops(flops.forward + merge, flops.decode + merge)
+        more = 0
+    more += sum(hyper_connection_flops(block.hyper, block.num_branches, work.d_model) for block in config.blocks)
+    return MixerFlops(flops.forward + more, flops.decode + more)

@@ -79,10 +79,17 @@ def working_bytes(config: ModelConfig, *, autocast: bool = True) -> float:
 
 @lru_cache(maxsize=256)
 def _layer_bytes(layer: BlockConfig, d_model: int, dtype: torch.dtype, level: Level, autocast: bool) -> float:
-    made = partial(Block, _with_equal_shapes(layer))
+    made = partial(_block_among_equals, _with_equal_shapes(layer))
     return _held_per_token(
         made, lambda block, x, layout, run: run(block, x, None, layout)[0], d_model, dtype, level, autocast
     )
+
+
+def _block_among_equals(layer: BlockConfig, d_model: int) -> Block:
+    """A block whose neighbours have as many residual streams as it has."""
+    block = Block(layer, d_model)
+    block.takes_streams = block.gives_streams = layer.hyper is not None
+    return block
 
 
 @lru_cache(maxsize=64)
@@ -122,7 +129,9 @@ def _held_per_token(
 
 def _held(part: Part, step: Step, d_model: int, tokens: int, level: Level, autocast: bool) -> int:
     """Bytes alive after the forward of `tokens` tokens, its result (the input of the next layer) included."""
-    x = torch.empty(1, tokens, d_model, requires_grad=True)
+    streams = part.config.hyper if isinstance(part, Block) else None
+    width = d_model if streams is None else streams.num_streams * d_model
+    x = torch.empty(1, tokens, width, requires_grad=True)
     layout = TokenLayout.of((1, tokens), x.device, losses=[], recompute="none" if level == "layer" else level)
 
     part.prepare(layout, x.dtype)

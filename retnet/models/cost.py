@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from retnet.layers.block import BlockConfig
-from retnet.layers.mixer_base import Workload
+from retnet.layers.hyper_connection import hyper_connection_flops
+from retnet.layers.mixer_base import MixerFlops, Workload
 from retnet.layers.mixers import mixer_of
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
@@ -21,7 +22,7 @@ from retnet.ops.decay import window
 
 @dataclass(frozen=True)
 class MixerCost:
-    """One layer's mixing beside its projections, at a context of T tokens.
+    """One layer's mixing beside its projections, and its hyper-connections, at a context of T tokens.
 
     forward_flops: per token of a whole sequence. decode_flops: for the next token. state_bytes: carried.
     """
@@ -50,10 +51,16 @@ def mixer_costs(config: ModelConfig, context: int, device: str = "cpu") -> list[
     """The cost of every layer's mixer at a context of `context` tokens, in the form that runs on `device`."""
     work = Workload(config.d_model, context, config.torch_dtype, device)
     layers = _distinct_layers(config)
-    flops = {layer: mixer_of(layer.mixer).flops(layer.mixer, work) for layer in layers}
+    flops = {layer: _flops(layer, work) for layer in layers}
     states = _empty_model(replace(config, layers=layers)).init_state(1, num_tokens=context)
     costs = {layer: MixerCost(*flops[layer], state.nbytes) for layer, state in zip(layers, states, strict=True)}
     return [costs[layer] for layer in config.layers]
+
+
+def _flops(layer: BlockConfig, work: Workload) -> MixerFlops:
+    flops = mixer_of(layer.mixer).flops(layer.mixer, work)
+    streams = hyper_connection_flops(layer.hyper, layer.num_branches, work.d_model)
+    return MixerFlops(flops.forward + streams, flops.decode + streams)
 
 
 def device_notes(config: ModelConfig, context: int, device: str) -> list[str]:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from retnet.layers.block import Block
+from retnet.layers.block import Block, connect_streams
+from retnet.layers.hyper_connection import merge_streams
 from retnet.layers.linear import is_plain_linear
 from retnet.layers.mixers import MIXERS, mixer_of
 from retnet.layers.moe import MoE, MoEConfig
@@ -84,6 +85,7 @@ class LanguageModel(nn.Module):
         self.embedding_norm = make_norm(config.embedding_norm, config.d_model, config.norm_eps)
         self._stateless = ", ".join(f"layer {i}" for i, layer in enumerate(config.layers) if not layer.keeps_state)
         self.layers = nn.ModuleList(Block(layer, config.d_model) for layer in config.layers)
+        connect_streams(self.layers)
         self.final_norm = make_norm(config.final_norm, config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.mtp = None if config.mtp is None else MultiTokenPrediction(config.mtp, config.d_model)
@@ -152,8 +154,8 @@ class LanguageModel(nn.Module):
 
         embeddings [B, T, D] take the place of ids, before config.embedding_scale. losses: a list to which layers add
         their own losses (mixtures of experts: balance and router z), already weighted. inner: a list to which the input
-        of the first layer and the output of each layer are added. context: ids are this process's shard of longer rows,
-        whose documents it knows; without state, mask, cu_seqlens and carry.
+        of the first layer and the output of each layer are added, the mean of several residual streams. context: ids are
+        this process's shard of longer rows, whose documents it knows; without state, mask, cu_seqlens and carry.
         """
         if context is not None:
             self._check_shard(context, state, mask, cu_seqlens, carry)
@@ -171,7 +173,7 @@ class LanguageModel(nn.Module):
             x, after = run(layer, x, None if state is None else state.layers[i], layout)
             states.append(after)
             if inner is not None:
-                inner.append(x)
+                inner.append(merge_streams(x, self.config.d_model))
         return self.final_norm(x), ModelState(tuple(states)) if carry else None
 
     @property

@@ -8,6 +8,7 @@ from typing import Literal
 from retnet.data.tokenizer import BYTES, DOCUMENT_START
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
+from retnet.layers.hyper_connection import HyperConnectionConfig
 from retnet.layers.moe import MoEConfig
 from retnet.layers.multi_token import MultiTokenConfig
 from retnet.layers.streams import StreamsConfig, streams_block
@@ -17,7 +18,7 @@ from retnet.ops.norms import Norm
 from .layers import Layer, multi_token_layer, one_per_entry
 from .load import Stack
 from .scalars import init_std
-from .schema import Spec, TrainingHints
+from .schema import HyperConnections, Spec, TrainingHints
 
 _NORMS: dict[str, Norm] = {"rmsnorm": "rms", "layernorm": "layer"}
 _ACTIVATIONS: dict[str, Literal["gelu", "relu", "swish"]] = {"gelu": "gelu", "relu": "relu", "swiglu": "swish"}
@@ -86,11 +87,18 @@ def block_of(layer: Layer, spec: Spec) -> BlockConfig:
         feed_forward=_feed_forward(layer, spec, hints),
         norm=_NORMS[layer.norm.type],
         norm_position=layer.norm.position,
-        residual=layer.residual.type,
+        residual="parallel" if layer.residual.type == "parallel" else "sequential",
         residual_scale=layer.residual.scaling,
         dropout=hints.dropout,
         keeps_state=layer.keeps_state,
+        hyper=_hyper(layer.residual.hyper),
     )
+
+
+def _hyper(given: HyperConnections | None) -> HyperConnectionConfig | None:
+    if given is None:
+        return None
+    return HyperConnectionConfig(given.expand, given.mixing, given.sinkhorn_iters, given.dynamic)
 
 
 def _feed_forward(layer: Layer, spec: Spec, hints: TrainingHints) -> FeedForwardConfig | MoEConfig:

@@ -192,6 +192,18 @@ def mla_latent_dim_range(stack: Stack) -> Iterator[str]:
 
 
 @_rule(Severity.WARNING)
+def hyper_connections(stack: Stack) -> Iterator[str]:
+    for name, template in stack.spec.layer_templates.items():
+        hyper = template.residual.hyper if template.residual else None
+        if hyper is None:
+            continue
+        if hyper.mixing != "birkhoff" and "sinkhorn_iters" in hyper.model_fields_set and hyper.sinkhorn_iters:
+            yield f"template '{plain(name)}': sinkhorn_iters has no effect with mixing: {hyper.mixing}"
+        if hyper.expand == 1:
+            yield f"template '{plain(name)}': expand: 1 is one residual stream, with weights but nothing to mix"
+
+
+@_rule(Severity.WARNING)
 def reserved_namespace(stack: Stack) -> Iterator[str]:
     for key in stack.reserved:
         place = f" (line {key.mark.line}, column {key.mark.column})" if key.mark else ""

@@ -37,6 +37,7 @@ class _Rules:
             path: Path = ("layer_templates", name)
             yield from self.mixer(path, template)
             yield from self.ffn(path, template.ffn)
+            yield from self.hyper(path, template)
             yield from self.residual((*path, "norm", "position"), template, template.norm and template.norm.position)
         for number, entry in self.sections.entries.items():
             path = ("layer_schedule", number)
@@ -163,9 +164,22 @@ class _Rules:
                 path, "swiglu needs a gate, and type: mlp has none", "write type: gated_mlp, or gelu or relu"
             )
 
+    def hyper(self, path: Path, template: Template) -> Iterator[Fault]:
+        residual, here = template.residual, (*path, "residual", "hyper")
+        if residual is None:
+            return
+        given = "hyper" in residual.model_fields_set
+        if residual.type != "hyper_connection" and given:
+            what = f"`hyper` cannot be given with type: {residual.type}"
+            yield self.fault(here, what, "remove it, or write type: hyper_connection")
+        elif residual.type == "hyper_connection" and residual.hyper is None:
+            what, fix = "type: hyper_connection needs the key 'hyper'", "add hyper: {expand: 4}"
+            yield self.fault(here, what, fix, at=None if given else here[:-1])
+
     def residual(self, path: Path, template: Template, position: str | None) -> Iterator[Fault]:
-        if position == "post" and template.residual is not None and template.residual.type == "parallel":
-            what = "position: post is not defined with residual.type: parallel"
+        kind = template.residual.type if template.residual else "sequential"
+        if position == "post" and kind != "sequential":
+            what = f"position: post is not defined with residual.type: {kind}"
             yield self.fault(path, what, "write position: pre, or type: sequential")
 
     # One schedule entry

@@ -208,6 +208,8 @@ MaybeProbability = Annotated[float | None, BeforeValidator(_number(0, 1, high_op
 MaybePositive = Annotated[float | None, BeforeValidator(_number(0, low_open=True))]
 MaybeNonNegative = Annotated[float | None, BeforeValidator(_number(0))]
 ModuleCount = Annotated[int, BeforeValidator(_integer(1, 64))]
+StreamCount = Annotated[int, BeforeValidator(_integer(1, 64))]
+Iterations = Annotated[int, BeforeValidator(_integer(0, 1000))]
 PositiveIntOrNull = Annotated[int | None, BeforeValidator(_integer(1, nullable=True))]
 ParameterCount = Annotated[int | None, BeforeValidator(_integer(1, 2**62, nullable=True))]
 Seed = Annotated[int, BeforeValidator(_integer(0, LARGEST_INTEGER))]

@@ -18,6 +18,7 @@ from .scalars import (
     Flag,
     Fraction,
     Initialisation,
+    Iterations,
     MaybeNonNegative,
     MaybePositiveInt,
     MaybeProbability,
@@ -33,10 +34,11 @@ from .scalars import (
     Seed,
     Steps,
     StepsOrNone,
+    StreamCount,
     Text,
     TextOrNull,
 )
-from .section import Section
+from .section import OURS, Section
 
 if TYPE_CHECKING:
     import torch
@@ -108,12 +110,26 @@ class Norm(Section):
     position: Annotated[Literal["pre", "post"], ONE_OF] = "pre"
 
 
-class Residual(Section):
-    UNSUPPORTED = unsupported.RESIDUAL
-    UNSUPPORTED_VALUES = unsupported.RESIDUAL_VALUES
+class HyperConnections(Section):
+    """Several residual streams; `HyperConnectionConfig` explains the keys. Those with our prefix are ours."""
 
-    type: Annotated[Literal["sequential", "parallel"], ONE_OF] = "sequential"
+    expand: StreamCount
+    mixing: Annotated[Literal["birkhoff", "unconstrained", "learned_lowrank"], ONE_OF] = "birkhoff"
+    sinkhorn_iters: Iterations = 3
+    dynamic: Flag = Field(default=True, alias=OURS + "dynamic")
+
+    def words(self) -> str:
+        """'4 residual streams (birkhoff, 3 iterations)', 'one residual stream (unconstrained, static)'."""
+        many = "one residual stream" if self.expand == 1 else f"{self.expand} residual streams"
+        iterations = f", {self.sinkhorn_iters} iteration{'' if self.sinkhorn_iters == 1 else 's'}"
+        kind = self.mixing + (iterations if self.mixing == "birkhoff" else "")
+        return f"{many} ({kind}{'' if self.dynamic else ', static'})"
+
+
+class Residual(Section):
+    type: Annotated[Literal["sequential", "parallel", "hyper_connection"], ONE_OF] = "sequential"
     scaling: NonNegative = 1.0
+    hyper: HyperConnections | None = None
 
 
 class State(Section):

@@ -65,14 +65,6 @@ ROUTING_VALUES: Values = {
         "hash": UnsupportedValue("routing by a hash of the token", "write type: learned", companions=("hash_salt",))
     }
 }
-RESIDUAL: Keys = {"hyper": Unsupported("hyper-connections", "remove it; write type: sequential or parallel")}
-RESIDUAL_VALUES: Values = {
-    "type": {
-        "hyper_connection": UnsupportedValue(
-            "hyper-connections", "write type: sequential or parallel", companions=("hyper",)
-        )
-    }
-}
 ENTRY: Keys = {
     "depth_gating": Unsupported("mixture of depths", "remove it; every layer processes every token", takes_null=True),
     "merge": Unsupported("a merge without streams", "remove it, or write parallel: for template:", takes_null=True),

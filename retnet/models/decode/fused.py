@@ -9,7 +9,7 @@ A block of the paper takes about forty operators. Here it takes five (`ops/decod
     u          = norm(x) W_up        both halves of a gated feed-forward in one product
     x         <- x + act(u) W_down
 
-Blocks of other shapes (attention, Mamba, mixtures of experts, post-norm, parallel residuals) and modules with hooks or
+Blocks of other shapes (attention, Mamba, mixtures of experts, post-norm, parallel residuals, hyper-connections) and modules with hooks or
 adapters run as their own modules in between. The weights are packed in place (`packing.py`).
 """
 
@@ -121,6 +121,8 @@ class FusedBlock:
         if mixer.conv is not None and type(mixer.conv) is not ShortConvolution:
             return False
         if config.norm_position != "pre" or config.residual != "sequential" or (block.training and config.dropout):
+            return False
+        if config.hyper is not None:
             return False
         if feed_forward is not None and not (
             type(feed_forward) is FeedForward

@@ -43,6 +43,8 @@ def stack_mixers(teacher: ModelConfig, stack: Stack) -> Mixers:
     mixers: Mixers = []
     for layer, taught in zip(stack.layers, teacher.layers, strict=True):
         try:
+            if layer.residual.hyper is not None and taught.hyper is None:
+                raise ValueError("its residual is hyper_connection; accepted: the teacher's, so leave it out")
             mixers.append(_mixer(layer, taught.mixer, stack))
         except ValueError as error:
             raise ValueError(f"{stack.origin or 'the stack'}, layer {layer.index}: {error}") from error
