@@ -18,6 +18,7 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.branched import BranchedConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
+from retnet.layers.hyper_connection import HyperConnectionConfig
 from retnet.layers.latent_attention import LatentAttentionConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
@@ -62,11 +63,15 @@ BESIDE = BlockConfig(
     GLU,
     norm="rms",
 )
+BIRKHOFF, UNCONSTRAINED = HyperConnectionConfig(2), HyperConnectionConfig(3, "unconstrained")
+LOW_RANK = HyperConnectionConfig(2, "learned_lowrank", dynamic=False)
 STREAMS = streams_block(StreamsConfig(((WINDOW, MAMBA2), (PAPER,)), "concat"))
 CROSSED_STREAMS = streams_block(
     StreamsConfig(((GATED,), (MAMBA2,)), "cross", AttentionConfig(4, 1, head_dim=8, rotary="none"), (0, 1))
 )
-GATED_STREAMS = streams_block(StreamsConfig(((CONV,), (NOPE, MAMBA1)), "gate"))
+GATED_STREAMS = streams_block(
+    StreamsConfig(((CONV,), (replace(NOPE, hyper=LOW_RANK), replace(MAMBA1, hyper=BIRKHOFF))), "gate")
+)
 GATED_BESIDE = BlockConfig(BranchedConfig((GATED.mixer, NOPE.mixer, MAMBA1.mixer), "gate", top_k=2), GLU)
 MTP = MultiTokenConfig(WINDOW, num_modules=2, loss_weight=0.3)
 EXPERTS = MoEConfig(num_experts=4, top_k=2, hidden_dim=16)
@@ -96,7 +101,20 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
     ),
     "experts": (replace(PAPER, feed_forward=EXPERTS), replace(WINDOW, feed_forward=GROUPED)),
     # Every mixer that the engine serves.
-    "hybrid": (PAPER, WINDOW, MAMBA2, MAMBA1, ALIBI, CONV, NOPE, LIGHTNING, BESIDE, LATENT, STREAMS, CROSSED_STREAMS),
+    "hybrid": (
+        PAPER,
+        WINDOW,
+        MAMBA2,
+        replace(MAMBA1, hyper=BIRKHOFF),
+        replace(ALIBI, hyper=BIRKHOFF),
+        CONV,
+        NOPE,
+        LIGHTNING,
+        BESIDE,
+        LATENT,
+        STREAMS,
+        CROSSED_STREAMS,
+    ),
     # Every mixer, every place of norms and residuals, experts with their losses.
     "every mixer": (
         MAMBA2,
@@ -106,8 +124,12 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
         HYENA,
         replace(ALIBI, feed_forward=None),
         CONV,
-        replace(NOPE, mixer=replace(NOPE.mixer, rotary="half", rotary_dim=6, qk_norm="l2", window=5)),
-        replace(BESIDE, mixer=replace(BESIDE.mixer, merge="mean")),
+        replace(
+            NOPE,
+            mixer=replace(NOPE.mixer, rotary="half", rotary_dim=6, qk_norm="l2", window=5),
+            hyper=UNCONSTRAINED,
+        ),
+        replace(BESIDE, mixer=replace(BESIDE.mixer, merge="mean"), hyper=UNCONSTRAINED),
         GATED_BESIDE,
         GATED_STREAMS,
         LATENT,
@@ -148,6 +170,8 @@ def unit_gain_(model: LanguageModel, seed: int = 0) -> LanguageModel:
     for name, weight in model.named_parameters():
         if name.endswith("sink_logits"):
             weight.normal_(generator=generator)
+        elif name.endswith("stream_scale"):
+            weight.fill_(1.0)
         elif name == "embedding.weight":
             weight.normal_(std=0.5 if model.config.tie_embeddings else 1.0, generator=generator)
         elif name.endswith("weight") and weight.dim() > 1:

@@ -77,6 +77,7 @@ def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object
         head_windows,
         model_cost,
         parameter_counts,
+        residual_streams,
         retention_layers,
         transformer_cache_bytes,
     )
@@ -89,6 +90,7 @@ def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object
         "layers": len(config.layers),
         "width": config.d_model,
         "vocabulary": config.vocab_size,
+        "residual_streams": max(map(residual_streams, config.layers)),
         "parameters": parameter_counts(config),
         "contexts": [
             {
@@ -115,7 +117,8 @@ def _print(model: str, summary: dict) -> None:
         f"[bold]{escape(model)}[/]: {summary['layers']} layers of width {summary['width']:,}, vocabulary "
         f"{summary['vocabulary']:,}, [bold]{parts['total']:,}[/] parameters ({parts['layers']:,} in layers, "
         f"{parts['embedding']:,} embedding, {parts['head']:,} head"
-        + (f", {parts['mtp']:,} multi-token prediction)" if "mtp" in parts else ")"),
+        + (f", {parts['mtp']:,} multi-token prediction)" if "mtp" in parts else ")")
+        + (f", {summary['residual_streams']} residual streams" if summary["residual_streams"] > 1 else ""),
         highlight=False,
         soft_wrap=True,
     )

@@ -96,6 +96,7 @@ def explain(
     stack = _open(name)
     config = model_config(stack)
     _print_layers(stack, config)
+    _print_residual_streams(stack, config)
     _print_multi_token(stack)
     _print_parameters(config)
     _print_costs(config)
@@ -321,13 +322,29 @@ def _print_layers(stack: Stack, config: ModelConfig) -> None:
         span = str(first) if count == 1 else f"{first}-{first + count - 1}"
         if turns > 1:
             span += f", {first + stride}" + (f" .. {first + (turns - 1) * stride}" if turns > 2 else "")
-        norm = f"{layer.norm.position}-{layer.norm.type}" + (
-            "" if layer.residual.type == "sequential" else ", parallel"
-        )
+        norm = f"{layer.norm.position}-{layer.norm.type}" + layer.residual.suffix
         norm = "in the streams" if layer.streams else norm
         parameters = short_count(turns * count * (row.mixer_parameters + row.feed_forward_parameters))
         table.add_row(*map(Text, (span, layer.template, row.mixer, row.feed_forward, norm, parameters)))
     console.print(table)
+
+
+def _print_residual_streams(stack: Stack, config: ModelConfig) -> None:
+    from retnet.models.cost import hyper_connection_cost, model_cost, residual_streams
+    from retnet.stack.report import short_count
+
+    layers = [inner for layer in stack.layers for inner in layer.inner]
+    found = dict.fromkeys(layer.residual.hyper.words() for layer in layers if layer.residual.hyper)
+    if not found:
+        return
+    flops, context = hyper_connection_cost(config), stack.spec.model.max_seq_len
+    share = flops / model_cost(config, context).forward_flops
+    most = max(map(residual_streams, config.layers))
+    console.print(
+        f"hyper-connections: {', '.join(found)}; {short_count(round(flops))} FLOPs per token forward ({share:.1%} at a "
+        f"context of {context}); training holds up to {most} hidden states per token and branch; decoding carries none",
+        markup=False, soft_wrap=True, highlight=False,
+    )  # fmt: skip
 
 
 def _print_multi_token(stack: Stack) -> None:

@@ -15,6 +15,7 @@ from retnet.layers.hyper_connection import hyper_connection_flops
 from retnet.layers.mixer_base import MixerFlops, Workload
 from retnet.layers.mixers import mixer_of
 from retnet.layers.retention import RetentionConfig
+from retnet.layers.streams import StreamsConfig
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
 from retnet.ops.decay import window
@@ -137,6 +138,27 @@ def _ahead_flops(config: ModelConfig, context: int, device: str) -> float:
     weights = parameter_counts(config)["mtp"] - mtp.num_modules * mtp.num_blocks * idle_parameters(one)
     mixing = mtp.num_modules * mtp.num_blocks * mixer_costs(one, context, device)[0].forward_flops
     return 2 * (weights + mtp.num_modules * config.vocab_size * config.d_model) + mixing
+
+
+def residual_streams(layer: BlockConfig) -> int:
+    """The residual streams of a layer: 1 without hyper-connections; the most that a layer inside it has."""
+    own = 1 if layer.hyper is None else layer.hyper.num_streams
+    inside = layer.mixer.blocks if isinstance(layer.mixer, StreamsConfig) else ()
+    return max(own, *map(residual_streams, inside), 1)
+
+
+def hyper_connection_cost(config: ModelConfig) -> float:
+    """Forward operations per token of all hyper-connections: those that the model with plain residuals does without."""
+    return model_cost(config, 1).forward_flops - model_cost(_plain(config), 1).forward_flops
+
+
+def _plain(config: ModelConfig) -> ModelConfig:
+    def without(layer: BlockConfig) -> BlockConfig:
+        if isinstance(layer.mixer, StreamsConfig):
+            layer = replace(layer, mixer=layer.mixer.with_blocks(map(without, layer.mixer.blocks)))
+        return replace(layer, hyper=None)
+
+    return replace(config, layers=tuple(map(without, config.layers)))
 
 
 def transformer_cache_bytes(config: ModelConfig, context: int) -> int:

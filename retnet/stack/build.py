@@ -8,7 +8,6 @@ from typing import Literal
 from retnet.data.tokenizer import BYTES, DOCUMENT_START
 from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
-from retnet.layers.hyper_connection import HyperConnectionConfig
 from retnet.layers.moe import MoEConfig
 from retnet.layers.multi_token import MultiTokenConfig
 from retnet.layers.streams import StreamsConfig, streams_block
@@ -18,7 +17,7 @@ from retnet.ops.norms import Norm
 from .layers import Layer, multi_token_layer, one_per_entry
 from .load import Stack
 from .scalars import init_std
-from .schema import HyperConnections, Spec, TrainingHints
+from .schema import Spec, TrainingHints
 
 _NORMS: dict[str, Norm] = {"rmsnorm": "rms", "layernorm": "layer"}
 _ACTIVATIONS: dict[str, Literal["gelu", "relu", "swish"]] = {"gelu": "gelu", "relu": "relu", "swiglu": "swish"}
@@ -82,6 +81,7 @@ def block_of(layer: Layer, spec: Spec) -> BlockConfig:
     hints, mixer = spec.training_hints or TrainingHints(), layer.mixer.config(spec)
     if isinstance(mixer, StreamsConfig):
         return streams_block(mixer)
+    hyper = layer.residual.hyper
     return BlockConfig(
         mixer=mixer,
         feed_forward=_feed_forward(layer, spec, hints),
@@ -91,14 +91,8 @@ def block_of(layer: Layer, spec: Spec) -> BlockConfig:
         residual_scale=layer.residual.scaling,
         dropout=hints.dropout,
         keeps_state=layer.keeps_state,
-        hyper=_hyper(layer.residual.hyper),
+        hyper=hyper.config() if hyper else None,
     )
-
-
-def _hyper(given: HyperConnections | None) -> HyperConnectionConfig | None:
-    if given is None:
-        return None
-    return HyperConnectionConfig(given.expand, given.mixing, given.sinkhorn_iters, given.dynamic)
 
 
 def _feed_forward(layer: Layer, spec: Spec, hints: TrainingHints) -> FeedForwardConfig | MoEConfig:

@@ -2,13 +2,15 @@
 
 Three panels share the rows: the parameters of the layer (the mixer in its colour, then the feed-forward, and in stripes
 the experts that a token does not use), the reach of each head in tokens (a dotted line where the input decides it), and
-the size of the layer's state per sequence as the context grows.
+the size of the layer's state per sequence as the context grows. Lines at the right of the first panel are residual
+streams, where a layer has several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path as FilePath
 
 from retnet.models.config import ModelConfig
@@ -38,6 +40,7 @@ PARTS = (64, 8, 1)  # of the context, for the sizes of the state
 TINTS = (1.0, 0.6, 0.35)  # of a state after these parts of the context
 SHADE = "#4a5560"  # of the legend's tints and lines
 IDLE = Fill(PALE, striped=True)  # experts that a token does not use
+STREAM_WIDTH, MOST_DRAWN = 0.8, 8  # points; lines of residual streams per layer
 UNKNOWN = Look(SHADE, DASHES[2], None)  # a reach that depends on the input
 
 Corners = list[tuple[float, float]]
@@ -77,12 +80,15 @@ def draw_stack(stack: Stack, config: ModelConfig) -> Figure:
     has_unknown = _reach(panels[1], rows, context, row_height)
     sizes = _states(panels[2], rows, config, context)
     _labels(panels[0], rows, row_height)
+    most_streams = _residual_streams(panels[0], rows)
     entries: dict[str, Look | Fill] = dict(row.layer.mixer.family(row.layer.mixer_type) for row in rows)
     entries["feed-forward"] = Fill(PALE)
     if has_idle:
         entries["experts not chosen for a token"] = IDLE
     if has_unknown:
         entries["reach that the input decides"] = UNKNOWN
+    if most_streams > 1:
+        entries[f"residual streams, up to {most_streams} per layer"] = Look(SHADE, "-", None, STREAM_WIDTH)
     if any(len(set(layer)) > 1 for layer in sizes):
         counts = [max(1, context // part) for part in PARTS]
         entries |= {
@@ -113,6 +119,30 @@ def _labels(axes: Axes, rows: list[LayerSummary], row_height: float) -> None:
     )
     axes.set_yticks([place for place, _ in places], [text for _, text in places], color=INK)
     axes.tick_params(axis="y", pad=8)
+
+
+def _residual_streams(axes: Axes, rows: list[LayerSummary]) -> int:
+    """Draw a line per residual stream along the layers that have several. Returns their largest number."""
+    numbers = [row.layer.residual.hyper.expand if row.layer.residual.hyper else 1 for row in rows]
+    runs_of = [list(run) for _, run in groupby(range(len(rows)), lambda y: numbers[y])]
+    lines = [
+        [(1.005 + 0.008 * i, run[0] - BAND / 2), (1.005 + 0.008 * i, run[-1] + BAND / 2)]
+        for run in runs_of
+        if numbers[run[0]] > 1
+        for i in range(min(numbers[run[0]], MOST_DRAWN))
+    ]
+    axes.add_collection(
+        LineCollection(
+            lines,
+            colors=SHADE,
+            linewidths=STREAM_WIDTH,
+            transform=axes.get_yaxis_transform(),
+            clip_on=False,
+            gid="residual streams",
+        ),
+        autolim=False,
+    )
+    return max(numbers)
 
 
 def _parameters(axes: Axes, rows: list[LayerSummary]) -> bool:

@@ -10,6 +10,7 @@ from pydantic import Field, PlainValidator
 
 from . import unsupported
 from .experts import Moe
+from .hyper_connections import HyperConnections
 from .mixers import AnyMixer
 from .scalars import (
     LARGEST,
@@ -18,7 +19,6 @@ from .scalars import (
     Flag,
     Fraction,
     Initialisation,
-    Iterations,
     MaybeNonNegative,
     MaybePositiveInt,
     MaybeProbability,
@@ -34,11 +34,10 @@ from .scalars import (
     Seed,
     Steps,
     StepsOrNone,
-    StreamCount,
     Text,
     TextOrNull,
 )
-from .section import OURS, Section
+from .section import Section
 
 if TYPE_CHECKING:
     import torch
@@ -110,26 +109,17 @@ class Norm(Section):
     position: Annotated[Literal["pre", "post"], ONE_OF] = "pre"
 
 
-class HyperConnections(Section):
-    """Several residual streams; `HyperConnectionConfig` explains the keys. Those with our prefix are ours."""
-
-    expand: StreamCount
-    mixing: Annotated[Literal["birkhoff", "unconstrained", "learned_lowrank"], ONE_OF] = "birkhoff"
-    sinkhorn_iters: Iterations = 3
-    dynamic: Flag = Field(default=True, alias=OURS + "dynamic")
-
-    def words(self) -> str:
-        """'4 residual streams (birkhoff, 3 iterations)', 'one residual stream (unconstrained, static)'."""
-        many = "one residual stream" if self.expand == 1 else f"{self.expand} residual streams"
-        iterations = f", {self.sinkhorn_iters} iteration{'' if self.sinkhorn_iters == 1 else 's'}"
-        kind = self.mixing + (iterations if self.mixing == "birkhoff" else "")
-        return f"{many} ({kind}{'' if self.dynamic else ', static'})"
-
-
 class Residual(Section):
     type: Annotated[Literal["sequential", "parallel", "hyper_connection"], ONE_OF] = "sequential"
     scaling: NonNegative = 1.0
     hyper: HyperConnections | None = None
+
+    @property
+    def suffix(self) -> str:
+        """', parallel', ', 4 streams': after the norm in tables."""
+        if self.hyper is not None:
+            return f", {self.hyper.expand} stream{'' if self.hyper.expand == 1 else 's'}"
+        return "" if self.type == "sequential" else f", {self.type}"
 
 
 class State(Section):

@@ -12,6 +12,7 @@ from retnet.layers.block import FEED_FORWARDS, BlockConfig
 from retnet.layers.branched import BranchedConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.hyena import HyenaConfig
+from retnet.layers.hyper_connection import HyperConnectionConfig
 from retnet.layers.latent_attention import LatentAttentionConfig
 from retnet.layers.mamba1 import Mamba1Config
 from retnet.layers.mamba2 import Mamba2Config
@@ -39,6 +40,7 @@ EXAMPLES = [
     MultiTokenConfig(BLOCK),
     FeedForwardConfig(8),
     MoEConfig(4, 2, 8),
+    HyperConnectionConfig(4),
     BLOCK,
     small_config(),
 ]

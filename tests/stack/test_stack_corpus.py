@@ -59,7 +59,6 @@ EXOTIC_FEATURES = {
     ],
     "arch_expert_dsv4_flash_mini.yml": [
         *((f"layer_templates.{name}.mixer.attention.compression", "compression") for name in ("csa", "hca")),
-        *((f"layer_templates.{name}.residual", "type: hyper_connection") for name in ("csa", "hca")),
         ("layer_templates.csa.ffn.moe.routing", "type: hash"),
         ("compatibility.quant_aware_training", "quant_aware_training"),
     ],
@@ -96,6 +95,7 @@ def test_an_exotic_file_is_refused_with_exactly_its_unsupported_features(name, e
 
 # Faults of features that are supported here: the only one, at its path, as in a CORE file.
 SUPPORTED_FAULTS = {
+    "residual_hyper_missing.yml",
     "branched_topk.yml",
     "parallel_bad_merge.yml",
     "parallel_nested.yml",

@@ -9,8 +9,8 @@ A block of the paper takes about forty operators. Here it takes five (`ops/decod
     u          = norm(x) W_up        both halves of a gated feed-forward in one product
     x         <- x + act(u) W_down
 
-Blocks of other shapes (attention, Mamba, mixtures of experts, post-norm, parallel residuals, hyper-connections) and modules with hooks or
-adapters run as their own modules in between. The weights are packed in place (`packing.py`).
+Blocks of other shapes (attention, Mamba, mixtures of experts, post-norm, parallel residuals, hyper-connections) and
+modules with hooks or adapters run as their own modules in between. The weights are packed in place (`packing.py`).
 """
 
 from __future__ import annotations
