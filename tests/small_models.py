@@ -63,7 +63,8 @@ BESIDE = BlockConfig(
     GLU,
     norm="rms",
 )
-BIRKHOFF, UNCONSTRAINED = HyperConnectionConfig(2), HyperConnectionConfig(3, "unconstrained")
+BIRKHOFF, BIRKHOFF_OF_3 = HyperConnectionConfig(2), HyperConnectionConfig(3, sinkhorn_iters=1)
+UNCONSTRAINED = HyperConnectionConfig(3, "unconstrained")
 LOW_RANK = HyperConnectionConfig(2, "learned_lowrank", dynamic=False)
 STREAMS = streams_block(StreamsConfig(((WINDOW, MAMBA2), (PAPER,)), "concat"))
 CROSSED_STREAMS = streams_block(
@@ -127,9 +128,9 @@ STACKS: dict[str, tuple[BlockConfig, ...]] = {
         replace(
             NOPE,
             mixer=replace(NOPE.mixer, rotary="half", rotary_dim=6, qk_norm="l2", window=5),
-            hyper=UNCONSTRAINED,
+            hyper=BIRKHOFF_OF_3,
         ),
-        replace(BESIDE, mixer=replace(BESIDE.mixer, merge="mean"), hyper=UNCONSTRAINED),
+        replace(BESIDE, mixer=replace(BESIDE.mixer, merge="mean"), hyper=BIRKHOFF_OF_3),
         GATED_BESIDE,
         GATED_STREAMS,
         LATENT,
@@ -171,7 +172,7 @@ def unit_gain_(model: LanguageModel, seed: int = 0) -> LanguageModel:
         if name.endswith("sink_logits"):
             weight.normal_(generator=generator)
         elif name.endswith("stream_scale"):
-            weight.fill_(1.0)
+            weight.fill_(0.5)
         elif name == "embedding.weight":
             weight.normal_(std=0.5 if model.config.tie_embeddings else 1.0, generator=generator)
         elif name.endswith("weight") and weight.dim() > 1:
