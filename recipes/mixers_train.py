@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from retnet import LanguageModel, ModelConfig
+from retnet.train.optimizer import scale_by_width
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[..., Tensor]  # (model, *batch) -> mean nats
@@ -66,6 +67,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             _groups(self.model), lr=self.rate, betas=BETAS, fused=True, capturable=self.cuda
         )
+        scale_by_width(self.optimizer, self.model)
+        self.rates = [(group["lr"], float(group["lr"]) / self.peak) for group in self.optimizer.param_groups]
         self._seen: dict[tuple, int] = {}
         self._captured: dict[tuple, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.cuda else None
@@ -73,15 +76,19 @@ class Run:
     def step(self, batch: Batch, rate: float) -> None:
         """One optimizer step on the run's own stream; the batch comes from the current stream."""
         if self.stream is None:
-            self.rate.fill_(rate)
+            self._set_rate(rate)
             self.losses.append(self._train(batch))
             return
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.rate.fill_(rate)
+            self._set_rate(rate)
             self.losses.append(self._train_captured(batch) if self.graphs else self._train(batch))
         for x in batch:
             x.record_stream(self.stream)
+
+    def _set_rate(self, rate: float) -> None:
+        for own, factor in self.rates:
+            own.fill_(factor * rate)
 
     def _train(self, batch: Batch) -> Tensor:
         with precision(self.device):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from retnet.layers.composed import ComposedConfig, ComposedDraft, ComposedModule, ComposedState, composed_flops
+from retnet.layers.growth import Growths
 from retnet.layers.linear import WideLinear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.norm import RMSNorm, check_eps
@@ -87,6 +88,7 @@ class Branched(ComposedModule):
 
     STATE, DRAFT = BranchedState, BranchedDraft
     WEIGHT_ROLES: ClassVar[WeightRoles] = {"gate_proj": "other"}
+    GROWTH: ClassVar[Growths] = {"gate_proj": "readout"}
 
     def __init__(self, config: BranchedConfig, d_model: int):
         super().__init__()

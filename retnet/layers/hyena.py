@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from retnet.layers.growth import Growths
 from retnet.layers.linear import WideLinear, is_plain_linear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.recompute import last_product
@@ -67,6 +68,7 @@ class FilterNetwork(nn.Module):
     """
 
     BANDS = 16
+    GROWTH: ClassVar[Growths] = {"filter_in": "fixed", "filter_hidden": "fixed", "filter_out": "input"}
 
     def __init__(self, hidden_dim: int, channels: int, decay: float):
         super().__init__()

@@ -26,13 +26,14 @@ they are, and the backward reads those that the forward read: no copy of them is
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.float32_parameters import Float32Parameters
+from retnet.layers.growth import Growths
 from retnet.ops.derivatives import transforms_active
 from retnet.ops.dtypes import wide_dtype
 from retnet.system.choices import check_choices
@@ -86,6 +87,7 @@ class HyperConnection(Float32Parameters):
     """The weights between the streams [..., n D] and one branch."""
 
     FLOAT32_PARAMETERS = ("stream_bias", "stream_scale")
+    GROWTH: ClassVar[Growths] = {"stream_weight": "readout"}
 
     def __init__(self, config: HyperConnectionConfig, d_model: int):
         super().__init__()

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from retnet.layers.growth import Growths
 from retnet.layers.linear import is_plain_linear
 from retnet.layers.mixer_base import MixerFlops, Workload
 from retnet.layers.norm import check_eps, make_norm, normed_heads
@@ -121,6 +122,7 @@ class LatentAttention(SoftmaxAttention):
         "gate_proj": "value",
         "out_proj": "output",
     }
+    GROWTH: ClassVar[Growths] = {"rope_key_proj": "readout"}
 
     def __init__(self, config: LatentAttentionConfig, d_model: int):
         super().__init__(config)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.draft import Draft, accepted
+from retnet.layers.growth import Growths
 from retnet.layers.linear import WideBiasLinear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.norm import check_eps, normed_heads
@@ -109,6 +110,7 @@ class Mamba1(MixerModule):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
 
     WEIGHT_ROLES: ClassVar[WeightRoles] = {"in_proj": "value", "x_proj": "other", "out_proj": "output"}
+    GROWTH: ClassVar[Growths] = {"x_proj": ("hidden", "readout", "readout"), "time_step_proj": "hidden"}
     FLOAT32_PARAMETERS = ("log_rate",)
 
     def __init__(self, config: Mamba1Config, d_model: int):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retnet.layers.growth import Growths
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.norm import check_eps
 from retnet.layers.recompute import last_product
@@ -133,6 +134,7 @@ class Mamba2(MixerModule):
     """x [B, T, D] -> y [B, T, D], memory and the convolution's past."""
 
     WEIGHT_ROLES: ClassVar[WeightRoles] = {"in_proj": "value", "out_proj": "output"}
+    GROWTH: ClassVar[Growths] = {"in_proj": ("hidden", "hidden", "readout", "readout", "readout")}
     FLOAT32_PARAMETERS = ("log_rate", "time_step_bias")
 
     def __init__(self, config: Mamba2Config, d_model: int):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from retnet.layers.feed_forward import ACTIVATIONS, FeedForward, FeedForwardConfig
 from retnet.layers.float32_parameters import Float32Parameters
+from retnet.layers.growth import Growths
 from retnet.layers.linear import WideLinear
 from retnet.layers.routing import (
     Affinity,
@@ -155,6 +156,7 @@ class MoE(Float32Parameters):
     FLOAT32_PARAMETERS = ("routing_bias",)
     routing_bias: Tensor | None
     WEIGHT_ROLES: ClassVar[WeightRoles] = {"gate_proj": "feed_forward", "up_proj": "feed_forward", "down_proj": "down"}
+    GROWTH: ClassVar[Growths] = {"router": "readout"}
 
     def __init__(self, config: MoEConfig, d_model: int):
         super().__init__()

@@ -14,13 +14,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from retnet.layers.block import Block, BlockConfig, connect_streams
 from retnet.layers.draft import Draft
+from retnet.layers.growth import Growths
 from retnet.layers.norm import make_norm
 from retnet.layers.short_convolution import advance_recent_
 from retnet.layers.state import LayerState, no_tokens
@@ -79,6 +80,8 @@ class PreviousHiddenDraft(Draft):
 
 class MultiTokenModule(nn.Module):
     """Hidden states h_{k-1} before each token, and embeddings [B, T, D] -> h_k [B, T, D]."""
+
+    GROWTH: ClassVar[Growths] = {"projection": "hidden"}
 
     def __init__(self, config: MultiTokenConfig, d_model: int):
         super().__init__()

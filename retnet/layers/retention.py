@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.layers.draft import Draft, accepted
+from retnet.layers.growth import Growths
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
 from retnet.layers.norm import HeadNorm, check_eps, head_norm_weight, normed_heads
 from retnet.layers.recompute import last_product
@@ -271,6 +272,7 @@ class MultiScaleRetention(MixerModule):
         "gate_proj": "value",
         "out_proj": "output",
     }
+    GROWTH: ClassVar[Growths] = {"decay_proj": "readout"}
     FLOAT32_PARAMETERS = ("log_rate",)
     GATE_POWER = 1 / 16  # keeps a gated decay near 1, so that heads remember long contexts
 

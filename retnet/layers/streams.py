@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from retnet.layers.attention import Attention, AttentionConfig
 from retnet.layers.block import Block, BlockConfig, connect_streams
 from retnet.layers.composed import ComposedConfig, ComposedDraft, ComposedModule, ComposedState, composed_flops
+from retnet.layers.growth import Growths
 from retnet.layers.hyper_connection import hyper_connection_flops
 from retnet.layers.linear import WideLinear
 from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workload
@@ -154,6 +155,7 @@ class Streams(ComposedModule):
     STATE, DRAFT = StreamsState, StreamsDraft
     RECOMPUTES_ITSELF = True
     WEIGHT_ROLES: ClassVar[WeightRoles] = {"merge_proj": "other", "gate_proj": "other"}
+    GROWTH: ClassVar[Growths] = {"gate_proj": "readout"}
 
     def __init__(self, config: StreamsConfig, d_model: int):
         super().__init__()

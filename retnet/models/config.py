@@ -23,7 +23,9 @@ class ModelConfig:
 
     tie_embeddings: the head is the embedding. embedding_scale multiplies embeddings, embedding_norm comes after it.
     logit_scale multiplies logits, and logit_soft_cap c comes after it: c tanh(x / c).
-    init: a row of `retnet.models.init.INIT`. gradient_checkpointing recomputes blocks in the backward.
+    init: a row of `retnet.models.init.INIT`. mup_base_width: width of the model whose learning rates are to hold here,
+    by the rules of `retnet.models.mup`; its `with_mup` sets this field and the scales that go with it. None: no rules.
+    gradient_checkpointing recomputes blocks in the backward.
     float32_norms: the weights of norms and of MoE routers stay in float32, whatever `dtype` is.
     eos_token_id: the token that ends a text, or several that each do.
     mtp: modules that predict further tokens, for training and for drafts (`layers/multi_token.py`); None: none.
@@ -43,6 +45,7 @@ class ModelConfig:
     logit_soft_cap: float | None = None
     init: Literal["paper", "torchscale", "normal"] = "paper"
     init_std: float = 0.02
+    mup_base_width: int | None = None
     seed: int = 0
     dtype: Dtype = "float32"
     float32_norms: bool = False
@@ -61,6 +64,8 @@ class ModelConfig:
         check_eps(self, "norm_eps")
         if not 0 <= self.init_std < math.inf:
             raise ValueError(f"init_std is {self.init_std}; accepted: a number of at least 0")
+        if self.mup_base_width is not None and self.mup_base_width < 1:
+            raise ValueError(f"mup_base_width is {self.mup_base_width}; accepted: a positive integer, or None")
         if not self.layers:
             raise ValueError("layers is empty; accepted: at least one")
         if self.logit_soft_cap is not None and not self.logit_soft_cap > 0:

@@ -13,6 +13,7 @@ from retnet.models.lm import LanguageModel
 
 SAMPLED_VALUES = 1024  # per weight tensor
 _PLAIN_PACKAGES = ("torch.nn.modules.", "retnet.")  # their modules' settings are those of the configuration
+_WITHOUT_EFFECT = ("name", "source", "seed", "dtype", "mup_base_width")  # on what the weights compute
 _SETTING = (bool, float, str)
 INTEGERS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
@@ -25,7 +26,7 @@ def fingerprint(model: LanguageModel) -> str:
     The sum over all bits, read as integers, changes with any single value. Hashing all of 13 GB would take longer than
     the prompts that snapshots save.
     """
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("name", "source", "seed", "dtype")}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _WITHOUT_EFFECT}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     if model.shard is not None:
         digest.update(str(model.shard).encode())

@@ -8,6 +8,8 @@ output. "normal": N(0, init_std). Under the last two, projections that write to 
 Embeddings are small against what the layers add: with a tied head, a final hidden state that still points along its own
 token's embedding would predict that token again with a logit of about sqrt(D), and a wide model would start tens of
 nats above ln(vocab).
+
+Under muP (`retnet.models.mup`) the distribution is that of the base width, times a power of the widths' ratio.
 """
 
 import math
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from retnet.layers.moe import ExpertLinear
 from retnet.layers.weight_roles import WeightRole, named_roles
 from retnet.models.config import ModelConfig
+from retnet.models.mup import RULES, Part, check_growths, growths, width_ratio
 
 # role -> gain of a Xavier-uniform weight, as a function of the number of layers L
 Gain = Callable[[int], float]
@@ -47,14 +50,17 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Draw every weight of `model` anew from `seed`, whatever torch's global generator holds."""
     device = next(model.parameters()).device
     generator = torch.Generator(device if device.type != "meta" else "cpu").manual_seed(seed)
-    roles = named_roles(model)
+    roles, kinds = named_roles(model), {}
+    if config.mup_base_width is not None:
+        check_growths(model)
+        kinds = growths(model)
     for module in model.modules():
-        role = roles.get(module, "other")
+        role, parts = roles.get(module, "other"), kinds.get(getattr(module, "weight", None), ())
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            _initialize_weight(module.weight, role, config, generator)
+            _initialize_weight(module.weight, role, parts, config, generator)
         elif isinstance(module, ExpertLinear) and device.type != "meta":  # there any number of experts costs nothing
             for weight in module.get_parameter("weight").unbind(0):
-                _initialize_weight(weight, role, config, generator)
+                _initialize_weight(weight, role, parts, config, generator)
         if isinstance(module, (nn.Linear, ExpertLinear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
     if device.type != "meta":
@@ -64,14 +70,30 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
                 reset(generator)
 
 
-def _initialize_weight(weight: Tensor, role: WeightRole, config: ModelConfig, generator: torch.Generator) -> None:
+def _initialize_weight(
+    weight: Tensor, role: WeightRole, parts: tuple[Part, ...], config: ModelConfig, generator: torch.Generator
+) -> None:
     if weight.is_meta:
         return
     L = sum(layer.mixer.depth for layer in config.layers)
     if role == "embedding":
-        nn.init.normal_(weight, std=min(config.init_std, 0.5 * config.d_model**-0.5), generator=generator)
+        width = config.mup_base_width or config.d_model
+        nn.init.normal_(weight, std=min(config.init_std, 0.5 * width**-0.5), generator=generator)
     elif config.init == "normal":
         depth = math.sqrt(2 * L) if role in ("output", "down") else 1.0
         nn.init.normal_(weight, std=config.init_std / depth, generator=generator)
     else:
-        nn.init.xavier_uniform_(weight, gain=INIT[config.init][role](L), generator=generator)
+        gain = INIT[config.init][role](L) * _gain_at_base(weight, parts, width_ratio(config))
+        nn.init.xavier_uniform_(weight, gain=gain, generator=generator)
+    if parts:
+        for rows, part in zip(weight.detach().split([part.rows for part in parts]), parts, strict=True):
+            rows.mul_(width_ratio(config) ** RULES[part.growth].init)
+
+
+def _gain_at_base(weight: Tensor, parts: tuple[Part, ...], ratio: float) -> float:
+    """Xavier's deviation of this weight at the base width, divided by that at its own."""
+    kinds = {part.growth for part in parts}
+    outputs, inputs = weight.shape
+    base_inputs = inputs / ratio if kinds & {"hidden", "readout"} else inputs
+    base_outputs = outputs / ratio if kinds & {"hidden", "input"} else outputs
+    return math.sqrt((inputs + outputs) / (base_inputs + base_outputs))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retnet.layers.block import Block, connect_streams
+from retnet.layers.growth import Growths
 from retnet.layers.hyper_connection import merge_streams
 from retnet.layers.linear import is_plain_linear
 from retnet.layers.mixers import MIXERS, mixer_of
@@ -71,6 +72,7 @@ class LanguageModel(nn.Module):
     """
 
     WEIGHT_ROLES: ClassVar[WeightRoles] = {"embedding": "embedding", "head": "embedding"}
+    GROWTH: ClassVar[Growths] = {"embedding": "input", "head": "input"}  # the head with `logit_scale` (models/mup.py)
     directory: Path | None = None
     generation_config: Any = None
     shard: TensorShard | None = None

@@ -27,6 +27,7 @@ from torch.optim.adamw import adamw
 
 from retnet.layers.moe import ExpertLinear
 from retnet.layers.weight_roles import named_roles, parts_of_products
+from retnet.models.mup import Rates
 from retnet.ops.dtypes import wide_dtype
 from retnet.train.optimizer import decayed_parameters
 from retnet.train.parameter_patterns import Patterns, algorithm_of
@@ -43,7 +44,7 @@ class Muon(Optimizer):
 
     Args:
         params: parameters, or groups such as those of `muon_groups`. A group of Muon may have `parts`: the rows of each
-            map in its matrices.
+            map in its matrices, and `part_rates`: the factor of the rate of each; weight decay is divided by it.
         lr, weight_decay: of both algorithms; the decay is decoupled.
         momentum, nesterov, ns_steps: of Muon.
         ns_coefs: of the polynomial of a step. stabilize_steps, stabilize_coefs: of steps after those, as DeepSeek-V4
@@ -141,7 +142,10 @@ class Muon(Optimizer):
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
         for p, update in zip(params, updates, strict=True):
-            yield from _matrices(p, update, group["parts"], self._dtype(update))
+            changes = list(_matrices(p, update, group["parts"], self._dtype(update)))
+            for change, rate in zip(changes, group.get("part_rates", (1.0,) * len(changes)), strict=True):
+                change.rate = rate
+            yield from changes
 
     def _dtype(self, update: Tensor) -> torch.dtype:
         if self.ns_dtype is not None:
@@ -187,7 +191,7 @@ class _Kind(NamedTuple):
 
 def _kind(group: dict[str, Any], change: _Change) -> _Kind:
     shape, weight = tuple(change.whole.shape[1:]), change.weight
-    options = float(group["lr"]), group["weight_decay"], group["ns_steps"]
+    options = float(group["lr"]) * change.rate, group["weight_decay"] / change.rate, group["ns_steps"]
     return _Kind(shape, weight.device, weight.dtype, change.is_shared, *options)
 
 
@@ -195,13 +199,15 @@ def _kind(group: dict[str, Any], change: _Change) -> _Kind:
 class _Change:
     """whole [n, A, B]: matrices to orthogonalise. weight: the view of a parameter that whole[region] changes.
 
-    is_shared: all processes of the group have these matrices; not if each holds experts of its own.
+    is_shared: all processes of the group have these matrices; not if each holds experts of its own. rate: factor of the
+    group's.
     """
 
     whole: Tensor
     weight: Tensor
     region: tuple[slice, ...]
     is_shared: bool
+    rate: float = 1.0
 
 
 def _local(x: Tensor) -> Tensor:
@@ -325,7 +331,9 @@ def muon_groups(
     a name (decay projections, routers, time steps, Hyena's filters, adapters), embeddings, the head, convolutions and
     vectors go to AdamW, with `adamw_lr_multiplier` times the rate. Weight decay as in `decayed_parameters`.
     patterns: exceptions by name, as in `parameter_patterns.py`; Muon takes matrices alone, embeddings included.
+    Rates and decays of a model with muP are those of `retnet.models.mup`.
     """
+    rates = Rates(model)
     roles, parts_of = named_roles(model), parts_of_products(model)
     matrices = {
         id(module.weight): module
@@ -345,11 +353,14 @@ def muon_groups(
             continue
         algorithm = algorithm_of(name, patterns)
         is_muon = id(p) in usual if algorithm is None else algorithm == "muon" and id(p) in matrices
+        factors = rates.parts(p, "muon" if is_muon else "adamw")
+        factor = factors[0] if len(factors) == 1 else 1.0
         options = {
             "algorithm": "muon" if is_muon else "adamw",
-            "lr": lr if is_muon else adamw_lr_multiplier * lr,
-            "weight_decay": weight_decay if name in decayed else 0.0,
+            "lr": (lr if is_muon else adamw_lr_multiplier * lr) * factor,
+            "weight_decay": (weight_decay if name in decayed else 0.0) / factor,
             "parts": parts_of.get(matrices[id(p)]) if is_muon else None,
+            **({"part_rates": factors} if len(factors) > 1 else {}),
         }
         groups.setdefault(tuple(options.values()), {"params": [], **options})["params"].append(p)
     return list(groups.values())

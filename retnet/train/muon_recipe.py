@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 
+from retnet.models.mup import Rates
 from retnet.system.suggest import choices, nearest
 from retnet.train.muon import COEFFICIENTS, STABILIZING, Coefficients, Muon, check_iteration, muon_groups
 from retnet.train.parameter_patterns import Patterns
@@ -86,6 +87,7 @@ class MuonFactory:
         lr: float,
         weight_decay: float,
         patterns: Patterns | None = None,
+        eps: float = 1e-8,
         **options: Any,
     ) -> Muon:
         groups = muon_groups(model, lr, weight_decay, settings.adamw_lr_multiplier, patterns)
@@ -100,6 +102,7 @@ class MuonFactory:
             ns_coefs=cast(Coefficients, settings.ns_coefs),
             stabilize_steps=settings.stabilize_steps,
             stabilize_coefs=cast(Coefficients, settings.stabilize_coefs),
+            eps=eps / Rates(model).ratio,
             **options,
         )
 

@@ -1,4 +1,4 @@
-"""Parameter groups (weight decay, routers with a learning rate of their own), and schedules: defaults and a check."""
+"""Parameter groups (weight decay, muP, routers with their own learning rate), and schedules: defaults and a check."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from retnet.layers.moe import ExpertLinear, MoE
+from retnet.models.mup import Rates
 
 DECAY_SHARE = 0.2  # of the steps, in the decay of `warmup_stable_decay`
 _PROBES = 100  # steps at which a schedule is tried
@@ -23,6 +24,28 @@ def decayed_parameters(model: nn.Module) -> list[str]:
         if isinstance(module, (nn.Linear, nn.Embedding, ExpertLinear)) and not name.endswith("decay_proj")
     }
     return [name for name, _ in model.named_parameters() if name in matrices]
+
+
+def scale_by_width(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Give AdamW the learning rates, weight decays and eps of muP, if the model has it (`retnet.models.mup`).
+
+    Weights whose rate differs from their group's move to groups of their own, after the others. Raises ValueError for
+    an optimizer that is no form of Adam.
+    """
+    rates = Rates(model)
+    if rates.ratio == 1.0:
+        return
+    if not isinstance(optimizer, torch.optim.Adam) and "adam" not in type(optimizer).__name__.lower():
+        raise ValueError(f"muP has no rules for {type(optimizer).__name__}; accepted: AdamW, or optim=muon")
+    for group in list(optimizer.param_groups):
+        if "eps" in group:
+            group["eps"] /= rates.ratio
+        factors = {id(p): rates.of(p, "adamw") for p in group["params"]}
+        params, group["params"] = group["params"], [p for p in group["params"] if factors[id(p)] == 1.0]
+        for factor in dict.fromkeys(factor for factor in factors.values() if factor != 1.0):
+            scaled = {"lr": factor * group["lr"], "weight_decay": group["weight_decay"] / factor}
+            moved = [p for p in params if factors[id(p)] == factor]
+            optimizer.add_param_group({**group, "params": moved, **scaled})
 
 
 def separate_routers(optimizer: torch.optim.Optimizer, model: nn.Module, lr_multiplier: float) -> None:

@@ -32,8 +32,15 @@ from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainB
 from retnet.train.checkpoints import CheckpointError, list_checkpoints
 from retnet.train.hooks import TrainingHooks, epoch_validation_follows
 from retnet.train.losses import LossWatch, NonFiniteLoss, all_finite
+from retnet.train.muon import Muon
 from retnet.train.muon_recipe import muon_cls_and_kwargs
-from retnet.train.optimizer import check_schedule, complete_schedule, decayed_parameters, separate_routers
+from retnet.train.optimizer import (
+    check_schedule,
+    complete_schedule,
+    decayed_parameters,
+    scale_by_width,
+    separate_routers,
+)
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.parameter_patterns import Patterns
 from retnet.train.resume import ProcessState, read_run, save_run
@@ -238,7 +245,8 @@ class PackedTrainer(StagedTrainer):
     # Optimizer and schedule
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with routers in groups of their own. Raises ValueError if it cannot be made."""
+        """The Trainer's optimizer, with muP's rates and routers in groups of their own. Raises ValueError if it cannot
+        be made."""
         is_new = self.optimizer is None
         try:
             optimizer = super().create_optimizer(*args, **kwargs)
@@ -248,6 +256,8 @@ class PackedTrainer(StagedTrainer):
                 f"optim is {given!r} with optim_args {self.args.optim_args!r}, which cannot be made: {error}"
             ) from error
         assert self.model is not None
+        if is_new and not isinstance(optimizer, Muon):  # whose groups have the rates already
+            scale_by_width(optimizer, self.model)
         if is_new and self.options.router_lr_multiplier != 1.0:
             separate_routers(optimizer, self.model, self.options.router_lr_multiplier)
         return optimizer
