@@ -7,8 +7,9 @@
     fixed      no            no             the other layers of Hyena's filters
 
 A module names the kinds of its maps in a class attribute `GROWTH`: name of a submodule, or of a weight of its own ->
-kind, or one kind per part of a product of several (`weight_parts`). Maps that it names in `WEIGHT_ROLES` alone are hidden. All other parameters (norms,
-biases, convolutions, rates per head or channel) act on each channel alone, so that no sum grows with the width.
+kind, or one kind per part of a product of several (`weight_parts`). Maps that it names in `WEIGHT_ROLES` alone are
+hidden. All other parameters (norms, biases, convolutions, rates per head or channel) act on each channel alone, so that
+no sum grows with the width.
 """
 
 from collections.abc import Mapping

@@ -53,9 +53,9 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     roles, kinds = named_roles(model), {}
     if config.mup_base_width is not None:
         check_growths(model)
-        kinds = growths(model)
+        kinds = {id(weight): parts for weight, parts in growths(model).items()}
     for module in model.modules():
-        role, parts = roles.get(module, "other"), kinds.get(getattr(module, "weight", None), ())
+        role, parts = roles.get(module, "other"), kinds.get(id(getattr(module, "weight", None)), ())
         if isinstance(module, (nn.Linear, nn.Embedding)):
             _initialize_weight(module.weight, role, parts, config, generator)
         elif isinstance(module, ExpertLinear) and device.type != "meta":  # there any number of experts costs nothing

@@ -130,14 +130,14 @@ def growths(model: nn.Module) -> dict[nn.Parameter, tuple[Part, ...]]:
 
     Maps without a name are those of other packages, such as adapters.
     """
-    products, found = parts_of_products(model), {}
+    products, found = {id(module): rows for module, rows in parts_of_products(model).items()}, {}
     for owner in model.modules():
         named: dict[str, Any] = dict.fromkeys(getattr(owner, "WEIGHT_ROLES", {}), "hidden")
         for name, kinds in (named | dict(getattr(owner, "GROWTH", {}))).items():
             owned = getattr(owner, name, None)
             weight = owned.weight if isinstance(owned, LINEAR) else owned
             if isinstance(weight, nn.Parameter):
-                rows = products.get(owned, (weight.shape[-2],))
+                rows = products.get(id(owned), (weight.shape[-2],))
                 each = kinds if isinstance(kinds, tuple) else (kinds,) * len(rows)
                 found[weight] = tuple(Part(*part) for part in zip(rows, each, strict=True))
     return found
