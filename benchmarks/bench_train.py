@@ -4,9 +4,10 @@
 
 All models have bfloat16 weights created on the device, fused AdamW, and the same loss code (`retnet.models.loss`) on
 their own hidden states. "fla" is flash-linear-attention's code in its default configuration with feed-forwards of
-width 4096 (1.540B). "ours" is the same architecture in this library, "preset" is `retnet-1.3b`, "llama" a Llama of
-that width and depth. torch.compile compiles the layers one by one, except for FLA's, which has fused kernels, and for
-the rows "eager". Every model runs in its own process, which ends after --limit seconds.
+width 4096 (1.540B). "ours" is the same architecture in this library, "preset" is `retnet-1.3b`, also with float8
+products ("tensorwise", "rowwise"; needs torchao), "llama" a Llama of that width and depth. torch.compile compiles the
+layers one by one, except for FLA's, which has fused kernels, and for the rows "eager". Every model runs in its own
+process, which ends after --limit seconds.
 """
 
 import argparse
@@ -41,6 +42,8 @@ MODELS: dict[str, tuple[Callable[[], Trained], bool]] = {
     "ours": (lambda: ours(config_of(FLA_CONFIG)), True),
     "fla": (fla, False),
     "preset": (lambda: ours(preset("retnet-1.3b")), True),
+    "preset tensorwise": (lambda: ours(preset("retnet-1.3b"), "tensorwise"), True),
+    "preset rowwise": (lambda: ours(preset("retnet-1.3b"), "rowwise"), True),
     "llama": (lambda: llama(**LLAMA), True),
     "ours eager": (lambda: ours(config_of(FLA_CONFIG)), False),
     "llama eager": (lambda: llama(**LLAMA), False),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from retnet import LanguageModel, ModelConfig
 from retnet.models.loss import linear_cross_entropy
+from retnet.train.float8 import Float8, use_float8
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,11 @@ class Trained:
             layer.compile(**options)
 
 
-def ours(config: ModelConfig) -> Trained:
+def ours(config: ModelConfig, float8: Float8 | None = None) -> Trained:
     with torch.device("cuda"):
         model = LanguageModel(config).bfloat16()
+    if float8 is not None:
+        use_float8(model, float8, torch.device("cuda"))
     return Trained(model, model.layers, lambda ids: model.hidden(ids)[0], model.head.weight)
 
 

@@ -17,7 +17,10 @@ from tests.torchrun import torchrun
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = ROOT / "benchmarks"
-GPU_ONLY = ("bench_convolution", "bench_decode", "bench_figure6", "bench_long_rows", "bench_retention", "bench_train")
+GPU_ONLY = (
+    "bench_convolution", "bench_decode", "bench_figure6", "bench_float8", "bench_long_rows", "bench_retention",
+    "bench_train",
+)  # fmt: skip
 
 
 def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:

@@ -73,7 +73,7 @@ REFUSED = {
         key: key
         for key in _names(
             "carry_state learning_rate optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 "
-            "adam_epsilon router_lr_multiplier optimizer_groups bf16 fp16 metric_for_best_model "
+            "adam_epsilon router_lr_multiplier optimizer_groups bf16 fp16 float8 metric_for_best_model "
             "greater_is_better"
         )
     },

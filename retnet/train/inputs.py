@@ -20,7 +20,9 @@ from retnet.data.whole_rows import packed
 from retnet.layers.block import Block
 from retnet.models.config import ModelConfig
 from retnet.models.lm import LanguageModel
+from retnet.ops.device import resolve_device
 from retnet.stack.resolve import resolve_model, resolve_tokenizer, saved_directory, tokenizer_of
+from retnet.train.float8 import use_float8
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.recipe import Recipe
 from retnet.train.state_recipe import STATE
@@ -144,6 +146,8 @@ def initial_model(
     _check_tokenizer(model, corpus)
     _check_vocabulary(recipe.model, model.config, corpus)
     model.recompute = recipe.recomputed(model.recompute.level)
+    if recipe.float8 is not None:
+        use_float8(model, recipe.float8, resolve_device("auto"))
     if recipe.compile_options is not None:
         # Blocks are compiled once per configuration, with and without gradients.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)

@@ -27,6 +27,7 @@ from retnet.stack.load import Stack
 from retnet.stack.resolve import model_label, resolve_stack, saved_directory
 from retnet.stack.training import optimizer_groups, router_lr_multiplier, training_defaults
 from retnet.system.suggest import choices, did_you_mean_path, nearest
+from retnet.train.float8 import Float8, check_float8
 from retnet.train.muon_recipe import MUON, MuonArgs
 from retnet.train.parameter_patterns import Algorithm
 from retnet.train.state_recipe import STATE, STATE_DEFAULTS, Method, excluded
@@ -130,6 +131,7 @@ class Recipe(BaseModel):
         any number of processes resume; `async`: sharded, written while training goes on. None: as fsdp_config says, or
         whole.
     force: replace the model of an earlier run in output_dir.
+    float8: scaling of the products of linear layers in float8 (`retnet.train.float8`); None: products as bf16 says.
     recompute: what the backward computes again (`retnet.layers.recompute`); None: layers if gradient_checkpointing is
         true or the stack says so, otherwise nothing. offload: with recompute "layer", their inputs wait on the host.
     training: fields of TrainingArguments, completed from the training_hints of a stack, then from `DEFAULTS`; bf16 is
@@ -154,6 +156,7 @@ class Recipe(BaseModel):
     optimizer_groups: dict[Algorithm, list[Source]] | None = None
     checkpoints: CheckpointForm | None = None
     force: bool = False
+    float8: Float8 | None = None
     recompute: Level | None = None
     offload: bool = False
     training: dict[str, Any]
@@ -244,6 +247,10 @@ def load_recipe(file: str | os.PathLike[str] | None, overrides: Iterable[str] = 
         try:
             recipe = Recipe(training=training, **{key: values[key] for key in own & values.keys()})
             recipe.recomputed("layer")
+            if recipe.float8 is not None:
+                rows = training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+                tokens = rows * recipe.length // recipe.context_parallel
+                check_float8(recipe.float8, bool(training.get("bf16")), tokens)
             return recipe
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]

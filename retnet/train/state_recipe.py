@@ -31,6 +31,8 @@ def excluded(values: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator
         yield fault("context_parallel", values["context_parallel"], "1, as shards of rows take no state")
     if values.get("checkpoints") in _SHARDED:
         yield fault("checkpoints", values["checkpoints"], "whole, as a state is small")
+    if values.get("float8") is not None:
+        yield fault("float8", values["float8"], "none, as the weights are not trained")
     for key in ("fsdp", "deepspeed", "push_to_hub"):
         if training.get(key):
             yield fault(key, training[key], "none (torchrun alone averages the gradients of several processes)")
