@@ -19,63 +19,19 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from retnet.eval.harness import RetNetLM, run_tasks  # noqa: E402
+from tests.eval.tasks import use_offline, write_tasks  # noqa: E402
 
 QUESTIONS = [
     {"question": "The state", "choices": ["decays", "grows", "is read"], "answer": 0},
     {"question": "A token is", "choices": ["lost", "added", "read twice"], "answer": 1},
     {"question": "Time per token", "choices": ["grows", "is constant"], "answer": 1},
 ]
-CHOICE = """
-task: retnet_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
-fewshot_split: test
-output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_choice: choices
-doc_to_target: answer
-target_delimiter: " "
-metric_list:
-  - metric: acc
-"""
-ROLLING = """
-task: retnet_rolling
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list:
-  - metric: byte_perplexity
-"""
-
-TEXT = """
-task: retnet_text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[answer]}}}}"
-generation_kwargs: {{until: ["e"], max_gen_toks: 8}}
-metric_list:
-  - metric: exact_match
-"""
 
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "questions.jsonl"
-    data.write_text("\n".join(map(json.dumps, QUESTIONS)))
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("text", TEXT)):
-        (folder / f"{name}.yaml").write_text(text.format(data=data))
-    return folder
+    use_offline(monkeypatch, tmp_path)
+    return write_tasks(tmp_path, QUESTIONS)
 
 
 @pytest.fixture(params=["byte_model", "hybrid_byte_model"])

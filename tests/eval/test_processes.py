@@ -12,47 +12,9 @@ import pytest
 import torch
 
 from retnet.eval.processes import ALONE, Processes, launched
+from tests.eval.tasks import use_offline, write_tasks
 from tests.torchrun import torchrun
 
-CHOICE = """
-task: shared_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
-fewshot_split: test
-output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_choice: choices
-doc_to_target: answer
-target_delimiter: " "
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-"""
-ROLLING = """
-task: shared_rolling
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list:
-  - metric: byte_perplexity
-"""
-TEXT = """
-task: shared_text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[answer]}}}}"
-generation_kwargs: {{until: ["e"], max_gen_toks: 8, do_sample: true, temperature: 1.0}}
-repeats: 2
-metric_list:
-  - metric: exact_match
-"""
 WORDS = ["state", "decay", "a token", "the chunk that was read before", "time", "memory per sequence", "rows"]
 
 
@@ -118,27 +80,24 @@ def answer(launcher: str, *words: object, processes: int = 2) -> dict:
 @pytest.mark.slow
 def test_tasks_have_the_scores_and_samples_of_one_process(hybrid_byte_model, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="needs the extra eval")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "questions.jsonl"
+    use_offline(monkeypatch, tmp_path)
     questions = [
         {"question": " ".join(WORDS[: 1 + i % 7]), "choices": WORDS[i % 3 :: 2], "answer": i % 2} for i in range(23)
     ]
-    data.write_text("\n".join(map(json.dumps, questions)))
-    (tmp_path / "tasks").mkdir()
-    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("text", TEXT)):
-        (tmp_path / f"tasks/{name}.yaml").write_text(text.format(data=data))
+    sampled = {"until": ["e"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    tasks = write_tasks(tmp_path, questions, retnet_text={"generation_kwargs": sampled, "repeats": 2})
     found, samples = {}, {}
     for launcher in ("alone", "accelerate"):
         file = tmp_path / f"{launcher}.jsonl"
-        words = [hybrid_byte_model, "--tasks", "shared_choice,shared_rolling,shared_text", "--num-fewshot", 2]
-        words += ["--include-path", tmp_path / "tasks", "--samples", file]
+        words = [hybrid_byte_model, "--tasks", "retnet_choice,retnet_rolling,retnet_text", "--num-fewshot", 2]
+        words += ["--include-path", tasks, "--samples", file]
         found[launcher] = answer(launcher, *words)
         samples[launcher] = file.read_text()
     assert found["accelerate"] == found["alone"]
-    assert found["alone"]["shared_choice"]["acc_stderr,none"] > 0
+    assert found["alone"]["retnet_choice"]["acc_stderr,none"] > 0
     lines = [json.loads(line) for line in samples["alone"].splitlines()]
     assert len(lines) == 3 * 23
-    assert len({line["resps"][0][0] for line in lines if line["task"] == "shared_text"}) > 5  # sampled texts differ
+    assert len({line["resps"][0][0] for line in lines if line["task"] == "retnet_text"}) > 5  # sampled texts differ
     assert samples["accelerate"] == samples["alone"]
 
 

@@ -8,50 +8,32 @@ import pytest
 
 from retnet.models.hf.tokenizer import byte_tokenizer
 from tests.cli.command import run
+from tests.eval.tasks import use_offline, write_tasks
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 pytest.importorskip("tenacity", reason="needs the extra `clients`")
 
 pytestmark = pytest.mark.slow
 WORDS = ["river", "stone", "cloud", "light", "north", "seven", "paper", "green"]
-TASK = """
-task: retnet_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
-fewshot_split: test
-output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_target: answer
-doc_to_choice: "{{{{choices}}}}"
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-"""
 
 
 @pytest.fixture
-def task(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def tasks(tmp_path, monkeypatch):
+    use_offline(monkeypatch, tmp_path)
     questions = [
         {"question": f"{WORDS[i % 8]} {WORDS[i // 3 % 8]}?", "choices": WORDS[i % 5 : i % 5 + 4], "answer": i % 4}
         for i in range(24)
     ]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "choice.yaml").write_text(TASK.format(data=tmp_path / "questions.jsonl"))
-    return folder
+    return write_tasks(tmp_path, questions)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_local_completions_gives_the_score_of_retnet_eval(url, task, byte_model, tmp_path, capsys, batch_size):
+def test_local_completions_gives_the_score_of_retnet_eval(url, tasks, byte_model, tmp_path, capsys, batch_size):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    words = ("eval", byte_model, "--tasks", "retnet_choice", "--include-path", task, "--num-fewshot", "1", "--json")
+    words = ("eval", byte_model, "--tasks", "retnet_choice", "--include-path", tasks, "--num-fewshot", "1", "--json")
     assert run(*words) == 0
     ours = json.loads(capsys.readouterr().out)["retnet_choice"]
     through = lm_eval.simple_evaluate(
@@ -61,7 +43,7 @@ def test_local_completions_gives_the_score_of_retnet_eval(url, task, byte_model,
         tasks=["retnet_choice"],
         num_fewshot=1,
         batch_size=batch_size,
-        task_manager=TaskManager(include_path=str(task), include_defaults=False),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
     )
     theirs = through["results"]["retnet_choice"]
