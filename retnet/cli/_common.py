@@ -93,7 +93,7 @@ def read_text(text: str | None, file: Path | None) -> bytes | None:
     Raises ValueError if both an argument and a file were given, OSError if the file cannot be read.
     """
     if text is not None and file is not None:
-        raise ValueError("the text comes from an argument or from --file, not from both")
+        raise ValueError("the text is given as an argument and as --file; accepted: one of the two, not both")
     if text is not None:
         return text.encode("utf-8", "surrogateescape")
     if file is not None and str(file) != "-":

@@ -55,7 +55,9 @@ def check(
         from retnet.ops.device import resolve_device
 
         if text is not None:
-            raise ValueError("the operator runs on random tensors; --text is for models")
+            raise ValueError(
+                "--text is given for the operator, which runs on random tensors; accepted with --text: a model"
+            )
         shape = (_SHAPE[0], length, *_SHAPE[2:])
         rows = _shown(check_operator(shape, dtypes, sizes, device=resolve_device(device), seed=seed))
         title = f"retention, B, T, H, K, V = {', '.join(map(str, shape))}"
@@ -97,7 +99,7 @@ def _ids_of(text: Path, model: str, length: int) -> Tensor:
 
     ids = load_tokenizer(model).encode(text.read_bytes(), start=True)
     if len(ids) < 2:
-        raise ValueError(f"{text} is empty")
+        raise ValueError(f"{text} is empty; accepted: a file with text")
     return torch.tensor([ids[:length]])
 
 

@@ -83,7 +83,9 @@ def evaluate(
     _refuse_unused("--tasks", tasks, {"--num-fewshot": num_fewshot, "--limit": limit, "--include-path": include_path})
     _refuse_unused("--tasks", tasks, {"--samples": samples})
     if part is Part.all and valid_fraction is not None:
-        raise ValueError("--valid-fraction is for --part valid; --part all holds nothing out")
+        raise ValueError(
+            "--valid-fraction is given with --part all, which holds nothing out; accepted with it: --part valid"
+        )
     if samples is not None:
         check_new_file(samples, force=force)
     if tasks is not None:

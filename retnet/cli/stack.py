@@ -261,7 +261,9 @@ def _open(name: str) -> Stack:
 
         stack = resolve_stack(name)
         if stack is None:
-            raise ValueError(f"the model in {name} was not compiled from a stack")
+            raise ValueError(
+                f"the model in {name} was not compiled from a stack; accepted: a stack file, or one that was"
+            )
         return stack
     from retnet.stack import load_stack
     from retnet.stack.presets import load_preset, preset_names

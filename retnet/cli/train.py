@@ -39,7 +39,9 @@ def train(
     words = words or []
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
-        raise ValueError(f"one recipe at a time, got {', '.join(files)} (settings are key=value)")
+        raise ValueError(
+            f"{len(files)} recipes are given ({', '.join(files)}); accepted: one, and settings as key=value"
+        )
 
     require("train", "retnet train", "transformers", "accelerate")
     if int(os.environ.get("RANK", "0")) > 0:  # only the first process of torchrun prints

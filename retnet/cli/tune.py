@@ -31,7 +31,9 @@ def tune(
     import torch
 
     if not torch.cuda.is_available():
-        raise ValueError("no CUDA device here; block shapes are tuned on the device that will run them")
+        raise ValueError(
+            "no CUDA device here; accepted: the device that will run the kernels, as block shapes are tuned for it"
+        )
     from retnet.kernels.retention.tiles import cache_file
     from retnet.kernels.retention.tune import tune as measure
 

@@ -118,7 +118,9 @@ def _table_counts(weights: Sequence[float]) -> NDArray[np.int64]:
     for number in np.argsort(counts - exact, kind="stable")[: _RESOLUTION - int(counts.sum())]:
         counts[number] += 1
     if not counts.all():
-        raise ValueError(f"weights {list(weights)} give a corpus less than 1 row in {_RESOLUTION}")
+        raise ValueError(
+            f"weights {list(weights)} give a corpus less than 1 row in {_RESOLUTION}; accepted: larger weights"
+        )
     return counts // np.gcd.reduce(counts)
 
 

@@ -107,7 +107,7 @@ class PackedDataset(Rows):
         if length < 2:
             raise ValueError(f"length is {length}; accepted: at least 2 tokens per row, to predict one")
         if not corpus.num_targets:
-            raise ValueError("no documents to pack")
+            raise ValueError("there are no documents to pack; accepted: at least one")
         self.corpus, self.length, self.seed = corpus, length, seed
         self.carry_state, self.lanes = carry_state, lanes if carry_state else 1
         self.num_bytes = corpus.num_bytes

@@ -82,7 +82,7 @@ def corpus_bits_per_byte(
 
 def _total(bits: float, num_bytes: int) -> BitsPerByte:
     if not num_bytes:
-        raise ValueError("no documents to score")
+        raise ValueError("there are no documents to score; accepted: at least one")
     return BitsPerByte(bits, num_bytes)
 
 

@@ -118,7 +118,9 @@ class RetNetLM(TemplateLM):
         bos = self.tokenizer.bos_token_id
         start = self.tokenizer.eos_token_id if bos is None else bos
         if start is None:
-            raise ValueError("the tokenizer has neither a bos nor an eos token, to stand before a text without context")
+            raise ValueError(
+                "the tokenizer has no bos and no eos token, and one must stand before a text without context"
+            )
         return start
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

@@ -65,7 +65,7 @@ def perplexity(
     ids = torch.tensor([tokenizer.encode(text, start=True)], device=model.embedding.weight.device)
     num_tokens = ids.shape[1] - 1
     if not num_tokens:
-        raise ValueError("there is no text to score")
+        raise ValueError("there is no text to score; accepted: at least one byte")
     done = 0
 
     def count(tokens: int) -> None:

@@ -41,7 +41,6 @@ class ModelCost:
     """
 
     parameters: int
-    embedding_parameters: int
     forward_flops: float
     training_flops: float
     decode_flops: float
@@ -121,7 +120,6 @@ def model_cost(config: ModelConfig, context: int, device: str = "cpu") -> ModelC
     forward = weights + sum(m.forward_flops for m in mixers)
     return ModelCost(
         parameters=counts["total"],
-        embedding_parameters=counts["embedding"] + counts["head"],
         forward_flops=forward,
         training_flops=3 * (forward + _ahead_flops(config, context, device)),
         decode_flops=weights + sum(m.decode_flops for m in mixers),

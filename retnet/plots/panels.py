@@ -60,7 +60,7 @@ def draw_panels(panels: Sequence[Panel], looks: Mapping[str, Look], title: str, 
     """
     panels = [panel for panel in panels if panel.finite]
     if not panels:
-        raise ValueError("no points to draw")
+        raise ValueError("there are no points to draw; accepted: at least one")
     names = {name for panel in panels for name in panel.finite}
     if unknown := sorted(names - set(looks)):
         raise ValueError(f"no look for {', '.join(unknown)}; there is one for {', '.join(looks)}")

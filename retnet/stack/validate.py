@@ -30,7 +30,6 @@ from .schema import (
     State,
     Template,
     TokenizerContract,
-    TrainingHints,
     entry_section,
 )
 from .section import OURS, RESERVED_PREFIXES, Section
@@ -55,7 +54,6 @@ class ParsedSections:
     tokenizer: TokenizerContract | None
     embedding: Embedding | None
     head: Head | None
-    hints: TrainingHints | None
     templates: dict[str, Template]
     entries: dict[int, Entry | ParallelEntry]
     names: frozenset[str]  # of all templates in the file, valid or not
@@ -253,13 +251,11 @@ def _valid_sections(raw: dict[str, Any]) -> ParsedSections:
     valid_entries = {i: _valid(entry_section(value), value) for i, value in enumerate(schedule)}
     modes = raw.get("execution_modes")
     valid_modes = {i: _valid(ExecutionMode, value) for i, value in enumerate(modes if isinstance(modes, list) else [])}
-    hints = raw.get("training_hints")
     return ParsedSections(
         model=_valid(Model, raw.get("model")),
         tokenizer=_valid(TokenizerContract, raw.get("tokenizer_contract")),
         embedding=_valid(Embedding, raw.get("embedding")),
         head=_valid(Head, raw.get("head")),
-        hints=_valid(TrainingHints, {} if hints is None else hints),
         templates={name: template for name, template in valid_templates.items() if template},
         entries={i: entry for i, entry in valid_entries.items() if entry},
         names=frozenset(templates),

@@ -329,7 +329,7 @@ def _read_arguments(words: Iterable[str], sugar: dict[str, Any]) -> dict[str, An
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise ValueError(f"{word!r} is not key=value")
+            raise ValueError(f"{word!r} is given as a setting; accepted: key=value")
         if key in values:
             raise ValueError(f"{key} is given twice, as {values[key]!r} and {text!r}; accepted: once")
         values[key] = text

@@ -426,7 +426,7 @@ def test_train_goes_from_text_to_a_model_that_every_verb_takes(capsys, byte_mode
     ("words", "message"),
     [
         ([], "model is missing"),
-        (["a.yaml", "b.yaml"], "one recipe at a time, got a.yaml, b.yaml"),
+        (["a.yaml", "b.yaml"], "2 recipes are given (a.yaml, b.yaml); accepted: one"),
         (["gone.yaml"], "no such recipe: gone.yaml"),
         (["model=retnet-tiny", "data=gone"], "no such file or folder: gone"),
         (["model=retnet-tinny", "data=stdlib"], "no model 'retnet-tinny'"),

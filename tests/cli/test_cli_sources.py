@@ -20,7 +20,7 @@ from tests.cli.command import run, wrong_input
         (["--data", "stdlib", "--context", 8, "--stride", 4], "--context, --stride are for --file"),
         (["--data", "stdlib", "--num-fewshot", 0], "--num-fewshot is for --tasks"),
         (["--data", "stdlib", "--include-path", "x"], "--include-path is for --tasks"),
-        (["--data", "stdlib", "--part", "all", "--valid-fraction", 0.1], "--part all holds nothing out"),
+        (["--data", "stdlib", "--part", "all", "--valid-fraction", 0.1], "--part all, which holds nothing out"),
         (["--file", "x", "--part", "valid"], "--part is for --data"),
         (["--file", "x", "--valid-fraction", 0.05, "--limit", 1], "--valid-fraction is for --data"),
         (["--tasks", "x", "--stride", 3], "--stride is for --file"),

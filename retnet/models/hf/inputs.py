@@ -47,9 +47,11 @@ class Tokens:
             return cls(shape, mask=mask)
         (name, bounds), *others = found.items()
         if mask is not None:
-            raise ValueError(f"pads together with packed documents ({name}) are not supported")
+            raise ValueError(f"pads together with packed documents ({name}); accepted: one of the two")
         if continued:
-            raise ValueError(f"packed documents ({name}) with a filled cache are not supported")
+            raise ValueError(
+                f"packed documents ({name}) with a filled cache; accepted: packed documents without past_key_values"
+            )
         for other, theirs in () if torch.compiler.is_compiling() else others:
             if not torch.equal(torch.unique(bounds.long()), torch.unique(theirs.long())):
                 raise ValueError(f"{name} and {other} mark different documents; accepted: one of them, or the same")

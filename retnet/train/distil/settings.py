@@ -39,7 +39,7 @@ def stage_recipe(
         key, equals, text = word.partition("=")
         prefix, dot, name = key.rpartition(".")
         if not equals or not name:
-            raise ValueError(f"{word!r} is not key=value")
+            raise ValueError(f"{word!r} is given as a setting; accepted: key=value")
         if dot and prefix not in STAGES:
             raise ValueError(f"{word!r} is of the stage {prefix!r}; {choices(prefix, STAGES)}")
         if name in _OWN:

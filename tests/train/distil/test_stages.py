@@ -99,7 +99,7 @@ def test_an_output_that_holds_something_is_left_alone(taught, short_texts, tmp_p
         ("model=x", "model is chosen by the distillation"),
         ("carry_state=true", "carry_state is not supported in distillation"),
         ("lerning_rate=1", "unknown key 'lerning_rate', did you mean 'learning_rate'?"),
-        ("max_steps", "'max_steps' is not key=value"),
+        ("max_steps", "'max_steps' is given as a setting; accepted: key=value"),
     ],
 )
 def test_settings_that_are_not_accepted_say_what_is(word, message, tmp_path):
