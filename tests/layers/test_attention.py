@@ -3,6 +3,7 @@ import torch
 
 from retnet.layers.attention import Attention, AttentionConfig, AttentionState
 from retnet.layers.token_layout import TokenLayout
+from tests.layers.devices import assert_equal_on
 
 
 def decode(layer: Attention, state: AttentionState | None, x: torch.Tensor, in_place: bool = True) -> AttentionState:
@@ -144,22 +145,7 @@ def test_invalid_configurations_are_refused_with_a_reason(options, message):
 def test_cuda_equals_cpu_for_packs_pads_and_decoding(options):
     torch.manual_seed(0)
     layer = Attention(AttentionConfig(4, 2, head_dim=32, **options), 64)
-    x, bounds = torch.randn(1, 300, 64), torch.tensor([0, 100, 101, 300])
-    mask = torch.ones(2, 150, dtype=torch.bool)
-    mask[0, :70] = False
-    results = []
-    for device in ("cpu", "cuda"):
-        layer = layer.to(device)
-        with torch.no_grad():
-            pack = TokenLayout.of((1, 300), torch.device(device), cu_seqlens=bounds.to(device), carry=True)
-            packed, state = layer(x.to(device), None, pack)
-            rows = TokenLayout.of((2, 150), torch.device(device), mask=mask.to(device))
-            padded, _ = layer(x.view(2, 150, 64).to(device), None, rows)
-            step = TokenLayout.of((3, 1), torch.device(device), start=state.position, carry=True, in_place=True)
-            stepped, _ = layer(x.view(300, 1, 64)[:3].to(device), state, step)
-        results.append([packed.cpu(), padded.cpu(), stepped.cpu()])
-    for cpu, cuda in zip(*results):
-        torch.testing.assert_close(cuda, cpu, rtol=1e-2, atol=1e-2)
+    assert_equal_on(("cpu", "cuda"), layer)
 
 
 class TestMaxContext:

@@ -12,6 +12,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from retnet.layers.latent_attention import LatentAttention, LatentAttentionConfig
 from retnet.layers.token_layout import TokenLayout
 from retnet.ops.rotary import rotation
+from tests.layers.devices import assert_equal_on
 
 D, H, K = 12, 4, 6
 WIDE = {"rtol": 1e-10, "atol": 1e-10}
@@ -259,19 +260,4 @@ def test_cuda_equals_cpu_for_packs_pads_and_decoding(case):
     config = LatentAttentionConfig(H, options.pop("num_kv_heads", H), **options)
     torch.manual_seed(0)
     layer = LatentAttention(config, 64).eval()
-    x, bounds = torch.randn(1, 300, 64), torch.tensor([0, 100, 101, 300])
-    mask = torch.ones(2, 150, dtype=torch.bool)
-    mask[0, :70] = False
-    results = []
-    for device in ("cpu", "cuda"):
-        layer = layer.to(device)
-        with torch.no_grad():
-            pack = TokenLayout.of((1, 300), torch.device(device), cu_seqlens=bounds.to(device), carry=True)
-            packed, state = layer(x.to(device), None, pack)
-            rows = TokenLayout.of((2, 150), torch.device(device), mask=mask.to(device))
-            padded, _ = layer(x.view(2, 150, 64).to(device), None, rows)
-            step = TokenLayout.of((3, 1), torch.device(device), start=state.position, carry=True, in_place=True)
-            stepped, _ = layer(x.view(300, 1, 64)[:3].to(device), state, step)
-        results.append([packed.cpu(), padded.cpu(), stepped.cpu()])
-    for cpu, cuda in zip(*results):
-        torch.testing.assert_close(cuda, cpu, rtol=1e-2, atol=1e-2)
+    assert_equal_on(("cpu", "cuda"), layer)

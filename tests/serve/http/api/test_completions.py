@@ -25,12 +25,6 @@ from tests.serve.http.server import LiveServer, live_server, tiny_server, tiny_s
 LETTERS = {str(letter): 60 for letter in b"abcdefgh"}  # a bias that keeps the text to these letters
 
 
-@pytest.fixture(scope="module")
-def client():
-    with tiny_server() as client:
-        yield client
-
-
 def post(client: TestClient, **fields):
     return client.post("/v1/completions", json={"prompt": "The river", **fields})
 

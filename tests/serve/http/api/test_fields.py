@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet.serve.http.api.completions import CompletionBody
-from tests.serve.http.server import tiny_server
-
-
-@pytest.fixture(scope="module")
-def client():
-    with tiny_server() as client:
-        yield client
-
 
 NUMBERS = st.sampled_from([0, 1, 2, 5, -1, 20, 257, 2**31, 2**63, -(2**63), 10**400, 0.0, 0.5, -0.0, 1e-300, 1e300])
 TEXTS = st.sampled_from(["", "a", "€", "\x00", "\ufffd", "<|document|>", "5", "x" * 700, "json_object", "\u2028"])

@@ -7,14 +7,6 @@ import json
 import pytest
 
 from retnet.serve.http.api.json_body import MAX_KEYS, num_keys
-from tests.serve.http.server import tiny_server
-
-
-@pytest.fixture(scope="module")
-def client():
-    with tiny_server() as client:
-        yield client
-
 
 MANY = dict.fromkeys(map(str, range(MAX_KEYS)), "x")
 

@@ -1,13 +1,5 @@
 import pytest
 
-from tests.serve.http.server import tiny_server
-
-
-@pytest.fixture(scope="module")
-def client():
-    with tiny_server() as client:
-        yield client
-
 
 @pytest.mark.parametrize(
     ("path", "instead"), [("/v1/responses", "use /v1/chat/completions"), ("/v1/embeddings", "no embeddings")]
