@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -18,8 +19,15 @@ def tune(
         list[str] | None, typer.Option(help="Key and value dim per head as KxV, such as 256x512; may be repeated.")
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
+    seconds: Annotated[float, typer.Option(min=10, help="Time of the search, for each head size.")] = 50.0,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Measure every tile, without a limit of time.")
+    ] = False,
 ) -> None:
     """Measure block shapes of the GPU kernels on this device and store the best in the cache folder.
+
+    A model of the GPU says which shapes to measure first, and all processors compile. Shapes that are no faster than
+    those in use replace nothing. The file is read by later calls; deleting it restores the defaults.
 
     Example: retnet tune --heads 256x512
     """
@@ -39,8 +47,14 @@ def tune(
 
     for key_dim, value_dim in dict.fromkeys(sizes):
         console.print(f"[bold]{key_dim} x {value_dim}[/], {dtype}")
-        best = measure(key_dim, value_dim, getattr(torch, dtype), report=console.print)
-        console.print(f"  best: {best}")
+        limit = None if exhaustive else seconds
+        found = measure(key_dim, value_dim, getattr(torch, dtype), seconds=limit, report=console.print)
+        before = (
+            "refused by the device" if math.isinf(found.before_milliseconds) else f"{found.before_milliseconds:.3f} ms"
+        )
+        console.print(f"  in use before: {found.before}, {before} forward and backward")
+        console.print(f"  best: {found.tiles}, {found.milliseconds:.3f} ms")
+        console.print(f"  {found.measured} tiles measured in {found.seconds:.0f} s")
     console.print(f"stored in {cache_file()}")
 
 

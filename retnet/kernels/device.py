@@ -10,14 +10,6 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def device_family(device: torch.device) -> str:
-    """ "hopper" where a block has 227 KiB of shared memory, "small" elsewhere and where nothing is known."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "small"
-    has_room = is_hopper(device) or torch.cuda.get_device_capability(device) in ((10, 0), (10, 3))
-    return "hopper" if has_room else "small"
-
-
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -31,6 +23,11 @@ def precision(dtype: torch.dtype) -> str:
     if torch.version.hip is not None:
         return "ieee"
     return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of border states in memory, for inputs of this dtype."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def power_of_two(n: int) -> int:

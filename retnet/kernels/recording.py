@@ -13,8 +13,10 @@ that it made. One that reads a value on the host, or a tensor from elsewhere, al
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ MOST_KINDS = 1024  # recordings of a `Recordings`; beyond it the oldest is forgo
 
 _thread = threading.local()  # .recorder: the recorder of the pass that this thread records
 Results = tuple[Tensor | None, ...]
+Launched = Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], Any]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
@@ -35,6 +38,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if not is_recording():
         return kernel[grid](*arguments, **options)
     return _thread.recorder.launched(kernel, grid, arguments, options)
+
+
+@contextmanager
+def launches_given_to(launched: Launched) -> Iterator[None]:
+    """In a `with` block, `launch` of this thread calls `launched(kernel, grid, arguments, options)` and no kernel."""
+    before = getattr(_thread, "recorder", None)
+    _thread.recorder = SimpleNamespace(launched=launched)
+    try:
+        yield
+    finally:
+        _thread.recorder = before
 
 
 def is_recording() -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.kernels.device import device_family, is_hopper
+from retnet.kernels.architectures import architecture
+from retnet.kernels.device import is_hopper, stored_dtype
 from retnet.kernels.layout import layout
 from retnet.kernels.recording import Recordings
 from retnet.kernels.retention import tiles
-from retnet.kernels.retention.portable.border_states import stored_dtype
 from retnet.kernels.retention.portable.passes import portable_backward, portable_forward, portable_tiles
 from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
 from retnet.kernels.retention.tiles import SEGMENT_LENGTHS, nearest_segment, shared_tile, step_tile
@@ -96,20 +96,21 @@ NOT_WALKED = (
 
 def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: bool) -> dict[str, Any]:
     """The kernels and block shapes of a mode for q [B, T, G, K] and v [B, T, H, V]. `chunk`: tokens per chunk."""
-    family = device_family(q.device)
+    hardware = architecture(q.device)
+    name = "unknown" if hardware is None else hardware.name
     if mode == "recurrent":
         tile = step_tile(q.shape[-1], v.shape[-1], v.shape[0] * v.shape[2], torch.float32, q.shape[1])
         packed = "plain operators, one token after another"
-        return {"kernels": "step", "chunk": 1, "device_family": family, **asdict(tile), "cu_seqlens": packed}
+        return {"kernels": "step", "chunk": 1, "architecture": name, **asdict(tile), "cu_seqlens": packed}
     shape = v.shape[:3] if per_token else v.shape[2:3]
     log_decay = torch.empty(shape, dtype=torch.float32, device=v.device)
     problem = RetentionProblem(q, q, v, log_decay, 1.0, chunk_size=chunk_size)
     shapes = portable_tiles(problem)
-    shared = shared_tile(family, stored_dtype(v.dtype), q.shape[-1], v.shape[-1], shapes.segment)
+    shared = shared_tile(hardware, stored_dtype(v.dtype), q.shape[-1], v.shape[-1], shapes.segment)
     result: dict[str, Any] = {
         "kernels": "portable",
         "chunk": shapes.segment,
-        "device_family": family,
+        "architecture": name,
         "segment": shapes.segment,
         "stored_states": str(stored_dtype(v.dtype)).removeprefix("torch."),
         **{name: asdict(getattr(shapes, name)) for name in ("state", "key_contraction", "value_contraction")},

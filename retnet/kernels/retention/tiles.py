@@ -1,77 +1,28 @@
-"""Block shapes of every kernel, by device family, dtype and head size.
+"""Block shapes of every kernel, by architecture, dtype and head size.
 
 Sequence length is no key. The number of states that can be carried at once, over sequences and the parts of long ones,
 picks one of at most five tiles of the border-state pass, so that a few sequences fill the chip too.
 
 The tokens of a segment share one stored state: longer segments move fewer bytes of state and do more work on pairs of
-tokens. The numbers were measured (benchmarks/bench_retention.py, on an H200). Every shape is correct on every device
-whose shared memory holds it; "small" suits devices with about 100 KiB per block.
+tokens. The numbers of the table were measured (benchmarks/bench_retention.py, on an H200), and sm_90 takes them. Other
+architectures take what a model of their registers and shared memory chooses (`tile_model.py`). Every shape is correct
+on every device whose shared memory holds it; where nothing is known of the device, small ones are taken.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
-from retnet.kernels.device import device_family, multiprocessors, power_of_two
+from retnet.kernels.architectures import KIB, MEASURED, Architecture, architecture
+from retnet.kernels.device import multiprocessors, power_of_two
+from retnet.kernels.retention.tile_model import best_segment_tile, best_state_tiles
+from retnet.kernels.retention.tile_shapes import SegmentTile, SharedTile, StateTile, StepTile, Tiles
 from retnet.system.files import read_json
 
 SEGMENT_LENGTHS = (64, 128, 256)
-
-
-@dataclass(frozen=True)
-class StateTile:
-    """The border-state pass: a [BK, BV] tile of the state, BT tokens per step."""
-
-    BT: int
-    BK: int
-    BV: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class SegmentTile:
-    """The segment kernel: BM rows x BO columns, BN tokens per step, contraction in steps of BR (BS for the state)."""
-
-    BM: int
-    BN: int
-    BR: int
-    BS: int
-    BO: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class SharedTile:
-    """The kernels of heads that share x and y: at most `heads` per program, or all of a group where they are summed."""
-
-    heads: int
-    warps: int
-    sum_warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """All block shapes of one forward and backward pass."""
-
-    segment: int
-    state: StateTile
-    key_contraction: SegmentTile  # out and dv: contract over K, V columns out
-    value_contraction: SegmentTile  # dq and dk: contract over V, K columns out
-
-
-@dataclass(frozen=True)
-class StepTile:
-    """A decode step: BV values of one head per program; a single token takes their keys `slab` at a time."""
-
-    BV: int
-    slab: int
-    warps: int
 
 
 # From large tiles (fewer bytes) to small ones (more programs): the first that fills the chip is taken.
@@ -88,11 +39,15 @@ SMALL = (StateTile(64, 64, 64, 4, 2), StateTile(64, 32, 64, 4, 2), StateTile(64,
 FLOAT32 = (StateTile(32, 64, 64, 4, 2), StateTile(32, 32, 64, 4, 2), StateTile(32, 32, 32, 4, 2))
 
 
-def state_tiles(family: str, dtype: torch.dtype, K: int, V: int) -> tuple[StateTile, ...]:
+def state_tiles(
+    hardware: Architecture | None, dtype: torch.dtype, K: int, V: int, segment: int
+) -> tuple[StateTile, ...]:
     """The candidate tiles of the border-state pass, before the head size limits them."""
+    if hardware is not None and hardware.name != MEASURED:
+        return best_state_tiles(hardware, dtype, K, V, segment)
     if dtype == torch.float32:
         return FLOAT32
-    if family != "hopper":
+    if hardware is None:
         return SMALL
     if not _is_large(K, V):
         return MEDIUM
@@ -158,7 +113,7 @@ def tiles_on(
     if device.type == "cuda" and not per_token:
         tuned = stored_tiles().get(device_key(device, dtype, K, V))
     return tiles_for(
-        device_family(device),
+        architecture(device),
         dtype,
         K,
         V,
@@ -171,7 +126,7 @@ def tiles_on(
 
 
 def tiles_for(
-    family: str,
+    hardware: Architecture | None,
     dtype: torch.dtype,
     K: int,
     V: int,
@@ -182,15 +137,15 @@ def tiles_for(
     chunk_size: int | None = None,
     tuned: Tiles | None = None,
 ) -> Tiles:
-    """Block shapes for a device family, a dtype, a head size, and the number of states carried at once.
+    """Block shapes for an architecture, a dtype, a head size, and the number of states carried at once.
 
-    With `per_token` decay, pairs of tokens cost more. `tuned` replaces the table's shapes; a given `chunk_size`
-    replaces the length of a segment by the nearest supported one.
+    Where `hardware` is None nothing is known of the device. With `per_token` decay, pairs of tokens cost more. `tuned`
+    replaces the default shapes; a given `chunk_size` replaces the length of a segment by the nearest supported one.
     """
-    short = dtype == torch.float32 or (per_token and not _is_large(K, V))
-    tile = _float32_tile if dtype == torch.float32 else _hopper_tile if family == "hopper" else _small_tile
-    candidates = state_tiles(family, dtype, K, V)
-    tiles = Tiles(64 if short else 128, _state_tile(candidates, K, V, num_states, processors), tile(K, V), tile(V, K))
+    segment = 64 if dtype == torch.float32 or (per_token and not _is_large(K, V)) else 128
+    candidates = state_tiles(hardware, dtype, K, V, segment)
+    state = _state_tile(candidates, K, V, num_states, processors)
+    tiles = Tiles(segment, state, *(_segment_tile(hardware, dtype, R, O, segment) for R, O in ((K, V), (V, K))))
     if V <= 64:
         tiles = replace(tiles, value_contraction=replace(tiles.value_contraction, stages=2))
     if tuned is not None:
@@ -208,13 +163,21 @@ def _state_tile(candidates: tuple[StateTile, ...], K: int, V: int, num_states: i
     return tile
 
 
-def shared_tile(family: str, states: torch.dtype, K: int, V: int, segment: int) -> SharedTile | None:
+def shared_tile(hardware: Architecture | None, states: torch.dtype, K: int, V: int, segment: int) -> SharedTile | None:
     """The tile of heads that share queries and keys, for stored states of dtype `states`. None if a program cannot hold
     the rows of a segment and a state whole."""
-    hopper = family == "hopper"
-    if max(power_of_two(K), power_of_two(V)) * states.itemsize > (256 if hopper else 128) or segment > 64:
+    roomy = hardware is not None and hardware.shared >= 160 * KIB
+    if max(power_of_two(K), power_of_two(V)) * states.itemsize > (256 if roomy else 128) or segment > 64:
         return None
-    return SharedTile(16, 4, 8, 3 if hopper else 2)
+    return SharedTile(16, 4, 8, 3 if roomy else 2)
+
+
+def _segment_tile(hardware: Architecture | None, dtype: torch.dtype, R: int, O: int, segment: int) -> SegmentTile:
+    if hardware is not None and hardware.name != MEASURED:
+        return best_segment_tile(hardware, dtype, R, O, segment)
+    if dtype == torch.float32:
+        return _float32_tile(R, O)
+    return _small_tile(R, O) if hardware is None else _hopper_tile(R, O)
 
 
 def _float32_tile(R: int, O: int) -> SegmentTile:

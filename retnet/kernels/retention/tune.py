@@ -1,155 +1,159 @@
 """Tuning: measures block shapes on this device and stores the best ones, by device, dtype and head size.
 
-Every stage is timed alone on random data that fills the chip: the border-state pass, and the segment kernel in its four
-roles. Shapes that the compiler or the device refuses are skipped. The result is kept in `tiles.cache_file()`, which
-later calls read instead of the shipped table; deleting the file restores the table.
+Every stage is timed alone on random data that fills the device (`tune_stages.py`). The model of the architecture says
+what to measure first (`tune_search.py`), and as many processes compile as there are processors (`tune_compile.py`), so
+that a search from a cold cache takes less than a minute. The result is kept in `tiles.cache_file()`, which later calls
+read instead of the defaults; deleting the file restores them.
 """
 
-import itertools
+import math
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 
-from retnet.kernels.device import power_of_two
-from retnet.kernels.retention.portable.border_states import border_states, stored_dtype
-from retnet.kernels.retention.portable.segment_decay import SegmentDecay
-from retnet.kernels.retention.portable.segment_kernel import read_segments
-from retnet.kernels.retention.portable.segment_read import SegmentRead
+from retnet.kernels.architectures import architecture
+from retnet.kernels.retention.tile_model import predict_segment, predict_state
+from retnet.kernels.retention.tile_shapes import StateTile, Tiles
+from retnet.kernels.retention.tile_space import segment_space, state_space
 from retnet.kernels.retention.tiles import (
     SEGMENT_LENGTHS,
-    SegmentTile,
-    StateTile,
-    Tiles,
     cache_file,
     device_key,
     forget_stored_tiles,
     stored_tiles,
+    tiles_on,
 )
-from retnet.kernels.segments import Segments
+from retnet.kernels.retention.tune_compile import Compilers
+from retnet.kernels.retention.tune_search import Job, Search, Tile
+from retnet.kernels.retention.tune_stages import Stages
 from retnet.system.extras import needs
 from retnet.system.files import write_json
 
 with needs("triton", "Tuning"):
     from triton.compiler.errors import CompilationError
+    from triton.runtime.driver import driver
     from triton.runtime.errors import OutOfResources
 
-Tile = TypeVar("Tile", StateTile, SegmentTile)
+SECONDS = 50.0  # of a search
+RESERVE = 4.0  # seconds of them for the last measurements
+REPEATS, REPEATS_AGAIN = 5, 25  # timed runs per tile
+MANY = 1 << 20  # states at once: the tiles in use are those of calls that fill the device
 
-REPEATS = 7  # timed runs per tile
 
-# (x, y, z, reversed, heads summed) of the segment kernel's roles.
-ROLES = {
-    "out": ("q", "k", "v", False, False),
-    "dv": ("k", "q", "v", True, False),
-    "dq": ("v", "v", "k", False, True),
-    "dk": ("v", "v", "q", True, True),
-}
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found: the tiles, their milliseconds for one forward and backward pass of 8 x 4096 tokens and 8
+    heads, those of the tiles in use before (infinite if the device refuses them), and what it took."""
+
+    tiles: Tiles
+    milliseconds: float
+    before: Tiles
+    before_milliseconds: float
+    measured: int
+    seconds: float
 
 
 def tune(
-    K: int, V: int, dtype: torch.dtype = torch.bfloat16, *, report: Callable[[str], None] = lambda line: None
-) -> Tiles:
+    K: int,
+    V: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    seconds: float | None = SECONDS,
+    report: Callable[[str], None] = lambda line: None,
+) -> Tuned:
     """Measure, store and return the best block shapes for heads of K x V on the current device.
 
-    RuntimeError without a GPU. `report` receives one line per measured shape.
+    seconds: the time of the search; None measures every tile. `report` receives one line per measured tile.
+    RuntimeError without a GPU, and if no tile fits it.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("no CUDA device: block shapes are tuned on the device that will run them")
-    best: tuple[float, Tiles] | None = None
+    start, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
+    before = tiles_on(device, dtype, K, V, MANY, False, None)
+
+    def seconds_left() -> float:
+        return math.inf if seconds is None else seconds - RESERVE - (time.monotonic() - start)
+
+    target = driver.active.get_current_target()
+    name = str(dtype).removeprefix("torch.")
+    with Compilers(K, V, name, (target.backend, target.arch, target.warp_size)) as compilers:
+        timer = Timer(Stages(K, V, name, "cuda"), compilers, seconds_left, report)
+        search = Search(ranked(device, dtype, K, V), before, timer, seconds_left)
+        if seconds is None:
+            search.beam = None
+        chosen, milliseconds, before_milliseconds = search.run()
+    store(device_key(device, dtype, K, V), chosen)
+    took = time.monotonic() - start
+    return Tuned(chosen, milliseconds, before, before_milliseconds, len(search.times), took)
+
+
+def ranked(device: torch.device, dtype: torch.dtype, K: int, V: int) -> dict[tuple[int, str], list[Tile]]:
+    """The tiles of every (segment, stage) that can be measured, the fastest by the model first."""
+    hardware = architecture(device)
+    assert hardware is not None
+    result: dict[tuple[int, str], list[Tile]] = {}
     for segment in SEGMENT_LENGTHS:
-        segments = Segments.of(8, 4096, segment, None)
-        problem = _problem(segments, K, V, dtype)
-        state, state_ms = _fastest(_state_tiles(K, V), partial(_border_states, problem, segments), report)
-        key, key_ms = _fastest(_segment_tiles(K, V), partial(_roles, problem, segments, ("out", "dv")), report)
-        value, value_ms = _fastest(_segment_tiles(V, K), partial(_roles, problem, segments, ("dq", "dk")), report)
-        total = 3 * state_ms + key_ms + value_ms  # one border-state pass forward, two backward
-        report(f"segment {segment}: {total:.3f} ms forward and backward")
-        if best is None or total < best[0]:
-            best = total, Tiles(segment, state, key, value)
-    assert best is not None
+        times: dict[Tile, float] = {
+            tile: predict_state(hardware, tile, dtype, K, V, segment).milliseconds
+            for tile in state_space(hardware, K, V, segment)
+        }
+        result[segment, "state"] = sorted(times, key=times.__getitem__)
+        for stage, R, O in (("key_contraction", K, V), ("value_contraction", V, K)):
+            times = {
+                tile: predict_segment(hardware, tile, dtype, R, O, segment).milliseconds
+                for tile in segment_space(hardware, R, O, segment)
+            }
+            result[segment, stage] = sorted(times, key=times.__getitem__)
+    return result
+
+
+def store(key: str, tiles: Tiles) -> None:
+    """Add an entry to the file of measured tiles, and make the next call read it."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     forget_stored_tiles()  # another process may have stored some since
-    table = {key: asdict(tiles) for key, tiles in stored_tiles().items()}
-    table[device_key(torch.device("cuda"), dtype, K, V)] = asdict(best[1])
+    table = {name: asdict(kept) for name, kept in stored_tiles().items()} | {key: asdict(tiles)}
     write_json(path, dict(sorted(table.items())))
     forget_stored_tiles()
-    return best[1]
 
 
-def _state_tiles(K: int, V: int) -> Iterator[StateTile]:
-    key, value = power_of_two(K), power_of_two(V)
-    for BK, BV, BT in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256), (32, 64, 128)):
-        if min(key, 32) <= BK <= key and min(value, 32) <= BV <= value:
-            warps = 8 if BK * BV > 128 * 128 else 4
-            yield from (StateTile(BT, BK, BV, warps, stages) for stages in (3, 4))
+@dataclass
+class Timer:
+    """`tune_search.Measure` on the current device: compiles in the pool, and times each tile as soon as it is ready."""
 
+    stages: Stages
+    compilers: Compilers
+    seconds_left: Callable[[], float]
+    report: Callable[[str], None]
 
-def _segment_tiles(R: int, O: int) -> Iterator[SegmentTile]:
-    step, width = min(power_of_two(R), 64), power_of_two(O)
-    for BM, BN, BO, warps in ((64, 64, 64, 4), (64, 64, 128, 4), (128, 64, 128, 8), (128, 64, 256, 8)):
-        tile = SegmentTile(BM, BN, step, step, min(BO, width), warps, 2)
-        yield from (replace(tile, stages=stages) for stages in (2, 3))
-        if step < power_of_two(R) <= 256:
-            yield replace(tile, BR=power_of_two(R))
+    def __call__(self, jobs: Sequence[Job], again: bool) -> dict[Job, float]:
+        if again:
+            rounds = [{job: self._milliseconds(job, REPEATS_AGAIN) for job in jobs} for _ in range(3)]
+            return {job: min(times[job] for times in rounds) for job in jobs}
+        times = {}
+        for job, refused in self.compilers.compiled(jobs, self.seconds_left):
+            try:
+                times[job] = math.inf if refused else self._milliseconds(job, REPEATS)
+            except (OutOfResources, CompilationError) as error:
+                times[job], refused = math.inf, str(error)
+            outcome = f"refused ({refused})" if refused else f"{times[job]:.3f} ms"
+            kind = "" if isinstance(job.tile, StateTile) else f"{job.stage} "
+            self.report(f"{kind}{job.tile}, segments of {job.segment}: {outcome}")
+        return times
 
-
-def _problem(segments: Segments, K: int, V: int, dtype: torch.dtype) -> dict[str, torch.Tensor | SegmentDecay]:
-    """Eight heads of 32768 tokens: more programs than any device runs at once."""
-    H = 8
-    q, k = (torch.randn(segments.num_tokens, H, K, device="cuda", dtype=dtype) for _ in range(2))
-    v = torch.randn(segments.num_tokens, H, V, device="cuda", dtype=dtype)
-    states = torch.randn(segments.num_slots, H, K, V, device="cuda").to(stored_dtype(dtype))
-    decay = SegmentDecay.of(torch.linspace(-0.03, -0.001, H, device="cuda"), None, segments)
-    return {"q": q, "k": k, "v": v, "states": states, "decay": decay}
-
-
-def _border_states(problem: dict, segments: Segments, tile: StateTile) -> None:
-    border_states(
-        problem["k"],
-        problem["v"],
-        problem["decay"],
-        segments,
-        tile,
-        scale=1.0,
-        initial=None,
-        final_dtype=torch.float32,
-        reverse=False,
-    )
-
-
-def _roles(problem: dict, segments: Segments, roles: tuple[str, ...], tile: SegmentTile) -> None:
-    for role in roles:
-        x, y, z, reverse, sum_heads = ROLES[role]
-        tensors = (problem[name] for name in (x, y, z, "states"))
-        read_segments(SegmentRead(*tensors, problem["decay"], segments, 1.0, 1.0, reverse, sum_heads), tile)
-
-
-def _fastest(tiles: Iterator[Tile], run: Callable[[Tile], None], report: Callable[[str], None]) -> tuple[Tile, float]:
-    timed = []
-    for tile in tiles:
-        try:
-            timed.append((_milliseconds(partial(run, tile)), tile))
-        except (OutOfResources, CompilationError) as error:
-            report(f"{tile}: refused ({error})")
-            continue
-        report(f"{tile}: {timed[-1][0]:.3f} ms")
-    if not timed:
-        raise RuntimeError("no block shape fits this device")
-    milliseconds, tile = min(timed, key=lambda pair: pair[0])
-    return tile, milliseconds
-
-
-def _milliseconds(run: Callable[[], None]) -> float:
-    run()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
-    for start, end in events:
-        start.record()
+    def _milliseconds(self, job: Job, repeats: int) -> float:
+        """The median over runs that were queued while the device was busy: the host's time is not measured."""
+        run = partial(self.stages.run, job)
         run()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        torch.cuda._sleep(2_000_000 * min(repeats, 8))
+        for start, end in events:
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events)

@@ -8,10 +8,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from retnet.kernels.architectures import ARCHITECTURES
 from retnet.kernels.device import power_of_two
 from retnet.kernels.retention import tiles
 from retnet.kernels.retention.dispatch import plan
-from retnet.kernels.retention.tune import _segment_tiles, _state_tiles
+from retnet.kernels.retention.tile_space import segment_space, state_space
 
 
 @pytest.fixture
@@ -25,10 +26,11 @@ def stored(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [8, 16, 24, 64, 512])
 def test_tuning_has_candidates_for_every_head_size(size):
-    candidates = list(_state_tiles(size, 16))
-    assert candidates
-    assert all(power_of_two(size) >= t.BK and t.BV == 16 for t in candidates)
-    assert list(_segment_tiles(size, 16))
+    for hardware in ARCHITECTURES.values():
+        candidates = list(state_space(hardware, size, 16, 64))
+        assert candidates
+        assert all(power_of_two(size) >= t.BK and t.BV == 16 and t.BT <= 64 for t in candidates)
+        assert list(segment_space(hardware, size, 16, 64))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"gpu": {"segment": 64}}', '{"gpu": 3}'])
@@ -39,7 +41,7 @@ def test_a_file_of_another_form_is_refused_with_its_path(stored, text):
 
 
 def test_stored_tiles_are_read_back(stored):
-    kept = tiles.tiles_for("hopper", torch.bfloat16, 64, 64, num_states=1000, processors=132)
+    kept = tiles.tiles_for(ARCHITECTURES["sm_90"], torch.bfloat16, 64, 64, num_states=1000, processors=132)
     stored.write_text(json.dumps({"a gpu": asdict(kept)}))
     assert tiles.stored_tiles() == {"a gpu": kept}
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retnet.kernels.decay import decay_parts
-from retnet.kernels.device import multiprocessors, precision
+from retnet.kernels.device import multiprocessors, precision, stored_dtype
 from retnet.kernels.recording import launch
 from retnet.kernels.retention.portable.segment_decay import (
     SegmentDecay,
@@ -30,17 +30,12 @@ from retnet.kernels.retention.portable.segment_decay import (
     leave,
 )
 from retnet.kernels.retention.portable.sequence_parts import as_stored, join_parts, part_bounds
-from retnet.kernels.retention.tiles import StateTile
+from retnet.kernels.retention.tile_shapes import StateTile
 from retnet.kernels.segments import Segments, head_pointer, load_tile, sequence_bounds, state_of, tokens_ok
 
 PROGRAMS_PER_PROCESSOR = 4  # for split sequences: programs hide each other's latency
 LEAST_SEGMENTS = 8  # per part: with fewer, joining costs more than it saves
 MOST_PARTS = 16
-
-
-def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of stored states for inputs of this dtype."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def border_states(

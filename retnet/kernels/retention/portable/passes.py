@@ -15,7 +15,8 @@ from retnet.kernels.retention.portable.segment_decay import SegmentDecay
 from retnet.kernels.retention.portable.segment_kernel import read_segments
 from retnet.kernels.retention.portable.segment_read import SegmentRead
 from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
-from retnet.kernels.retention.tiles import SEGMENT_LENGTHS, Tiles, tiles_on
+from retnet.kernels.retention.tile_shapes import Tiles
+from retnet.kernels.retention.tiles import SEGMENT_LENGTHS, tiles_on
 from retnet.kernels.segments import Segments
 
 

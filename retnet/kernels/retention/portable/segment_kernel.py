@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retnet.kernels.device import device_family
+from retnet.kernels.architectures import architecture
 from retnet.kernels.recording import launch
 from retnet.kernels.retention.portable.segment_decay import (
     between,
@@ -30,7 +30,8 @@ from retnet.kernels.retention.portable.segment_decay import (
 )
 from retnet.kernels.retention.portable.segment_read import SegmentRead, load_state, store_tile
 from retnet.kernels.retention.portable.shared_heads_kernel import read_shared_segments
-from retnet.kernels.retention.tiles import SegmentTile, shared_tile
+from retnet.kernels.retention.tile_shapes import SegmentTile
+from retnet.kernels.retention.tiles import shared_tile
 from retnet.kernels.segments import head_pointer, load_tile, segment_bounds, state_of, tokens_ok
 
 
@@ -39,7 +40,7 @@ def read_segments(read: SegmentRead, tile: SegmentTile) -> tuple[Tensor, Tensor 
     H, L, slots = read.states.shape[1], read.segments.length, read.segments.num_slots
     groups, out_heads = read.x.shape[1], read.z.shape[1]
     if min(groups, out_heads) < H and slots > 0:
-        shared = shared_tile(device_family(read.z.device), read.states.dtype, *read.states.shape[2:], L)
+        shared = shared_tile(architecture(read.z.device), read.states.dtype, *read.states.shape[2:], L)
         if shared is not None:
             return read_shared_segments(read, shared)
     column_tiles = triton.cdiv(read.z.shape[2], tile.BO)

@@ -19,7 +19,7 @@ from retnet.kernels.retention.portable.segment_decay import (
     running,
 )
 from retnet.kernels.retention.portable.segment_read import SegmentRead, load_state, store_tile
-from retnet.kernels.retention.tiles import SharedTile
+from retnet.kernels.retention.tile_shapes import SharedTile
 from retnet.kernels.segments import head_pointer, load_tile, segment_bounds, state_of, tokens_ok
 
 
