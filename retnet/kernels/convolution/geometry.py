@@ -2,14 +2,19 @@
 
 A program walks one segment of tokens and keeps its windows in registers, so its size is a matter of registers: channels
 per thread, times the width. Its loads in flight hide the memory's latency: rows per step, times programs per
-multiprocessor.
+multiprocessor. The numbers were measured on an H200. Other architectures keep the channels per thread and the warps per
+multiprocessor: a GPU with wider warps has more channels per program, and one that holds few programs at once, more
+warps per program.
 """
 
+import math
 from dataclasses import dataclass
 
 import triton
 
-BLOCK = 128  # channels per program: four per thread. With eight, too few programs fit a multiprocessor
+from retnet.kernels.architectures import MEASURED, Architecture
+
+LANE_CHANNELS = 4  # channels per thread. With eight, too few programs fit a multiprocessor
 LEAST_SEGMENT = 16  # a shorter one would read mostly its neighbours' tokens
 ENOUGH_WARPS = 2048  # more do not run faster on a GPU of 132 multiprocessors
 
@@ -24,21 +29,41 @@ class Geometry:
     warps: int = 1
 
 
-def geometry(width: int, tokens: int, channels: int, *, backward: bool) -> Geometry:
+def geometry(
+    width: int, tokens: int, channels: int, *, backward: bool, hardware: Architecture | None = None
+) -> Geometry:
     """The geometry for [tokens, channels] in total; small calls have short segments, to occupy the whole GPU."""
     if width > 4:
-        chosen = Geometry(segment=128, channels=BLOCK, rows=4 if backward else 8)
+        segment, rows = 128, 4 if backward else 8
     elif backward:
-        chosen = Geometry(segment=128, channels=BLOCK, rows=8)
+        segment, rows = 128, 8
     else:
-        chosen = Geometry(segment=64, channels=BLOCK, rows=4)
-    return shortened(chosen, tokens, channels)
+        segment, rows = 64, 4
+    enough = ENOUGH_WARPS
+    if hardware is None or hardware.name == MEASURED:
+        warps, lanes = 1, 32
+    else:
+        warps, lanes = warps_per_program(hardware, registers(width, rows, backward)), hardware.lanes
+        enough = 16 * hardware.processors
+    chosen = Geometry(segment, LANE_CHANNELS * lanes * warps, rows, warps)
+    return shortened(chosen, tokens, channels, enough)
 
 
-def shortened(chosen: Geometry, tokens: int, channels: int) -> Geometry:
+def registers(width: int, rows: int, backward: bool) -> int:
+    """An upper bound of the registers per thread: weights, windows and loaded rows of its channels, and addresses."""
+    return 48 + LANE_CHANNELS * ((3 if backward else 2) * width + (2 if backward else 1) * rows)
+
+
+def warps_per_program(hardware: Architecture, registers: int) -> int:
+    """The fewest warps per program with which a multiprocessor's limit of programs is not what limits its warps."""
+    most = min(hardware.warps, hardware.registers // (hardware.lanes * registers))
+    return 1 << max(0, math.ceil(most / hardware.programs) - 1).bit_length()
+
+
+def shortened(chosen: Geometry, tokens: int, channels: int, enough: int = ENOUGH_WARPS) -> Geometry:
     """The same with no more channels than there are, and with shorter segments while some processors have no work."""
     BC = min(chosen.channels, triton.next_power_of_2(channels))
     segment, blocks = chosen.segment, triton.cdiv(channels, BC) * chosen.warps
-    while segment > LEAST_SEGMENT and triton.cdiv(tokens, segment) * blocks < ENOUGH_WARPS:
+    while segment > LEAST_SEGMENT and triton.cdiv(tokens, segment) * blocks < enough:
         segment //= 2
     return Geometry(segment, BC, chosen.rows, chosen.warps)

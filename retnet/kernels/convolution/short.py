@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.architectures import architecture
 from retnet.kernels.convolution.activation import activated, activation_gradient, per_unit
 from retnet.kernels.convolution.geometry import Geometry, geometry
 from retnet.kernels.convolution.sums import add_up
@@ -63,7 +64,8 @@ class Convolution:
 
     def tile(self, *, backward: bool) -> Geometry:
         tokens = self.x.shape[0] * self.x.shape[1]
-        return geometry(self.width, tokens, self.num_channels, backward=backward)
+        hardware = architecture(self.x.device)
+        return geometry(self.width, tokens, self.num_channels, backward=backward, hardware=hardware)
 
     def segments(self, tile: Geometry) -> Segments:
         return Segments.of(*self.x.shape[:2], tile.segment, self.cu_seqlens)

@@ -2,7 +2,8 @@
 
 It chooses tiles on architectures on which none was measured, and the order in which tuning measures them. The bytes of
 shared memory are an upper bound: what Triton's pipeline buffers, and the largest scratch that a change of layout takes.
-Registers are a fit to compiled kernels (dev/LOG.md). A program that needs more of either than there is does not fit.
+Registers are a fit to compiled kernels of 16-bit inputs (dev/LOG.md). A program that needs more of either than there is
+does not fit. Float32 products are split in three, which the model does not know: its tiles are fixed.
 
 Time: a step of a program's loop waits for the slowest of the matrix products, the loads through the cache, both for all
 programs of a multiprocessor together, and the latency of memory, which stages and other programs hide.
@@ -48,6 +49,7 @@ def predict_state(
     scratch = 0 if architecture.lanes == 64 else max(BT * BK * item, BK * BV * stored)
     shared = _buffers(architecture, tile.stages) * loads + scratch + BARRIERS
     registers = 40 + 1.6 * cells + loads / threads * (0.75 if architecture.lanes == 64 else 0.125)
+    registers += 20 if stored > item else 0  # float16, whose states are rounded and stored as float32
     programs = SEQUENCES * HEADS * math.ceil(K / BK) * math.ceil(V / BV)
     stores = BK * BV * stored * BT / segment  # per step
     unique = TOKENS * HEADS * ((K + V) * item + K * V * stored / segment)

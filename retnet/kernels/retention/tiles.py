@@ -5,8 +5,9 @@ picks one of at most five tiles of the border-state pass, so that a few sequence
 
 The tokens of a segment share one stored state: longer segments move fewer bytes of state and do more work on pairs of
 tokens. The numbers of the table were measured (benchmarks/bench_retention.py, on an H200), and sm_90 takes them. Other
-architectures take what a model of their registers and shared memory chooses (`tile_model.py`). Every shape is correct
-on every device whose shared memory holds it; where nothing is known of the device, small ones are taken.
+architectures take what a model of their registers and shared memory chooses (`tile_model.py`); for float32 small ones
+that fit all of them. Every shape is correct on every device whose shared memory holds it; where nothing is known of
+the device, small ones are taken.
 """
 
 import os
@@ -43,10 +44,10 @@ def state_tiles(
     hardware: Architecture | None, dtype: torch.dtype, K: int, V: int, segment: int
 ) -> tuple[StateTile, ...]:
     """The candidate tiles of the border-state pass, before the head size limits them."""
-    if hardware is not None and hardware.name != MEASURED:
-        return best_state_tiles(hardware, dtype, K, V, segment)
     if dtype == torch.float32:
         return FLOAT32
+    if hardware is not None and hardware.name != MEASURED:
+        return best_state_tiles(hardware, dtype, K, V, segment)
     if hardware is None:
         return SMALL
     if not _is_large(K, V):
@@ -173,10 +174,10 @@ def shared_tile(hardware: Architecture | None, states: torch.dtype, K: int, V: i
 
 
 def _segment_tile(hardware: Architecture | None, dtype: torch.dtype, R: int, O: int, segment: int) -> SegmentTile:
-    if hardware is not None and hardware.name != MEASURED:
-        return best_segment_tile(hardware, dtype, R, O, segment)
     if dtype == torch.float32:
         return _float32_tile(R, O)
+    if hardware is not None and hardware.name != MEASURED:
+        return best_segment_tile(hardware, dtype, R, O, segment)
     return _small_tile(R, O) if hardware is None else _hopper_tile(R, O)
 
 

@@ -7,9 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retnet.kernels.architectures import Architecture, architecture
 from retnet.kernels.segments import Segments
 
-TILE = 512  # numbers of state per program (a warp)
+LANE_NUMBERS = 16  # of state, per thread: a program is a warp
+
+
+def numbers_per_program(hardware: Architecture | None) -> int:
+    """The numbers of state of a program. All states of a channel are in one thread where there are at most 16."""
+    return LANE_NUMBERS * (32 if hardware is None else hardware.lanes)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Scan:
         B, T, D = x.shape
         N = rate.shape[1]
         BN = triton.next_power_of_2(N)
-        BD = min(max(1, TILE // BN), triton.next_power_of_2(D))
+        BD = min(max(1, numbers_per_program(architecture(x.device)) // BN), triton.next_power_of_2(D))
         state = None if state is None else state.float().contiguous()
         return cls(
             *(_token_rows(z) for z in (x, step)),

@@ -11,7 +11,7 @@ from retnet.kernels.retention.tile_model import predict_segment, predict_state
 from retnet.kernels.retention.tile_shapes import SegmentTile, StateTile
 from retnet.kernels.retention.tile_space import segment_space, state_space
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16)
 SIZES = ((16, 16), (24, 64), (64, 64), (64, 128), (128, 64), (128, 128), (256, 256), (256, 512), (512, 512))
 H200 = ARCHITECTURES[MEASURED]
 

@@ -50,7 +50,7 @@ def compiled(kernel, constants: dict, capability: int):
 def test_a_kernel_compiles_and_spills_at_most_64_bytes(kernel, extra, capability, tmp_path):
     import triton.backends.nvidia as nvidia
 
-    N, tile = 16, inputs.TILE // (2 if kernel is backward._gradients else 1)
+    N, tile = 16, inputs.numbers_per_program(None) // (2 if kernel is backward._gradients else 1)
     shapes = {"D": 1536, "N": N, "BN": N, "BD": tile // N, "L": 32, "PACKED": False}
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled(kernel, shapes | extra, capability).asm["cubin"])
