@@ -14,6 +14,7 @@ from retnet.cli import main
         (["--heads", "0x64"], "positive integers"),
         (["--heads", "64x64", "--dtype", "int8"], "dtype is 'int8'; accepted: bfloat16"),
         (["arch_beginner_llama_mini"], "nothing to tune"),
+        (["--heads", "64x64", "--seconds", "1"], "greater than or equal to 10"),
     ],
 )
 def test_wrong_arguments_end_in_one_message(arguments, message, capsys):

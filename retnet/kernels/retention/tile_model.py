@@ -49,7 +49,8 @@ def predict_state(
     scratch = 0 if architecture.lanes == 64 else max(BT * BK * item, BK * BV * stored)
     shared = _buffers(architecture, tile.stages) * loads + scratch + BARRIERS
     registers = 40 + 1.6 * cells + loads / threads * (0.75 if architecture.lanes == 64 else 0.125)
-    registers += 20 if stored > item else 0  # float16, whose states are rounded and stored as float32
+    registers += 35 if stored > item else 0  # float16, whose states are rounded and stored as float32
+    registers += 40 if architecture.name.startswith("sm_10") else 0  # the state comes from tensor memory to be decayed
     programs = SEQUENCES * HEADS * math.ceil(K / BK) * math.ceil(V / BV)
     stores = BK * BV * stored * BT / segment  # per step
     unique = TOKENS * HEADS * ((K + V) * item + K * V * stored / segment)

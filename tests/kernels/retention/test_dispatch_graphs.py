@@ -126,11 +126,12 @@ def test_tuned_shapes_are_stored_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv("RETNET_CACHE", str(tmp_path))
     monkeypatch.setattr("retnet.kernels.retention.tune.SEGMENT_LENGTHS", (64,))
     monkeypatch.setattr(
-        "retnet.kernels.retention.tune._state_tiles", lambda K, V: iter([tiles.StateTile(32, 32, 32, 4, 3)])
+        "retnet.kernels.retention.tune.state_space", lambda *shape: iter([tiles.StateTile(32, 32, 32, 4, 3)])
     )
+    monkeypatch.setattr("retnet.kernels.retention.tune_search.MARGIN", 1000.0)  # whatever was found is taken
     tiles.forget_stored_tiles()
     try:
-        tuned = tune(32, 32)
+        tuned = tune(32, 32).tiles
         assert tiles.stored_tiles()[tiles.device_key(torch.device("cuda"), torch.bfloat16, 32, 32)] == tuned
         q, _, v, _ = make(B=200, T=16, K=32, V=32)
         assert retention_plan(q, v).detail["state"]["BT"] == 32
