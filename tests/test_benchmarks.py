@@ -60,6 +60,20 @@ def test_the_benchmark_of_speculation_finds_the_tokens_of_plain_decoding(tmp_pat
     assert all(float(line[3]) >= 1 and float(line[4]) > 0 for line in lines)
 
 
+def test_the_table_of_converted_models_has_a_row_of_every_class_with_small_differences():
+    done = run("converter_parity")
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    classes = " ".join(line[1] for line in lines)
+    for word in ("MiniMax", "Jamba", "Bamba", "FalconH1", "Zamba2", "Mamba2", "Llama", "Qwen3"):
+        assert f"`{word}ForCausalLM`" in classes
+    named = " ".join(line[0] for line in lines)
+    assert all(word in named for word in ("bailing_moe_linear", "minicpm_sala", "FLA's SimpleGatedLinearAttention"))
+    for _, _, largest, *cells in lines:
+        bounds = (1e-5, 1e-5, 1e-10, 1e-10)
+        assert all(float(cell) <= bound * float(largest) for cell, bound in zip(cells, bounds, strict=True))
+
+
 def test_the_generation_benchmark_writes_rows_and_plots_them(tmp_path):
     file, picture = tmp_path / "points.csv", tmp_path / "picture.png"
     words = ["--sections", "position,batch,first,prefix,restore", "--positions", 8, "--batch", 1, "--prompts", 16]
