@@ -17,15 +17,20 @@ from retnet.cli import app
 from retnet.cli.diagnosis import child
 from retnet.cli.help_text import all_examples, example_of, short_help
 from retnet.models import presets
-from retnet.models.directory import load_model
+from retnet.models.directory import load_model, save_model
 from tests.cli.command import run
 from tests.paths import ROOT
 from tests.stack.specs import BASE
+from tests.train.distil.models import teacher
 
 COMMAND = typer.main.get_command(app)
 EXAMPLES = dict(all_examples(COMMAND))
 # What a test runs instead, where the example takes minutes or does not end.
-SHORTER = {"max_steps=1000": "max_steps=2 length=16 num_samples=0", "arch_expert_research_mini": "small.yml"}
+SHORTER = {
+    "max_steps=1000": "max_steps=2 length=16 num_samples=0",
+    "arch_expert_research_mini": "small.yml",
+    "--keep-attention 4": "max_steps=2 length=16 num_samples=0 --keep-attention 1",
+}
 SLOW = ("retnet train", "retnet distil")
 
 
@@ -111,6 +116,8 @@ def test_every_example_runs(folder, capsys, monkeypatch, verb):
         monkeypatch.setattr(child, "findings_of", lambda *arguments: iter(()))
     if verb == "retnet tune":  # it measures a GPU
         expected = 2
+    if verb == "retnet distil":
+        save_model(teacher(2), folder / "my-llama")
     if "gpt2/tokenizer.json" in example:
         write_tokenizer(folder / "gpt2")
     if "tokens/wiki" in example and verb in ("retnet data show", "retnet data check"):
