@@ -25,6 +25,12 @@ def _template(keys: str) -> str:
     return changed((_R_MIXER, f"{_R_MIXER}    {keys}\n"))
 
 
+def _hyper(settings: str) -> str:
+    """Hyper-connections in all layers."""
+    residual = f"residual: {{type: hyper_connection, hyper: {{{settings}}}}}"
+    return changed((_R_MIXER, f"{_R_MIXER}    {residual}\n"), (_A_FFN, f"{_A_FFN}\n    {residual}"))
+
+
 def _branched(settings: str) -> str:
     mixer = f"      type: branched\n      branched: {{{settings}}}\n    ffn: {{type: gated_mlp}}\n"
     return changed((f"      type: retnet\n{_R_MIXER}", mixer))
@@ -83,6 +89,9 @@ RUN = {
     "parallel: add": _streams(", merge: {type: add}"),
     "parallel: gated": _streams(", merge: {type: gated}"),
     "parallel: cross_attn": _streams(", merge: {type: cross_attn, from: right, to: left}"),
+    "residual: hyper_connection": _hyper("expand: 4, mixing: birkhoff, sinkhorn_iters: 3"),
+    "hyper_connection: unconstrained": _hyper("expand: 2, mixing: unconstrained"),
+    "hyper_connection: learned_lowrank": _hyper("expand: 2, mixing: learned_lowrank"),
     "optimizer: muon": _more(f"training_hints: {{optimizer: muon, {_MUON}}}\n"),
     "optimizer: hybrid": _more(
         "training_hints: {optimizer: hybrid, optimizer_groups: {muon: ['layers.*.weight'], "
@@ -118,10 +127,6 @@ REFUSED = {
     "quant_aware_training": (
         _more("compatibility: {quant_aware_training: {enabled: true, dtype: fp8, scope: [ffn], dequant_to: bf16}}\n"),
         "compatibility.quant_aware_training", "quant_aware_training",
-    ),
-    "residual: hyper_connection": (
-        _template("residual: {type: hyper_connection, hyper: {expand: 4, mixing: birkhoff, sinkhorn_iters: 3}}"),
-        "layer_templates.r.residual", "type: hyper_connection",
     ),
     "integrator: discrete": (
         changed((_SCHEDULE, f"{_SCHEDULE}- integrator: {{type: discrete, steps: 2, body: r}}\n")),
