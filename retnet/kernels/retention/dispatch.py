@@ -83,7 +83,7 @@ def _backward(
     if not need_dlog_decay and _may_walk(problem.q, problem.v):
         from retnet.kernels.retention.hopper import passes as hopper
 
-        if hopper.walk_supported(problem, dfinal):
+        if hopper.walk_supported(problem, dfinal, backward=True):
             return hopper.walk_backward(problem, dout, dfinal, need_dstate=need_dstate)
     return portable_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
 
@@ -128,4 +128,4 @@ def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: boo
 
 def _may_walk(q: Tensor, v: Tensor) -> bool:
     """Whether to ask the Hopper kernels: a cheap test without their imports, which other devices may lack."""
-    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] == v.shape[2] and is_hopper(q.device)
+    return q.dtype in (torch.bfloat16, torch.float16) and is_hopper(q.device)

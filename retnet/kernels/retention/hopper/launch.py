@@ -60,7 +60,7 @@ class Variant:
 @lru_cache(maxsize=256)
 def variant_of(
     K: int, V: int, narrow: bool, over_values: bool, reverse: bool, *, read: bool, has_codes: bool, per_document: bool,
-    has_initial: bool, store_final: bool,
+    has_initial: bool, store_final: bool, per_token: bool = False, heads_per_group: int = 1,
 ) -> Variant:  # fmt: skip
     tile, values = (tile_of(V, K, narrow), K) if over_values else (tile_of(K, V, narrow), V)
     constants = {
@@ -76,6 +76,8 @@ def variant_of(
         "PER_DOCUMENT": per_document,
         "HAS_INITIAL": has_initial,
         "STORE_FINAL": store_final,
+        "PER_TOKEN": per_token,
+        "HEADS_PER_GROUP": heads_per_group,
         "X_STAGES": tile.x_stages,
         "Y_STAGES": tile.y_stages if read else 3,  # without readers there is room for a third
         "Z_STAGES": tile.z_stages if read else 3,
@@ -93,17 +95,17 @@ _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
 def launch_walk(variant: Variant, programs: int, arguments: tuple) -> None:
     """Launch the walk. Compiled code is kept by everything it depends on; unaligned pointers go through Triton."""
-    log_decay, states_in, states_out, codes, documents, factors = arguments[4], *arguments[6:11]
+    log_decay, states_in, states_out, codes, documents, sums, factors = arguments[4], *arguments[6:12]
     key = (
         variant.constants,
         arguments[0].base.dtype,
-        arguments[12],
+        arguments[13],
         documents.dtype,
         driver.active.get_current_device(),
     )
     compiled = _compiled.get(key)
     bits = log_decay.data_ptr() | states_in.data_ptr() | states_out.data_ptr() | codes.data_ptr()
-    aligned = (bits | documents.data_ptr() | factors.data_ptr()) % 16 == 0
+    aligned = (bits | documents.data_ptr() | sums.data_ptr() | factors.data_ptr()) % 16 == 0
     if compiled is not None and aligned and not is_recording():
         compiled[programs, 1, 1](*arguments, *variant.constants)
         return

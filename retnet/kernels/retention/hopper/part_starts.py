@@ -2,7 +2,8 @@
 
     start_0 = initial,   start_{n+1} = kept_n start_n + own_n       (in reverse, from the last part down)
 
-kept_n is gamma to the number of tokens of part n, or 0 where a packed document ends in the part. The states, float32
+kept_n is gamma to the number of tokens of part n, or the product of its tokens' decays; 0 where a packed document ends
+in the part. The states, float32
 [B, H, parts, K, V], are replaced in place. A program chains one block of one head's state.
 """
 
@@ -25,15 +26,27 @@ def _unmasked_tokens(codes, first, end, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _total(sums, first, end, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """The log2 decay of chunks first..end (`token_sums`)."""
+    total = 0.0
+    for i in range(first, end, BLOCK):
+        chunk = i + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(sums + (chunk + 1) * CHUNK - 1, mask=chunk < end, other=0.0), 0)
+    return total
+
+
+@triton.jit
 def _kept(
-    n, there, rate, codes, tokens, part_chunks, parts,
-    HAS_CODES: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
+    n, there, rate, codes, sums, tokens, part_chunks, parts,
+    HAS_CODES: tl.constexpr, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The decay of the part that the chain visits n-th."""
     n = tl.where(there, n, 0)
     part = parts - 1 - n if REVERSE else n
     first = part * part_chunks
     end = tl.minimum(first + part_chunks, tl.cdiv(tokens, CHUNK))
+    if PER_TOKEN:
+        return tl.exp2(_total(sums, first, end, CHUNK, 64))
     if HAS_CODES:
         count, whole = _unmasked_tokens(codes, first, end, CHUNK, 64)
         return tl.where(whole, tl.exp(rate * count.to(tl.float32)), 0.0)
@@ -48,8 +61,8 @@ def _keep(state, kept):
 
 @triton.jit(do_not_specialize=["tokens", "part_chunks", "parts"])
 def part_starts_kernel(
-    states, initial, log_decay, codes, tokens, part_chunks, parts, heads, SIZE,
-    HAS_INITIAL: tl.constexpr, HAS_CODES: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    states, initial, log_decay, codes, sums, tokens, part_chunks, parts, heads, SIZE,
+    HAS_INITIAL: tl.constexpr, HAS_CODES: tl.constexpr, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """states [B, H, parts, SIZE] own -> start, initial [B, H, SIZE]. Grid: B * H, ceil(SIZE / BLOCK)."""
     head = tl.program_id(0)  # of all sequences
@@ -59,9 +72,13 @@ def part_starts_kernel(
     if HAS_INITIAL:
         start = tl.load(initial + head.to(tl.int64) * SIZE + cell, mask=cell < SIZE)
     first = head.to(tl.int64) * parts + (parts - 1 if REVERSE else 0)
-    sequence_codes = codes + (head // heads).to(tl.int64) * tl.cdiv(tokens, CHUNK) * CHUNK
+    padded = tl.cdiv(tokens, CHUNK) * CHUNK
+    sequence_codes = codes + (head // heads).to(tl.int64) * padded
+    sequence_sums = sums + head.to(tl.int64) * padded
     chain_states(
         start, states + first * SIZE, cell, cell < SIZE, -SIZE if REVERSE else SIZE,
         parts, parts - 1,  # what the last part adds was not computed
-        _kept, (rate, sequence_codes, tokens, part_chunks, parts, HAS_CODES, REVERSE, CHUNK), _keep, (),
+        _kept,
+        (rate, sequence_codes, sequence_sums, tokens, part_chunks, parts, HAS_CODES, PER_TOKEN, REVERSE, CHUNK),
+        _keep, (),
     )  # fmt: skip

@@ -38,6 +38,7 @@ from retnet.kernels.retention.hopper.float16_range import state_factors
 from retnet.kernels.retention.hopper.launch import descriptor, launch_walk, tile_of, tma_readable, variant_of
 from retnet.kernels.retention.hopper.part_starts import part_starts_kernel
 from retnet.kernels.retention.hopper.token_codes import token_codes
+from retnet.kernels.retention.hopper.token_sums import token_sums
 from retnet.kernels.retention.hopper.warp_roles import CHUNK, GROUP_VALUES
 from retnet.kernels.retention.problem import RetentionGradients, RetentionProblem
 
@@ -46,21 +47,22 @@ VALUES = (64, 128, 256, 512)
 LEAST_CHUNKS = 16  # per part of a split sequence: in a shorter part, finding its first state costs more than it saves
 
 
-def walk_supported(problem: RetentionProblem, dfinal: Tensor | None = None) -> bool:
-    """Whether a walk can compute this: a Hopper GPU, 16 bits, fixed decay, one query head per value head.
+def walk_supported(problem: RetentionProblem, dfinal: Tensor | None = None, *, backward: bool = False) -> bool:
+    """Whether walks can compute this pass: a Hopper GPU and 16 bits. For a backward pass, one query head per value head.
 
     The caller also checks that the gradient of log_decay is not wanted: a walk does not make it.
     """
     q, v, state = problem.q, problem.v, problem.state
     q_shape, v_shape = q.shape, v.shape
+    bfloat16, plain = v.dtype == torch.bfloat16, problem.plain and not problem.per_token
     return (
         is_hopper(q.device)
-        and (v.dtype == torch.bfloat16 or (v.dtype == torch.float16 and problem.plain))
-        and q_shape[2] == v_shape[2]
+        and (bfloat16 or (v.dtype == torch.float16 and plain))
+        and (q_shape[2] == v_shape[2] or (bfloat16 and not backward))
         and q_shape[3] in KEYS
         and v_shape[3] in VALUES
         and min(q_shape[:3]) > 0
-        and problem.log_decay.dim() == 1
+        and not (problem.per_token and problem.cu_seqlens is not None)
         and (state is None or state.dtype == torch.float32)
         and (problem.cu_seqlens is None or (problem.mask is None and state is None and dfinal is None))
     )
@@ -90,7 +92,7 @@ def walk_backward(
     q, k, v, dout = (_readable(problem, x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
     call = WalkCall.of(problem)
     dstarts = call.part_starts(q, dout, None if dfinal is None else dfinal.float(), reverse=True)
-    if problem.plain and not call.partition.narrow and dk_dv_supported(q, k, v, dout):
+    if call.is_fixed and not call.partition.narrow and dk_dv_supported(q, k, v, dout):
         parts, part_chunks = call.partition.parts, call.partition.part_chunks
         dk, dv, dstate = walk_dk_dv(
             q, k, v, dout, call.log_decay, problem.scale, *dstarts,
@@ -127,14 +129,25 @@ class WalkCall:
     problem: RetentionProblem
     log_decay: Tensor
     codes: Tensor | None
+    sums: Tensor | None
     partition: "_Partition"
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether every chunk has the same decays."""
+        return self.codes is None and self.sums is None
 
     @classmethod
     def of(cls, problem: RetentionProblem) -> "WalkCall":
         q, device = problem.q, problem.q.device
-        B, T, H, K = q.shape
-        codes = None if problem.plain else token_codes(B, T, problem.mask, problem.cu_seqlens, device)
-        return cls(problem, problem.log_decay.contiguous(), codes, _partition(B, T, H, K, problem.v.shape[3], device))
+        B, T, _, K = q.shape
+        codes = sums = None
+        if problem.per_token:
+            sums = token_sums(problem.log_decay, problem.mask)
+        elif not problem.plain:
+            codes = token_codes(B, T, problem.mask, problem.cu_seqlens, device)
+        partition = _partition(B, T, problem.v.shape[2], K, problem.v.shape[3], device)
+        return cls(problem, problem.log_decay.contiguous(), codes, sums, partition)
 
     def part_starts(self, y: Tensor, z: Tensor, state: Tensor | None, reverse: bool) -> "PartStarts":
         """The states that the parts start from, where the whole sequence starts from `state` (None: zeros)."""
@@ -145,7 +158,7 @@ class WalkCall:
         if self.partition.parts == 1:
             return PartStarts(None if state is None else state.contiguous().unsqueeze(2), factors)
         states = self.walk(None, y, z, PartStarts(None, factors), reverse=reverse, out=None, store_final=True)
-        (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
+        (B, T, H, V), K = self.problem.v.shape, self.problem.q.shape[-1]
         launch(
             part_starts_kernel,
             (B * H, triton.cdiv(K * V, 1024)),
@@ -153,6 +166,7 @@ class WalkCall:
             states if state is None else state.contiguous(),
             self.log_decay,
             self.log_decay if self.codes is None else self.codes,
+            self.log_decay if self.sums is None else self.sums,
             T,
             self.partition.part_chunks,
             self.partition.parts,
@@ -160,6 +174,7 @@ class WalkCall:
             K * V,
             HAS_INITIAL=state is not None,
             HAS_CODES=self.codes is not None,
+            PER_TOKEN=self.sums is not None,
             REVERSE=reverse,
             CHUNK=CHUNK,
             BLOCK=1024,
@@ -196,7 +211,7 @@ class WalkCall:
         Without readers the last part is skipped, because no other part starts from what it leaves.
         With `documents` (cu_seqlens) every document is walked by itself, from its first token.
         """
-        (B, T, H, K), V = self.problem.q.shape, self.problem.v.shape[-1]
+        (B, T, H, V), K = self.problem.v.shape, self.problem.q.shape[-1]
         partition, codes = self.partition, self.codes
         narrow, parts, part_chunks = partition.narrow, partition.parts, partition.part_chunks
         if documents is not None:
@@ -214,6 +229,8 @@ class WalkCall:
             per_document=documents is not None,
             has_initial=starts.states is not None,
             store_final=store_final,
+            per_token=self.sums is not None,
+            heads_per_group=H // y.shape[2],
         )
         y_desc = descriptor(y, tile.keys)
         unused = self.log_decay
@@ -228,6 +245,7 @@ class WalkCall:
             unused if ends is None else ends,
             unused if codes is None else codes,
             unused if documents is None else documents,
+            unused if self.sums is None else self.sums,
             unused if starts.factors is None else starts.factors,
             T,
             H,

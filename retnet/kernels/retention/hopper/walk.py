@@ -102,12 +102,14 @@ def walk_kernel(
     x_desc, y_desc, z_desc, out_desc,  # [B, T, H, SPLITS * KEYS] twice, [B, T, H, VALUES] twice
     log_decay, scale, state_in, state_out,  # [H], (), states [B, H, parts, ...] twice (float32)
     codes, cu_seqlens,  # [B, chunks * 64] if HAS_CODES, [N + 1] if PER_DOCUMENT (then B = 1)
+    sums,  # [B, H, chunks * 64] if PER_TOKEN (`chunk_sums`)
     factors,  # [H] of float16 states (`state_factors`)
     tokens, heads, parts, part_chunks,
     KEYS: gl.constexpr, VALUES: gl.constexpr, SPLITS: gl.constexpr, GROUPS: gl.constexpr,
     KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
     REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr, PER_DOCUMENT: gl.constexpr,
-    HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, PER_TOKEN: gl.constexpr,
+    HEADS_PER_GROUP: gl.constexpr,
     X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, Z_STAGES: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -164,16 +166,19 @@ def walk_kernel(
     fence_async_shared()
 
     # Constexprs are passed in the call itself: assigned to a name they would become run-time scalars.
-    loading = (x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, head, key, value, start, count)
+    group = head // HEADS_PER_GROUP
+    loading = (x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, group, head, key, value, start, count)
     sequence_codes = codes + batch * chunks * _CHUNK
-    scoring = (x_smem, y_smem, p_smem, pairs, decays, barriers, sequence_codes, start, count)
+    sequence_sums = sums + sequence_head.to(gl.int64) * (chunks * _CHUNK)
+    scoring = (x_smem, y_smem, p_smem, pairs, decays, barriers, sequence_codes, sequence_sums, start, count)
     mixing = (
         x_smem, y_smem, z_smem, p_smem, outs_smem, barriers, decays, out_desc,
         state_in + state_at, state_out + state_at, batch, head, value, start, count, last_step, sequence_codes,
+        sequence_sums,
     )  # fmt: skip
     _start_roles(
         mixing, scoring, loading,
-        GROUPS, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, SPLITS == 2,
+        GROUPS, REVERSE, READ, HAS_CODES, PER_TOKEN, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, SPLITS == 2,
         MIX_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS,
     )  # fmt: skip
 
@@ -182,7 +187,7 @@ def walk_kernel(
 def _start_roles(
     mixing, scoring, loading,
     GROUPS: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr,
-    HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
+    PER_TOKEN: gl.constexpr, HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
     ADD: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -197,13 +202,37 @@ def _start_roles(
             [
                 (
                     mix_role,
-                    (mixing, LOWER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (
+                        mixing,
+                        LOWER,
+                        REVERSE,
+                        READ,
+                        HAS_CODES,
+                        PER_TOKEN,
+                        HAS_INITIAL,
+                        STORE_FINAL,
+                        KEY_STRIDE,
+                        VALUE_STRIDE,
+                        ADD,
+                    ),
                 ),
                 (
                     mix_role,
-                    (mixing, UPPER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (
+                        mixing,
+                        UPPER,
+                        REVERSE,
+                        READ,
+                        HAS_CODES,
+                        PER_TOKEN,
+                        HAS_INITIAL,
+                        STORE_FINAL,
+                        KEY_STRIDE,
+                        VALUE_STRIDE,
+                        ADD,
+                    ),
                 ),
-                (score_role, (scoring, REVERSE, HAS_CODES)),
+                (score_role, (scoring, REVERSE, HAS_CODES, PER_TOKEN)),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [4, 4, 1],
@@ -214,11 +243,35 @@ def _start_roles(
             [
                 (
                     mix_role,
-                    (mixing, LOWER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (
+                        mixing,
+                        LOWER,
+                        REVERSE,
+                        READ,
+                        HAS_CODES,
+                        PER_TOKEN,
+                        HAS_INITIAL,
+                        STORE_FINAL,
+                        KEY_STRIDE,
+                        VALUE_STRIDE,
+                        ADD,
+                    ),
                 ),
                 (
                     mix_role,
-                    (mixing, UPPER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (
+                        mixing,
+                        UPPER,
+                        REVERSE,
+                        READ,
+                        HAS_CODES,
+                        PER_TOKEN,
+                        HAS_INITIAL,
+                        STORE_FINAL,
+                        KEY_STRIDE,
+                        VALUE_STRIDE,
+                        ADD,
+                    ),
                 ),
                 (load_role, (loading, REVERSE, READ)),
             ],
@@ -230,9 +283,21 @@ def _start_roles(
             [
                 (
                     mix_role,
-                    (mixing, LOWER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (
+                        mixing,
+                        LOWER,
+                        REVERSE,
+                        READ,
+                        HAS_CODES,
+                        PER_TOKEN,
+                        HAS_INITIAL,
+                        STORE_FINAL,
+                        KEY_STRIDE,
+                        VALUE_STRIDE,
+                        ADD,
+                    ),
                 ),
-                (score_role, (scoring, REVERSE, HAS_CODES)),
+                (score_role, (scoring, REVERSE, HAS_CODES, PER_TOKEN)),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [4, 1],
@@ -243,7 +308,19 @@ def _start_roles(
             [
                 (
                     mix_role,
-                    (mixing, LOWER, REVERSE, READ, HAS_CODES, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, ADD),
+                    (
+                        mixing,
+                        LOWER,
+                        REVERSE,
+                        READ,
+                        HAS_CODES,
+                        PER_TOKEN,
+                        HAS_INITIAL,
+                        STORE_FINAL,
+                        KEY_STRIDE,
+                        VALUE_STRIDE,
+                        ADD,
+                    ),
                 ),
                 (load_role, (loading, REVERSE, READ)),
             ],

@@ -89,24 +89,24 @@ def _release(smem, barriers, FULL: gl.constexpr, step):
 @gluon.jit
 def load_role(args, REVERSE: gl.constexpr, READ: gl.constexpr):
     """One warp: load the tiles of every chunk into their pipelines, in the order in which they are needed."""
-    x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, head, key, value, start, count = args
+    x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, group, head, key, value, start, count = args
     X: gl.constexpr = first_barrier(0, x_smem, y_smem)
     Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
     Z: gl.constexpr = first_barrier(2, x_smem, y_smem)
     for step in range(count):
         token = _token_at(step, start, REVERSE)
         if READ:
-            _fetch(x_desc, [batch, token, head, key], x_smem, barriers, X, step)
-        _fetch(y_desc, [batch, token, head, key], y_smem, barriers, Y, step)
+            _fetch(x_desc, [batch, token, group, key], x_smem, barriers, X, step)
+        _fetch(y_desc, [batch, token, group, key], y_smem, barriers, Y, step)
         _fetch(z_desc, [batch, token, head, value], z_smem, barriers, Z, step)
 
 
 @gluon.jit
-def score_role(args, REVERSE: gl.constexpr, HAS_CODES: gl.constexpr):
+def score_role(args, REVERSE: gl.constexpr, HAS_CODES: gl.constexpr, PER_TOKEN: gl.constexpr):
     """One warpgroup: x y^T of every chunk, readers by writers, on the causal side, decayed and scaled.
 
     The factors are read from shared memory each time: the mixing warpgroups need the registers of a table."""
-    x_smem, y_smem, p_smem, pairs, decays, barriers, codes, start, count = args
+    x_smem, y_smem, p_smem, pairs, decays, barriers, codes, sums, start, count = args
     X: gl.constexpr = first_barrier(0, x_smem, y_smem)
     Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CHUNK, 16])
@@ -120,6 +120,8 @@ def score_role(args, REVERSE: gl.constexpr, HAS_CODES: gl.constexpr):
         scores = gl.zeros([_CHUNK, _CHUNK], gl.float32, layout)
         scores = warpgroup_mma(x, y.permute((1, 0)), scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
+        if PER_TOKEN:
+            _make_token_pairs(table, decays, sums + _token_at(step, start, REVERSE), REVERSE)
         _release(x_smem, barriers, X, step)
         _release(y_smem, barriers, Y, step)
         if HAS_CODES:
@@ -130,6 +132,43 @@ def score_role(args, REVERSE: gl.constexpr, HAS_CODES: gl.constexpr):
         p_smem.index(step % _SCORE_STAGES).store((scores * table.load(layout)).to(p_smem.dtype))
         fence_async_shared()
         mbarrier.arrive(barriers.index(step % _SCORE_STAGES), count=1)
+
+
+@gluon.jit
+def _load_token_sums(sums):
+    """A chunk's running sums of log2 decays, and its total, as a warpgroup makes its decays of them."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.load(sums + gl.arange(0, _CHUNK, layout)), gl.load(sums + (_CHUNK - 1))
+
+
+@gluon.jit
+def _make_token_decays(decays, ROW: gl.constexpr, through, total, REVERSE: gl.constexpr):
+    """Read, write and keep of a chunk, from `_load_token_sums`."""
+    from_start = gl.exp2(through) * decays.index(SCALE_ROW).load(through.type.layout)
+    to_end = gl.exp2(total - through)
+    decays.index(ROW).store(to_end if REVERSE else from_start)
+    decays.index(ROW + 1).store(from_start if REVERSE else to_end)
+    decays.index(ROW + 2).store(gl.exp2(total + through * 0.0))
+
+
+@gluon.jit
+def _make_token_pairs(table, decays, sums, REVERSE: gl.constexpr):
+    """`_make_pairs` of a chunk, from its running `sums` of log2 decays."""
+    ROWS: gl.constexpr = 16  # of the table at a time: registers are few
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
+    writer = gl.arange(0, _CHUNK, gl.SliceLayout(0, layout))
+    scale = decays.index(SCALE_ROW).load(gl.SliceLayout(0, layout))[None, :]
+    write_sum = gl.load(sums + writer)[None, :]
+    writer = writer[None, :]
+    for i in gl.static_range(_CHUNK // ROWS):
+        reader = i * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        read_sum = gl.load(sums + reader)[:, None]
+        reader = reader[:, None]
+        if REVERSE:
+            decay = gl.where(writer >= reader, gl.exp2(write_sum - read_sum) * scale, 0.0)
+        else:
+            decay = gl.where(reader >= writer, gl.exp2(read_sum - write_sum) * scale, 0.0)
+        table.slice(i * ROWS, ROWS, dim=0).store(decay)
 
 
 @gluon.jit
@@ -207,13 +246,13 @@ def _state_pointers(
 @gluon.jit
 def mix_role(
     args, GROUP: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr,
-    HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
-    ADD: gl.constexpr,
+    PER_TOKEN: gl.constexpr, HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr,
+    KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: the outputs and the state of its 64 values, chunk after chunk. ADD adds to the stored output."""
     (
         x_smem, y_smem, z_smem, p_smem, outs_smem, barriers, decays, out_desc, state_in, state_out,
-        batch, head, value, start, count, last_step, codes,
+        batch, head, value, start, count, last_step, codes, sums,
     ) = args  # fmt: skip
     X: gl.constexpr = first_barrier(0, x_smem, y_smem)
     Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
@@ -233,8 +272,13 @@ def mix_role(
         else:
             state = state + (gl.zeros([_GROUP_VALUES, _PIECE], gl.float32, layout),)
 
+    if PER_TOKEN:
+        through, total = _load_token_sums(sums + start)
     for step in range(count):
         token = _token_at(step, start, REVERSE)
+        if PER_TOKEN:
+            _make_token_decays(decays, 6 + 3 * GROUP, through, total, REVERSE)
+            through, total = _load_token_sums(sums + _token_at(gl.minimum(step + 1, count - 1), start, REVERSE))
         if HAS_CODES:
             special = _is_special(gl.load(codes + token))
         if READ:
@@ -251,7 +295,9 @@ def mix_role(
         if READ:
             out = warpgroup_mma_wait(0, deps=(out,))
             _release(x_smem, barriers, X, step)
-        if HAS_CODES:
+        if PER_TOKEN:
+            row = 6 + 3 * GROUP
+        elif HAS_CODES:
             if special != 0:
                 before = codes + gl.maximum(token - 1, 0)
                 _make_special_decays(decays, 6 + 3 * GROUP, codes + token, before, REVERSE)
@@ -264,8 +310,8 @@ def mix_role(
             out = warpgroup_mma(z, scores, out, is_async=True)
 
         write = decays.index(row + 1).load(gl.SliceLayout(0, operand))
-        decayed = (z.load(operand).to(gl.float32) * write[None, :]).to(dtype)
         keep = decays.index(row + 2).load(gl.SliceLayout(1, layout))[:, None]
+        decayed = (z.load(operand).to(gl.float32) * write[None, :]).to(dtype)
         y = _await(y_smem, barriers, Y, step)
         updated = ()
         for j in gl.static_range(PIECES):

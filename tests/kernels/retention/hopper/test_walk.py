@@ -38,6 +38,19 @@ CASES = [  # B, T, H, K, V, extras
     (1, 700, 16, 256, 512, "packed"),
     (2, 200, 16, 128, 256, "state"),
     (4, 300, 4, 256, 512, "state float16"),
+    (2, 457, 3, 256, 512, "token state"),  # from here on: a decay per token
+    (1, 2573, 2, 256, 512, "token state"),
+    (2, 2573, 3, 256, 512, "token state mask"),
+    (3, 457, 5, 128, 128, "token"),
+    (2, 2560, 2, 64, 128, "token state"),
+    (1, 1500, 3, 64, 64, "token mask"),
+    (4, 300, 4, 256, 512, "token state"),
+    (1, 1, 3, 64, 128, "token state"),
+]
+GROUPED = [
+    (2, 457, 4, 128, 64, "token state groups"),
+    (1, 2573, 6, 128, 64, "state groups"),
+    (2, 300, 8, 256, 512, "groups mask"),
 ]
 
 
@@ -56,10 +69,15 @@ def make(B, T, H, K, V, extras, device="cuda"):
     def normal(*shape):
         return torch.randn(*shape, generator=generator).to(device)
 
-    q, k = (torch.nn.functional.normalize(normal(B, T, H, K), dim=-1).mul(K**0.25).to(dtype) for _ in range(2))
+    G = H // 2 if "groups" in extras else H
+    q, k = (torch.nn.functional.normalize(normal(B, T, G, K), dim=-1).mul(K**0.25).to(dtype) for _ in range(2))
     v, dout = normal(B, T, H, V).to(dtype), normal(B, T, H, V).to(dtype)
     log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(H, device=device, dtype=torch.float32))))
-    if H > 2:
+    if "token" in extras:
+        log_decay = -(torch.rand(B, T, H, generator=generator).to(device) ** 4)
+        log_decay[:, ::70, :1] = -50.0
+        log_decay[:, T // 2 : T // 2 + 3, -1] = -float("inf")
+    elif H > 2:
         log_decay[-1] = -float("inf")
     state, dfinal = (normal(B, H, K, V), normal(B, H, K, V)) if "state" in extras else (None, None)
     mask = cu = None
@@ -97,6 +115,21 @@ def plain(dtype, q, k, v, dout, log_decay, state, dfinal, mask, cu):
 
 def error(x, exact):
     return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+def test_heads_that_share_queries_and_keys_read_their_group(case):
+    q, k, v, _, log_decay, state, _, mask, _ = make(*case)
+    problem = RetentionProblem(q, k, v, log_decay, q.shape[-1] ** -0.5, state, mask)
+    assert walk.walk_supported(problem)
+    assert not walk.walk_supported(problem, backward=True)
+    out, final = walk.walk_forward(problem, torch.float32)
+    expanded = (x.repeat_interleave(v.shape[2] // q.shape[2], 2) for x in (q, k))
+    alone = walk.walk_forward(RetentionProblem(*expanded, v, log_decay, problem.scale, state, mask), torch.float32)
+    assert torch.equal(out, alone[0])
+    assert torch.equal(final, alone[1])
 
 
 @pytest.mark.gpu

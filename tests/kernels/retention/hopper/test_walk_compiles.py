@@ -35,7 +35,9 @@ CASES = [
 ]
 
 
-def compile_walk(keys: int, values: int, narrow: bool, reverse: bool, read: bool, has_codes: bool, dtype: str):
+def compile_walk(
+    keys: int, values: int, narrow: bool, reverse: bool, read: bool, has_codes: bool, dtype: str, per_token=False
+):
     """The compiled kernel of a walk that contracts over `keys` and makes `values`, from types and shapes alone."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
@@ -58,9 +60,10 @@ def compile_walk(keys: int, values: int, narrow: bool, reverse: bool, read: bool
         per_document=False,
         has_initial=True,
         store_final=True,
+        per_token=per_token,
     )
     constants = dict(zip(walk_launch.walk_kernel.arg_names[-len(variant.constants) :], variant.constants))
-    pointers = dict.fromkeys(("log_decay", "state_in", "state_out", "factors"), "*fp32")
+    pointers = dict.fromkeys(("log_decay", "state_in", "state_out", "factors", "sums"), "*fp32")
     pointers |= {"codes": "*i32", "cu_seqlens": "*i64"}
     descriptors = {
         "x_desc": tile.keys,
