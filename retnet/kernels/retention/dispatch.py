@@ -1,8 +1,8 @@
 """Chunkwise retention on the GPU: the choice of kernels for a call, and a plan that reports it.
 
 The portable kernels take every argument. On Hopper GPUs, 16-bit inputs with a fixed decay and one query head per value
-head go to the Hopper kernels, which keep the state on chip. Those have no gradient of log_decay and no states of packed
-sequences. Both are deterministic, and neither waits for the device.
+head go to the Hopper kernels, which keep the state on chip. Those have no gradient of a fixed log_decay and no states
+of packed sequences. Both are deterministic, and neither waits for the device.
 """
 
 import warnings
@@ -23,19 +23,23 @@ from retnet.kernels.retention.tiles import SEGMENT_LENGTHS, nearest_segment, sha
 
 forward_passes, backward_passes = Recordings(), Recordings()
 
+# Whether the Hopper kernels also take a decay per token, with its gradient, and the forward pass of heads that share
+# queries and keys. They are correct in an emulation of Hopper, and wait for a measurement on the device.
+extended_walks = False
+
 
 def retention_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """out [B, T, H, V] in v's dtype, and the final state [N, H, K, V] in `state_dtype` (None: not computed)."""
-    kind = (problem.kind, problem.chunk_size, state_dtype, tiles.readings)
+    kind = (problem.kind, problem.chunk_size, state_dtype, tiles.readings, extended_walks)
     out, final = forward_passes.run(kind, problem.tensors, lambda: _forward(problem, state_dtype))
     return out, final
 
 
 def _forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    if _may_walk(problem.q, problem.v):
+    if _may_walk(problem.q, problem.v, problem.per_token):
         from retnet.kernels.retention.hopper import passes as hopper
 
-        if hopper.walk_supported(problem):
+        if hopper.walk_supported(problem, final=state_dtype is not None):
             if problem.chunk_size:
                 _report_chunk_size(problem.chunk_size, hopper.CHUNK, "the kernels for Hopper GPUs have only this size")
             return hopper.walk_forward(problem, state_dtype)
@@ -68,6 +72,7 @@ def retention_backward(
         need_dlog_decay,
         need_dstate,
         tiles.readings,
+        extended_walks,
     )
     gradients = backward_passes.run(
         kind,
@@ -80,12 +85,13 @@ def retention_backward(
 def _backward(
     problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, need_dlog_decay: bool, need_dstate: bool
 ) -> RetentionGradients:
-    if not need_dlog_decay and _may_walk(problem.q, problem.v):
+    wanted = {"need_dlog_decay": need_dlog_decay, "need_dstate": need_dstate}
+    if _may_walk(problem.q, problem.v, problem.per_token):
         from retnet.kernels.retention.hopper import passes as hopper
 
-        if hopper.walk_supported(problem, dfinal, backward=True):
-            return hopper.walk_backward(problem, dout, dfinal, need_dstate=need_dstate)
-    return portable_backward(problem, dout, dfinal, need_dlog_decay=need_dlog_decay, need_dstate=need_dstate)
+        if hopper.walk_supported(problem, dfinal, backward=True, dlog_decay=need_dlog_decay):
+            return hopper.walk_backward(problem, dout, dfinal, **wanted)
+    return portable_backward(problem, dout, dfinal, **wanted)
 
 
 NOT_WALKED = (
@@ -117,7 +123,7 @@ def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: boo
     }
     if q.shape[2] < v.shape[2] and shared is not None:
         result["heads_that_share"] = asdict(shared)  # in place of the contractions
-    if _may_walk(q, v):
+    if _may_walk(q, v, per_token):
         from retnet.kernels.retention.hopper import passes as hopper
 
         if hopper.walk_supported(problem):
@@ -126,6 +132,8 @@ def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: boo
     return result
 
 
-def _may_walk(q: Tensor, v: Tensor) -> bool:
+def _may_walk(q: Tensor, v: Tensor, per_token: bool) -> bool:
     """Whether to ask the Hopper kernels: a cheap test without their imports, which other devices may lack."""
+    if (per_token or q.shape[2] != v.shape[2]) and not extended_walks:
+        return False
     return q.dtype in (torch.bfloat16, torch.float16) and is_hopper(q.device)

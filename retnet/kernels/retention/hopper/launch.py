@@ -60,8 +60,9 @@ class Variant:
 @lru_cache(maxsize=256)
 def variant_of(
     K: int, V: int, narrow: bool, over_values: bool, reverse: bool, *, read: bool, has_codes: bool, per_document: bool,
-    has_initial: bool, store_final: bool, per_token: bool = False, heads_per_group: int = 1,
+    has_initial: bool, store_final: bool, per_token: bool = False, heads_per_group: int = 1, crossing: bool = False,
 ) -> Variant:  # fmt: skip
+    """`crossing`: the walk leaves what the gradient of log_decay is made of."""
     tile, values = (tile_of(V, K, narrow), K) if over_values else (tile_of(K, V, narrow), V)
     constants = {
         "KEYS": tile.keys,
@@ -78,6 +79,7 @@ def variant_of(
         "STORE_FINAL": store_final,
         "PER_TOKEN": per_token,
         "HEADS_PER_GROUP": heads_per_group,
+        "TERMS": tile.splits * values // GROUP_VALUES if crossing else 0,
         "X_STAGES": tile.x_stages,
         "Y_STAGES": tile.y_stages if read else 3,  # without readers there is room for a third
         "Z_STAGES": tile.z_stages if read else 3,
@@ -95,17 +97,17 @@ _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
 def launch_walk(variant: Variant, programs: int, arguments: tuple) -> None:
     """Launch the walk. Compiled code is kept by everything it depends on; unaligned pointers go through Triton."""
-    log_decay, states_in, states_out, codes, documents, sums, factors = arguments[4], *arguments[6:12]
+    log_decay, documents = arguments[4], arguments[9]
+    pointers = (log_decay, *arguments[6:12], *arguments[13:16])
     key = (
         variant.constants,
         arguments[0].base.dtype,
-        arguments[13],
+        arguments[-3],  # heads
         documents.dtype,
         driver.active.get_current_device(),
     )
     compiled = _compiled.get(key)
-    bits = log_decay.data_ptr() | states_in.data_ptr() | states_out.data_ptr() | codes.data_ptr()
-    aligned = (bits | documents.data_ptr() | sums.data_ptr() | factors.data_ptr()) % 16 == 0
+    aligned = all(x.data_ptr() % 16 == 0 for x in pointers)
     if compiled is not None and aligned and not is_recording():
         compiled[programs, 1, 1](*arguments, *variant.constants)
         return

@@ -3,8 +3,8 @@
     start_0 = initial,   start_{n+1} = kept_n start_n + own_n       (in reverse, from the last part down)
 
 kept_n is gamma to the number of tokens of part n, or the product of its tokens' decays; 0 where a packed document ends
-in the part. The states, float32
-[B, H, parts, K, V], are replaced in place. A program chains one block of one head's state.
+in the part. The states, float32 [B, H, parts, K, V], are replaced in place. A program chains one block of one head's
+state.
 """
 
 import triton
@@ -62,7 +62,8 @@ def _keep(state, kept):
 @triton.jit(do_not_specialize=["tokens", "part_chunks", "parts"])
 def part_starts_kernel(
     states, initial, log_decay, codes, sums, tokens, part_chunks, parts, heads, SIZE,
-    HAS_INITIAL: tl.constexpr, HAS_CODES: tl.constexpr, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_CODES: tl.constexpr, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """states [B, H, parts, SIZE] own -> start, initial [B, H, SIZE]. Grid: B * H, ceil(SIZE / BLOCK)."""
     head = tl.program_id(0)  # of all sequences

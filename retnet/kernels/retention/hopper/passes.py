@@ -15,9 +15,13 @@ of each document by itself finds them.
 Two runs give the same bits: no sum depends on the order in which programs run. Nothing waits for the device. Memory
 beyond outputs and gradients: the states of the parts, and copies of tensors that are masked or that TMA cannot address.
 
-Not supported here and left to the portable kernels: decay per token, the gradient of log_decay, initial states of
-packed documents and gradients of their last ones, packing and a mask together, groups of heads, float32, and float16
-with a mask or packing (the decays of special chunks leave out `state_factors`).
+A decay per token takes running sums of log decays in place of the codes (`token_sums`), and two of the walks leave what
+its gradient is made of (`decay_gradient.py`).
+
+Not supported here and left to the portable kernels: the gradient of a fixed log_decay, initial states of packed
+documents and gradients of their last ones, with a fixed decay packing and a mask together, with a decay per token the
+last states of packed documents, gradients where heads share queries and keys, float32, and float16 with a mask, packing
+or a decay per token (their decays leave out `state_factors`).
 
 A chunk that holds a document boundary multiplies what lies across it by zero. NaN or infinity there reaches the
 neighbouring document's tokens of that chunk, and what follows them.
@@ -33,6 +37,7 @@ from torch import Tensor
 
 from retnet.kernels.device import is_hopper, multiprocessors
 from retnet.kernels.recording import launch
+from retnet.kernels.retention.hopper.decay_gradient import Crossing
 from retnet.kernels.retention.hopper.dk_dv import dk_dv_supported, fits_dk_dv, walk_dk_dv
 from retnet.kernels.retention.hopper.float16_range import state_factors
 from retnet.kernels.retention.hopper.launch import descriptor, launch_walk, tile_of, tma_readable, variant_of
@@ -47,24 +52,27 @@ VALUES = (64, 128, 256, 512)
 LEAST_CHUNKS = 16  # per part of a split sequence: in a shorter part, finding its first state costs more than it saves
 
 
-def walk_supported(problem: RetentionProblem, dfinal: Tensor | None = None, *, backward: bool = False) -> bool:
-    """Whether walks can compute this pass: a Hopper GPU and 16 bits. For a backward pass, one query head per value head.
+def walk_supported(
+    problem: RetentionProblem, dfinal: Tensor | None = None, *, backward: bool = False, final: bool = False,
+    dlog_decay: bool = False,
+) -> bool:  # fmt: skip
+    """Whether walks can compute this pass: a Hopper GPU and 16 bits.
 
-    The caller also checks that the gradient of log_decay is not wanted: a walk does not make it.
-    """
+    `backward`, with `dlog_decay` wanted or not, or a forward pass, with the last state wanted (`final`) or not."""
     q, v, state = problem.q, problem.v, problem.state
     q_shape, v_shape = q.shape, v.shape
-    bfloat16, plain = v.dtype == torch.bfloat16, problem.plain and not problem.per_token
+    bfloat16, packed, per_token = v.dtype == torch.bfloat16, problem.cu_seqlens is not None, problem.per_token
     return (
         is_hopper(q.device)
-        and (bfloat16 or (v.dtype == torch.float16 and plain))
+        and (bfloat16 or (v.dtype == torch.float16 and problem.plain and not per_token))
         and (q_shape[2] == v_shape[2] or (bfloat16 and not backward))
         and q_shape[3] in KEYS
         and v_shape[3] in VALUES
         and min(q_shape[:3]) > 0
-        and not (problem.per_token and problem.cu_seqlens is not None)
+        and (per_token or not dlog_decay)
         and (state is None or state.dtype == torch.float32)
-        and (problem.cu_seqlens is None or (problem.mask is None and state is None and dfinal is None))
+        and not (packed and (state is not None or dfinal is not None))
+        and not (packed and (final if per_token else problem.mask is not None))
     )
 
 
@@ -83,7 +91,7 @@ def walk_forward(problem: RetentionProblem, state_dtype: torch.dtype | None) -> 
 
 
 def walk_backward(
-    problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, *, need_dstate: bool
+    problem: RetentionProblem, dout: Tensor, dfinal: Tensor | None, *, need_dstate: bool, need_dlog_decay: bool = False
 ) -> RetentionGradients:
     """Gradients from those of the output and of the final state, if any; packed documents have no initial state here.
 
@@ -100,12 +108,17 @@ def walk_backward(
         )  # fmt: skip
         dstate = None if dstate is None else dstarts.unscaled(dstate)
         return RetentionGradients(call.dq(dout, k, v), dk, dv, None, dstate)
+    crossing = Crossing.of(q, v, call.terms) if need_dlog_decay else None
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     ends = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=need_dstate)
-    dq = call.dq(dout, k, v)
-    dk = call.walk_over_values(v, dout, q, dstarts, reverse=True)
+    dq = call.dq(dout, k, v, None if crossing is None else (crossing, q))
+    dk = call.walk_over_values(v, dout, q, dstarts, None if crossing is None else (crossing, k), reverse=True)
     dstate = None if ends is None else dstarts.unscaled(ends[:, :, 0]).contiguous()
-    return RetentionGradients(dq, dk, dv, None, dstate)
+    dlog_decay = None
+    if crossing is not None:
+        assert call.sums is not None
+        dlog_decay = crossing.gradient(problem.log_decay, call.sums, problem.mask)
+    return RetentionGradients(dq, dk, dv, dlog_decay, dstate)
 
 
 def _readable(problem: RetentionProblem, x: Tensor) -> Tensor:
@@ -143,7 +156,7 @@ class WalkCall:
         B, T, _, K = q.shape
         codes = sums = None
         if problem.per_token:
-            sums = token_sums(problem.log_decay, problem.mask)
+            sums = token_sums(problem.log_decay, problem.mask, problem.cu_seqlens)
         elif not problem.plain:
             codes = token_codes(B, T, problem.mask, problem.cu_seqlens, device)
         partition = _partition(B, T, problem.v.shape[2], K, problem.v.shape[3], device)
@@ -182,16 +195,29 @@ class WalkCall:
         )
         return PartStarts(states, factors)
 
-    def dq(self, dout: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        starts = self.part_starts(k, v, self.problem.state, reverse=False)
-        return self.walk_over_values(dout, v, k, starts, reverse=False)
+    @property
+    def terms(self) -> int:
+        """The terms of `Crossing`: warpgroups over all tiles of the state in the walks for dQ and dK."""
+        K, V = self.problem.q.shape[-1], self.problem.v.shape[-1]
+        return tile_of(V, K, self.partition.narrow).splits * K // GROUP_VALUES
 
-    def walk_over_values(self, x: Tensor, y: Tensor, z: Tensor, starts: "PartStarts", reverse: bool) -> Tensor:
-        """dQ = walk(dO, V, K) or dK = reverse walk(V, dO, Q), which contract over V: in two ranges where V is wide."""
+    def dq(
+        self, dout: Tensor, k: Tensor, v: Tensor, crossing: tuple[Crossing, Tensor] | None = None
+    ) -> Tensor:  # fmt: skip
+        starts = self.part_starts(k, v, self.problem.state, reverse=False)
+        return self.walk_over_values(dout, v, k, starts, crossing, reverse=False)
+
+    def walk_over_values(
+        self, x: Tensor, y: Tensor, z: Tensor, starts: "PartStarts", crossing: tuple[Crossing, Tensor] | None,
+        reverse: bool,
+    ) -> Tensor:  # fmt: skip
+        """dQ = walk(dO, V, K) or dK = reverse walk(V, dO, Q), which contract over V: in two ranges where V is wide.
+
+        `crossing`: what to fill for the gradient of log_decay, and q or k."""
         whole = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1], self.partition.narrow).splits == 1
         make = torch.empty if whole else torch.zeros  # two ranges add to what is there
         out = make(z.shape, dtype=z.dtype, device=z.device)
-        self.walk(x, y, z, starts, reverse=reverse, out=out, store_final=False, over_values=True)
+        self.walk(x, y, z, starts, reverse=reverse, out=out, store_final=False, over_values=True, crossing=crossing)
         return out
 
     def walk(
@@ -205,6 +231,7 @@ class WalkCall:
         store_final: bool,
         over_values: bool = False,
         documents: Tensor | None = None,
+        crossing: tuple[Crossing, Tensor] | None = None,
     ) -> Tensor | None:
         """Launch one walk over readers x, writers y and values z; return every part's last state if `store_final`.
 
@@ -231,14 +258,20 @@ class WalkCall:
             store_final=store_final,
             per_token=self.sums is not None,
             heads_per_group=H // y.shape[2],
+            crossing=crossing is not None,
         )
         y_desc = descriptor(y, tile.keys)
         unused = self.log_decay
+        out_desc = descriptor(z if out is None else out, GROUP_VALUES)
+        meets = (out_desc, unused, unused, unused)
+        if crossing is not None:
+            kept, partner = crossing
+            meets = (descriptor(partner, GROUP_VALUES), kept.dots[int(reverse)], kept.borders, kept.products)
         arguments = (
             y_desc if x is None else descriptor(x, tile.keys),
             y_desc,
             descriptor(z, GROUP_VALUES * tile.groups),
-            descriptor(z if out is None else out, GROUP_VALUES),
+            out_desc,
             self.log_decay,
             self.problem.scale,
             unused if starts.states is None else starts.states,
@@ -247,6 +280,7 @@ class WalkCall:
             unused if documents is None else documents,
             unused if self.sums is None else self.sums,
             unused if starts.factors is None else starts.factors,
+            *meets,
             T,
             H,
             parts,

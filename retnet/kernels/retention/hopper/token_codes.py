@@ -42,7 +42,7 @@ def token_codes(B: int, T: int, mask: Tensor | None, cu_seqlens: Tensor | None, 
 
 
 @triton.jit
-def _document_of(token, cu_seqlens, documents, steps):
+def document_of(token, cu_seqlens, documents, steps):
     """The document of each token: the number of documents that end at or before it, by bisection."""
     low = token * 0
     high = low + documents
@@ -64,8 +64,8 @@ def _token_codes_kernel(codes, mask, cu_seqlens, tokens, documents, steps, MASKE
     real = token < tokens
     if MASKED:
         real = real & (tl.load(mask + sequence.to(tl.int64) * tokens + token, mask=real, other=0) != 0)
-    document = _document_of(tl.minimum(token, tokens - 1), cu_seqlens, documents, steps)
-    before = _document_of(tl.maximum(first - 1 + tl.arange(0, C) * 0, 0), cu_seqlens, documents, steps)
+    document = document_of(tl.minimum(token, tokens - 1), cu_seqlens, documents, steps)
+    before = document_of(tl.maximum(first - 1 + tl.arange(0, C) * 0, 0), cu_seqlens, documents, steps)
     special = (tl.min(real.to(tl.int32), 0) == 0) | (tl.max(document, 0) != tl.max(before, 0))
     code = tl.where(real, document, ~document)
     code = (code << 8) | (special.to(tl.int32) << 7) | tl.cumsum(real.to(tl.int32), 0)

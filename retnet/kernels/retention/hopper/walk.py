@@ -24,8 +24,12 @@ read, mix and update. Every decay is the exp of a difference that is not positiv
 Masked tokens and packed documents (`HAS_CODES`) change the decays of special chunks: those that have a masked token or
 a document boundary. These chunks take their factors from `codes` (`token_codes`), all others use the usual ones.
 
-Not supported, and left to the portable kernels: decay per token, groups of heads, initial states of packed documents,
-and float16 with masked tokens or packed documents.
+With a decay per token (`PER_TOKEN`) every chunk takes its factors from running sums of its log decays (`token_sums`),
+which know of masks and documents. Walks for the gradient of log_decay (`TERMS` > 0) leave what it is made of
+(`decay_gradient.py`).
+
+Not supported, and left to the portable kernels: gradients of shared queries and keys, initial states of packed
+documents, and float16 with masked tokens, packed documents or a decay per token.
 """
 
 from triton.experimental import gluon
@@ -33,6 +37,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from retnet.kernels.retention.hopper.warp_roles import (
+    BORDER_CHUNKS,
     CHUNK,
     GROUP_VALUES,
     RATE_ROW,
@@ -44,6 +49,7 @@ from retnet.kernels.retention.hopper.warp_roles import (
     score_role,
 )
 
+_BORDER_CHUNKS = gl.constexpr(BORDER_CHUNKS)
 _CHUNK = gl.constexpr(CHUNK)
 _GROUP_VALUES = gl.constexpr(GROUP_VALUES)
 _SCORE_STAGES = gl.constexpr(SCORE_STAGES)
@@ -102,14 +108,15 @@ def walk_kernel(
     x_desc, y_desc, z_desc, out_desc,  # [B, T, H, SPLITS * KEYS] twice, [B, T, H, VALUES] twice
     log_decay, scale, state_in, state_out,  # [H], (), states [B, H, parts, ...] twice (float32)
     codes, cu_seqlens,  # [B, chunks * 64] if HAS_CODES, [N + 1] if PER_DOCUMENT (then B = 1)
-    sums,  # [B, H, chunks * 64] if PER_TOKEN (`chunk_sums`)
+    sums,  # [B, H, chunks * 64] if PER_TOKEN (`token_sums`)
     factors,  # [H] of float16 states (`state_factors`)
+    partner_desc, dots, borders, products,  # if TERMS > 0 (`decay_gradient.py`)
     tokens, heads, parts, part_chunks,
     KEYS: gl.constexpr, VALUES: gl.constexpr, SPLITS: gl.constexpr, GROUPS: gl.constexpr,
     KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
     REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr, PER_DOCUMENT: gl.constexpr,
     HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, PER_TOKEN: gl.constexpr,
-    HEADS_PER_GROUP: gl.constexpr,
+    HEADS_PER_GROUP: gl.constexpr, TERMS: gl.constexpr,
     X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, Z_STAGES: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -154,11 +161,14 @@ def walk_kernel(
     X: gl.constexpr = first_barrier(0, x_smem, y_smem)
     Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
     Z: gl.constexpr = first_barrier(2, x_smem, y_smem)
-    barriers = gl.allocate_shared_memory(gl.int64, [Z + 2 * Z_STAGES, 1], mbarrier.MBarrierLayout())
+    COUNT: gl.constexpr = Z + 2 * Z_STAGES + (GROUPS if TERMS > 0 else 0)
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     _init_pipeline(barriers, 0, _SCORE_STAGES, GROUPS)
     _init_pipeline(barriers, X, x_smem.shape[0], GROUPS + 1)
     _init_pipeline(barriers, Y, Y_STAGES, GROUPS + 1 if READ else GROUPS)
     _init_pipeline(barriers, Z, Z_STAGES, GROUPS)
+    for i in gl.static_range(Z + 2 * Z_STAGES, COUNT):
+        mbarrier.init(barriers.index(i), count=1)  # of `partner`
     outs_smem = gl.allocate_shared_memory(dtype, [GROUPS, _CHUNK, _GROUP_VALUES], wide)
     factor = gl.load(factors + head) if dtype == gl.float16 else 1.0
     decays = _make_decays(log2_gamma, scale, factor, tail, REVERSE)
@@ -176,19 +186,28 @@ def walk_kernel(
         state_in + state_at, state_out + state_at, batch, head, value, start, count, last_step, sequence_codes,
         sequence_sums,
     )  # fmt: skip
+    crossing = ()
+    if TERMS > 0:
+        terms = sequence_head.to(gl.int64) * TERMS
+        borders_at = terms * ((chunks + _BORDER_CHUNKS - 1) // _BORDER_CHUNKS) * _GROUP_VALUES
+        first_term = (split * SLICES + program % SLICES) * GROUPS
+        crossing = (
+            partner_desc, dots + terms * (chunks * _CHUNK), borders + borders_at * KEYS, products + borders_at,
+            chunks, first_term,
+        )  # fmt: skip
     _start_roles(
-        mixing, scoring, loading,
+        mixing, scoring, loading, crossing,
         GROUPS, REVERSE, READ, HAS_CODES, PER_TOKEN, HAS_INITIAL, STORE_FINAL, KEY_STRIDE, VALUE_STRIDE, SPLITS == 2,
-        MIX_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS,
+        TERMS, MIX_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _start_roles(
-    mixing, scoring, loading,
-    GROUPS: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr,
-    PER_TOKEN: gl.constexpr, HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
-    ADD: gl.constexpr,
+    mixing, scoring, loading, crossing,
+    GROUPS: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr, PER_TOKEN: gl.constexpr,
+    INITIAL: gl.constexpr, FINAL: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
+    ADD: gl.constexpr, TERMS: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One or two warpgroups mix, one scores if there are readers, and one warp loads.
@@ -200,130 +219,46 @@ def _start_roles(
     if GROUPS == 2 and READ:
         gl.warp_specialize(
             [
-                (
-                    mix_role,
-                    (
-                        mixing,
-                        LOWER,
-                        REVERSE,
-                        READ,
-                        HAS_CODES,
-                        PER_TOKEN,
-                        HAS_INITIAL,
-                        STORE_FINAL,
-                        KEY_STRIDE,
-                        VALUE_STRIDE,
-                        ADD,
-                    ),
-                ),
-                (
-                    mix_role,
-                    (
-                        mixing,
-                        UPPER,
-                        REVERSE,
-                        READ,
-                        HAS_CODES,
-                        PER_TOKEN,
-                        HAS_INITIAL,
-                        STORE_FINAL,
-                        KEY_STRIDE,
-                        VALUE_STRIDE,
-                        ADD,
-                    ),
-                ),
+                (mix_role, (mixing, crossing, LOWER, REVERSE, READ, HAS_CODES, PER_TOKEN, INITIAL, FINAL,
+                            KEY_STRIDE, VALUE_STRIDE, ADD, TERMS)),
+                (mix_role, (mixing, crossing, UPPER, REVERSE, READ, HAS_CODES, PER_TOKEN, INITIAL, FINAL,
+                            KEY_STRIDE, VALUE_STRIDE, ADD, TERMS)),
                 (score_role, (scoring, REVERSE, HAS_CODES, PER_TOKEN)),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [4, 4, 1],
             [MIX_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS],
-        )
+        )  # fmt: skip
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    mix_role,
-                    (
-                        mixing,
-                        LOWER,
-                        REVERSE,
-                        READ,
-                        HAS_CODES,
-                        PER_TOKEN,
-                        HAS_INITIAL,
-                        STORE_FINAL,
-                        KEY_STRIDE,
-                        VALUE_STRIDE,
-                        ADD,
-                    ),
-                ),
-                (
-                    mix_role,
-                    (
-                        mixing,
-                        UPPER,
-                        REVERSE,
-                        READ,
-                        HAS_CODES,
-                        PER_TOKEN,
-                        HAS_INITIAL,
-                        STORE_FINAL,
-                        KEY_STRIDE,
-                        VALUE_STRIDE,
-                        ADD,
-                    ),
-                ),
+                (mix_role, (mixing, crossing, LOWER, REVERSE, READ, HAS_CODES, PER_TOKEN, INITIAL, FINAL,
+                            KEY_STRIDE, VALUE_STRIDE, ADD, TERMS)),
+                (mix_role, (mixing, crossing, UPPER, REVERSE, READ, HAS_CODES, PER_TOKEN, INITIAL, FINAL,
+                            KEY_STRIDE, VALUE_STRIDE, ADD, TERMS)),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [4, 1],
             [MIX_REGISTERS, LOAD_REGISTERS],
-        )
+        )  # fmt: skip
     elif READ:
         gl.warp_specialize(
             [
-                (
-                    mix_role,
-                    (
-                        mixing,
-                        LOWER,
-                        REVERSE,
-                        READ,
-                        HAS_CODES,
-                        PER_TOKEN,
-                        HAS_INITIAL,
-                        STORE_FINAL,
-                        KEY_STRIDE,
-                        VALUE_STRIDE,
-                        ADD,
-                    ),
-                ),
+                (mix_role, (mixing, crossing, LOWER, REVERSE, READ, HAS_CODES, PER_TOKEN, INITIAL, FINAL,
+                            KEY_STRIDE, VALUE_STRIDE, ADD, TERMS)),
                 (score_role, (scoring, REVERSE, HAS_CODES, PER_TOKEN)),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [4, 1],
             [SCORE_REGISTERS, LOAD_REGISTERS],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (
-                    mix_role,
-                    (
-                        mixing,
-                        LOWER,
-                        REVERSE,
-                        READ,
-                        HAS_CODES,
-                        PER_TOKEN,
-                        HAS_INITIAL,
-                        STORE_FINAL,
-                        KEY_STRIDE,
-                        VALUE_STRIDE,
-                        ADD,
-                    ),
-                ),
+                (mix_role, (mixing, crossing, LOWER, REVERSE, READ, HAS_CODES, PER_TOKEN, INITIAL, FINAL,
+                            KEY_STRIDE, VALUE_STRIDE, ADD, TERMS)),
                 (load_role, (loading, REVERSE, READ)),
             ],
             [1],
             [LOAD_REGISTERS],
-        )
+        )  # fmt: skip

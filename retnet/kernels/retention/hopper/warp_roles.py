@@ -20,6 +20,7 @@ CHUNK = 64  # tokens: the rows of one warpgroup instruction, so that scores fill
 GROUP_VALUES = 64  # values per warpgroup, for the same reason
 PIECE = 64  # keys per piece of a state: only one piece has its 16-bit copy in registers at a time
 SCORE_STAGES = 1  # stages of the pipeline of scores
+BORDER_CHUNKS = 4  # chunks between two borders, where walks for the gradient of log_decay meet
 
 
 @builtin
@@ -39,6 +40,7 @@ _CHUNK = gl.constexpr(CHUNK)
 _GROUP_VALUES = gl.constexpr(GROUP_VALUES)
 _PIECE = gl.constexpr(PIECE)
 _SCORE_STAGES = gl.constexpr(SCORE_STAGES)
+_BORDER_CHUNKS = gl.constexpr(BORDER_CHUNKS)
 RATE_ROW = gl.constexpr(12)  # row of `decays` that repeats log2(gamma)
 SCALE_ROW = gl.constexpr(13)
 
@@ -144,7 +146,8 @@ def _load_token_sums(sums):
 @gluon.jit
 def _make_token_decays(decays, ROW: gl.constexpr, through, total, REVERSE: gl.constexpr):
     """Read, write and keep of a chunk, from `_load_token_sums`."""
-    from_start = gl.exp2(through) * decays.index(SCALE_ROW).load(through.type.layout)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    from_start = gl.exp2(through) * decays.index(SCALE_ROW).load(layout)
     to_end = gl.exp2(total - through)
     decays.index(ROW).store(to_end if REVERSE else from_start)
     decays.index(ROW + 1).store(from_start if REVERSE else to_end)
@@ -244,12 +247,33 @@ def _state_pointers(
 
 
 @gluon.jit
+def _is_border(token, chunks):
+    """Whether the chunk at this token is the last before a border (`decay_gradient.py`)."""
+    chunk = token // _CHUNK
+    return (chunk % _BORDER_CHUNKS == _BORDER_CHUNKS - 1) | (chunk == chunks - 1)
+
+
+@gluon.jit
+def _border_pointers(borders, term, PIECE_AT: gl.constexpr, PIECES: gl.constexpr, layout: gl.constexpr):
+    """Pointers to a stored piece [values, keys] of a term's state: those of a warp's lanes lie side by side."""
+    value = gl.arange(0, _GROUP_VALUES, gl.SliceLayout(1, layout))[:, None]
+    key = gl.arange(0, _PIECE, gl.SliceLayout(0, layout))[None, :]
+    base = borders + (term * PIECES + PIECE_AT) * (_GROUP_VALUES * _PIECE)
+    return base + (key // 8 * (8 * _GROUP_VALUES) + value * 8 + key % 8)
+
+
+@gluon.jit
 def mix_role(
-    args, GROUP: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr,
+    args, crossing, GROUP: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr,
     PER_TOKEN: gl.constexpr, HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr,
-    KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr, ADD: gl.constexpr,
+    KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr, ADD: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: the outputs and the state of its 64 values, chunk after chunk. ADD adds to the stored output."""
+    """One warpgroup: the outputs and the state of its 64 values, chunk after chunk. ADD adds to the stored output.
+
+    TERMS > 0: also one of as many terms of what the gradient of log_decay is made of (`decay_gradient.py`): per token
+    the inner product of the float32 output with `partner`; and at every border the state in 16 bits, which a reverse
+    walk multiplies by its own.
+    """
     (
         x_smem, y_smem, z_smem, p_smem, outs_smem, barriers, decays, out_desc, state_in, state_out,
         batch, head, value, start, count, last_step, codes, sums,
@@ -263,6 +287,12 @@ def mix_role(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CHUNK, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     out_smem = outs_smem.index(GROUP)
+    if TERMS > 0:
+        partner_desc, dots, borders, products, chunks, first_term = crossing
+        term = first_term + GROUP
+        dots += term * (chunks * _CHUNK) + gl.arange(0, _CHUNK, gl.SliceLayout(0, layout))
+        products += gl.arange(0, _GROUP_VALUES, gl.SliceLayout(1, layout))
+        arrived = barriers.index(Z + 2 * z_smem.shape[0] + GROUP)
 
     state = ()
     for j in gl.static_range(PIECES):
@@ -281,6 +311,20 @@ def mix_role(
             through, total = _load_token_sums(sums + _token_at(gl.minimum(step + 1, count - 1), start, REVERSE))
         if HAS_CODES:
             special = _is_special(gl.load(codes + token))
+        if TERMS > 0:
+            tma.store_wait(0)
+            _barrier()
+            mbarrier.expect(arrived, partner_desc.block_type.nbytes)
+            place = out_smem.reshape(partner_desc.block_type.shape)  # free until this chunk's output is ready
+            _tma_load(partner_desc, [batch, token, head, value + GROUP * _GROUP_VALUES], arrived, place)
+            if REVERSE:
+                if _is_border(token, chunks):
+                    border = (token // (_CHUNK * _BORDER_CHUNKS)).to(gl.int64) * TERMS + term
+                    product = gl.zeros([_GROUP_VALUES], gl.float32, gl.SliceLayout(1, layout))
+                    for j in gl.static_range(PIECES):
+                        before = gl.load(_border_pointers(borders, border, j, PIECES, layout)).to(gl.float32)
+                        product += gl.sum(before * state[j], 1)
+                    gl.store(products + border * _GROUP_VALUES, product)
         if READ:
             x = _await(x_smem, barriers, X, step)
             out = gl.zeros([_GROUP_VALUES, _CHUNK], gl.float32, layout)
@@ -321,7 +365,12 @@ def mix_role(
         if READ:
             out = warpgroup_mma_wait(PIECES, deps=(out,))
             _release(p_smem, barriers, 0, step)
-            tma.store_wait(0)
+            if TERMS > 0:
+                mbarrier.wait(arrived, step & 1)
+                partner = out_smem.permute((1, 0)).load(layout).to(gl.float32)
+                gl.store(dots + token, gl.sum(out * partner, 0))
+            else:
+                tma.store_wait(0)
             _barrier()
             out_smem.permute((1, 0)).store(out.to(dtype))
             fence_async_shared()
@@ -337,6 +386,11 @@ def mix_role(
             state = (state,)
         _release(y_smem, barriers, Y, step)
         _release(z_smem, barriers, Z, step)
+        if TERMS > 0 and not REVERSE:
+            if _is_border(token, chunks):
+                border = (token // (_CHUNK * _BORDER_CHUNKS)).to(gl.int64) * TERMS + term
+                for j in gl.static_range(PIECES):
+                    gl.store(_border_pointers(borders, border, j, PIECES, layout), state[j].to(dtype))
 
     if STORE_FINAL:
         for j in gl.static_range(PIECES):

@@ -105,13 +105,22 @@ def _decay_gradient_kernel(
         _, _, last = running(head_sums, H * plane, length - 1, length, PER_TOKEN, MASKED)
         _, _, before = running(head_sums, H * plane, tl.maximum(position - 1, 0), length, PER_TOKEN, MASKED)
         is_reset = resets > tl.where(position == 0, 0.0, before)
-        pair = (position[None, :] >= position[:, None]) & (resets[None, :] == resets[:, None])
-        value = tl.sum(tl.where(pair, flow[None, :], 0.0), 1) + tl.where(resets == last, crossing, 0.0)
-        value = tl.where(is_reset, 0.0, value)
+        value = sum_until_reset(flow, crossing, resets, last, is_reset)
     else:
         value = tl.cumsum(flow, 0, reverse=True) + crossing
     ok = tokens_ok(mask, start, position, length, MASKED)
     tl.store(grad + (start + position) * H + h, tl.where(ok, value, 0.0), mask=inside)
+
+
+@triton.jit
+def sum_until_reset(flow, crossing, resets, last, is_reset):
+    """dlog_decay of a segment: `flow` from each token until the next reset, or until the end with its `crossing`.
+
+    `resets`: the resets through each token; `last`: those of the segment."""
+    position = tl.arange(0, flow.shape[0])
+    pair = (position[None, :] >= position[:, None]) & (resets[None, :] == resets[:, None])
+    value = tl.sum(tl.where(pair, flow[None, :], 0.0), 1) + tl.where(resets == last, crossing, 0.0)
+    return tl.where(is_reset, 0.0, value)
 
 
 @triton.jit

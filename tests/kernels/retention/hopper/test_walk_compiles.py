@@ -36,7 +36,15 @@ CASES = [
 
 
 def compile_walk(
-    keys: int, values: int, narrow: bool, reverse: bool, read: bool, has_codes: bool, dtype: str, per_token=False
+    keys: int,
+    values: int,
+    narrow: bool,
+    reverse: bool,
+    read: bool,
+    has_codes: bool,
+    dtype: str,
+    per_token: bool = False,
+    crossing: bool = False,
 ):
     """The compiled kernel of a walk that contracts over `keys` and makes `values`, from types and shapes alone."""
     from triton.backends.compiler import GPUTarget
@@ -61,15 +69,17 @@ def compile_walk(
         has_initial=True,
         store_final=True,
         per_token=per_token,
+        crossing=crossing,
     )
     constants = dict(zip(walk_launch.walk_kernel.arg_names[-len(variant.constants) :], variant.constants))
-    pointers = dict.fromkeys(("log_decay", "state_in", "state_out", "factors", "sums"), "*fp32")
-    pointers |= {"codes": "*i32", "cu_seqlens": "*i64"}
+    pointers = dict.fromkeys(("log_decay", "state_in", "state_out", "factors", "sums", "dots", "products"), "*fp32")
+    pointers |= {"codes": "*i32", "cu_seqlens": "*i64", "borders": f"*{dtype}" if crossing else "*fp32"}
     descriptors = {
         "x_desc": tile.keys,
         "y_desc": tile.keys,
         "z_desc": GROUP_VALUES * tile.groups,
         "out_desc": GROUP_VALUES,
+        "partner_desc": GROUP_VALUES,
     }
     signature = {
         name: "constexpr"

@@ -1,0 +1,97 @@
+"""The gradient of a decay per token, from what the walks for dQ and dK leave.
+
+The formula is that of the portable kernels (`portable/decay_gradient.py`), with a border every 256 tokens:
+
+    dlog_decay_t = <S, dS> at the next border + sum_{i >= t, before the border} (q_i . dq_i - k_i . dk_i)
+
+The walk for dQ carries S and the walk for dK carries dS. The first one stores S in 16 bits at every border, in its own
+order of registers, and the second one, which has the same tiles, multiplies it by dS. Both take the inner products of
+their float32 outputs with q or k, before rounding.
+
+q . dq equals out . dout, and k . dk equals v . dv. This pair is taken because it makes the terms of a sum cancel:
+the score of two tokens in both walks is the same dout . v, times the same decay, rounded to the same 16 bits. A pair
+whose tokens lie on the same side of t has to vanish from the sum, and here it does up to float32 rounding. Between
+walks that score q . k and dout . v, two roundings to 16 bits would remain, which at strong decays are larger than the
+gradient. What crosses a chunk is rounded with the state, differently in the two walks; hence the borders.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retnet.kernels.recording import launch
+from retnet.kernels.retention.hopper.token_sums import is_reset
+from retnet.kernels.retention.hopper.warp_roles import BORDER_CHUNKS, CHUNK, GROUP_VALUES
+from retnet.kernels.retention.portable.decay_gradient import sum_until_reset
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """What the two walks leave, in `terms` terms, one per warpgroup and slice of a state [K, V].
+
+    dots: q . dq, then k . dk: [2, B, H, terms, chunks * 64]. borders: S [B, H, borders, terms, K V / terms] in 16 bits.
+    products: <S, dS> [B, H, borders, terms, 64]. All but `borders` in float32.
+    """
+
+    dots: Tensor
+    borders: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, terms: int) -> "Crossing":
+        """Room for a walk over q [B, T, H, K] and v [B, T, H, V]."""
+        (B, T, H, K), V = q.shape, v.shape[3]
+        chunks = triton.cdiv(T, CHUNK)
+        borders = triton.cdiv(chunks, BORDER_CHUNKS)
+        dots = torch.empty(2, B, H, terms, chunks * CHUNK, dtype=torch.float32, device=q.device)
+        states = torch.empty(B, H, borders, terms, K * V // terms, dtype=q.dtype, device=q.device)
+        products = torch.empty(B, H, borders, terms, GROUP_VALUES, dtype=torch.float32, device=q.device)
+        return cls(dots, states, products)
+
+    def gradient(self, log_decay: Tensor, sums: Tensor, mask: Tensor | None) -> Tensor:
+        """dlog_decay [B, T, H] float32, from `token_sums`; 0 at resets and masked tokens."""
+        B, T, H = log_decay.shape
+        grad = torch.empty(B, T, H, dtype=torch.float32, device=log_decay.device)
+        launch(
+            _decay_gradient_kernel, (B * self.products.shape[2], H),
+            self.dots[0], self.dots[1], self.products, sums,
+            None if mask is None else mask.contiguous().view(torch.uint8), grad, T,
+            H=H, TERMS=self.dots.shape[3], C=CHUNK, BORDER=BORDER_CHUNKS, VALUES=GROUP_VALUES, num_warps=4,
+        )  # fmt: skip
+        return grad
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _decay_gradient_kernel(
+    q_dot_dq, k_dot_dk, products, sums, mask, grad, tokens,
+    H: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, BORDER: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """Grid: B * borders, H."""
+    chunks = tl.cdiv(tokens, C)
+    borders = tl.cdiv(chunks, BORDER)
+    batch, border, head = (tl.program_id(0) // borders).to(tl.int64), tl.program_id(0) % borders, tl.program_id(1)
+    row = batch * H + head
+    crossing = tl.sum(tl.load(products + (row * borders + border) * (TERMS * VALUES) + tl.arange(0, TERMS * VALUES)), 0)
+    position = tl.arange(0, C)
+    for i in range(BORDER):
+        first = (border * BORDER + (BORDER - 1 - i)) * C
+        token = first + position
+        real = token < tokens
+        at = row * (chunks * C) + token
+        through = tl.load(sums + at, mask=real, other=0.0)
+        before = tl.load(sums + at - 1, mask=real & (position > 0), other=0.0)
+        flow = tl.zeros([C], dtype=tl.float32)
+        for term in range(TERMS):
+            at = (row * TERMS + term) * (chunks * C) + token
+            flow += tl.load(q_dot_dq + at, mask=real, other=0.0) - tl.load(k_dot_dk + at, mask=real, other=0.0)
+        reset = is_reset(through, before)
+        resets = tl.cumsum(reset.to(tl.float32), 0)
+        value = sum_until_reset(flow, crossing, resets, tl.max(resets, 0), reset)
+        crossing = tl.sum(tl.where(position == 0, value, 0.0), 0)
+        if mask is not None:
+            ok = tl.load(mask + batch * tokens + token, mask=real, other=0) != 0
+            value = tl.where(ok, value, 0.0)
+        tl.store(grad + (batch * tokens + token) * H + head, value, mask=real)
