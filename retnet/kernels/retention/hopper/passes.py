@@ -117,7 +117,7 @@ def walk_backward(
     dlog_decay = None
     if crossing is not None:
         assert call.sums is not None
-        dlog_decay = crossing.gradient(problem.log_decay, call.sums, problem.mask)
+        dlog_decay = crossing.gradient(problem.log_decay, call.sums, problem.mask, problem.state is not None)
     return RetentionGradients(dq, dk, dv, dlog_decay, dstate)
 
 

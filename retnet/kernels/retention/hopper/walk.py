@@ -189,7 +189,7 @@ def walk_kernel(
     crossing = ()
     if TERMS > 0:
         terms = sequence_head.to(gl.int64) * TERMS
-        borders_at = terms * ((chunks + _BORDER_CHUNKS - 1) // _BORDER_CHUNKS) * _GROUP_VALUES
+        borders_at = terms * ((chunks + _BORDER_CHUNKS - 2) // _BORDER_CHUNKS + 2) * _GROUP_VALUES
         first_term = (split * SLICES + program % SLICES) * GROUPS
         crossing = (
             partner_desc, dots + terms * (chunks * _CHUNK), borders + borders_at * KEYS, products + borders_at,

@@ -20,7 +20,7 @@ CHUNK = 64  # tokens: the rows of one warpgroup instruction, so that scores fill
 GROUP_VALUES = 64  # values per warpgroup, for the same reason
 PIECE = 64  # keys per piece of a state: only one piece has its 16-bit copy in registers at a time
 SCORE_STAGES = 1  # stages of the pipeline of scores
-BORDER_CHUNKS = 4  # chunks between two borders, where walks for the gradient of log_decay meet
+BORDER_CHUNKS = 4  # chunks between two borders (`decay_gradient.py`)
 
 
 @builtin
@@ -247,10 +247,25 @@ def _state_pointers(
 
 
 @gluon.jit
-def _is_border(token, chunks):
-    """Whether the chunk at this token is the last before a border (`decay_gradient.py`)."""
-    chunk = token // _CHUNK
-    return (chunk % _BORDER_CHUNKS == _BORDER_CHUNKS - 1) | (chunk == chunks - 1)
+def _to_bfloat16_precision(x):
+    """float32 rounded to 8 bits, as the products read it (Veltkamp's splitting).
+
+    A conversion here would be shared with that of the read, whose results would then stay in registers."""
+    shifted = x * 65537.0
+    return shifted - (shifted - x)
+
+
+@gluon.jit
+def _is_border(chunk, chunks):
+    """Whether a border follows the chunk (`decay_gradient.py`)."""
+    return (chunk % _BORDER_CHUNKS == _BORDER_CHUNKS - 1) | (chunk >= chunks - 2)
+
+
+@gluon.jit
+def _border(chunk, chunks, TERMS: gl.constexpr):
+    """The first term of the border that follows the chunk."""
+    last = (chunks + _BORDER_CHUNKS - 2) // _BORDER_CHUNKS
+    return gl.where(chunk == chunks - 1, last, chunk // _BORDER_CHUNKS).to(gl.int64) * TERMS
 
 
 @gluon.jit
@@ -318,12 +333,15 @@ def mix_role(
             place = out_smem.reshape(partner_desc.block_type.shape)  # free until this chunk's output is ready
             _tma_load(partner_desc, [batch, token, head, value + GROUP * _GROUP_VALUES], arrived, place)
             if REVERSE:
-                if _is_border(token, chunks):
-                    border = (token // (_CHUNK * _BORDER_CHUNKS)).to(gl.int64) * TERMS + term
+                if _is_border(token // _CHUNK, chunks):
+                    border = _border(token // _CHUNK, chunks, TERMS) + term
                     product = gl.zeros([_GROUP_VALUES], gl.float32, gl.SliceLayout(1, layout))
                     for j in gl.static_range(PIECES):
                         before = gl.load(_border_pointers(borders, border, j, PIECES, layout)).to(gl.float32)
-                        product += gl.sum(before * state[j], 1)
+                        if token // _CHUNK == chunks - 1:
+                            rest = gl.load(_border_pointers(borders, border + TERMS, j, PIECES, layout))
+                            before += rest.to(gl.float32)
+                        product += gl.sum(before * _to_bfloat16_precision(state[j]), 1)
                     gl.store(products + border * _GROUP_VALUES, product)
         if READ:
             x = _await(x_smem, barriers, X, step)
@@ -387,10 +405,14 @@ def mix_role(
         _release(y_smem, barriers, Y, step)
         _release(z_smem, barriers, Z, step)
         if TERMS > 0 and not REVERSE:
-            if _is_border(token, chunks):
-                border = (token // (_CHUNK * _BORDER_CHUNKS)).to(gl.int64) * TERMS + term
+            if _is_border(token // _CHUNK, chunks):
+                border = _border(token // _CHUNK, chunks, TERMS) + term
                 for j in gl.static_range(PIECES):
-                    gl.store(_border_pointers(borders, border, j, PIECES, layout), state[j].to(dtype))
+                    rounded = state[j].to(dtype)
+                    gl.store(_border_pointers(borders, border, j, PIECES, layout), rounded)
+                    if token // _CHUNK == chunks - 1:
+                        rest = (state[j] - rounded.to(gl.float32)).to(dtype)
+                        gl.store(_border_pointers(borders, border + TERMS, j, PIECES, layout), rest)
 
     if STORE_FINAL:
         for j in gl.static_range(PIECES):
