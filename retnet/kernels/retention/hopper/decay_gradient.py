@@ -28,8 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from retnet.kernels.recording import launch
+from retnet.kernels.retention.hopper.borders import BORDER_CHUNKS
 from retnet.kernels.retention.hopper.token_sums import is_reset
-from retnet.kernels.retention.hopper.warp_roles import BORDER_CHUNKS, CHUNK, GROUP_VALUES
+from retnet.kernels.retention.hopper.warp_roles import CHUNK, GROUP_VALUES
 from retnet.kernels.retention.portable.decay_gradient import sum_until_reset
 
 

@@ -36,8 +36,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from retnet.kernels.retention.hopper.borders import last_border
 from retnet.kernels.retention.hopper.warp_roles import (
-    BORDER_CHUNKS,
     CHUNK,
     GROUP_VALUES,
     RATE_ROW,
@@ -49,7 +49,6 @@ from retnet.kernels.retention.hopper.warp_roles import (
     score_role,
 )
 
-_BORDER_CHUNKS = gl.constexpr(BORDER_CHUNKS)
 _CHUNK = gl.constexpr(CHUNK)
 _GROUP_VALUES = gl.constexpr(GROUP_VALUES)
 _SCORE_STAGES = gl.constexpr(SCORE_STAGES)
@@ -189,7 +188,7 @@ def walk_kernel(
     crossing = ()
     if TERMS > 0:
         terms = sequence_head.to(gl.int64) * TERMS
-        borders_at = terms * ((chunks + _BORDER_CHUNKS - 2) // _BORDER_CHUNKS + 2) * _GROUP_VALUES
+        borders_at = terms * (last_border(chunks) + 2) * _GROUP_VALUES
         first_term = (split * SLICES + program % SLICES) * GROUPS
         crossing = (
             partner_desc, dots + terms * (chunks * _CHUNK), borders + borders_at * KEYS, products + borders_at,

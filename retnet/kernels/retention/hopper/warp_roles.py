@@ -16,11 +16,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from retnet.kernels.retention.hopper.borders import multiply_border, store_border
+
 CHUNK = 64  # tokens: the rows of one warpgroup instruction, so that scores fill it
 GROUP_VALUES = 64  # values per warpgroup, for the same reason
 PIECE = 64  # keys per piece of a state: only one piece has its 16-bit copy in registers at a time
 SCORE_STAGES = 1  # stages of the pipeline of scores
-BORDER_CHUNKS = 4  # chunks between two borders (`decay_gradient.py`)
 
 
 @builtin
@@ -40,7 +41,6 @@ _CHUNK = gl.constexpr(CHUNK)
 _GROUP_VALUES = gl.constexpr(GROUP_VALUES)
 _PIECE = gl.constexpr(PIECE)
 _SCORE_STAGES = gl.constexpr(SCORE_STAGES)
-_BORDER_CHUNKS = gl.constexpr(BORDER_CHUNKS)
 RATE_ROW = gl.constexpr(12)  # row of `decays` that repeats log2(gamma)
 SCALE_ROW = gl.constexpr(13)
 
@@ -247,37 +247,6 @@ def _state_pointers(
 
 
 @gluon.jit
-def _to_bfloat16_precision(x):
-    """float32 rounded to 8 bits, as the products read it (Veltkamp's splitting).
-
-    A conversion here would be shared with that of the read, whose results would then stay in registers."""
-    shifted = x * 65537.0
-    return shifted - (shifted - x)
-
-
-@gluon.jit
-def _is_border(chunk, chunks):
-    """Whether a border follows the chunk (`decay_gradient.py`)."""
-    return (chunk % _BORDER_CHUNKS == _BORDER_CHUNKS - 1) | (chunk >= chunks - 2)
-
-
-@gluon.jit
-def _border(chunk, chunks, TERMS: gl.constexpr):
-    """The first term of the border that follows the chunk."""
-    last = (chunks + _BORDER_CHUNKS - 2) // _BORDER_CHUNKS
-    return gl.where(chunk == chunks - 1, last, chunk // _BORDER_CHUNKS).to(gl.int64) * TERMS
-
-
-@gluon.jit
-def _border_pointers(borders, term, PIECE_AT: gl.constexpr, PIECES: gl.constexpr, layout: gl.constexpr):
-    """Pointers to a stored piece [values, keys] of a term's state: those of a warp's lanes lie side by side."""
-    value = gl.arange(0, _GROUP_VALUES, gl.SliceLayout(1, layout))[:, None]
-    key = gl.arange(0, _PIECE, gl.SliceLayout(0, layout))[None, :]
-    base = borders + (term * PIECES + PIECE_AT) * (_GROUP_VALUES * _PIECE)
-    return base + (key // 8 * (8 * _GROUP_VALUES) + value * 8 + key % 8)
-
-
-@gluon.jit
 def mix_role(
     args, crossing, GROUP: gl.constexpr, REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr,
     PER_TOKEN: gl.constexpr, HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr,
@@ -286,8 +255,7 @@ def mix_role(
     """One warpgroup: the outputs and the state of its 64 values, chunk after chunk. ADD adds to the stored output.
 
     TERMS > 0: also one of as many terms of what the gradient of log_decay is made of (`decay_gradient.py`): per token
-    the inner product of the float32 output with `partner`; and at every border the state in 16 bits, which a reverse
-    walk multiplies by its own.
+    the inner product of the float32 output with `partner`, and what lies at borders (`borders.py`).
     """
     (
         x_smem, y_smem, z_smem, p_smem, outs_smem, barriers, decays, out_desc, state_in, state_out,
@@ -306,7 +274,6 @@ def mix_role(
         partner_desc, dots, borders, products, chunks, first_term = crossing
         term = first_term + GROUP
         dots += term * (chunks * _CHUNK) + gl.arange(0, _CHUNK, gl.SliceLayout(0, layout))
-        products += gl.arange(0, _GROUP_VALUES, gl.SliceLayout(1, layout))
         arrived = barriers.index(Z + 2 * z_smem.shape[0] + GROUP)
 
     state = ()
@@ -333,16 +300,7 @@ def mix_role(
             place = out_smem.reshape(partner_desc.block_type.shape)  # free until this chunk's output is ready
             _tma_load(partner_desc, [batch, token, head, value + GROUP * _GROUP_VALUES], arrived, place)
             if REVERSE:
-                if _is_border(token // _CHUNK, chunks):
-                    border = _border(token // _CHUNK, chunks, TERMS) + term
-                    product = gl.zeros([_GROUP_VALUES], gl.float32, gl.SliceLayout(1, layout))
-                    for j in gl.static_range(PIECES):
-                        before = gl.load(_border_pointers(borders, border, j, PIECES, layout)).to(gl.float32)
-                        if token // _CHUNK == chunks - 1:
-                            rest = gl.load(_border_pointers(borders, border + TERMS, j, PIECES, layout))
-                            before += rest.to(gl.float32)
-                        product += gl.sum(before * _to_bfloat16_precision(state[j]), 1)
-                    gl.store(products + border * _GROUP_VALUES, product)
+                multiply_border(state, borders, products, term, token // _CHUNK, chunks, TERMS, PIECES, layout)
         if READ:
             x = _await(x_smem, barriers, X, step)
             out = gl.zeros([_GROUP_VALUES, _CHUNK], gl.float32, layout)
@@ -405,14 +363,7 @@ def mix_role(
         _release(y_smem, barriers, Y, step)
         _release(z_smem, barriers, Z, step)
         if TERMS > 0 and not REVERSE:
-            if _is_border(token // _CHUNK, chunks):
-                border = _border(token // _CHUNK, chunks, TERMS) + term
-                for j in gl.static_range(PIECES):
-                    rounded = state[j].to(dtype)
-                    gl.store(_border_pointers(borders, border, j, PIECES, layout), rounded)
-                    if token // _CHUNK == chunks - 1:
-                        rest = (state[j] - rounded.to(gl.float32)).to(dtype)
-                        gl.store(_border_pointers(borders, border + TERMS, j, PIECES, layout), rest)
+            store_border(state, borders, term, token // _CHUNK, chunks, TERMS, PIECES, dtype, layout)
 
     if STORE_FINAL:
         for j in gl.static_range(PIECES):

@@ -204,7 +204,7 @@ def _specialize(roles: list, warps: list[int], registers: list[int]) -> None:
 
 
 def _begin(program: int) -> None:
-    _role.program, _role.products, _role.stores = torch.tensor(program), [], []
+    _role.program, _role.products, _role.stores = torch.as_tensor(program), [], []
 
 
 def _same(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -290,7 +290,7 @@ def _stand_ins() -> dict[str, ModuleType]:
 def _kernel():
     """`walk_kernel` as a Python function."""
     stand_ins = _stand_ins()
-    for name in ("warp_roles", "walk"):
+    for name in ("borders", "warp_roles", "walk"):
         path = f"retnet.kernels.retention.hopper.{name}"
         spec = importlib.util.spec_from_file_location(path, FOLDER / f"{name}.py")
         assert spec is not None
