@@ -17,11 +17,18 @@ RETENTION = [
     "retention/test_dispatch.py",
     "retention/test_dispatch_chunk_size.py",
     "retention/hopper/test_token_codes.py",
+    "retention/hopper/test_token_sums.py",
+    "retention/hopper/test_walk_emulated.py",
     "retention/hopper/test_dk_dv.py",
 ]
 DECODE = ["decode/test_recurrent.py", "decode/test_decode.py", "decode/test_short_convolution.py"]
 CONVOLUTION = ["convolution/test_short.py"]
-SLOW = ["retention/test_dispatch.py", "decode/test_recurrent.py", "decode/test_decode.py"]
+SLOW = [
+    "retention/test_dispatch.py",
+    "retention/hopper/test_walk_emulated.py",
+    "decode/test_recurrent.py",
+    "decode/test_decode.py",
+]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel tests run on it")

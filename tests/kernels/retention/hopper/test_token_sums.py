@@ -27,6 +27,20 @@ def test_sums_start_at_every_chunk_and_skip_masked_tokens(B, T, H, masked, devic
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_the_first_token_of_a_document_is_a_reset(device):
+    log_decay = -torch.rand(1, 200, 2)
+    log_decay[0, 70] = 0
+    mask = torch.ones(1, 200, dtype=torch.bool)
+    mask[0, 130] = False
+    cu = torch.tensor([0, 70, 70, 130, 200])
+    found = token_sums(log_decay.to(device), mask.to(device), cu.to(device)).cpu()
+    before = torch.nn.functional.pad(found, (1, 0))[..., :-1]
+    before[..., ::64] = 0
+    resets = (found - before < -159).nonzero()
+    assert resets[resets[:, 1] == 0][:, 2].tolist() == [0, 70, 130]
+    assert resets[resets[:, 1] == 1][:, 2].tolist() == [0, 70, 130]
+
+
 def test_strides_are_read_in_place_and_nan_stays(device):
     wide = -torch.rand(1, 70, 4, 2)
     wide[0, 5, 1, 0] = torch.nan

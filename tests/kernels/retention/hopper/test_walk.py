@@ -46,6 +46,10 @@ CASES = [  # B, T, H, K, V, extras
     (1, 1500, 3, 64, 64, "token mask"),
     (4, 300, 4, 256, 512, "token state"),
     (1, 1, 3, 64, 128, "token state"),
+    (1, 700, 2, 256, 512, "token packed"),
+    (1, 2573, 2, 128, 128, "token packed mask"),
+    (2, 700, 2, 256, 512, "token extreme"),
+    (1, 2573, 3, 64, 128, "token extreme state"),
 ]
 GROUPED = [
     (2, 457, 4, 128, 64, "token state groups"),
@@ -77,6 +81,9 @@ def make(B, T, H, K, V, extras, device="cuda"):
         log_decay = -(torch.rand(B, T, H, generator=generator).to(device) ** 4)
         log_decay[:, ::70, :1] = -50.0
         log_decay[:, T // 2 : T // 2 + 3, -1] = -float("inf")
+        if "extreme" in extras:
+            kinds = torch.tensor([0.0, -1e-6, -30.0, -torch.inf, -0.1, -0.01, -1e-3, -1.0], device=device)
+            log_decay = kinds[torch.randint(0, 8, (B, T, H), generator=generator).to(device)]
     elif H > 2:
         log_decay[-1] = -float("inf")
     state, dfinal = (normal(B, H, K, V), normal(B, H, K, V)) if "state" in extras else (None, None)
@@ -91,26 +98,38 @@ def make(B, T, H, K, V, extras, device="cuda"):
 
 def run(q, k, v, dout, log_decay, state, dfinal, mask, cu):
     problem = RetentionProblem(q, k, v, log_decay, q.shape[-1] ** -0.5, state, mask, cu)
-    assert walk.walk_supported(problem, dfinal)
-    out, final = walk.walk_forward(problem, torch.float32)
-    grads = walk.walk_backward(problem, dout, dfinal, need_dstate=state is not None)
-    results = {"out": out, "final": final, "dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
-    return results if state is None else {**results, "dstate": grads.dstate}
+    wanted = {"need_dstate": state is not None, "need_dlog_decay": problem.per_token}
+    final_dtype = None if problem.per_token and cu is not None else torch.float32
+    assert walk.walk_supported(problem, final=final_dtype is not None)
+    assert walk.walk_supported(problem, dfinal, backward=True, dlog_decay=problem.per_token)
+    return by_walks(problem, dout, dfinal, final_dtype, wanted)
+
+
+def by_walks(problem, dout, dfinal, final_dtype, wanted):
+    """Results by name, without those that are None."""
+    out, final = walk.walk_forward(problem, final_dtype)
+    grads = walk.walk_backward(problem, dout, dfinal, **wanted)
+    results = {"out": out, "final": final, **{name: getattr(grads, name) for name in grads.__slots__}}
+    return {name: x for name, x in results.items() if x is not None}
 
 
 def plain(dtype, q, k, v, dout, log_decay, state, dfinal, mask, cu):
-    """`reference.parallel` and autograd in `dtype`."""
+    """`reference.parallel` and autograd in `dtype`; no gradient of a fixed decay."""
     wide = torch.promote_types(dtype, torch.float32)
-    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-    start = None if state is None else state.to(wide).requires_grad_()
-    out, final = reference.parallel(
-        *leaves, log_decay.to(wide), scale=q.shape[-1] ** -0.5, state=start, mask=mask, cu_seqlens=cu
-    )
+    leaves = {name: x.detach().to(dtype, copy=True) for name, x in (("dq", q), ("dk", k), ("dv", v))}
+    decay = log_decay.to(wide, copy=True)
+    start = None if state is None else state.to(wide, copy=True)
+    named = {**leaves, **({"dlog_decay": decay} if decay.dim() == 3 else {})}
+    named |= {} if start is None else {"dstate": start}
+    for leaf in named.values():
+        leaf.requires_grad_()
+    scale = q.shape[-1] ** -0.5
+    out, final = reference.parallel(*leaves.values(), decay, scale=scale, state=start, mask=mask, cu_seqlens=cu)
     loss = (out * dout.to(out.dtype)).double().sum()
     if dfinal is not None:
         loss = loss + (final * dfinal.to(final.dtype)).double().sum()
-    grads = torch.autograd.grad(loss, leaves if start is None else [*leaves, start])
-    return dict(zip(("out", "final", "dq", "dk", "dv", "dstate"), (out, final, *grads), strict=False))
+    grads = torch.autograd.grad(loss, list(named.values()))
+    return {"out": out.detach(), "final": final.detach(), **dict(zip(named, grads))}
 
 
 def error(x, exact):
@@ -185,8 +204,9 @@ def test_nan_in_float16_stays_in_its_head():
 
 @pytest.mark.gpu
 @needs_hopper
-def test_a_document_does_not_see_its_neighbours():
-    inputs = list(make(1, 700, 2, 64, 128, "packed"))
+@pytest.mark.parametrize("extras", ["packed", "token packed"])
+def test_a_document_does_not_see_its_neighbours(extras):
+    inputs = list(make(1, 700, 2, 64, 128, extras))
     cu = inputs[-1]
     before = run(*inputs)
     middle = int(cu[4])  # the last token of the document that ends at 192
@@ -194,7 +214,7 @@ def test_a_document_does_not_see_its_neighbours():
         inputs[i] = inputs[i].clone()
         inputs[i][:, middle - 1] += 1
     after = run(*inputs)
-    for name in ("out", "dq", "dk", "dv"):
+    for name in {"out", "dq", "dk", "dv", "dlog_decay"} & before.keys():
         changed = (before[name] != after[name]).flatten(2).any(-1)[0].nonzero()[:, 0]
         assert changed.min() >= int(cu[3]), name
         assert changed.max() < middle, name

@@ -33,6 +33,15 @@ CASES = [
     pytest.param(512, 256, False, True, True, False, "fp16", id="dK, float16", marks=SERIALIZED),
     pytest.param(128, 128, False, False, True, False, "fp16", id="one warpgroup, float16"),
 ]
+PER_TOKEN = [  # keys, values, narrow, reverse, with the gradient of log_decay
+    pytest.param(256, 512, False, False, False, id="forward"),
+    pytest.param(256, 512, False, True, False, id="dV"),
+    pytest.param(512, 256, False, False, True, id="dQ, in two ranges of V"),
+    pytest.param(512, 256, False, True, True, id="dK, in two ranges of V"),
+    pytest.param(512, 256, True, True, True, id="dK in narrow tiles"),
+    pytest.param(128, 128, False, True, True, id="dK, one warpgroup"),
+    pytest.param(64, 128, False, False, True, id="dQ, small keys"),
+]
 
 
 def compile_walk(
@@ -115,9 +124,21 @@ def copies_register_operands() -> bool:
 def test_a_program_fits_a_multiprocessor_and_keeps_its_products_asynchronous(
     keys, values, narrow, reverse, read, has_codes, dtype, tmp_path
 ):
-    kernel = compile_walk(keys, values, narrow, reverse, read, has_codes, dtype)
+    check_program(compile_walk(keys, values, narrow, reverse, read, has_codes, dtype), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keys", "values", "narrow", "reverse", "crossing"), PER_TOKEN)
+def test_so_does_a_program_with_a_decay_per_token(keys, values, narrow, reverse, crossing, tmp_path):
+    kernel = compile_walk(
+        keys, values, narrow, reverse, True, False, "bf16", per_token=True, crossing=crossing
+    )  # fmt: skip
+    check_program(kernel, tmp_path)
+
+
+def check_program(kernel, folder: Path) -> None:
     assert kernel.metadata.shared <= SHARED_MEMORY
-    listing = disassemble(kernel.asm["cubin"], tmp_path / "walk.cubin")
+    listing = disassemble(kernel.asm["cubin"], folder / "walk.cubin")
     products = re.findall(r"HGMMA.*", listing)
     assert products
     if copies_register_operands():
