@@ -98,6 +98,10 @@ NOT_WALKED = (
     "a gradient of log_decay, mask and cu_seqlens together (float16: either), a state that is not float32, "
     "with cu_seqlens any state or gradient of the last one"
 )
+NOT_WALKED_PER_TOKEN = (
+    "gradients where heads share q and k, float16, a state that is not float32, with cu_seqlens any state, returned "
+    "ones included"
+)
 
 
 def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: bool) -> dict[str, Any]:
@@ -128,7 +132,8 @@ def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: boo
 
         if hopper.walk_supported(problem):
             walked = hopper.walk_plan(*v.shape[:3], q.shape[-1], v.shape[-1], v.device)
-            result |= {"kernels": "walk", "chunk": hopper.CHUNK, "walk": walked, "portable_for": NOT_WALKED}
+            left = NOT_WALKED_PER_TOKEN if per_token else NOT_WALKED
+            result |= {"kernels": "walk", "chunk": hopper.CHUNK, "walk": walked, "portable_for": left}
     return result
 
 

@@ -54,3 +54,17 @@ def test_a_plan_distinguishes_decay_per_token_and_shared_heads():
     assert per_token["heads_that_share"]["heads"] == 16
     assert "heads_that_share" not in plan(v, v, "chunkwise", None, per_token=True)
     assert plan(q, v, "recurrent", None, per_token=False)["kernels"] == "step"
+
+
+def test_walks_take_decays_per_token_and_shared_heads_only_when_they_are_extended(monkeypatch):
+    from retnet.kernels.retention import dispatch
+
+    hopper = pytest.importorskip("retnet.kernels.retention.hopper.passes")
+    monkeypatch.setattr(dispatch, "is_hopper", lambda device: True)
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    alone, shared = (torch.zeros(2, 300, heads, 64, dtype=torch.bfloat16) for heads in (4, 1))
+    calls = {(q.shape[2], p): (q, alone, "chunkwise", None, p) for q in (alone, shared) for p in (False, True)}
+    kernels = {name: plan(*call)["kernels"] for name, call in calls.items()}
+    assert kernels == {(4, False): "walk", (4, True): "portable", (1, False): "portable", (1, True): "portable"}
+    monkeypatch.setattr(dispatch, "extended_walks", True)
+    assert {plan(*call)["kernels"] for call in calls.values()} == {"walk"}

@@ -107,7 +107,7 @@ def launch_walk(variant: Variant, programs: int, arguments: tuple) -> None:
         driver.active.get_current_device(),
     )
     compiled = _compiled.get(key)
-    aligned = all(x.data_ptr() % 16 == 0 for x in pointers)
+    aligned = all(x is None or x.data_ptr() % 16 == 0 for x in pointers)
     if compiled is not None and aligned and not is_recording():
         compiled[programs, 1, 1](*arguments, *variant.constants)
         return

@@ -262,8 +262,7 @@ class WalkCall:
         )
         y_desc = descriptor(y, tile.keys)
         unused = self.log_decay
-        out_desc = descriptor(z if out is None else out, GROUP_VALUES)
-        meets = (out_desc, unused, unused, unused)
+        meets = (None, None, None, None)
         if crossing is not None:
             kept, partner = crossing
             meets = (descriptor(partner, GROUP_VALUES), kept.dots[int(reverse)], kept.borders, kept.products)
@@ -271,7 +270,7 @@ class WalkCall:
             y_desc if x is None else descriptor(x, tile.keys),
             y_desc,
             descriptor(z, GROUP_VALUES * tile.groups),
-            out_desc,
+            descriptor(z if out is None else out, GROUP_VALUES),
             self.log_decay,
             self.problem.scale,
             unused if starts.states is None else starts.states,

@@ -109,7 +109,7 @@ def walk_kernel(
     codes, cu_seqlens,  # [B, chunks * 64] if HAS_CODES, [N + 1] if PER_DOCUMENT (then B = 1)
     sums,  # [B, H, chunks * 64] if PER_TOKEN (`token_sums`)
     factors,  # [H] of float16 states (`state_factors`)
-    partner_desc, dots, borders, products,  # if TERMS > 0 (`decay_gradient.py`)
+    partner_desc, dots, borders, products,  # if TERMS > 0 (`decay_gradient.py`), else None
     tokens, heads, parts, part_chunks,
     KEYS: gl.constexpr, VALUES: gl.constexpr, SPLITS: gl.constexpr, GROUPS: gl.constexpr,
     KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,

@@ -21,7 +21,8 @@ SECONDS = 60  # until a role that waits for another gives up
 FOLDER = Path(__file__).parents[4] / "retnet" / "kernels" / "retention" / "hopper"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int32", "int64")}
 
-_role = threading.local()  # .program: its number; .products: unfinished products; .stores: unfinished stores
+# .program: its number; .products, .stores: what is not finished; .errors: those of the program's roles
+_role = threading.local()
 
 
 class Pointer:
@@ -32,6 +33,9 @@ class Pointer:
 
     def __add__(self, distance: Any) -> "Pointer":
         return Pointer(self.x, self.at + distance)
+
+    def __sub__(self, distance: Any) -> "Pointer":
+        return Pointer(self.x, self.at - distance)
 
     @property
     def flat(self) -> torch.Tensor:
@@ -85,8 +89,12 @@ class Barrier:
 
     def wait(self, parity: Any) -> None:
         with self.changed:
-            if not self.changed.wait_for(lambda: self.phase % 2 != int(parity), SECONDS):
-                raise RuntimeError("a role waited in vain")
+            for _ in range(SECONDS):
+                if self.changed.wait_for(lambda: self.phase % 2 != int(parity), 1):
+                    return
+                if _role.errors:
+                    break
+        raise RuntimeError("a role waited in vain")
 
 
 class Barriers:
@@ -186,7 +194,7 @@ def _specialize(roles: list, warps: list[int], registers: list[int]) -> None:
     errors, program = [], _role.program
 
     def run(role, args) -> None:
-        _begin(program)
+        _begin(program, errors)
         try:
             role(*args)
             assert not _role.products
@@ -203,8 +211,8 @@ def _specialize(roles: list, warps: list[int], registers: list[int]) -> None:
         raise errors[0]
 
 
-def _begin(program: int) -> None:
-    _role.program, _role.products, _role.stores = torch.as_tensor(program), [], []
+def _begin(program: int, errors: list) -> None:
+    _role.program, _role.products, _role.stores, _role.errors = torch.as_tensor(program), [], [], errors
 
 
 def _same(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -309,5 +317,5 @@ def launch_walk(variant: Any, programs: int, arguments: tuple) -> None:
     ]
     given = [torch.tensor(x) if isinstance(x, int) else x for x in given]
     for program in range(programs):
-        _begin(program)
+        _begin(program, [])
         _kernel()(*given, *variant.constants)

@@ -45,7 +45,7 @@ CASES = [  # B, T, H, K, V, extras
     (2, 2560, 2, 64, 128, "token state"),
     (1, 1500, 3, 64, 64, "token mask"),
     (4, 300, 4, 256, 512, "token state"),
-    (1, 1, 3, 64, 128, "token state"),
+    (1, 2, 3, 64, 128, "token"),
     (1, 700, 2, 256, 512, "token packed"),
     (1, 2573, 2, 128, 128, "token packed mask"),
     (2, 700, 2, 256, 512, "token extreme"),

@@ -81,8 +81,12 @@ def compile_walk(
         crossing=crossing,
     )
     constants = dict(zip(walk_launch.walk_kernel.arg_names[-len(variant.constants) :], variant.constants))
-    pointers = dict.fromkeys(("log_decay", "state_in", "state_out", "factors", "sums", "dots", "products"), "*fp32")
-    pointers |= {"codes": "*i32", "cu_seqlens": "*i64", "borders": f"*{dtype}" if crossing else "*fp32"}
+    pointers = dict.fromkeys(("log_decay", "state_in", "state_out", "factors", "sums"), "*fp32")
+    pointers |= {"codes": "*i32", "cu_seqlens": "*i64"}
+    if crossing:
+        pointers |= {"dots": "*fp32", "borders": f"*{dtype}", "products": "*fp32"}
+    else:
+        constants |= dict.fromkeys(("partner_desc", "dots", "borders", "products"))
     descriptors = {
         "x_desc": tile.keys,
         "y_desc": tile.keys,
