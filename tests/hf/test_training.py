@@ -261,13 +261,21 @@ def test_multi_token_prediction_joins_the_loss_of_training_alone_whatever_the_la
     assert torch.equal(model(input_ids=ids).logits, without(input_ids=ids).logits)
 
 
-def test_label_smoothing_says_that_it_leaves_out_the_losses_of_routers(monkeypatch):
+def test_a_loss_outside_the_model_says_that_it_leaves_out_the_losses_of_routers_and_further_tokens(monkeypatch):
     said = []
-    monkeypatch.setattr("retnet.models.hf.model.logger.warning_once", said.append)
+    monkeypatch.setattr("retnet.models.hf.body.logger.warning_once", said.append)
     hf_model("hybrid").train()(input_ids=IDS, num_items_in_batch=9)
     hf_model("experts").eval()(input_ids=IDS, num_items_in_batch=9)
     hf_model("experts").train()(input_ids=IDS, labels=IDS, num_items_in_batch=9)
     assert not said
+    with torch.no_grad():
+        hf_model("experts").train().base_model(input_ids=IDS)
+    assert not said
     hf_model("experts").train()(input_ids=IDS, num_items_in_batch=9)
+    hf_model("experts").train().base_model(input_ids=IDS)
+    hf_model(mtp=MTP).train()(input_ids=IDS, num_items_in_batch=9)
+    assert len(said) == 3
     assert "lacks the losses of routers" in said[0]
     assert "aux_loss" in said[0]
+    assert said[1] == said[0]
+    assert "lacks the losses of multi-token prediction" in said[2]

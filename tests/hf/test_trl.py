@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import retnet.hf  # noqa: F401 (registers)
+from tests.small_models import hf_model, random_ids
 
 Dataset = pytest.importorskip("datasets").Dataset
 trl = pytest.importorskip("trl")
@@ -50,6 +51,18 @@ def test_the_loss_of_packs_is_that_of_padded_rows(saved, tmp_path):
         with torch.no_grad():
             losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_trls_own_head_scales_and_caps_logits_as_the_model_does():
+    add_fused_lm_head = getattr(pytest.importorskip("trl.trainer.utils"), "add_fused_lm_head", None)
+    if add_fused_lm_head is None:
+        pytest.skip("this version of TRL leaves the head to the model")
+    model, ids = hf_model(logit_scale=0.3, logit_soft_cap=2.0), random_ids(2, 9, high=256)
+    with torch.no_grad():
+        wanted = model(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        add_fused_lm_head(model)
+        found = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
+from retnet.layers.moe import MoE
 from retnet.layers.recompute import Recompute
 from retnet.models.decode.decoder import running
 from retnet.models.directory import stored_config
@@ -24,6 +25,7 @@ from retnet.models.hf.keywords import loss_keywords
 from retnet.models.hf.pretrained import RetNetPreTrainedModel, drawn_seed
 from retnet.models.lm import LanguageModel
 
+logger = logging.get_logger(__name__)
 Output = TypeVar("Output", bound=ModelOutput)
 HiddenStates = bool | int | list[int] | None  # all, none, or those of the given places
 
@@ -87,6 +89,8 @@ class RetNetModel(RetNetPreTrainedModel):
         marks = (attention_mask, position_ids, cu_seq_lens_q, seq_idx)
         tokens = self._tokens(input_ids, inputs_embeds, past_key_values, *marks)
         self._loss_keywords(kwargs, tokens, past_key_values, cu_seq_lens_q)
+        if self._shares_weights and torch.is_grad_enabled():
+            warn_of_losses_left_out(self.model)
         with nullcontext() if torch.compiler.is_compiling() else running(self.model):
             body = self._body(tokens, input_ids, inputs_embeds, past_key_values, use_cache, output_hidden_states)
         output = BaseModelOutputWithPast(
@@ -216,6 +220,23 @@ class RetNetModel(RetNetPreTrainedModel):
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.model.config = replace(self.config.core, gradient_checkpointing=self.model.config.gradient_checkpointing)
         return embeddings
+
+
+def warn_of_losses_left_out(model: LanguageModel) -> None:
+    """Say once what a loss computed outside a model lacks in training: the losses of its routers and of multi-token
+    prediction."""
+    if not model.training or torch.compiler.is_compiling():
+        return
+    own = {
+        "of routers, unless it adds the output's aux_loss": any(isinstance(module, MoE) for module in model.modules()),
+        "of multi-token prediction, which needs labels": model.mtp is not None,
+    }
+    lacking = " and ".join(name for name, has in own.items() if has)
+    if lacking:
+        logger.warning_once(
+            "The loss is computed outside the model (label smoothing, compute_loss_func, or TRL's head of its own), so "
+            f"it lacks the losses {lacking}."
+        )
 
 
 def _selected(states: list[Tensor], places: HiddenStates) -> tuple[Tensor | None, ...]:

@@ -80,6 +80,11 @@ class RetNetConfig(PreTrainedConfig):
         without_ids: dict[str, Any] = {**(self.model_config or {}), **dict.fromkeys(TOKEN_IDS)}
         return merged(without_ids, vars(self))
 
+    # What losses that apply the head themselves (TRL's) look for.
+    @property
+    def logit_scale(self) -> float:
+        return self.core.logit_scale
+
     @property
     def final_logit_softcapping(self) -> float | None:
         return self.core.logit_soft_cap

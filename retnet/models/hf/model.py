@@ -12,22 +12,15 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from retnet.layers.linear import is_plain_linear
 from retnet.models.decode.decoder import FusedDecoder, running
 from retnet.models.directory import MODEL_TYPE
-from retnet.models.hf.body import HiddenStates, RetNetModel
+from retnet.models.hf.body import HiddenStates, RetNetModel, warn_of_losses_left_out
 from retnet.models.hf.cache import StateCache
 from retnet.models.hf.config import RetNetConfig
 from retnet.models.hf.inputs import IGNORED, Tokens, repeat_last_real, without_first_labels
 from retnet.models.lm import LanguageModel
-
-logger = logging.get_logger(__name__)
-_LEFT_OUT = (
-    "The loss is computed outside the model (label smoothing, or compute_loss_func), so it lacks the losses of routers "
-    "unless it adds the output's aux_loss."
-)
 
 
 @dataclass
@@ -138,8 +131,8 @@ class RetNetForCausalLM(RetNetModel, GenerationMixin):
                     )
                 else:
                     extra = torch.stack(losses).sum() if losses else None
-                    if extra is not None and "num_items_in_batch" in for_loss:
-                        logger.warning_once(_LEFT_OUT)
+                    if "num_items_in_batch" in for_loss:
+                        warn_of_losses_left_out(self.model)
                     hidden = body.hidden if tokens.mask is None else repeat_last_real(body.hidden, tokens.mask)
                     kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
                     logits = self.model.logits(hidden[:, kept])
