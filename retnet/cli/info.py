@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from retnet.cli._common import console, print_json
+from retnet.cli._mup import mup_rules, print_mup
 from retnet.cli._options import MODEL_HELP, AsJson, Force
 from retnet.system.extras import require
 from retnet.system.outputs import check_new_file
@@ -65,7 +66,10 @@ def _list_presets() -> None:
 
     console.print(preset_table((name, make(), "") for name, make in PRESETS.items()))
     console.print(
-        "[dim]state per sequence; more presets, of hybrids in YAML: retnet stack presets list[/]", highlight=False
+        "[dim]state per sequence; each also under muP, as NAME-mup; more presets, of hybrids in YAML: retnet stack "
+        "presets list[/]",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -107,6 +111,7 @@ def _summary(config: ModelConfig, contexts: tuple[int, ...]) -> dict[str, object
         # JSON has no infinity: a head without decay has no window.
         "on_this_device": device_notes(config, max(contexts), device),
         "window_layers": retention_layers(config),
+        "mup": mup_rules(config),
         "windows": [[None if w == float("inf") else w for w in layer] for layer in head_windows(config)],
     }
 
@@ -146,6 +151,7 @@ def _print(model: str, summary: dict) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    print_mup(summary["mup"])
     for note in summary["on_this_device"]:
         console.print(note, highlight=False, soft_wrap=True)
     _print_windows(summary["window_layers"], summary["windows"])

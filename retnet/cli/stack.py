@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from retnet.cli._common import console, errors
+from retnet.cli._mup import mup_rules, print_mup
 from retnet.cli._options import Force
 from retnet.system.extras import MissingExtra, needs, require
 from retnet.system.files import written_whole
@@ -99,6 +100,7 @@ def explain(
     _print_residual_streams(stack, config)
     _print_multi_token(stack)
     _print_parameters(config)
+    print_mup(mup_rules(config))
     _print_costs(config)
     for note in device_notes(config, stack.spec.model.max_seq_len, resolve_device("auto").type):
         console.print(note, soft_wrap=True, highlight=False)

@@ -4,13 +4,15 @@
     retnet-125m-gated    decays that depend on the token
     retnet-125m-conv     and a short convolution on q, k and v, and a sigmoid gate: the best retention without attention
     retnet-125m-hybrid   the same with attention in every fourth layer: the best of all at equal parameters
+    retnet-125m-...-mup  any of them under muP, relative to a model of one head: sizes of equal depth share their best
+                         learning rate
 
 A layer of the paper has 12 D^2 weights: retention 8 D^2 with values of width 2 D, feed-forward 4 D^2 with hidden width
 2 D. The other forms have as many in total.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from retnet.layers.attention import AttentionConfig
@@ -18,6 +20,7 @@ from retnet.layers.block import BlockConfig
 from retnet.layers.feed_forward import FeedForwardConfig
 from retnet.layers.retention import RetentionConfig
 from retnet.models.config import ModelConfig
+from retnet.models.mup import with_mup
 from retnet.system.suggest import choices
 
 # name -> (layers, width, heads)
@@ -30,6 +33,7 @@ SIZES = {
     "retnet-13b": (40, 5120, 20),
 }
 GPT2_VOCAB_SIZE = 50304  # GPT-2's 50257, rounded up to a multiple of 64
+MUP = "-mup"  # suffix of any preset
 ATTENTION_EVERY = 4  # layers; the last layer of a hybrid is attention
 
 
@@ -96,8 +100,17 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 }
 
 
+def is_preset(name: str) -> bool:
+    """Whether a preset has the name, with or without muP."""
+    return name.removesuffix(MUP) in PRESETS
+
+
 def preset(name: str) -> ModelConfig:
     """The configuration of a preset. Raises ValueError naming the accepted ones."""
-    if name not in PRESETS:
+    if not is_preset(name):
         raise ValueError(f"no preset is named {name!r}; {choices(name, PRESETS)}")
-    return PRESETS[name]()
+    config = PRESETS[name.removesuffix(MUP)]()
+    if not name.endswith(MUP):
+        return config
+    retention = next(layer.mixer for layer in config.layers if isinstance(layer.mixer, RetentionConfig))
+    return replace(with_mup(config, config.d_model // retention.num_heads), name=name)

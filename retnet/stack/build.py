@@ -12,6 +12,7 @@ from retnet.layers.moe import MoEConfig
 from retnet.layers.multi_token import MultiTokenConfig
 from retnet.layers.streams import StreamsConfig, streams_block
 from retnet.models.config import ModelConfig
+from retnet.models.mup import with_mup
 from retnet.ops.norms import Norm
 
 from .layers import Layer, multi_token_layer, one_per_entry
@@ -31,7 +32,7 @@ def model_config(stack: Stack) -> ModelConfig:
     hints = spec.training_hints or TrainingHints()
     std = init_std(hints.init)
     blocks = {layer.entry: block_of(layer, spec) for layer in one_per_entry(stack.layers)}
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=spec.model.vocab_size,
         d_model=spec.model.d_model,
         layers=tuple(blocks[layer.entry] for layer in stack.layers),
@@ -50,6 +51,7 @@ def model_config(stack: Stack) -> ModelConfig:
         source=stack.text,
         bos_token_id=DOCUMENT_START if spec.tokenizer_contract.pretrained == BYTES else None,
     )
+    return config if hints.mup is None else with_mup(config, hints.mup.base_width, hints.mup.base_head_dim)
 
 
 def tied(spec: Spec) -> bool:

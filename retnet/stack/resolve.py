@@ -13,7 +13,7 @@ from retnet.data.tokenizer_json import tokenizer_of_model
 from retnet.models.config import ModelConfig
 from retnet.models.directory import CONFIG_FILE, load_config, load_model
 from retnet.models.lm import LanguageModel
-from retnet.models.presets import PRESETS, preset
+from retnet.models.presets import PRESETS, is_preset, preset
 from retnet.ops.device import resolve_device
 from retnet.system.suggest import did_you_mean_path
 
@@ -53,7 +53,7 @@ def resolve_stack(name: str) -> Stack | None:
     Raises StackError for a file with faults, ValueError or FileNotFoundError for a directory without a retnet model.
     """
     stack = written_stack(name)
-    if stack is not None or name in PRESETS or not Path(name).is_dir():
+    if stack is not None or is_preset(name) or not Path(name).is_dir():
         return stack
     source = load_config(name).source
     return None if source is None else parse_stack(source, name)
@@ -64,7 +64,7 @@ def resolve_config(name: str) -> ModelConfig:
 
     Raises ValueError (StackError among them) or FileNotFoundError if the name is not that of a retnet model.
     """
-    if name in PRESETS:
+    if is_preset(name):
         return preset(name)
     stack = written_stack(name)
     if stack is not None:
@@ -87,7 +87,7 @@ def resolve_model(
     device = resolve_device(device)
     if saved_directory(name) is None:
         config = resolve_config(name)
-        if seed is not None and name in PRESETS:
+        if seed is not None and is_preset(name):
             config = replace(config, seed=seed)
         with torch.device(device):
             return LanguageModel(config).to(device, dtype).eval()
@@ -120,7 +120,7 @@ def saved_directory(name: str) -> Path | None:
 
     Warns where there is a model in that directory.
     """
-    is_new = name in PRESETS or name in preset_names() or is_stack_file(name)
+    is_new = is_preset(name) or name in preset_names() or is_stack_file(name)
     if is_new and (Path(name) / CONFIG_FILE).is_file():
         warnings.warn(
             f"{name!r} is the preset, not the model in the directory {name}; that one is ./{name}", stacklevel=3

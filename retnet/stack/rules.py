@@ -13,7 +13,9 @@ from .document import Document
 from .errors import Category, Fault, Path, listing, plain, show
 from .layers import MAX_LAYERS
 from .mixers import MIXERS, Attention
+from .mixers.retnet import Retnet
 from .schema import DEFAULT_ROPE_THETA, Entry, Ffn, Merge, ParallelEntry, Template
+from .section import OURS
 from .validate import ParsedSections
 
 
@@ -33,6 +35,7 @@ class _Rules:
         yield from self.rotary()
         yield from self.tying()
         yield from self.multi_token()
+        yield from self.mup()
         for name, template in self.sections.templates.items():
             path: Path = ("layer_templates", name)
             yield from self.mixer(path, template)
@@ -99,6 +102,25 @@ class _Rules:
         if both and embedding.tie_word_embeddings != head.tie_weights:
             what = f"tie_weights {show(head.tie_weights)} contradicts embedding.tie_word_embeddings"
             yield self.fault(("head", "tie_weights"), what, "give one of the two, or the same value in both")
+
+    def mup(self) -> Iterator[Fault]:
+        """Scores of heads that are narrower or wider than the base's need a scale, which not every mixer has."""
+        model, hints, path = self.sections.model, self.sections.hints, ("training_hints", OURS + "mup", "base_head_dim")
+        base = None if hints is None or hints.mup is None else hints.mup.base_head_dim
+        if model is None or base is None or model.d_model % model.n_heads:
+            return
+        for name, template in self.sections.templates.items():
+            for kind, mixer in template.mixer.settings.leaves(template.mixer.type):
+                latent = isinstance(mixer, Attention) and mixer.latent_dim is not None
+                width = model.head_dim
+                if isinstance(mixer, Retnet):
+                    width = (mixer.key_dim or model.d_model) // model.n_heads
+                unnormed = isinstance(mixer, Retnet) and mixer.head_norm == "none"
+                if width != base and (latent or unnormed):
+                    reason = "latent_dim" if latent else "head_norm: none"
+                    what = f"scores of {kind} with {reason} in template '{plain(name)}' have no scale"
+                    fix = f"remove it, or choose d_model and n_heads for heads of width {base}"
+                    yield self.fault(path, what, fix)
 
     def multi_token(self) -> Iterator[Fault]:
         head, path, names = self.sections.head, ("head", "mtp"), self.sections.names

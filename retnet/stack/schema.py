@@ -37,7 +37,7 @@ from .scalars import (
     Text,
     TextOrNull,
 )
-from .section import Section
+from .section import OURS, Section
 
 if TYPE_CHECKING:
     import torch
@@ -251,6 +251,16 @@ class OptimizerGroups(Section):
     adamw: list[Text] = Field(default=[])
 
 
+class Mup(Section):
+    """Ours: learning rates and initial weights relative to a base width (`retnet.models.mup`).
+
+    base_head_dim: d_model / n_heads there, if it is not the same.
+    """
+
+    base_width: PositiveInt
+    base_head_dim: MaybePositiveInt = None
+
+
 class TrainingHints(Section):
     init: Initialisation = "normal_0.02"
     dropout: Probability = 0.0
@@ -267,6 +277,7 @@ class TrainingHints(Section):
     optimizer: Annotated[Literal["adamw", "muon", "hybrid"], ONE_OF] = "adamw"
     optimizer_groups: OptimizerGroups = OptimizerGroups()
     muon: MuonHints = MuonHints()
+    mup: Mup | None = Field(default=None, alias=OURS + "mup")
 
 
 class Compatibility(Section):

@@ -1,7 +1,7 @@
 """A stack's `training_hints` as fields of transformers' TrainingArguments.
 
 Only hints that the file gives are used, so that other stacks train with the recipe's defaults. `init`, `dropout`,
-`checkpointing` and `seed` belong to the model and are not used here.
+`checkpointing`, `seed` and muP belong to the model and are not used here.
 """
 
 import math

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from retnet.data.chat_corpus import ChatCorpus
 from retnet.models.directory import CONFIG_FILE
 from retnet.models.lm import LanguageModel
+from retnet.models.mup import RULES, width_ratio
 from retnet.ops.device import num_threads
 from retnet.system.lock import locked
 from retnet.system.lost_process import lost_process_named
@@ -30,6 +31,7 @@ from retnet.train.checkpoints import CheckpointError, choose, inspect, list_chec
 from retnet.train.cpu_fsdp import sharding_on_cpus
 from retnet.train.finish import TrainingSummary, continuations, record, save_whole_model
 from retnet.train.inputs import RunData, Wrap, initial_model, open_data
+from retnet.train.muon_recipe import MUON
 from retnet.train.packed_model import PackedForCausalLM
 from retnet.train.parameter_patterns import without_a_match
 from retnet.train.progress import ProgressCallback
@@ -290,6 +292,12 @@ def _describe(
     )
     packed = cast(PackedForCausalLM, trainer.model)
     _describe_precision(console, packed, arguments)
+    if packed.trains_weights and (ratio := width_ratio(model.config)) != 1.0:
+        console.print(
+            f"muP: {ratio:g} times the base width {model.config.mup_base_width:,}; hidden matrices train at "
+            f"{ratio ** getattr(RULES['hidden'], 'muon' if arguments.optim == MUON else 'adamw'):.3g} times the rate",
+            highlight=False,
+        )
     for pattern in without_a_match((name for name, _ in model.named_parameters()), recipe.optimizer_groups):
         console.print(f"optimizer_groups: {pattern!r} matches no parameter", markup=False, highlight=False)
     if isinstance(packed, StateTunedForCausalLM):

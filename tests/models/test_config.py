@@ -18,6 +18,17 @@ def test_presets_survive_json(name):
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_every_preset_has_a_form_under_mup():
+    for name in PRESETS:
+        config, plain = preset(name + "-mup"), preset(name)
+        assert (config.name, config.d_model) == (name + "-mup", plain.d_model)
+        assert config.mup_base_width == (96 if name.startswith("retnet-tiny") else 256)
+        assert config.logit_scale == config.mup_base_width / config.d_model
+        assert config.layers == plain.layers  # heads are as wide as the base's
+    with pytest.raises(ValueError, match="no preset is named 'retnet-125m-mup-mup'"):
+        preset("retnet-125m-mup-mup")
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_counts_follow_from_the_widths(name):
     layers, width, heads = SIZES[name]

@@ -269,6 +269,19 @@ def test_a_configuration_gets_its_scales():
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_saved_model_keeps_its_base_and_is_the_same_with_transformers_interface(tmp_path):
+    from retnet.models.hf import RetNetForCausalLM
+
+    config = with_mup(small_config([replace(blocks(WIDTH)["attention"])], logit_scale=2.0), 8, 4)
+    model = LanguageModel(config).eval()
+    RetNetForCausalLM.wrap(model).save_pretrained(tmp_path)
+    loaded, ids = RetNetForCausalLM.from_pretrained(tmp_path).eval(), random_ids(1, 9)
+    assert loaded.model.config == config
+    assert Rates(loaded).of(loaded.model.layers[0].mixer.q_proj.weight, "adamw") == 0.25
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(model(ids).logits, model.head(model.hidden(ids)[0] * 0.5))
+
+
 @pytest.mark.parametrize(
     ("block", "changes", "message"),
     [

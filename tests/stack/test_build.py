@@ -17,7 +17,7 @@ from retnet.stack.report import realism_report
 from retnet.stack.schema import ExecutionMode, MuonHints, OptimizerGroups
 from tests.small_models import unit_gain_
 
-from .specs import changed, stack
+from .specs import changed, faults, only, stack
 from .test_stack_guide import sections
 
 FFN = "ffn: {type: mlp}"
@@ -59,6 +59,10 @@ def head(line: str) -> tuple[str, str]:
 
 def multi_token(option: str) -> tuple[str, str]:
     return "type: causal_lm", f"type: causal_lm_mtp\n  mtp: {{head_template: a, {option}}}"
+
+
+def mup(options: str) -> tuple[str, str]:
+    return "layer_templates:", f"training_hints:\n  vendor.retnet.mup: {{{options}}}\nlayer_templates:"
 
 
 def mamba(options: str) -> tuple[str, str]:
@@ -220,6 +224,8 @@ CHANGES = {
     ("MultiToken", "n_predict"): ([multi_token("n_predict: 3")], "mtp.num_modules", 3),
     ("MultiToken", "head_layers"): ([multi_token("head_layers: 2")], "mtp.num_blocks", 2),
     ("MultiToken", "train_loss_weight"): ([multi_token("train_loss_weight: 0.5")], "mtp.loss_weight", 0.5),
+    ("Mup", "base_width"): ([mup("base_width: 16")], "logit_scale", 0.25),
+    ("Mup", "base_head_dim"): ([mup("base_width: 16, base_head_dim: 4")], "layers.2.mixer.scale", 0.125),
     ("Head", "logit_softcap"): ([head("logit_softcap: 30.0")], "logit_soft_cap", 30.0),
 }  # fmt: skip
 HINTS = {
@@ -229,6 +235,7 @@ HINTS = {
     "dropout: 0.2": ("layers.0.dropout", 0.2),
     "checkpointing: true": ("gradient_checkpointing", True),
     "seed: 7": ("seed", 7),
+    "vendor.retnet.mup: {base_width: 32}": ("mup_base_width", 32),
 }
 OPTIONS = {
     "key_dim": "32", "value_dim": "64", "decay": "gated", "learnable_decay": "true", "decay_norm": "true",
@@ -346,6 +353,24 @@ def test_a_chunk_size_from_another_program_gives_no_error_and_no_warning():
     config = model_config(found)
     assert config.layers[0].mixer.chunk_size == 128
     LanguageModel(config)(torch.arange(200)[None]).logits.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("pair", "what"),
+    [
+        ((RETNET, "retnet: {vendor.retnet.head_norm: none}"), "scores of retnet with head_norm: none in template 'r'"),
+        ((ATTENTION, "attention: {latent_dim: 16}"), "scores of attention with latent_dim in template 'a'"),
+    ],
+)
+def test_heads_whose_scores_have_no_scale_keep_the_width_of_the_base(pair, what):
+    def text(base: int) -> str:
+        return changed(pair, more=f"training_hints: {{vendor.retnet.mup: {{base_width: 16, base_head_dim: {base}}}}}\n")
+
+    fault = only(text(4))
+    assert what in fault.what
+    assert fault.dotted == "training_hints.vendor.retnet.mup.base_head_dim"
+    assert faults(text(16)) == []  # that of the stack
+    assert model_config(parse_stack(text(16))).mup_base_width == 16
 
 
 # Keys that do not reach the configuration, and where they are used.

@@ -135,7 +135,7 @@ def test_the_guide_lists_the_defaults_of_a_run_without_hints():
     """Per key: its setting, and what `retnet train` does without it."""
     part = (ROOT / "docs/reference/stack.md").read_text().split("## training_hints")[1].split("## compat")[0]
     rows = {key: cells for key, *cells in re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", part, re.M)}
-    model_keys = {"init", "dropout", "checkpointing", "seed", "router_aux_loss_coef"}
+    model_keys = {"init", "dropout", "checkpointing", "seed", "router_aux_loss_coef", "mup"}
     assert rows.keys() == TrainingHints.model_fields.keys() - model_keys
     recipe = load_recipe(None, ["model=retnet-tiny", "data=x"])
     fields = recipe.training_arguments().to_dict() | recipe.model_dump(exclude={"training"})
