@@ -30,6 +30,7 @@ from .schema import (
     State,
     Template,
     TokenizerContract,
+    TrainingHints,
     entry_section,
 )
 from .section import OURS, RESERVED_PREFIXES, Section
@@ -54,6 +55,7 @@ class ParsedSections:
     tokenizer: TokenizerContract | None
     embedding: Embedding | None
     head: Head | None
+    hints: TrainingHints | None
     templates: dict[str, Template]
     entries: dict[int, Entry | ParallelEntry]
     names: frozenset[str]  # of all templates in the file, valid or not
@@ -256,6 +258,7 @@ def _valid_sections(raw: dict[str, Any]) -> ParsedSections:
         tokenizer=_valid(TokenizerContract, raw.get("tokenizer_contract")),
         embedding=_valid(Embedding, raw.get("embedding")),
         head=_valid(Head, raw.get("head")),
+        hints=_valid(TrainingHints, raw.get("training_hints") or {}),
         templates={name: template for name, template in valid_templates.items() if template},
         entries={i: entry for i, entry in valid_entries.items() if entry},
         names=frozenset(templates),

@@ -41,7 +41,7 @@ def test_a_run_under_mup_has_its_rates_and_resumes_bit_for_bit(
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train(recipe_for(mup_model, text_folder, whole, **settings), console)
     rates = {group["initial_lr"] / RATE[optim] for group in made[0].param_groups if group["params"]}
-    assert rates == {1.0, 0.25, 0.125} | ({0.5} if optim == "muon" else set())  # the router's is half of a readout's
+    assert rates == {1.0, 0.125, 0.5 if optim == "muon" else 0.25}  # of inputs, the router, hidden matrices
     assert {group["eps"] for group in made[0].param_groups} == {1e-8 / 4}
     assert "muP: 4 times the base width 8" in console.file.getvalue()
     again = {"resume_from_checkpoint": whole / "checkpoint-2"}
