@@ -6,6 +6,7 @@ from retnet.models.lm import LanguageModel
 from retnet.stack import Stack
 from retnet.stack.build import model_config
 from retnet.stack.layers import expand
+from retnet.stack.schema import ParallelEntry
 from tests.small_models import unit_gain_
 
 WIDTH, MAX_LAYERS, WINDOW = 64, 4, 6
@@ -21,11 +22,19 @@ def shrunk(stack: Stack) -> Stack:
         "mlp_ratio": min(model.mlp_ratio, 2), "dtype": "float32",
     })  # fmt: skip
     templates = {name: _narrow(template) for name, template in spec.layer_templates.items()}
-    kinds = {(entry.template, entry.override): entry.model_copy(update={"repeat": 1}) for entry in spec.layer_schedule}
-    entries = [*kinds.values()]
+    entries = [*{_kind(entry): _once(entry) for entry in spec.layer_schedule}.values()]
     entries += entries[: max(0, MAX_LAYERS - len(entries))]
     spec = spec.model_copy(update={"model": model, "layer_templates": templates, "layer_schedule": entries})
     return replace(stack, spec=spec, layers=expand(spec))
+
+
+def _kind(entry):
+    """What tells the layers of entries apart; streams are a kind of their own."""
+    return id(entry) if isinstance(entry, ParallelEntry) else (entry.template, entry.override)
+
+
+def _once(entry):
+    return entry if isinstance(entry, ParallelEntry) else entry.model_copy(update={"repeat": 1})
 
 
 def _narrow(template):
