@@ -29,6 +29,8 @@ from retnet.system.progress import Progress
 from retnet.system.sizes import format_bytes, quantity
 
 if TYPE_CHECKING:
+    import torch
+
     from retnet.eval.meter import StreamMeter
     from retnet.serve.stream import TokenStream
 
@@ -145,15 +147,11 @@ def generate(
                 highlight=False,
             )
     if png is not None:
-        from retnet.eval.figures import save_stream_figure
-        from retnet.ops.device import hardware
-        from retnet.plots.frame import facts
+        from retnet.stack.resolve import model_label
 
         weights = next(network.parameters())
-        numbers = f"weights {'int8' if int8 else str(weights.dtype).removeprefix('torch.')}"
-        under = facts(f"{meter.tokens:,} tokens after a prompt of {len(request.prompt):,}", numbers,
-                      hardware(weights.device))  # fmt: skip
-        save_stream_figure(meter.bins, sizes[-1], png, title=f"Generation by {Path(model).name}", under=under)
+        dtype = "int8" if int8 else str(weights.dtype).removeprefix("torch.")
+        _plot(png, meter, sizes[-1], len(request.prompt), model_label(model), f"weights {dtype}", weights.device)
 
 
 def _echo(prompt: bytes, wanted: bool | None) -> None:
@@ -211,3 +209,15 @@ def _report(meter: StreamMeter, first_state_bytes: int, last_state_bytes: int) -
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _plot(
+    png: Path, meter: StreamMeter, state_bytes: int, prompt: int, model: str, weights: str, device: torch.device
+) -> None:
+    """Write the picture of time and memory per token. prompt: its tokens."""
+    from retnet.eval.figures import save_stream_figure
+    from retnet.ops.device import hardware
+    from retnet.plots.frame import facts
+
+    under = facts(f"{meter.tokens:,} tokens after a prompt of {prompt:,}", weights, hardware(device))
+    save_stream_figure(meter.bins, state_bytes, png, title=f"Generation by {model}", under=under)

@@ -44,7 +44,7 @@ def info(
         require("plots", "--png")
         check_new_file(png, force=force)
 
-    from retnet.stack.resolve import resolve_config
+    from retnet.stack.resolve import model_label, resolve_config
 
     config = resolve_config(model)
     longest = min(layer.mixer.longest_context for layer in config.layers)
@@ -53,7 +53,7 @@ def info(
     if png is not None:
         from retnet.eval.figures import save_model_figure
 
-        save_model_figure(config, contexts, png, Path(model).name)
+        save_model_figure(config, contexts, png, model_label(model))
     if as_json:
         print_json(summary)
     else:

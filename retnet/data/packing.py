@@ -58,6 +58,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     @abstractmethod
     def row(self, index: int, epoch: int = 0) -> dict[str, Tensor]:
+        """input_ids, labels, shift_labels and position_ids [T] (int64) of a row of an epoch."""
         """Row `index` of an epoch. Raises IndexError outside [0, len)."""
 
     @abstractmethod

@@ -64,6 +64,7 @@ class WindowEncoder:
         self._first = 0  # token of the window that is the first not returned
 
     def push(self, data: bytes, last: bool) -> Sequence[int]:
+        """The tokens that the next bytes of the text make certain; with `last`, all that are left."""
         following = self._text[-OVERLAP:] + utf8_text(data)
         ids = self._ids_of(following)
         ready: list[int] = []

@@ -16,6 +16,7 @@ MOST = 2**40  # slots and tokens of a slot, so that sizes in bytes fit 64 bits
 
 
 def check_model(model: object) -> None:
+    """Raise ValueError unless the model can be served: a LanguageModel with values, in evaluation mode."""
     if not isinstance(model, LanguageModel):
         inner = ", here its `model`" if isinstance(getattr(model, "model", None), LanguageModel) else ""
         raise ValueError(f"model is of type {type(model).__name__}; accepted: a LanguageModel{inner}")
@@ -25,6 +26,7 @@ def check_model(model: object) -> None:
 
 
 def check_in_evaluation_mode(model: LanguageModel) -> None:
+    """Raise ValueError for a model in training mode."""
     if model.training:
         raise ValueError("the model is in training mode; accepted: evaluation mode (model.eval())")
 
@@ -55,11 +57,13 @@ def prompt_options(
 
 
 def check_decode(decode: object) -> None:
+    """Raise ValueError unless it is a function or None."""
     if decode is not None and not callable(decode):
         raise ValueError(f"decode is {quoted(decode)}; accepted: a function of token ids that returns text, or None")
 
 
 def check_speculation(speculation: object, model: LanguageModel, max_tokens: int | None) -> None:
+    """Raise ValueError for options of speculation that the model or the length of a slot does not allow."""
     if speculation is None:
         return
     if not isinstance(speculation, Speculation):
@@ -68,6 +72,7 @@ def check_speculation(speculation: object, model: LanguageModel, max_tokens: int
 
 
 def checked_deferred_writes(length: object, speculation: Speculation | None) -> int:
+    """The option as an integer. Raises ValueError for other lengths, and for any with speculation."""
     accepted = (0, *DEFERRED_WRITES)
     if not is_integer(length, 0) or length not in accepted:
         raise ValueError(f"deferred_writes is {quoted(length)}; accepted: {', '.join(map(str, accepted))}")

@@ -28,6 +28,8 @@ class Failed(RuntimeError):
 
 
 class Status(Enum):
+    """The stage of a request."""
+
     WAITING = "waiting"  # for a slot
     READING = "reading"  # its prompt
     DECODING = "decoding"

@@ -24,6 +24,7 @@ FAULT = "stack_fault"  # pydantic's error type for faults raised here; the conte
 
 
 def refusal(what: str, fix: str) -> PydanticCustomError:
+    """The error of a value, for validators of the schema: what is wrong, and what to write instead."""
     # As a parameter, so that braces in the user's text are not read as pydantic's template.
     return PydanticCustomError(FAULT, "{what}", {"what": what, "fix": fix})
 

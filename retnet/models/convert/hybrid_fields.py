@@ -79,6 +79,7 @@ def mamba_options(value: Mapping[str, Any]) -> dict[str, Any]:
 def hybrid_model(
     name: str, source: Mapping[str, Any], value: Mapping[str, Any], layers: list[BlockConfig], **options: Any
 ) -> ModelConfig:
+    """A model of these layers, with what the hybrids' configurations share. source: their config.json as it is."""
     return ModelConfig(
         vocab_size=value["vocab_size"],
         d_model=value["hidden_size"],

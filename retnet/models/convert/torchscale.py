@@ -163,6 +163,7 @@ def settle(config: ModelConfig, tensors: Tensors, prefix: str = "") -> tuple[Mod
 
 
 def warn_chunkwise(format: str, key: str) -> None:
+    """Warn of torchscale's chunkwise form, which disagrees with its other forms."""
     warnings.warn(
         f"{format}: {key} asks for their chunkwise form, which differs from their own parallel and recurrent forms; "
         "the converted model follows the latter",

@@ -55,6 +55,7 @@ class StateForm:
 
     @classmethod
     def of(cls, engine: Engine) -> StateForm:
+        """The form of the states that an engine continues."""
         state, per_token = engine.pool.state, {}
         named = state.named_tensors()
         for i, layer in enumerate(state):
