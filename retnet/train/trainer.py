@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,12 +25,12 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from retnet.data import PackedDataset, Rows
-from retnet.layers.moe import MoE
 from retnet.models.hf.routing import UpdateRoutingBiases
 from retnet.models.states import ModelState
 from retnet.train.batches import FACTS, BatchFacts, ReadAhead, RowStream, TrainBatches, ValidBatches, collate, to_device
 from retnet.train.checkpoints import CheckpointError, list_checkpoints
 from retnet.train.hooks import TrainingHooks, epoch_validation_follows
+from retnet.train.loss_parts import LossParts
 from retnet.train.losses import LossWatch, NonFiniteLoss, all_finite
 from retnet.train.muon import Muon
 from retnet.train.muon_recipe import muon_cls_and_kwargs
@@ -113,15 +113,7 @@ class PackedTrainer(StagedTrainer):
         self.terminated = self.validation_due = self.model_saved = False
         self.lanes: ModelState | None = None
         self._loss_name = model.loss_name
-        has_routers = any(isinstance(module, MoE) for module in model.modules())
-        extra = {"router_loss": has_routers, "mtp_loss": model.model.mtp is not None}
-        # The parts of the loss beside the cross-entropy, summed since step `_extra_logged`, as `_tr_loss`.
-        self._extra = {
-            name: torch.tensor(0.0, device=args.device)
-            for name, there in extra.items()
-            if there and model.trains_weights
-        }
-        self._extra_logged = 0
+        self._parts = LossParts(model, args.device)
         self.resumed: Path | None = None
         self._ahead: ReadAhead | None = None
         self._source: Iterator[Any] | None = None
@@ -199,18 +191,13 @@ class PackedTrainer(StagedTrainer):
         self.meter.count(facts)
         self.watch.add(self.state.global_step + 1, facts.rows, loss.detach())
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # as the Trainer's
-        parts = {"router_loss": outputs.aux_loss, "mtp_loss": outputs.mtp_loss}
-        self._extra_parts = {name: part.detach() * scale for name, part in parts.items() if part is not None}
+        self._parts.note(outputs, scale)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's; returns the cross-entropy alone, which is logged. The losses of routers and of multi-token
         prediction are logged beside it."""
-        loss = super().training_step(*args, **kwargs)
-        for name, part in self._extra_parts.items():
-            self._extra[name] += part
-            loss = loss - part
-        return loss
+        return self._parts.split_off(super().training_step(*args, **kwargs))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
         facts: BatchFacts = inputs[FACTS]
@@ -382,11 +369,8 @@ class PackedTrainer(StagedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.check_losses()
-            steps = self.state.global_step - self._extra_logged
-            for name, total in self._extra.items():
-                logs[name] = cast(Tensor, self.accelerator.gather(total)).mean().item() / steps
-                total.zero_()
-            self._extra_logged = self.state.global_step
+            gather = cast(Callable[[Tensor], Tensor], self.accelerator.gather)
+            logs |= self._parts.means(self.state.global_step, gather)
             if self.routing.peak is not None:
                 logs["expert_peak"] = self.routing.peak.item()
             if not self._loss_name:
@@ -422,8 +406,8 @@ class PackedTrainer(StagedTrainer):
 
     def _save_progress(self, folder: Path, output: Path) -> None:
         """Save the files of `resume.py`."""
-        extra = {name: float(total) for name, total in self._extra.items()}
-        progress = ProcessState(float(self._tr_loss), self._globalstep_last_logged, self.lanes, **extra)
+        loss, logged = float(self._tr_loss), self._globalstep_last_logged
+        progress = ProcessState(loss, logged, self.lanes, **self._parts.sums())
         progress.save(folder, self.args.process_index)
         if self.args.should_save:
             before_validation = epoch_validation_follows(self) and self.state.global_step not in self._validations
@@ -449,9 +433,8 @@ class PackedTrainer(StagedTrainer):
         progress = ProcessState.load(self.resumed, self.args.process_index)
         if progress is not None:
             self._tr_loss.fill_(progress.loss)
-            for name, total in self._extra.items():
-                total.fill_(getattr(progress, name))
-            self._globalstep_last_logged = self._extra_logged = progress.last_logged
+            self._parts.restore(vars(progress), progress.last_logged)
+            self._globalstep_last_logged = progress.last_logged
             if self.options.carry_state and progress.lanes is not None:
                 self.lanes = progress.lanes.to(self.args.device)
 
