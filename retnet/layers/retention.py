@@ -32,6 +32,7 @@ from retnet.layers.tensor_parallel import Part, Split, Splits, by_columns, by_ro
 from retnet.layers.token_layout import TokenLayout
 from retnet.layers.weight_roles import WeightRoles
 from retnet.ops.decay import SCHEDULES, decay_norm
+from retnet.ops.derivatives import transforms_active
 from retnet.ops.dtypes import wide_dtype
 from retnet.ops.norms import normalize
 from retnet.ops.retention import Mode, retention_step_
@@ -353,7 +354,10 @@ class MultiScaleRetention(MixerModule):
         key = (device, dtype)
         if key not in self._fixed_log_decay:
             with torch.inference_mode(False):
-                self._fixed_log_decay[key] = cast(Tensor, self.config.log_decay).to(device, dtype)
+                log_decay = cast(Tensor, self.config.log_decay).to(device, dtype)
+            if transforms_active():  # it belongs to the transform, and cannot be copied after it
+                return log_decay
+            self._fixed_log_decay[key] = log_decay
         return self._fixed_log_decay[key]
 
     def gated_log_decay(self, opened: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Second derivatives of whole models, and per-sample gradients: every mixer, on the routes that optimizers take."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,19 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retnet.models.decode.decoder import can_fuse
-from tests.small_models import ALIBI, EXPERTS, GATED, HYENA, MAMBA1, MAMBA2, PAPER, WINDOW, random_ids, small_model
+from tests.small_models import (
+    ALIBI,
+    BIRKHOFF,
+    EXPERTS,
+    GATED,
+    HYENA,
+    MAMBA1,
+    MAMBA2,
+    PAPER,
+    WINDOW,
+    random_ids,
+    small_model,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func imports torch.jit
 
@@ -27,6 +40,7 @@ LAYERS = {
     "mamba1": MAMBA1,
     "hyena": HYENA,
     "experts": replace(PAPER, feed_forward=EXPERTS),
+    "residual streams": replace(GATED, hyper=BIRKHOFF),
 }
 IDS, LABELS = random_ids(2, 7), random_ids(2, 7, seed=1)
 
@@ -107,6 +121,7 @@ def test_gradients_per_sample_by_vmap_are_those_of_each_sample(layer):
     for n, ids in enumerate(samples):
         expected = one(weights, ids)
         torch.testing.assert_close({name: x[n] for name, x in together.items()}, expected, rtol=1e-9, atol=1e-12)
+    deepcopy(loss)  # nothing of the transform is left in the modules
 
 
 @torch.no_grad()
