@@ -23,7 +23,6 @@ from retnet.layers.mixer_base import MixerConfig, MixerFlops, MixerModule, Workl
 from retnet.layers.norm import RMSNorm, check_eps
 from retnet.layers.registry import mixer_configs, mixer_of
 from retnet.layers.token_layout import TokenLayout
-from retnet.layers.weight_roles import WeightRoles
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,6 @@ class Branched(ComposedModule):
     """x [B, T, D] -> y [B, T, D], the states of the branches."""
 
     STATE, DRAFT = BranchedState, BranchedDraft
-    WEIGHT_ROLES: ClassVar[WeightRoles] = {"gate_proj": "other"}
     GROWTH: ClassVar[Growths] = {"gate_proj": "readout"}
 
     def __init__(self, config: BranchedConfig, d_model: int):

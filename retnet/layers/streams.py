@@ -154,7 +154,7 @@ class Streams(ComposedModule):
 
     STATE, DRAFT = StreamsState, StreamsDraft
     RECOMPUTES_ITSELF = True
-    WEIGHT_ROLES: ClassVar[WeightRoles] = {"merge_proj": "other", "gate_proj": "other"}
+    WEIGHT_ROLES: ClassVar[WeightRoles] = {"merge_proj": "other"}  # a gate is as a router: AdamW trains it
     GROWTH: ClassVar[Growths] = {"gate_proj": "readout"}
 
     def __init__(self, config: StreamsConfig, d_model: int):

@@ -161,7 +161,7 @@ def _plain(config: ModelConfig) -> ModelConfig:
 
 def transformer_cache_bytes(config: ModelConfig, context: int) -> int:
     """A multi-head Transformer of this width and depth: 2 D keys and values per token and layer, 2 bytes each."""
-    return 2 * 2 * config.d_model * len(config.layers) * context
+    return 2 * 2 * config.d_model * sum(layer.mixer.depth for layer in config.layers) * context
 
 
 def retention_layers(config: ModelConfig) -> list[int]:

@@ -328,8 +328,9 @@ def muon_groups(
     """The parameters of a model that are trained, as groups for `Muon`.
 
     Muon gets the linear maps that their layer names in WEIGHT_ROLES, as a role other than an embedding's. Maps without
-    a name (decay projections, routers, time steps, Hyena's filters, adapters), embeddings, the head, convolutions and
-    vectors go to AdamW, with `adamw_lr_multiplier` times the rate. Weight decay as in `decayed_parameters`.
+    a name (decay projections, routers, gates of branches, time steps, Hyena's filters, adapters), weights between
+    residual streams, embeddings, the head, convolutions and vectors go to AdamW, with `adamw_lr_multiplier` times the
+    rate. Weight decay as in `decayed_parameters`.
     patterns: exceptions by name, as in `parameter_patterns.py`; Muon takes matrices alone, embeddings included.
     Rates and decays of a model with muP are those of `retnet.models.mup`.
     """

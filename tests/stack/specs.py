@@ -1,7 +1,12 @@
 """A small valid stack as text, and functions to change it."""
 
+import torch
+
+from retnet.models.config import ModelConfig
+from retnet.models.lm import LanguageModel
 from retnet.stack import Fault, Stack, StackError, parse_stack
 
+FLOAT32 = "n_heads: 4", "n_heads: 4\n  dtype: float32"  # a change of BASE
 BASE = """\
 schema_version: 1
 model:
@@ -61,3 +66,23 @@ def only(text: str) -> Fault:
 
 def stack(*pairs: tuple[str, str], more: str = "") -> Stack:
     return parse_stack(changed(*pairs, more=more))
+
+
+def assert_decodes_as_it_reads(config: ModelConfig) -> LanguageModel:
+    """Piece by piece, a stack's model gives the logits of one forward. Returns the model, in float64."""
+    model, ids = LanguageModel(config).double().eval(), torch.arange(9)[None]
+    state, logits = None, []
+    with torch.no_grad():
+        for piece in ids.split([5, 1, 3], 1):
+            output = model(piece, state, carry=True)
+            state = output.state
+            logits.append(output.logits)
+        torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, rtol=1e-10, atol=1e-10)
+    return model
+
+
+def legend_of(found: Stack, config: ModelConfig) -> set[str]:
+    """The labels in the legend of a stack's picture."""
+    from retnet.stack.picture import draw_stack  # needs matplotlib
+
+    return {text.get_text() for legend in draw_stack(found, config).legends for text in legend.get_texts()}

@@ -1,10 +1,8 @@
 """`residual.type: hyper_connection`: its rules, what it is built as, and how it is described."""
 
 import pytest
-import torch
 
 from retnet.layers.hyper_connection import HyperConnectionConfig
-from retnet.models.lm import LanguageModel
 from retnet.stack import Category
 from retnet.stack.build import model_config
 from retnet.stack.picture import draw_stack
@@ -12,11 +10,10 @@ from retnet.stack.report import realism_report
 from retnet.stack.summary import summarize
 from tests.cli.command import run
 
-from .specs import changed, faults, only, stack
+from .specs import FLOAT32, assert_decodes_as_it_reads, changed, faults, only, stack
 
 MLP = "ffn: {type: mlp}"
 HERE = "layer_templates.a.residual"
-FLOAT32 = "n_heads: 4", "n_heads: 4\n  dtype: float32"
 
 
 def hyper(values: str = "expand: 2", more: str = "") -> tuple[str, str]:
@@ -80,15 +77,8 @@ def test_norms_after_the_residual_are_refused_in_templates_and_overrides():
 
 def test_a_stack_with_streams_decodes_as_it_reads_and_predicts_further_tokens():
     mtp = "type: causal_lm", "type: causal_lm_mtp\n  mtp: {head_template: a, head_layers: 2}"
-    model = LanguageModel(model_config(stack(hyper(), mtp, FLOAT32))).double().eval()
+    model = assert_decodes_as_it_reads(model_config(stack(hyper(), mtp, FLOAT32)))
     assert model.mtp[0].blocks[0].gives_streams
-    ids, state, logits = torch.arange(9)[None], None, []
-    with torch.no_grad():
-        for piece in ids.split([5, 1, 3], 1):
-            output = model(piece, state, carry=True)
-            state = output.state
-            logits.append(output.logits)
-        torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, rtol=1e-10, atol=1e-10)
 
 
 def test_parallel_streams_may_have_residual_streams_inside():

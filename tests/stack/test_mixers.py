@@ -15,7 +15,7 @@ from retnet.stack.scalars import PositiveInt
 from retnet.stack.schema import Spec
 from retnet.stack.summary import summarize
 
-from .specs import changed, faults, only, stack
+from .specs import FLOAT32, changed, faults, only, stack
 
 MIXER_A = "type: attention\n      attention: {window: 16}"
 
@@ -46,7 +46,7 @@ def toy(settings: str) -> tuple[str, str]:
 
 
 def test_a_registered_mixer_is_built_and_runs():
-    config = model_config(stack(toy("span: 8"), ("n_heads: 4", "n_heads: 4\n  dtype: float32")))
+    config = model_config(stack(toy("span: 8"), FLOAT32))
     assert config.layers[2].mixer == AttentionConfig(4, num_kv_heads=4, head_dim=16, window=8)
     assert LanguageModel(config)(torch.arange(9)[None]).logits.shape == (1, 9, 257)
 

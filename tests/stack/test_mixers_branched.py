@@ -1,17 +1,14 @@
 """`type: branched`: its rules, what it is built as, and how it is described."""
 
 import pytest
-import torch
 
 from retnet.layers.branched import BranchedConfig
-from retnet.models.lm import LanguageModel
 from retnet.stack import Category
 from retnet.stack.build import model_config
-from retnet.stack.picture import draw_stack
 from retnet.stack.report import realism_report
 from retnet.stack.summary import summarize
 
-from .specs import changed, faults, only, stack
+from .specs import FLOAT32, assert_decodes_as_it_reads, changed, faults, legend_of, only, stack
 
 MIXER_A = "type: attention\n      attention: {window: 16}"
 SSM, ATTN = "ssm: {type: mamba, mamba: {d_state: 8}}", "attn: {type: attention, attention: {window: 16}}"
@@ -31,15 +28,7 @@ def test_the_default_is_a_gate_over_all_branches():
 
 def test_a_branched_stack_decodes_as_it_reads():
     more = ", vendor.retnet.merge: sum, vendor.retnet.output_scales: {ssm: 0.7}"
-    config = model_config(stack(branched(more=more), ("n_heads: 4", "n_heads: 4\n  dtype: float32")))
-    model, ids = LanguageModel(config).double().eval(), torch.arange(9)[None]
-    state, logits = None, []
-    with torch.no_grad():
-        for piece in ids.split([5, 1, 3], 1):
-            output = model(piece, state, carry=True)
-            state = output.state
-            logits.append(output.logits)
-        torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, rtol=1e-10, atol=1e-10)
+    assert_decodes_as_it_reads(model_config(stack(branched(more=more), FLOAT32)))
 
 
 @pytest.mark.parametrize(
@@ -98,8 +87,7 @@ def test_words_the_picture_and_the_report_name_the_branches():
     mixed = stack(branched(more=", selector: {type: top_k}"), ("max_seq_len: 256", "max_seq_len: 8192"))
     config = model_config(mixed)
     assert summarize(mixed, config)[2].mixer == "mamba2, state 8 + attention, window 16 (gate, 1 of 2)"
-    labels = {text.get_text() for legend in draw_stack(mixed, config).legends for text in legend.get_texts()}
-    assert "branched: mamba2 + attention" in labels
+    assert "branched: mamba2 + attention" in legend_of(mixed, config)
     rules = {finding.rule: finding.message for finding in realism_report(mixed)}
     assert "seq_len_ratio" in rules
     assert rules["layer_count_info"] == "3 layers: 2 retnet, 1 branched"

@@ -9,14 +9,12 @@ from retnet.models.lm import LanguageModel
 from retnet.stack import Category
 from retnet.stack.build import model_config
 from retnet.stack.estimate import estimate_parameters
-from retnet.stack.picture import draw_stack
 from retnet.stack.report import realism_report
 from retnet.stack.summary import summarize
 
-from .specs import changed, faults, only, stack
+from .specs import FLOAT32, assert_decodes_as_it_reads, changed, faults, legend_of, only, stack
 
 X, Y = "{stream: x, body: [{template: r, repeat: 2}]}", "{stream: y, body: [{template: a}, {template: r}]}"
-FLOAT32 = "n_heads: 4", "n_heads: 4\n  dtype: float32"
 
 
 def parallel(streams: str = f"{X}, {Y}", more: str = "") -> tuple[str, str]:
@@ -35,15 +33,7 @@ def test_an_entry_is_one_layer_whose_streams_have_the_templates_layers():
 
 @pytest.mark.parametrize("merge", ["concat", "add", "gated", "cross_attn, from: y, to: x"])
 def test_a_stack_with_streams_decodes_as_it_reads(merge):
-    config = model_config(stack(parallel(more=f"\n  merge: {{type: {merge}}}"), FLOAT32))
-    model, ids = LanguageModel(config).double().eval(), torch.arange(9)[None]
-    state, logits = None, []
-    with torch.no_grad():
-        for piece in ids.split([5, 1, 3], 1):
-            output = model(piece, state, carry=True)
-            state = output.state
-            logits.append(output.logits)
-        torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, rtol=1e-10, atol=1e-10)
+    assert_decodes_as_it_reads(model_config(stack(parallel(more=f"\n  merge: {{type: {merge}}}"), FLOAT32)))
 
 
 @pytest.mark.parametrize(
@@ -114,8 +104,7 @@ def test_tables_pictures_and_reports_count_the_layers_of_streams():
     assert layers + 64 == parameter_counts(config)["layers"]
     assert 3 * 3 * 64 * 256 < row.feed_forward_parameters < row.mixer_parameters * 4
     assert len(row.reach) == 2 * 4 + 1 + 4
-    labels = {text.get_text() for legend in draw_stack(streams, config).legends for text in legend.get_texts()}
-    assert "parallel: retnet | attention, retnet" in labels
+    assert "parallel: retnet | attention, retnet" in legend_of(streams, config)
     rules = {finding.rule: finding.message for finding in realism_report(streams)}
     assert rules["layer_count_info"] == "6 layers: 5 retnet, 1 attention"
     assert "unused_template" not in rules

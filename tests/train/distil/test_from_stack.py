@@ -55,8 +55,10 @@ def test_attention_that_is_to_be_chosen_becomes_the_first_retention_of_the_file(
         ("decay: experiment", "key_dim: 64", "layer 0: key_dim is 64 and the teacher's is 32"),
         ("decay: experiment", "rotary: interleaved", "layer 0: rotary is 'interleaved' and the teacher's is 'half'"),
         ("{template: ours}", "{template: kept}", "hybrid.yml has no retnet layer"),
+        ("{type: gated_mlp}", "{type: gated_mlp}, residual: {type: hyper_connection, hyper: {expand: 2}}",
+         "layer 1: its residual is hyper_connection; accepted: the teacher's"),
     ],
-)
+)  # fmt: skip
 def test_what_is_not_the_teachers_is_refused(old, new, message):
     assert old in STACK
     with pytest.raises(ValueError, match=message):
