@@ -12,17 +12,19 @@ import torch
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).parent
-# Modules that share a process: most of the time of a small one is the start of a process.
-RETENTION = [
+# They share a process, whose start takes as long as a module.
+FAST = [
     "retention/test_dispatch.py",
     "retention/test_dispatch_chunk_size.py",
     "retention/hopper/test_token_codes.py",
     "retention/hopper/test_token_sums.py",
     "retention/hopper/test_walk_emulated.py",
     "retention/hopper/test_dk_dv.py",
+    "decode/test_recurrent.py",
+    "decode/test_decode.py",
+    "decode/test_short_convolution.py",
+    "convolution/test_short.py",
 ]
-DECODE = ["decode/test_recurrent.py", "decode/test_decode.py", "decode/test_short_convolution.py"]
-CONVOLUTION = ["convolution/test_short.py"]
 SLOW = [
     "retention/test_dispatch.py",
     "retention/hopper/test_walk_emulated.py",
@@ -35,8 +37,7 @@ SLOW = [
 @pytest.mark.parametrize(
     ("modules", "marks"),
     [
-        pytest.param(RETENTION, "not gpu and not slow", id="retention"),
-        pytest.param(DECODE + CONVOLUTION, "not gpu and not slow", id="decode, convolution"),
+        pytest.param(FAST, "not gpu and not slow", id="fast"),
         *(pytest.param([module], "slow and not gpu", id=f"{module}, slow", marks=pytest.mark.slow) for module in SLOW),
         pytest.param(["scan/test_scan.py"], "not gpu", id="scan/test_scan.py", marks=pytest.mark.slow),
         pytest.param(["test_kernels_far_offsets.py"], "not gpu", id="far offsets", marks=pytest.mark.slow),

@@ -184,7 +184,8 @@ def test_the_operator_has_the_shapes_and_gradients_of_its_kernels(activation, de
         ops._convolution_backward_cuda.register_kernel("cpu")(backward)
     tensors = [z.requires_grad_() for z in inputs(1, 6, 5, 4, 2, device)]
     cu_seqlens = torch.tensor([0, 2, 6], device=device)
-    torch.library.opcheck(torch.ops.retnet.short_convolution, (*tensors, cu_seqlens, activation))
+    if activation == "silu":  # the checks of the operator itself take longest and do not depend on the activation
+        torch.library.opcheck(torch.ops.retnet.short_convolution, (*tensors, cu_seqlens, activation))
     y, final = torch.ops.retnet.short_convolution(*tensors, cu_seqlens, activation)
     dy = torch.randn_like(y)
     found = torch.autograd.grad((y * dy).sum() + final.square().sum(), tensors)
