@@ -57,10 +57,16 @@ def short_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_curve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Runs draw no loss curve, which takes a third of a small one; a test that uses the fixture `curve` gets it."""
+    if "curve" not in request.fixturenames:
+        monkeypatch.setattr("retnet.train.finish._draw_curve", lambda *arguments: None)
+
+
 @pytest.fixture
-def no_curve(monkeypatch: pytest.MonkeyPatch):
-    """A run draws no loss curve, which takes a third of a small one."""
-    monkeypatch.setattr("retnet.train.finish._draw_curve", lambda *arguments: None)
+def curve() -> None:
+    """Runs of this test draw their loss curve."""
 
 
 @pytest.fixture

@@ -18,8 +18,6 @@ from retnet.train.run import train
 
 from .conftest import losses, recipe_for, weights
 
-pytestmark = pytest.mark.usefixtures("no_curve")
-
 SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
 
 

@@ -24,7 +24,6 @@ from retnet.train.trainer import PackedTrainer
 
 from .conftest import losses, recipe_for, weights
 
-pytestmark = pytest.mark.usefixtures("no_curve")
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_accumulation_steps": 1}
 PICKLES = [
     "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin",

@@ -41,7 +41,7 @@ def half_model(request, tmp_path):
 
 
 def test_weights_in_half_precision_move_at_small_rates_and_are_saved_as_they_came(
-    half_model, text_folder, tmp_path, console, no_curve
+    half_model, text_folder, tmp_path, console
 ):
     model, dtype = half_model
     recipe = recipe_for(model, text_folder, tmp_path / "out", **SMALL_STEPS, save_steps=2)
@@ -67,7 +67,7 @@ def test_weights_in_half_precision_move_at_small_rates_and_are_saved_as_they_cam
     assert f"products in {'bfloat16 (bf16)' if dtype == torch.bfloat16 else 'float32'}" in text
 
 
-def test_a_resumed_run_in_half_precision_equals_an_uninterrupted_one(short_texts, tmp_path, console, no_curve):
+def test_a_resumed_run_in_half_precision_equals_an_uninterrupted_one(short_texts, tmp_path, console):
     model = tmp_path / "half.yml"
     model.write_text(STACK)
     settings = SMALL_STEPS | {"save_steps": 1, "save_total_limit": 2}

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import Trainer
 
 from retnet.data import PackedDataset, open_corpus
@@ -29,9 +30,10 @@ from .conftest import losses, recipe_for, weights
 
 STACK = str(ROOT / "recipes" / "llama-125m.yml")
 QUICK = {"max_steps": 8, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+ONE_BATCH = {"max_steps": 3, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 16}
 
 
-def test_a_run_learns_and_writes_a_model_a_log_a_curve_and_samples(byte_model, text_folder, tmp_path, console):
+def test_a_run_learns_and_writes_a_model_a_log_a_curve_and_samples(byte_model, text_folder, tmp_path, console, curve):
     settings = QUICK | {"do_eval": True, "num_samples": 2, "logging_steps": 4}
     summary = train(recipe_for(byte_model, text_folder, tmp_path / "out", **settings), console)
     assert (summary.steps, summary.tokens) == (8, 8 * 4 * 48)
@@ -92,6 +94,14 @@ def test_two_equal_runs_give_equal_bits(dropout_model, text_folder, tmp_path, co
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
+@pytest.fixture(scope="module")
+def in_one_batch(byte_model, shared_text_folder, tmp_path_factory):
+    """The losses of a run of whole batches."""
+    output = tmp_path_factory.mktemp("runs") / "one batch"
+    train(recipe_for(byte_model, shared_text_folder, output, **ONE_BATCH), Console(quiet=True))
+    return losses(output)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -116,12 +126,12 @@ def test_two_equal_runs_give_equal_bits(dropout_model, text_folder, tmp_path, co
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_losses_do_not_depend_on_how_a_step_is_computed(byte_model, text_folder, tmp_path, console, changed):
+def test_losses_do_not_depend_on_how_a_step_is_computed(
+    byte_model, text_folder, tmp_path, console, in_one_batch, changed
+):
     """Rows have unequal numbers of targets, so a mean of means would differ."""
-    settings = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 3}
-    train(recipe_for(byte_model, text_folder, tmp_path / "a", **settings), console)
-    train(recipe_for(byte_model, text_folder, tmp_path / "b", **settings | changed), console)
-    first, second = losses(tmp_path / "a"), losses(tmp_path / "b")
+    train(recipe_for(byte_model, text_folder, tmp_path, **ONE_BATCH | changed), console)
+    first, second = in_one_batch, losses(tmp_path)
     assert first.keys() == second.keys() == {1, 2, 3}
     assert [second[step] for step in second] == pytest.approx([first[step] for step in first], rel=2e-5)
 
@@ -175,6 +185,8 @@ def test_validation_does_not_change_training(dropout_model, text_folder, tmp_pat
     settings = QUICK | {"max_steps": 4} | settings
     train(recipe_for(dropout_model, text_folder, tmp_path / "a", **settings), console)
     validating = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "do_eval": True}
+    if "carry_state" not in settings:  # which needs every row
+        validating["valid_rows"] = 20
     train(recipe_for(dropout_model, text_folder, tmp_path / "b", **settings, **validating), console)
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
@@ -189,7 +201,7 @@ def test_validation_draws_no_random_number_of_training_whatever_the_model_does(
         torch.rand(3)
         return original(self, rows)
 
-    settings = QUICK | {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    settings = QUICK | {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "valid_rows": 20}
     train(recipe_for(dropout_model, text_folder, tmp_path / "a", **settings), console)
     monkeypatch.setattr(PackedTrainer, "_score", score)
     train(recipe_for(dropout_model, text_folder, tmp_path / "b", **settings), console)
@@ -208,7 +220,13 @@ def test_validation_draws_no_random_number_of_training_whatever_the_model_does(
 )
 def test_the_last_step_is_validated_once(byte_model, text_folder, tmp_path, console, settings, steps):
     summary = train(
-        recipe_for(byte_model, text_folder, tmp_path, **QUICK | settings | {"max_steps": 3, "do_eval": True}), console
+        recipe_for(
+            byte_model,
+            text_folder,
+            tmp_path,
+            **QUICK | settings | {"max_steps": 3, "do_eval": True, "valid_rows": 20},
+        ),
+        console,
     )
     log = json.loads((tmp_path / "training.json").read_text())["log"]
     validations = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
@@ -437,9 +455,7 @@ def test_a_sample_of_rows_is_refused_where_states_are_carried_over(byte_model, t
         train(recipe_for(byte_model, text_folder, tmp_path, carry_state=True, valid_rows=3), console)
 
 
-def test_a_model_of_an_earlier_run_is_not_replaced_unless_asked_for(
-    byte_model, short_texts, tmp_path, console, no_curve
-):
+def test_a_model_of_an_earlier_run_is_not_replaced_unless_asked_for(byte_model, short_texts, tmp_path, console):
     """Without checkpoints nothing else says that a run was there."""
     output, settings = tmp_path / "out", QUICK | {"max_steps": 1, "warmup_steps": 0}
     train(recipe_for(byte_model, short_texts, output, **settings), console)

@@ -15,7 +15,7 @@ from tests.torchrun import torchrun
 
 from .conftest import losses, recipe_for, weights, words_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curve")]
+pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(__file__).parent
 STACKS = {"gated": (GATED, CONV), "hybrid": (PAPER, WINDOW, GATED, NOPE), "mamba2": (MAMBA2, MAMBA2)}

@@ -47,7 +47,7 @@ def state_of(output) -> bytes:
     return (output / STATE_FILE).read_bytes()
 
 
-def test_a_run_learns_a_state_and_leaves_the_model_as_it_is(stack_model, text_folder, tmp_path, console, no_curve):
+def test_a_run_learns_a_state_and_leaves_the_model_as_it_is(stack_model, text_folder, tmp_path, console):
     before = {file.name: file.read_bytes() for file in stack_model.iterdir()}
     output = tmp_path / "out"
     settings = QUICK | {"do_eval": True, "valid_rows": 40, "num_samples": 1, "save_strategy": "steps", "save_steps": 4}
@@ -96,7 +96,7 @@ def test_the_frozen_model_computes_as_it_serves(stack_model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_a_resumed_run_equals_one_that_was_never_stopped(text_folder, tmp_path, console, dtype, no_curve):
+def test_a_resumed_run_equals_one_that_was_never_stopped(text_folder, tmp_path, console, dtype):
     base = tmp_path / "base"
     save_model(small_model([CONV, PAPER], **BYTES, dtype=dtype), base)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

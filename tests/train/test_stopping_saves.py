@@ -17,7 +17,7 @@ from retnet.train.trainer import PackedTrainer
 
 from .conftest import losses, recipe_for, weights, words_for
 
-VALIDATING = {"eval_strategy": "steps", "eval_steps": 4, "do_eval": True}
+VALIDATING = {"eval_strategy": "steps", "eval_steps": 4, "do_eval": True, "valid_rows": 16}
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 
 
@@ -75,7 +75,7 @@ def assert_resumed_as_undisturbed(model, data, stopped, whole, console, settings
 def test_a_signal_in_the_last_validation_leaves_the_trained_model_and_a_checkpoint(
     dropout_model, text_folder, tmp_path, console, signal_in_validation, monkeypatch, number, limit
 ):
-    settings = {"max_steps": 3, "do_eval": True, "num_samples": 1} | limit
+    settings = {"max_steps": 3, "do_eval": True, "valid_rows": 16, "num_samples": 1} | limit
     signal_in_validation(number)
     with pytest.raises(Terminated, match=r"the model is saved in .*, without its last validation; resume_from"):
         train(recipe_for(dropout_model, text_folder, tmp_path, **settings), console)

@@ -34,9 +34,7 @@ def biases(output) -> list[torch.Tensor]:
     return [module.routing_bias for module in load_model(output).modules() if isinstance(module, MoE)]
 
 
-def test_biases_move_once_per_step_and_a_resumed_run_is_the_same(
-    expert_model, text_folder, tmp_path, console, no_curve
-):
+def test_biases_move_once_per_step_and_a_resumed_run_is_the_same(expert_model, text_folder, tmp_path, console):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}  # two micro-batches per step
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train(recipe_for(expert_model, text_folder, whole, **settings), console)
