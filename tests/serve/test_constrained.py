@@ -24,9 +24,16 @@ def follows(grammar: Automaton, tokens: list[int]) -> bool:
     return all(token in grammar.allowed(tokens[:i]) for i, token in enumerate(tokens))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_outputs_follow_their_grammar_and_end_with_it(hybrid, options):
-    rng, engine = random.Random(1), engine_of(hybrid, **OPTIONS[options])
+@pytest.mark.parametrize(
+    ("stack", "options"),
+    [
+        *(("retention", name) for name in OPTIONS),
+        ("hybrid", "speculation"),
+        *(pytest.param("hybrid", name, marks=pytest.mark.slow) for name in OPTIONS if name != "speculation"),
+    ],
+)
+def test_outputs_follow_their_grammar_and_end_with_it(stack, options):
+    rng, engine = random.Random(1), engine_of(small_model(stack), **OPTIONS[options])
     samplings = [GREEDY, Sampling(temperature=1.3, seed=2), Sampling(seed=3, top_k=2, min_p=0.1)]
     grammars = [random_automaton(rng, VOCAB) for _ in range(15)]
     requests = [Request(prompt(5 + n, n), 15, samplings[n % 3], grammar=grammar) for n, grammar in enumerate(grammars)]

@@ -242,10 +242,10 @@ def test_a_dropped_engine_frees_its_slots_at_once(any_model):
 
 
 def test_the_pool_neither_moves_nor_grows(any_model):
-    engine = engine_of(any_model)
+    engine = engine_of(any_model, max_tokens=60)
     places = {(i, n): x.data_ptr() for i, layer in enumerate(engine.pool.state) for n, x in layer.tensors().items()}
     for seed in range(5):
-        engine.submit(Request(prompt(150, seed), 20, Sampling(seed=seed)))
+        engine.submit(Request(prompt(45, seed), 12, Sampling(seed=seed)))
     engine.run()
     now = {(i, n): x.data_ptr() for i, layer in enumerate(engine.pool.state) for n, x in layer.tensors().items()}
     assert now == places
@@ -288,26 +288,28 @@ def test_the_stats_tell_the_queue_from_the_prompts_that_are_read_and_from_decodi
     assert (stats.running, stats.reading, stats.waiting, stats.unread_tokens, stats.new_tokens) == (0, 0, 0, 0, 10)
 
 
-def test_the_repetition_penalty_counts_the_tokens_that_a_request_names(any_model):
+@pytest.mark.parametrize("stack", ["retention", pytest.param("hybrid", marks=pytest.mark.slow)])
+def test_the_repetition_penalty_counts_the_tokens_that_a_request_names(stack):
+    model = small_model(stack)
     ids, never = prompt(12), Sampling(temperature=0, repetition_penalty=1e6)
     for counted in (None, [], ids[:4], [*ids[:4]] * 2, range(40)):
-        engine = engine_of(any_model)
+        engine = engine_of(model)
         first = engine.submit(Request(ids, 8, never, counted=counted, keep_state=True))
         engine.run()
         seen, logits = (
             set(ids if counted is None else counted),
-            any_model(torch.tensor([[*ids, *first.tokens]])).logits[0, len(ids) - 1 : -1],
+            model(torch.tensor([[*ids, *first.tokens]])).logits[0, len(ids) - 1 : -1],
         )
         for token, row in zip(first.tokens, logits.tolist(), strict=True):
             penalised = [z / 1e6 if t in seen and z > 0 else z * 1e6 if t in seen else z for t, z in enumerate(row)]
             assert penalised[token] == pytest.approx(max(penalised), abs=1e-4)
             seen.add(token)
-        longer = alone(any_model, Request(ids, 14, never, counted=counted))
+        longer = alone(model, Request(ids, 14, never, counted=counted))
         after = engine.submit(Request([], 6, never, counted=counted), first.snapshot)
         engine.run()
         assert [*first.tokens, *after.tokens] == longer.tokens, "the same output goes on"
     with pytest.raises(Refused, match=f"token {VOCAB} is not in the vocabulary"):
-        engine_of(any_model).submit(Request([1], counted=[VOCAB]))
+        engine_of(model).submit(Request([1], counted=[VOCAB]))
 
 
 def test_a_full_queue_refuses_requests_and_reports_the_memory_per_slot(small):

@@ -28,9 +28,18 @@ def without_bad(length: int, seed: int = 0) -> list[int]:
     return [token % BAD for token in prompt(length, seed)]
 
 
-@pytest.mark.parametrize("stack", SERVED)
-@pytest.mark.parametrize("options", [{}, {"speculation": Speculation(3)}, {"deferred_writes": 16}], ids=str)
-@pytest.mark.parametrize("place", ["first", "inside", "last"])
+def every_third() -> list:
+    """Stacks, options of an engine and places of a token: every pair of values is in a fast test."""
+    cases = []
+    for i, stack in enumerate(SERVED):
+        for j, options in enumerate(({}, {"speculation": Speculation(3)}, {"deferred_writes": 16})):
+            for k, place in enumerate(("first", "inside", "last")):
+                marks = () if (i + j + k) % 3 == 0 else pytest.mark.slow
+                cases.append(pytest.param(stack, options, place, marks=marks, id=f"{place}-{options}-{stack}"))
+    return cases
+
+
+@pytest.mark.parametrize(("stack", "options", "place"), every_third())
 def test_a_token_that_makes_nan_fails_its_request_alone(stack, options, place):
     model = poisoned(stack)
     good = Request(without_bad(7, seed=1) * 2, 8, Sampling(temperature=0, logit_bias={BAD: -float("inf")}))

@@ -86,8 +86,9 @@ class Users:
             self.ask(more, snapshot.tokens.tolist(), snapshot)
 
 
+@pytest.mark.parametrize("actions", [12, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_calls_of_many_threads_beside_stepping_threads_change_no_token(exact, options):
+def test_calls_of_many_threads_beside_stepping_threads_change_no_token(exact, options, actions):
     engine = engine_of(exact, **OPTIONS[options])
     users, stop = Users(engine), threading.Event()
 
@@ -100,7 +101,7 @@ def test_calls_of_many_threads_beside_stepping_threads_change_no_token(exact, op
 
     with ThreadPoolExecutor(6) as threads:
         stepping = [threads.submit(keep_stepping) for _ in range(2)]
-        acting = [threads.submit(users.act, seed, 20) for seed in range(4)]
+        acting = [threads.submit(users.act, seed, actions) for seed in range(4)]
         try:
             for future in acting:
                 future.result(timeout=120)

@@ -42,15 +42,16 @@ def check(model, generation, context: list[int], num_top: int, within: float) ->
 
 
 @pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("num_top", [0, 1, 20])
-def test_each_token_of_a_prompt_has_the_log_probability_of_a_full_forward(stack, num_top, monkeypatch):
+def test_each_token_of_a_prompt_has_the_log_probability_of_a_full_forward(stack, monkeypatch):
+    """Requests of one batch ask for different numbers of likely tokens, and every length asks for each in turn."""
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 61 * 3)
     model = small_model(stack, dtype="float64")
-    for options in ({}, {"speculation": Speculation(3)}, {"deferred_writes": 16}):
+    for i, options in enumerate(({}, {"speculation": Speculation(3)}, {"deferred_writes": 16})):
         engine = engine_of(model, **options)
-        generations = [engine.submit(Request(prompt(n, n), 4, GREEDY, prompt_logprobs=num_top)) for n in (1, 2, 9, 21)]
+        asked = {n: (0, 1, 20)[(i + j) % 3] for j, n in enumerate((1, 2, 9, 21))}
+        generations = [engine.submit(Request(prompt(n, n), 4, GREEDY, prompt_logprobs=k)) for n, k in asked.items()]
         engine.run()
-        for generation in generations:
+        for generation, num_top in zip(generations, asked.values(), strict=True):
             check(model, generation, [], num_top, 1e-10)
 
 
@@ -121,19 +122,21 @@ def test_a_prompt_after_a_snapshot_has_a_value_for_its_first_token_too():
     assert nothing.prompt_logprobs == []
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 9, 30])
 @pytest.mark.parametrize("options", [{}, {"speculation": Speculation(3)}, {"prefix_cache_bytes": 10**7}], ids=str)
-def test_a_request_for_no_tokens_ends_after_its_prompt(any_model, length, options):
+def test_requests_for_no_tokens_end_after_their_prompts(any_model, options):
     engine = engine_of(any_model, **options)
+    lengths = (1, 2, 8, 9, 30)
     running = engine.submit(Request(prompt(5), 12, GREEDY))
-    ended = engine.submit(Request(prompt(length), 0, GREEDY, keep_state=True, prompt_logprobs=0))
+    ended = [engine.submit(Request(prompt(n), 0, GREEDY, keep_state=True, prompt_logprobs=0)) for n in lengths]
     engine.run()
-    assert (ended.tokens, ended.finish_reason, ended.error) == ([], "length", None)
-    assert len(ended.prompt_logprobs) == length
     assert facts(running) == facts(alone(any_model, Request(prompt(5), 12, GREEDY), **options))
-    after = engine.submit(Request([], 6, GREEDY), ended.snapshot)
+    for length, generation in zip(lengths, ended, strict=True):
+        assert (generation.tokens, generation.finish_reason, generation.error) == ([], "length", None)
+        assert len(generation.prompt_logprobs) == length
+    after = [engine.submit(Request([], 6, GREEDY), generation.snapshot) for generation in ended]
     engine.run()
-    assert facts(after) == facts(alone(any_model, Request(prompt(length), 6, GREEDY), **options))
+    for length, generation in zip(lengths, after, strict=True):
+        assert facts(generation) == facts(alone(any_model, Request(prompt(length), 6, GREEDY), **options))
     assert engine.pool.num_free == engine.pool.num_slots
 
 

@@ -16,7 +16,7 @@ from retnet.serve.engine import Engine
 from retnet.serve.request import Refused, Request
 from retnet.serve.speculation import Speculation
 from retnet.system import checks
-from tests.small_models import HYENA, small_model
+from tests.small_models import HYENA, MAMBA2, NOPE, PAPER, small_model
 
 from .odd_values import HUGE, INF, NAN, Raises, name_of, odd_values
 from .test_engine import engine_of, text_of
@@ -190,8 +190,7 @@ def test_files_of_snapshots_are_named_by_paths(snapshot, tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_an_engine_takes_each_option_as_what_it_is_or_names_it(option, expected):
-    model = small_model("hybrid")
-    engines = {}
+    model = small_model([PAPER, NOPE, MAMBA2])
 
     def make(value: Any) -> Any:
         options = {"num_slots": 1, "max_tokens": 20, "prompt_chunk": 4, "prompt_budget": 4, "prefix_cache_bytes": 10**6}

@@ -29,7 +29,7 @@ def test_output_is_that_of_plain_decoding_token_for_token(exact_model, sampling)
     plain, *drafting = (engine_of(exact_model, speculation=s) for s in (None, Speculation(3), Speculation(7)))
     outputs = []
     for engine in (plain, *drafting):
-        generations = [engine.submit(Request(ids, 30, sampling)) for ids in (REPEATING, prompt(1), prompt(20))]
+        generations = [engine.submit(Request(ids, 16, sampling)) for ids in (REPEATING, prompt(1), prompt(20))]
         engine.run()
         outputs.append([generation.tokens for generation in generations])
     assert outputs[1] == outputs[2] == outputs[0]

@@ -51,8 +51,18 @@ def continued(engine: Engine, snapshot: Snapshot, count: int, sampling: Sampling
     return generation.tokens
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9, seed=3, repetition_penalty=1.3)])
-@pytest.mark.parametrize("stack", ["retention", "hybrid"])
+SAMPLED = Sampling(temperature=0.9, seed=3, repetition_penalty=1.3)
+
+
+@pytest.mark.parametrize(
+    ("stack", "sampling"),
+    [
+        ("retention", GREEDY),
+        ("hybrid", SAMPLED),
+        pytest.param("retention", SAMPLED, marks=pytest.mark.slow),
+        pytest.param("hybrid", GREEDY, marks=pytest.mark.slow),
+    ],
+)
 def test_after_a_restart_a_session_goes_on_as_one_uninterrupted_generation(tmp_path, stack, sampling):
     engine = engine_of(stack)
     whole = engine.submit(Request([5, 6, 7] * 9, 40, replace(sampling, logprobs=2)))
