@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) $(TEST_ARGS)
 
-.PHONY: help venv install demo test test-all test-matrix docs dist lint format hooks clean
+.PHONY: help venv install demo collect test test-all test-matrix docs dist lint format hooks clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -59,6 +59,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not gpu and not slow"
+
+# Imports what `make test` imports, which writes its bytecode.
+collect: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --collect-only -q -m "not gpu and not slow"
 
 test-all: $(VENV)/.installed-dev
 	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[quantize,clients,docs,notebooks]'

@@ -82,13 +82,23 @@ def test_prompt_tuning_reads_the_sizes_and_trains_in_front_of_the_text(stack, ki
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [{"trainable_token_indices": [5, 97, 98]}, {"modules_to_save": ["embedding"]}, {"modules_to_save": ["head"]}],
-    ids=["tokens", "embedding", "head"],
-)
+def every_second() -> list:
+    """Stacks, heads that are the embedding or not, and what is trained: every pair of values is in a fast test."""
+    trained = {
+        "tokens": {"trainable_token_indices": [5, 97, 98]},
+        "embedding": {"modules_to_save": ["embedding"]},
+        "head": {"modules_to_save": ["head"]},
+    }
+    cases = []
+    for i, stack in enumerate(STACKS):
+        for j, tied in enumerate((True, False)):
+            for k, (name, options) in enumerate(trained.items()):
+                marks = () if (i + j + k) % 2 == 0 else pytest.mark.slow
+                cases.append(pytest.param(stack, tied, options, marks=marks, id=f"{name}-{tied}-{stack}"))
+    return cases
+
+
+@pytest.mark.parametrize(("stack", "tied", "options"), every_second())
 def test_trained_tokens_and_heads_are_merged_and_saved_by_every_writer(tmp_path, stack, tied, options):
     """PEFT reads from the configuration whether the head is the embedding, and unties them there."""
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)

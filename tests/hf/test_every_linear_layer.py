@@ -43,6 +43,12 @@ def uses(model) -> dict[str, torch.Tensor]:
     return results
 
 
+@pytest.fixture(scope="module")
+def before() -> dict[str, torch.Tensor]:
+    """The results of the model as it is built."""
+    return uses(build())
+
+
 def assert_equal(model, expected, tolerance=1e-5):
     for name, x in uses(model).items():
         assert (x - expected[name]).norm() <= tolerance * expected[name].norm(), name
@@ -61,9 +67,8 @@ def test_the_layers_are_those_of_every_mixer():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_forward_hook_on_any_layer_changes_what_the_model_computes(name):
+def test_a_forward_hook_on_any_layer_changes_what_the_model_computes(name, before):
     model = build()
-    before = uses(model)
     hook = model.get_submodule(name).register_forward_hook(lambda layer, args, y: y + y.roll(1, -1))
     assert_changed(model, before)
     hook.remove()
@@ -72,9 +77,8 @@ def test_a_forward_hook_on_any_layer_changes_what_the_model_computes(name):
 
 @pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_adapter_on_any_layer_trains_and_merging_it_changes_nothing(name, dora):
+def test_an_adapter_on_any_layer_trains_and_merging_it_changes_nothing(name, dora, before):
     peft = pytest.importorskip("peft")
-    before = uses(build())
     config = peft.LoraConfig(r=2, target_modules=[name], use_dora=dora, task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(build(), config).eval()
     uses(model.base_model.model)  # what inference keeps must not outlive the merge

@@ -39,8 +39,15 @@ def test_the_cache_changes_no_token(model, way):
     assert len({tuple(row) for row in results[0][:, 7:].tolist()}) > 1, "rows that all say the same test little"
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize(
+    ("side", "num_beams"),
+    [
+        ("left", 3),
+        ("right", 1),
+        pytest.param("left", 1, marks=pytest.mark.slow),
+        pytest.param("right", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_padded_batch_equals_each_row_alone(model, side, num_beams):
     rows = [random_ids(1, length)[0] for length in (9, 4, 6)]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)

@@ -14,7 +14,7 @@ from retnet.layers.recompute import Recompute
 from retnet.models.hf.inputs import document_bounds, last_columns, without_first_labels
 from tests.small_models import EXPERTS, GATED, HYENA, MAMBA1, MAMBA2, MTP, PAPER, WINDOW, hf_model
 
-from .conftest import STACKS, random_ids
+from .conftest import random_ids
 
 IDS = random_ids(2, 40)
 FEATURES = [{"input_ids": random_ids(1, length)[0].tolist()} for length in (9, 4, 12)]
@@ -162,7 +162,7 @@ def test_gradient_checkpointing_is_the_level_layer():
     assert model.model.recompute == Recompute()
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack", ["both decays", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_the_trainer_trains_packed_rows_and_evaluates(tmp_path, stack):
     model = hf_model(stack, init="normal", init_std=0.05)
     arguments = TrainingArguments(

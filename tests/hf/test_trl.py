@@ -31,7 +31,16 @@ def trainer_for(saved, output, **options):
     )
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("saved", "kind"),
+    [
+        ("both decays", "lora"),
+        ("hybrid", "full"),
+        pytest.param("both decays", "full", marks=pytest.mark.slow),
+        pytest.param("hybrid", "lora", marks=pytest.mark.slow),
+    ],
+    indirect=["saved"],
+)
 def test_sft_trains_on_packs_without_padding(saved, tmp_path, kind):
     trainer = trainer_for(saved, tmp_path / kind)
     batch = next(iter(trainer.get_train_dataloader()))

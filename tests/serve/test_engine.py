@@ -16,6 +16,10 @@ from retnet.serve.speculation import Speculation
 from tests.small_models import HYENA, VOCAB, prompt, small_model
 
 GREEDY = Sampling(temperature=0, logprobs=3)
+# For tests of what the engine does with any state: the fixture `any_model`, with every mixer in `make test-all` only.
+HYBRID_IS_SLOW = pytest.mark.parametrize(
+    "any_model", ["retention", "gated", pytest.param("hybrid", marks=pytest.mark.slow)], indirect=True
+)
 
 
 def text_of(tokens) -> str:

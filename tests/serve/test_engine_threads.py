@@ -47,6 +47,17 @@ def exact(request):
     return small_model(request.param, dtype="float64")
 
 
+WITH_OPTIONS = pytest.mark.parametrize(
+    ("exact", "options"),
+    [
+        *(("retention", options) for options in OPTIONS),
+        ("hybrid", "prefix cache"),
+        *(pytest.param("hybrid", options, marks=pytest.mark.slow) for options in OPTIONS if options != "prefix cache"),
+    ],
+    indirect=["exact"],
+)
+
+
 class Users:
     """Threads that submit, continue, fork and cancel requests of one engine, and what each request must give."""
 
@@ -87,7 +98,7 @@ class Users:
 
 
 @pytest.mark.parametrize("actions", [12, pytest.param(60, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", OPTIONS)
+@WITH_OPTIONS
 def test_calls_of_many_threads_beside_stepping_threads_change_no_token(exact, options, actions):
     engine = engine_of(exact, **OPTIONS[options])
     users, stop = Users(engine), threading.Event()
@@ -196,7 +207,7 @@ def test_streams_of_several_threads_share_an_engine(exact):
     assert all(is_greedy(exact, ids, tokens) for ids, tokens in zip(prompts, got))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@WITH_OPTIONS
 def test_what_decode_calls_takes_effect_after_the_step_or_is_refused(exact, options):
     refused, submitted = [], []
 

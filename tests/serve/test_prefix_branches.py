@@ -10,7 +10,7 @@ from retnet.serve.radix import RadixTree
 from retnet.serve.request import Request
 from tests.small_models import prompt, small_model
 
-from .test_engine import GREEDY, alone, engine_of, facts
+from .test_engine import GREEDY, HYBRID_IS_SLOW, alone, engine_of, facts
 
 PARTED = "a prompt began alike, but no state was kept where they part"
 
@@ -75,6 +75,7 @@ def test_hits_inside_prompts_change_no_bits_at_chunk_boundaries(any_model):
         assert hits(generations, 40) == (4 if at_once else 3)
 
 
+@HYBRID_IS_SLOW
 def test_prefixes_inside_prefixes_are_read_once(any_model):
     """A system prompt of 96 tokens, three tasks of 96 with their examples, four questions each."""
     system, tasks = prompt(96, 5), [[i, *prompt(95, i)] for i in range(3)]

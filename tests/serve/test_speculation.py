@@ -24,7 +24,18 @@ def exact_model(request):
     return small_model(request.param, dtype="float64")
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.5, seed=3, frequency_penalty=0.2)])
+SAMPLED = Sampling(temperature=0.5, seed=3, frequency_penalty=0.2)
+
+
+@pytest.mark.parametrize(
+    ("exact_model", "sampling"),
+    [
+        *((stack, sampling) for stack in ("retention", "gated") for sampling in (GREEDY, SAMPLED)),
+        ("hybrid", SAMPLED),
+        pytest.param("hybrid", GREEDY, marks=pytest.mark.slow),
+    ],
+    indirect=["exact_model"],
+)
 def test_output_is_that_of_plain_decoding_token_for_token(exact_model, sampling):
     plain, *drafting = (engine_of(exact_model, speculation=s) for s in (None, Speculation(3), Speculation(7)))
     outputs = []
