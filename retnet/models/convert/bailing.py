@@ -32,9 +32,9 @@ from retnet.models.convert.fields import (
     read,
     refuse,
     size,
-    token_ids,
     unit_interval,
 )  # fmt: skip
+from retnet.models.convert.rms_model import rms_model
 from retnet.models.convert.rope import ROPE_FIELDS, rope_options
 from retnet.models.convert.table import Format, Part, Table
 
@@ -115,18 +115,7 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
         mixer = _attention(value) if is_softmax else _lightning(value, i)
         feed_forward = experts if i >= value["first_k_dense_replace"] and experts is not None else dense
         layers.append(BlockConfig(mixer, feed_forward, norm="rms", norm_eps=norm_eps))
-    return ModelConfig(
-        vocab_size=value["vocab_size"],
-        d_model=value["hidden_size"],
-        layers=tuple(layers),
-        name=NAME,
-        tie_embeddings=value["tie_word_embeddings"],
-        final_norm="rms",
-        norm_eps=norm_eps,
-        init="normal",
-        init_std=value["initializer_range"],
-        **token_ids(source),
-    )
+    return rms_model(NAME, source, value, layers, norm_eps, {})
 
 
 def _attention(value: Mapping[str, Any]) -> AttentionConfig:

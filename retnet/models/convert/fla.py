@@ -35,9 +35,9 @@ from retnet.models.convert.fields import (
     refuse,
     size,
     times,
-    token_ids,
     unit_interval,
 )  # fmt: skip
+from retnet.models.convert.rms_model import rms_model
 from retnet.models.convert.table import Format, Joined, Part, Table
 from retnet.models.tensor_files import Tensors
 from retnet.ops.retention import Mode
@@ -193,18 +193,7 @@ def _model(source: Mapping[str, Any], value: Mapping[str, Any], mixers: Sequence
     hidden = value["intermediate_size"] or _intermediate_size(width, value["hidden_ratio"])
     feed_forward = FeedForwardConfig(hidden, gated=True, activation="swish")
     layers = (BlockConfig(mixer, feed_forward, norm="rms", norm_eps=norm_eps) for mixer in mixers)
-    return ModelConfig(
-        vocab_size=value["vocab_size"],
-        d_model=width,
-        layers=tuple(layers),
-        name="fla",
-        tie_embeddings=value["tie_word_embeddings"],
-        final_norm="rms",
-        norm_eps=norm_eps,
-        init="normal",
-        init_std=value["initializer_range"],
-        **token_ids(source, bos_token_id=1, eos_token_id=2),
-    )
+    return rms_model("fla", source, value, tuple(layers), norm_eps, {"bos_token_id": 1, "eos_token_id": 2})
 
 
 def _intermediate_size(width: int, ratio: float) -> int:

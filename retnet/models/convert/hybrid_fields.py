@@ -17,9 +17,9 @@ from retnet.models.convert.fields import (
     refuse,
     size,
     times,
-    token_ids,
     unit_interval,
 )
+from retnet.models.convert.rms_model import rms_model
 
 SHARED_FIELDS = {
     "attention_dropout": rate(0.0),
@@ -80,16 +80,5 @@ def hybrid_model(
     name: str, source: Mapping[str, Any], value: Mapping[str, Any], layers: list[BlockConfig], **options: Any
 ) -> ModelConfig:
     """A model of these layers, with what the hybrids' configurations share. source: their config.json as it is."""
-    return ModelConfig(
-        vocab_size=value["vocab_size"],
-        d_model=value["hidden_size"],
-        layers=tuple(layers),
-        name=name,
-        tie_embeddings=value["tie_word_embeddings"],
-        final_norm="rms",
-        norm_eps=value["rms_norm_eps"],
-        init="normal",
-        init_std=value["initializer_range"],
-        **token_ids(source, bos_token_id=1, eos_token_id=2, pad_token_id=0),
-        **options,
-    )
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return rms_model(name, source, value, layers, value["rms_norm_eps"], tokens, **options)

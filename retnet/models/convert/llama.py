@@ -24,9 +24,9 @@ from retnet.models.convert.fields import (
     read,
     refuse,
     size,
-    token_ids,
     unit_interval,
 )  # fmt: skip
+from retnet.models.convert.rms_model import rms_model
 from retnet.models.convert.rope import ROPE_FIELDS, rope_options
 from retnet.models.convert.table import Format, Table
 from retnet.models.tensor_files import Tensors
@@ -135,18 +135,8 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
         for window in set(windows)
     }
     bos, eos = _TOKENS[family]
-    return ModelConfig(
-        vocab_size=value["vocab_size"],
-        d_model=width,
-        layers=tuple(layers[window] for window in windows),
-        name=family,
-        tie_embeddings=value["tie_word_embeddings"],
-        final_norm="rms",
-        norm_eps=norm_eps,
-        init="normal",
-        init_std=value["initializer_range"],
-        **token_ids(source, bos_token_id=bos, eos_token_id=eos),
-    )
+    layers_in_order, tokens = [layers[window] for window in windows], {"bos_token_id": bos, "eos_token_id": eos}
+    return rms_model(family, source, value, layers_in_order, norm_eps, tokens)
 
 
 def _windows(family: str, value: Mapping[str, Any]) -> list[int | None]:

@@ -28,9 +28,9 @@ from retnet.models.convert.fields import (
     time_step_bounds,
     time_steps,
     times,
-    token_ids,
     unit_interval,
 )  # fmt: skip
+from retnet.models.convert.rms_model import rms_model
 from retnet.models.convert.table import Format, Table
 
 EMBEDDING = "backbone.embeddings.weight"
@@ -194,18 +194,7 @@ def _model(
 ) -> ModelConfig:
     norm_eps = value["layer_norm_epsilon"]
     layer = BlockConfig(mixer, feed_forward=None, norm="rms", norm_eps=norm_eps)
-    return ModelConfig(
-        vocab_size=value["vocab_size"],
-        d_model=value["hidden_size"],
-        layers=(layer,) * value["num_hidden_layers"],
-        name=name,
-        tie_embeddings=value["tie_word_embeddings"],
-        final_norm="rms",
-        norm_eps=norm_eps,
-        init="normal",
-        init_std=value["initializer_range"],
-        **token_ids(source),
-    )
+    return rms_model(name, source, value, (layer,) * value["num_hidden_layers"], norm_eps, {})
 
 
 MAMBA1 = Format(

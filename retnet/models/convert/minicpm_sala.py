@@ -33,9 +33,9 @@ from retnet.models.convert.fields import (
     read,
     refuse,
     size,
-    token_ids,
     unit_interval,
 )  # fmt: skip
+from retnet.models.convert.rms_model import rms_model
 from retnet.models.convert.rope import ROPE_FIELDS, rope_options
 from retnet.models.convert.table import Format, Part, Table
 from retnet.system.checks import is_integer, quoted
@@ -98,20 +98,9 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
         "norm_eps": norm_eps,
         "residual_scale": value["scale_depth"] / math.sqrt(L),
     }
-    return ModelConfig(
-        vocab_size=value["vocab_size"],
-        d_model=width,
-        layers=tuple(BlockConfig(mixers[kind in _SPARSE], feed_forward, **block) for kind in value["mixer_types"]),
-        name=NAME,
-        tie_embeddings=value["tie_word_embeddings"],
-        embedding_scale=value["scale_emb"],
-        final_norm="rms",
-        norm_eps=norm_eps,
-        logit_scale=value["dim_model_base"] / width,
-        init="normal",
-        init_std=value["initializer_range"],
-        **token_ids(source, bos_token_id=1, eos_token_id=2),
-    )
+    layers = [BlockConfig(mixers[kind in _SPARSE], feed_forward, **block) for kind in value["mixer_types"]]
+    scales = {"embedding_scale": value["scale_emb"], "logit_scale": value["dim_model_base"] / width}
+    return rms_model(NAME, source, value, layers, norm_eps, {"bos_token_id": 1, "eos_token_id": 2}, **scales)
 
 
 def _attention(value: Mapping[str, Any]) -> AttentionConfig:

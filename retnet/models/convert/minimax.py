@@ -28,9 +28,9 @@ from retnet.models.convert.fields import (
     read,
     refuse,
     size,
-    token_ids,
     unit_interval,
 )  # fmt: skip
+from retnet.models.convert.rms_model import rms_model
 from retnet.models.convert.rope import ROPE_FIELDS, rope_options
 from retnet.models.convert.table import Format, Part, Table
 from retnet.models.tensor_files import Tensors
@@ -134,18 +134,7 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
                 feed_forward_residual_scale=value["mlp_beta_factor"],
             )
         )
-    return ModelConfig(
-        vocab_size=value["vocab_size"],
-        d_model=width,
-        layers=tuple(layers),
-        name="minimax",
-        tie_embeddings=value["tie_word_embeddings"],
-        final_norm="rms",
-        norm_eps=value["rms_norm_eps"],
-        init="normal",
-        init_std=value["initializer_range"],
-        **token_ids(source, bos_token_id=1, eos_token_id=2),
-    )
+    return rms_model("minimax", source, value, layers, value["rms_norm_eps"], {"bos_token_id": 1, "eos_token_id": 2})
 
 
 def lightning(heads: int, head_dim: int, layer: int, num_layers: int) -> RetentionConfig:
