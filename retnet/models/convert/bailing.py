@@ -24,6 +24,8 @@ from retnet.models.convert.fields import (
     at_least_zero,
     depth,
     flag,
+    head_problems,
+    head_width,
     ignored,
     number,
     only,
@@ -123,7 +125,7 @@ def _attention(value: Mapping[str, Any]) -> AttentionConfig:
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=value["num_key_value_heads"] or heads,
-        head_dim=_head_dim(value),
+        head_dim=head_width(value),
         dropout=value["attention_dropout"],
         **_shared_options(value),
     )
@@ -131,7 +133,7 @@ def _attention(value: Mapping[str, Any]) -> AttentionConfig:
 
 def _lightning(value: Mapping[str, Any], layer: int) -> RetentionConfig:
     heads = value["num_attention_heads"]
-    width = heads * _head_dim(value)
+    width = heads * head_width(value)
     return RetentionConfig(
         num_heads=heads,
         key_dim=width,
@@ -149,7 +151,7 @@ def _lightning(value: Mapping[str, Any], layer: int) -> RetentionConfig:
 
 def _shared_options(value: Mapping[str, Any]) -> dict[str, Any]:
     """The norm and the rotation of q and k, which both mixers have."""
-    head_dim, partial = _head_dim(value), value["partial_rotary_factor"]
+    head_dim, partial = head_width(value), value["partial_rotary_factor"]
     rotated = value["rotary_dim"] or int(head_dim * partial)
     rope = rope_options(NAME, {**value, "rope_theta": value["rope_theta"] or 600000.0}, partial)
     if "rotary_scaling" in rope:
@@ -180,16 +182,10 @@ def _experts(value: Mapping[str, Any]) -> MoEConfig | None:
     )
 
 
-def _head_dim(value: Mapping[str, Any]) -> int:
-    return value["head_dim"] or value["hidden_size"] // value["num_attention_heads"]
-
-
 def _check(value: Mapping[str, Any]) -> None:
-    width, heads, experts = value["hidden_size"], value["num_attention_heads"], value["num_experts"]
+    heads, experts = value["num_attention_heads"], value["num_experts"]
     inner, shared = value["moe_intermediate_size"], value["moe_shared_expert_intermediate_size"]
-    problems = []
-    if value["head_dim"] is None and width % heads:
-        problems.append(f"num_attention_heads is {heads}; accepted: a divisor of hidden_size {width}")
+    problems = head_problems(value)
     if value["num_hidden_layers"] < 2:
         problems.append(f"num_hidden_layers is {value['num_hidden_layers']}; accepted: 2 or more")
     if heads % value["group_norm_size"]:

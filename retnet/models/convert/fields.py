@@ -117,6 +117,19 @@ def token_ids(source: Mapping[str, Any], **defaults: int) -> dict[str, Any]:
     return {name: token_id(name, source.get(name, defaults.get(name))) for name in TOKEN_IDS}
 
 
+def head_width(value: Mapping[str, Any]) -> int:
+    """The width of a head: as given, or the model's width over the number of heads."""
+    return value["head_dim"] or value["hidden_size"] // value["num_attention_heads"]
+
+
+def head_problems(value: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the number of heads where no width of a head is given: it has to divide the model's width."""
+    width, heads = value["hidden_size"], value["num_attention_heads"]
+    if value["head_dim"] is not None or width % heads == 0:
+        return []
+    return [f"num_attention_heads is {heads}; accepted: a divisor of hidden_size {width}"]
+
+
 def refuse(format: str, problems: list[str]) -> None:
     """Raise ValueError if there are problems: features of one side that the other lacks."""
     if problems:

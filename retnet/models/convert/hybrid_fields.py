@@ -10,6 +10,8 @@ from retnet.models.config import ModelConfig
 from retnet.models.convert.fields import (
     depth,
     flag,
+    head_problems,
+    head_width,
     ignored,
     only,
     positive,
@@ -55,13 +57,12 @@ def inner_width(name: str, value: Mapping[str, Any]) -> int:
 
 def heads_of(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of AttentionConfig that its heads give."""
-    width, heads = value["hidden_size"], value["num_attention_heads"]
-    if value["head_dim"] is None and width % heads:
-        refuse(name, [f"num_attention_heads is {heads}; accepted: a divisor of hidden_size {width}"])
+    heads = value["num_attention_heads"]
+    refuse(name, head_problems(value))
     return {
         "num_heads": heads,
         "num_kv_heads": value["num_key_value_heads"] or heads,
-        "head_dim": value["head_dim"] or width // heads,
+        "head_dim": head_width(value),
         "dropout": value["attention_dropout"],
     }
 

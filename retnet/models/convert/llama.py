@@ -19,6 +19,8 @@ from retnet.models.convert.fields import (
     choice,
     depth,
     flag,
+    head_problems,
+    head_width,
     only,
     rate,
     read,
@@ -110,14 +112,13 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
     """Their config.json as our configuration."""
     family = choice("llama", *_FIELDS).read(source, "model_type")
     value = read(family, source, _FIELDS[family])
-    width, heads, norm_eps = value["hidden_size"], value["num_attention_heads"], value["rms_norm_eps"]
-    if value["head_dim"] is None and width % heads:
-        refuse(family, [f"num_attention_heads is {heads}; accepted: a divisor of hidden_size {width}"])
+    heads, norm_eps = value["num_attention_heads"], value["rms_norm_eps"]
+    refuse(family, head_problems(value))
     biases = value.get("attention_bias", False)
     attention = {
         "num_heads": heads,
         "num_kv_heads": value["num_key_value_heads"] or heads,
-        "head_dim": value["head_dim"] or width // heads,
+        "head_dim": head_width(value),
         "rotary": "half",
         "qk_norm": "rms" if family == "qwen3" else "none",
         "qk_norm_eps": norm_eps,

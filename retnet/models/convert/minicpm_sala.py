@@ -25,6 +25,8 @@ from retnet.models.convert.fields import (
     choice,
     depth,
     flag,
+    head_problems,
+    head_width,
     ignored,
     mapping,
     only,
@@ -109,7 +111,7 @@ def _attention(value: Mapping[str, Any]) -> AttentionConfig:
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=value["num_key_value_heads"] or heads,
-        head_dim=value["head_dim"] or value["hidden_size"] // heads,
+        head_dim=head_width(value),
         gate="sigmoid" if value["attn_use_output_gate"] else "none",
         max_context=_dense_tokens(value),
         dropout=value["attention_dropout"],
@@ -154,12 +156,8 @@ def _rope(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(value: Mapping[str, Any]) -> None:
-    width, heads, kinds, sparse = (
-        value[name] for name in ("hidden_size", "num_attention_heads", "mixer_types", "sparse_config")
-    )
-    problems = []
-    if value["head_dim"] is None and width % heads:
-        problems.append(f"num_attention_heads is {heads}; accepted: a divisor of hidden_size {width}")
+    heads, kinds, sparse = value["num_attention_heads"], value["mixer_types"], value["sparse_config"]
+    problems = head_problems(value)
     if len(kinds) != value["num_hidden_layers"]:
         problems.append(f"mixer_types has {len(kinds)} entries; accepted: {value['num_hidden_layers']}")
     if sparse is not None and not is_integer(sparse.get("dense_len"), 2):

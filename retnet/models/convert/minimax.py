@@ -21,6 +21,8 @@ from retnet.models.convert.fields import (
     Field,
     depth,
     flag,
+    head_problems,
+    head_width,
     ignored,
     number,
     only,
@@ -98,10 +100,10 @@ def config_of(source: Mapping[str, Any]) -> ModelConfig:
     """Their config.json as our configuration."""
     source = _transformers_keys(source)
     value = read("minimax", source, _FIELDS)
-    width, heads, L = value["hidden_size"], value["num_attention_heads"], value["num_hidden_layers"]
+    heads, L = value["num_attention_heads"], value["num_hidden_layers"]
     _check(value)
     kinds = value["layer_types"] or [_KINDS[i % 2] for i in range(L)]
-    head_dim = value["head_dim"] or width // heads
+    head_dim = head_width(value)
     attention = AttentionConfig(
         num_heads=heads,
         num_kv_heads=value["num_key_value_heads"] or heads,
@@ -175,10 +177,8 @@ def _transformers_keys(source: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check(value: Mapping[str, Any]) -> None:
-    width, heads, kinds = value["hidden_size"], value["num_attention_heads"], value["layer_types"]
-    problems = []
-    if value["head_dim"] is None and width % heads:
-        problems.append(f"num_attention_heads is {heads}; accepted: a divisor of hidden_size {width}")
+    kinds = value["layer_types"]
+    problems = head_problems(value)
     if kinds is not None and len(kinds) != value["num_hidden_layers"]:
         problems.append(
             f"layer_types has {len(kinds)} entries; accepted: num_hidden_layers {value['num_hidden_layers']}"
