@@ -47,9 +47,13 @@ class Stages:
     def _random(self, rows: int, heads: int, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(rows, heads, size, dtype=dtype, device=self.device)
 
+    @cached_property
+    def log_decay(self) -> torch.Tensor:
+        return torch.linspace(-0.03, -0.001, HEADS, device=self.device)
+
     def _cut(self, segment: int) -> tuple[Segments, SegmentDecay]:
         segments = Segments.of(SEQUENCES, TOKENS // SEQUENCES, segment, None)
-        return segments, SegmentDecay.of(torch.linspace(-0.03, -0.001, HEADS, device=self.device), None, segments)
+        return segments, SegmentDecay.of(self.log_decay, None, segments)
 
     def _border_states(self, segment: int, tile: StateTile) -> None:
         segments, decay = self._cut(segment)
