@@ -51,7 +51,7 @@ def geometry(
 
 def registers(width: int, rows: int, backward: bool) -> int:
     """An upper bound of the registers per thread: weights, windows and loaded rows of its channels, and addresses."""
-    return 48 + LANE_CHANNELS * ((3 if backward else 2) * width + (2 if backward else 1) * rows)
+    return 48 + LANE_CHANNELS * ((4 if backward else 2) * width + (2 if backward else 1) * rows)
 
 
 def warps_per_program(hardware: Architecture, registers: int) -> int:
