@@ -6,6 +6,7 @@ is given, from tensors without memory (`python -m retnet.kernels.retention.tune_
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from dataclasses import asdict
 from typing import Any
 
 from retnet.kernels.retention.tune_search import Job
+from retnet.system.machine import core_quota, usable_cores
+from retnet.system.memory import available_bytes
 
-MOST = 32  # processes: each needs about half a gigabyte of memory
+MOST = 32  # processes
+BYTES = 1 << 30  # of memory that each may need
 
 
 class Compilers:
@@ -25,7 +29,7 @@ class Compilers:
 
     def __init__(self, K: int, V: int, dtype: str, target: Sequence[Any], processes: int | None = None) -> None:
         self._command = [sys.executable, "-m", __name__, json.dumps([K, V, dtype, *target])]
-        self._pool = ThreadPoolExecutor(processes or max(1, min(MOST, len(os.sched_getaffinity(0)))))
+        self._pool = ThreadPoolExecutor(processes or _processes())
         self._own = threading.local()
         self._processes: list[subprocess.Popen] = []
 
@@ -76,6 +80,12 @@ class Compilers:
         return None if starts else "the compiler crashed"
 
 
+def _processes() -> int:
+    memory, quota = available_bytes(), core_quota()
+    cores = usable_cores() if quota is None else min(usable_cores(), math.ceil(quota))
+    return max(1, min(MOST, cores, MOST if memory is None else memory // BYTES))
+
+
 def serve(words: list[str]) -> None:
     """Compile the jobs of standard input, one JSON line each, and answer with null or the reason of a refusal."""
     from retnet.kernels.absent_gpu import compiling
@@ -91,7 +101,9 @@ def serve(words: list[str]) -> None:
                 stages.run(Job(stage, segment, (StateTile if stage == "state" else SegmentTile)(**numbers)))
                 refused = None
             except Exception as error:  # whatever the compiler says of a tile, the next one may work
-                refused = f"{type(error).__name__}: {error}"[:500]
+                reasons = str(error).split("\n")  # a compiler's error starts with the source
+                reason = next((line for line in reversed(reasons) if line.strip()), "")
+                refused = f"{type(error).__name__}: {reason}"[:300]
             print(json.dumps(refused), flush=True)
 
 

@@ -53,19 +53,32 @@ class Search:
 
     def run(self) -> tuple[Tiles, float, float]:
         """The chosen tiles, their milliseconds for a forward and a backward pass, and those of the tiles in use
-        (infinite if they were refused). RuntimeError if nothing fits the device."""
+        (infinite if they were refused). RuntimeError if nothing fits the device, or nothing was ready in time."""
         first = [(key, tile) for key, tiles in self.ranked.items() for tile in tiles[: self.beam]]
         self._measure([*self._in_use(), *(Job(stage, segment, tile) for (segment, stage), tile in first)])
         while self.seconds_left() > 0 and (jobs := list(self._next())):
             self._measure(jobs)
         found = self._fastest()
         if found is None:
-            raise RuntimeError("no block shape fits this device")
+            raise RuntimeError(self._why_nothing())
         self._confirm(found.segment)
         found = self._fastest([found.segment]) or found
         default = self._total(self.in_use)
         chosen = found if self._total(found) < MARGIN * default else self.in_use
         return chosen, self._total(chosen), default
+
+    def _why_nothing(self) -> str:
+        """The reason why no length has a tile that ran for each stage."""
+        for segment in self._segments():
+            times = [
+                [self.times.get(Job(stage, segment, tile), 0.0) for tile in self.ranked[segment, stage]]
+                for stage in STAGES
+            ]
+            if not any(all(map(math.isinf, of_stage)) for of_stage in times):
+                break
+        else:
+            return "no block shape fits this device"
+        return f"the time was up after {len(self.times)} block shapes, too few for every stage; accepted: more seconds"
 
     def _in_use(self) -> list[Job]:
         return [Job(stage, self.in_use.segment, getattr(self.in_use, stage)) for stage in STAGES]

@@ -123,6 +123,11 @@ def test_nothing_that_fits_is_an_error(stage):
         search(Timer(refused=lambda job: stage in (None, job.stage))).run()
 
 
+def test_a_budget_that_ends_before_anything_ran_is_an_error_of_its_own():
+    with pytest.raises(RuntimeError, match=r"the time was up after 0 block shapes, .*accepted: more seconds"):
+        search(lambda jobs, again: {}, rounds=0).run()
+
+
 def test_without_time_for_more_the_first_round_decides():
     timer = Timer()
     chosen, ms, default = search(timer, rounds=0).run()
