@@ -23,8 +23,8 @@ from retnet.kernels.retention.tiles import SEGMENT_LENGTHS, nearest_segment, sha
 
 forward_passes, backward_passes = Recordings(), Recordings()
 
-# Whether the Hopper kernels also take a decay per token, with its gradient, and the forward pass of heads that share
-# queries and keys. They are correct in an emulation of Hopper, and wait for a measurement on the device.
+# Whether the Hopper kernels also take a decay per token, with its gradient, and heads that share queries and keys. They
+# are correct in an emulation of Hopper, and wait for a measurement on the device.
 extended_walks = False
 
 
@@ -89,7 +89,7 @@ def _backward(
     if _may_walk(problem.q, problem.v, problem.per_token):
         from retnet.kernels.retention.hopper import passes as hopper
 
-        if hopper.walk_supported(problem, dfinal, backward=True, dlog_decay=need_dlog_decay):
+        if hopper.walk_supported(problem, dfinal, dlog_decay=need_dlog_decay):
             return hopper.walk_backward(problem, dout, dfinal, **wanted)
     return portable_backward(problem, dout, dfinal, **wanted)
 
@@ -98,10 +98,7 @@ NOT_WALKED = (
     "a gradient of log_decay, mask and cu_seqlens together (float16: either), a state that is not float32, "
     "with cu_seqlens any state or gradient of the last one"
 )
-NOT_WALKED_PER_TOKEN = (
-    "gradients where heads share q and k, float16, a state that is not float32, with cu_seqlens any state, returned "
-    "ones included"
-)
+NOT_WALKED_PER_TOKEN = "float16, a state that is not float32, with cu_seqlens any state, the returned one included"
 
 
 def plan(q: Tensor, v: Tensor, mode: str, chunk_size: int | None, per_token: bool) -> dict[str, Any]:

@@ -5,8 +5,9 @@ last chunk and at the end:
 
     dlog_decay_t = <S, dS> at the next border + sum_{i >= t, before the border} (q_i . dq_i - k_i . dk_i)
 
-At the border before, the sum must be <S, dS> there. It misses that by its rounding errors, which grow like a random
-walk, and so each token is given back its share of the gap, in proportion to its distance from the next border.
+At the border before, the sum must be <S, dS> there; at the first token, the initial state times its gradient. It misses
+that by its rounding errors, which grow like a random walk. So each token is given back its share of the gap, in
+proportion to its distance from the next border.
 
 The walk for dQ carries S and the walk for dK carries dS. The first one stores S in 16 bits at every border, in its own
 order of registers, and the second one, which has the same tiles, multiplies it by dS. Both take the inner products of
@@ -49,8 +50,8 @@ class Crossing:
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, terms: int) -> "Crossing":
-        """Room for a walk over q [B, T, H, K] and v [B, T, H, V]."""
-        (B, T, H, K), V = q.shape, v.shape[3]
+        """Room for walks over q [B, T, G, K] and v [B, T, H, V]."""
+        (B, T, H, V), K = v.shape, q.shape[3]
         chunks = triton.cdiv(T, CHUNK)
         borders = triton.cdiv(chunks - 1, BORDER_CHUNKS) + 2
         dots = torch.empty(2, B, H, terms, chunks * CHUNK, dtype=torch.float32, device=q.device)
@@ -58,16 +59,17 @@ class Crossing:
         products = torch.empty(B, H, borders, terms, GROUP_VALUES, dtype=torch.float32, device=q.device)
         return cls(dots, states, products)
 
-    def gradient(self, log_decay: Tensor, sums: Tensor, mask: Tensor | None, has_initial: bool) -> Tensor:
-        """dlog_decay [B, T, H] float32, from `token_sums`; 0 at resets and masked tokens."""
+    def gradient(self, log_decay: Tensor, sums: Tensor, mask: Tensor | None, initial: Tensor | None) -> Tensor:
+        """dlog_decay [B, T, H] float32, from `token_sums`; 0 at resets and masked tokens.
+
+        initial [B, H] float32: the initial state times its gradient (None: no such state)."""
         B, T, H = log_decay.shape
         grad = torch.empty(B, T, H, dtype=torch.float32, device=log_decay.device)
         launch(
             _decay_gradient_kernel, (B * (self.products.shape[2] - 1), H),
             self.dots[0], self.dots[1], self.products, sums,
             None if mask is None else mask.contiguous().view(torch.uint8), grad, T,
-            H=H, HAS_INITIAL=has_initial, TERMS=self.dots.shape[3],
-            C=CHUNK, BORDER=BORDER_CHUNKS, VALUES=GROUP_VALUES, num_warps=4,
+            initial, H=H, TERMS=self.dots.shape[3], C=CHUNK, BORDER=BORDER_CHUNKS, VALUES=GROUP_VALUES, num_warps=4,
         )  # fmt: skip
         return grad
 
@@ -94,8 +96,8 @@ def _chunk(q_dot_dq, k_dot_dk, sums, row, token, end, plane, TERMS: tl.constexpr
 
 @triton.jit(do_not_specialize=["tokens"])
 def _decay_gradient_kernel(
-    q_dot_dq, k_dot_dk, products, sums, mask, grad, tokens, H: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    TERMS: tl.constexpr, C: tl.constexpr, BORDER: tl.constexpr, VALUES: tl.constexpr,
+    q_dot_dq, k_dot_dk, products, sums, mask, grad, tokens, initial,
+    H: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, BORDER: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Grid: B * borders, H."""
     chunks = tl.cdiv(tokens, C)
@@ -115,8 +117,8 @@ def _decay_gradient_kernel(
     gap = -total
     if border > 0:
         gap += _crossing(products, row, border - 1, last + 1, TERMS, VALUES)
-    elif HAS_INITIAL:
-        gap = 0.0
+    elif initial is not None:
+        gap += tl.load(initial + row)
     gap = tl.where(resets > 0, 0.0, gap) / (end - start)
     for i in range(BORDER):
         token = start + (BORDER - 1 - i) * C + tl.arange(0, C)

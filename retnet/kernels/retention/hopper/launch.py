@@ -60,9 +60,10 @@ class Variant:
 @lru_cache(maxsize=256)
 def variant_of(
     K: int, V: int, narrow: bool, over_values: bool, reverse: bool, *, read: bool, has_codes: bool, per_document: bool,
-    has_initial: bool, store_final: bool, per_token: bool = False, heads_per_group: int = 1, crossing: bool = False,
+    has_initial: bool, store_final: bool, per_token: bool = False, xy_heads: int = 1, z_heads: int = 1,
+    crossing: bool = False,
 ) -> Variant:  # fmt: skip
-    """`crossing`: the walk leaves what the gradient of log_decay is made of."""
+    """xy_heads, z_heads: how many heads share x and y, or z. crossing: for the gradient of log_decay (`Crossing`)."""
     tile, values = (tile_of(V, K, narrow), K) if over_values else (tile_of(K, V, narrow), V)
     constants = {
         "KEYS": tile.keys,
@@ -78,7 +79,8 @@ def variant_of(
         "HAS_INITIAL": has_initial,
         "STORE_FINAL": store_final,
         "PER_TOKEN": per_token,
-        "HEADS_PER_GROUP": heads_per_group,
+        "XY_HEADS": xy_heads,
+        "Z_HEADS": z_heads,
         "TERMS": tile.splits * values // GROUP_VALUES if crossing else 0,
         "X_STAGES": tile.x_stages,
         "Y_STAGES": tile.y_stages if read else 3,  # without readers there is room for a third

@@ -20,8 +20,11 @@ its gradient is made of (`decay_gradient.py`).
 
 Not supported here and left to the portable kernels: the gradient of a fixed log_decay, initial states of packed
 documents and gradients of their last ones, with a fixed decay packing and a mask together, with a decay per token the
-last states of packed documents, gradients where heads share queries and keys, float32, and float16 with a mask, packing
-or a decay per token (their decays leave out `state_factors`).
+last states of packed documents, float32, and float16 with a mask, packing, shared heads or a decay per token (their
+decays leave out `state_factors`).
+
+Where heads share queries and keys, dQ and dK are made per head and then summed: memory of H / G times theirs, one after
+the other.
 
 A chunk that holds a document boundary multiplies what lies across it by zero. NaN or infinity there reaches the
 neighbouring document's tokens of that chunk, and what follows them.
@@ -53,19 +56,18 @@ LEAST_CHUNKS = 16  # per part of a split sequence: in a shorter part, finding it
 
 
 def walk_supported(
-    problem: RetentionProblem, dfinal: Tensor | None = None, *, backward: bool = False, final: bool = False,
-    dlog_decay: bool = False,
+    problem: RetentionProblem, dfinal: Tensor | None = None, *, final: bool = False, dlog_decay: bool = False
 ) -> bool:  # fmt: skip
     """Whether walks can compute this pass: a Hopper GPU and 16 bits.
 
-    `backward`, with `dlog_decay` wanted or not, or a forward pass, with the last state wanted (`final`) or not."""
+    A backward pass, with `dlog_decay` wanted or not, or a forward pass, with the last state wanted (`final`) or not."""
     q, v, state = problem.q, problem.v, problem.state
     q_shape, v_shape = q.shape, v.shape
     bfloat16, packed, per_token = v.dtype == torch.bfloat16, problem.cu_seqlens is not None, problem.per_token
     return (
         is_hopper(q.device)
         and (bfloat16 or (v.dtype == torch.float16 and problem.plain and not per_token))
-        and (q_shape[2] == v_shape[2] or (bfloat16 and not backward))
+        and (q_shape[2] == v_shape[2] or bfloat16)
         and q_shape[3] in KEYS
         and v_shape[3] in VALUES
         and min(q_shape[:3]) > 0
@@ -100,7 +102,8 @@ def walk_backward(
     q, k, v, dout = (_readable(problem, x) for x in (problem.q, problem.k, problem.v, dout.to(problem.v.dtype)))
     call = WalkCall.of(problem)
     dstarts = call.part_starts(q, dout, None if dfinal is None else dfinal.float(), reverse=True)
-    if call.is_fixed and not call.partition.narrow and dk_dv_supported(q, k, v, dout):
+    alone = q.shape[2] == v.shape[2]
+    if call.is_fixed and alone and not call.partition.narrow and dk_dv_supported(q, k, v, dout):
         parts, part_chunks = call.partition.parts, call.partition.part_chunks
         dk, dv, dstate = walk_dk_dv(
             q, k, v, dout, call.log_decay, problem.scale, *dstarts,
@@ -110,15 +113,17 @@ def walk_backward(
         return RetentionGradients(call.dq(dout, k, v), dk, dv, None, dstate)
     crossing = Crossing.of(q, v, call.terms) if need_dlog_decay else None
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    ends = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=need_dstate)
+    keep_dstate = need_dstate or (need_dlog_decay and problem.state is not None)
+    ends = call.walk(k, q, dout, dstarts, reverse=True, out=dv, store_final=keep_dstate)
     dq = call.dq(dout, k, v, None if crossing is None else (crossing, q))
     dk = call.walk_over_values(v, dout, q, dstarts, None if crossing is None else (crossing, k), reverse=True)
     dstate = None if ends is None else dstarts.unscaled(ends[:, :, 0]).contiguous()
     dlog_decay = None
     if crossing is not None:
         assert call.sums is not None
-        dlog_decay = crossing.gradient(problem.log_decay, call.sums, problem.mask, problem.state is not None)
-    return RetentionGradients(dq, dk, dv, dlog_decay, dstate)
+        initial = None if problem.state is None or dstate is None else (problem.state * dstate).sum((2, 3))
+        dlog_decay = crossing.gradient(problem.log_decay, call.sums, problem.mask, initial)
+    return RetentionGradients(dq, dk, dv, dlog_decay, dstate if need_dstate else None)
 
 
 def _readable(problem: RetentionProblem, x: Tensor) -> Tensor:
@@ -216,9 +221,9 @@ class WalkCall:
         `crossing`: what to fill for the gradient of log_decay, and q or k."""
         whole = tile_of(self.problem.v.shape[-1], self.problem.q.shape[-1], self.partition.narrow).splits == 1
         make = torch.empty if whole else torch.zeros  # two ranges add to what is there
-        out = make(z.shape, dtype=z.dtype, device=z.device)
+        out = make(*y.shape[:3], z.shape[3], dtype=z.dtype, device=z.device)
         self.walk(x, y, z, starts, reverse=reverse, out=out, store_final=False, over_values=True, crossing=crossing)
-        return out
+        return out if z.shape[2] == y.shape[2] else out.unflatten(2, (z.shape[2], -1)).sum(3)
 
     def walk(
         self,
@@ -257,7 +262,8 @@ class WalkCall:
             has_initial=starts.states is not None,
             store_final=store_final,
             per_token=self.sums is not None,
-            heads_per_group=H // y.shape[2],
+            xy_heads=H // y.shape[2],
+            z_heads=H // z.shape[2],
             crossing=crossing is not None,
         )
         y_desc = descriptor(y, tile.keys)

@@ -28,8 +28,10 @@ With a decay per token (`PER_TOKEN`) every chunk takes its factors from running 
 which know of masks and documents. Walks for the gradient of log_decay (`TERMS` > 0) leave what it is made of
 (`decay_gradient.py`).
 
-Not supported, and left to the portable kernels: gradients of shared queries and keys, initial states of packed
-documents, and float16 with masked tokens, packed documents or a decay per token.
+Heads may share x and y, or z. The output is per head.
+
+Not supported, and left to the portable kernels: initial states of packed documents, and float16 with masked tokens,
+packed documents or a decay per token.
 """
 
 from triton.experimental import gluon
@@ -104,7 +106,7 @@ def _make_pairs(log2_gamma, scale, TABLES: gl.constexpr, REVERSE: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["tokens", "parts", "part_chunks"])
 def walk_kernel(
-    x_desc, y_desc, z_desc, out_desc,  # [B, T, H, SPLITS * KEYS] twice, [B, T, H, VALUES] twice
+    x_desc, y_desc, z_desc, out_desc,  # [B, T, H / XY_HEADS, SPLITS * KEYS] twice, [B, T, H / Z_HEADS or H, VALUES]
     log_decay, scale, state_in, state_out,  # [H], (), states [B, H, parts, ...] twice (float32)
     codes, cu_seqlens,  # [B, chunks * 64] if HAS_CODES, [N + 1] if PER_DOCUMENT (then B = 1)
     sums,  # [B, H, chunks * 64] if PER_TOKEN (`token_sums`)
@@ -115,7 +117,7 @@ def walk_kernel(
     KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr,
     REVERSE: gl.constexpr, READ: gl.constexpr, HAS_CODES: gl.constexpr, PER_DOCUMENT: gl.constexpr,
     HAS_INITIAL: gl.constexpr, STORE_FINAL: gl.constexpr, PER_TOKEN: gl.constexpr,
-    HEADS_PER_GROUP: gl.constexpr, TERMS: gl.constexpr,
+    XY_HEADS: gl.constexpr, Z_HEADS: gl.constexpr, TERMS: gl.constexpr,
     X_STAGES: gl.constexpr, Y_STAGES: gl.constexpr, Z_STAGES: gl.constexpr,
     MIX_REGISTERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -175,8 +177,10 @@ def walk_kernel(
     fence_async_shared()
 
     # Constexprs are passed in the call itself: assigned to a name they would become run-time scalars.
-    group = head // HEADS_PER_GROUP
-    loading = (x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, group, head, key, value, start, count)
+    xy_head, z_head = head // XY_HEADS, head // Z_HEADS
+    loading = (
+        x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, xy_head, z_head, key, value, start, count,
+    )  # fmt: skip
     sequence_codes = codes + batch * chunks * _CHUNK
     sequence_sums = sums + sequence_head.to(gl.int64) * (chunks * _CHUNK)
     scoring = (x_smem, y_smem, p_smem, pairs, decays, barriers, sequence_codes, sequence_sums, start, count)
@@ -192,7 +196,7 @@ def walk_kernel(
         first_term = (split * SLICES + program % SLICES) * GROUPS
         crossing = (
             partner_desc, dots + terms * (chunks * _CHUNK), borders + borders_at * KEYS, products + borders_at,
-            chunks, first_term,
+            z_head, chunks, first_term,
         )  # fmt: skip
     _start_roles(
         mixing, scoring, loading, crossing,

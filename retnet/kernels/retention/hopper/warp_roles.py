@@ -91,16 +91,16 @@ def _release(smem, barriers, FULL: gl.constexpr, step):
 @gluon.jit
 def load_role(args, REVERSE: gl.constexpr, READ: gl.constexpr):
     """One warp: load the tiles of every chunk into their pipelines, in the order in which they are needed."""
-    x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, group, head, key, value, start, count = args
+    x_desc, y_desc, z_desc, x_smem, y_smem, z_smem, barriers, batch, xy_head, z_head, key, value, start, count = args
     X: gl.constexpr = first_barrier(0, x_smem, y_smem)
     Y: gl.constexpr = first_barrier(1, x_smem, y_smem)
     Z: gl.constexpr = first_barrier(2, x_smem, y_smem)
     for step in range(count):
         token = _token_at(step, start, REVERSE)
         if READ:
-            _fetch(x_desc, [batch, token, group, key], x_smem, barriers, X, step)
-        _fetch(y_desc, [batch, token, group, key], y_smem, barriers, Y, step)
-        _fetch(z_desc, [batch, token, head, value], z_smem, barriers, Z, step)
+            _fetch(x_desc, [batch, token, xy_head, key], x_smem, barriers, X, step)
+        _fetch(y_desc, [batch, token, xy_head, key], y_smem, barriers, Y, step)
+        _fetch(z_desc, [batch, token, z_head, value], z_smem, barriers, Z, step)
 
 
 @gluon.jit
@@ -271,7 +271,7 @@ def mix_role(
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     out_smem = outs_smem.index(GROUP)
     if TERMS > 0:
-        partner_desc, dots, borders, products, chunks, first_term = crossing
+        partner_desc, dots, borders, products, partner_head, chunks, first_term = crossing
         term = first_term + GROUP
         dots += term * (chunks * _CHUNK) + gl.arange(0, _CHUNK, gl.SliceLayout(0, layout))
         arrived = barriers.index(Z + 2 * z_smem.shape[0] + GROUP)
@@ -298,7 +298,7 @@ def mix_role(
             _barrier()
             mbarrier.expect(arrived, partner_desc.block_type.nbytes)
             place = out_smem.reshape(partner_desc.block_type.shape)  # free until this chunk's output is ready
-            _tma_load(partner_desc, [batch, token, head, value + GROUP * _GROUP_VALUES], arrived, place)
+            _tma_load(partner_desc, [batch, token, partner_head, value + GROUP * _GROUP_VALUES], arrived, place)
             if REVERSE:
                 multiply_border(state, borders, products, term, token // _CHUNK, chunks, TERMS, PIECES, layout)
         if READ:

@@ -45,11 +45,15 @@ CASES = [  # B, T, H, K, V, extras
     (2, 2560, 2, 64, 128, "token state"),
     (1, 1500, 3, 64, 64, "token mask"),
     (4, 300, 4, 256, 512, "token state"),
-    (1, 2, 3, 64, 128, "token"),
+    (1, 1, 3, 64, 128, "token state"),
     (1, 700, 2, 256, 512, "token packed"),
     (1, 2573, 2, 128, 128, "token packed mask"),
     (2, 700, 2, 256, 512, "token extreme"),
     (1, 2573, 3, 64, 128, "token extreme state"),
+    (2, 457, 4, 128, 64, "token state groups"),
+    (1, 2573, 6, 256, 512, "token mask groups"),
+    (1, 1500, 4, 64, 128, "state groups"),
+    (1, 1500, 4, 128, 64, "token packed groups"),
 ]
 GROUPED = [
     (2, 457, 4, 128, 64, "token state groups"),
@@ -101,7 +105,7 @@ def run(q, k, v, dout, log_decay, state, dfinal, mask, cu):
     wanted = {"need_dstate": state is not None, "need_dlog_decay": problem.per_token}
     final_dtype = None if problem.per_token and cu is not None else torch.float32
     assert walk.walk_supported(problem, final=final_dtype is not None)
-    assert walk.walk_supported(problem, dfinal, backward=True, dlog_decay=problem.per_token)
+    assert walk.walk_supported(problem, dfinal, dlog_decay=problem.per_token)
     return by_walks(problem, dout, dfinal, final_dtype, wanted)
 
 
@@ -136,6 +140,11 @@ def error(x, exact):
     return ((x.double() - exact).norm() / exact.norm()).item()
 
 
+def allowed(low, exact):
+    """Twice the error of plain retention. It reads states in float32: with a single token it is exact."""
+    return max(2 * error(low, exact), 1e-3)
+
+
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("case", GROUPED, ids=str)
@@ -143,7 +152,6 @@ def test_heads_that_share_queries_and_keys_read_their_group(case):
     q, k, v, _, log_decay, state, _, mask, _ = make(*case)
     problem = RetentionProblem(q, k, v, log_decay, q.shape[-1] ** -0.5, state, mask)
     assert walk.walk_supported(problem)
-    assert not walk.walk_supported(problem, backward=True)
     out, final = walk.walk_forward(problem, torch.float32)
     expanded = (x.repeat_interleave(v.shape[2] // q.shape[2], 2) for x in (q, k))
     alone = walk.walk_forward(RetentionProblem(*expanded, v, log_decay, problem.scale, state, mask), torch.float32)
@@ -158,7 +166,7 @@ def test_errors_are_at_most_twice_those_of_plain_retention_and_runs_are_bit_iden
     inputs = make(*case)
     results, exact, low = run(*inputs), plain(torch.float64, *inputs), plain(inputs[0].dtype, *inputs)
     for name, x in results.items():
-        assert error(x, exact[name]) <= 2 * error(low[name], exact[name]), name
+        assert error(x, exact[name]) <= allowed(low[name], exact[name]), name
     again = run(*inputs)
     assert all(torch.equal(x, again[name]) for name, x in results.items())
 

@@ -16,7 +16,7 @@ from retnet.kernels.retention.hopper import passes as walk
 from retnet.kernels.retention.problem import RetentionProblem
 
 from . import emulator
-from .test_walk import by_walks, error, make, plain
+from .test_walk import allowed, by_walks, error, make, plain
 
 slow = pytest.mark.slow
 CASES = [  # B, T, H, K, V, extras, processors of the device
@@ -32,7 +32,9 @@ CASES = [  # B, T, H, K, V, extras, processors of the device
     pytest.param(1, 330, 2, 64, 128, "token packed mask", 1, marks=slow),
     pytest.param(1, 457, 3, 128, 64, "token extreme", 1, marks=slow),
     pytest.param(1, 64, 2, 64, 64, "token", 1, marks=slow),
-    pytest.param(1, 2, 3, 64, 64, "token", 1, marks=slow),
+    pytest.param(1, 200, 4, 128, 64, "token state groups", 1, marks=slow),
+    pytest.param(1, 1100, 2, 64, 128, "groups", 8, marks=slow),
+    pytest.param(1, 1, 3, 64, 64, "token state", 1, marks=slow),
 ]
 
 
@@ -59,9 +61,10 @@ def test_errors_are_at_most_twice_those_of_plain_retention(B, T, H, K, V, extras
     results = by_walks(problem, dout, dfinal, None if cu is not None else torch.float32, wanted)
     assert {"out", "dq", "dk", "dv"} <= results.keys()
     assert ("dlog_decay" in results) == ("token" in extras)
+    assert results["dq"].shape == q.shape
     exact, low = plain(torch.float64, *inputs), plain(q.dtype, *inputs)
     for name, x in results.items():
-        assert error(x, exact[name]) <= 2 * error(low[name], exact[name]), name
+        assert error(x, exact[name]) <= allowed(low[name], exact[name]), name
 
 
 @slow
