@@ -30,21 +30,28 @@ def check_new_directory(path: Path, *, force: bool = False, accepted: str = "a n
 
 
 @contextmanager
+def filled_directory(path: Path, errors: type[BaseException] = BaseException) -> Iterator[Path]:
+    """A new or empty directory to fill. After an error of this class it is as it was."""
+    is_new = not path.is_dir()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except errors:
+        _empty(path)
+        if is_new:
+            path.rmdir()
+        raise
+
+
+@contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
     """A directory to fill: a new one beside `path`, which then takes its place with all that it holds.
 
     After an error `path` is as it was. A new or empty `path` is filled itself, as an empty one may be a mounted disk.
     """
-    is_new = not path.is_dir()
-    if is_new or not any(path.iterdir()):
-        path.mkdir(parents=True, exist_ok=True)
-        try:
+    if not path.is_dir() or not any(path.iterdir()):
+        with filled_directory(path):
             yield path
-        except BaseException:
-            _empty(path)
-            if is_new:
-                path.rmdir()
-            raise
         return
     path = path.resolve()
     mark = f"{os.getpid()}.{secrets.token_hex(4)}"

@@ -32,7 +32,7 @@ from retnet.models.directory import (
 from retnet.models.lm import LanguageModel
 from retnet.models.tensor_files import Tensors, open_tensors, write_tensors
 from retnet.system.files import read_json
-from retnet.system.outputs import check_new_directory
+from retnet.system.outputs import check_new_directory, filled_directory
 from retnet.system.suggest import choices
 
 OURS = "retnet"
@@ -92,8 +92,8 @@ def convert(
 ) -> ModelConfig:
     """Write a model as a directory in our format, or in that of `to`. Weights are streamed, tokenizer files are copied.
 
-    source: as for `load`, or a model. out: new or empty. on_bytes: gets the bytes of weights read so far, and of all.
-    Returns our configuration of the model.
+    source: as for `load`, or a model. out: new or empty, and so again after an error. on_bytes: gets the bytes of
+    weights read so far, and of all. Returns our configuration of the model.
     """
     writers = {name: form.config_to for name, form in FORMATS.items() if form.config_to}
     if to not in (OURS, *writers):
@@ -103,15 +103,15 @@ def convert(
     ours, tensors = _open(source, format, config)
     if on_bytes is not None:
         tensors = tensors.watched(on_bytes)
-    if to == OURS:
-        ours = write_model(out, ours, tensors)
-    else:
-        data = writers[to](ours)  # may raise, so it runs before anything is written
-        out.mkdir(parents=True, exist_ok=True)
-        write_tensors(out, in_their_names(FORMATS[to], ours, tensors))
-        write_config(out, data)
-    if isinstance(source, (str, os.PathLike)):
-        copy_side_files(Path(source), out)
+    data = None if to == OURS else writers[to](ours)  # may raise, so it runs before anything is written
+    with filled_directory(out):
+        if data is None:
+            ours = write_model(out, ours, tensors)
+        else:
+            write_tensors(out, in_their_names(FORMATS[to], ours, tensors))
+            write_config(out, data)
+        if isinstance(source, (str, os.PathLike)):
+            copy_side_files(Path(source), out)
     return ours
 
 

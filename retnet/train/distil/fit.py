@@ -132,5 +132,5 @@ def fit_outputs_(
             x = of_student[i][0].flatten(0, -2).float()
             squares.addmm_(x.T, x)
             products.addmm_(x.T, (wanted.float() - made.float()).flatten(0, -2))
-        squares.diagonal().add_(RIDGE * squares.diagonal().mean())
+        squares.diagonal().add_(RIDGE * squares.diagonal().mean().clamp_min(1e-30))  # heads may give nothing but zeros
         projection.weight.add_(torch.linalg.solve(squares, products).T.to(projection.weight.dtype))

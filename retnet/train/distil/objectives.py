@@ -39,9 +39,10 @@ def layers_loss(
     with torch.no_grad(), watched_mixers(teacher, layers) as seen:
         teacher.hidden(ids, cu_seqlens=bounds)
     layout = TokenLayout.of((ids.shape[0], ids.shape[1]), ids.device, cu_seqlens=bounds)
-    errors = []
+    errors, dtype = [], student.embedding.weight.dtype  # the teacher's may be narrower
     for i in layers:
         given, wanted = seen.pop(i)
+        given = given.to(dtype)
         mixer = mixer_of_layer(student, i)
         mixer.prepare(layout, given.dtype)
         again = student.recompute.level != "none" and student.training

@@ -15,7 +15,7 @@ import gc
 import math
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from retnet.models.fingerprint import fingerprint
 from retnet.models.lm import LanguageModel
 from retnet.stack.load import Stack
 from retnet.stack.resolve import resolve_model
-from retnet.system.outputs import check_new_directory
+from retnet.system.outputs import check_new_directory, filled_directory
 from retnet.system.progress import Progress
 from retnet.train.distil.choice import choose_attention
 from retnet.train.distil.fit import fit_outputs_, layer_errors, mixer_of_layer, scale_heads_to_
@@ -132,9 +132,10 @@ class _Stages:
         self.record = (Record.resumed if request.resume else Record)(request.output, asked)
 
     def run(self) -> Outcome:
-        self.record.begin()
-        if not self.record.has(STUDENT):
-            self._start()
+        with nullcontext() if self.request.resume else filled_directory(self.request.output, Exception):
+            self.record.begin()
+            if not self.record.has(STUDENT):
+                self._start()
         self._say_errors("start", self.record[STUDENT]["layer_errors"])
         if not self.record.has(LAYERS):
             self._align()
@@ -155,10 +156,15 @@ class _Stages:
             copy_side_files(self.request.teacher, directory)
             samples = spread(self.data.train, MEASURED_TOKENS, self._to_device(self.teacher, student))
             with self._precision():
+                valid = self._valid_nats(self.teacher)
+                if not math.isfinite(valid):
+                    raise ValueError(
+                        f"the validation loss of {self.request.teacher} is {valid}; accepted: a teacher whose weights "
+                        "and logits are finite"
+                    )
                 scale_heads_to_(student, self.teacher, self.layers, samples)
                 fit_outputs_(student, self.teacher, self.layers, samples)
                 errors = layer_errors(student, self.teacher, self.layers, samples)
-                valid = self._valid_nats(self.teacher)
             save_model(student, directory)
         self.record.finish(STUDENT, {"layer_errors": _by_name(errors), "teacher_loss": valid})
 

@@ -451,6 +451,17 @@ def test_a_directory_in_use_is_not_written_to(tmp_path):
         convert.convert(tmp_path / "theirs", tmp_path / "theirs")
 
 
+def test_after_an_error_in_the_middle_the_directory_is_as_it_was(tmp_path):
+    def full(done, total):
+        raise OSError("no space left on device")
+
+    model = convert.load(fla_state(FLA_CONFIG), config=FLA_CONFIG)
+    for to in ("retnet", "fla"):
+        with pytest.raises(OSError, match="no space left"):
+            convert.convert(model, tmp_path / "new", to=to, on_bytes=full)
+        assert not (tmp_path / "new").exists()
+
+
 def test_tokenizer_files_come_along(tmp_path):
     write_fla(tmp_path / "theirs")
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")

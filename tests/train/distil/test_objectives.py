@@ -1,11 +1,13 @@
 """The losses of the two stages: what they are a mean of, what they train, and what validation shows."""
 
+import copy
+
 import pytest
 import torch
 
 from retnet.train.distil.choice import divergence
 from retnet.train.distil.fit import layer_errors
-from retnet.train.distil.objectives import AlignedForCausalLM, LogitsForCausalLM, logits_loss
+from retnet.train.distil.objectives import AlignedForCausalLM, LogitsForCausalLM, layers_loss, logits_loss
 from tests.train.distil.models import sample, teacher
 from tests.train.distil.test_student import student_of
 
@@ -36,6 +38,19 @@ def test_layers_are_trained_on_their_error_and_nothing_else_is(recompute):
     trained = {name.split(".mixer.")[0] for name, x in model.named_parameters() if x.grad is not None}
     assert trained == {"model.layers.0", "model.layers.2"}
     assert all(x.grad is None for x in taught.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_in_half_precision_teaches_a_student_in_float32(dtype):
+    taught = teacher(2).to(dtype)
+    student = student_of(taught, layers=(0,)).float()
+    ids, targets, bounds = sample()
+    with torch.no_grad():
+        found, wanted = (
+            [layers_loss(student, model, [0], ids, bounds), logits_loss(student, model, ids, targets[None], bounds)]
+            for model in (taught, copy.deepcopy(taught).float())
+        )
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0)
 
 
 def test_logits_are_trained_on_the_divergence_and_a_share_of_cross_entropy():

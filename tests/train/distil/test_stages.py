@@ -92,6 +92,18 @@ def test_an_output_that_holds_something_is_left_alone(taught, short_texts, tmp_p
         distil(request(taught, tmp_path, short_texts, resume=True), QUIET)
 
 
+def test_after_an_error_before_training_the_output_is_as_it_was(taught, short_texts, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        distil(request(taught, tmp_path / "out", tmp_path / "none"), QUIET)
+    broken = teacher(2)
+    with torch.no_grad():
+        broken.layers[0].mixer.v_proj.weight[0, 0] = torch.nan
+    save_model(broken, tmp_path / "broken")
+    with pytest.raises(ValueError, match="broken is nan; accepted: a teacher whose weights and logits are finite"):
+        distil(request(tmp_path / "broken", tmp_path / "out", short_texts), QUIET)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -110,6 +110,18 @@ def test_output_projections_are_fitted_near_the_teachers():
     torch.testing.assert_close(copied.layers[0].mixer.out_proj.weight, taught.layers[0].mixer.out_proj.weight)
 
 
+def test_a_layer_that_gives_nothing_but_zeros_is_fitted_to_zeros():
+    taught = teacher(1)
+    with torch.no_grad():
+        for weight in (taught.layers[0].mixer.v_proj.weight, taught.layers[0].mixer.out_proj.weight):
+            weight.zero_()
+    student = student_of(taught)
+    scale_heads_to_(student, taught, [0], [sample()])
+    fit_outputs_(student, taught, [0], [sample()])
+    assert not student.layers[0].mixer.out_proj.weight.any()
+    assert layer_errors(student, taught, [0], [sample()]) == {0: 0.0}
+
+
 def test_the_layer_error_is_relative():
     wanted = torch.randn(3, 5, 7)
     assert float(layer_error(wanted, wanted)) == 0
