@@ -1,6 +1,5 @@
 """The language model: embedding, blocks, final norm, head. Plain torch; the Hugging Face classes are in `models/hf`."""
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from retnet.layers.block import Block, connect_streams
 from retnet.layers.growth import Growths
 from retnet.layers.hyper_connection import merge_streams
 from retnet.layers.linear import is_plain_linear
-from retnet.layers.mixers import MIXERS, mixer_of
-from retnet.layers.moe import MoE, MoEConfig
+from retnet.layers.mixers import mixer_of
+from retnet.layers.moe import MoE
 from retnet.layers.multi_token import MultiTokenPrediction, Run, run_block
 from retnet.layers.norm import LayerNorm, RMSNorm, make_norm
 from retnet.layers.offload import waiting_on_host
@@ -30,6 +29,7 @@ from retnet.models.config import ModelConfig
 from retnet.models.config_json import token_ids_in_vocabulary
 from retnet.models.init import initialize
 from retnet.models.loss import linear_cross_entropy
+from retnet.models.parallel.context import check_layers_on_shards
 from retnet.models.parallel.vocabulary import VocabularyHead
 from retnet.models.states import ModelDraft, ModelState
 from retnet.ops.context_shard import ContextShard
@@ -380,26 +380,3 @@ class LanguageModel(nn.Module):
             logits.to(wide_dtype(logits.dtype)), labels.flatten(), ignore_index=-100, reduction="sum"
         )
         return nats / (labels != -100).sum().clamp_min(1)
-
-
-def check_layers_on_shards(config: ModelConfig) -> None:
-    """Raise ValueError for layers that context parallelism does not take."""
-    layers = [(f"layer {i}", layer) for i, layer in enumerate(config.layers)]
-    if config.mtp is not None:
-        layers.append(("mtp.block", config.mtp.block))
-    for place, layer in layers:
-        if layer.mixer.refused_on_shards:
-            names = ", ".join(name for name, mixer in MIXERS.items() if not mixer.config.refused_on_shards)
-            raise ValueError(
-                f"{place} is {layer.mixer.kind}: {layer.mixer.refused_on_shards}; accepted with context: {names}"
-            )
-        if layer.mixer.longest_context < math.inf:
-            raise ValueError(
-                f"{place} has max_context {layer.mixer.longest_context}, and no process holds a whole row; accepted "
-                "with context: max_context None"
-            )
-        if isinstance(layer.feed_forward, MoEConfig):
-            raise ValueError(
-                f"{place} is a mixture of experts, whose balance is that of whole rows; accepted with context: "
-                "feed-forwards of one expert"
-            )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from pydantic import Field, PlainValidator
 
+from retnet.system.sizes import quantity
+
 from . import unsupported
 from .experts import Moe
 from .hyper_connections import HyperConnections
@@ -118,7 +120,7 @@ class Residual(Section):
     def suffix(self) -> str:
         """', parallel', ', 4 streams': after the norm in tables."""
         if self.hyper is not None:
-            return f", {self.hyper.expand} stream{'' if self.hyper.expand == 1 else 's'}"
+            return f", {quantity(self.hyper.expand, 'stream')}"
         return "" if self.type == "sequential" else f", {self.type}"
 
 

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from retnet.data import IGNORED
 from retnet.models.config import ModelConfig
-from retnet.models.lm import check_layers_on_shards
+from retnet.models.parallel.context import check_layers_on_shards
 from retnet.ops.context_shard import ContextShard
 from retnet.system.sizes import quantity
 from retnet.train.batches import FACTS, BatchFacts

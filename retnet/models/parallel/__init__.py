@@ -1,1 +1,1 @@
-"""Tensor parallelism of a language model: the plan for torch, the vocabulary, and whole weights and states."""
+"""Models over several processes: tensor parallelism (plan, vocabulary, whole weights) and context parallelism."""

@@ -12,7 +12,7 @@ from retnet.models.convert import convert, load
 from retnet.models.decode.sampling import Sampling
 from retnet.models.directory import load_model
 from retnet.models.hf import RetNetForCausalLM
-from retnet.models.lm import check_layers_on_shards
+from retnet.models.parallel.context import check_layers_on_shards
 from retnet.serve.engine import Engine
 from retnet.serve.request import Request
 from tests.small_models import random_ids
