@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 
 BENCHMARKS = ROOT / "benchmarks"
 GPU_ONLY = (
-    "bench_convolution", "bench_decode", "bench_figure6", "bench_float8", "bench_long_rows", "bench_retention",
-    "bench_train",
+    "bench_convolution", "bench_decode", "bench_figure6", "bench_float8", "bench_gated", "bench_long_rows",
+    "bench_retention", "bench_train",
 )  # fmt: skip
 
 
