@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from retnet.models.directory import load_model, save_model
 from retnet.train.run import train
-from tests.small_models import BYTES, CONV, GATED, MAMBA2, NOPE, PAPER, WINDOW, small_model
+from tests.small_models import BIRKHOFF, BYTES, CONV, GATED, MAMBA2, NOPE, PAPER, WINDOW, small_model
 from tests.torchrun import torchrun
 
 from .conftest import losses, recipe_for, weights, words_for
@@ -18,7 +19,11 @@ from .conftest import losses, recipe_for, weights, words_for
 pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(__file__).parent
-STACKS = {"gated": (GATED, CONV), "hybrid": (PAPER, WINDOW, GATED, NOPE), "mamba2": (MAMBA2, MAMBA2)}
+STACKS = {
+    "gated": (GATED, CONV),
+    "hybrid": (PAPER, WINDOW, replace(GATED, hyper=BIRKHOFF), replace(NOPE, hyper=BIRKHOFF)),
+    "mamba2": (MAMBA2, MAMBA2),
+}
 # 6 rows per step: with 1, 2 and 4 shards of a batch of 3 or 6, borders lie inside rows.
 STEP: dict[str, Any] = {
     "max_steps": 4, "max_grad_norm": 0.5, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 1,
