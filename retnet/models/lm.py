@@ -156,8 +156,9 @@ class LanguageModel(nn.Module):
 
         embeddings [B, T, D] take the place of ids, before config.embedding_scale. losses: a list to which layers add
         their own losses (mixtures of experts: balance and router z), already weighted. inner: a list to which the input
-        of the first layer and the output of each layer are added; of several residual streams, their mean. context: ids
-        are this process's shard of longer rows, whose documents it knows; without state, mask, cu_seqlens and carry.
+        of the first layer and the output of each layer are added; of several residual streams, their mean, which no
+        layer reads. context: ids are this process's shard of longer rows, whose documents it knows; without state,
+        mask, cu_seqlens and carry.
         """
         if context is not None:
             self._check_shard(context, state, mask, cu_seqlens, carry)
