@@ -97,6 +97,7 @@ RUN = {
         "training_hints: {optimizer: hybrid, optimizer_groups: {muon: ['layers.*.weight'], "
         "adamw: ['embed_tokens.*', 'lm_head.*']}}\n"
     ),
+    "mup": _more("training_hints: {vendor.retnet.mup: {base_width: 32}}\n"),
     "execution_modes": _more("execution_modes: [{name: think, max_tokens: 64}, {name: answer, max_tokens: 32}]\n"),
 }
 

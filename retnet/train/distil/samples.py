@@ -11,14 +11,16 @@ from retnet.data import Rows
 from retnet.models.lm import LanguageModel
 from retnet.train.batches import RowStream, collate
 
+SAMPLE_TOKENS = 1024  # per sample where rows are shorter: models cost as much for a few tokens as for many
+
 Sample = tuple[Tensor, Tensor, Tensor]  # ids [1, T], targets [T], bounds [N + 1] of documents laid end to end
 
 
 def spread(rows: Rows, tokens: int, device: torch.device) -> list[Sample]:
-    """Rows of about so many tokens in all, at least one, spread evenly over an epoch."""
+    """Rows of about so many tokens in all, at least one, spread evenly over an epoch; short ones share a sample."""
     count = min(len(rows), max(1, tokens // rows.length))
     chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long().tolist()
-    return list(_samples(rows, chosen, 1, device))
+    return list(_samples(rows, chosen, max(1, SAMPLE_TOKENS // rows.length), device))
 
 
 def every(rows: Rows, per_sample: int, device: torch.device) -> Iterator[Sample]:
