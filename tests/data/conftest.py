@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from retnet.data import Corpus
+from retnet.data.build import build_shards
+from retnet.data.plan import Settings
+from tests.data.folders import SEPARATOR, write_texts
 
 
 class NumberedCorpus(Corpus):
@@ -80,3 +83,21 @@ def tokenizer_file(tmp_path_factory, articles):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+@pytest.fixture
+def source(tmp_path, articles):
+    """A text file of 60 documents, and 60 more as jsonl."""
+    write_texts(tmp_path / "source", articles)
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def build(source, tokenizer_file):
+    def run(out, shard_size=4000, workers=1, sources=(str(source),), **options):
+        has_text = not all(path.endswith(".jsonl") for path in sources)
+        how = Settings(separator=SEPARATOR if has_text else None)
+        options = {"tokenizer": str(tokenizer_file), "settings": how} | options
+        return build_shards(sources, out, shard_size=shard_size, workers=workers, **options)
+
+    return run

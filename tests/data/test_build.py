@@ -1,4 +1,4 @@
-"""Whole runs of `retnet data`: the files that they write, the files after a failure, and interrupted runs resumed."""
+"""Whole runs of `retnet data`: the files that they write, and the files after a failure."""
 
 from __future__ import annotations
 
@@ -7,63 +7,21 @@ import errno
 import gzip
 import json
 import lzma
-import multiprocessing
 import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
 import tracemalloc
-from functools import partial
 from pathlib import Path
 
 import pyarrow
 import pytest
 
 from retnet.data import blocks, open_corpus, shard_writer, shards
-from retnet.data import build as build_module
 from retnet.data.build import build_shards
 from retnet.data.plan import Settings
 from retnet.data.readers import DataError
 from retnet.system.lock import Locked, locked
+from tests.data.folders import SEPARATOR, contents, interrupt, texts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*each text file is a document too:UserWarning")
-
-SEPARATOR = "\n--\n"
-SHARD_SIZE = 1 << 14
-
-
-def contents(folder):
-    """Every file of a folder: name -> bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def texts_of(corpus):
-    return [corpus.decode(corpus.tokens(document).tolist()) for document in range(len(corpus))]
-
-
-@pytest.fixture
-def source(tmp_path, articles):
-    """A text file of 60 documents, and 60 more as jsonl."""
-    folder = tmp_path / "source"
-    folder.mkdir()
-    (folder / "a.txt").write_text(SEPARATOR.join(articles), encoding="utf-8")
-    lines = "".join(json.dumps({"text": text[::-1]}) + "\n" for text in articles)
-    (folder / "b.jsonl").write_text(lines, encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def build(source, tokenizer_file):
-    def run(out, shard_size=4000, workers=1, sources=(str(source),), **options):
-        has_text = not all(path.endswith(".jsonl") for path in sources)
-        how = Settings(separator=SEPARATOR if has_text else None)
-        options = {"tokenizer": str(tokenizer_file), "settings": how} | options
-        return build_shards(sources, out, shard_size=shard_size, workers=workers, **options)
-
-    return run
 
 
 def test_shards_give_back_every_document_and_the_counts_of_the_manifest(build, tmp_path, articles):
@@ -208,148 +166,6 @@ def test_sources_without_text_leave_no_file(build, tmp_path):
     with pytest.raises(DataError, match=r"no text in .*blank\.jsonl"):
         build(tmp_path / "out", sources=[str(tmp_path / "blank.jsonl")])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["blank.jsonl", "source"]
-
-
-@pytest.fixture
-def start(source, tokenizer_file, tmp_path):
-    """Start `retnet data` on the source, made 20 times as long; `limit` is a shell command that runs before it."""
-    texts = (source / "a.txt").read_text(encoding="utf-8")
-    (source / "a.txt").write_text(SEPARATOR.join(f"{i} {texts}" for i in range(20)), encoding="utf-8")
-
-    def run(limit="true"):
-        words = [sys.executable, "-m", "retnet.cli", "data", source, tmp_path / "out", "--tokenizer", tokenizer_file]
-        words += ["--separator", r"\n--\n", "--shard-size", SHARD_SIZE / 2**20, "--workers", 2]
-        words = ["bash", "-c", f'{limit}; exec "$@"', "bash", *map(str, words)]
-        # A shell's background processes ignore SIGINT, and so would this one if the tests run in the background.
-        heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-
-    return run
-
-
-def stop_in_the_middle(process, data, number):
-    """Send a signal once three shards are written; returns the finished shards and when they were written."""
-    deadline = time.monotonic() + 60
-    while len(list(data.glob("0*.json"))) < 3:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(number)
-    process.communicate()
-    return {path.name: path.stat().st_mtime_ns for path in data.glob("0*.json")}
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_resumes_and_writes_the_same_bytes(start, build, tmp_path, number):
-    process = start()
-    done = stop_in_the_middle(process, tmp_path / "out.partial/data", number)
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
-    assert not (tmp_path / "out").exists()
-    manifest = build(tmp_path / "out", SHARD_SIZE)
-    assert 3 <= len(done) < len(manifest["shards"])
-    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in done} == done  # not written again
-    build(tmp_path / "fresh", SHARD_SIZE)
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-    assert not (tmp_path / "out.partial").exists()
-
-
-def test_after_a_full_disk_only_whole_shards_remain_and_the_run_resumes(start, build, tmp_path):
-    process = start("ulimit -f 5")
-    _, message = process.communicate()
-    assert process.returncode == 2
-    assert re.search(rf"{os.strerror(errno.EFBIG)}: \S*/out\.partial/data/\S+\n", message)
-    partial = tmp_path / "out.partial"
-    assert f"finished shards are kept in {partial}: once there is room, the same command resumes" in message
-    assert not (tmp_path / "out").exists()
-    left = [path.name for path in (tmp_path / "out.partial/data").iterdir() if path.name != "tokenizer"]
-    assert all((tmp_path / "out.partial/data" / name).with_suffix(".json").exists() for name in left)
-    build(tmp_path / "out", SHARD_SIZE)
-    assert len(texts_of(open_corpus(tmp_path / "out"))) == 120 + 19 * 60
-
-
-def test_a_killed_worker_is_noticed_and_the_run_resumes(build, tmp_path):
-    def kill_one(progress):
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-
-    with pytest.raises(ChildProcessError, match=r"a worker process died \(exit code -9"):
-        build(tmp_path / "out", workers=2, on_progress=kill_one)
-    assert not multiprocessing.active_children()
-    build(tmp_path / "out")
-    build(tmp_path / "fresh")
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-
-
-def interrupt(progress):
-    raise KeyboardInterrupt
-
-
-def test_an_interrupted_run_resumes_only_with_the_same_arguments(build, tmp_path, source):
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "out", on_progress=interrupt)
-    with pytest.raises(
-        ValueError, match=r"out\.partial holds an interrupted run with other settings; accepted: the arguments of that"
-    ):
-        build(tmp_path / "out", settings=Settings(separator="\n"))
-    with pytest.raises(ValueError, match="with other tokenizer"):
-        build(tmp_path / "out", tokenizer="bytes")
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bytes", tokenizer="bytes", on_progress=interrupt)
-    with pytest.raises(ValueError, match="with other tokenizer"):
-        build(tmp_path / "bytes")
-    with open(source / "a.txt", "a") as file:
-        file.write("more")
-    with pytest.raises(ValueError, match=r"with other files \(.*a\.txt\)"):
-        build(tmp_path / "out")
-
-
-def test_half_written_shards_are_removed(build, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "out", on_progress=interrupt)
-    data = tmp_path / "out.partial/data"
-    (data / "00002.tokens").write_bytes(b"half")
-    (data / ".00003.index.999").write_bytes(b"half")
-    build(tmp_path / "out")
-    build(tmp_path / "fresh")
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-
-
-def stop_at(monkeypatch, target, name):
-    """Stop the run where it first calls a function."""
-
-    def stop(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(target, name, stop)
-
-
-@pytest.mark.parametrize("bad", [False, True])
-def test_a_run_killed_while_it_cleans_up_can_be_repeated(build, tmp_path, source, monkeypatch, bad):
-    if bad:
-        whole = (source / "b.jsonl").read_bytes()
-        (source / "b.jsonl").write_bytes(whole + b"{broken\n")
-        os.utime(source / "b.jsonl", ns=(1, 1))
-    with monkeypatch.context() as patch:
-        stop_at(patch, build_module.shutil, "rmtree")
-        with pytest.raises(KeyboardInterrupt):
-            build(tmp_path / "out")
-    if bad:
-        shutil.rmtree(tmp_path / "out.partial/data/tokenizer")  # what rmtree came to
-        (source / "b.jsonl").write_bytes(whole)
-        assert build(tmp_path / "out", tokenizer="bytes")["documents"] == 120
-    else:
-        shutil.rmtree(tmp_path / "out")
-        assert build(tmp_path / "out")["documents"] == 120
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
-
-
-@pytest.mark.parametrize("lost", ["data", "data/tokenizer"])
-def test_an_unfinished_run_without_its_data_starts_again(build, tmp_path, lost):
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "out", on_progress=interrupt)
-    shutil.rmtree(tmp_path / "out.partial" / lost)
-    build(tmp_path / "out")
-    build(tmp_path / "fresh")
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_shards_are_written_through_a_link_to_an_empty_folder(build, tmp_path):

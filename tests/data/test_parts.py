@@ -18,17 +18,12 @@ from retnet.data.merge import merge_parts
 from retnet.data.parts import Part, PartsFolder, write_part
 from retnet.data.plan import Settings
 from retnet.data.readers import DataError
+from tests.data.folders import SEPARATOR, contents, write_texts
 
-SEPARATOR = "\n--\n"
 SETTINGS = Settings(separator=SEPARATOR)
 SIZE = 10_000
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*each text file is a document too:UserWarning")
-
-
-def contents(folder):
-    """Every file of a folder: name -> bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def part_of(source, out, text, **options):
@@ -39,10 +34,7 @@ def part_of(source, out, text, **options):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, articles):
     folder = tmp_path_factory.mktemp("parts") / "source"
-    folder.mkdir()
-    (folder / "a.txt").write_text(SEPARATOR.join(articles), encoding="utf-8")
-    lines = "".join(json.dumps({"text": text[::-1]}) + "\n" for text in articles)
-    (folder / "b.jsonl").write_text(lines, encoding="utf-8")
+    write_texts(folder, articles)
     return folder
 
 

@@ -18,6 +18,7 @@ from retnet.data.readers import DataError
 from retnet.data.sources import PathsByKind, SourceWarning, find_source
 from retnet.data.stores import StorePath, location
 from retnet.system.extras import MissingExtra
+from tests.data.folders import contents
 
 SETTINGS = Settings(separator="\n--\n")
 
@@ -60,10 +61,6 @@ def both(files, store, tmp_path):
         path.write_bytes(data)
         (StorePath(f"{store}/source") / name).write_bytes(data)
     return tmp_path / "source", f"{store}/source"
-
-
-def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def downloaded(url):

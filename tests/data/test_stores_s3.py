@@ -10,6 +10,7 @@ from retnet.cli import main
 from retnet.data.build import build_shards
 from retnet.data.plan import Settings
 from retnet.data.stores import StorePath
+from tests.data.folders import contents
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -41,10 +42,6 @@ def run(*arguments):
     with pytest.raises(SystemExit) as end:
         main(["data", *map(str, arguments)])
     return end.value.code
-
-
-def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_parts_in_s3_have_the_bytes_of_one_process(bucket, tmp_path, articles, tokenizer_file, capsys):
