@@ -136,7 +136,8 @@ def generate(
     write_text("\n")
     if failed is not None:
         raise ValueError(str(failed)) from failed
-    sizes = [model_cost(network.config, len(request.prompt) + count).state_bytes for count in (0, meter.tokens)]
+    read = len(request.prompt) + (0 if after is None else len(after.tokens))
+    sizes = [model_cost(network.config, read + count).state_bytes for count in (0, meter.tokens)]
     if stats:
         _report(meter, *sizes)
         counts = engine.stats()

@@ -371,8 +371,9 @@ class PackedTrainer(StagedTrainer):
             self.check_losses()
             gather = cast(Callable[[Tensor], Tensor], self.accelerator.gather)
             logs |= self._parts.means(self.state.global_step, gather)
-            if self.routing.peak is not None:
-                logs["expert_peak"] = self.routing.peak.item()
+            peak = 0.0 if self.routing.peak is None else self.routing.peak.item()
+            if peak:  # otherwise no load was counted, as of weights that are not trained
+                logs["expert_peak"] = peak
             if not self._loss_name:
                 logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.rows.rows.bytes_per_target
             logs |= self.meter.read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,26 @@ def test_generate_starts_from_a_state(capsys, byte_model, tmp_path):
     message = wrong_input(capsys, "generate", "retnet-tiny", "x", "--state", file)
     assert "the snapshot is of another model" in message
     assert "no snapshot at" in wrong_input(capsys, "generate", byte_model, "x", "--state", tmp_path / "missing")
+
+
+def test_the_reported_size_of_a_growing_state_counts_the_tokens_of_the_text_that_is_continued(capsys, tmp_path):
+    from retnet.models.directory import save_model
+    from retnet.serve.engine import Engine
+    from retnet.serve.request import Request
+    from retnet.system.sizes import parse_bytes
+    from tests.small_models import ALIBI, BYTES, prompt, small_model
+
+    model, file = small_model([ALIBI], **BYTES), tmp_path / "state.safetensors"
+    save_model(model, tmp_path / "model")
+    engine = Engine(model, num_slots=1, max_tokens=1500)
+    earlier = engine.submit(Request(prompt(1000), 1, keep_state=True))
+    engine.run()
+    earlier.snapshot.save(file)
+    sizes = []
+    for more in ((), ("--state", file)):
+        assert run("generate", tmp_path / "model", "x", "--max-tokens", 9, *more) == 0
+        sizes.append(parse_bytes(re.search(r"; state ([^,]+),", capsys.readouterr().err)[1]))
+    assert sizes[1] > 50 * sizes[0]
 
 
 def test_generate_reports_a_single_token_too(capsys, byte_model):
