@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import shutil
+import sys
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="no CUDA device on this machine")
         for item in gpu_items:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_peak() -> Generator[None]:
+    """Training measures the rate of a CPU for half a second per run otherwise."""
+    module = "retnet.train.throughput"  # imported only where a test module of this session imports it
+    with pytest.MonkeyPatch.context() as patch:
+        if module in sys.modules:
+            patch.setattr(f"{module}._PRODUCT_SECONDS", 0.0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -122,7 +122,9 @@ def test_generate_promises_flat_memory_of_the_layers_that_have_it_only(capsys):
     assert "The cache of attention without a window grows with every token" in text
 
 
-@pytest.mark.parametrize("model", ["retnet-tiny", "retnet-tiny-gated", "retnet-6.7b"])
+@pytest.mark.parametrize(
+    "model", ["retnet-tiny", pytest.param("retnet-tiny-gated", marks=pytest.mark.slow), "retnet-6.7b"]
+)
 def test_info_prints_and_draws_presets_of_any_size(capsys, tmp_path, model):
     picture = tmp_path / "pictures" / "info.png"
     assert run("info", model, "--png", picture) == 0

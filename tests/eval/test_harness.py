@@ -34,7 +34,10 @@ def tasks(tmp_path, monkeypatch):
     return write_tasks(tmp_path, QUESTIONS)
 
 
-@pytest.fixture(params=["byte_model", "hybrid_byte_model"])
+MODELS = ["byte_model", "hybrid_byte_model"]
+
+
+@pytest.fixture(params=MODELS)
 def model_directory(request):
     return request.getfixturevalue(request.param)
 
@@ -94,6 +97,7 @@ def test_generation_stops_before_a_string(harness):
     assert cut == free.split("\ufffd")[0]
 
 
+@pytest.mark.parametrize("model_directory", [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)], indirect=True)
 def test_tasks_run_and_agree_with_the_huggingface_backend(harness, model_directory, tasks, tmp_path):
     """The same directory through `--model hf`, which knows nothing of our states."""
     from retnet.models.hf.tokenizer import byte_tokenizer

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from retnet.train import staged_trainer
+from retnet.train import staged_trainer, throughput
 from retnet.train.recipe import load_recipe
 from retnet.train.run import train
 from retnet.train.shard_storage import ShardWriter
@@ -81,6 +81,7 @@ def kill_in_save(number: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    throughput._PRODUCT_SECONDS = 0.0  # of the measurement of this device
     place, number, *process = sys.argv[1].split(":")
     places = {"step": kill_in_step, "save": kill_in_save, "write": kill_in_write, "commit": kill_in_commit}
     if not process or process == [os.environ.get("RANK", "0")]:
