@@ -246,7 +246,7 @@ def test_the_prompt_comes_from_an_argument_a_file_or_standard_input_alike(capsys
         (["text", "--temperature", "-1"], "temperature is -1"),
         (["text", "--top-k", "0"], "top_k is 0"),
         (["text", "--top-p", "2"], "top_p is 2"),
-        (["text", "--file", "x"], "not from both"),
+        (["text", "--file", "x"], "one of the two, not both"),
         (["--file", "missing.txt"], "missing.txt"),
     ],
 )

@@ -13,6 +13,7 @@ from retnet.models.lm import LanguageModel
 from retnet.models.states import ModelState
 from retnet.stack import parse_stack
 from retnet.stack.build import model_config
+from retnet.stack.hyper_connections import HyperConnections
 from retnet.stack.report import realism_report
 from retnet.stack.schema import ExecutionMode, MuonHints, OptimizerGroups
 from tests.small_models import unit_gain_
@@ -373,7 +374,7 @@ def test_heads_whose_scores_have_no_scale_keep_the_width_of_the_base(pair, what)
     assert model_config(parse_stack(text(16))).mup_base_width == 16
 
 
-# Keys that do not reach the configuration, and where they are used.
+# Keys that do not reach the configuration, and where they are used; keys that are tested in another file.
 ELSEWHERE = {
     ("Model", "family_hint"): "report", ("Model", "target_params"): "report",
     ("TokenizerContract", "type"): "one value", ("TokenizerContract", "add_bos"): "tokenizer",
@@ -385,6 +386,8 @@ ELSEWHERE = {
     **dict.fromkeys([("MuonHints", key) for key in MuonHints.model_fields], "training"),
     **dict.fromkeys([("OptimizerGroups", key) for key in OptimizerGroups.model_fields], "training"),
     **dict.fromkeys([("ExecutionMode", key) for key in ExecutionMode.model_fields], "report"),
+    ("Residual", "hyper"): "test_hyper_connections.py",
+    **{("HyperConnections", key): "test_hyper_connections.py" for key in HyperConnections.keys()},  # noqa: SIM118
     ("Compatibility", "compile_target"): "one value", ("Compatibility", "dtype_policy"): "tested below",
 }  # fmt: skip
 CONTAINERS = {"Mixer", "Template", "Spec"}  # sections that hold sections
