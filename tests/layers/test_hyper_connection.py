@@ -94,6 +94,34 @@ def test_reading_mixing_and_writing_are_their_definition(mixing, dynamic, n):
         torch.testing.assert_close(after[row, t].view(n, 5), many, **EXACT)
 
 
+@pytest.mark.slow
+def test_the_weights_are_those_of_deepseek_v4s_module_in_the_limit_of_many_iterations():
+    """transformers' module divides in another order, reads half of ours, and mixes with the transposed matrix."""
+    pytest.importorskip("transformers.models.deepseek_v4", reason="transformers without DeepSeek-V4")
+    from transformers import DeepseekV4Config
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
+
+    torch.manual_seed(0)
+    n, width = 4, 6
+    options = {"hc_mult": n, "hidden_size": width, "hc_sinkhorn_iters": 300, "hc_eps": 1e-12, "rms_norm_eps": 1e-6}
+    theirs = DeepseekV4HyperConnection(DeepseekV4Config(**options))
+    ours = HyperConnection(HyperConnectionConfig(n, sinkhorn_iters=300), width)
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    transposed = torch.cat([torch.arange(2 * n), 2 * n + torch.arange(n * n).view(n, n).T.flatten()])
+    with torch.no_grad():
+        theirs.fn.copy_(ours.stream_weight[transposed])
+        theirs.base.copy_(ours.stream_bias[transposed])
+        theirs.scale.copy_(ours.stream_scale)
+        s, y = torch.randn(2, 3, n * width), torch.randn(2, 3, width)
+        streams = s.unflatten(-1, (n, width))
+        post, comb, collapsed = theirs(streams)
+        x, weights = ours.read(s)
+        torch.testing.assert_close(x, 2 * collapsed, rtol=1e-4, atol=1e-4)
+        after = post.unsqueeze(-1) * y.unsqueeze(-2) + comb.transpose(-1, -2) @ streams
+        torch.testing.assert_close(ours.write(s, y, weights), after.flatten(-2), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("mixing", "dynamic", "n"), [*product(MIXINGS, (True,), (1, 4)), ("birkhoff", False, 3)])
 def test_a_model_begins_as_one_with_plain_residuals(mixing, dynamic, n):
     hyper = HyperConnectionConfig(n, mixing, dynamic=dynamic)
