@@ -90,6 +90,14 @@ def test_parallel_streams_may_have_residual_streams_inside():
     assert [block.hyper is None for block in config.layers[2].mixer.blocks] == [False, False, True]
 
 
+@pytest.mark.slow
+def test_info_says_how_many_streams_there_are(tmp_path, capsys):
+    path = tmp_path / "streams.yml"
+    path.write_text(changed(hyper()))
+    assert run("info", path) == 0
+    assert "2 residual streams" in capsys.readouterr().out
+
+
 def test_tables_pictures_and_reports_say_what_the_streams_are(tmp_path, capsys):
     found = stack(hyper("expand: 4, mixing: unconstrained, sinkhorn_iters: 5"), FLOAT32)
     config = model_config(found)
@@ -109,5 +117,3 @@ def test_tables_pictures_and_reports_say_what_the_streams_are(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "pre-rmsnorm, 2" in printed
     assert "hyper-connections: 2 residual streams (birkhoff, 3 iterations); 6.8K FLOPs per token forward (" in printed
-    assert run("info", path) == 0
-    assert "2 residual streams" in capsys.readouterr().out
