@@ -8,7 +8,8 @@ import pytest
 
 triton = pytest.importorskip("triton")
 short = pytest.importorskip("retnet.kernels.convolution.short")
-geometry = pytest.importorskip("retnet.kernels.convolution.geometry").geometry
+shapes_of = pytest.importorskip("retnet.kernels.convolution.geometry")
+geometry, registers = shapes_of.geometry, shapes_of.registers
 
 NARROW = ("x", "weight", "recent", "bias", "y", "final", "dy", "dfinal", "dx", "drecent")
 
@@ -63,3 +64,4 @@ def test_a_kernel_compiles_and_does_not_spill(kernel, W, absent, packed, capabil
     command = [str(tool), "--dump-resource-usage", str(cubin)]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert int(re.search(r"STACK:(\d+)", usage).group(1)) == 0, usage
+    assert int(re.search(r"REG:(\d+)", usage).group(1)) <= registers(W, tile.rows, kernel is short._backward_kernel)
