@@ -143,8 +143,7 @@ def initial_model(
     Raises ValueError or OSError if there is none, or if it does not read the corpus's tokens.
     """
     model = resolve_model(recipe.model, seed=seed)
-    _check_tokenizer(model, corpus)
-    _check_vocabulary(recipe.model, model.config, corpus)
+    check_reads(model, recipe.model, corpus)
     model.recompute = recipe.recomputed(model.recompute.level)
     if recipe.float8 is not None:
         use_float8(model, recipe.float8, resolve_device("auto"))
@@ -161,6 +160,12 @@ def initial_model(
         ends = (*model.config.eos_token_ids, end)
         model.config = replace(model.config, eos_token_id=end if len(ends) == 1 else ends)
     return wrap(model)
+
+
+def check_reads(model: LanguageModel, name: str, corpus: Corpus) -> None:
+    """Raise ValueError unless the model, which messages call by this name, reads the corpus's tokens."""
+    _check_tokenizer(model, corpus)
+    _check_vocabulary(name, model.config, corpus)
 
 
 def _check_tokenizer(model: LanguageModel, corpus: Corpus) -> None:

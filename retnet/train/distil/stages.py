@@ -44,7 +44,7 @@ from retnet.train.distil.settings import LAYERS, LOGITS, stage_recipe
 from retnet.train.distil.student import converted_layers, make_student, student_config
 from retnet.train.distil.teacher import open_teacher
 from retnet.train.finish import TrainingSummary
-from retnet.train.inputs import RunData, Wrap, open_data
+from retnet.train.inputs import RunData, Wrap, check_reads, open_data
 from retnet.train.recipe import Recipe
 from retnet.train.run import Objective, train
 
@@ -248,7 +248,9 @@ class _Stages:
 
     @cached_property
     def data(self) -> RunData:
-        return open_data(*self._measured)
+        data = open_data(*self._measured)
+        check_reads(self.teacher, str(self.request.teacher), data.corpus)
+        return data
 
     def _to_device(self, *models: LanguageModel) -> torch.device:
         device = self._measured[1].device

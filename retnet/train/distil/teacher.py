@@ -17,6 +17,7 @@ def open_teacher(path: Path) -> LanguageModel:
         accepted = "a directory that retnet saved or retnet convert reads"
         raise FileNotFoundError(f"no teacher at {path}; accepted: {accepted}{did_you_mean_path(path)}")
     teacher = load(path)
+    teacher.directory = path  # a tokenizer may lie there
     if not any(isinstance(layer.mixer, AttentionConfig) for layer in teacher.config.layers):
         raise ValueError(f"{path} has no attention layer; accepted: a teacher with attention")
     if any(isinstance(layer.feed_forward, MoEConfig) for layer in teacher.config.layers):

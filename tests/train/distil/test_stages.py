@@ -95,6 +95,9 @@ def test_an_output_that_holds_something_is_left_alone(taught, short_texts, tmp_p
 def test_after_an_error_before_training_the_output_is_as_it_was(taught, short_texts, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         distil(request(taught, tmp_path / "out", tmp_path / "none"), QUIET)
+    save_model(teacher(2, options={"vocab_size": 61, "bos_token_id": None}), tmp_path / "narrow")
+    with pytest.raises(ValueError, match=r"narrow has a vocabulary of 61; the tokens of .* need 257"):
+        distil(request(tmp_path / "narrow", tmp_path / "out", short_texts, stack=None, keep_attention=1), QUIET)
     broken = teacher(2)
     with torch.no_grad():
         broken.layers[0].mixer.v_proj.weight[0, 0] = torch.nan
