@@ -1,8 +1,8 @@
 """muP: does the best learning rate of a narrow model stay the best at other widths?
 
-    python recipes/mup.py quick --out out/mup                      CPU, about 12 minutes of one core
+    python recipes/mup.py quick --out out/mup                      CPU, about 20 minutes of one core
     python recipes/mup.py full --data out/packed --out out/mup     one GPU, about 400 s
-    python recipes/mup.py plot --out out/mup                       plot and tables from saved rows
+    python recipes/mup.py plot --from out/mup [--png mup.png]      tables and plot from saved rows
 
 Two measurements of models of one depth and several widths, in the ordinary parametrization and under muP
 (`retnet.models.mup`), whose base width is the narrowest:
@@ -58,6 +58,7 @@ class Setting:
     rates: tuple[float, ...]
     moved_rate: float
     valid_rows: int
+    logit_scale: float = 1.0  # at the base width
 
 
 def powers(low: int, high: int) -> tuple[float, ...]:
@@ -73,7 +74,8 @@ SETTINGS = {
 def config_of(setting: Setting, kind: str, width: int, vocab_size: int) -> ModelConfig:
     form = FORMS[setting.form]
     heads = max(1, width // setting.head_dim)
-    config = retnet_config(f"{kind} {width}", setting.num_layers, width, heads, form=form, vocab_size=vocab_size)
+    options = {"vocab_size": vocab_size, "logit_scale": setting.logit_scale}
+    config = retnet_config(f"{kind} {width}", setting.num_layers, width, heads, form=form, **options)
     return with_mup(config, setting.widths[0]) if kind == "muP" else config
 
 
@@ -162,16 +164,12 @@ def losses_of(rows: Iterable[dict], kind: str, width: int) -> dict[float, float]
     }
 
 
-def best_rate(losses: dict[float, float]) -> float:
-    """The rate of the lowest loss: of the parabola through the best rate of the grid and its neighbours, over log2."""
+def best_rate(losses: dict[float, float]) -> str:
+    """The rate of the lowest loss as a power of two, with a sign if it is the first or the last of the grid."""
     rates = sorted(losses)
-    at = min(range(len(rates)), key=lambda i: losses[rates[i]])
-    around = [losses[rates[i]] for i in (at - 1, at, at + 1) if 0 <= i < len(rates)]
-    if len(around) < 3 or not all(map(math.isfinite, around)):
-        return rates[at]
-    low, middle, high = around
-    curve = low - 2 * middle + high
-    return rates[at] * 2.0 ** (0.5 * (low - high) / curve) if curve > 0 else rates[at]
+    best = min(rates, key=losses.__getitem__)
+    sign = "at most " if best == rates[0] else "at least " if best == rates[-1] else ""
+    return f"{sign}2^{math.log2(best):.0f}"
 
 
 def tables(rows: list[dict]) -> str:
@@ -181,7 +179,7 @@ def tables(rows: list[dict]) -> str:
     lines = [f"| power of the width | {' | '.join(places)} |", "|---|" + "---:|" * len(places)]
     for kind in KINDS:
         lines.append(f"| {kind} | {' | '.join(f'{growth(rows, kind, place):+.2f}' for place in places)} |")
-    lines += ["", "| | width | best rate, log2 | loss there | loss at the base's best rate | cost |"]
+    lines += ["", "| | width | best rate | loss there | loss at the base's best rate | cost |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
     for kind in KINDS:
         found = {width: losses_of(rows, kind, width) for width in widths}
@@ -190,8 +188,7 @@ def tables(rows: list[dict]) -> str:
         for width, losses in found.items():
             lowest, there = min(losses.values()), losses.get(usual, math.nan)
             lines.append(
-                f"| {kind} | {width} | {math.log2(best_rate(losses)):.1f} | {lowest:.3f} | {there:.3f} "
-                f"| {there - lowest:.3f} |"
+                f"| {kind} | {width} | {best_rate(losses)} | {lowest:.3f} | {there:.3f} | {there - lowest:.3f} |"
             )
     return "\n".join(lines)
 
@@ -219,14 +216,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None, help="folder of `quality.py pack` (default: stdlib's bytes)")
     parser.add_argument("--form", choices=FORMS, default=None, help="of the presets (default: the setting's)")
     parser.add_argument("--steps", type=int, default=None, help="(default: the setting's)")
+    parser.add_argument("--logit-scale", type=float, default=None, help="at the base width (default: 1)")
     for name, kind in (("widths", int), ("exponents", int)):
         parser.add_argument(f"--{name}", type=kind, nargs="+", default=None, help="(default: the setting's)")
+    parser.add_argument("--from", type=Path, default=None, dest="saved", help="folder to plot (default: --out)")
+    parser.add_argument("--png", type=Path, default=None, help="the plot (default: mup.png in --out)")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     options = parser.parse_args()
-    saved = options.out / "mup.csv"
+    saved = (options.saved or options.out) / "mup.csv"
     if options.setting != "plot":
         setting = SETTINGS[options.setting]
-        given = {"form": options.form, "steps": options.steps}
+        given = {"form": options.form, "steps": options.steps, "logit_scale": options.logit_scale}
         given |= {"widths": options.widths and tuple(options.widths)}
         given |= {"rates": options.exponents and tuple(2.0**n for n in sorted(options.exponents))}
         setting = replace(setting, **{name: value for name, value in given.items() if value is not None})
@@ -234,7 +234,7 @@ def main() -> None:
         corpus = source_bytes(device) if options.data is None else load(options.data, device)
         origin = {"form": "retnet" + setting.form, "layers": setting.num_layers, "steps": setting.steps}
         origin |= {"tokens": setting.steps * setting.batch * setting.length, "device": hardware(device)}
-        origin |= {"torch": torch.__version__}
+        origin |= {"torch": torch.__version__, "logit_scale": setting.logit_scale}
         rows, begin = [], time.monotonic()
         options.out.mkdir(parents=True, exist_ok=True)
         for found in measure(setting, corpus, device, graphs=not options.eager):
@@ -250,7 +250,7 @@ def main() -> None:
         f"{first['form']}, {first['layers']} layers", f"{int(first['tokens']):,} tokens per run", "1 seed", "AdamW",
         first["device"], f"torch {first['torch']}",
     )  # fmt: skip
-    picture(rows, options.out / "mup.png", under)
+    picture(rows, options.png or options.out / "mup.png", under)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
     retnet-125m-gated    decays that depend on the token
     retnet-125m-conv     and a short convolution on q, k and v, and a sigmoid gate: the best retention without attention
     retnet-125m-hybrid   the same with attention in every fourth layer: the best of all at equal parameters
-    retnet-125m-...-mup  any of them under muP, relative to a model of one head: sizes of equal depth share their best
-                         learning rate
+    retnet-125m-...-mup  any of them under muP (`retnet.models.mup`), relative to a model of one head
 
 A layer of the paper has 12 D^2 weights: retention 8 D^2 with values of width 2 D, feed-forward 4 D^2 with hidden width
 2 D. The other forms have as many in total.

@@ -29,6 +29,7 @@ DRAWN_BY = {
     "recall.png": ["recipes/mqar.py", "plot", "--from", "recipes/results/mqar_conv", "--out"],
     "quality.png": ["recipes/quality.py", "plot", "recipes/results/quality_125m.jsonl", "--stacks", "llama",
                     "gated-conv+sigmoid", "hybrid+sigmoid", "retnet-conv+sigmoid", "--png"],
+    "mup.png": ["recipes/mup.py", "plot", "--from", "recipes/results/mup", "--png"],
     "wikipedia.png": ["recipes/curves.py", "--rates", "recipes/results/wikipedia_125m.csv", "--png"],
 }  # fmt: skip
 

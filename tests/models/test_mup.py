@@ -96,17 +96,10 @@ def activations(model: LanguageModel, ids: Tensor) -> list[Tensor]:
     return [*inner[1:], model.logits(hidden)]
 
 
-def powers(
-    block: str,
-    widths: tuple[int, ...],
-    mup: bool,
-    algorithm: str = "adamw",
-    shape: tuple[int, int] = (2, 17),
-    **options,
-) -> list[float]:
-    """The powers of the width, between the narrowest and the widest, with which activations move."""
-    ids, ends = random_ids(*shape, high=VOCAB), []
-    for width in (widths[0], widths[-1]):
+def powers(block: str, widths: tuple[int, int], mup: bool, algorithm: str = "adamw", batch: int = 2, **options):
+    """The powers of the width with which activations move: of each layer, and of the logits."""
+    ids, ends = random_ids(batch, 10 * batch, high=VOCAB), []
+    for width in widths:
         model = model_of(block, width, widths[0] if mup else None, **options)
         optimizer = adamw(model, 2**-7) if algorithm == "adamw" else Muon(muon_groups(model, 2**-6), lr=2**-6)
         ends.append(list(distances(model, optimizer, 3, ids)))
