@@ -80,7 +80,8 @@ def spilled(kernel, path: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "share"), [*((name, False) for name in COMPILED), ("sm_89", True), ("sm_90", True), ("gfx942", True)]
+    ("name", "share"),
+    [*((name, False) for name in COMPILED), ("sm_80", True), ("sm_89", True), ("sm_90", True), ("gfx942", True)],
 )
 def test_every_tile_fits_the_shared_memory_of_its_architecture(name, share, dtype, use, monkeypatch):
     hardware = ARCHITECTURES[name]
