@@ -15,13 +15,11 @@ from retnet.models.decode.sampling import Sampling
 from retnet.models.lm import LanguageModel
 from retnet.models.snapshot import Snapshot, SnapshotFile
 from retnet.serve.engine import Engine
-from retnet.serve.pool import growing_layer
+from retnet.serve.pool import default_context
 from retnet.serve.request import Generation, Refused, Request
 from retnet.serve.speculation import Speculation
 from retnet.serve.stopping import StopStrings
 from retnet.system.sizes import format_bytes
-
-GROWING_CONTEXT = 8192  # tokens, for models whose cache grows with the context
 
 
 class LocalBackend(Backend):
@@ -43,11 +41,10 @@ class LocalBackend(Backend):
         self.tokenizer, self.template, self.sampling, self.max_tokens = tokenizer, template, sampling, max_tokens
         self.config = model.config
         speculation = Speculation.of(speculate, drafts, model.config)
-        grows = growing_layer(model.config) is not None or (speculation is not None and speculation.grows(model.config))
         self.engine = Engine(
             model,
             num_slots=1,
-            max_tokens=GROWING_CONTEXT if grows else None,
+            max_tokens=default_context(model.config, speculation),
             decode=tokenizer.decode,
             speculation=speculation,
         )

@@ -22,6 +22,8 @@ from retnet.system.checks import is_integer, quoted
 from retnet.system.memory import total_bytes
 from retnet.system.sizes import format_bytes
 
+GROWING_CONTEXT = 8192  # tokens, for models whose cache grows with the context
+
 
 @dataclass(frozen=True)
 class SlotCost:
@@ -178,6 +180,13 @@ def _check_fits(needed: int, num_slots: int, max_tokens: int | None, device: tor
 def growing_layer(config: ModelConfig) -> int | None:
     """The first layer whose state grows with every token: attention without a window."""
     return next((i for i, layer in enumerate(config.layers) if layer.mixer.kept_tokens == math.inf), None)
+
+
+def default_context(config: ModelConfig, speculation: Speculation | None) -> int | None:
+    """Tokens that a slot has room for where nobody says how many: None, any number, unless a cache grows with them."""
+    if growing_layer(config) is None and (speculation is None or not speculation.grows(config)):
+        return None
+    return int(min(GROWING_CONTEXT, *(layer.mixer.longest_context for layer in config.layers)))
 
 
 @torch.no_grad()

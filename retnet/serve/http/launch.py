@@ -13,12 +13,11 @@ from retnet.models.snapshot import Snapshot
 from retnet.serve.engine import Engine
 from retnet.serve.http.service import Service
 from retnet.serve.http.settings import GIB, Settings
-from retnet.serve.pool import growing_layer
+from retnet.serve.pool import default_context
 from retnet.serve.request import Refused
 from retnet.serve.speculation import Speculation
 
 SLOTS = {"cpu": 4, "cuda": 16}  # a step computes all slots, which a CPU feels
-CONTEXT = 8192  # of models whose cache grows, in tokens
 WARM = (SamplingParts(), SamplingParts(draws=True), SamplingParts(draws=True, filters=True))
 
 
@@ -60,9 +59,8 @@ def make_service(
     if slots is None and options.memory is None:
         slots = SLOTS.get(on, SLOTS["cpu"])
     speculation = Speculation.of(options.speculate, options.drafts, model.config)
-    grows = growing_layer(model.config) is not None or (speculation is not None and speculation.grows(model.config))
-    if max_tokens is None and grows:
-        max_tokens = CONTEXT
+    if max_tokens is None:
+        max_tokens = default_context(model.config, speculation)
     engine = Engine(
         model,
         num_slots=slots,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from retnet.data.tokenizer import ByteTokenizer
 from retnet.serve.http.launch import EngineOptions, make_service
 from retnet.serve.http.service import Service
 from retnet.serve.http.settings import GIB, Settings
-from tests.small_models import BYTES, small_model
+from tests.small_models import BYTES, NOPE, PAPER, Stack, small_model
 
 
-def service_of(options: EngineOptions, stack: str = "retention") -> Service:
+def service_of(options: EngineOptions, stack: Stack = "retention") -> Service:
     return make_service(small_model(stack, **BYTES), ByteTokenizer(), "tiny", options, Settings())
 
 
@@ -25,6 +27,8 @@ def test_by_default_a_cpu_has_four_slots_any_length_and_a_prefix_cache():
 def test_a_model_whose_cache_grows_gets_a_context():
     assert service_of(EngineOptions(), "hybrid").context_limit == 8192
     assert service_of(EngineOptions(max_tokens=100), "hybrid").context_limit == 100
+    short = replace(NOPE, mixer=replace(NOPE.mixer, max_context=64))
+    assert service_of(EngineOptions(), [PAPER, short]).context_limit == 64
 
 
 def test_the_options_reach_the_engine():
