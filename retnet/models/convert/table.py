@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, get_args
 
 import torch
@@ -165,7 +166,10 @@ def _join(theirs: Tensors, joined: Joined, layers: Collection[int]) -> Tensors:
 
 
 def _stack(theirs: Tensors, table: Table) -> Tensors:
-    """Their tensors, with those of a layer's experts under one name. Incomplete sets stay as they are."""
+    """Their tensors, with those of a layer's experts under one name, in a dtype that holds them all.
+
+    Incomplete sets stay as they are.
+    """
     entries = [e for entry in table.values() for e in (entry if isinstance(entry, tuple) else (entry,))]
     wanted = {name for e in entries if "[]" in (name := e if isinstance(e, str) else e.name)}
     if not wanted:
@@ -179,19 +183,20 @@ def _stack(theirs: Tensors, table: Table) -> Tensors:
     specs, stacks = dict(theirs.specs), {}
     for whole, group in groups.items():
         held = [specs[group[i]] for i in range(len(group)) if i in group]
-        kinds = {(x.dtype, x.layout, x.shape) for x in held}
+        kinds = {(x.is_floating_point(), x.layout, x.shape) for x in held}
         if len(held) < len(group) or len(kinds) != 1 or held[0].layout is not torch.strided or whole in specs:
             continue
         stacks[whole] = [group[i] for i in range(len(group))]
         for part in stacks[whole]:
             del specs[part]
-        specs[whole] = held[0].new_empty(len(held), *held[0].shape)
+        dtype = reduce(torch.promote_types, (x.dtype for x in held))
+        specs[whole] = held[0].new_empty(len(held), *held[0].shape, dtype=dtype)
 
     def read(name: str) -> Tensor:
         if name not in stacks:
             return theirs.read(name)
         first = theirs.read(stacks[name][0])
-        whole = first.new_empty(len(stacks[name]), *first.shape)
+        whole = first.new_empty(len(stacks[name]), *first.shape, dtype=specs[name].dtype)
         for i, part in enumerate(stacks[name]):
             whole[i] = first if i == 0 else theirs.read(part)
         return whole

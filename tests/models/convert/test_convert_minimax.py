@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers.models.minimax import modeling_minimax
 
 import retnet.hf  # registers the classes  # noqa: F401
@@ -147,6 +148,16 @@ def test_features_that_our_models_lack_are_refused_by_name(change, message):
     state = peer(_MINIMAX, torch.float32).state_dict()
     with pytest.raises(ValueError, match=message):
         load(state, config={**_MINIMAX, **change} if len(change) == 1 else change)
+
+
+def test_experts_that_are_stored_in_several_dtypes_have_the_values_that_are_stored(tmp_path):
+    peer(_MINIMAX, torch.float32).save_pretrained(tmp_path)
+    state, place = load_file(tmp_path / "model.safetensors"), "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    state[place] = state[place].bfloat16()
+    ours = load(state, config=_MINIMAX).layers[1].feed_forward.down_proj.weight
+    assert ours.dtype == torch.float32
+    for i, expert in enumerate(ours):
+        assert torch.equal(expert, state[place.replace("experts.2", f"experts.{i}")].float())
 
 
 def test_weights_whose_slopes_are_those_of_another_depth_are_refused():
