@@ -13,7 +13,7 @@ from retnet.cli import main
         (["--heads", "256"], "heads is '256'; accepted: KxV"),
         (["--heads", "0x64"], "positive integers"),
         (["--heads", "64x64", "--dtype", "int8"], "dtype is 'int8'; accepted: bfloat16"),
-        (["arch_beginner_llama_mini"], "nothing to tune"),
+        pytest.param(["arch_beginner_llama_mini"], "nothing to tune", marks=pytest.mark.slow),
         (["--heads", "64x64", "--seconds", "1"], "greater than or equal to 10"),
     ],
 )

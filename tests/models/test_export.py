@@ -74,6 +74,7 @@ def test_exporting_leaves_the_model_as_it_was(model, ids, logits_before, program
         assert torch.equal(model(ids).logits, logits_before)
 
 
+@pytest.mark.slow
 def test_onnxruntime_gives_equal_logits(model, ids, programs, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
