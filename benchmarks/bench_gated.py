@@ -19,10 +19,8 @@ from runner import (
     arguments,
     device_milliseconds,
     eager_milliseconds,
-    failed,
-    fla_installed,
     need_gpu,
-    report,
+    report_cases,
 )
 from torch import Tensor
 
@@ -104,16 +102,7 @@ def main() -> None:
     parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS))
     options = parser.parse_args()
     need_gpu()
-    for case in options.case or CASES:
-        for implementation in options.implementations.split(","):
-            if implementation == "fla" and not fla_installed():
-                continue
-            try:
-                rows = measure(case, implementation)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                rows = [failed("gated", str(case), implementation, "failed", error)]
-            report(rows, options.csv)
-            torch.cuda.empty_cache()
+    report_cases("gated", options.case or CASES, options.implementations.split(","), measure, options.csv)
 
 
 if __name__ == "__main__":

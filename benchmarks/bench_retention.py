@@ -24,12 +24,10 @@ from runner import (
     device_milliseconds,
     eager_milliseconds,
     extra_bytes,
-    failed,
-    fla_installed,
     floor_milliseconds,
     need_gpu,
     read,
-    report,
+    report_cases,
 )
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -188,16 +186,8 @@ def main() -> None:
         plot(read(options.csv), options.plot)
         return
     need_gpu()
-    for case in options.case or (SWEEP if options.sweep else CASES):
-        for implementation in options.implementations.split(","):
-            if implementation == "fla" and not fla_installed():
-                continue
-            try:
-                rows = measure(case, implementation)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                rows = [failed("retention", str(case), implementation, "failed", error)]
-            report(rows, options.csv)
-            torch.cuda.empty_cache()
+    cases = options.case or (SWEEP if options.sweep else CASES)
+    report_cases("retention", cases, options.implementations.split(","), measure, options.csv)
 
 
 if __name__ == "__main__":

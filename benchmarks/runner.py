@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from retnet.system.machine import package_versions, source_commit
 from retnet.system.sizes import format_bytes
+
+C = TypeVar("C")  # a case of a benchmark
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,23 @@ def report(points: Iterable[Point], path: Path | None) -> list[Point]:
 def failed(bench: str, case: str, implementation: str, what: str, error: Exception) -> Point:
     """The point of a measurement that ended with an error."""
     return Point(bench, case, implementation, what, float("inf"), note=str(error).splitlines()[0][:100])
+
+
+def report_cases(
+    bench: str, cases: Iterable[C], implementations: Sequence[str], measure: Callable[[C, str], list[Point]],
+    path: Path | None,
+) -> None:  # fmt: skip
+    """`report` every implementation of every case on a GPU. One that fails has a row, and FLA is left out if absent."""
+    for case in cases:
+        for implementation in implementations:
+            if implementation == "fla" and not fla_installed():
+                continue
+            try:
+                points = measure(case, implementation)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                points = [failed(bench, str(case), implementation, "failed", error)]
+            report(points, path)
+            torch.cuda.empty_cache()
 
 
 def append(path: Path, points: list[Point]) -> None:

@@ -1,4 +1,4 @@
-"""Shards of long rows: which tokens a process has, and what it needs from the shards before its own.
+"""Shards of long rows: the tokens of each process, and what it needs from the shards before its own.
 
 Context parallelism cuts a row of T tokens into contiguous shards of equal length, one per process of a group, in order.
 A recurrent layer needs one state from the shards before it, which follows from their final states S and total log

@@ -1,6 +1,6 @@
 """The stages that tuning measures, on random data: border states, and the segment kernel in its four roles."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ class Stages:
     V: int
     dtype: str
     device: str
+    _kept: torch.Tensor | None = field(default=None, init=False)
 
     def run(self, job: Job) -> None:
         """Run the stage of a job once: one kernel, or the two roles of its contraction."""
@@ -62,8 +63,8 @@ class Stages:
 
     def _states(self, segments: Segments) -> torch.Tensor:
         """The states of the last segment length that was asked for: one set fits small GPUs too."""
-        if getattr(self, "_kept", None) is None or self._kept.shape[0] != segments.num_slots:
-            self._kept = None
+        if self._kept is None or self._kept.shape[0] != segments.num_slots:
+            self._kept = None  # frees its memory first
             shape = (segments.num_slots, HEADS, self.K, self.V)
             states = torch.empty(shape, dtype=stored_dtype(self.tokens["q"].dtype), device=self.device)
             self._kept = states if self.device == "meta" else states.normal_()

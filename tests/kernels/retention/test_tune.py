@@ -1,4 +1,4 @@
-"""What tuning does around its search: the ranking, the file, and the budget."""
+"""Tuning around its search: the ranking, the file, and the budget."""
 
 import math
 
