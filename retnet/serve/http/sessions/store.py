@@ -230,15 +230,18 @@ class SessionStore:
                 await self._compare_with_file(entry.record.id)
 
     def _update(self, found: Iterable[tuple[Record, float]]) -> None:
-        """Take over what the folder holds and is newer: records and times of last use."""
+        """Take over what the folder holds: times of last use, and records that are newer, or of the same revision from
+        another server. A session that is being written compares itself with its file."""
         for record, used in found:
             if record.id in self._deleted:
                 continue
             entry = self._entries.setdefault(record.id, Entry(record, used))
             entry.used = max(entry.used, used)
+            if entry.writing is not None:
+                continue
             if entry.stored is None or record.revision >= entry.stored:
                 entry.stored = record.revision
-            if record.revision > entry.record.revision:
+            if record.revision >= entry.record.revision and record != entry.record:
                 entry.record, entry.session = record, None
 
     async def _load(self, entry: Entry) -> Session:

@@ -360,6 +360,23 @@ def test_of_two_servers_the_higher_revision_wins_and_deletion_wins_over_both(eng
     run(both())
 
 
+def test_of_two_servers_that_write_the_same_revision_the_last_wins_in_both(engine, tmp_path):
+    async def both():
+        one, two = store_of(engine, tmp_path), store_of(engine, tmp_path)
+        kept = await one.keep(None, snapshot_of(engine), key="a")
+        await one.flush()
+        opened = [(store, await store.open(kept.id, "a")) for store in (one, two)]
+        for length, (store, session) in zip((20, 25), opened, strict=True):
+            await store.keep(session, snapshot_of(engine, length), key="a")
+            await store.flush()
+        for store in (one, two):
+            assert len((await store.open(kept.id, "a")).snapshot.tokens) == 26
+        await one.close()
+        await two.close()
+
+    run(both())
+
+
 def test_a_session_that_another_server_uses_does_not_expire(engine, tmp_path):
     async def both():
         clock = Clock()
